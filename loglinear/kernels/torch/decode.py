@@ -1,0 +1,67 @@
+"""The parts of a decode step that do not depend on the family. Functional: nothing given is changed.
+
+With i the token's place in its chunk, one step is row i of the chunk formulas plus a read of every block state; only
+when the chunk is full are the block states rewritten: transported to its end, and merged.
+"""
+
+# N sequences, C chunk, M blocks, H heads, G groups, K key, V value, L levels
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from loglinear.fenwick import block_level, level
+
+
+@lru_cache(maxsize=32)
+def level_table(chunk_size: int, num_levels: int, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Clamped levels: [C, C] of the places of a chunk seen from each place, and [M] of the blocks."""
+    last = num_levels - 1
+    rows = [[min(level(i, j), last) for j in range(chunk_size)] for i in range(chunk_size)]
+    blocks = [block_level(m, num_levels, chunk_size) for m in range(num_blocks)]
+    return torch.tensor(rows, device=device), torch.tensor(blocks, device=device)
+
+
+def append(buffer: Tensor, token: Tensor, place: Tensor) -> Tensor:
+    """The buffer [N, C, ...] with each row's token at its place."""
+    return buffer.index_put((torch.arange(len(place), device=place.device), place), token)
+
+
+def row_scales(level_scales: Tensor, place: Tensor, chunk_size: int, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Each row's lambdas for the places of its chunk [N, H, C] and for its blocks [N, H, M]."""
+    N, H, L = level_scales.shape
+    table, blocks = level_table(chunk_size, L, num_blocks, place.device)
+    index = table[place][:, None].expand(N, H, chunk_size)
+    return level_scales.gather(2, index), level_scales[..., blocks]
+
+
+def read_blocks(queries: Tensor, blocks: Tensor, weights: Tensor) -> Tensor:
+    """sum over m of weights[m] * q^T S_m; queries [N,H,K], blocks [N,M,H,K,V], weights [N,H,M] -> [N,H,V]."""
+    reads = (queries[:, None, :, None, :] @ blocks)[:, :, :, 0]
+    return (weights.transpose(1, 2)[..., None] * reads).sum(1)
+
+
+def merge_full(blocks: Tensor, transported: Tensor, chunk_state: Tensor, chunks: Tensor, full: Tensor) -> Tensor:
+    """The block states after `chunks` finished chunks, in the rows that are `full`.
+
+    The blocks smaller than 2**ctz(chunks) and the new chunk join into block ctz(chunks), the prefix at most.
+    """
+    M = blocks.shape[1]
+    sizes = 1 << torch.arange(1, M, device=blocks.device)
+    height = (chunks[:, None] % sizes == 0).sum(1, keepdim=True)  # ctz, at most M - 1
+    number = torch.arange(M, device=blocks.device)
+    shape = (*blocks.shape[:2], 1, 1, 1)
+    joined = (transported * (number < height).view(shape)).sum(1) + chunk_state
+    merged = torch.where((number < height).view(shape), 0.0, transported)
+    merged = merged + joined[:, None] * (number == height).view(shape)
+    return torch.where(full[:, None, None, None, None], merged, blocks)
+
+
+def emptied(buffer: Tensor, place: Tensor) -> Tensor:
+    """The buffer after the token at `place`: all zero where it was the chunk's last."""
+    if not bool((place == buffer.shape[1] - 1).any()):
+        return buffer
+    full = (place == buffer.shape[1] - 1).view(-1, *[1] * (buffer.dim() - 1))
+    return torch.where(full, 0.0, buffer)

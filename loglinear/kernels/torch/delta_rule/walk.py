@@ -1,0 +1,58 @@
+"""Every chunk reads the blocks of its past, nearest first, all chunks and heads in parallel.
+
+    for each block on the walk:   y = X S_block        X = X P_block
+
+The caller weights y: a query (X = Qh) with lambda, a final state (X = I) with 1.
+"""
+
+# H heads of a slab, n walkers (chunks or sequence ends), C rows of X, K key, V value; m sources, w readers of each
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from loglinear.kernels.torch.schedule import Read
+from loglinear.kernels.torch.tiles import take, tall
+
+
+def walk(x: Tensor, slots: Tensor, reads: list[Read]) -> Iterator[tuple[Read, Tensor]]:
+    """Yields (read, y [H, m*w, C, V]) and turns x [H, n, C, K], in place, into what the next block meets."""
+    K = x.shape[-1]
+    for read in reads:
+        readers = read.readers.flatten()
+        rows = tall(take(x, readers), read.sources)
+        both = torch.bmm(rows, slots.index_select(1, read.sources).flatten(0, 1))
+        both = both.view(x.shape[0], len(readers), x.shape[2], -1)
+        x.index_copy_(1, readers, both[..., :K])
+        yield read, both[..., K:]
+
+
+def walk_backward(
+    x: Tensor,
+    slots: Tensor,
+    reads: list[Read],
+    pull: Callable[[Read, Tensor], Tensor],
+    dslots: Tensor,
+) -> Tensor:
+    """`pull(read, y)` gives dy; returns dX and adds into dslots. The X that each block met are kept from a first pass:
+    about log2(n) / 2 times x, for one slab of heads."""
+    K = x.shape[-1]
+    met = []
+    current = x.clone()
+    for read in reads:
+        met.append(take(current, read.readers))
+        rows = tall(met[-1], read.sources)
+        after = torch.bmm(rows, slots[..., :K].index_select(1, read.sources).flatten(0, 1))
+        current.index_copy_(1, read.readers.flatten(), after.view_as(met[-1]))
+    dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    for read, before in zip(reversed(reads), reversed(met), strict=True):
+        readers = read.readers.flatten()
+        slot = slots.index_select(1, read.sources).flatten(0, 1)
+        rows = tall(before, read.sources)
+        y = torch.bmm(rows, slot[..., K:]).view(*before.shape[:-1], -1)
+        dboth = tall(torch.cat([take(dx, readers), pull(read, y)], -1), read.sources)
+        dslots.index_add_(1, read.sources, (rows.mT @ dboth).unflatten(0, (x.shape[0], -1)))
+        dx.index_copy_(1, readers, torch.bmm(dboth, slot.mT).view_as(before))
+    return dx

@@ -1,0 +1,31 @@
+"""Each chunk's own state at its end, and what it does to a state that comes in.
+
+    S_z = K^T diag(exp(Gam - G)) V          P_z = exp(Gam)
+
+G the cumulative log decay inside the chunk, Gam its last value.
+"""
+
+# H heads of a slab, n chunks, C chunk, K key, V value
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def chunk_state(k: Tensor, v: Tensor, cumulative: Tensor, out: Tensor) -> Tensor:
+    """Writes S [H,n,K,V] to out; returns log P [H,n]."""
+    total = cumulative[..., -1]
+    out.copy_((k * (total[..., None] - cumulative).exp_()[..., None]).mT @ v)
+    return total
+
+
+def chunk_state_backward(
+    k: Tensor, v: Tensor, cumulative: Tensor, dstate: Tensor, dtotal: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dk, dv and the gradient of G from dS and d log P."""
+    to_end = (cumulative[..., -1:] - cumulative).exp_()[..., None]
+    dv = (k * to_end) @ dstate
+    dk = (v @ dstate.mT).mul_(to_end)
+    flow = (dk * k).sum(-1)
+    dcumulative = -flow
+    dcumulative[..., -1] += flow.sum(-1) + dtotal
+    return dk, dv, dcumulative

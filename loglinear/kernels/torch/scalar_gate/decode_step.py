@@ -1,0 +1,41 @@
+"""One token of every sequence."""
+
+# N sequences, C chunk, M blocks, H heads, G groups, K key, V value, L levels
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales
+
+
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    level_scales: Tensor,
+    blocks: Tensor,
+    position: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """q [N,G,K] and level_scales [N,H,L] of the new tokens; k [N,C,G,K], v [N,C,H,V], log_decay [N,C,H] of the chunks
+    with the new tokens in them; blocks [N,M,H,K,V]; position [N] of the new tokens.
+
+    Returns the outputs [N,H,V] and the block states after the step.
+    """
+    C, R = k.shape[1], v.shape[2] // k.shape[2]
+    place = position % C
+    to_place, to_blocks = row_scales(level_scales, place, C, blocks.shape[1])
+    cumulative = log_decay.cumsum(1).transpose(1, 2)  # [N, H, C]; constant behind the last token
+    scores = torch.einsum("ngk,ncgk->ngc", q, k).repeat_interleave(R, 1)
+    weights = scores * to_place * (cumulative[..., -1:] - cumulative).exp()
+    out = (weights[..., None, :] @ v.transpose(1, 2))[..., 0, :]
+    from_start = cumulative[..., -1:].exp()
+    out = out + read_blocks(q.repeat_interleave(R, 1), blocks, to_blocks * from_start)
+    full = place == C - 1
+    if bool(full.any()):
+        to_end = (cumulative[..., -1:] - cumulative).exp()
+        keys = k.transpose(1, 2).repeat_interleave(R, 1) * to_end[..., None]
+        state = keys.mT @ v.transpose(1, 2)
+        blocks = merge_full(blocks, blocks * from_start[:, None, :, :, None], state, position // C + 1, full)
+    return out, blocks

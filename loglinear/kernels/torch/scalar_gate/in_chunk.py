@@ -1,0 +1,32 @@
+"""What the queries of a chunk read inside their own chunk.
+
+    O_in = ((Q K^T * dec) * LAM) V
+"""
+
+# H heads of a slab, n chunks, C chunk, K key, V value, L levels
+from __future__ import annotations
+
+from torch import Tensor
+
+from loglinear.kernels.torch.tiles import decay_matrix, level_mask, level_mask_backward
+
+
+def in_chunk(q: Tensor, k: Tensor, v: Tensor, cumulative: Tensor, level_scales: Tensor) -> Tensor:
+    scores_CC = (q @ k.mT).mul_(decay_matrix(cumulative)).mul_(level_mask(level_scales))
+    return scores_CC @ v
+
+
+def in_chunk_backward(
+    q: Tensor, k: Tensor, v: Tensor, cumulative: Tensor, level_scales: Tensor, do: Tensor, dlevel_scales: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and the gradient of G; adds lambda's gradient into dlevel_scales."""
+    decay_CC, mask_CC = decay_matrix(cumulative), level_mask(level_scales)
+    scores_CC = (q @ k.mT).mul_(decay_CC)
+    dweights_CC = do @ v.mT
+    level_mask_backward(dweights_CC * scores_CC, dlevel_scales)
+    dscores_CC = dweights_CC.mul_(mask_CC)
+    dv = scores_CC.mul(mask_CC).mT @ do
+    flow_CC = scores_CC.mul_(dscores_CC)
+    dcumulative = flow_CC.sum(-1) - flow_CC.sum(-2)
+    dproducts_CC = dscores_CC.mul_(decay_CC)
+    return dproducts_CC @ k, dproducts_CC.mT @ q, dv, dcumulative

@@ -1,0 +1,69 @@
+"""Build the Fenwick array of block states in place, and its adjoint.
+
+    S_block = P_right S_left + S_right          log P_block = log P_right + log P_left
+
+With capped levels the blocks of the cap's size then become prefixes by a scan in log2 many steps.
+"""
+
+# H heads of a slab, slots as in `Schedule`, K key, V value
+from __future__ import annotations
+
+from torch import Tensor
+
+from loglinear.kernels.torch.schedule import Merge, Scan, Schedule
+
+
+def merge(states: Tensor, log_p: Tensor, step: Merge) -> None:
+    gate = log_p.index_select(1, step.right).exp_()[..., None, None]
+    states.index_add_(1, step.right, states.index_select(1, step.left).mul_(gate))
+
+
+def up_sweep(states: Tensor, log_p: Tensor, schedule: Schedule) -> list[Tensor]:
+    """states [H, slots, K, V] and log_p [H, slots] in place; returns each merge's right log P for the backward."""
+    rights = []
+    for step in schedule.merges:
+        rights.append(log_p.index_select(1, step.right))
+        merge(states, log_p, step)
+        log_p.index_add_(1, step.right, log_p.index_select(1, step.left))
+    if schedule.scan is not None:
+        scan = schedule.scan
+        prefixes = linear_scan(states.index_select(1, scan.entries), log_p.index_select(1, scan.entries), scan)
+        states.index_copy_(1, scan.entries, prefixes)
+    return rights
+
+
+def linear_scan(states: Tensor, log_p: Tensor, scan: Scan, mirrored: bool = False) -> Tensor:
+    """prefix_y = P_y prefix_{y-1} + S_y for every y of every run, in place on both (or from right to left)."""
+    ups, downs = (scan.mirrored_ups, scan.mirrored_downs) if mirrored else (scan.ups, scan.downs)
+    for step in ups:
+        merge(states, log_p, step)
+        log_p.index_add_(1, step.right, log_p.index_select(1, step.left))
+    for step in downs:
+        merge(states, log_p, step)
+    return states
+
+
+def up_sweep_backward(
+    states: Tensor, log_p: Tensor, rights: list[Tensor], dstates: Tensor, dlog_p: Tensor, schedule: Schedule
+) -> None:
+    """From the gradients of the slots to those of the chunks' own (S, log P), in place on dstates and dlog_p."""
+    if schedule.scan is not None:
+        _scan_backward(states, log_p, dstates, dlog_p, schedule.scan)
+    for step, right in zip(reversed(schedule.merges), reversed(rights), strict=True):
+        dlog_p.index_add_(1, step.left, dlog_p.index_select(1, step.right))
+        passed = dstates.index_select(1, step.right).mul_(right.exp()[..., None, None])
+        dlog_p.index_add_(1, step.right, (passed * states.index_select(1, step.left)).sum((-1, -2)))
+        dstates.index_add_(1, step.left, passed)
+
+
+def _scan_backward(states: Tensor, log_p: Tensor, dstates: Tensor, dlog_p: Tensor, scan: Scan) -> None:
+    """D_y = d_y + P_{y+1} D_{y+1};  dS_y = D_y;  dP_y = <D_y, prefix_{y-1}>."""
+    block_log_p = log_p.index_select(1, scan.entries)
+    # P moves to the entry on its left; a run's last entry is the first of the mirrored scan and needs none
+    total = linear_scan(dstates.index_select(1, scan.entries), block_log_p.roll(-1, 1), scan, mirrored=True)
+    dstates.index_copy_(1, scan.entries, total)
+    later = scan.successor
+    earlier = scan.entries.index_select(0, later - 1)
+    flow = (total.index_select(1, later) * states.index_select(1, earlier)).sum((-1, -2))
+    flow.mul_(block_log_p.index_select(1, later).exp())
+    dlog_p.index_add_(1, scan.entries.index_select(0, later), flow)

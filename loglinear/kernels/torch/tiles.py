@@ -1,0 +1,109 @@
+"""What both families share: moving tokens into chunks and back, and the masks of a chunk.
+
+Inside a kernel every tensor is [H, n, C, ...]: a slab of heads, then chunks, then places in the chunk. Slabs keep the
+temporaries small (they are reused from the cache and the heap, and memory stays near that of inputs and outputs)
+and their number does not depend on the sequence's length beyond what memory asks for.
+"""
+
+# H heads of a slab, n chunks (with the empty one), C chunk, L levels
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from loglinear.fenwick import log2
+from loglinear.kernels.torch.schedule import Schedule
+
+SLAB_BYTES = {"cpu": 8 << 20}  # of one [H, n, C, max(C, K, V)] temporary
+OTHER_DEVICES_SLAB_BYTES = 256 << 20
+
+
+def slabs(heads: int, groups: int, schedule: Schedule, widest: int, like: Tensor) -> Iterator[slice]:
+    """Ranges of heads that are worked on together: whole groups, or heads of one group."""
+    limit = SLAB_BYTES.get(like.device.type, OTHER_DEVICES_SLAB_BYTES)
+    per_head = (schedule.num_chunks + 1) * schedule.chunk_size * max(widest, schedule.chunk_size) * like.element_size()
+    fits = max(1, limit // per_head)
+    R = heads // groups
+    step = fits // R * R if fits >= R else max(d for d in range(1, fits + 1) if R % d == 0)
+    for begin in range(0, heads, step):
+        yield slice(begin, min(begin + step, heads))
+
+
+def group_slice(heads: slice, R: int) -> slice:
+    """The query/key groups that a slab's heads read."""
+    return slice(heads.start // R, (heads.stop - 1) // R + 1)
+
+
+def to_chunks(x: Tensor, heads: slice, schedule: Schedule, R: int = 1) -> Tensor:
+    """[tokens, heads, ...] -> [H, n, C, ...]; with R > 1, x has groups and every group serves R heads."""
+    part = x[:, group_slice(heads, R)].transpose(0, 1)
+    chunks = part.index_select(1, schedule.rows).index_fill_(1, schedule.padding, 0.0)
+    if R > 1:
+        chunks = chunks.repeat_interleave(min(R, heads.stop - heads.start), 0)
+    return chunks.view(len(chunks), -1, schedule.chunk_size, *x.shape[2:])
+
+
+def from_chunks(chunks: Tensor, out: Tensor, heads: slice, schedule: Schedule, R: int = 1) -> None:
+    """The adjoint of `to_chunks`: adds [H, n, C, ...] into out [tokens, heads or groups, ...]."""
+    groups = group_slice(heads, R)
+    if R > 1:
+        chunks = chunks.unflatten(0, (groups.stop - groups.start, -1)).sum(1)
+    tokens = chunks.flatten(1, 2).index_select(1, schedule.places)
+    out[:, groups] += tokens.transpose(0, 1)
+
+
+def decay_matrix(cumulative: Tensor) -> Tensor:
+    """dec[i, j] = exp(G_i - G_j) for i >= j (1 above the diagonal, where every mask is 0)."""
+    return (cumulative[..., :, None] - cumulative[..., None, :]).clamp_(max=0.0).exp_()
+
+
+def level_view(matrix: Tensor, level: int) -> Tensor:
+    """The entries [i, j], i > j, of a [..., C, C] matrix at in-chunk level >= 1, as a view [..., w, w, C / 2w].
+
+    They are the lower left quarters of the diagonal blocks of 2w = 2**level places.
+    """
+    C, w = matrix.shape[-1], 1 << (level - 1)
+    blocks = matrix.unflatten(-1, (C // (2 * w), 2, w)).unflatten(-4, (C // (2 * w), 2, w))
+    return blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2)
+
+
+def row_view(rows: Tensor, level: int) -> Tensor:
+    """The entries [..., i] of the rows that have places at `level`, as a view [..., w, C / 2w]."""
+    C, w = rows.shape[-1], 1 << (level - 1)
+    return rows.unflatten(-1, (C // (2 * w), 2, w))[..., 1, :].transpose(-1, -2)
+
+
+def level_mask(level_scales: Tensor) -> Tensor:
+    """LAM[i, j] = lambda[i, min(level(i, j), L - 1)] for i >= j, 0 above the diagonal. [H,n,C,L] -> [H,n,C,C]."""
+    C, L = level_scales.shape[-2:]
+    mask = level_scales.new_zeros(*level_scales.shape[:-1], C)
+    mask.diagonal(dim1=-2, dim2=-1).copy_(level_scales[..., 0])
+    for level in range(1, log2(C) + 1):
+        view = level_view(mask, level)
+        view.copy_(row_view(level_scales[..., min(level, L - 1)], level).unsqueeze(-2).expand_as(view))
+    return mask
+
+
+def level_mask_backward(dmask: Tensor, dlevel_scales: Tensor) -> None:
+    """Adds the row sums of each level's entries into dlevel_scales [H, n, C, L]."""
+    C, L = dlevel_scales.shape[-2:]
+    dlevel_scales[..., 0] += dmask.diagonal(dim1=-2, dim2=-1)
+    for level in range(1, log2(C) + 1):
+        row_view(dlevel_scales[..., min(level, L - 1)], level).add_(level_view(dmask, level).sum(-2))
+
+
+def reverse_cumsum(x: Tensor) -> Tensor:
+    """sum over i' >= i along the last dimension."""
+    return x.flip(-1).cumsum(-1).flip(-1)
+
+
+def take(x: Tensor, chunks: Tensor) -> Tensor:
+    """Rows of dimension 1, in the order of the index tensor flattened."""
+    return x.index_select(1, chunks.flatten())
+
+
+def tall(x: Tensor, sources: Tensor) -> Tensor:
+    """[H, m * w, C, D] -> [H * m, w * C, D]: all rows that meet the same state, as one matrix."""
+    return x.reshape(x.shape[0] * len(sources), -1, x.shape[-1])

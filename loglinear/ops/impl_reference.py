@@ -1,0 +1,78 @@
+"""impl="reference": the recurrence, one sequence and one token at a time."""
+
+# N sequences, T time, C chunk, M blocks, H heads, K key, V value, L levels
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loglinear.fenwick import block_level, num_blocks
+from loglinear.ops.problem import Problem
+from loglinear.ops.state import FenwickState
+from loglinear.reference import level_states_from_blocks, recurrent
+from loglinear.reference.recurrent import merged
+
+
+def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
+    p = problem
+    state = p.initial_state
+    if state is None:
+        groups, key_dim = p.q.shape[2:]
+        heads, value_dim = p.v.shape[2:]
+        state = FenwickState.zeros(
+            len(p.lengths), num_levels=p.level_scales.shape[3], chunk_size=p.chunk_size, groups=groups, heads=heads,
+            key_dim=key_dim, value_dim=value_dim, delta_rule=p.beta is not None, dtype=p.v.dtype, device=p.v.device,
+        )  # fmt: skip
+    tokens = [None if x is None else x.flatten(0, 1) for x in (p.q, p.k, p.v, p.log_decay, p.beta, p.level_scales)]
+    splits = [[None] * len(p.lengths) if x is None else x.split(p.lengths) for x in tokens]
+    results = [_run_sequence(state, row, *parts) for row, parts in enumerate(zip(*splits, strict=True))]
+    output = torch.cat([output for output, _ in results]).view(p.v.shape)
+    if not p.output_final_state:
+        return output, None
+    finals = zip(*(final for _, final in results), strict=True)
+    return output, FenwickState(*(None if parts[0] is None else torch.stack(parts) for parts in finals))
+
+
+def _run_sequence(
+    state: FenwickState, row: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, scales: Tensor
+) -> tuple[Tensor, FenwickState]:
+    """Replay the unfinished chunk from the state, run the new tokens, and cut the state at the last chunk's start."""
+    C, L = state.chunk_size, scales.shape[2]
+    position = int(state.position[row])
+    held = position % C
+    start, end = position - held, position + len(q)
+
+    def joined(buffer: Tensor | None, new: Tensor | None) -> Tensor | None:
+        return None if buffer is None or new is None else torch.cat([buffer[row, :held].to(new.dtype), new])
+
+    raw = FenwickState(
+        state.position[row] + len(q), state.blocks[row],
+        *(joined(old, new) for old, new in zip(state[2:], (k, v, log_decay, beta), strict=True)),
+    )  # fmt: skip
+    R = v.shape[1] // k.shape[1]
+    all_k = raw.k.repeat_interleave(R, 1)
+    all_q = torch.cat([torch.zeros_like(all_k[:held]), q.repeat_interleave(R, 1)])
+    all_scales = torch.cat([scales.new_zeros(held, *scales.shape[1:]), scales])
+    cut = end // C * C - start  # tokens before the last chunk's start
+
+    def piece(states: Tensor, first: int, last: int, at: int) -> tuple[Tensor, Tensor]:
+        part = slice(first, last)
+        beta_part = None if raw.beta is None else raw.beta[part]
+        return recurrent(
+            all_q[part], all_k[part], raw.v[part], raw.log_decay[part], beta_part, all_scales[part], states, at
+        )
+
+    states = level_states_from_blocks(state.blocks[row].to(v.dtype), L, C)
+    head, states = piece(states, 0, cut, start)
+    states = merged(states, start + cut)
+    tail, _ = piece(states, cut, len(all_q), start + cut)
+    blocks = torch.stack([states[block_level(m, L, C)] for m in range(num_blocks(L, C))])
+
+    def buffer(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        rest = x[cut:]
+        return torch.cat([rest, rest.new_zeros(C - len(rest), *rest.shape[1:])])
+
+    final = FenwickState(raw.position, blocks, *(buffer(x) for x in raw[2:]))
+    return torch.cat([head, tail])[held:], final

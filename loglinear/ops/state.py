@@ -1,0 +1,80 @@
+"""What a sequence leaves behind: enough to go on at any position, in pieces of any length."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loglinear.fenwick import num_blocks
+
+
+class FenwickState(NamedTuple):
+    """The raw tokens of the unfinished chunk and the block states of the finished ones.
+
+    One row per sequence; rows may stand at different positions. With N rows, C chunk_size, L levels:
+
+        position   [N] int64          tokens consumed so far
+        blocks     [N, M, H, K, V]    block m covers 2**m chunks, transported to the start of the unfinished chunk;
+                                      zero where bit m of position // C is not set. The last one holds the whole
+                                      older prefix. M = max(1, L - 1 - log2(C)).
+        k          [N, C, G, K]       the unfinished chunk's tokens, zero from row position % C on
+        v          [N, C, H, V]
+        log_decay  [N, C, H]
+        beta       [N, C, H]          None for the scalar gate
+
+    The size depends on L and C alone, never on the position. Everything but `position` is float32 (float64 for
+    float64 inputs) and carries gradients.
+    """
+
+    position: Tensor
+    blocks: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+    beta: Tensor | None
+
+    @classmethod
+    def zeros(
+        cls,
+        rows: int,
+        *,
+        num_levels: int,
+        chunk_size: int,
+        groups: int,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+        delta_rule: bool,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> FenwickState:
+        """The state of sequences that have not begun."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=dtype, device=device)
+
+        return cls(
+            position=torch.zeros(rows, dtype=torch.int64, device=device),
+            blocks=zeros(num_blocks(num_levels, chunk_size), heads, key_dim, value_dim),
+            k=zeros(chunk_size, groups, key_dim),
+            v=zeros(chunk_size, heads, value_dim),
+            log_decay=zeros(chunk_size, heads),
+            beta=zeros(chunk_size, heads) if delta_rule else None,
+        )
+
+    @property
+    def chunk_size(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self if part is not None)
+
+    def index_select(self, rows: Tensor) -> FenwickState:
+        """The state of other rows, in the order given (beam search)."""
+        return FenwickState(*(None if part is None else part.index_select(0, rows) for part in self))
+
+    def detach(self) -> FenwickState:
+        return FenwickState(*(None if part is None else part.detach() for part in self))

@@ -1,0 +1,57 @@
+"""The O(T^2) definition: a matrix of attention coefficients, weighted level by level.
+
+    scalar gate :  O = (Q K^T * M^S * M^H) V
+    delta rule  :  O = (E * M^H) V,  E the coefficient of v_s in the output of the linear delta rule at t
+
+with M^S[t, s] = exp(G_t - G_s), G the cumulative log decay, and M^H[t, s] = lambda[t, min(level(t, s), L - 1)], both
+lower triangular. Source: arXiv 2506.04761, equations 4 to 8.
+"""
+
+# T time, H heads, K key, V value, L levels; one sequence, one tensor layout: heads first.
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loglinear.fenwick import level
+
+
+def level_matrix_TT(length: int, num_levels: int) -> Tensor:
+    """``min(level(t, s), num_levels - 1)`` for all t, s."""
+    rows = [[min(level(t, s), num_levels - 1) for s in range(length)] for t in range(length)]
+    return torch.tensor(rows).view(length, length)
+
+
+def level_weights_HTT(level_scales_HTL: Tensor) -> Tensor:
+    """M^H, the lower-triangular matrix of lambdas."""
+    heads, length, levels = level_scales_HTL.shape
+    index_TT = level_matrix_TT(length, levels).to(level_scales_HTL.device)
+    return level_scales_HTL.gather(2, index_TT.expand(heads, length, length)).tril()
+
+
+def decay_HTT(log_decay_HT: Tensor) -> Tensor:
+    """M^S: the decay from s (exclusive) to t (inclusive), as a sum over exactly those tokens."""
+    length = log_decay_HT.shape[1]
+    between_TTT = torch.ones(length, length, device=log_decay_HT.device).tril(-1)  # [m, s]: m > s
+    steps = log_decay_HT[:, :, None] * between_TTT
+    return steps.cumsum(1).exp().tril()
+
+
+def dense_scalar_gate(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor) -> Tensor:
+    """q, k [H,T,K]; v [H,T,V]; log_decay [H,T]; level_scales [H,T,L] -> [H,T,V]."""
+    return (q @ k.mT * decay_HTT(log_decay) * level_weights_HTT(level_scales)) @ v
+
+
+def dense_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, level_scales: Tensor
+) -> Tensor:
+    """As `dense_scalar_gate`, with beta [H,T].
+
+    The linear delta rule's output is linear in v: o = (Q K^T * M^S) u with u_t = b_t (v_t - k_t^T a_t S_{t-1}), so
+    (I + tril(diag(b) K K^T * M^S, -1)) u = diag(b) v, and E = (Q K^T * M^S) (I + ...)^-1 diag(b).
+    """
+    decay = decay_HTT(log_decay)
+    identity = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)
+    erase = (beta[..., None] * (k @ k.mT) * decay).tril(-1)
+    effective = (q @ k.mT * decay) @ torch.linalg.inv(identity + erase) * beta[:, None, :]
+    return (effective * level_weights_HTT(level_scales)) @ v
