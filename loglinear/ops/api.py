@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from loglinear.fenwick import num_blocks
-from loglinear.ops import impl_reference, impl_torch
+from loglinear.ops.impl_reference import run as run_reference
+from loglinear.ops.impl_torch import run as run_torch
 from loglinear.ops.problem import MIN_LOG_DECAY, Problem
 from loglinear.ops.state import FenwickState
 
@@ -33,7 +34,7 @@ class LogLinearOutput(NamedTuple):
 
 
 Implementation = Callable[[Problem], tuple[Tensor, "FenwickState | None"]]
-IMPLEMENTATIONS: dict[str, Implementation] = {"torch": impl_torch.run, "reference": impl_reference.run}
+IMPLEMENTATIONS: dict[str, Implementation] = {"torch": run_torch, "reference": run_reference}
 _announced: set[str] = set()
 
 

@@ -30,11 +30,18 @@ def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
     if not p.output_final_state:
         return output, None
     finals = zip(*(final for _, final in results), strict=True)
-    return output, FenwickState(*(None if parts[0] is None else torch.stack(parts) for parts in finals))
+    return output, FenwickState._make(None if parts[0] is None else torch.stack(parts) for parts in finals)
 
 
 def _run_sequence(
-    state: FenwickState, row: int, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, scales: Tensor
+    state: FenwickState,
+    row: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None,
+    scales: Tensor,
 ) -> tuple[Tensor, FenwickState]:
     """Replay the unfinished chunk from the state, run the new tokens, and cut the state at the last chunk's start."""
     C, L = state.chunk_size, scales.shape[2]
@@ -45,10 +52,8 @@ def _run_sequence(
     def joined(buffer: Tensor | None, new: Tensor | None) -> Tensor | None:
         return None if buffer is None or new is None else torch.cat([buffer[row, :held].to(new.dtype), new])
 
-    raw = FenwickState(
-        state.position[row] + len(q), state.blocks[row],
-        *(joined(old, new) for old, new in zip(state[2:], (k, v, log_decay, beta), strict=True)),
-    )  # fmt: skip
+    buffered = [joined(old, new) for old, new in zip(state[2:], (k, v, log_decay, beta), strict=True)]
+    raw = FenwickState._make([state.position[row] + len(q), state.blocks[row], *buffered])
     R = v.shape[1] // k.shape[1]
     all_k = raw.k.repeat_interleave(R, 1)
     all_q = torch.cat([torch.zeros_like(all_k[:held]), q.repeat_interleave(R, 1)])
@@ -74,5 +79,5 @@ def _run_sequence(
         rest = x[cut:]
         return torch.cat([rest, rest.new_zeros(C - len(rest), *rest.shape[1:])])
 
-    final = FenwickState(raw.position, blocks, *(buffer(x) for x in raw[2:]))
+    final = FenwickState._make([raw.position, blocks, *(buffer(x) for x in raw[2:])])
     return torch.cat([head, tail])[held:], final

@@ -89,4 +89,4 @@ def _step(p: Problem, state: FenwickState) -> tuple[Tensor, FenwickState | None]
     if not p.output_final_state:
         return output, None
     emptied = [None if x is None else decode.emptied(x, place) for x in (k, v, log_decay, beta)]
-    return output, FenwickState(state.position + 1, blocks, *emptied)
+    return output, FenwickState._make([state.position + 1, blocks, *emptied])

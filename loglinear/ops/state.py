@@ -74,7 +74,7 @@ class FenwickState(NamedTuple):
 
     def index_select(self, rows: Tensor) -> FenwickState:
         """The state of other rows, in the order given (beam search)."""
-        return FenwickState(*(None if part is None else part.index_select(0, rows) for part in self))
+        return FenwickState._make(None if part is None else part.index_select(0, rows) for part in self)
 
     def detach(self) -> FenwickState:
-        return FenwickState(*(None if part is None else part.detach() for part in self))
+        return FenwickState._make(None if part is None else part.detach() for part in self)

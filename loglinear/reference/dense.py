@@ -42,9 +42,7 @@ def dense_scalar_gate(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_
     return (q @ k.mT * decay_HTT(log_decay) * level_weights_HTT(level_scales)) @ v
 
 
-def dense_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, level_scales: Tensor
-) -> Tensor:
+def dense_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, level_scales: Tensor) -> Tensor:
     """As `dense_scalar_gate`, with beta [H,T].
 
     The linear delta rule's output is linear in v: o = (Q K^T * M^S) u with u_t = b_t (v_t - k_t^T a_t S_{t-1}), so

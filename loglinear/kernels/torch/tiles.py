@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from loglinear.fenwick import log2
@@ -20,12 +19,13 @@ SLAB_BYTES = {"cpu": 8 << 20}  # of one [H, n, C, max(C, K, V)] temporary
 OTHER_DEVICES_SLAB_BYTES = 256 << 20
 
 
-def slabs(heads: int, groups: int, schedule: Schedule, widest: int, like: Tensor) -> Iterator[slice]:
+def slab_heads(q: Tensor, v: Tensor, schedule: Schedule) -> Iterator[slice]:
     """Ranges of heads that are worked on together: whole groups, or heads of one group."""
-    limit = SLAB_BYTES.get(like.device.type, OTHER_DEVICES_SLAB_BYTES)
-    per_head = (schedule.num_chunks + 1) * schedule.chunk_size * max(widest, schedule.chunk_size) * like.element_size()
+    limit = SLAB_BYTES.get(v.device.type, OTHER_DEVICES_SLAB_BYTES)
+    widest = max(q.shape[2], v.shape[2], schedule.chunk_size)
+    per_head = (schedule.num_chunks + 1) * schedule.chunk_size * widest * v.element_size()
+    heads, R = v.shape[1], v.shape[1] // q.shape[1]
     fits = max(1, limit // per_head)
-    R = heads // groups
     step = fits // R * R if fits >= R else max(d for d in range(1, fits + 1) if R % d == 0)
     for begin in range(0, heads, step):
         yield slice(begin, min(begin + step, heads))

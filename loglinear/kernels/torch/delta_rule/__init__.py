@@ -2,6 +2,6 @@
 K x K matrix. Write Z = [P | S] for a block's transition and state: both obey Z <- P_right Z_left + [0 | S_right]."""
 
 from loglinear.kernels.torch.delta_rule.decode_step import decode_step
-from loglinear.kernels.torch.delta_rule.function import delta_rule
+from loglinear.kernels.torch.delta_rule.slab import DeltaRuleSlab
 
-__all__ = ["decode_step", "delta_rule"]
+__all__ = ["DeltaRuleSlab", "decode_step"]

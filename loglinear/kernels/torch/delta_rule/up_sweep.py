@@ -42,9 +42,7 @@ def linear_scan(slots: Tensor, scan: Scan, mirrored: bool = False) -> Tensor:
     return slots
 
 
-def up_sweep_backward(
-    slots: Tensor, rights: list[Tensor], dslots: Tensor, schedule: Schedule
-) -> None:
+def up_sweep_backward(slots: Tensor, rights: list[Tensor], dslots: Tensor, schedule: Schedule) -> None:
     """From the gradients of the slots to those of the chunks' own [P | S], in place on dslots."""
     if schedule.scan is not None:
         _scan_backward(slots, dslots, schedule.scan)

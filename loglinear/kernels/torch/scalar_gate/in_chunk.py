@@ -1,6 +1,6 @@
 """What the queries of a chunk read inside their own chunk.
 
-    O_in = ((Q K^T * dec) * LAM) V
+O_in = ((Q K^T * dec) * LAM) V
 """
 
 # H heads of a slab, n chunks, C chunk, K key, V value, L levels

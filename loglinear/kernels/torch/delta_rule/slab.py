@@ -1,0 +1,61 @@
+"""The delta rule's stages in order, and their adjoints in the opposite order."""
+
+# H heads of a slab, n chunks, C chunk, K key, V value, L levels, N sequences, M blocks
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loglinear.kernels.torch.delta_rule.chunk import chunk_backward, chunk_quantities, chunk_state, queries
+from loglinear.kernels.torch.delta_rule.up_sweep import up_sweep, up_sweep_backward
+from loglinear.kernels.torch.delta_rule.walk import walk, walk_backward
+from loglinear.kernels.torch.schedule import Read
+from loglinear.kernels.torch.slab import Slab
+from loglinear.kernels.torch.tiles import reverse_cumsum, take
+
+
+class DeltaRuleSlab(Slab):
+    def build(self, *rest: Tensor) -> None:
+        (self.beta,) = rest
+        self.chunk = chunk_quantities(self.k, self.beta, self.cumulative)
+        H, n, _, K = self.k.shape
+        self.slots = self.v.new_empty(H, self.schedule.num_rows, K, K + self.v.shape[3])
+        chunk_state(self.chunk, self.v, out=self.slots[:, :n])
+        if self.nodes is not None:
+            self.slots[:, n:, :, :K] = torch.eye(K, dtype=self.v.dtype, device=self.v.device)
+            self.slots[:, n:, :, K:] = self.nodes
+        self.rights = up_sweep(self.slots, self.schedule)
+
+    def output(self) -> Tensor:
+        out, seen = queries(self.chunk, self.q, self.k, self.v, self.level_scales)
+        for read, y in walk(seen, self.slots, self.schedule.reads):
+            scales = take(self.level_scales[..., read.level], read.readers)
+            out.index_add_(1, read.readers.flatten(), y * scales[..., None])
+        return out
+
+    def final_blocks(self, out: Tensor) -> None:
+        for read, y in walk(self.identity(), self.slots, self.schedule.final_reads):
+            out[read.readers.flatten(), read.level] = y.transpose(0, 1)
+
+    def backward(self, do: Tensor, dblocks: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        dscales, dslots = torch.zeros_like(self.level_scales), torch.zeros_like(self.slots)
+
+        def pull_output(read: Read, y: Tensor) -> Tensor:
+            readers = read.readers.flatten()
+            dy = take(do, readers)
+            dscales[..., read.level].index_add_(1, readers, (dy * y).sum(-1))
+            return dy.mul_(take(self.level_scales[..., read.level], readers)[..., None])
+
+        def pull_blocks(read: Read, y: Tensor) -> Tensor:
+            return dblocks[read.readers.flatten(), read.level].transpose(0, 1)
+
+        _, seen = queries(self.chunk, self.q, self.k, self.v, self.level_scales)
+        dseen = walk_backward(seen, self.slots, self.schedule.reads, pull_output, dslots)
+        walk_backward(self.identity(), self.slots, self.schedule.final_reads, pull_blocks, dslots)
+        up_sweep_backward(self.slots, self.rights, dslots, self.schedule)
+
+        n, K = self.k.shape[1], self.k.shape[3]
+        dq, dk, dv, dbeta, dcumulative = chunk_backward(
+            self.chunk, self.q, self.k, self.v, self.beta, self.level_scales, do, dseen, dslots[:, :n], dscales
+        )
+        return (dq, dk, dv, reverse_cumsum(dcumulative), dbeta, dscales), dslots[:, n:, :, K:]

@@ -1,0 +1,93 @@
+"""An operator, forward and backward, one slab of heads after the other.
+
+Backward keeps the inputs alone and recomputes the chunk quantities and the states: that costs about a fifth of its
+time, and saves the memory of the states and of every chunk matrix.
+"""
+
+# tokens: all sequences' tokens in one row; G groups, H heads, K key, V value, L levels, N sequences, M blocks
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from loglinear.kernels.torch.schedule import Schedule
+from loglinear.kernels.torch.tiles import from_chunks, slab_heads, to_chunks
+
+# q, k [tokens,G,K]; v [tokens,H,V]; log_decay [tokens,H]; beta [tokens,H] (delta rule only); level_scales [tokens,H,L];
+# the states of the blocks before each sequence's first chunk [N,M,H,K,V], or None
+Inputs = tuple[Any, ...]
+
+
+class Slab(ABC):
+    """Some heads' chunks and states. A family says how they are built, read and differentiated."""
+
+    def __init__(self, inputs: Inputs, schedule: Schedule, heads: slice) -> None:
+        q, k, v, log_decay, *rest, level_scales, nodes = inputs
+        R = v.shape[1] // q.shape[1]
+        self.schedule, self.heads = schedule, heads
+        self.shared = (R, R, *[1] * (len(inputs) - 3))  # how many heads share each input
+        self.q, self.k = (to_chunks(x, heads, schedule, R) for x in (q, k))
+        self.v, self.level_scales = (to_chunks(x, heads, schedule) for x in (v, level_scales))
+        self.cumulative = to_chunks(log_decay, heads, schedule).cumsum(-1)
+        self.nodes = None if nodes is None else nodes[:, :, heads].flatten(0, 1).transpose(0, 1)  # [H, N * M, K, V]
+        self.build(*(to_chunks(x, heads, schedule) for x in rest))
+
+    @abstractmethod
+    def build(self, *rest: Tensor) -> None:
+        """The chunks' own states, then the Fenwick array."""
+
+    @abstractmethod
+    def output(self) -> Tensor:
+        """[H, n, C, V]."""
+
+    @abstractmethod
+    def final_blocks(self, out: Tensor) -> None:
+        """The states that a sequence leaves: the same walk with X = I. Writes out [N, M, H, K, V]."""
+
+    @abstractmethod
+    def backward(self, do: Tensor, dblocks: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The gradients of the chunked inputs in their order, and of the nodes [H, N * M, K, V]."""
+
+    def identity(self) -> Tensor:
+        """The X of the final blocks' walk: one K x K identity per sequence."""
+        K = self.q.shape[-1]
+        eye = torch.eye(K, dtype=self.q.dtype, device=self.q.device)
+        return eye.repeat(len(self.q), self.schedule.num_sequences, 1, 1)
+
+
+class OverSlabs(torch.autograd.Function):
+    """(outputs [tokens,H,V], each sequence's block states at the start of its last chunk [N,M,H,K,V])."""
+
+    @staticmethod
+    def forward(ctx: Any, family: type[Slab], schedule: Schedule, *inputs):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs)
+        ctx.family, ctx.schedule = family, schedule
+        q, _, v, *_ = inputs
+        out = torch.zeros_like(v, memory_format=torch.contiguous_format)
+        blocks = v.new_zeros(schedule.num_sequences, schedule.num_blocks, v.shape[1], q.shape[2], v.shape[2])
+        for heads in slab_heads(q, v, schedule):
+            slab = family(inputs, schedule, heads)
+            from_chunks(slab.output(), out, heads, schedule)
+            slab.final_blocks(blocks[:, :, heads])
+        return out, blocks
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout, dblocks):  # type: ignore[no-untyped-def]
+        inputs, schedule = ctx.saved_tensors, ctx.schedule
+        q, _, v, *_, nodes = inputs
+        grads: list[Any] = [
+            None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs
+        ]
+        for heads in slab_heads(q, v, schedule):
+            slab = ctx.family(inputs, schedule, heads)
+            parts, dnodes = slab.backward(to_chunks(dout, heads, schedule), dblocks[:, :, heads])
+            for part, grad, R in zip(parts, grads, slab.shared, strict=False):
+                from_chunks(part, grad, heads, schedule, R)
+            if nodes is not None:
+                grads[-1][:, :, heads] = dnodes.transpose(0, 1).unflatten(0, nodes.shape[:2])
+        return None, None, *grads

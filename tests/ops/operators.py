@@ -1,0 +1,74 @@
+"""Both operators behind one call, with inputs at a natural scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loglinear.ops import FenwickState, LogLinearOutput, log_linear_attention, log_linear_delta_rule
+from loglinear.reference import dense_delta_rule, dense_scalar_gate
+
+
+@dataclass(frozen=True)
+class Operator:
+    name: str
+    delta: bool
+
+    @property
+    def names(self) -> list[str]:
+        return ["q", "k", "v", "log_decay", *(["beta"] if self.delta else []), "level_scales"]
+
+    def __call__(self, inputs: dict[str, Tensor], **options) -> LogLinearOutput:
+        function = log_linear_delta_rule if self.delta else log_linear_attention
+        return function(*(inputs[name] for name in self.names), **options)
+
+    def dense(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The O(T^2) definition, row by row."""
+        R = inputs["v"].shape[2] // inputs["q"].shape[2]
+        define = dense_delta_rule if self.delta else dense_scalar_gate
+        rows = []
+        for b in range(len(inputs["q"])):
+            heads = {name: inputs[name][b].transpose(0, 1) for name in self.names}
+            heads |= {name: heads[name].repeat_interleave(R, 0) for name in "qk"}
+            rows.append(define(*heads.values()).transpose(0, 1))
+        return torch.stack(rows)
+
+    def inputs(self, B=2, T=37, G=2, H=4, K=5, V=3, L=9, dtype=torch.float64, decay=0.3) -> dict[str, Tensor]:
+        """Fresh random leaves; keys have length 1 and beta reaches 1.8, so transitions may flip signs."""
+        x = {
+            "q": torch.randn(B, T, G, K, dtype=torch.float64),
+            "k": F.normalize(torch.randn(B, T, G, K, dtype=torch.float64), dim=-1),
+            "v": torch.randn(B, T, H, V, dtype=torch.float64),
+            "log_decay": -decay * torch.rand(B, T, H, dtype=torch.float64),
+            "level_scales": 10 ** (3 * torch.rand(B, T, H, L, dtype=torch.float64) - 2),
+        }
+        if self.delta:
+            x["beta"] = 1.8 * torch.rand(B, T, H, dtype=torch.float64)
+        return {name: x[name].to(dtype).requires_grad_() for name in self.names}
+
+
+OPERATORS = [Operator("scalar_gate", delta=False), Operator("delta_rule", delta=True)]
+
+
+def parts(state: FenwickState) -> dict[str, Tensor]:
+    """The differentiable parts of a state."""
+    return {name: part for name, part in state._asdict().items() if part is not None and name != "position"}
+
+
+def random_loss(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.randn_like(x) for x in tensors)
+
+
+def gradients(tensors: list[Tensor], weights: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor]:
+    loss = sum((x * w).sum() for x, w in zip(tensors, weights, strict=True))
+    return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||, in float64; NaN counts as infinite."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    error = float((actual - expected).norm() / expected.norm().clamp(min=1e-300))
+    return error if error == error else float("inf")

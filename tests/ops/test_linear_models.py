@@ -1,0 +1,61 @@
+"""With every lambda equal to 1 the operators are the linear models, as another library computes them."""
+
+import pytest
+import torch
+from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+from transformers.models.qwen3_next.modeling_qwen3_next import (
+    torch_chunk_gated_delta_rule,
+    torch_recurrent_gated_delta_rule,
+)
+
+from loglinear.ops import log_linear_attention, log_linear_delta_rule
+from tests.ops.operators import OPERATORS, relative_error
+
+# transformers computes in float32 whatever the inputs, and rounds at other places: measured over five seeds at most
+# 1.9e-7 (Mamba-2) and 4.4e-7 (Qwen3-Next)
+FLOAT32 = 1e-6
+
+
+@pytest.mark.parametrize("levels", [1, 4, 9, 12])
+@pytest.mark.parametrize("T", [1, 63, 200])
+def test_scalar_gate_equals_transformers_mamba2(T, levels):
+    B, H, G, K, V = 2, 4, 2, 16, 8
+    x, dt = torch.randn(B, T, H, V), torch.rand(B, T, H) * 0.5
+    A, keys, queries = -torch.rand(H) * 2, torch.randn(B, T, G, K), torch.randn(B, T, G, K)
+    linear, final = mamba2_chunk_scan(x, dt, A, keys, queries, chunk_size=32, return_final_states=True)
+    ours = log_linear_attention(
+        queries, keys, x * dt[..., None], A * dt, torch.ones(B, T, H, levels), chunk_size=16, output_final_state=True
+    )
+    assert relative_error(ours.output, linear) < FLOAT32
+    if T % 16 == 0:  # nothing waits in the buffer: the blocks' sum is the linear model's state
+        assert relative_error(ours.final_state.blocks.sum(1), final.mT) < FLOAT32
+
+
+@pytest.mark.parametrize("levels", [1, 4, 9, 12])
+@pytest.mark.parametrize("linear", [torch_chunk_gated_delta_rule, torch_recurrent_gated_delta_rule])
+@pytest.mark.parametrize("T", [1, 63, 192])
+def test_delta_rule_equals_transformers_qwen3_next(T, linear, levels):
+    inputs = {name: x.detach() for name, x in OPERATORS[1].inputs(T=T, K=16, V=8, dtype=torch.float32).items()}
+    q, k, v, log_decay, beta = (inputs[name] for name in ("q", "k", "v", "log_decay", "beta"))
+    expected, final = linear(q, k, v, g=log_decay, beta=beta, output_final_state=True)
+    ours = log_linear_delta_rule(
+        q, k, v, log_decay, beta, torch.ones(2, T, 4, levels), scale=16**-0.5, chunk_size=32, output_final_state=True
+    )
+    assert relative_error(ours.output, expected) < FLOAT32
+    if T % 32 == 0:
+        assert relative_error(ours.final_state.blocks.sum(1), final) < FLOAT32
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_one_level_is_the_linear_model_times_lambda(operator):
+    inputs = operator.inputs(L=1)
+    plain = operator({**inputs, "level_scales": torch.ones_like(inputs["level_scales"])}, chunk_size=4).output
+    assert relative_error(operator(inputs, chunk_size=4).output, plain * inputs["level_scales"]) < 1e-10
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_unused_levels_change_nothing(operator):
+    inputs = operator.inputs(T=33, L=7)
+    more = torch.cat([inputs["level_scales"], torch.full((2, 33, 4, 5), 7.0, dtype=torch.float64)], -1)
+    wide = operator({**inputs, "level_scales": more}, chunk_size=4).output
+    assert relative_error(wide, operator(inputs, chunk_size=4).output) < 1e-12

@@ -1,0 +1,54 @@
+"""The import rule of ARCHITECTURE.md, and what may be loaded when."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "loglinear"
+ALLOWED = {
+    "fenwick": set(),
+    "reference": {"fenwick"},
+    "kernels": {"fenwick"},
+    "ops": {"reference", "kernels", "fenwick"},
+    "variants": {"ops", "fenwick"},
+    "layers": {"variants", "ops", "fenwick"},
+    "models": {"layers", "variants", "ops", "fenwick"},
+    "training": {"models", "layers", "variants", "recipes"},
+    "evaluation": {"models", "training"},
+    "recipes": {"models", "variants"},
+    "cli": {"training", "evaluation", "recipes", "models", "variants", "ops", "fenwick"},
+}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} if node.module != "loglinear" else {f"loglinear.{a.name}" for a in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("loglinear.")}
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_rooms_import_only_what_the_rule_allows(room):
+    files = [PACKAGE / f"{room}.py"] if room == "fenwick" else sorted((PACKAGE / room).rglob("*.py"))
+    assert files
+    for path in files:
+        assert imported_rooms(path) - {room} <= ALLOWED[room] | {"__version__"}, path
+
+
+def test_every_room_has_a_rule():
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", ["loglinear", "loglinear.ops"])
+def test_operators_need_torch_alone(module):
+    heavy = {"triton", "transformers", "accelerate", "datasets"}
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
