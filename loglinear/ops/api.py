@@ -164,7 +164,8 @@ def _dispatch(
     if operator + chosen not in _announced:
         _announced.add(operator + chosen)
         logger.info("%s runs with impl=%r", operator, chosen)
-    output, final_state = IMPLEMENTATIONS[chosen](problem)
+    with torch.autocast(v.device.type, enabled=False):  # float32 inside is a promise, not a preference
+        output, final_state = IMPLEMENTATIONS[chosen](problem)
     return LogLinearOutput(output.to(v.dtype), final_state)
 
 

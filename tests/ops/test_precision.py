@@ -57,3 +57,18 @@ def test_states_are_float32_or_float64(operator, dtype):
     assert {part.dtype for part in parts(result.final_state).values()} == {expected}
     following = operator(operator.inputs(T=1, dtype=dtype), chunk_size=4, initial_state=result.final_state)
     assert following.output.dtype == dtype
+
+
+def test_autocast_does_not_reach_the_operator(operator):
+    """Inside bf16 autocast a float32 call, forward and backward, gives the bits that it gives outside."""
+    inputs = operator.inputs(T=45, dtype=torch.float32)
+    leaves = list(inputs.values())
+
+    def call():
+        output = operator(inputs, chunk_size=8).output
+        return output, *torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+    outside = call()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = call()
+    assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))

@@ -67,7 +67,7 @@ class OverSlabs(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         ctx.family, ctx.schedule = family, schedule
         q, _, v, *_ = inputs
-        out = torch.zeros_like(v, memory_format=torch.contiguous_format)
+        out = v.new_zeros(v.shape)
         blocks = v.new_zeros(schedule.num_sequences, schedule.num_blocks, v.shape[1], q.shape[2], v.shape[2])
         for heads in slab_heads(q, v, schedule):
             slab = family(inputs, schedule, heads)
@@ -83,11 +83,12 @@ class OverSlabs(torch.autograd.Function):
         grads: list[Any] = [
             None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs
         ]
-        for heads in slab_heads(q, v, schedule):
-            slab = ctx.family(inputs, schedule, heads)
-            parts, dnodes = slab.backward(to_chunks(dout, heads, schedule), dblocks[:, :, heads])
-            for part, grad, R in zip(parts, grads, slab.shared, strict=False):
-                from_chunks(part, grad, heads, schedule, R)
-            if nodes is not None:
-                grads[-1][:, :, heads] = dnodes.transpose(0, 1).unflatten(0, nodes.shape[:2])
+        with torch.autocast(v.device.type, enabled=False):
+            for heads in slab_heads(q, v, schedule):
+                slab = ctx.family(inputs, schedule, heads)
+                parts, dnodes = slab.backward(to_chunks(dout, heads, schedule), dblocks[:, :, heads])
+                for part, grad, R in zip(parts, grads, slab.shared, strict=False):
+                    from_chunks(part, grad, heads, schedule, R)
+                if nodes is not None:
+                    grads[-1][:, :, heads] = dnodes.transpose(0, 1).unflatten(0, nodes.shape[:2])
         return None, None, *grads

@@ -1,0 +1,24 @@
+"""The layers of the models, usable on their own: plain torch modules."""
+
+from loglinear.layers.attention import Attention, AttentionContext, rotary_tables
+from loglinear.layers.gated_rms_norm import GatedRMSNorm
+from loglinear.layers.level_scales import LambdaForm, LevelScales, check_lambda_form
+from loglinear.layers.mixer import Mixer, MixerState
+from loglinear.layers.packing import Packing
+from loglinear.layers.short_convolution import ShortConvolution
+from loglinear.layers.swiglu import SwiGLU
+
+__all__ = [
+    "Attention",
+    "AttentionContext",
+    "GatedRMSNorm",
+    "LambdaForm",
+    "LevelScales",
+    "Mixer",
+    "MixerState",
+    "Packing",
+    "ShortConvolution",
+    "SwiGLU",
+    "check_lambda_form",
+    "rotary_tables",
+]

@@ -1,0 +1,32 @@
+# B batch, T time, H heads, V value
+"""The gated output norm of the mixers."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loglinear.variants.base import at_least_float32
+
+
+class GatedRMSNorm(nn.Module):
+    """RMS norm of the mixer's output y [B, T, H, V], gated by z [B, T, H V]; returns [B, T, H V].
+
+    gate_first=True   norm(y * silu(z)) over the H V / G channels of each group together, one weight per channel
+                      (Mamba-2, arXiv 2405.21060, section 7)
+    gate_first=False  norm(y) * silu(z) per head, one weight [V] shared by the heads (Gated DeltaNet, arXiv 2412.06464)
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, num_groups: int, *, gate_first: bool, eps: float) -> None:
+        super().__init__()
+        self.gate_first, self.eps = gate_first, eps
+        self.width = num_heads * head_dim // num_groups if gate_first else head_dim
+        self.weight = nn.Parameter(torch.ones(num_heads * head_dim if gate_first else head_dim))
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        gate = F.silu(at_least_float32(z))
+        wide = at_least_float32(y)
+        if self.gate_first:
+            gated = (wide.flatten(-2) * gate).unflatten(-1, (-1, self.width))
+            return (F.rms_norm(gated, (self.width,), eps=self.eps).flatten(-2) * self.weight).to(y.dtype)
+        normed = F.rms_norm(wide, (self.width,), eps=self.eps) * self.weight
+        return (normed.flatten(-2) * gate).to(y.dtype)

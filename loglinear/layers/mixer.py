@@ -1,0 +1,119 @@
+# B batch, T time, D hidden size, G groups, H heads, K key, V value, L levels, S sequences, W kernel
+"""The one token mixer of all variants."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from loglinear.layers.gated_rms_norm import GatedRMSNorm
+from loglinear.layers.level_scales import LevelScales
+from loglinear.layers.packing import Packing
+from loglinear.layers.short_convolution import ShortConvolution
+from loglinear.ops import FenwickState, LogLinearOutput, log_linear_attention, log_linear_delta_rule
+from loglinear.variants import HeadSizes, Operands, get_variant
+from loglinear.variants.base import at_least_float32
+
+
+class MixerState(NamedTuple):
+    """What a mixer keeps of its sequences, whatever their length; every row has its own position."""
+
+    conv: Tensor  # [S, W-1, 2 G K + H V] last inputs of the convolution
+    fenwick: FenwickState
+
+    @property
+    def nbytes(self) -> int:
+        return self.conv.nbytes + self.fenwick.nbytes
+
+    def index_select(self, rows: Tensor) -> "MixerState":
+        return MixerState(self.conv.index_select(0, rows), self.fenwick.index_select(rows))
+
+
+class Mixer(nn.Module):
+    """Log-linear attention as a layer: [B, T, D] -> [B, T, D].
+
+        z, (q, k, v) = W x ;  q, k, v = silu(conv(q, k, v)) ;  lambda = LevelScales(x)
+        y = operator(variant(x, q, k, v), lambda) ;  output = W_o norm(y, z)
+
+    num_levels=1 is the linear model of the same variant: lambda is 1 and has no parameters. Sequences lie dense in the
+    batch, or as `packing` says. With a state (or `return_state=True`) a sequence continues where it stopped.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: HeadSizes,
+        *,
+        variant: str,
+        num_levels: int,
+        lambda_form: str = "softplus",
+        conv_kernel: int = 4,
+        chunk_size: int = 64,
+        norm_eps: float = 1e-5,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if num_levels < 1:
+            raise ValueError(f"num_levels must be at least 1, got {num_levels}")
+        self.variant = get_variant(variant)(hidden_size, heads)
+        self.heads, self.num_levels, self.chunk_size, self.impl = heads, num_levels, chunk_size, impl
+        self.key_width, self.value_width = heads.num_groups * heads.key_dim, heads.num_heads * heads.head_dim
+        conv_width = 2 * self.key_width + self.value_width
+        self.in_proj = nn.Linear(hidden_size, self.value_width + conv_width, bias=False)
+        self.conv = ShortConvolution(conv_width, conv_kernel, bias=self.variant.conv_bias)
+        self.level_scales: LevelScales | None = None
+        if num_levels > 1:
+            self.level_scales = LevelScales(hidden_size, heads.num_heads, num_levels, lambda_form)
+        self.norm = GatedRMSNorm(
+            heads.num_heads,
+            heads.head_dim,
+            heads.num_groups,
+            gate_first=self.variant.gate_before_norm,
+            eps=norm_eps,
+        )
+        self.out_proj = nn.Linear(self.value_width, hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        packing: Packing | None = None,
+        state: MixerState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, MixerState | None]:
+        if packing is not None:
+            x = packing.unpad(x)
+            if x.shape[1] == 0:  # all padding: no sequence moves
+                return packing.pad(x), state
+        z, qkv = self.in_proj(x).split([self.value_width, 2 * self.key_width + self.value_width], dim=-1)
+        qkv, conv_state = self.conv(qkv, None if state is None else state.conv, packing)
+        q, k, v = qkv.split([self.key_width, self.key_width, self.value_width], dim=-1)
+        q, k = (t.unflatten(-1, (self.heads.num_groups, self.heads.key_dim)) for t in (q, k))
+        v = v.unflatten(-1, (self.heads.num_heads, self.heads.head_dim))
+        y, fenwick = self._operator(
+            self.variant(x, q, k, v),
+            self._level_scales(x),
+            scale=self.variant.scale,
+            initial_state=None if state is None else state.fenwick,
+            output_final_state=return_state,
+            cu_seqlens=None if packing is None else packing.cu_seqlens,
+            chunk_size=self.chunk_size,
+            impl=self.impl,
+        )
+        y = self.out_proj(self.norm(self.variant.skip(y, v), z))
+        if packing is not None:
+            y = packing.pad(y)
+        if fenwick is None:
+            return y, None
+        return y, MixerState(conv_state.clone(), fenwick)  # a copy: the view would keep the whole prompt alive
+
+    def _level_scales(self, x: Tensor) -> Tensor:
+        if self.level_scales is not None:
+            return self.level_scales(x)
+        one = at_least_float32(x.new_ones(1))
+        return one.expand(*x.shape[:2], self.heads.num_heads, 1)
+
+    def _operator(self, operands: Operands, level_scales: Tensor, **options: Any) -> LogLinearOutput:
+        q, k, v, log_decay, beta = operands
+        if self.variant.transition == "delta_rule":
+            assert beta is not None
+            return log_linear_delta_rule(q, k, v, log_decay, beta, level_scales, **options)
+        return log_linear_attention(q, k, v, log_decay, level_scales, **options)

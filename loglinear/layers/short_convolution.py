@@ -1,0 +1,62 @@
+# B batch, T time, C channels, W kernel, S sequences
+"""Short causal depthwise convolution with SiLU, in plain torch."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loglinear.layers.packing import Packing
+
+
+class ShortConvolution(nn.Module):
+    """y_t = silu(sum_w weight[:, w] x_{t - W + 1 + w} + bias), zeros before a sequence's first token.
+
+    `forward(x_BTC, state, packing) -> (y_BTC, new state)`: the state [S, W-1, C] holds each sequence's last W - 1
+    inputs (None: the sequences start here), so a sequence may come in pieces of any length.
+    """
+
+    def __init__(self, channels: int, kernel: int, *, bias: bool) -> None:
+        super().__init__()
+        if kernel < 1:
+            raise ValueError(f"conv_kernel must be at least 1, got {kernel}")
+        self.channels, self.kernel = channels, kernel
+        self.weight = nn.Parameter(torch.empty(channels, kernel))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        with torch.no_grad():
+            for name, value in self.initial_values().items():
+                self.get_parameter(name).copy_(value)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        bound = self.kernel**-0.5
+        values = {"weight": torch.empty(self.channels, self.kernel).uniform_(-bound, bound)}
+        if self.bias is not None:
+            values["bias"] = torch.zeros(self.channels)
+        return values
+
+    def forward(self, x: Tensor, state: Tensor | None = None, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
+        if packing is None:
+            return self._dense(x, state)
+        gap = self.kernel - 1
+        sequences = packing.cu_seqlens.numel() - 1
+        slots = x.new_zeros(x.shape[1] + sequences * gap, self.channels)
+        if state is not None:
+            slots = slots.index_copy(0, packing.head_slots, state.to(x.dtype).flatten(0, 1))
+        slots = slots.index_copy(0, packing.token_slots, x.squeeze(0))
+        y = self._convolve(slots.unsqueeze(0)).squeeze(0)
+        new_state = slots.index_select(0, packing.tail_slots).unflatten(0, (sequences, gap))
+        return y.index_select(0, packing.token_slots - gap).unsqueeze(0), new_state
+
+    def _dense(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        gap = self.kernel - 1
+        extended = F.pad(x, (0, 0, gap, 0)) if state is None else torch.cat([state.to(x.dtype), x], dim=1)
+        return self._convolve(extended), extended[:, extended.shape[1] - gap :]
+
+    def _convolve(self, extended: Tensor) -> Tensor:
+        """[B, T + W - 1, C] -> [B, T, C]"""
+        weight = self.weight.to(extended.dtype)
+        bias = None if self.bias is None else self.bias.to(extended.dtype)
+        if extended.shape[1] == self.kernel:  # one token, the decode step: two small operations
+            y = (extended * weight.t()).sum(1, keepdim=True)
+            return F.silu(y if bias is None else y + bias)
+        y = F.conv1d(extended.transpose(1, 2), weight.unsqueeze(1), bias, groups=self.channels)
+        return F.silu(y).transpose(1, 2)

@@ -1,0 +1,24 @@
+"""One Hugging Face model family, registered with the Auto classes on import."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from loglinear.models.cache import LogLinearCache
+from loglinear.models.configuration import LogLinearConfig
+from loglinear.models.modeling import LogLinearForCausalLM, LogLinearModel, LogLinearPreTrainedModel
+from loglinear.models.size import ParameterCounts, key_value_cache_bytes, parameter_counts, state_bytes
+
+AutoConfig.register("loglinear", LogLinearConfig, exist_ok=True)
+AutoModel.register(LogLinearConfig, LogLinearModel, exist_ok=True)
+AutoModelForCausalLM.register(LogLinearConfig, LogLinearForCausalLM, exist_ok=True)
+
+__all__ = [
+    "LogLinearCache",
+    "LogLinearConfig",
+    "LogLinearForCausalLM",
+    "LogLinearModel",
+    "LogLinearPreTrainedModel",
+    "ParameterCounts",
+    "key_value_cache_bytes",
+    "parameter_counts",
+    "state_bytes",
+]

@@ -1,0 +1,108 @@
+"""The configuration of every model of the family."""
+
+from transformers import PreTrainedConfig
+
+from loglinear.layers import check_lambda_form
+from loglinear.variants import HeadSizes, get_variant
+
+POSITIVE = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_levels", "conv_kernel", "chunk_size", "loss_chunk_size",
+)  # fmt: skip
+LAYER_TYPES = ("linear_attention", "full_attention")
+
+
+class LogLinearConfig(PreTrainedConfig):
+    r"""Sizes and choices of a log-linear language model, its linear twin, a hybrid or a Transformer baseline.
+
+    Args:
+        vocab_size, hidden_size, num_hidden_layers: as everywhere.
+        intermediate_size: width of the SwiGLU layer after each mixer; None: 8/3 of hidden_size rounded up to a multiple
+            of 64; 0: no such layer.
+        variant: the base model, a name in `loglinear.variants.VARIANTS`.
+        num_levels: L, levels of the Fenwick partition; tokens more than 2**(L - 2) away share the last level.
+            1: the linear model of the same variant, without any lambda parameter.
+        lambda_form: "softplus" (as published), "bounded" or "unit" (starts at exactly 1), see `LevelScales`.
+        num_heads, num_groups, key_dim, head_dim: H value heads, G query/key groups (None: 1 where the variant shares
+            one, as Mamba-2 does, otherwise H), K and V per head.
+        conv_kernel: tokens seen by the short convolution.
+        chunk_size: C, tokens per chunk of the algorithm, a power of two. Changes speed and the state's size, no result.
+        impl: the operators' implementation.
+        layer_types: "linear_attention" or "full_attention" for each layer; None: all linear.
+        num_attention_heads, num_key_value_heads, attention_head_dim, rope_theta: of the full-attention layers; None:
+            heads of 64, as many key/value heads as heads, hidden_size / num_attention_heads.
+        loss_chunk_size: tokens whose logits exist at a time while the loss is computed.
+
+    Raises:
+        ValueError: sizes that do not fit; the text names the argument, what it was and what was expected.
+    """
+
+    model_type = "loglinear"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 264
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    intermediate_size: int | None = None
+    variant: str = "mamba2"
+    num_levels: int = 15
+    lambda_form: str = "softplus"
+    num_heads: int = 8
+    num_groups: int | None = None
+    key_dim: int = 64
+    head_dim: int = 64
+    conv_kernel: int = 4
+    chunk_size: int = 64
+    impl: str = "auto"
+    layer_types: list[str] | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    attention_head_dim: int | None = None
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    loss_chunk_size: int = 1024
+
+    def __post_init__(self, **kwargs) -> None:
+        for name in POSITIVE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.chunk_size & (self.chunk_size - 1):
+            raise ValueError(f"chunk_size must be a power of two, got {self.chunk_size}")
+        variant = get_variant(self.variant)
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-self.hidden_size * 8 // (3 * 64)) * 64
+        if self.num_groups is None:
+            self.num_groups = 1 if variant.paper_heads.num_groups == 1 else self.num_heads
+        self.heads.check()
+        check_lambda_form(self.lambda_form)
+        if self.layer_types is None:
+            self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        if self.num_attention_heads is None:
+            self.num_attention_heads = max(1, self.hidden_size // 64)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.attention_head_dim is None:
+            self.attention_head_dim = self.hidden_size // self.num_attention_heads
+        self._check_layer_types()
+        super().__post_init__(**kwargs)
+
+    def _check_layer_types(self) -> None:
+        assert self.layer_types is not None
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types must have num_hidden_layers = {self.num_hidden_layers} entries, "
+                f"got {len(self.layer_types)}"
+            )
+        for layer_type in self.layer_types:
+            if layer_type not in LAYER_TYPES:
+                raise ValueError(f"layer_types must hold {' or '.join(LAYER_TYPES)}, got {layer_type!r}")
+
+    @property
+    def heads(self) -> HeadSizes:
+        assert self.num_groups is not None
+        return HeadSizes(self.num_heads, self.num_groups, self.key_dim, self.head_dim)

@@ -1,0 +1,251 @@
+# B batch, T time, D hidden size, V vocabulary
+"""The one model family: log-linear models, their linear twins, hybrids and the Transformer baseline."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from loglinear.layers import Attention, Mixer, SwiGLU
+from loglinear.models.cache import LogLinearCache
+from loglinear.models.configuration import LogLinearConfig
+from loglinear.models.inputs import TokenLayout, document_boundaries, token_layout
+from loglinear.models.loss import next_token_targets, sliced_cross_entropy
+
+
+class LogLinearBlock(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: LogLinearConfig, layer_type: str) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer: Attention | Mixer
+        if layer_type == "full_attention":
+            assert config.num_attention_heads and config.num_key_value_heads and config.attention_head_dim
+            self.mixer = Attention(
+                config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.attention_head_dim
+            )
+        else:
+            self.mixer = Mixer(
+                config.hidden_size,
+                config.heads,
+                variant=config.variant,
+                num_levels=config.num_levels,
+                lambda_form=config.lambda_form,
+                conv_kernel=config.conv_kernel,
+                chunk_size=config.chunk_size,
+                norm_eps=config.rms_norm_eps,
+                impl=config.impl,
+            )
+        self.mlp: SwiGLU | None = None
+        if config.intermediate_size:
+            self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, layout: TokenLayout, past_key_values: Any = None) -> Tensor:
+        """past_key_values: this layer's cache (the name by which gradient checkpointing knows what to leave out)."""
+        normed = self.mixer_norm(x)
+        if isinstance(self.mixer, Attention):
+            assert layout.attention is not None
+            x = x + self.mixer(normed, layout.attention, past_key_values)
+        elif past_key_values is None:
+            x = x + self.mixer(normed, layout.packing)[0]
+        else:
+            mixed, state = self.mixer(normed, layout.packing, past_key_values.state, return_state=True)
+            past_key_values.store(state, x.shape[1])
+            x = x + mixed
+        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))
+
+
+class LogLinearPreTrainedModel(PreTrainedModel):
+    config_class = LogLinearConfig
+    config: LogLinearConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LogLinearBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "level_scales.L"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Linear and Embedding by transformers; everything else by its module's own `initial_values`.
+
+        Only through `transformers.initialization`: this also runs after loading, and must leave loaded weights alone.
+        """
+        super()._init_weights(module)
+        initial_values = getattr(module, "initial_values", None)
+        if initial_values is not None:
+            for name, value in initial_values().items():
+                init.copy_(module.get_parameter(name), value)
+
+
+class LogLinearModel(LogLinearPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: LogLinearConfig) -> None:
+        super().__init__(config)
+        assert config.layer_types is not None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([LogLinearBlock(config, layer_type) for layer_type in config.layer_types])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LogLinearCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple | BaseModelOutputWithPast:
+        """Hidden states [B, T, D] of tokens [B, T] (or of their embeddings [B, T, D]).
+
+        Args:
+            attention_mask: [B, T] or, with a cache, [B, past + T]; 1 token, 0 padding, at any place. A row gives
+                exactly what it gives without its padding.
+            position_ids: for the rotary positions of full-attention layers; by default every row counts its tokens.
+            past_key_values: a `LogLinearCache` to continue from; changed in place.
+            cu_seqlens: [n+1] boundaries of packed documents in a batch of 1, as FlashAttention names them; also
+                accepted as `cu_seq_lens_q` (transformers' collator) or as `seq_idx` [1, T] (document of each token).
+
+        Raises:
+            ValueError: contradictory arguments, or position_ids that restart where no boundaries were given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        boundaries = document_boundaries(x, cu_seqlens=cu_seqlens, cu_seq_lens_q=cu_seq_lens_q, seq_idx=seq_idx)
+        cache = self._cache(past_key_values, use_cache, packed=boundaries is not None)
+        layout = token_layout(self.config, x, boundaries, attention_mask, position_ids, cache)
+        keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        all_hidden_states = []
+        for i, layer in enumerate(self.layers):
+            if keep_all:
+                all_hidden_states.append(x)
+            x = layer(x, layout, past_key_values=None if cache is None else cache.layers[i])
+        x = self.norm(x)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=(*all_hidden_states, x) if keep_all else None,
+        )
+        return output if return_dict is None or return_dict else output.to_tuple()
+
+    def _cache(self, given: LogLinearCache | None, use_cache: bool | None, *, packed: bool) -> LogLinearCache | None:
+        if given is not None and not isinstance(given, LogLinearCache):
+            raise ValueError(f"past_key_values must be a LogLinearCache, got {type(given).__name__}")
+        if self.training and self.gradient_checkpointing:
+            return None
+        if given is not None or use_cache is False:
+            return given
+        if use_cache is None and (self.training or packed or not self.config.use_cache):
+            return None
+        return LogLinearCache(self.config)
+
+
+class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
+    """The language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LogLinearConfig) -> None:
+        super().__init__(config)
+        self.model = LogLinearModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LogLinearCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple | CausalLMOutputWithPast:
+        """Logits, and with labels the loss (mean nats per target).
+
+        Args:
+            labels: [B, T], shifted here; -100 and the first token of a document or row are no targets.
+            logits_to_keep: of which positions to return logits: the last n, all (0), or those of an index tensor. By
+                default all of them, or none where labels are given: the loss is computed in slices and does not need
+                them at once.
+            num_items_in_batch: divides the summed loss instead of the number of targets (Trainer, gradient
+                accumulation).
+            the others: as in `LogLinearModel.forward`.
+        """
+        boundaries = None
+        if labels is not None:
+            boundaries = document_boundaries(
+                labels, cu_seqlens=cu_seqlens, cu_seq_lens_q=cu_seq_lens_q, seq_idx=seq_idx
+            )
+            use_cache = bool(use_cache)  # a loss needs no cache unless asked
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seq_lens_q,
+            seq_idx=seq_idx,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            real = None if attention_mask is None else attention_mask[:, -labels.shape[1] :].bool()
+            loss = sliced_cross_entropy(
+                self.lm_head,
+                hidden_states,
+                next_token_targets(labels, boundaries, real),
+                slice_size=self.config.loss_chunk_size,
+                num_items=num_items_in_batch,
+            )
+        if labels is None or logits_to_keep is not None:
+            logits = self.lm_head(_kept(hidden_states, logits_to_keep))
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+        return output if return_dict is None or return_dict else output.to_tuple()
+
+    def _prepare_cache_for_generation(  # type: ignore[override]  # only what we use: the rest differs by version
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """`generate` uses a `LogLinearCache`, which is already of fixed size where the layers are linear."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation must be left out, got {generation_config.cache_implementation!r}: "
+                "these models have one cache, LogLinearCache"
+            )
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = LogLinearCache(self.config)
+
+
+def _kept(hidden_states: Tensor, logits_to_keep: int | Tensor | None) -> Tensor:
+    if isinstance(logits_to_keep, Tensor):
+        return hidden_states[:, logits_to_keep]
+    return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states

@@ -1,0 +1,35 @@
+"""The base models that log-linear attention builds on, one file each.
+
+A new variant on an existing transition is one file here and one line in `VARIANTS`.
+"""
+
+import difflib
+
+from loglinear.variants.base import HeadSizes, Operands, Variant
+from loglinear.variants.delta_net import DeltaNet
+from loglinear.variants.gated_delta_net import GatedDeltaNet
+from loglinear.variants.linear_attention import LinearAttention
+from loglinear.variants.mamba2 import Mamba2
+from loglinear.variants.retnet import RetNet
+from loglinear.variants.simple_gla import SimpleGLA
+
+VARIANTS: dict[str, type[Variant]] = {
+    "linear_attention": LinearAttention,
+    "retnet": RetNet,
+    "simple_gla": SimpleGLA,
+    "mamba2": Mamba2,
+    "delta_net": DeltaNet,
+    "gated_delta_net": GatedDeltaNet,
+}
+
+
+def get_variant(name: str) -> type[Variant]:
+    """The class of a variant; ValueError with the nearest name if there is none of that name."""
+    if name in VARIANTS:
+        return VARIANTS[name]
+    nearest = difflib.get_close_matches(str(name), VARIANTS, n=1, cutoff=0.4)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {name!r}{hint}")
+
+
+__all__ = ["VARIANTS", "HeadSizes", "Operands", "Variant", "get_variant"]

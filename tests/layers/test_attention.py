@@ -1,0 +1,50 @@
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from loglinear.layers import Attention, AttentionContext, rotary_tables
+
+
+def context(positions: Tensor, **options) -> AttentionContext:
+    return AttentionContext(*rotary_tables(positions, 6, 100.0), **options)
+
+
+def test_attention_is_the_softmax_definition_with_grouped_heads_and_rotation() -> None:
+    torch.manual_seed(0)
+    layer = Attention(8, 4, 2, 6).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    q, k, v = (t.view(2, 5, -1, 6) for t in layer.qkv_proj(x).split([24, 12, 12], -1))
+    angles = torch.outer(torch.arange(5.0), 100.0 ** -(torch.arange(0, 6, 2) / 6))
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+
+    def rotated(t: Tensor) -> Tensor:
+        turned = torch.complex(t[..., :3], t[..., 3:]) * turn
+        return torch.cat([turned.real, turned.imag], -1)
+
+    expected = torch.zeros(2, 5, 4, 6, dtype=torch.float64)
+    q, k = rotated(q), rotated(k)
+    for h in range(4):
+        scores = q[:, :, h] @ k[:, :, h // 2].transpose(1, 2) * 6**-0.5
+        scores = scores.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
+        expected[:, :, h] = F.softmax(scores, -1) @ v[:, :, h // 2]
+    actual = layer(x, context(torch.arange(5)[None]))
+    torch.testing.assert_close(actual, layer.out_proj(expected.flatten(2)), rtol=1e-6, atol=1e-7)
+
+
+def test_packed_documents_attend_only_to_themselves() -> None:
+    torch.manual_seed(0)
+    layer = Attention(8, 4, 2, 6).double()
+    x = torch.randn(1, 7, 8, dtype=torch.float64)
+    positions = torch.tensor([[0, 1, 2, 0, 0, 1, 2]])
+    packed = layer(x, context(positions, lengths=[3, 1, 0, 3]))
+    parts = [layer(x[:, a:b], context(torch.arange(b - a)[None])) for a, b in ((0, 3), (3, 4), (4, 7))]
+    torch.testing.assert_close(packed, torch.cat(parts, 1))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"), [((8, 4, 3, 6), "num_attention_heads"), ((8, 4, 2, 5), "attention_head_dim")]
+)
+def test_impossible_sizes_raise(sizes: tuple[int, int, int, int], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        Attention(*sizes)

@@ -1,0 +1,147 @@
+"""Cached generation against the full forward, which knows no cache."""
+
+import pytest
+import torch
+from tiny_models import HYBRID, KINDS, tokens
+
+from loglinear.models import LogLinearCache, LogLinearForCausalLM
+
+T = 21
+NEW = 9
+
+
+def greedy_by_full_forward(model: LogLinearForCausalLM, prompt: torch.Tensor, new: int = NEW) -> torch.Tensor:
+    """One row, no cache, no padding."""
+    ids = prompt[None]
+    for _ in range(new):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids[0, prompt.shape[0] :]
+
+
+def left_padded(lengths: list[int], width: int = T) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, mask = tokens(len(lengths), width), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, width - length :] = 1
+    return ids * mask, mask
+
+
+@KINDS
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_prefill_and_decode_equal_the_full_forward_at_every_step(make_model, options, dtype, tolerance) -> None:
+    model, ids = make_model(dtype, **options), tokens(2, 50)
+    expected = model(ids, use_cache=False).logits
+    cache = LogLinearCache(model.config)
+    for piece in [*ids[:, :7].split([7], 1), *ids[:, 7:16].split([3, 6], 1), *ids[:, 16:].split(1, 1)]:
+        seen = cache.get_seq_length()
+        logits = model(piece, past_key_values=cache).logits
+        assert (logits - expected[:, seen : seen + piece.shape[1]]).abs().max() < tolerance
+    assert cache.get_seq_length() == 50
+
+
+@KINDS
+@pytest.mark.parametrize("chunk", [None, 1, 4, 6])
+def test_left_padded_batch_generates_exactly_the_unpadded_answers(make_model, options, chunk: int | None) -> None:
+    model = make_model(**options)
+    lengths = [T, 12, 1]  # with pieces of 4, two of the rows start with pieces that are all padding
+    ids, mask = left_padded(lengths)
+    generated = model.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW, eos_token_id=None, prefill_chunk_size=chunk
+    )
+    for row, length in enumerate(lengths):
+        expected = greedy_by_full_forward(model, ids[row, T - length :])
+        assert generated[row, T:].tolist() == expected.tolist()
+
+
+@KINDS
+def test_every_row_may_be_padding_in_a_piece(make_model, options) -> None:
+    model = make_model(**options)
+    ids, mask = left_padded([12, 9])
+    generated = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, eos_token_id=None, prefill_chunk_size=4)
+    for row, length in enumerate([12, 9]):
+        assert generated[row, T:].tolist() == greedy_by_full_forward(model, ids[row, T - length :]).tolist()
+
+
+@KINDS
+def test_a_padded_cache_continues_without_a_mask(make_model, options) -> None:
+    model = make_model(**options)
+    ids, mask = left_padded([T, 5])
+    cache = LogLinearCache(model.config)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    more = tokens(2, 6, seed=3)
+    logits = torch.cat([model(piece, past_key_values=cache).logits for piece in more.split([1, 4, 1], 1)], 1)
+    alone = model(torch.cat([ids[1:, T - 5 :], more[1:]], 1)).logits[:, 5:]
+    torch.testing.assert_close(logits[1:], alone, rtol=1e-10, atol=1e-10)
+
+
+@KINDS
+@pytest.mark.parametrize("padded", [False, True])
+def test_beam_search_with_the_cache_is_beam_search_without(make_model, options, padded: bool) -> None:
+    model = make_model(**options)
+    ids, mask = left_padded([T, 8] if padded else [T, T])
+    search = dict(attention_mask=mask, max_new_tokens=NEW, num_beams=3, num_return_sequences=2, eos_token_id=None)
+    cached = model.generate(ids, **search)
+    assert cached.tolist() == model.generate(ids, use_cache=False, **search).tolist()
+    assert len(set(map(tuple, cached.tolist()))) == 4
+
+
+@KINDS
+def test_sampling_with_a_seed_repeats_and_needs_no_cache(make_model, options) -> None:
+    model, ids = make_model(**options), tokens(2, T)
+
+    def sample(seed: int, **more) -> list:
+        torch.manual_seed(seed)
+        return model.generate(ids, do_sample=True, top_k=20, max_new_tokens=NEW, eos_token_id=None, **more).tolist()
+
+    assert sample(0) == sample(0) == sample(0, use_cache=False)
+    assert sample(0) != sample(1)
+
+
+def test_generate_continues_a_conversation_from_its_cache(make_model) -> None:
+    model, ids = make_model(**HYBRID), tokens(1, T)
+    cache = LogLinearCache(model.config)
+    first = model.generate(ids, past_key_values=cache, max_new_tokens=4, eos_token_id=None)
+    prompt = torch.cat([first, tokens(1, 5, seed=9)], 1)
+    second = model.generate(prompt, past_key_values=cache, max_new_tokens=4, eos_token_id=None)
+    assert second[0, prompt.shape[1] :].tolist() == greedy_by_full_forward(model, prompt[0], 4).tolist()
+
+
+def test_a_finished_row_does_not_disturb_the_others(make_model) -> None:
+    model, ids = make_model(), tokens(2, T)
+    free = [greedy_by_full_forward(model, row).tolist() for row in ids]
+    stop = next(token for token in free[0] if token not in free[1])
+    generated = model.generate(ids, max_new_tokens=NEW, eos_token_id=stop, pad_token_id=0)[:, T:].tolist()
+    end = free[0].index(stop) + 1
+    assert generated[0] == free[0][:end] + [0] * (NEW - end)
+    assert generated[1] == free[1]
+
+
+def test_other_caches_are_refused(make_model) -> None:
+    with pytest.raises(ValueError, match="cache_implementation must be left out, got 'static'"):
+        make_model().generate(tokens(1, 5), max_new_tokens=2, cache_implementation="static")
+
+
+def test_cache_reports_a_size_that_does_not_grow_in_linear_layers(make_model) -> None:
+    linear, hybrid = make_model(), make_model(**HYBRID)
+    sizes = {kind: [] for kind in ("linear", "hybrid")}
+    for length in (5, 50):
+        sizes["linear"].append(linear(tokens(2, length)).past_key_values.nbytes)
+        sizes["hybrid"].append(hybrid(tokens(2, length)).past_key_values.nbytes)
+    assert sizes["linear"][0] == sizes["linear"][1] > 0
+    assert sizes["hybrid"][1] - sizes["hybrid"][0] == 2 * 2 * 45 * 8 * 8  # k and v, rows, tokens, width, float64
+    cache = linear(tokens(2, 5)).past_key_values
+    cache.reset()
+    assert cache.nbytes == 0 and cache.get_seq_length() == 0
+
+
+@KINDS
+def test_cache_rows_can_be_repeated_and_selected(make_model, options) -> None:
+    model = make_model(**options)
+    ids, mask = left_padded([T, 8])
+    cache = model(ids, attention_mask=mask).past_key_values
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    more = tokens(2, 1, seed=5)
+    logits = model(more, past_key_values=cache).logits
+    for row, (source, length) in enumerate([(1, 8), (0, T)]):
+        alone = model(torch.cat([ids[source : source + 1, T - length :], more[row : row + 1]], 1)).logits[0, -1]
+        torch.testing.assert_close(logits[row, -1], alone, rtol=1e-10, atol=1e-10)

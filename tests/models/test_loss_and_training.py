@@ -1,0 +1,133 @@
+import pytest
+import torch
+from tiny_models import HYBRID, KINDS, tokens
+from torch.nn import functional as F
+
+from loglinear.models import LogLinearForCausalLM
+from loglinear.models.loss import next_token_targets
+from loglinear.variants import VARIANTS
+
+T = 29
+
+
+def plain_loss(model: LogLinearForCausalLM, ids: torch.Tensor, labels: torch.Tensor, **inputs) -> torch.Tensor:
+    logits = model(ids, use_cache=False, **inputs).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def gradients(model: LogLinearForCausalLM, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@KINDS
+@pytest.mark.parametrize("tied", [False, True])
+def test_sliced_loss_is_plain_cross_entropy_with_every_gradient(make_model, options: dict, tied: bool) -> None:
+    model, ids = make_model(tie_word_embeddings=tied, **options).train(), tokens(2, T)
+    labels = ids.clone()
+    labels[0, 5:9] = -100
+    sliced = model(ids, labels=labels)
+    plain = plain_loss(model, ids, labels)
+    torch.testing.assert_close(sliced.loss, plain)
+    expected, actual = gradients(model, plain), gradients(model, sliced.loss)
+    assert actual.keys() == expected.keys() == dict(model.named_parameters()).keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_loss_sees_float32_logits_of_one_slice_at_most(make_model, monkeypatch) -> None:
+    model, ids = make_model(torch.float32).train(), tokens(2, T)
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[0]))
+    model(ids, labels=ids).loss.backward()
+    assert max(seen) == model.config.loss_chunk_size and sum(seen) == 2 * (2 * T)  # forward and recomputation
+
+
+def test_labels_bring_logits_only_on_request_and_no_cache(make_model) -> None:
+    model, ids = make_model(), tokens(2, T)
+    output = model(ids, labels=ids)
+    assert output.logits is None and output.past_key_values is None
+    assert model(ids, labels=ids, logits_to_keep=0).logits.shape == (2, T, 40)
+
+
+def test_num_items_in_batch_divides_the_sum(make_model) -> None:
+    model, ids = make_model(), tokens(2, T)
+    mean = model(ids, labels=ids).loss
+    torch.testing.assert_close(model(ids, labels=ids, num_items_in_batch=torch.tensor(7)).loss, mean * 2 * (T - 1) / 7)
+
+
+def test_no_target_at_all_gives_zero_loss_and_gradients(make_model) -> None:
+    model, ids = make_model(), tokens(1, 5)
+    loss = model(ids, labels=torch.full_like(ids, -100)).loss
+    loss.backward()
+    assert loss == 0 and not any(p.grad.abs().sum() for p in model.parameters() if p.grad is not None)
+
+
+def test_first_token_of_a_document_is_no_target() -> None:
+    labels = torch.arange(8)[None]
+    cu_seqlens = torch.tensor([0, 3, 3, 7, 8])
+    assert next_token_targets(labels, cu_seqlens).tolist() == [[1, 2, -100, 4, 5, 6, -100, -100]]
+    assert next_token_targets(labels, torch.tensor([0, 0, 8])).tolist() == [[1, 2, 3, 4, 5, 6, 7, -100]]
+
+
+def test_packed_loss_is_the_mean_over_all_documents_targets(make_model) -> None:
+    model, ids = make_model(), tokens(1, T)
+    cuts = [0, 1, 10, T]
+    packed = model(ids, labels=ids, cu_seqlens=torch.tensor(cuts)).loss
+    parts = [ids[:, a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    total = sum(model(part, labels=part).loss * (part.shape[1] - 1) for part in parts)
+    torch.testing.assert_close(packed, total / (T - 3))
+
+
+def test_padded_loss_is_the_loss_without_padding(make_model) -> None:
+    model, ids = make_model(), tokens(1, T)
+    mask = torch.ones_like(ids)
+    mask[:, :6] = 0
+    padded = model(ids, attention_mask=mask, labels=ids).loss
+    torch.testing.assert_close(padded, model(ids[:, 6:], labels=ids[:, 6:]).loss)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("options", [{"variant": "mamba2"}, HYBRID], ids=["mamba2", "hybrid"])
+def test_gradient_checkpointing_changes_no_gradient(make_model, options: dict, reentrant: bool) -> None:
+    model, ids = make_model(**options).train(), tokens(1, T)
+    packed = {"cu_seqlens": torch.tensor([0, 9, T])}
+    expected = gradients(model, model(ids, labels=ids, **packed).loss)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    calls = []
+    model.model.layers[0].mixer.register_forward_hook(lambda *_: calls.append(1))
+    actual = gradients(model, model(ids, labels=ids, **packed).loss)
+    assert len(calls) == 2
+    assert model(ids, use_cache=True).past_key_values is None  # a recomputation must not write to it a second time
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("form", ["softplus", "bounded", "unit"])
+def test_every_variant_learns_and_generates(make_model, variant: str, form: str) -> None:
+    model, ids = make_model(torch.float32, variant=variant, lambda_form=form).train(), tokens(2, T)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    generated = model.eval().generate(ids, max_new_tokens=3, eos_token_id=None)
+    assert generated.shape == (2, T + 3)
+
+
+def test_autocast_trains_near_float32(make_model) -> None:
+    model, ids = make_model(torch.float32).train(), tokens(2, T)
+    expected = model(ids, labels=ids).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = model(ids, labels=ids).loss
+    actual.backward()
+    assert actual.dtype == torch.float32
+    assert abs(actual - expected) < 0.02 * expected
