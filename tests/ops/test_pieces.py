@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from loglinear.fenwick import num_blocks
+from loglinear.kernels.torch import schedule
+from loglinear.kernels.torch.decode import level_table
 from loglinear.ops import FenwickState
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
 
@@ -141,3 +143,23 @@ def test_the_size_of_a_state_depends_on_levels_and_chunk_size_alone(operator, le
     assert states[0].blocks.shape[1] == num_blocks(levels, chunk_size)
     first = operator(operator.inputs(T=3, L=levels), chunk_size=chunk_size, initial_state=zero)
     assert first.output.isfinite().all()
+
+
+def test_training_after_inference_mode(operator):
+    """What a call under inference_mode caches must serve a training call of the same shape later."""
+    inputs = operator.inputs(T=21, L=7, V=11)
+    state = operator(inputs, chunk_size=4, output_final_state=True).final_state.detach()
+    token = operator.inputs(T=1, L=7, V=11)
+
+    def call():
+        whole = operator(inputs, chunk_size=4).output
+        return whole, operator(token, chunk_size=4, initial_state=state).output
+
+    schedule.cache_clear()
+    level_table.cache_clear()
+    with torch.inference_mode():
+        first = [x.clone() for x in call()]
+    second = call()
+    sum(x.sum() for x in second).backward()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert inputs["level_scales"].grad.abs().sum() > 0

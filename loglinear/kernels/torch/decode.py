@@ -16,6 +16,7 @@ from loglinear.fenwick import block_level, level
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a cached tensor made in inference mode could never be saved for a backward
 def level_table(chunk_size: int, num_levels: int, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Clamped levels: [C, C] of the places of a chunk seen from each place, and [M] of the blocks."""
     last = num_levels - 1

@@ -72,6 +72,7 @@ class Schedule:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a cached tensor made in inference mode could never be saved for a backward
 def schedule(
     lengths: tuple[int, ...],
     positions: tuple[int, ...] | None,

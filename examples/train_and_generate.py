@@ -1,0 +1,30 @@
+"""Train a small log-linear model on a folder of text from Python, then let it write.
+
+python examples/train_and_generate.py FOLDER_OF_TEXT OUTPUT_FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+from loglinear.evaluation import sample
+from loglinear.recipes import get_recipe
+from loglinear.training import load_model, load_tokenizer, train
+
+
+def main(data: str, out: Path) -> None:
+    recipe = get_recipe("demo").override(data=(data,), steps=100, num_levels=10)
+    train(recipe, out)
+    result = sample(
+        load_model(out),
+        load_tokenizer("bytes"),
+        "The ",
+        max_new_tokens=200,
+        temperature=0.8,
+        seed=1,
+    )
+    print(result.text)
+    print(f"{result.tokens / result.seconds:.0f} tokens/s, {result.state_bytes:,} bytes of state")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,173 @@
+"""The commands and their options. What they do is in the module of each command's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="loglinear",
+    help="Log-linear attention: train, evaluate and run models whose memory grows with the logarithm of the text.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+eval_app = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
+app.add_typer(eval_app, name="eval")
+app.add_typer(bench_app, name="bench")
+
+DATA_HELP = "File, folder, glob, 'stdlib' or 'datasets:NAME[:CONFIG]'; may be given several times."
+Model = Annotated[Path, typer.Option("--model", help="Checkpoint folder, or a training run's folder.")]
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, metrics.jsonl and run.json.")],
+    recipe: Annotated[str | None, typer.Option(help="Named run, see `loglinear info`.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help=DATA_HELP)] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="'bytes' or the folder of a Hugging Face tokenizer.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Base model: mamba2, gated_delta_net, ...")] = None,
+    num_levels: Annotated[int | None, typer.Option(help="Levels of the Fenwick tree; 1 is the linear model.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Longest stretch of a document read at once, in tokens.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one optimiser step.")] = None,
+    micro_batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one forward pass.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the weights and of the data's order.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, exactly.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log for TensorBoard.")] = False,
+) -> None:
+    """Train a model.
+
+    Examples:
+
+    `loglinear train --recipe demo --data ~/books --out runs/books`
+
+    `loglinear train --recipe demo --data 'src/**/*.py' --num-levels 1 --steps 100 --out runs/linear`
+
+    `loglinear train --recipe paper_mamba2 --tokenizer ./tokenizer --data datasets:NAME --out runs/paper`
+
+    `loglinear train --resume --out runs/books`
+    """
+    from loglinear.cli.train import run
+
+    run(
+        out,
+        recipe,
+        resume=resume,
+        tensorboard=tensorboard,
+        data=tuple(data) if data else None,
+        tokenizer=tokenizer,
+        variant=variant,
+        num_levels=num_levels,
+        steps=steps,
+        seq_len=seq_len,
+        batch_tokens=batch_tokens,
+        micro_batch_tokens=micro_batch_tokens,
+        learning_rate=lr,
+        seed=seed,
+        eval_every=eval_every,
+        save_every=save_every,
+    )
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; read from standard input if absent.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens; 0 means all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample within this probability mass.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Continue a text, token by token.
+
+    Examples:
+
+    `loglinear generate --model runs/demo/log_linear --prompt "def main("`
+
+    `head -c 2000 README.md | loglinear generate --model runs/demo/log_linear --temperature 0`
+    """
+    from loglinear.cli.generate import run
+
+    run(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+
+
+@eval_app.command()
+def perplexity(
+    model: Model,
+    data: Annotated[list[str], typer.Option(help=DATA_HELP)],
+    out: Annotated[Path, typer.Option(help="Folder for perplexity.json and per_position.png.")],
+    length: Annotated[int, typer.Option(min=2, help="Longest stretch read at once, in tokens.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Stop after about this many tokens.")] = 1_000_000,
+) -> None:
+    """Bits per byte, perplexity, and the loss at each position.
+
+    Example:
+
+    `loglinear eval perplexity --model runs/demo/log_linear --data ~/books --out runs/demo/books`
+    """
+    from loglinear.cli.perplexity import run
+
+    run(model, tuple(data), out, length=length, max_tokens=max_tokens)
+
+
+@bench_app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def ops(context: typer.Context) -> None:
+    """Time and memory of the operators; options after `ops` go to benchmarks/ops.py.
+
+    Example:
+
+    `loglinear bench ops`
+    """
+    from loglinear.cli.bench import run
+
+    run("ops", context.args)
+
+
+@app.command()
+def info(
+    recipe: Annotated[str | None, typer.Option(help="Describe the model of this recipe.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Describe the model of this checkpoint.")] = None,
+) -> None:
+    """Versions, implementations, recipes; for one model: parameters, lambda's share, state bytes beside a KV cache.
+
+    Examples:
+
+    `loglinear info`
+
+    `loglinear info --recipe paper_mamba2`
+
+    `loglinear info --model runs/demo/log_linear`
+    """
+    from loglinear.cli.info import run
+
+    run(recipe, model)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("runs/demo"),
+    variant: Annotated[str | None, typer.Option(help="Base model instead of mamba2.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of each of the two models.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the weights and of the data's order.")] = None,
+) -> None:
+    """Train a log-linear model and its linear twin on Python's standard library, on the CPU, and compare them.
+
+    Example:
+
+    `loglinear demo --out runs/demo`
+    """
+    from loglinear.cli.demo import run
+    from loglinear.recipes import get_recipe
+
+    run(get_recipe("demo").override(variant=variant, steps=steps, seed=seed), out)

@@ -1,0 +1,28 @@
+"""`loglinear generate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+from transformers.utils import logging
+
+from loglinear.evaluation import sample
+from loglinear.training.checkpoints import load_model, resolve
+from loglinear.training.tokenizer import load_tokenizer
+
+
+def run(path: Path, prompt: str | None, **sampling: Any) -> None:
+    """Stream a continuation to standard output; the speed goes to standard error. `sampling` as in `sample`."""
+    logging.set_verbosity_error()
+    model = load_model(path, device="cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(resolve(path))
+    text = sys.stdin.read() if prompt is None else prompt
+    sys.stdout.write(text)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    result = sample(model, tokenizer, text, streamer=streamer, **sampling)
+    rate = result.tokens / result.seconds
+    print(f"{result.tokens} tokens in {result.seconds:.1f} s, {rate:.1f} tokens/s", file=sys.stderr)

@@ -1,0 +1,59 @@
+"""`loglinear info`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loglinear.cli import console
+from loglinear.models import LogLinearConfig, key_value_cache_bytes, parameter_counts, state_bytes
+from loglinear.ops import IMPLEMENTATIONS
+from loglinear.recipes import RECIPES, get_recipe
+from loglinear.training.checkpoints import load_model
+from loglinear.training.run_folder import versions
+from loglinear.variants import VARIANTS
+
+CONTEXTS = (("4K", 4096), ("16K", 16_384), ("128K", 131_072), ("1M", 1_048_576))
+
+
+def run(recipe: str | None, model: Path | None) -> None:
+    """Describe the installation, or one model."""
+    if recipe is not None and model is not None:
+        raise ValueError("--recipe and --model exclude each other: give one of them")
+    if model is not None:
+        _describe(str(model), load_model(model).config)
+    elif recipe is not None:
+        _describe(recipe, get_recipe(recipe).model_config())
+    else:
+        _installation()
+
+
+def _installation() -> None:
+    console.print_table("versions", ["", "version"], [[name, text] for name, text in versions().items()])
+    implementations = [[name, "yes"] for name in IMPLEMENTATIONS]
+    console.print_table("implementations of the operators (impl=)", ["name", "available"], implementations)
+    variants = [[name, variant.transition] for name, variant in VARIANTS.items()]
+    console.print_table("variants (--variant)", ["name", "transition"], variants)
+    recipes = [[name, make().summary] for name, make in RECIPES.items()]
+    console.print_table("recipes (--recipe)", ["name", "what"], recipes)
+
+
+def _describe(name: str, config: LogLinearConfig) -> None:
+    counts = parameter_counts(config)
+    rows = [
+        ["variant", config.variant if "linear_attention" in (config.layer_types or []) else "full attention"],
+        ["levels", str(config.num_levels)],
+        ["parameters", f"{counts.total:,}"],
+        ["of these embeddings", f"{counts.embeddings:,}"],
+        ["of these lambda", f"{counts.level_scales:,} ({counts.lambda_share:.2%})"],
+    ]
+    console.print_table(name, ["", "value"], rows)
+    attention = f"KV cache ({config.num_key_value_heads} heads of {config.attention_head_dim})"
+    rows = [
+        [
+            label,
+            console.human_bytes(state_bytes(config, tokens)),
+            console.human_bytes(key_value_cache_bytes(config, tokens)),
+        ]
+        for label, tokens in CONTEXTS
+    ]
+    console.print_table("memory of one sequence, bf16 model", ["tokens", "this model's state", attention], rows)

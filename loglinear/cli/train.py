@@ -1,0 +1,42 @@
+"""`loglinear train`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from loglinear.cli.console import Interrupted
+from loglinear.recipes import TrainingRecipe, get_recipe
+
+
+def run(out: Path, recipe_name: str | None, *, resume: bool, tensorboard: bool, **overrides: Any) -> None:
+    """Train, and say where the result is or how to go on."""
+    recipe = _recipe(out, recipe_name, resume, overrides)
+    from loglinear.training import train
+
+    result = train(recipe, out, resume=resume, tensorboard=tensorboard)
+    if result.interrupted:
+        raise Interrupted(
+            f"stopped at step {result.step} of {recipe.steps}, checkpoint saved; continue with: "
+            f"loglinear train --resume --out {shlex.quote(str(out))}"
+        )
+    print(f"trained {recipe.name} for {result.step} steps: {result.checkpoint}", file=sys.stderr)
+
+
+def _recipe(out: Path, name: str | None, resume: bool, overrides: dict[str, Any]) -> TrainingRecipe:
+    if name is not None:
+        recipe = get_recipe(name)
+    elif resume:
+        from loglinear.training.run_folder import run_recipe
+
+        recipe = run_recipe(out)
+    else:
+        raise ValueError("--recipe is missing: name one (see `loglinear info`), or continue a run with --resume")
+    variant = overrides.get("variant")
+    if variant is not None:
+        from loglinear.variants import get_variant
+
+        get_variant(variant)
+    return recipe.override(**overrides)

@@ -1,0 +1,184 @@
+"""Validation loss: bits per byte with its standard error over documents, and the loss at each position.
+
+# D documents, N windows, P position bins, T positions
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from loglinear.training.data import IGNORED, Corpus, pack, pieces_by_rounds
+
+LOGIT_ROWS = 2048  # positions whose logits exist at once
+FIRST_BIN = 16  # positions of the first bin of a curve over positions
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What one model does on one text, in nats, summed so that two models can be compared document by document."""
+
+    names: tuple[str, ...]
+    nats_D: np.ndarray  # summed over each document's predicted tokens
+    tokens_D: np.ndarray  # predicted tokens of each document
+    bytes_per_token: float
+    length: int  # the longest stretch that was read at once
+    nats_NT: np.ndarray  # [windows that are `length` long, length - 1]: token t + 1 given tokens 0..t
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Cross-entropy for each byte of text."""
+        return self._bits(self.nats_D.sum() / self.tokens_D.sum())
+
+    @property
+    def loss(self) -> float:
+        """Nats per token; its exponential is the perplexity."""
+        return float(self.nats_D.sum() / self.tokens_D.sum())
+
+    @property
+    def standard_error(self) -> float:
+        """Of bits_per_byte, over documents: tokens of one document are not independent of one another."""
+        return self._bits(_ratio_error(self.nats_D, self.tokens_D))
+
+    def difference(self, other: Perplexity) -> tuple[float, float]:
+        """bits_per_byte of this model less the other's on the same text, and the standard error of that difference.
+
+        Paired by document, which removes what is easy or hard for both.
+        """
+        if self.names != other.names or not np.array_equal(self.tokens_D, other.tokens_D):
+            raise ValueError("the two results are of different texts, expected the same documents and lengths")
+        return self.bits_per_byte - other.bits_per_byte, self._bits(
+            _ratio_error(self.nats_D - other.nats_D, self.tokens_D)
+        )
+
+    def by_position(self) -> dict[str, list[float]]:
+        """Bits per byte in bins of positions that widen by sqrt(2), over windows of full length only.
+
+        Every bin averages the same windows, so the curve compares positions and not texts. Empty where no document is
+        as long as `length`.
+        """
+        windows, positions = self.nats_NT.shape
+        if windows == 0:
+            return {"position": [], "bits_per_byte": [], "standard_error": []}
+        doublings = max(0.0, math.log2(positions / FIRST_BIN))
+        edges = [FIRST_BIN * 2 ** (step / 2) for step in range(math.ceil(2 * doublings))]
+        edges_P = np.unique([0, *(round(edge) for edge in edges), positions])
+        means_NP = np.stack(
+            [self.nats_NT[:, low:high].mean(1) for low, high in zip(edges_P[:-1], edges_P[1:], strict=True)], axis=1
+        )
+        errors_P = means_NP.std(0, ddof=1) / math.sqrt(windows) if windows > 1 else np.full(means_NP.shape[1], np.nan)
+        return {
+            "position": [float(low + high + 1) / 2 for low, high in zip(edges_P[:-1], edges_P[1:], strict=True)],
+            "bits_per_byte": [self._bits(mean) for mean in means_NP.mean(0)],
+            "standard_error": [self._bits(error) for error in errors_P],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as plain JSON types."""
+        return {
+            "bits_per_byte": self.bits_per_byte,
+            "standard_error": self.standard_error,
+            "loss": self.loss,
+            "perplexity": math.exp(self.loss),
+            "tokens": int(self.tokens_D.sum()),
+            "documents": len(self.names),
+            "length": self.length,
+            "full_windows": len(self.nats_NT),
+            "by_position": self.by_position(),
+        }
+
+    def _bits(self, nats: float) -> float:
+        return float(nats) / math.log(2) / self.bytes_per_token
+
+
+def _ratio_error(sums_D: np.ndarray, counts_D: np.ndarray) -> float:
+    """Standard error of sums.sum() / counts.sum() over independent documents (linearised ratio estimator)."""
+    documents = len(sums_D)
+    if documents < 2:
+        return math.nan
+    residuals_D = sums_D - sums_D.sum() / counts_D.sum() * counts_D
+    return math.sqrt(documents / (documents - 1) * float((residuals_D**2).sum())) / float(counts_D.sum())
+
+
+def evaluate_perplexity(
+    model: Any, corpus: Corpus, *, length: int, max_tokens: int, row_tokens: int | None = None, progress: bool = True
+) -> Perplexity:
+    """Read a corpus in windows of at most `length` tokens, each from an empty state, until about `max_tokens` are read.
+
+    All documents' first windows come before any second one, so that a small `max_tokens` still sees many documents.
+    `row_tokens` (default: 4 windows) is what one forward pass takes.
+
+    Raises ValueError where no document has two tokens to predict one from the other.
+    """
+    windows = _windows(corpus, length, max_tokens)
+    if not windows:
+        raise ValueError("the text has no document of two tokens or more, so there is nothing to predict")
+    nats_D = np.zeros(len(corpus.names))
+    tokens_D = np.zeros(len(corpus.names), dtype=np.int64)
+    full: list[np.ndarray] = []
+    total = sum(end - start for _, start, end in windows)
+    with tqdm(total=total, desc="evaluating", unit="tok", unit_scale=True, disable=not progress, leave=False) as bar:
+        for row in _rows(windows, row_tokens or 4 * length):
+            losses = token_losses(model, [corpus.tokens[start:end] for _, start, end in row])
+            for (d, start, end), nats_T in zip(row, losses, strict=True):
+                nats_D[d] += nats_T.sum()
+                tokens_D[d] += len(nats_T)
+                if end - start == length:
+                    full.append(nats_T)
+                bar.update(end - start)
+    seen = np.flatnonzero(tokens_D)
+    return Perplexity(
+        names=tuple(corpus.names[d] for d in seen),
+        nats_D=nats_D[seen],
+        tokens_D=tokens_D[seen],
+        bytes_per_token=corpus.bytes_per_token,
+        length=length,
+        nats_NT=np.stack(full) if full else np.zeros((0, length - 1)),
+    )
+
+
+def _windows(corpus: Corpus, length: int, max_tokens: int) -> list[tuple[int, int, int]]:
+    """(document, start, end), first windows first, up to max_tokens in all."""
+    chosen, total = [], 0
+    for start, end in pieces_by_rounds(corpus, length).tolist():
+        if end - start >= 2 and total < max_tokens:
+            document = int(np.searchsorted(corpus.offsets_D, start, side="right")) - 1
+            chosen.append((document, start, end))
+            total += end - start
+    return chosen
+
+
+def _rows(windows: list[tuple[int, int, int]], row_tokens: int) -> Iterator[list[tuple[int, int, int]]]:
+    row: list[tuple[int, int, int]] = []
+    used = 0
+    for window in windows:
+        size = window[2] - window[1]
+        if row and used + size > row_tokens:
+            yield row
+            row, used = [], 0
+        row.append(window)
+        used += size
+    yield row
+
+
+@torch.no_grad()
+def token_losses(model: Any, sequences: list[np.ndarray]) -> list[np.ndarray]:
+    """Nats of every token but the first of each sequence, read packed in one forward pass; float64 arrays."""
+    row = {name: tensor.to(model.device) for name, tensor in pack(sequences).items()}
+    labels: Tensor = row.pop("labels")[0, 1:]
+    hidden = model.base_model(**row, use_cache=False).last_hidden_state[0, :-1]
+    head = model.get_output_embeddings()
+    losses = [
+        F.cross_entropy(head(part).float(), targets, ignore_index=IGNORED, reduction="none")
+        for part, targets in zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
+    ]
+    kept = torch.cat(losses)[labels != IGNORED].double().cpu().numpy()
+    return np.split(kept, np.cumsum([len(sequence) - 1 for sequence in sequences])[:-1])

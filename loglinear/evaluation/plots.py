@@ -1,0 +1,61 @@
+"""The two figures: loss against tokens seen, and loss against position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def plot_losses(path: Path, metrics: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Draw training loss (thin, smoothed over 5 % of the run) and validation loss (dots) of each named model."""
+    figure, axes = _axes("Training and validation loss", "step", "bits per byte")
+    shown: list[float] = []
+    for index, (name, records) in enumerate(metrics.items()):
+        train = [record for record in records if record["split"] == "train"]
+        validation = [record for record in records if record["split"] == "validation"]
+        width = max(1, len(train) // 20)
+        bits = np.convolve([record["bits_per_byte"] for record in train], np.ones(width) / width, mode="valid")
+        axes.plot([record["step"] for record in train][width - 1 :], bits, f"C{index}", lw=1, label=f"{name}, train")
+        axes.plot(
+            [record["step"] for record in validation],
+            [record["bits_per_byte"] for record in validation],
+            f"C{index}o--",
+            label=f"{name}, validation",
+        )
+        shown += [*bits[len(bits) // 10 :], *(record["bits_per_byte"] for record in validation)]
+    if shown:  # the first steps from a random model would hide everything else
+        axes.set_ylim(min(shown) - 0.1, max(shown) + 0.1)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def plot_positions(
+    path: Path, curves: Mapping[str, Mapping[str, list[float]]], *, training_length: int | None = None
+) -> None:
+    """Draw loss against position with a band of one standard error for each named curve of `Perplexity.by_position`."""
+    figure, axes = _axes("Validation loss by position", "position (tokens)", "bits per byte")
+    for index, (name, curve) in enumerate(curves.items()):
+        bits, errors = np.asarray(curve["bits_per_byte"]), np.asarray(curve["standard_error"])
+        axes.plot(curve["position"], bits, f"C{index}.-", label=name)
+        axes.fill_between(curve["position"], bits - errors, bits + errors, color=f"C{index}", alpha=0.15, lw=0)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.yaxis.set_minor_formatter("{x:.3g}")
+    if training_length is not None:
+        axes.axvline(training_length, color="grey", ls=":", label="training length")
+    axes.legend()
+    figure.savefig(path, dpi=150)

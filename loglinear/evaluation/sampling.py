@@ -1,0 +1,62 @@
+"""Continuing a prompt, with the time it took and the memory it left."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, set_seed
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and its continuation."""
+
+    text: str  # prompt and continuation
+    tokens: int  # new ones
+    seconds: float
+    state_bytes: int  # of the cache after the last token
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    streamer: Any = None,
+) -> Sample:
+    """Continue `prompt` until the end-of-sequence token or for `max_new_tokens`; temperature 0 is greedy.
+
+    Raises ValueError for an empty prompt where the tokenizer has no token to begin with.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    if prompt_tokens == 0:
+        raise ValueError("the prompt is empty, and this tokenizer has no token to begin with")
+    set_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    began = time.perf_counter()
+    output = model.generate(
+        **inputs,
+        **(sampling if temperature > 0 else {"do_sample": False}),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+        streamer=streamer,
+    )
+    seconds = time.perf_counter() - began
+    return Sample(
+        text=str(tokenizer.decode(output.sequences[0], skip_special_tokens=True)),
+        tokens=output.sequences.shape[1] - prompt_tokens,
+        seconds=seconds,
+        state_bytes=output.past_key_values.nbytes,
+    )

@@ -1,0 +1,68 @@
+"""Byte-level recipes, for machines without a GPU (demo) and with one (small)."""
+
+from loglinear.recipes.recipe import TrainingRecipe
+
+BYTE_VOCABULARY = 264  # 256 bytes, bos, eos, pad, and padding of the table to a multiple of 8
+
+
+def demo() -> TrainingRecipe:
+    """A model of 1 to 2 M parameters on the text of Python's standard library: minutes on two CPU cores."""
+    return TrainingRecipe(
+        name="demo",
+        summary="1.0 M parameters, bytes of Python's standard library, minutes on two CPU cores",
+        model={
+            "vocab_size": BYTE_VOCABULARY,
+            "hidden_size": 192,
+            "num_hidden_layers": 2,
+            "intermediate_size": 512,
+            "variant": "mamba2",
+            "num_levels": 12,
+            "num_heads": 4,
+            "num_groups": 1,
+            "key_dim": 64,
+            "head_dim": 64,
+            "chunk_size": 64,
+            "tie_word_embeddings": True,
+        },
+        data=("stdlib",),
+        seq_len=2048,
+        batch_tokens=4096,
+        steps=240,
+        learning_rate=3e-3,
+        warmup_steps=20,
+        eval_every=60,
+        eval_tokens=65_536,
+        save_every=120,
+        validation_fraction=0.1,
+    )
+
+
+def small() -> TrainingRecipe:
+    """About 25 M parameters at the byte level: an evening on one GPU."""
+    return TrainingRecipe(
+        name="small",
+        summary="25 M parameters, bytes, an evening on one GPU",
+        model={
+            "vocab_size": BYTE_VOCABULARY,
+            "hidden_size": 384,
+            "num_hidden_layers": 12,
+            "intermediate_size": 1024,
+            "variant": "mamba2",
+            "num_levels": 14,
+            "num_heads": 12,
+            "num_groups": 1,
+            "key_dim": 64,
+            "head_dim": 64,
+            "chunk_size": 64,
+            "tie_word_embeddings": True,
+        },
+        seq_len=8192,
+        batch_tokens=131_072,
+        micro_batch_tokens=32_768,
+        steps=10_000,
+        learning_rate=1e-3,
+        warmup_steps=500,
+        eval_every=500,
+        eval_tokens=1_048_576,
+        save_every=1000,
+    )

@@ -1,0 +1,100 @@
+"""What a training run is made of: a model, data and an optimisation, in one value that is written to run.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loglinear.models import LogLinearConfig
+
+# The fields of `model` that a command line may override; everything else about a model belongs in a recipe.
+MODEL_OVERRIDES = ("variant", "num_levels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecipe:
+    """A named, complete training run. Equal recipes on equal data give equal loss curves.
+
+    Lengths are in tokens: `seq_len` is the longest stretch of a document that the model sees at once, `batch_tokens`
+    what one optimiser step sees, `micro_batch_tokens` what one forward pass sees (default: the whole batch), and
+    `eval_tokens` the validation text read every `eval_every` steps. `data` and `tokenizer` are as in
+    `loglinear.training.data`. The learning rate rises linearly for `warmup_steps` and falls on a cosine to
+    `final_lr_ratio` of its peak.
+
+    Raises ValueError, naming the field, where a value cannot work.
+    """
+
+    name: str
+    summary: str
+    model: Mapping[str, Any] = field(default_factory=dict)  # keyword arguments of LogLinearConfig
+    data: tuple[str, ...] = ()
+    tokenizer: str | None = "bytes"
+    seq_len: int
+    batch_tokens: int
+    micro_batch_tokens: int | None = None
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    final_lr_ratio: float = 0.1
+    weight_decay: float = 0.1
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    eval_every: int
+    eval_tokens: int
+    save_every: int
+    keep_checkpoints: int = 2
+    validation_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch_tokens", "steps", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}")
+        if self.batch_tokens % self.row_tokens:
+            raise ValueError(
+                f"micro_batch_tokens must divide batch_tokens, got {self.micro_batch_tokens} and {self.batch_tokens}"
+            )
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of one packed row, that is of one forward pass."""
+        return self.micro_batch_tokens or self.batch_tokens
+
+    def model_config(self) -> LogLinearConfig:
+        """The model's configuration (imports transformers)."""
+        from loglinear.models import LogLinearConfig
+
+        return LogLinearConfig(**self.model)
+
+    def override(self, **changes: Any) -> TrainingRecipe:
+        """The same recipe with every `changes` that is not None put in, fields of the recipe or MODEL_OVERRIDES.
+
+        A shorter run keeps its shape: the warmup never takes more than a tenth of the steps.
+        """
+        given = {name: value for name, value in changes.items() if value is not None}
+        model = {name: given.pop(name) for name in MODEL_OVERRIDES if name in given}
+        if "batch_tokens" in given and self.micro_batch_tokens is not None:
+            given.setdefault("micro_batch_tokens", min(self.micro_batch_tokens, given["batch_tokens"]))
+        if "steps" in given:
+            given.setdefault("warmup_steps", min(self.warmup_steps, max(1, given["steps"] // 10)))
+        return dataclasses.replace(self, model={**self.model, **model}, **given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is its inverse."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingRecipe:
+        """The recipe that `to_dict` wrote."""
+        fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        return cls(**fields)

@@ -1,0 +1,157 @@
+"""What happens around the Trainer's steps: metrics.jsonl and the progress bar, and stopping on a signal."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loglinear.training.run_folder import METRICS_FILE, rewind_metrics
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """Cross-entropy per token in nats, as bits for each byte of text."""
+    return nats_per_token / math.log(2) / bytes_per_token
+
+
+class RunLog(TrainerCallback):
+    """Append one line to metrics.jsonl for every step and every validation, and show them on a progress bar.
+
+    A line has: step, split ("train" | "validation"), loss (nats per token), bits_per_byte; for training also
+    learning_rate, grad_norm, tokens (seen so far), seconds (spent in training steps so far, without validation and
+    saving) and tokens_per_second.
+    """
+
+    def __init__(
+        self, out: Path, *, steps: int, batch_tokens: int, bytes_per_token: dict[str, float], label: str, progress: bool
+    ) -> None:
+        self.out, self.steps, self.batch_tokens = out, steps, batch_tokens
+        self.bytes_per_token, self.label, self.progress = bytes_per_token, label, progress
+        self.seconds, self.step_began = 0.0, 0.0
+        self.validation_bits: float | None = None
+        self.bar: tqdm | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kept = rewind_metrics(self.out, state.global_step)
+        self.seconds = max((record["seconds"] for record in kept if "seconds" in record), default=0.0)
+        self.bar = tqdm(
+            total=self.steps,
+            initial=state.global_step,
+            desc=self.label,
+            unit="step",
+            disable=not self.progress,
+            dynamic_ncols=True,
+        )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step_began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self.step_began
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        state.log_history.clear()  # metrics.jsonl has it; in every checkpoint it would grow without bound
+        logs = logs or {}
+        if "loss" in logs:
+            self._log_training(state.global_step, logs)
+        elif "eval_loss" in logs:
+            self.validation_bits = bits_per_byte(logs["eval_loss"], self.bytes_per_token["validation"])
+            self._append(
+                step=state.global_step,
+                split="validation",
+                loss=logs["eval_loss"],
+                bits_per_byte=self.validation_bits,
+            )
+
+    def _log_training(self, step: int, logs: dict[str, float]) -> None:
+        if not math.isfinite(logs["loss"]):
+            raise ValueError(f"the loss became {logs['loss']} at step {step}: lower the learning rate (--lr)")
+        rate = self.batch_tokens / max(time.perf_counter() - self.step_began, 1e-9)
+        bits = bits_per_byte(logs["loss"], self.bytes_per_token["train"])
+        self._append(
+            step=step,
+            split="train",
+            loss=logs["loss"],
+            bits_per_byte=bits,
+            learning_rate=logs["learning_rate"],
+            grad_norm=logs.get("grad_norm"),
+            tokens=step * self.batch_tokens,
+            seconds=round(self.seconds, 3),
+            tokens_per_second=round(rate),
+        )
+        if self.bar is not None:
+            shown = {"loss": f"{logs['loss']:.3f}", "bits/byte": f"{bits:.3f}", "tok/s": f"{rate:,.0f}"}
+            if self.validation_bits is not None:
+                shown["val bits/byte"] = f"{self.validation_bits:.3f}"
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def _append(self, **record: Any) -> None:
+        with (self.out / METRICS_FILE).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class StopOnSignal(TrainerCallback):
+    """While used as a context, SIGINT and SIGTERM ask for a checkpoint after the running step, and then for the end.
+
+    A second SIGINT stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._previous = {
+                number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)
+            }
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step and saving; Ctrl-C again stops at once", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if _anywhere(self.requested) and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+            control.should_evaluate = False
+
+
+def _anywhere(flag: bool) -> bool:
+    """Whether `flag` is set in any of the processes that train together: they must stop at the same step."""
+    if not torch.distributed.is_initialized():
+        return flag
+    flags: list[bool | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(flags, flag)
+    return any(flags)

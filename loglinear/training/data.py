@@ -1,0 +1,192 @@
+"""Tokenised documents, their split into training and validation, and packing into rows with cu_seqlens.
+
+# D documents, P pieces, R tokens of a row
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from loglinear.training.sources import Document, read_documents
+from loglinear.training.tokenizer import encode_document
+
+IGNORED = -100  # the label that the loss leaves out
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents as one array of tokens, ordered by the hash of their names (a fixed, arbitrary order)."""
+
+    names: tuple[str, ...]
+    tokens: np.ndarray  # all documents behind one another
+    offsets_D: np.ndarray  # int64 [D + 1]; document d is tokens[offsets_D[d] : offsets_D[d + 1]]
+    bytes_D: np.ndarray  # int64 [D]; UTF-8 bytes of each document's text
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text for each token, to turn nats per token into bits per byte."""
+        return float(self.bytes_D.sum() / len(self.tokens))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of names, boundaries and tokens: equal fingerprints mean equal data."""
+        digest = hashlib.blake2b("\0".join(self.names).encode(), digest_size=16)
+        digest.update(self.offsets_D.tobytes())
+        digest.update(self.tokens.tobytes())
+        return digest.hexdigest()
+
+    def document(self, d: int) -> np.ndarray:
+        """The tokens of document d."""
+        return self.tokens[self.offsets_D[d] : self.offsets_D[d + 1]]
+
+    def take(self, documents: Iterable[int]) -> Corpus:
+        """The corpus of these documents only."""
+        chosen = list(documents)
+        return _corpus([(self.names[d], self.document(d), int(self.bytes_D[d])) for d in chosen])
+
+
+def _corpus(parts: list[tuple[str, np.ndarray, int]]) -> Corpus:
+    lengths = [len(tokens) for _, tokens, _ in parts]
+    return Corpus(
+        names=tuple(name for name, _, _ in parts),
+        tokens=np.concatenate([tokens for _, tokens, _ in parts]) if parts else np.zeros(0, np.uint16),
+        offsets_D=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
+        bytes_D=np.asarray([size for _, _, size in parts], dtype=np.int64),
+    )
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+
+
+def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Corpus:
+    """Tokenise documents, in memory (2 bytes for each byte of text with the byte tokenizer)."""
+    parts = [(name, encode_document(tokenizer, text), len(text.encode())) for name, text in documents]
+    return _corpus(sorted(parts, key=lambda part: (_hash(part[0]), part[0])))
+
+
+def split(corpus: Corpus, validation_fraction: float) -> tuple[Corpus, Corpus]:
+    """(training, validation), by document: a document whose name hashes below the fraction validates, whole.
+
+    The choice depends on the name alone, so a document never changes sides when others are added. Two cases are special
+    so that both sides always have text: where the hash puts all documents on one side, the first (or last) one in hash
+    order moves over; a corpus of one document is cut, and its end validates.
+    """
+    count = len(corpus.names)
+    if count == 1:
+        return _cut_single(corpus, validation_fraction)
+    threshold = int(validation_fraction * 2**64)
+    chosen = sum(_hash(name) < threshold for name in corpus.names)  # documents are in hash order
+    chosen = min(max(chosen, 1), count - 1)
+    return corpus.take(range(chosen, count)), corpus.take(range(chosen))
+
+
+def _cut_single(corpus: Corpus, validation_fraction: float) -> tuple[Corpus, Corpus]:
+    tokens, size = corpus.tokens, int(corpus.bytes_D[0])
+    cut = len(tokens) - max(1, int(len(tokens) * validation_fraction))
+    train_bytes = round(size * cut / len(tokens))
+    name = corpus.names[0]
+    return _corpus([(name, tokens[:cut], train_bytes)]), _corpus([(name, tokens[cut:], size - train_bytes)])
+
+
+def load_corpus(
+    sources: Iterable[str], tokenizer: PreTrainedTokenizerBase, validation_fraction: float, *, progress: bool = False
+) -> tuple[Corpus, Corpus]:
+    """Read, tokenise and split: (training, validation)."""
+    documents = tqdm(
+        read_documents(sources), desc="reading", unit=" documents", disable=not progress, leave=False, delay=1
+    )
+    return split(tokenize(documents, tokenizer), validation_fraction)
+
+
+def pieces(corpus: Corpus, seq_len: int) -> np.ndarray:
+    """int64 [P, 2]: start and end of every document's consecutive stretches of at most `seq_len` tokens."""
+    starts, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for begin, end in zip(corpus.offsets_D[:-1], corpus.offsets_D[1:], strict=True):
+        cuts = np.arange(begin, end, seq_len)
+        starts.append(cuts)
+        ends.append(np.minimum(cuts + seq_len, end))
+    return np.stack([np.concatenate(starts), np.concatenate(ends)], axis=1)
+
+
+def pieces_by_rounds(corpus: Corpus, seq_len: int) -> np.ndarray:
+    """`pieces` in another order: all documents' first pieces, then all second ones, and so on.
+
+    The beginning of this order is the fairest sample of a corpus that a limited number of tokens can give.
+    """
+    parts_P2 = pieces(corpus, seq_len)
+    documents_P = np.searchsorted(corpus.offsets_D, parts_P2[:, 0], side="right") - 1
+    rounds_P = (parts_P2[:, 0] - corpus.offsets_D[documents_P]) // seq_len
+    return parts_P2[np.lexsort((documents_P, rounds_P))]
+
+
+def pack(parts: Iterable[np.ndarray]) -> dict[str, Tensor]:
+    """One row for the model: input_ids and labels [1, R], cu_seqlens [n + 1]. No label crosses into another part."""
+    arrays = list(parts)
+    input_ids = torch.from_numpy(np.concatenate(arrays).astype(np.int64))
+    cu_seqlens = torch.tensor(np.cumsum([0, *map(len, arrays)]), dtype=torch.int32)
+    labels = input_ids.clone()
+    labels[cu_seqlens[:-1].long()] = IGNORED  # a sequence's first token has nothing to be predicted from
+    return {"input_ids": input_ids[None], "labels": labels[None], "cu_seqlens": cu_seqlens}
+
+
+class PackedRows(Dataset):
+    """Row i of a training run: `row_tokens` tokens of pieces of documents, shuffled anew in every epoch by the seed.
+
+    An epoch lays all pieces behind one another and cuts rows from that; a piece that a row's end cuts goes on in the
+    next row as a sequence of its own. With `shuffle_seed=None` the order is that of `pieces_by_rounds`.
+    """
+
+    def __init__(
+        self, corpus: Corpus, *, seq_len: int, row_tokens: int, shuffle_seed: int | None, rows: int | None = None
+    ) -> None:
+        self.corpus, self.seed = corpus, shuffle_seed
+        self.pieces_P2 = pieces_by_rounds(corpus, seq_len)
+        total = len(corpus.tokens)
+        if shuffle_seed is None and total < row_tokens:
+            row_tokens = total  # a small validation text is one short row
+        self.row_tokens = row_tokens
+        self.rows_per_epoch = total // row_tokens
+        if self.rows_per_epoch == 0:
+            raise ValueError(
+                f"the training data has {total:,} tokens and one batch takes {row_tokens:,}: "
+                "give more data or lower --batch-tokens"
+            )
+        self.rows = self.rows_per_epoch if rows is None else rows
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pieces of this epoch in order, and where each begins in the epoch's stream [P + 1]."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            order_P2 = self.pieces_P2
+            if self.seed is not None:
+                order_P2 = order_P2[np.random.default_rng([self.seed, epoch]).permutation(len(order_P2))]
+            begins = np.concatenate([[0], np.cumsum(order_P2[:, 1] - order_P2[:, 0])])
+            self._epoch = (epoch, order_P2, begins)
+        return self._epoch[1], self._epoch[2]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        epoch, row = divmod(index, self.rows_per_epoch)
+        order_P2, begins = self._epoch_order(epoch)
+        row_start, row_end = row * self.row_tokens, (row + 1) * self.row_tokens
+        first = np.searchsorted(begins, row_start, side="right") - 1
+        last = np.searchsorted(begins, row_end, side="left")
+        parts = []
+        for (start, end), begin in zip(order_P2[first:last], begins[first:last], strict=True):
+            low = start + max(0, row_start - begin)
+            high = min(end, start + row_end - begin)
+            parts.append(self.corpus.tokens[low:high])
+        return pack(parts)

@@ -1,0 +1,168 @@
+"""Where text comes from: files, folders, globs, a `datasets` name, or the standard library of the running Python.
+
+A document is a file, or one line of a jsonl file, or one row of a data set. Documents are never mixed: they are split
+into training and validation whole, and packed so that nothing leaks from one to the next.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import json
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import zstandard
+
+STDLIB = "stdlib"
+DATASETS_PREFIX = "datasets:"
+SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what is taken from a folder, also with .zst behind
+# Folders of the standard library that not every installation has, or that are not library code.
+STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "ensurepip"}
+
+
+class Document(NamedTuple):
+    """One text, under a name that does not depend on the machine's folders."""
+
+    name: str
+    text: str
+
+
+def read_documents(sources: Iterable[str]) -> Iterator[Document]:
+    """All documents of all sources, in an order that is the same on every machine.
+
+    A source is a file, a folder (its .txt .md .rst .py .jsonl files, each also as .zst), a glob, `stdlib`, or
+    `datasets:NAME` / `datasets:NAME:CONFIG` (rows with a `text` column; needs the `datasets` extra).
+
+    Raises ValueError for a source that is missing, holds nothing to read, or holds a file that is not text.
+    """
+    for source in sources:
+        count = 0
+        for document in _read_source(source):
+            if document.text:
+                count += 1
+                yield document
+        if count == 0:
+            raise ValueError(f"data {source!r} holds no text")
+
+
+def _read_source(source: str) -> Iterator[Document]:
+    if source == STDLIB:
+        yield from _read_stdlib()
+    elif source.startswith(DATASETS_PREFIX):
+        yield from _read_dataset(source)
+    else:
+        yield from _read_paths(source)
+
+
+def _read_paths(source: str) -> Iterator[Document]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _is_readable(file))
+        if not files:
+            raise ValueError(f"data folder {source!r} holds no {' '.join(SUFFIXES)} files (plain or .zst)")
+        root = path
+    elif path.is_file():
+        files, root = [path], path.parent
+    else:
+        files = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+        if not files:
+            raise ValueError(
+                f"data {source!r} is neither a file, a folder nor a glob that matches; expected a path, "
+                f"'{STDLIB}' or '{DATASETS_PREFIX}NAME'"
+            )
+        root = _common_folder(files)
+    for file in files:
+        yield from _read_file(file, file.relative_to(root).as_posix())
+
+
+def _is_readable(file: Path) -> bool:
+    plain = file.with_suffix("") if file.suffix == ".zst" else file
+    return plain.suffix in SUFFIXES
+
+
+def _common_folder(files: list[Path]) -> Path:
+    common = files[0].parent
+    while not all(file.is_relative_to(common) for file in files):
+        common = common.parent
+    return common
+
+
+def _read_file(file: Path, name: str) -> Iterator[Document]:
+    text = _decode(file)
+    if file.name.removesuffix(".zst").endswith(".jsonl"):
+        yield from _read_jsonl(file, name, text)
+    else:
+        yield Document(name, text)
+
+
+def _decode(file: Path) -> str:
+    try:
+        data = file.read_bytes()
+        if file.suffix == ".zst":
+            data = _decompress(data)
+    except OSError as error:
+        raise ValueError(f"data file {file} cannot be read: {error.strerror}") from error
+    except zstandard.ZstdError as error:
+        raise ValueError(f"data file {file} is not a whole zstd file: {error}") from error
+    if b"\0" in data:
+        raise ValueError(f"data file {file} is binary, expected UTF-8 text")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data file {file} is not UTF-8 text (byte {error.start})") from error
+
+
+def _decompress(data: bytes) -> bytes:
+    """All frames of a .zst file; unlike zstandard's stream reader this notices a truncated one."""
+    parts = []
+    while data:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        parts.append(frame.decompress(data))
+        if not frame.eof:
+            raise zstandard.ZstdError("it is truncated")
+        data = frame.unused_data
+    return b"".join(parts)
+
+
+def _read_jsonl(file: Path, name: str, text: str) -> Iterator[Document]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"data file {file} line {number} is not JSON: {error.msg}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise ValueError(f'data file {file} line {number} has no "text" string')
+        yield Document(f"{name}:{number}", row["text"])
+
+
+def _read_stdlib() -> Iterator[Document]:
+    """Sources of the running Python's standard library, without its tests, and the topics of pydoc's help."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).parts
+        if STDLIB_SKIPPED.isdisjoint(parts) and parts[0] != "pydoc_data" and not parts[0].startswith("config-"):
+            yield Document("/".join(parts), file.read_text(encoding="utf-8", errors="replace"))
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    for topic in sorted(topics):
+        yield Document(f"pydoc_data/{topic}", topics[topic])
+
+
+def _read_dataset(source: str) -> Iterator[Document]:
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ValueError(f"data {source!r} needs the datasets package: pip install 'loglinear[datasets]'") from error
+    name, _, config = source.removeprefix(DATASETS_PREFIX).partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split="train")
+    except Exception as error:  # the library raises dozens of its own types, all of which mean: not loaded
+        raise ValueError(f"data {source!r} could not be loaded: {error}") from error
+    if "text" not in rows.column_names:
+        raise ValueError(f"data {source!r} has no 'text' column, only {', '.join(rows.column_names)}")
+    for number, text in enumerate(rows["text"]):
+        yield Document(f"{name}:{number}", text)

@@ -1,0 +1,183 @@
+"""One training run, from a recipe to checkpoints, metrics.jsonl and run.json."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
+
+from loglinear.models import LogLinearForCausalLM
+from loglinear.recipes import TrainingRecipe
+from loglinear.training import run_folder
+from loglinear.training.callbacks import RunLog, StopOnSignal
+from loglinear.training.checkpoints import last_checkpoint, step_of
+from loglinear.training.data import Corpus, PackedRows, load_corpus
+from loglinear.training.tokenizer import load_tokenizer
+from loglinear.training.trainer import LogLinearTrainer
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Where a run stands: its last checkpoint, and whether a signal stopped it before its last step."""
+
+    checkpoint: Path | None
+    step: int
+    interrupted: bool
+
+
+def train(
+    recipe: TrainingRecipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    tensorboard: bool = False,
+    progress: bool = True,
+    label: str | None = None,
+) -> TrainingResult:
+    """Train `recipe` into the folder `out`, or continue the run that is there.
+
+    A resumed run gives the loss curve of one that was never interrupted, bit for bit on the CPU. SIGINT and SIGTERM
+    save a checkpoint first. With several processes (torchrun, accelerate launch) every process calls this.
+
+    Raises ValueError for data, a tokenizer or a folder that cannot serve, and where the loss stops being finite.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # of writing weights; there is a bar of our own
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    with run_folder.claim(out) if main_process else contextlib.nullcontext():
+        if main_process and not resume:
+            run_folder.require_empty(out)
+        config = recipe.model_config()
+        arguments = _arguments(recipe, out, tensorboard)
+        tokenizer = _tokenizer(recipe, config.vocab_size)
+        if not recipe.data:
+            raise ValueError(f"recipe {recipe.name!r} names no data: give --data")
+        corpora = load_corpus(recipe.data, tokenizer, recipe.validation_fraction, progress=progress and main_process)
+        training = _training_rows(recipe, corpora[0])
+        set_seed(recipe.seed)
+        model = LogLinearForCausalLM(config)
+        facts = _data_facts(*corpora)
+        if resume:
+            run_folder.check_same_run(out, recipe, facts)
+        elif main_process:
+            run_folder.write_run(out, recipe, facts, parameters=model.num_parameters())
+        checkpoint = last_checkpoint(out) if resume else None
+        if checkpoint is not None and step_of(checkpoint) >= recipe.steps:
+            return TrainingResult(checkpoint, recipe.steps, interrupted=False)
+
+        log = RunLog(
+            out,
+            steps=recipe.steps,
+            batch_tokens=recipe.batch_tokens,
+            bytes_per_token={"train": corpora[0].bytes_per_token, "validation": corpora[1].bytes_per_token},
+            label=label or recipe.name,
+            progress=progress and main_process,
+        )
+        trainer = LogLinearTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=training,
+            eval_dataset=_validation_rows(recipe, corpora[1]),
+            data_collator=_only_row,
+            processing_class=tokenizer,
+            callbacks=[stop := StopOnSignal()] + ([log] if main_process else []),
+        )
+        trainer.remove_callback(PrinterCallback)
+        with stop, contextlib.closing(log):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        step = trainer.state.global_step
+        return TrainingResult(last_checkpoint(out), step, interrupted=step < recipe.steps)
+
+
+def _tokenizer(recipe: TrainingRecipe, vocab_size: int) -> PreTrainedTokenizerBase:
+    if recipe.tokenizer is None:
+        raise ValueError(f"recipe {recipe.name!r} names no tokenizer: give --tokenizer (a folder, or 'bytes')")
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"tokenizer {recipe.tokenizer} has {len(tokenizer)} tokens, the model's vocab_size is {vocab_size}"
+        )
+    return tokenizer
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _accumulation(recipe: TrainingRecipe) -> int:
+    """Forward passes of each process in one optimiser step."""
+    step_tokens = recipe.row_tokens * _world_size()
+    if recipe.batch_tokens % step_tokens:
+        raise ValueError(
+            f"batch_tokens must be a multiple of micro_batch_tokens times processes, got {recipe.batch_tokens} and "
+            f"{recipe.row_tokens} x {_world_size()}"
+        )
+    return recipe.batch_tokens // step_tokens
+
+
+def _training_rows(recipe: TrainingRecipe, corpus: Corpus) -> PackedRows:
+    rows = recipe.steps * _accumulation(recipe) * _world_size()
+    return PackedRows(corpus, seq_len=recipe.seq_len, row_tokens=recipe.row_tokens, shuffle_seed=recipe.seed, rows=rows)
+
+
+def _validation_rows(recipe: TrainingRecipe, corpus: Corpus) -> PackedRows:
+    rows = PackedRows(corpus, seq_len=recipe.seq_len, row_tokens=recipe.row_tokens, shuffle_seed=None)
+    rows.rows = min(rows.rows, max(1, recipe.eval_tokens // recipe.row_tokens))
+    return rows
+
+
+def _only_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    (row,) = rows
+    return row
+
+
+def _data_facts(training: Corpus, validation: Corpus) -> dict[str, Any]:
+    return {
+        name: {"documents": len(corpus.names), "tokens": len(corpus.tokens), "fingerprint": corpus.fingerprint}
+        for name, corpus in (("train", training), ("validation", validation))
+    }
+
+
+def _arguments(recipe: TrainingRecipe, out: Path, tensorboard: bool) -> TrainingArguments:
+    if tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs the tensorboard package: pip install 'loglinear[tensorboard]'")
+    return TrainingArguments(
+        output_dir=str(out),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=_accumulation(recipe),
+        optim="adamw_torch_fused",
+        learning_rate=recipe.learning_rate,
+        adam_beta1=recipe.adam_betas[0],
+        adam_beta2=recipe.adam_betas[1],
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": recipe.final_lr_ratio},
+        warmup_steps=recipe.warmup_steps,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        seed=recipe.seed,
+        train_sampling_strategy="sequential",  # PackedRows shuffles
+        remove_unused_columns=False,
+        label_names=["labels"],
+        prediction_loss_only=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=1,  # an average over several steps would not survive a resume exactly
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=recipe.eval_every,
+        save_strategy="steps",
+        save_steps=recipe.save_every,
+        save_total_limit=recipe.keep_checkpoints,
+        report_to=["tensorboard"] if tensorboard else [],
+        disable_tqdm=True,
+    )

@@ -1,0 +1,330 @@
+"""The command line in processes of their own and in this one: what it prints, and how it ends."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from loglinear.cli import main
+from loglinear.models import LogLinearForCausalLM
+from loglinear.recipes import RECIPES
+from loglinear.training.tokenizer import ByteTokenizer
+from loglinear.training.train import train
+from loglinear.variants import VARIANTS
+from tests.training.tiny import tiny_recipe, write_text
+
+FAST = ["--steps", "2", "--seq-len", "32", "--batch-tokens", "64", "--eval-every", "2", "--save-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, text):
+    """A trained tiny model's folder."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train(tiny_recipe(text), out, progress=False)
+    return out
+
+
+def in_process(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return exit_.value.code, captured.out, captured.err
+
+
+def in_subprocess(*arguments):
+    result = subprocess.run(
+        [sys.executable, "-m", "loglinear.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+# --- bad input: exit code 2 and one line -----------------------------------------------------------------------------
+
+
+def binary_data(folder, run, text):
+    (folder / "image.txt").write_bytes(b"\x89PNG\0\0\0")
+    return ["train", "--recipe", "demo", "--data", folder / "image.txt", "--out", folder / "out"]
+
+
+def empty_data(folder, run, text):
+    (folder / "empty.txt").write_text("")
+    return ["train", "--recipe", "demo", "--data", folder / "empty.txt", "--out", folder / "out"]
+
+
+def missing_data(folder, run, text):
+    return ["train", "--recipe", "demo", "--data", folder / "nothing", "--out", folder / "out"]
+
+
+def too_little_data(folder, run, text):
+    (folder / "short.txt").write_text("short")
+    return ["train", "--recipe", "demo", "--data", folder / "short.txt", "--out", folder / "out"]
+
+
+def unknown_recipe(folder, run, text):
+    return ["train", "--recipe", "demmo", "--data", text, "--out", folder / "out"]
+
+
+def unknown_variant(folder, run, text):
+    return ["train", "--recipe", "demo", "--variant", "mamba22", "--data", text, "--out", folder / "out"]
+
+
+def no_recipe(folder, run, text):
+    return ["train", "--data", text, "--out", folder / "out"]
+
+
+def recipe_without_data(folder, run, text):
+    return ["train", "--recipe", "small", "--out", folder / "out"]
+
+
+def recipe_without_tokenizer(folder, run, text):
+    return ["train", "--recipe", "paper_mamba2", "--data", text, "--out", folder / "out"]
+
+
+def impossible_steps(folder, run, text):
+    return ["train", "--recipe", "demo", "--steps", "0", "--data", text, "--out", folder / "out"]
+
+
+def folder_of_another_run(folder, run, text):
+    return ["train", "--recipe", "demo", "--data", text, "--out", run]
+
+
+def resume_of_nothing(folder, run, text):
+    return ["train", "--resume", "--out", folder / "out"]
+
+
+def folder_is_a_file(folder, run, text):
+    (folder / "out").write_text("")
+    return ["train", "--recipe", "demo", "--data", text, "--out", folder / "out"]
+
+
+def truncated_checkpoint(folder, run, text):
+    shutil.copytree(run / "checkpoint-8", folder / "model")
+    file = folder / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    return ["generate", "--model", folder / "model", "--prompt", "a"]
+
+
+def checkpoint_of_another_model(folder, run, text):
+    shutil.copytree(run / "checkpoint-8", folder / "model")
+    LogLinearForCausalLM(tiny_recipe(text).override(num_levels=3).model_config()).save_pretrained(folder / "other")
+    shutil.copy(folder / "other" / "model.safetensors", folder / "model" / "model.safetensors")
+    return ["generate", "--model", folder / "model", "--prompt", "a"]
+
+
+def missing_checkpoint(folder, run, text):
+    return ["info", "--model", folder / "nothing"]
+
+
+def evaluation_of_missing_data(folder, run, text):
+    return ["eval", "perplexity", "--model", run, "--data", folder / "nothing", "--out", folder / "out"]
+
+
+def unknown_option(folder, run, text):
+    return ["train", "--recpie", "demo"]
+
+
+def missing_option(folder, run, text):
+    return ["generate"]
+
+
+def not_a_number(folder, run, text):
+    return ["generate", "--model", run, "--top-p", "many"]
+
+
+BAD = {
+    binary_data: "is binary, expected UTF-8 text",
+    empty_data: "holds no text",
+    missing_data: "is neither a file, a folder nor a glob",
+    too_little_data: "give more data or lower --batch-tokens",
+    unknown_recipe: "did you mean 'demo'",
+    unknown_variant: "did you mean 'mamba2'",
+    no_recipe: "--recipe is missing",
+    recipe_without_data: "give --data",
+    recipe_without_tokenizer: "give --tokenizer",
+    impossible_steps: "steps must be at least 1, got 0",
+    folder_of_another_run: "holds another run: add --resume",
+    resume_of_nothing: "holds no run to resume",
+    folder_is_a_file: "cannot be written",
+    truncated_checkpoint: "model.safetensors is truncated",
+    checkpoint_of_another_model: "holds the weights of another model",
+    missing_checkpoint: "no checkpoint at",
+    evaluation_of_missing_data: "is neither a file",
+    unknown_option: "--recpie",
+    missing_option: "--model",
+    not_a_number: "--top-p",
+}
+# A process costs seconds of imports, so only these, which fail at different depths, get one of their own.
+IN_SUBPROCESS = [unknown_recipe, unknown_option, binary_data, truncated_checkpoint]
+
+
+def assert_one_line(result, message):
+    code, out, errors = result
+    assert code == 2, errors
+    assert message in errors and errors.count("\n") == 1 and errors.startswith("error: ")
+    assert "Traceback" not in errors and out == ""
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: case.__name__)
+def test_bad_input_is_one_line_and_code_2(capsys, tmp_path, run, text, case):
+    assert_one_line(in_process(capsys, *case(tmp_path, run, text)), BAD[case])
+
+
+@pytest.mark.parametrize("case", IN_SUBPROCESS, ids=lambda case: case.__name__)
+def test_bad_input_in_a_process_of_its_own(tmp_path, run, text, case):
+    assert_one_line(in_subprocess(*case(tmp_path, run, text)), BAD[case])
+
+
+def test_folder_in_use(capsys, tmp_path, run, text):
+    holder = "import sys; from pathlib import Path; from loglinear.training.run_folder import claim\n"
+    holder += "with claim(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    try:
+        result = in_process(capsys, "train", "--recipe", "demo", "--data", text, "--out", tmp_path)
+        assert_one_line(result, f"in use by another process (pid {process.pid})")
+    finally:
+        process.communicate()
+
+
+def test_bugs_are_not_dressed_up_as_bad_input(monkeypatch):
+    import loglinear.cli.info
+
+    monkeypatch.setattr(loglinear.cli.info, "run", lambda *args: [][1])
+    with pytest.raises(IndexError):
+        main(["info"])
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_saves_says_how_to_resume_and_resumes(capsys, tmp_path, text):
+    out = tmp_path / "run"
+    arguments = ["--recipe", "demo", "--data", text, "--out", out, *FAST[2:], "--steps", "400"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loglinear.cli", "train", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").stat().st_size == 0:
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    last = errors.strip().splitlines()[-1]
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert last.startswith("stopped at step ") and last.endswith(f"loglinear train --resume --out {out}")
+    done = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert (out / f"checkpoint-{done}").is_dir() and done < 400
+
+
+def test_ctrl_c_elsewhere_is_one_line(capsys, monkeypatch):
+    import loglinear.cli.info
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loglinear.cli.info, "run", interrupted)
+    assert in_process(capsys, "info") == (130, "", "interrupted\n")
+
+
+# --- what the commands do --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["eval", "perplexity"], ["info"], ["demo"]])
+def test_help_has_examples(capsys, command):
+    code, out, _ = in_process(capsys, *command, "--help")
+    assert code == 0 and ("Example" in out or command == [])
+
+
+def test_help_is_fast_because_nothing_heavy_is_imported():
+    code = "import sys, loglinear.cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_train_then_resume_needs_the_folder_alone(capsys, tmp_path, text):
+    out = tmp_path / "run"
+    code, _, errors = in_process(capsys, "train", "--recipe", "demo", "--data", text, "--out", out, *FAST)
+    assert code == 0 and str(out / "checkpoint-2") in errors
+    code, _, errors = in_process(capsys, "train", "--resume", "--out", out)
+    assert code == 0 and str(out / "checkpoint-2") in errors
+
+
+def test_train_overrides_reach_the_model(capsys, tmp_path, text):
+    out = tmp_path / "run"
+    options = ["--variant", "gated_delta_net", "--num-levels", "1", "--seed", "3", "--lr", "0.001"]
+    code, _, errors = in_process(capsys, "train", "--recipe", "demo", "--data", text, "--out", out, *FAST, *options)
+    assert code == 0, errors
+    recipe = json.loads((out / "run.json").read_text())["recipe"]
+    assert (recipe["model"]["variant"], recipe["model"]["num_levels"]) == ("gated_delta_net", 1)
+    assert (recipe["seed"], recipe["learning_rate"], recipe["steps"]) == (3, 0.001, 2)
+
+
+def test_generate_continues_the_prompt_and_reports_speed(capsys, run):
+    code, out, errors = in_process(capsys, "generate", "--model", run, "--prompt", "line 1", "--max-new-tokens", "20")
+    assert code == 0 and out.startswith("line 1")
+    assert "tokens/s" in errors
+
+
+def test_generate_reads_standard_input(capsys, monkeypatch, run):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("line 7"))
+    code, out, _ = in_process(capsys, "generate", "--model", run, "--max-new-tokens", "5", "--temperature", "0")
+    assert code == 0 and out.startswith("line 7")
+
+
+def test_eval_perplexity_writes_curve_and_numbers(capsys, tmp_path, run, text):
+    arguments = ["--model", run, "--data", text, "--out", tmp_path / "eval", "--length", "128"]
+    code, out, errors = in_process(capsys, "eval", "perplexity", *arguments)
+    assert code == 0, errors
+    result = json.loads((tmp_path / "eval" / "perplexity.json").read_text())
+    assert 0 < result["bits_per_byte"] < 8.1 and result["documents"] == 8
+    assert len(result["by_position"]["position"]) == len(result["by_position"]["bits_per_byte"]) == 7
+    assert (tmp_path / "eval" / "per_position.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{result['bits_per_byte']:.4f}" in out
+
+
+def test_info_lists_everything_there_is(capsys):
+    code, out, _ = in_process(capsys, "info")
+    assert code == 0
+    assert all(name in out for name in [*RECIPES, *VARIANTS, "reference", torch.__version__])
+
+
+def test_info_of_a_recipe_and_of_a_checkpoint(capsys, run):
+    code, out, _ = in_process(capsys, "info", "--recipe", "paper_mamba2")
+    assert (
+        code == 0 and "825,465,312" in out and "2.8" in out and all(size in out for size in ("4K", "16K", "128K", "1M"))
+    )
+    code, out, _ = in_process(capsys, "info", "--model", run)
+    assert code == 0 and f"{json.loads((run / 'run.json').read_text())['parameters']:,}" in out
+
+
+def test_bench_without_the_repository_is_one_line(capsys, monkeypatch, tmp_path):
+    import loglinear
+
+    monkeypatch.setattr(loglinear, "__file__", str(tmp_path / "loglinear" / "__init__.py"))
+    assert_one_line(in_process(capsys, "bench", "ops"), "benchmarks are part of the repository")
+
+
+def test_tokenizer_with_too_many_tokens(capsys, tmp_path, text):
+    tokenizer = ByteTokenizer()
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(10)])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    arguments = ["--recipe", "demo", "--data", text, "--tokenizer", tmp_path / "tokenizer", "--out", tmp_path / "out"]
+    assert_one_line(in_process(capsys, "train", *arguments), "has 269 tokens, the model's vocab_size is 264")

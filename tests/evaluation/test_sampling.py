@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from loglinear.evaluation import sample
+from loglinear.models import LogLinearForCausalLM
+from loglinear.training.tokenizer import ByteTokenizer
+from tests.training.tiny import tiny_recipe
+
+
+@pytest.fixture
+def model(tmp_path):
+    torch.manual_seed(0)
+    return LogLinearForCausalLM(tiny_recipe(tmp_path).model_config()).eval()
+
+
+def test_seed_decides_the_sample(model):
+    first, again, other = (
+        sample(model, ByteTokenizer(), "abc", max_new_tokens=40, temperature=1.0, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first.text == again.text != other.text
+    assert first.text.startswith("abc") and first.state_bytes > 0
+
+
+def test_greedy_takes_the_likeliest_token(model):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer("abc", return_tensors="pt")["input_ids"]
+    likeliest = int(model(ids).logits[0, -1].argmax())
+    result = sample(model, tokenizer, "abc", max_new_tokens=1, temperature=0.0)
+    assert result.tokens == 1
+    assert result.text == tokenizer.decode([*ids[0].tolist(), likeliest], skip_special_tokens=True)
+
+
+def test_empty_prompt_begins_with_bos(model):
+    assert sample(model, ByteTokenizer(), "", max_new_tokens=3, temperature=1.0).tokens >= 1

@@ -1,0 +1,39 @@
+"""The models on a CUDA device: the CPU's answers in float64, and bf16 training through the real training path."""
+
+import json
+
+import pytest
+import torch
+
+from loglinear.models import LogLinearForCausalLM
+from loglinear.training import train
+from tests.models.tiny_models import KINDS, tiny_config, tokens
+from tests.training.tiny import tiny_recipe, write_text
+
+pytestmark = pytest.mark.gpu
+
+
+@KINDS
+def test_gpu_logits_and_greedy_tokens_match_the_cpu(options):
+    model = LogLinearForCausalLM(tiny_config(**options)).double().eval()
+    ids = tokens(3, 37)
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    expected = model(ids, attention_mask=mask).logits
+    written = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+    model.cuda()
+    actual = model(ids.cuda(), attention_mask=mask.cuda()).logits.cpu()
+    real = mask.bool()
+    # rotary tables are float32 on either device; everything else is float64
+    assert torch.allclose(actual[real], expected[real], rtol=0, atol=1e-5 if "layer_types" in options else 1e-9)
+    on_gpu = model.generate(ids.cuda(), attention_mask=mask.cuda(), max_new_tokens=20, do_sample=False)
+    assert torch.equal(on_gpu.cpu(), written)
+
+
+@pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])
+def test_bf16_training_learns_on_the_gpu(variant, tmp_path):
+    recipe = tiny_recipe(write_text(tmp_path / "text"), steps=40).override(variant=variant)
+    result = train(recipe, tmp_path / "run", progress=False)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if record["split"] == "train"]
+    assert result.step == 40 and losses[-1] < 0.6 * losses[0]

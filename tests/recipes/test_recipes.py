@@ -1,0 +1,65 @@
+import json
+
+import pytest
+
+from loglinear.models import parameter_counts
+from loglinear.recipes import RECIPES, TrainingRecipe, get_recipe
+
+PARAMETERS = {  # millions
+    "demo": (1, 2),
+    "small": (20, 30),
+    "paper_mamba2": (700, 826),
+    "paper_gated_delta_net": (700, 825),
+    "paper_transformer": (690, 825),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_parameter_count_is_what_the_name_promises(name):
+    low, high = PARAMETERS[name]
+    assert low <= parameter_counts(get_recipe(name).model_config()).total / 1e6 <= high
+
+
+@pytest.mark.parametrize(("name", "limit"), [("paper_mamba2", 0.03), ("paper_gated_delta_net", 0.004)])
+def test_lambda_share_at_the_papers_sizes(name, limit):
+    assert 0 < parameter_counts(get_recipe(name).model_config()).lambda_share < limit
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_survives_json(name):
+    recipe = get_recipe(name)
+    assert TrainingRecipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_linear_twin_differs_in_levels_alone():
+    recipe = get_recipe("demo")
+    twin = recipe.override(num_levels=1)
+    assert parameter_counts(twin.model_config()).level_scales == 0
+    assert twin.override(num_levels=recipe.model["num_levels"]) == recipe
+
+
+def test_overrides_change_only_what_is_given():
+    recipe = get_recipe("small")
+    assert recipe.override(seed=None, data=None) == recipe
+    changed = recipe.override(variant="gated_delta_net", steps=20, batch_tokens=4096, learning_rate=1e-4)
+    assert changed.model["variant"] == "gated_delta_net"
+    assert (changed.steps, changed.warmup_steps, changed.row_tokens, changed.learning_rate) == (20, 2, 4096, 1e-4)
+
+
+def test_unknown_recipe_names_the_nearest():
+    with pytest.raises(ValueError, match="unknown recipe 'smal': did you mean 'small'"):
+        get_recipe("smal")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"batch_tokens": 100, "micro_batch_tokens": 64}, "micro_batch_tokens must divide batch_tokens"),
+    ],
+)
+def test_impossible_values_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        get_recipe("demo").override(**change)

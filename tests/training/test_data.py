@@ -1,0 +1,118 @@
+import numpy as np
+import pytest
+import torch
+
+from loglinear.training.data import IGNORED, PackedRows, load_corpus, pieces, pieces_by_rounds, split, tokenize
+from loglinear.training.sources import Document
+from loglinear.training.tokenizer import ByteTokenizer
+
+
+def corpus_of(lengths):
+    """Document d is made of the letter number d only; with <bos> and <eos> it has lengths[d] tokens."""
+    return tokenize(
+        [Document(f"doc{d}", chr(97 + d) * (length - 2)) for d, length in enumerate(lengths)], ByteTokenizer()
+    )
+
+
+def rows_of(corpus, **options):
+    return PackedRows(corpus, **{"seq_len": 8, "row_tokens": 16, "shuffle_seed": 0, **options})
+
+
+def sequences(row):
+    cuts = row["cu_seqlens"].tolist()
+    return [row["input_ids"][0, low:high] for low, high in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+def test_split_is_by_document_whole_and_stable_when_others_are_added():
+    few = [Document(f"doc{d}", "x" * 50) for d in range(40)]
+    train, validation = split(tokenize(few, ByteTokenizer()), 0.25)
+    assert set(train.names) | set(validation.names) == {document.name for document in few}
+    assert not set(train.names) & set(validation.names)
+    assert all(len(validation.document(d)) == 52 for d in range(len(validation.names)))
+    more = few + [Document(f"new{d}", "y") for d in range(40)]
+    _, larger = split(tokenize(more, ByteTokenizer()), 0.25)
+    assert set(validation.names) == {name for name in larger.names if name.startswith("doc")}
+
+
+def test_split_does_not_depend_on_the_order_of_reading():
+    documents = [Document(f"doc{d}", f"text {d}") for d in range(20)]
+    forward = tokenize(documents, ByteTokenizer())
+    backward = tokenize(documents[::-1], ByteTokenizer())
+    assert forward.fingerprint == backward.fingerprint
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_both_sides_always_have_text(fraction):
+    train, validation = split(corpus_of([10, 10, 10]), fraction)
+    assert len(train.names) >= 1 and len(validation.names) >= 1
+
+
+def test_single_document_is_cut_and_its_end_validates():
+    corpus = corpus_of([100])
+    train, validation = split(corpus, 0.1)
+    assert np.array_equal(np.concatenate([train.tokens, validation.tokens]), corpus.tokens)
+    assert len(validation.tokens) == 10
+
+
+def test_pieces_cover_every_document_in_order():
+    corpus = corpus_of([20, 3, 8])
+    parts = pieces(corpus, 8)
+    assert (parts[:, 1] - parts[:, 0] <= 8).all()
+    assert parts[0, 0] == 0 and parts[-1, 1] == 31 and np.array_equal(parts[1:, 0], parts[:-1, 1])
+    assert set(corpus.offsets_D.tolist()) <= set(parts.flatten().tolist())
+
+
+def test_rounds_begin_with_every_documents_first_piece():
+    corpus = corpus_of([20, 3, 8])
+    parts = pieces_by_rounds(corpus, 8)
+    assert set(parts[:3, 0].tolist()) == set(corpus.offsets_D[:-1].tolist())
+    assert sorted(map(tuple, parts.tolist())) == sorted(map(tuple, pieces(corpus, 8).tolist()))
+
+
+def test_no_sequence_holds_two_documents_and_no_label_crosses():
+    rows = rows_of(corpus_of([20, 3, 9, 30, 2, 17]))
+    for index in range(len(rows)):
+        row = rows[index]
+        assert row["input_ids"].shape == row["labels"].shape == (1, 16)
+        for sequence in sequences(row):
+            assert len(set(sequence[sequence < 256].tolist())) <= 1
+            assert len(sequence) <= 8
+        starts = row["cu_seqlens"][:-1].long()
+        assert (row["labels"][0, starts] == IGNORED).all()
+        others = torch.ones(16, dtype=torch.bool).index_fill(0, starts, False)
+        assert torch.equal(row["labels"][0, others], row["input_ids"][0, others])
+
+
+def test_an_epoch_reads_every_token_once_and_epochs_differ():
+    corpus = corpus_of([20, 3, 9, 16, 2, 14])  # 64 tokens: exactly four rows
+    rows = rows_of(corpus, rows=8)
+    epochs = [torch.cat([rows[4 * epoch + r]["input_ids"][0] for r in range(4)]) for epoch in range(2)]
+    for epoch in epochs:
+        assert torch.equal(epoch.sort().values, torch.from_numpy(np.sort(corpus.tokens).astype(np.int64)))
+    assert not torch.equal(*epochs)
+
+
+def test_rows_depend_on_the_seed_alone_not_on_the_order_of_access():
+    corpus = corpus_of([40] * 6)
+    once, again = rows_of(corpus, rows=20), rows_of(corpus, rows=20)
+    late = again[17]["input_ids"]
+    assert torch.equal(once[17]["input_ids"], late)
+    assert all(torch.equal(once[i]["input_ids"], again[i]["input_ids"]) for i in range(20))
+    assert any(not torch.equal(once[i]["input_ids"], rows_of(corpus, shuffle_seed=1)[i]["input_ids"]) for i in range(5))
+
+
+def test_too_little_text_for_one_batch_is_one_clear_line():
+    with pytest.raises(ValueError, match="10 tokens and one batch takes 16"):
+        rows_of(corpus_of([10]))
+
+
+def test_small_validation_text_is_one_short_row():
+    rows = rows_of(corpus_of([10]), shuffle_seed=None)
+    assert len(rows) == 1 and rows[0]["input_ids"].shape == (1, 10)
+
+
+def test_bytes_per_token_counts_text_only(tmp_path):
+    (tmp_path / "a.txt").write_text("é" * 49)  # 98 bytes, 100 tokens
+    (tmp_path / "b.txt").write_text("é" * 49)
+    train, validation = load_corpus([str(tmp_path)], ByteTokenizer(), 0.5)
+    assert train.bytes_per_token == validation.bytes_per_token == 0.98

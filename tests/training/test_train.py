@@ -1,0 +1,272 @@
+"""Runs: exact resume after any kind of end, whole checkpoints, and what is written beside them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loglinear.models import LogLinearForCausalLM
+from loglinear.training import run_folder
+from loglinear.training.checkpoints import defect, last_checkpoint, load_model
+from loglinear.training.train import train
+from loglinear.training.trainer import LogLinearTrainer
+from tests.training.tiny import tiny_recipe, write_text
+
+# Trains the tiny recipe in a process of its own, which `sabotage` ends somewhere.
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from loglinear.training import callbacks, train
+from tests.training.tiny import tiny_recipe
+data, out = map(Path, sys.argv[1:3])
+{sabotage}
+result = train(tiny_recipe(data), out, progress=False)
+sys.exit(130 if result.interrupted else 0)
+"""
+AT_STEP_5 = """
+append = callbacks.RunLog._append
+def sabotaged(self, **record):
+    append(self, **record)
+    if record["step"] == 5:
+        os.kill(os.getpid(), signal.{signal})
+callbacks.RunLog._append = sabotaged
+"""
+WHILE_SAVING_STEP_4 = """
+save = torch.save
+def sabotaged(value, path, *args, **kwargs):
+    if str(path).endswith("checkpoint-4/optimizer.pt"):
+        Path(path).write_bytes(b"half an optim")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(value, path, *args, **kwargs)
+torch.save = sabotaged
+"""
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+
+
+def run_sabotaged(sabotage, data, out):
+    command = [sys.executable, "-c", SCRIPT.format(sabotage=sabotage), str(data), str(out)]
+    process = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    return process.returncode, process.stderr
+
+
+def curve(out):
+    """Everything in metrics.jsonl that does not measure time."""
+    timed = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in record.items() if k not in timed} for record in run_folder.read_metrics(out)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, data):
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    train(tiny_recipe(data), out, progress=False)
+    return out
+
+
+def assert_same_run(out, reference):
+    assert curve(out) == curve(reference)
+    weights = [load_model(path).state_dict() for path in (out, reference)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_run_learns_and_logs_every_step(uninterrupted):
+    records = curve(uninterrupted)
+    training = [record for record in records if record["split"] == "train"]
+    assert [record["step"] for record in training] == list(range(1, 9))
+    assert [record["step"] for record in records if record["split"] == "validation"] == [4, 8]
+    assert training[-1]["loss"] < training[0]["loss"] - 0.5
+    assert training[-1]["tokens"] == 8 * 128
+
+
+def test_learning_rate_warms_up_and_falls_to_a_tenth(uninterrupted):
+    rates = [record["learning_rate"] for record in curve(uninterrupted) if record["split"] == "train"]
+    assert rates[0] == 0 and rates[2] == max(rates) == 1e-2
+    assert 1e-3 < rates[-1] < 3e-3
+
+
+def test_sigkill_then_resume_gives_the_uninterrupted_curve_bit_for_bit(tmp_path, data, uninterrupted):
+    out = tmp_path / "run"
+    code, _ = run_sabotaged(AT_STEP_5.format(signal="SIGKILL"), data, out)
+    assert code == -signal.SIGKILL
+    assert [record["step"] for record in curve(out)][-1] == 5 and last_checkpoint(out).name == "checkpoint-4"
+    train(tiny_recipe(data), out, resume=True, progress=False)
+    assert_same_run(out, uninterrupted)
+
+
+def test_kill_in_the_middle_of_saving_leaves_the_previous_checkpoint_whole(tmp_path, data, uninterrupted):
+    out = tmp_path / "run"
+    code, _ = run_sabotaged(WHILE_SAVING_STEP_4, data, out)
+    assert code == -signal.SIGKILL
+    assert (out / ".saving" / "checkpoint-4" / "optimizer.pt").exists()  # it really was in the middle
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert defect(out / "checkpoint-2", resumable=True) is None
+    train(tiny_recipe(data), out, resume=True, progress=False)
+    assert_same_run(out, uninterrupted)
+    assert not (out / ".saving").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signal_saves_the_running_step_and_resumes_exactly(tmp_path, data, uninterrupted, name):
+    out = tmp_path / "run"
+    code, errors = run_sabotaged(AT_STEP_5.format(signal=name), data, out)
+    assert code == 130 and "Traceback" not in errors
+    assert last_checkpoint(out).name in ("checkpoint-5", "checkpoint-6")  # logging follows the step's end
+    train(tiny_recipe(data), out, resume=True, progress=False)
+    assert_same_run(out, uninterrupted)
+
+
+def test_incomplete_checkpoint_is_never_resumed_from(tmp_path, data, uninterrupted):
+    out = tmp_path / "run"
+    train(tiny_recipe(data), out, progress=False)
+    assert last_checkpoint(out).name == "checkpoint-8"
+    for name, newest in (("optimizer.pt", "checkpoint-6"), ("model.safetensors", "checkpoint-4")):
+        file = last_checkpoint(out) / name
+        file.write_bytes(file.read_bytes()[:-100])
+        assert last_checkpoint(out).name == newest
+    train(tiny_recipe(data), out, resume=True, progress=False)
+    assert curve(out) == curve(uninterrupted)
+
+
+def test_resuming_a_finished_run_changes_nothing(uninterrupted, data):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    result = train(tiny_recipe(data), uninterrupted, resume=True, progress=False)
+    assert (result.step, result.interrupted) == (8, False)
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_only_the_newest_checkpoints_are_kept(uninterrupted):
+    assert sorted(path.name for path in uninterrupted.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (4, 6, 8)]
+
+
+def test_both_twins_read_the_same_rows(tmp_path, data, uninterrupted):
+    out = tmp_path / "twin"
+    train(tiny_recipe(data).override(num_levels=1), out, progress=False)
+    stored = [run_folder.read_run(path) for path in (out, uninterrupted)]
+    assert stored[0]["data"] == stored[1]["data"]
+    different = {k for k, v in stored[0]["recipe"].items() if v != stored[1]["recipe"][k]}
+    assert different == {"model"}
+
+
+def test_gradient_accumulation_gives_the_curve_of_the_whole_batch(tmp_path):
+    for index in range(8):  # 160 tokens each: all cuts fall on multiples of 16, in rows of 64 as in rows of 128
+        (tmp_path / f"{index}.txt").write_text(f"{index} and so on and on. "[:16] * 9 + "0123456789abcd")
+    recipe = tiny_recipe(tmp_path / "*.txt", seq_len=16, steps=4)
+    train(recipe, tmp_path / "whole", progress=False)
+    train(recipe.override(micro_batch_tokens=64), tmp_path / "parts", progress=False)
+    whole, parts = (
+        [record["loss"] for record in curve(tmp_path / name) if record["split"] == "train"]
+        for name in ("whole", "parts")
+    )
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_two_processes_give_the_curve_of_one_that_accumulates(tmp_path, data):
+    script = tmp_path / "script.py"
+    script.write_text(
+        SCRIPT.format(sabotage="").replace("tiny_recipe(data)", "tiny_recipe(data, micro_batch_tokens=64)")
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*command, str(script), str(data), str(tmp_path / "two")], env=ENVIRONMENT, check=True)
+    train(tiny_recipe(data, micro_batch_tokens=64), tmp_path / "one", progress=False)
+    assert curve(tmp_path / "two") == curve(tmp_path / "one")
+
+
+def test_run_json_has_what_decides_the_result(uninterrupted, data):
+    run = json.loads((uninterrupted / "run.json").read_text())
+    assert run["seed"] == 0 and run["recipe"] == tiny_recipe(data).to_dict()
+    assert run["versions"]["torch"] == torch.__version__ and run["command"] == sys.argv
+    assert run["parameters"] == load_model(uninterrupted).num_parameters()
+
+
+def test_checkpoint_carries_the_tokenizer(uninterrupted):
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(last_checkpoint(uninterrupted))("a")["input_ids"] == [256, 97]
+
+
+def test_vectors_and_marked_parameters_do_not_decay(data):
+    model = LogLinearForCausalLM(tiny_recipe(data).model_config())
+    decayed = set(LogLinearTrainer.get_decay_parameter_names(None, model))
+    parameters = dict(model.named_parameters())
+    marked = {name for name, parameter in parameters.items() if getattr(parameter, "_no_weight_decay", False)}
+    assert any(name.endswith("level_scales.L") for name in marked) and any(name.endswith("A_log") for name in marked)
+    assert not decayed & marked
+    assert not any(parameters[name].ndim < 2 for name in decayed)
+    assert {name for name in parameters if name.endswith("_proj.weight")} <= decayed
+
+
+def test_tensorboard_events_are_written(tmp_path, data):
+    pytest.importorskip("tensorboard")
+    train(tiny_recipe(data, steps=2), tmp_path / "run", progress=False, tensorboard=True)
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_diverging_loss_is_one_clear_line(tmp_path, data):
+    with pytest.raises(ValueError, match="the loss became .* at step"):
+        train(tiny_recipe(data, learning_rate=1e30, warmup_steps=1), tmp_path / "run", progress=False)
+
+
+def test_folder_of_another_run_is_refused_without_resume(uninterrupted, data):
+    with pytest.raises(ValueError, match="holds another run: add --resume"):
+        train(tiny_recipe(data), uninterrupted, progress=False)
+
+
+def test_folder_with_other_files_is_refused(tmp_path, data):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="is not empty"):
+        train(tiny_recipe(data), tmp_path, progress=False)
+
+
+def test_resume_with_another_recipe_names_the_difference(uninterrupted, data):
+    with pytest.raises(ValueError, match="run with learning_rate = 0.01, which cannot resume with 0.02"):
+        train(tiny_recipe(data, learning_rate=2e-2), uninterrupted, resume=True, progress=False)
+
+
+def test_resume_with_changed_text_is_refused(tmp_path):
+    text = write_text(tmp_path / "text")
+    train(tiny_recipe(text, steps=2), tmp_path / "run", progress=False)
+    (text / "0.txt").write_text("other text\n" * 20)
+    with pytest.raises(ValueError, match="has changed since it started"):
+        train(tiny_recipe(text, steps=2), tmp_path / "run", resume=True, progress=False)
+
+
+def test_resume_of_nothing_is_refused(tmp_path, data):
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        train(tiny_recipe(data), tmp_path / "run", resume=True, progress=False)
+
+
+def test_folder_in_use_names_the_process(tmp_path, data):
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, os, sys\nlock = open(sys.argv[1], 'w')\nfcntl.flock(lock, fcntl.LOCK_EX)\n"
+            "lock.write(str(os.getpid())); lock.flush(); print('held', flush=True); sys.stdin.read()",
+            str(tmp_path / ".lock"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(ValueError, match=rf"in use by another process \(pid {holder.pid}\)"):
+            train(tiny_recipe(data), tmp_path, progress=False)
+    finally:
+        holder.communicate()
+    with run_folder.claim(tmp_path):  # the holder is gone, and with it the claim
+        pass
