@@ -75,14 +75,14 @@ def peers(family: str, T: int) -> dict[str, Callable[[], Any]]:
     if family == "delta_rule":
         from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-        return {"transformers Qwen3-Next (linear)": lambda: torch_chunk_gated_delta_rule(q, k, v, log_decay, beta[0])}
+        return {"transformers Qwen3-Next": lambda: torch_chunk_gated_delta_rule(q, k, v, log_decay, beta[0])}
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
     q_heads, k_heads, v_heads = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     ones = torch.ones(HEADS)
     return {
-        "transformers Mamba-2 (linear)": lambda: mamba2_chunk_scan(v, -log_decay, -ones, k, q, chunk_size=256),
-        "softmax attention (SDPA)": lambda: F.scaled_dot_product_attention(q_heads, k_heads, v_heads, is_causal=True),
+        "transformers Mamba-2": lambda: mamba2_chunk_scan(v, -log_decay, -ones, k, q, chunk_size=256),
+        "softmax attention": lambda: F.scaled_dot_product_attention(q_heads, k_heads, v_heads, is_causal=True),
     }
 
 
@@ -107,6 +107,17 @@ def median_times(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[
             if round_number:
                 times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def doubling_ratios(family: str, lengths: list[int], rounds: int) -> dict[int, float]:
+    """How many times longer forward+backward takes at T than at T / 2: the median over rounds through all lengths."""
+    runs = {T: forward_backward(family, make_inputs(family, T, num_levels(T))) for T in lengths}
+    ratios: dict[int, list[float]] = {T: [] for T in lengths if T // 2 in lengths}
+    for _ in range(rounds):
+        times = median_times({str(T): run for T, run in runs.items()}, 1)
+        for T, values in ratios.items():
+            values.append(times[str(T)] / times[str(T // 2)])
+    return {T: statistics.median(values) for T, values in ratios.items()}
 
 
 def peak_memory(family: str, T: int, backward: bool) -> dict[str, float]:
@@ -140,10 +151,13 @@ def measure(lengths: list[int], rounds: int, progress: Progress) -> list[dict[st
     rows = []
     task = progress.add_task("operators", total=len(OPERATORS) * len(lengths))
     for family in OPERATORS:
+        progress.update(task, description=f"{family}, doublings")
+        doublings = doubling_ratios(family, lengths, rounds)
         for T in lengths:
             progress.update(task, description=f"{family}, T {T}")
             full, one = num_levels(T), 1
             row: dict[str, Any] = {"family": family, "T": T, "levels": full, "error": check(family, T, full)}
+            row["doubling"] = doublings.get(T)
             inputs, linear = make_inputs(family, T, full), make_inputs(family, T, one)
             candidates = {
                 "forward": forward(family, inputs),
@@ -161,9 +175,6 @@ def measure(lengths: list[int], rounds: int, progress: Progress) -> list[dict[st
                 }
             rows.append(row)
             progress.advance(task)
-    for before, row in zip(rows, rows[1:], strict=False):
-        if row["family"] == before["family"] and row["T"] == 2 * before["T"]:
-            row["doubling"] = row["ms"]["forward+backward"] / before["ms"]["forward+backward"]
     return rows
 
 
@@ -171,14 +182,12 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
     for family in OPERATORS:
         mine = [row for row in rows if row["family"] == family]
         table = Table(title=f"{family}: milliseconds (peers: and their time / our forward)")
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for row in mine:
             table.add_column(f"T {row['T']:,}", justify="right")
         for name in dict.fromkeys(name for row in mine for name in row["ms"]):
             table.add_row(name, *(cell(row["ms"], name) for row in mine))
-        table.add_row(
-            "x per doubling (fwd+bwd)", *(f"{row['doubling']:.2f}" if "doubling" in row else "" for row in mine)
-        )
+        table.add_row("x per doubling", *(f"{row['doubling']:.2f}" if row["doubling"] else "" for row in mine))
         table.add_row("error against float64", *(f"{row['error']:.1e}" for row in mine))
         console.print(table)
         for row in mine:
@@ -192,7 +201,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 def cell(ms: dict[str, float], name: str) -> str:
     if name not in ms:
         return ""
-    return f"{ms[name]:.1f}" + ("" if name.startswith("forward") else f" ({ms[name] / ms['forward']:.1f}x)")
+    return f"{ms[name]:.0f}" + ("" if name.startswith("forward") else f" ({ms[name] / ms['forward']:.1f}x)")
 
 
 def main(

@@ -24,11 +24,19 @@ DATA_HELP = "File, folder, glob, 'stdlib' or 'datasets:NAME[:CONFIG]'; may be gi
 Model = Annotated[Path, typer.Option("--model", help="Checkpoint folder, or a training run's folder.")]
 
 
+def _all_data(data: list[str] | None, more: list[str] | None) -> tuple[str, ...] | None:
+    """`--data a b c` means what `--data a --data b --data c` does."""
+    if more and not data:
+        raise ValueError(f"unexpected argument {more[0]!r}: data is named with --data")
+    return (*data, *(more or ())) if data else None
+
+
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, metrics.jsonl and run.json.")],
     recipe: Annotated[str | None, typer.Option(help="Named run, see `loglinear info`.")] = None,
     data: Annotated[list[str] | None, typer.Option(help=DATA_HELP)] = None,
+    more_data: Annotated[list[str] | None, typer.Argument(help="More of --data: what a shell makes of a glob.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="'bytes' or the folder of a Hugging Face tokenizer.")] = None,
     variant: Annotated[str | None, typer.Option(help="Base model: mamba2, gated_delta_net, ...")] = None,
     num_levels: Annotated[int | None, typer.Option(help="Levels of the Fenwick tree; 1 is the linear model.")] = None,
@@ -49,6 +57,8 @@ def train(
 
     `loglinear train --recipe demo --data ~/books --out runs/books`
 
+    `loglinear train --recipe demo --data chapters/*.txt notes.jsonl.zst --out runs/mixed`
+
     `loglinear train --recipe demo --data 'src/**/*.py' --num-levels 1 --steps 100 --out runs/linear`
 
     `loglinear train --recipe paper_mamba2 --tokenizer ./tokenizer --data datasets:NAME --out runs/paper`
@@ -62,7 +72,7 @@ def train(
         recipe,
         resume=resume,
         tensorboard=tensorboard,
-        data=tuple(data) if data else None,
+        data=_all_data(data, more_data),
         tokenizer=tokenizer,
         variant=variant,
         num_levels=num_levels,
@@ -105,6 +115,7 @@ def perplexity(
     model: Model,
     data: Annotated[list[str], typer.Option(help=DATA_HELP)],
     out: Annotated[Path, typer.Option(help="Folder for perplexity.json and per_position.png.")],
+    more_data: Annotated[list[str] | None, typer.Argument(help="More of --data: what a shell makes of a glob.")] = None,
     length: Annotated[int, typer.Option(min=2, help="Longest stretch read at once, in tokens.")] = 4096,
     max_tokens: Annotated[int, typer.Option(min=2, help="Stop after about this many tokens.")] = 1_000_000,
 ) -> None:
@@ -116,7 +127,7 @@ def perplexity(
     """
     from loglinear.cli.perplexity import run
 
-    run(model, tuple(data), out, length=length, max_tokens=max_tokens)
+    run(model, _all_data(data, more_data) or (), out, length=length, max_tokens=max_tokens)
 
 
 @bench_app.command(

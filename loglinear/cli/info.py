@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loglinear.cli import console
+from loglinear.fenwick import num_levels
 from loglinear.models import LogLinearConfig, key_value_cache_bytes, parameter_counts, state_bytes
 from loglinear.ops import IMPLEMENTATIONS
 from loglinear.recipes import RECIPES, get_recipe
@@ -52,8 +53,17 @@ def _describe(name: str, config: LogLinearConfig) -> None:
         [
             label,
             console.human_bytes(state_bytes(config, tokens)),
+            console.human_bytes(state_bytes(_with_full_levels(config, tokens), tokens)),
             console.human_bytes(key_value_cache_bytes(config, tokens)),
         ]
         for label, tokens in CONTEXTS
     ]
-    console.print_table("memory of one sequence, bf16 model", ["tokens", "this model's state", attention], rows)
+    console.print_table(
+        "memory of one sequence, bf16 model", ["tokens", "this model's state", "with all its levels", attention], rows
+    )
+
+
+def _with_full_levels(config: LogLinearConfig, tokens: int) -> LogLinearConfig:
+    """The same log-linear model with as many levels as the length has; a linear model stays what it is."""
+    levels = num_levels(tokens) if config.num_levels > 1 else 1
+    return LogLinearConfig(**{**config.to_dict(), "num_levels": levels})

@@ -1,6 +1,6 @@
 """impl="torch": lay the state's tokens in front of the new ones, run the kernel, cut the new state off.
 
-A state is put in front as design: the buffered tokens come first, the chunks start where the unfinished one started,
+A state goes in front: the buffered tokens come first, the chunks start where the unfinished one started,
 and the outputs of the buffered tokens are dropped. That is differentiable without a formula of its own.
 """
 
@@ -43,9 +43,9 @@ def _run(p: Problem) -> tuple[Tensor, FenwickState | None]:
     q, scales = tokens(p.q), tokens(p.level_scales)
     nodes = None if state is None else state.blocks.to(v.dtype)
     if beta is None:
-        output, blocks = kernels.scalar_gate(q, k, v, log_decay, scales, nodes, schedule)
+        output, blocks = kernels.run_scalar_gate(q, k, v, log_decay, scales, nodes, schedule)
     else:
-        output, blocks = kernels.delta_rule(q, k, v, log_decay, beta, scales, nodes, schedule)
+        output, blocks = kernels.run_delta_rule(q, k, v, log_decay, beta, scales, nodes, schedule)
     output = output[held:].view(p.v.shape)
     if not p.output_final_state:
         return output, None

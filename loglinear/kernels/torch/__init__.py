@@ -11,10 +11,10 @@ from loglinear.kernels.torch.scalar_gate import decode_step as scalar_gate_step
 from loglinear.kernels.torch.schedule import Schedule, schedule
 from loglinear.kernels.torch.slab import OverSlabs
 
-__all__ = ["Schedule", "delta_rule", "delta_rule_step", "scalar_gate", "scalar_gate_step", "schedule"]
+__all__ = ["Schedule", "run_delta_rule", "run_scalar_gate", "delta_rule_step", "scalar_gate_step", "schedule"]
 
 
-def scalar_gate(
+def run_scalar_gate(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor, nodes: Tensor | None, schedule: Schedule
 ) -> tuple[Tensor, Tensor]:
     """q, k [tokens,G,K]; v [tokens,H,V]; log_decay [tokens,H]; level_scales [tokens,H,L]; nodes [N,M,H,K,V] or None.
@@ -25,7 +25,7 @@ def scalar_gate(
     return OverSlabs.apply(ScalarGateSlab, schedule, q, k, v, log_decay, level_scales, nodes)
 
 
-def delta_rule(
+def run_delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -35,5 +35,5 @@ def delta_rule(
     nodes: Tensor | None,
     schedule: Schedule,
 ) -> tuple[Tensor, Tensor]:
-    """As `scalar_gate`, with beta [tokens,H]."""
+    """As `run_scalar_gate`, with beta [tokens,H]."""
     return OverSlabs.apply(DeltaRuleSlab, schedule, q, k, v, log_decay, beta, level_scales, nodes)
