@@ -4,7 +4,7 @@
     python -m benchmarks.ops --lengths 4096 --out ops.json
 
 Correctness comes first: every configuration is compared with the float64 result before it is timed. Times are medians
-over rounds in which all candidates run in turn, so that a slow moment of the machine meets all of them. Peak memory
+over rounds in which all candidates of a length run in turn, so that a slow moment meets all of them. Peak memory
 is the growth of the resident set in a fresh process, inputs included.
 """
 
@@ -109,17 +109,6 @@ def median_times(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def doubling_ratios(family: str, lengths: list[int], rounds: int) -> dict[int, float]:
-    """How many times longer forward+backward takes at T than at T / 2: the median over rounds through all lengths."""
-    runs = {T: forward_backward(family, make_inputs(family, T, num_levels(T))) for T in lengths}
-    ratios: dict[int, list[float]] = {T: [] for T in lengths if T // 2 in lengths}
-    for _ in range(rounds):
-        times = median_times({str(T): run for T, run in runs.items()}, 1)
-        for T, values in ratios.items():
-            values.append(times[str(T)] / times[str(T // 2)])
-    return {T: statistics.median(values) for T, values in ratios.items()}
-
-
 def peak_memory(family: str, T: int, backward: bool) -> dict[str, float]:
     """MiB of a fresh process beyond its imports, and the ratio to the size of the inputs and the output."""
     code = f"from benchmarks.ops import memory_probe; memory_probe({family!r}, {T}, {backward})"
@@ -151,13 +140,10 @@ def measure(lengths: list[int], rounds: int, progress: Progress) -> list[dict[st
     rows = []
     task = progress.add_task("operators", total=len(OPERATORS) * len(lengths))
     for family in OPERATORS:
-        progress.update(task, description=f"{family}, doublings")
-        doublings = doubling_ratios(family, lengths, rounds)
         for T in lengths:
             progress.update(task, description=f"{family}, T {T}")
             full, one = num_levels(T), 1
             row: dict[str, Any] = {"family": family, "T": T, "levels": full, "error": check(family, T, full)}
-            row["doubling"] = doublings.get(T)
             inputs, linear = make_inputs(family, T, full), make_inputs(family, T, one)
             candidates = {
                 "forward": forward(family, inputs),
@@ -175,6 +161,9 @@ def measure(lengths: list[int], rounds: int, progress: Progress) -> list[dict[st
                 }
             rows.append(row)
             progress.advance(task)
+    for before, row in zip(rows, rows[1:], strict=False):
+        if row["family"] == before["family"] and row["T"] == 2 * before["T"]:
+            row["doubling"] = row["ms"]["forward+backward"] / before["ms"]["forward+backward"]
     return rows
 
 
@@ -187,7 +176,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
             table.add_column(f"T {row['T']:,}", justify="right")
         for name in dict.fromkeys(name for row in mine for name in row["ms"]):
             table.add_row(name, *(cell(row["ms"], name) for row in mine))
-        table.add_row("x per doubling", *(f"{row['doubling']:.2f}" if row["doubling"] else "" for row in mine))
+        table.add_row("x per doubling", *(f"{row['doubling']:.2f}" if "doubling" in row else "" for row in mine))
         table.add_row("error against float64", *(f"{row['error']:.1e}" for row in mine))
         console.print(table)
         for row in mine:

@@ -15,7 +15,7 @@ from torch import Tensor
 from loglinear.fenwick import log2
 from loglinear.kernels.torch.schedule import Schedule
 
-SLAB_BYTES = {"cpu": 8 << 20}  # of one [H, n, C, max(C, K, V)] temporary
+SLAB_BYTES = {"cpu": 9 << 20}  # of one [H, n, C, max(C, K, V)] temporary
 OTHER_DEVICES_SLAB_BYTES = 256 << 20
 
 
@@ -26,7 +26,8 @@ def slab_heads(q: Tensor, v: Tensor, schedule: Schedule) -> Iterator[slice]:
     per_head = (schedule.num_chunks + 1) * schedule.chunk_size * widest * v.element_size()
     heads, R = v.shape[1], v.shape[1] // q.shape[1]
     fits = max(1, limit // per_head)
-    step = fits // R * R if fits >= R else max(d for d in range(1, fits + 1) if R % d == 0)
+    step = -(-heads // -(-heads // fits))  # even shares
+    step = step // R * R if step >= R else max(d for d in range(1, step + 1) if R % d == 0)
     for begin in range(0, heads, step):
         yield slice(begin, min(begin + step, heads))
 

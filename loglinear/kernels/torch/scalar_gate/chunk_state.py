@@ -8,13 +8,14 @@ G the cumulative log decay inside the chunk, Gam its last value.
 # H heads of a slab, n chunks, C chunk, K key, V value
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def chunk_state(k: Tensor, v: Tensor, cumulative: Tensor, out: Tensor) -> Tensor:
     """Writes S [H,n,K,V] to out; returns log P [H,n]."""
     total = cumulative[..., -1]
-    out.copy_((k * (total[..., None] - cumulative).exp_()[..., None]).mT @ v)
+    torch.matmul((k * (total[..., None] - cumulative).exp_()[..., None]).mT, v, out=out)
     return total
 
 
