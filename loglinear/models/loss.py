@@ -12,15 +12,28 @@ IGNORE = -100
 
 
 def next_token_targets(labels: Tensor, cu_seqlens: Tensor | None = None, real: Tensor | None = None) -> Tensor:
-    """Targets [B, T]: labels [B, T] one column later, -100 where nothing is to be predicted.
+    """Targets [B, T]: for each token the label [B, T] of the next one, -100 where nothing is to be predicted.
 
-    The first token of a packed document or of a padded row is nobody's target, `real` [B, T] marks the tokens.
+    `real` [B, T] marks the tokens of a padded batch: padding predicts nothing and is nobody's target, wherever it
+    stands, and the next token is the next real one of the row. The first token of a packed document is nobody's target.
     """
+    if real is not None:
+        following = _next_real(real)
+        padded = F.pad(labels, (0, 1), value=IGNORE)
+        return padded.gather(1, following).masked_fill(~real, IGNORE)
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     if cu_seqlens is not None:
         last_token = (cu_seqlens[1:].long() - 1).clamp(min=0)
         targets = targets.index_fill(1, last_token[cu_seqlens.diff() > 0], IGNORE)
-    return targets if real is None else targets.masked_fill(~real, IGNORE)
+    return targets
+
+
+def _next_real(real: Tensor) -> Tensor:
+    """For each column [B, T] the first real one behind it, T where there is none."""
+    time = real.shape[1]
+    column = torch.where(real, torch.arange(time, device=real.device), time)
+    behind = F.pad(column[:, 1:], (0, 1), value=time)
+    return behind.flip(1).cummin(1).values.flip(1)
 
 
 def sliced_cross_entropy(

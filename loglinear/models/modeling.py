@@ -148,6 +148,10 @@ class LogLinearModel(LogLinearPreTrainedModel):
         if given is not None and not isinstance(given, LogLinearCache):
             raise ValueError(f"past_key_values must be a LogLinearCache, got {type(given).__name__}")
         if self.training and self.gradient_checkpointing:
+            if given is not None:
+                raise ValueError(
+                    "past_key_values cannot be used while gradient checkpointing trains: call model.eval() to generate"
+                )
             return None
         if given is not None or use_cache is False:
             return given
@@ -188,7 +192,7 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         """Logits, and with labels the loss (mean nats per target).
 
         Args:
-            labels: [B, T], shifted here; -100 and the first token of a document or row are no targets.
+            labels: [B, T], shifted here; -100, padding and the first token of a document or row are no targets.
             logits_to_keep: of which positions to return logits: the last n, all (0), or those of an index tensor. By
                 default all of them, or none where labels are given: the loss is computed in slices and does not need
                 them at once.

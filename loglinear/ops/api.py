@@ -132,10 +132,12 @@ def _dispatch(
         raise ValueError(f"impl must be one of {['auto', *IMPLEMENTATIONS]}, got {impl!r}")
     chosen = "torch" if impl == "auto" else impl
     _check_tensors(tensors)
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+    if not isinstance(chunk_size, int) or chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size must be a power of two, got {chunk_size}")
-    q, v, scales = tensors["q"], tensors["v"], tensors["level_scales"]
-    assert q is not None and v is not None and scales is not None
+    if not isinstance(scale, int | float):
+        raise ValueError(f"scale must be a number, got {scale!r}")
+    v = tensors["v"]
+    assert v is not None
     lengths = _sequence_lengths(v, cu_seqlens)
     is_float64 = any(x is not None and x.dtype == torch.float64 for x in tensors.values())
     dtype = torch.float64 if is_float64 else torch.float32
@@ -215,6 +217,8 @@ def _sequence_lengths(v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     B, T = v.shape[:2]
     if cu_seqlens is None:
         return (T,) * B
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be a tensor of integers, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1, got {list(cu_seqlens.shape)}")
     if cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
@@ -255,5 +259,8 @@ def _check_state(state: FenwickState, tensors: dict[str, Tensor | None], rows: i
         part = getattr(state, name)
         if part is not None and tuple(part.shape) != shape:
             raise ValueError(f"initial_state.{name} must have shape {list(shape)}, got {list(part.shape)}")
+        if part is not None and part.is_floating_point() != (name != "position"):
+            kind = "integers" if name == "position" else "floating-point numbers"
+            raise ValueError(f"initial_state.{name} must hold {kind}, got {part.dtype}")
         if part is not None and part.device != v.device:
             raise ValueError(f"initial_state.{name} must be on {v.device}, got {part.device}")

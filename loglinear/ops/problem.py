@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loglinear.ops.state import FenwickState
 
-MIN_LOG_DECAY = -80.0  # exp(-80) = 2e-35: nothing is left, and sums of 64 such steps keep their precision
+MIN_LOG_DECAY = -80.0  # exp(-80) = 2e-35: nothing is left; and -inf, which has no sums to take part in, is allowed
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,36 @@ def test_no_target_at_all_gives_zero_loss_and_gradients(make_model) -> None:
     assert loss == 0 and not any(p.grad.abs().sum() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize(
+    "mask", [[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0, 0], [0] * 7]
+)
+def test_padding_anywhere_leaves_the_targets_of_the_row_alone(mask: list[int]) -> None:
+    real, labels = torch.tensor([mask]).bool(), torch.arange(10, 17)[None]
+    targets = next_token_targets(labels, real=real)
+    alone = next_token_targets(labels[real][None])[:, : int(real.sum())]
+    assert torch.equal(targets[real][None], alone)
+    assert (targets[~real] == -100).all()
+
+
+@pytest.mark.parametrize("options", [{}, HYBRID], ids=["mamba2", "hybrid"])
+def test_right_padded_loss_is_the_loss_without_padding(make_model, options: dict) -> None:
+    model, ids = make_model(**options), tokens(2, T)
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+    padded = model(ids, attention_mask=mask, labels=ids).loss
+    alone = [model(ids[:1], labels=ids[:1]).loss * (T - 1), model(ids[1:, :20], labels=ids[1:, :20]).loss * 19]
+    torch.testing.assert_close(padded, sum(alone) / (T - 1 + 19))
+
+
+def test_generating_while_gradient_checkpointing_trains_is_refused(make_model) -> None:
+    model = make_model()
+    model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(ValueError, match="call model.eval"):
+        model.generate(tokens(1, 5), max_new_tokens=2, do_sample=False)
+    assert model.eval().generate(tokens(1, 5), max_new_tokens=2, do_sample=False).shape == (1, 7)
+
+
 def test_first_token_of_a_document_is_no_target() -> None:
     labels = torch.arange(8)[None]
     cu_seqlens = torch.tensor([0, 3, 3, 7, 8])

@@ -39,6 +39,8 @@ def call(changes=None, **options):
         ({}, {"cu_seqlens": torch.tensor([0.0, 10.0])}, r"cu_seqlens must hold integers, got torch.float32"),
         ({}, {"cu_seqlens": torch.tensor([[0, 10]])}, r"cu_seqlens must have shape \[N \+ 1\]"),
         ({}, {"cu_seqlens": torch.tensor([0])}, r"cu_seqlens must have shape \[N \+ 1\]"),
+        ({}, {"cu_seqlens": [0, 10]}, r"cu_seqlens must be a tensor of integers, got list"),
+        ({}, {"scale": None}, r"scale must be a number, got None"),
         ({}, {"initial_state": torch.zeros(3)}, r"initial_state must be a FenwickState, got Tensor"),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
@@ -54,7 +56,7 @@ def test_cu_seqlens_need_one_row():
         DELTA(DELTA.inputs(B=2, T=10), cu_seqlens=torch.tensor([0, 10]))
 
 
-@pytest.mark.parametrize("chunk_size", [0, -4, 48])
+@pytest.mark.parametrize("chunk_size", [0, -4, 48, 64.0])
 def test_chunk_size_must_be_a_power_of_two(chunk_size):
     with pytest.raises(ValueError, match=f"chunk_size must be a power of two, got {chunk_size}"):
         OPERATORS[0](OPERATORS[0].inputs(), chunk_size=chunk_size)
@@ -79,3 +81,11 @@ def test_a_state_of_the_other_operator():
     state = OPERATORS[0](OPERATORS[0].inputs(B=1), chunk_size=4, output_final_state=True).final_state
     with pytest.raises(ValueError, match="one of a scalar gate .no beta. and cannot continue the other operator"):
         call(initial_state=state)
+
+
+def test_a_state_of_another_dtype():
+    state = DELTA(DELTA.inputs(B=1), chunk_size=4, output_final_state=True).final_state
+    with pytest.raises(ValueError, match="initial_state.position must hold integers, got torch.float32"):
+        call(initial_state=state._replace(position=state.position.float()))
+    with pytest.raises(ValueError, match="initial_state.blocks must hold floating-point numbers, got torch.int64"):
+        call(initial_state=state._replace(blocks=state.blocks.long()))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from loglinear.kernels.torch import tiles
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
 
 EXACT = 1e-10
@@ -152,3 +153,36 @@ def test_strided_inputs(operator):
     inputs = operator.inputs(T=20)
     strided = {name: x.detach().transpose(0, 1).contiguous().transpose(0, 1) for name, x in inputs.items()}
     assert torch.equal(operator(strided, chunk_size=4).output, operator(inputs, chunk_size=4).output)
+
+
+@pytest.mark.parametrize("G, heads_per_slab", [(6, 1), (6, 4), (2, 1), (2, 2), (2, 3), (1, 4), (1, 6), (3, 5)])
+def test_slabs_of_heads_change_nothing(operator, G, heads_per_slab, monkeypatch):
+    inputs = operator.inputs(T=30, G=G, H=6)
+    leaves = list(inputs.values())
+
+    def run(weights=None):
+        out = operator(inputs, chunk_size=4, output_final_state=True)
+        tensors = [out.output, *parts(out.final_state).values()]
+        weights = weights or random_loss(*tensors)
+        return tensors + gradients(tensors, weights, leaves), weights
+
+    whole, weights = run()
+    bytes_per_head = 9 * 4 * 5 * 8  # chunks with the empty one, places, key width, float64
+    monkeypatch.setattr(tiles, "SLAB_BYTES", {"cpu": heads_per_slab * bytes_per_head})
+    for cut, expected in zip(run(weights)[0], whole, strict=True):
+        assert torch.allclose(cut, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("levels, chunk_size", [(66, 1), (80, 64)])
+def test_more_levels_than_any_sequence_can_use(operator, levels, chunk_size):
+    inputs = operator.inputs(T=70, L=levels)
+    state = operator(
+        {n: x[:, :63] for n, x in inputs.items()}, chunk_size=chunk_size, output_final_state=True
+    ).final_state
+    outputs = []
+    for t in range(63, 70):
+        token = {name: x[:, t : t + 1] for name, x in inputs.items()}
+        out = operator(token, chunk_size=chunk_size, initial_state=state, output_final_state=True)
+        outputs.append(out.output)
+        state = out.final_state
+    assert relative_error(torch.cat(outputs, 1), operator.dense(inputs)[:, 63:]) < EXACT

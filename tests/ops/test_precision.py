@@ -30,6 +30,23 @@ def test_float32_error(operator, levels):
         assert relative_error(a, e) < budget, name
 
 
+@pytest.mark.parametrize("chunk_size", [16, 256])
+@pytest.mark.parametrize("reset", [-5.0, -80.0])
+def test_float32_error_with_strong_decays_in_between(operator, reset, chunk_size):
+    """Half of the tokens reset the state: no decay may be a difference of sums over the resets."""
+    inputs = operator.inputs(T=512, K=16, V=8, L=8, dtype=torch.float32)
+    with torch.no_grad():
+        inputs["log_decay"][torch.rand(2, 512, 4) < 0.5] = reset
+    double = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    output, expected = (operator(x, chunk_size=chunk_size).output for x in (inputs, double))
+    assert relative_error(output, expected) < 6e-7
+    weights = random_loss(output)
+    actual = gradients([output], weights, list(inputs.values()))
+    reference = gradients([expected], tuple(w.double() for w in weights), list(double.values()))
+    for name, a, e in zip(inputs, actual, reference, strict=True):
+        assert relative_error(a, e) < 1.2e-6, name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_cost_one_rounding(operator, dtype):
     """Everything between the inputs and the output is float32, so the error is that of rounding the exact output."""

@@ -50,7 +50,7 @@ def merge_full(blocks: Tensor, transported: Tensor, chunk_state: Tensor, chunks:
     The blocks smaller than 2**ctz(chunks) and the new chunk join into block ctz(chunks), the prefix at most.
     """
     M = blocks.shape[1]
-    sizes = 1 << torch.arange(1, M, device=blocks.device)
+    sizes = 1 << torch.arange(1, M, device=blocks.device).clamp(max=62)
     height = (chunks[:, None] % sizes == 0).sum(1, keepdim=True)  # ctz, at most M - 1
     number = torch.arange(M, device=blocks.device)
     shape = (*blocks.shape[:2], 1, 1, 1)

@@ -32,7 +32,7 @@ class Slab(ABC):
         self.shared = (R, R, *[1] * (len(inputs) - 3))  # how many heads share each input
         self.q, self.k = (to_chunks(x, heads, schedule, R) for x in (q, k))
         self.v, self.level_scales = (to_chunks(x, heads, schedule) for x in (v, level_scales))
-        self.cumulative = to_chunks(log_decay, heads, schedule).cumsum(-1)
+        self.log_decay = to_chunks(log_decay, heads, schedule)
         self.nodes = None if nodes is None else nodes[:, :, heads].flatten(0, 1).transpose(0, 1)  # [H, N * M, K, V]
         self.build(*(to_chunks(x, heads, schedule) for x in rest))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from loglinear.fenwick import log2
@@ -55,11 +56,6 @@ def from_chunks(chunks: Tensor, out: Tensor, heads: slice, schedule: Schedule, R
     out[:, groups] += tokens.transpose(0, 1)
 
 
-def decay_matrix(cumulative: Tensor) -> Tensor:
-    """dec[i, j] = exp(G_i - G_j) for i >= j (1 above the diagonal, where every mask is 0)."""
-    return (cumulative[..., :, None] - cumulative[..., None, :]).clamp_(max=0.0).exp_()
-
-
 def level_view(matrix: Tensor, level: int) -> Tensor:
     """The entries [i, j], i > j, of a [..., C, C] matrix at in-chunk level >= 1, as a view [..., w, w, C / 2w].
 
@@ -74,6 +70,25 @@ def row_view(rows: Tensor, level: int) -> Tensor:
     """The entries [..., i] of the rows that have places at `level`, as a view [..., w, C / 2w]."""
     C, w = rows.shape[-1], 1 << (level - 1)
     return rows.unflatten(-1, (C // (2 * w), 2, w))[..., 1, :].transpose(-1, -2)
+
+
+def decay_matrix(log_decay: Tensor) -> Tensor:
+    """dec[i, j] = exp(g_{j+1} + ... + g_i) for i >= j, 0 above the diagonal. [..., C] -> [..., C, C].
+
+    Block by block: for i in the right half of a block and j in the left, it is the decay from the middle to i times the
+    decay from j to the middle. So every exponent is a sum of the very decays that it stands for, never a difference of
+    two long sums (which loses digits once a decay is strong), and there are C log2(C) exponentials instead of C^2.
+    """
+    C = log_decay.shape[-1]
+    matrix = log_decay.new_zeros(*log_decay.shape, C)
+    matrix.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    for level in range(1, log2(C) + 1):
+        w = 1 << (level - 1)
+        left, right = log_decay.unflatten(-1, (C // (2 * w), 2, w)).unbind(-2)
+        rows = right.cumsum(-1).exp().transpose(-1, -2)
+        columns = suffix_sums(left).exp().transpose(-1, -2)
+        level_view(matrix, level).copy_(rows.unsqueeze(-2) * columns.unsqueeze(-3))
+    return matrix
 
 
 def level_mask(level_scales: Tensor) -> Tensor:
@@ -98,6 +113,13 @@ def level_mask_backward(dmask: Tensor, dlevel_scales: Tensor) -> None:
 def reverse_cumsum(x: Tensor) -> Tensor:
     """sum over i' >= i along the last dimension."""
     return x.flip(-1).cumsum(-1).flip(-1)
+
+
+def suffix_sums(x: Tensor) -> Tensor:
+    """sum over i' > i along the last dimension."""
+    later = torch.zeros_like(x)
+    later[..., :-1] = reverse_cumsum(x[..., 1:])
+    return later
 
 
 def take(x: Tensor, chunks: Tensor) -> Tensor:

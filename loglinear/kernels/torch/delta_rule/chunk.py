@@ -8,7 +8,7 @@
     O_in = (E * LAM) V            Qh = diag(exp(G)) Q - E Ke     how queries see an incoming state
     S_z  = Y V                    P_z = exp(Gam) I - Y Ke
 
-`dec` is lower triangular here. Source: Yang, Kautz, Hatamizadeh, arXiv 2412.06464 (the WY form), written with E and Y.
+Source: Yang, Kautz, Hatamizadeh, arXiv 2412.06464 (the WY form), written with E and Y.
 """
 
 # H heads of a slab, n chunks, C chunk, K key, V value, L levels
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loglinear.kernels.torch.tiles import decay_matrix, level_mask, level_mask_backward
+from loglinear.kernels.torch.tiles import decay_matrix, level_mask, level_mask_backward, suffix_sums
 
 
 class Chunk(NamedTuple):
@@ -35,8 +35,8 @@ class Chunk(NamedTuple):
     outgoing_KC: Tensor  # Y
 
 
-def chunk_quantities(k: Tensor, beta: Tensor, cumulative: Tensor) -> Chunk:
-    decay_CC = decay_matrix(cumulative).tril()
+def chunk_quantities(k: Tensor, beta: Tensor, log_decay: Tensor) -> Chunk:
+    decay_CC = decay_matrix(log_decay)
     keys_CC = (k @ k.mT).mul_(decay_CC)
     erase_CC = (beta[..., None] * keys_CC).tril_(-1)
     identity = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
@@ -44,8 +44,8 @@ def chunk_quantities(k: Tensor, beta: Tensor, cumulative: Tensor) -> Chunk:
         erase_CC + identity, identity.expand_as(erase_CC), upper=False, unitriangular=True
     )
     write_CC = inverse_CC * beta[..., None, :]
-    from_start = cumulative.exp()[..., None]
-    to_end = (cumulative[..., -1:] - cumulative).exp_()[..., None]
+    from_start = log_decay.cumsum(-1).exp()[..., None]
+    to_end = suffix_sums(log_decay).exp()[..., None]
     outgoing_KC = (k * to_end).mT @ write_CC
     return Chunk(decay_CC, keys_CC, inverse_CC, write_CC, from_start, to_end, k * from_start, outgoing_KC)
 

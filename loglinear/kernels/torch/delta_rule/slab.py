@@ -17,7 +17,7 @@ from loglinear.kernels.torch.tiles import reverse_cumsum, take
 class DeltaRuleSlab(Slab):
     def build(self, *rest: Tensor) -> None:
         (self.beta,) = rest
-        self.chunk = chunk_quantities(self.k, self.beta, self.cumulative)
+        self.chunk = chunk_quantities(self.k, self.beta, self.log_decay)
         H, n, _, K = self.k.shape
         self.slots = self.v.new_empty(H, self.schedule.num_rows, K, K + self.v.shape[3])
         chunk_state(self.chunk, self.v, out=self.slots[:, :n])

@@ -11,19 +11,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loglinear.kernels.torch.tiles import suffix_sums
 
-def chunk_state(k: Tensor, v: Tensor, cumulative: Tensor, out: Tensor) -> Tensor:
+
+def chunk_state(k: Tensor, v: Tensor, log_decay: Tensor, out: Tensor) -> Tensor:
     """Writes S [H,n,K,V] to out; returns log P [H,n]."""
-    total = cumulative[..., -1]
-    torch.matmul((k * (total[..., None] - cumulative).exp_()[..., None]).mT, v, out=out)
-    return total
+    torch.matmul((k * suffix_sums(log_decay).exp_()[..., None]).mT, v, out=out)
+    return log_decay.sum(-1)
 
 
 def chunk_state_backward(
-    k: Tensor, v: Tensor, cumulative: Tensor, dstate: Tensor, dtotal: Tensor
+    k: Tensor, v: Tensor, log_decay: Tensor, dstate: Tensor, dtotal: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dk, dv and the gradient of G from dS and d log P."""
-    to_end = (cumulative[..., -1:] - cumulative).exp_()[..., None]
+    to_end = suffix_sums(log_decay).exp_()[..., None]
     dv = (k * to_end) @ dstate
     dk = (v @ dstate.mT).mul_(to_end)
     flow = (dk * k).sum(-1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales
+from loglinear.kernels.torch.tiles import suffix_sums
 
 
 def decode_step(
@@ -26,15 +27,14 @@ def decode_step(
     C, R = k.shape[1], v.shape[2] // k.shape[2]
     place = position % C
     to_place, to_blocks = row_scales(level_scales, place, C, blocks.shape[1])
-    cumulative = log_decay.cumsum(1).transpose(1, 2)  # [N, H, C]; constant behind the last token
+    log_decay = log_decay.transpose(1, 2)  # [N, H, C]; 0 behind the new token, whose place is so the chunk's end
+    to_end, from_start = suffix_sums(log_decay).exp(), log_decay.sum(-1, keepdim=True).exp()
     scores = torch.einsum("ngk,ncgk->ngc", q, k).repeat_interleave(R, 1)
-    weights = scores * to_place * (cumulative[..., -1:] - cumulative).exp()
+    weights = scores * to_place * to_end
     out = (weights[..., None, :] @ v.transpose(1, 2))[..., 0, :]
-    from_start = cumulative[..., -1:].exp()
     out = out + read_blocks(q.repeat_interleave(R, 1), blocks, to_blocks * from_start)
     full = place == C - 1
     if bool(full.any()):
-        to_end = (cumulative[..., -1:] - cumulative).exp()
         keys = k.transpose(1, 2).repeat_interleave(R, 1) * to_end[..., None]
         state = keys.mT @ v.transpose(1, 2)
         blocks = merge_full(blocks, blocks * from_start[:, None, :, :, None], state, position // C + 1, full)

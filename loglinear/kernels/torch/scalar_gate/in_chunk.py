@@ -11,16 +11,16 @@ from torch import Tensor
 from loglinear.kernels.torch.tiles import decay_matrix, level_mask, level_mask_backward
 
 
-def in_chunk(q: Tensor, k: Tensor, v: Tensor, cumulative: Tensor, level_scales: Tensor) -> Tensor:
-    scores_CC = (q @ k.mT).mul_(decay_matrix(cumulative)).mul_(level_mask(level_scales))
+def in_chunk(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor) -> Tensor:
+    scores_CC = (q @ k.mT).mul_(decay_matrix(log_decay)).mul_(level_mask(level_scales))
     return scores_CC @ v
 
 
 def in_chunk_backward(
-    q: Tensor, k: Tensor, v: Tensor, cumulative: Tensor, level_scales: Tensor, do: Tensor, dlevel_scales: Tensor
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor, do: Tensor, dlevel_scales: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the gradient of G; adds lambda's gradient into dlevel_scales."""
-    decay_CC, mask_CC = decay_matrix(cumulative), level_mask(level_scales)
+    decay_CC, mask_CC = decay_matrix(log_decay), level_mask(level_scales)
     scores_CC = (q @ k.mT).mul_(decay_CC)
     dweights_CC = do @ v.mT
     level_mask_backward(dweights_CC * scores_CC, dlevel_scales)

@@ -18,9 +18,10 @@ from loglinear.kernels.torch.tiles import reverse_cumsum, take
 class ScalarGateSlab(Slab):
     def build(self, *rest: Tensor) -> None:
         H, n, _, K = self.k.shape
+        self.cumulative = self.log_decay.cumsum(-1)  # G: the decay from the chunk's start, as a logarithm
         self.states = self.v.new_empty(H, self.schedule.num_rows, K, self.v.shape[3])
         self.log_p = self.v.new_zeros(H, self.schedule.num_rows)
-        self.log_p[:, :n] = chunk_state(self.k, self.v, self.cumulative, out=self.states[:, :n])
+        self.log_p[:, :n] = chunk_state(self.k, self.v, self.log_decay, out=self.states[:, :n])
         if self.nodes is not None:
             self.states[:, n:] = self.nodes
         self.rights = up_sweep(self.states, self.log_p, self.schedule)
@@ -31,7 +32,7 @@ class ScalarGateSlab(Slab):
         return scales, (take(self.cumulative, read.readers) + path[..., None]).exp_()
 
     def output(self) -> Tensor:
-        out = in_chunk(self.q, self.k, self.v, self.cumulative, self.level_scales)
+        out = in_chunk(self.q, self.k, self.v, self.log_decay, self.level_scales)
         for read, y, path in walk(self.q, self.states, self.log_p, self.schedule.reads):
             scales, decay = self.weight(read, path)
             out.index_add_(1, read.readers.flatten(), y.mul_(decay.mul_(scales)[..., None]))
@@ -44,7 +45,7 @@ class ScalarGateSlab(Slab):
     def backward(self, do: Tensor, dblocks: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         dscales = torch.zeros_like(self.level_scales)
         dq, dk, dv, dcumulative = in_chunk_backward(
-            self.q, self.k, self.v, self.cumulative, self.level_scales, do, dscales
+            self.q, self.k, self.v, self.log_decay, self.level_scales, do, dscales
         )
         dstates, dlog_p = torch.zeros_like(self.states), torch.zeros_like(self.log_p)
 
@@ -72,7 +73,7 @@ class ScalarGateSlab(Slab):
 
         n = self.k.shape[1]
         dk_state, dv_state, dcumulative_state = chunk_state_backward(
-            self.k, self.v, self.cumulative, dstates[:, :n], dlog_p[:, :n]
+            self.k, self.v, self.log_decay, dstates[:, :n], dlog_p[:, :n]
         )
         dlog_decay = reverse_cumsum(dcumulative.add_(dcumulative_state))
         return (dq, dk.add_(dk_state), dv.add_(dv_state), dlog_decay, dscales), dstates[:, n:]
