@@ -36,7 +36,8 @@ def _explain(error: Exception) -> int:
     usage = getattr(error, "format_message", None)  # typer's own errors: an unknown option, a missing argument
     if (usage is None and not isinstance(error, (ValueError, OSError))) or os.environ.get(TRACEBACK):
         raise error
-    return _line(f"error: {usage() if usage is not None else error}", BAD_INPUT)
+    text = usage() if usage is not None else str(error)
+    return _line(f"error: {text}", BAD_INPUT) if text else BAD_INPUT  # a bare `loglinear` has printed its help
 
 
 def _line(text: str, code: int) -> int:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from loglinear import __version__
+
 app = typer.Typer(
     name="loglinear",
     help="Log-linear attention: train, evaluate and run models whose memory grows with the logarithm of the text.",
@@ -19,6 +21,22 @@ eval_app = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
 
 DATA_HELP = "File, folder, glob, 'stdlib' or 'datasets:NAME[:CONFIG]'; may be given several times."
 Model = Annotated[Path, typer.Option("--model", help="Checkpoint folder, or a training run's folder.")]
@@ -134,11 +152,15 @@ def perplexity(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 )
 def ops(context: typer.Context) -> None:
-    """Time and memory of the operators; options after `ops` go to benchmarks/ops.py.
+    """Time and memory of the operators beside their peers on this CPU (in a clone of the repository).
 
-    Example:
+    Options go to benchmarks/ops.py: --lengths N (may be repeated), --rounds N, --threads N, --out FILE.
+
+    Examples:
 
     `loglinear bench ops`
+
+    `loglinear bench ops --lengths 4096 --rounds 3 --out ops.json`
     """
     from loglinear.cli.bench import run
 
@@ -151,6 +173,9 @@ def info(
     model: Annotated[Path | None, typer.Option(help="Describe the model of this checkpoint.")] = None,
 ) -> None:
     """Versions, implementations, recipes; for one model: parameters, lambda's share, state bytes beside a KV cache.
+
+    A state's size is fixed by the number of levels: the first column keeps the model's own, so that older text shares
+    the last level; the second has as many levels as the text needs.
 
     Examples:
 

@@ -17,7 +17,8 @@ from loglinear.evaluation.plots import plot_losses, plot_positions
 from loglinear.models import parameter_counts
 from loglinear.recipes import TrainingRecipe
 from loglinear.training import load_corpus, load_model, load_tokenizer, train
-from loglinear.training.run_folder import read_metrics, write_atomically
+from loglinear.training.json_files import write_atomically, write_object
+from loglinear.training.run_folder import read_metrics
 
 MODELS = ("log_linear", "linear")
 EVALUATION_TOKENS = 262_144
@@ -101,7 +102,7 @@ def _write(recipe: TrainingRecipe, out: Path, measured: dict[str, Measured]) -> 
     difference, error = measured["log_linear"].perplexity.difference(measured["linear"].perplexity)
     results = {name: measured[name].to_dict() for name in MODELS}
     summary = {**results, "difference_bits_per_byte": difference, "difference_standard_error": error}
-    write_atomically(out / "results.json", json.dumps(summary, indent=2) + "\n")
+    write_object(out / "results.json", summary)
     write_atomically(out / "sample.txt", measured["log_linear"].sample.text + "\n")
 
 
@@ -112,7 +113,7 @@ def _print(recipe: TrainingRecipe, out: Path, measured: dict[str, Measured]) -> 
     rows = [
         ["levels", str(recipe.model["num_levels"]), "1"],
         ["parameters", *(f"{fact['parameters']:,}" for fact in facts)],
-        ["validation bits per byte", *(_bits(measured[name].perplexity) for name in MODELS)],
+        ["validation bits per byte", *(str(measured[name].perplexity) for name in MODELS)],
         ["training seconds", *(f"{fact['training_seconds']:.1f}" for fact in facts)],
         ["training tokens/s", *(f"{fact['tokens_per_second']:,.0f}" for fact in facts)],
         ["state while decoding", *(console.human_bytes(fact["state_bytes"]) for fact in facts)],
@@ -120,10 +121,6 @@ def _print(recipe: TrainingRecipe, out: Path, measured: dict[str, Measured]) -> 
     console.print_table(f"{recipe.name}: {recipe.steps} steps", ["", "log-linear", "linear twin"], rows)
     print(verdict(measured["log_linear"].perplexity, measured["linear"].perplexity))
     print(f"figures, metrics and checkpoints: {out}")
-
-
-def _bits(result: Perplexity) -> str:
-    return f"{result.bits_per_byte:.4f} ± {result.standard_error:.4f}"
 
 
 def verdict(log_linear: Perplexity, linear: Perplexity) -> str:

@@ -19,10 +19,19 @@ def run(path: Path, prompt: str | None, **sampling: Any) -> None:
     """Stream a continuation to standard output; the speed goes to standard error. `sampling` as in `sample`."""
     logging.set_verbosity_error()
     model = load_model(path, device="cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(resolve(path))
-    text = sys.stdin.read() if prompt is None else prompt
+    tokenizer = load_tokenizer(resolve(path), model.config.vocab_size)
+    text = _text(prompt)
     sys.stdout.write(text)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     result = sample(model, tokenizer, text, streamer=streamer, **sampling)
     rate = result.tokens / result.seconds
     print(f"{result.tokens} tokens in {result.seconds:.1f} s, {rate:.1f} tokens/s", file=sys.stderr)
+
+
+def _text(prompt: str | None) -> str:
+    try:
+        text = sys.stdin.read() if prompt is None else prompt
+        text.encode()
+    except UnicodeError as error:
+        raise ValueError(f"the prompt is not UTF-8 text: {error}") from error
+    return text

@@ -1,5 +1,9 @@
 """Validation loss: bits per byte with its standard error over documents, and the loss at each position.
 
+Bits per byte are the nats of all predicted tokens, divided by the bytes of text that these tokens stand for (see
+`Corpus.token_bytes`) and by ln 2. A window's first token is context: it is not predicted, and its bytes do not count.
+The end of a document is predicted and has no bytes.
+
 # D documents, N windows, P position bins, T positions
 """
 
@@ -29,14 +33,20 @@ class Perplexity:
     names: tuple[str, ...]
     nats_D: np.ndarray  # summed over each document's predicted tokens
     tokens_D: np.ndarray  # predicted tokens of each document
-    bytes_per_token: float
+    bytes_D: np.ndarray  # bytes of text that these tokens stand for
     length: int  # the longest stretch that was read at once
     nats_NT: np.ndarray  # [windows that are `length` long, length - 1]: token t + 1 given tokens 0..t
+    bytes_NT: np.ndarray  # bytes of each of these tokens
+    documents_N: np.ndarray  # the document of each of these windows, an index into names
 
     @property
     def bits_per_byte(self) -> float:
         """Cross-entropy for each byte of text."""
-        return self._bits(self.nats_D.sum() / self.tokens_D.sum())
+        return _bits(self.nats_D.sum() / self.bytes_D.sum())
+
+    def __str__(self) -> str:
+        error = "unknown" if math.isnan(self.standard_error) else f"{self.standard_error:.4f}"
+        return f"{self.bits_per_byte:.4f} ± {error}"
 
     @property
     def loss(self) -> float:
@@ -46,7 +56,7 @@ class Perplexity:
     @property
     def standard_error(self) -> float:
         """Of bits_per_byte, over documents: tokens of one document are not independent of one another."""
-        return self._bits(_ratio_error(self.nats_D, self.tokens_D))
+        return _bits(_ratio_error(self.nats_D, self.bytes_D))
 
     def difference(self, other: Perplexity) -> tuple[float, float]:
         """bits_per_byte of this model less the other's on the same text, and the standard error of that difference.
@@ -55,15 +65,14 @@ class Perplexity:
         """
         if self.names != other.names or not np.array_equal(self.tokens_D, other.tokens_D):
             raise ValueError("the two results are of different texts, expected the same documents and lengths")
-        return self.bits_per_byte - other.bits_per_byte, self._bits(
-            _ratio_error(self.nats_D - other.nats_D, self.tokens_D)
-        )
+        error = _bits(_ratio_error(self.nats_D - other.nats_D, self.bytes_D))
+        return self.bits_per_byte - other.bits_per_byte, error
 
     def by_position(self) -> dict[str, list[float]]:
         """Bits per byte in bins of positions that widen by sqrt(2), over windows of full length only.
 
-        Every bin averages the same windows, so the curve compares positions and not texts. Empty where no document is
-        as long as `length`.
+        Every bin averages the same windows, so the curve compares positions and not texts; its standard error is over
+        their documents. Empty where no document is as long as `length`.
         """
         windows, positions = self.nats_NT.shape
         if windows == 0:
@@ -71,15 +80,22 @@ class Perplexity:
         doublings = max(0.0, math.log2(positions / FIRST_BIN))
         edges = [FIRST_BIN * 2 ** (step / 2) for step in range(math.ceil(2 * doublings))]
         edges_P = np.unique([0, *(round(edge) for edge in edges), positions])
-        means_NP = np.stack(
-            [self.nats_NT[:, low:high].mean(1) for low, high in zip(edges_P[:-1], edges_P[1:], strict=True)], axis=1
-        )
-        errors_P = means_NP.std(0, ddof=1) / math.sqrt(windows) if windows > 1 else np.full(means_NP.shape[1], np.nan)
+        nats_DP, bytes_DP = self._by_document(self.nats_NT, edges_P), self._by_document(self.bytes_NT, edges_P)
+        with np.errstate(invalid="ignore", divide="ignore"):  # a bin of document ends alone has no bytes
+            means_P = nats_DP.sum(0) / bytes_DP.sum(0)
+        errors_P = [_ratio_error(nats_D, bytes_D) for nats_D, bytes_D in zip(nats_DP.T, bytes_DP.T, strict=True)]
         return {
             "position": [float(low + high + 1) / 2 for low, high in zip(edges_P[:-1], edges_P[1:], strict=True)],
-            "bits_per_byte": [self._bits(mean) for mean in means_NP.mean(0)],
-            "standard_error": [self._bits(error) for error in errors_P],
+            "bits_per_byte": [_bits(mean) for mean in means_P],
+            "standard_error": [_bits(error) for error in errors_P],
         }
+
+    def _by_document(self, values_NT: np.ndarray, edges_P: np.ndarray) -> np.ndarray:
+        """Sums [documents that have full windows, bins] of values of windows and positions."""
+        _, rows_N = np.unique(self.documents_N, return_inverse=True)
+        sums_DP = np.zeros((rows_N.max() + 1, len(edges_P) - 1))
+        np.add.at(sums_DP, rows_N, np.add.reduceat(values_NT, edges_P[:-1], axis=1))
+        return sums_DP
 
     def to_dict(self) -> dict[str, Any]:
         """The summary as plain JSON types."""
@@ -95,14 +111,15 @@ class Perplexity:
             "by_position": self.by_position(),
         }
 
-    def _bits(self, nats: float) -> float:
-        return float(nats) / math.log(2) / self.bytes_per_token
+
+def _bits(nats: float) -> float:
+    return float(nats) / math.log(2)
 
 
 def _ratio_error(sums_D: np.ndarray, counts_D: np.ndarray) -> float:
     """Standard error of sums.sum() / counts.sum() over independent documents (linearised ratio estimator)."""
     documents = len(sums_D)
-    if documents < 2:
+    if documents < 2 or counts_D.sum() == 0:
         return math.nan
     residuals_D = sums_D - sums_D.sum() / counts_D.sum() * counts_D
     return math.sqrt(documents / (documents - 1) * float((residuals_D**2).sum())) / float(counts_D.sum())
@@ -116,32 +133,36 @@ def evaluate_perplexity(
     All documents' first windows come before any second one, so that a small `max_tokens` still sees many documents.
     `row_tokens` (default: 4 windows) is what one forward pass takes.
 
-    Raises ValueError where no document has two tokens to predict one from the other.
+    Raises ValueError where no token of text has one before it to be predicted from.
     """
     windows = _windows(corpus, length, max_tokens)
-    if not windows:
+    if not any(corpus.token_bytes(start + 1, end).any() for _, start, end in windows):
         raise ValueError("the text has no document of two tokens or more, so there is nothing to predict")
-    nats_D = np.zeros(len(corpus.names))
+    nats_D, bytes_D = np.zeros(len(corpus.names)), np.zeros(len(corpus.names))
     tokens_D = np.zeros(len(corpus.names), dtype=np.int64)
-    full: list[np.ndarray] = []
+    full: list[tuple[int, np.ndarray, np.ndarray]] = []  # document, nats_T, bytes_T
     total = sum(end - start for _, start, end in windows)
     with tqdm(total=total, desc="evaluating", unit="tok", unit_scale=True, disable=not progress, leave=False) as bar:
         for row in _rows(windows, row_tokens or 4 * length):
             losses = token_losses(model, [corpus.tokens[start:end] for _, start, end in row])
             for (d, start, end), nats_T in zip(row, losses, strict=True):
+                bytes_T = corpus.token_bytes(start + 1, end)
                 nats_D[d] += nats_T.sum()
+                bytes_D[d] += bytes_T.sum()
                 tokens_D[d] += len(nats_T)
                 if end - start == length:
-                    full.append(nats_T)
+                    full.append((d, nats_T, bytes_T))
                 bar.update(end - start)
     seen = np.flatnonzero(tokens_D)
     return Perplexity(
         names=tuple(corpus.names[d] for d in seen),
         nats_D=nats_D[seen],
         tokens_D=tokens_D[seen],
-        bytes_per_token=corpus.bytes_per_token,
+        bytes_D=bytes_D[seen],
         length=length,
-        nats_NT=np.stack(full) if full else np.zeros((0, length - 1)),
+        nats_NT=np.array([nats_T for _, nats_T, _ in full]).reshape(-1, length - 1),
+        bytes_NT=np.array([bytes_T for _, _, bytes_T in full]).reshape(-1, length - 1),
+        documents_N=np.searchsorted(seen, np.array([d for d, _, _ in full], dtype=np.int64)),
     )
 
 
@@ -150,8 +171,7 @@ def _windows(corpus: Corpus, length: int, max_tokens: int) -> list[tuple[int, in
     chosen, total = [], 0
     for start, end in pieces_by_rounds(corpus, length).tolist():
         if end - start >= 2 and total < max_tokens:
-            document = int(np.searchsorted(corpus.offsets_D, start, side="right")) - 1
-            chosen.append((document, start, end))
+            chosen.append((int(corpus.document_of(start)), start, end))
             total += end - start
     return chosen
 

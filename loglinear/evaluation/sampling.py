@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
+GREEDY = 1e-6  # below, only logits that differ by a rounding error would share probability, and then they overflow
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -33,7 +35,7 @@ def sample(
     seed: int = 0,
     streamer: Any = None,
 ) -> Sample:
-    """Continue `prompt` until the end-of-sequence token or for `max_new_tokens`; temperature 0 is greedy.
+    """Continue `prompt` until the end-of-sequence token or for `max_new_tokens`; a temperature below 1e-6 is greedy.
 
     Raises ValueError for an empty prompt where the tokenizer has no token to begin with.
     """
@@ -46,7 +48,7 @@ def sample(
     began = time.perf_counter()
     output = model.generate(
         **inputs,
-        **(sampling if temperature > 0 else {"do_sample": False}),
+        **(sampling if temperature >= GREEDY else {"do_sample": False}),
         max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,

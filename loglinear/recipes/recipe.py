@@ -50,11 +50,15 @@ class TrainingRecipe:
     validation_fraction: float = 0.05
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch_tokens", "steps", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"):
+        for name in ("steps", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        for name in ("seq_len", "batch_tokens", "micro_batch_tokens"):  # one token has none to be predicted from
+            value = getattr(self, name)
+            if value is not None and value < 2:
+                raise ValueError(f"{name} must be at least 2, got {value}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if not 0 < self.validation_fraction < 1:
@@ -63,11 +67,14 @@ class TrainingRecipe:
             raise ValueError(
                 f"micro_batch_tokens must divide batch_tokens, got {self.micro_batch_tokens} and {self.batch_tokens}"
             )
+        if self.row_tokens < self.seq_len:
+            name = "batch_tokens" if self.micro_batch_tokens is None else "micro_batch_tokens"
+            raise ValueError(f"{name} must be at least seq_len = {self.seq_len}, got {self.row_tokens}")
 
     @property
     def row_tokens(self) -> int:
         """Tokens of one packed row, that is of one forward pass."""
-        return self.micro_batch_tokens or self.batch_tokens
+        return self.batch_tokens if self.micro_batch_tokens is None else self.micro_batch_tokens
 
     def model_config(self) -> LogLinearConfig:
         """The model's configuration (imports transformers)."""

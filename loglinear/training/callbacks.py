@@ -15,27 +15,36 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loglinear.training.data import PackedRows
 from loglinear.training.run_folder import METRICS_FILE, rewind_metrics
 
 
-def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """Cross-entropy per token in nats, as bits for each byte of text."""
-    return nats_per_token / math.log(2) / bytes_per_token
+def bits_per_byte(nats_per_token: float, rows: PackedRows, which: range) -> float:
+    """The mean loss of some rows, as bits for each byte of the text that is predicted in them.
+
+    Raises ValueError where they predict no text.
+    """
+    tokens, size = rows.predicted(which)
+    if size == 0:
+        raise ValueError("a batch holds no text to predict: raise --batch-tokens, or give longer documents")
+    return nats_per_token * tokens / math.log(2) / size
 
 
 class RunLog(TrainerCallback):
     """Append one line to metrics.jsonl for every step and every validation, and show them on a progress bar.
 
-    A line has: step, split ("train" | "validation"), loss (nats per token), bits_per_byte; for training also
-    learning_rate, grad_norm, tokens (seen so far), seconds (spent in training steps so far, without validation and
-    saving) and tokens_per_second.
+    A line has: step, split ("train" | "validation"), loss (nats per predicted token), bits_per_byte (the same nats
+    for each byte of these tokens, as in `loglinear.evaluation`); for training also learning_rate, grad_norm, tokens
+    (seen so far), seconds (spent in training steps so far, without validation and saving) and tokens_per_second.
     """
 
     def __init__(
-        self, out: Path, *, steps: int, batch_tokens: int, bytes_per_token: dict[str, float], label: str, progress: bool
+        self, out: Path, *, steps: int, training: PackedRows, validation: PackedRows, label: str, progress: bool
     ) -> None:
-        self.out, self.steps, self.batch_tokens = out, steps, batch_tokens
-        self.bytes_per_token, self.label, self.progress = bytes_per_token, label, progress
+        self.out, self.steps, self.label, self.progress = out, steps, label, progress
+        self.training, self.validation = training, validation
+        self.rows_per_step = len(training) // steps
+        self.batch_tokens = self.rows_per_step * training.row_tokens
         self.seconds, self.step_began = 0.0, 0.0
         self.validation_bits: float | None = None
         self.bar: tqdm | None = None
@@ -70,7 +79,7 @@ class RunLog(TrainerCallback):
         if "loss" in logs:
             self._log_training(state.global_step, logs)
         elif "eval_loss" in logs:
-            self.validation_bits = bits_per_byte(logs["eval_loss"], self.bytes_per_token["validation"])
+            self.validation_bits = bits_per_byte(logs["eval_loss"], self.validation, range(len(self.validation)))
             self._append(
                 step=state.global_step,
                 split="validation",
@@ -79,10 +88,11 @@ class RunLog(TrainerCallback):
             )
 
     def _log_training(self, step: int, logs: dict[str, float]) -> None:
+        rate = self.batch_tokens / max(time.perf_counter() - self.step_began, 1e-9)
+        rows = range((step - 1) * self.rows_per_step, step * self.rows_per_step)
+        bits = bits_per_byte(logs["loss"], self.training, rows)
         if not math.isfinite(logs["loss"]):
             raise ValueError(f"the loss became {logs['loss']} at step {step}: lower the learning rate (--lr)")
-        rate = self.batch_tokens / max(time.perf_counter() - self.step_began, 1e-9)
-        bits = bits_per_byte(logs["loss"], self.bytes_per_token["train"])
         self._append(
             step=step,
             split="train",

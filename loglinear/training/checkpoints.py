@@ -6,14 +6,17 @@ run's folder, the optimiser's and the schedule's state beside it.
 
 from __future__ import annotations
 
-import json
 import zipfile
+from inspect import get_annotations
 from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.training.json_files import read_object
 
 MODEL_TYPE = LogLinearConfig.model_type
 TRAINER_STATE = "trainer_state.json"
@@ -35,28 +38,29 @@ def defect(checkpoint: Path, *, resumable: bool = False) -> str | None:
 
     Looks at names, headers and lengths, not at every byte. `resumable` also asks for the state of the training.
     """
-    parsed = ["config.json", TRAINER_STATE] if resumable else ["config.json"]
-    zipped = ["optimizer.pt", "scheduler.pt"] if resumable else []
-    for name in parsed:
+    needed = ["config.json", "model*.safetensors"]
+    if resumable:
+        needed += [TRAINER_STATE, "optimizer.pt", "scheduler.pt", "rng_state*.pth"]
+    for name in needed:
+        if not any(checkpoint.glob(name)):
+            return f"{name.replace('*', '')} is missing"
+    for file in sorted(checkpoint.glob("*.json")):
         try:
-            json.loads((checkpoint / name).read_text())
-        except FileNotFoundError:
-            return f"{name} is missing"
+            read_object(file)
         except ValueError:
-            return f"{name} is truncated"
-    for name in zipped:
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-        if not zipfile.is_zipfile(checkpoint / name):
-            return f"{name} is truncated"
-    weights = sorted(checkpoint.glob("*.safetensors"))
-    for file in weights:
+            return f"{file.name} is truncated or no JSON object"
+    if resumable and read_object(checkpoint / TRAINER_STATE).get("global_step") != step_of(checkpoint):
+        return f"{TRAINER_STATE} is of another step"
+    for file in sorted(checkpoint.glob("*.pt*")) if resumable else []:
+        if not zipfile.is_zipfile(file):
+            return f"{file.name} is truncated"
+    for file in sorted(checkpoint.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError):
             return f"{file.name} is truncated"
-    return None if weights else "model.safetensors is missing"
+    return None
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -91,13 +95,31 @@ def load_model(path: Path, *, device: str | torch.device = "cpu") -> LogLinearFo
     Raises ValueError, in one line, for a checkpoint that is missing, truncated, or of another model.
     """
     checkpoint = resolve(path)
-    model_type = json.loads((checkpoint / "config.json").read_text()).get("model_type")
-    if model_type != MODEL_TYPE:
-        raise ValueError(f"checkpoint {checkpoint} holds a {model_type!r} model, expected {MODEL_TYPE!r}")
-    config = LogLinearConfig.from_pretrained(checkpoint)
+    config = _config(checkpoint)
     _check_weights(checkpoint, config)
     model = LogLinearForCausalLM.from_pretrained(checkpoint, device_map={"": torch.device(device)})
     return model.eval()
+
+
+def _config(checkpoint: Path) -> LogLinearConfig:
+    file = checkpoint / "config.json"
+    values = read_object(file)
+    if values.get("model_type") != MODEL_TYPE:
+        raise ValueError(f"checkpoint {checkpoint} holds a {values.get('model_type')!r} model, expected {MODEL_TYPE!r}")
+    for name, hint in get_annotations(LogLinearConfig, eval_str=True).items():
+        if name in values and not _fits(values[name], hint):
+            wanted = getattr(hint, "__name__", hint)
+            raise ValueError(f"{file}: {name} must be {wanted}, got {values[name]!r}")
+    try:
+        return LogLinearConfig.from_pretrained(checkpoint)
+    except (ValueError, TypeError, AttributeError) as error:  # the latter two: fields of transformers' own
+        raise ValueError(f"{file} describes no model: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of an annotated type; int serves as float."""
+    options = [get_origin(option) or option for option in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
+    return isinstance(value, (*options, int) if float in options else tuple(options))
 
 
 def _check_weights(checkpoint: Path, config: LogLinearConfig) -> None:

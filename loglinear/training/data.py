@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -31,11 +34,28 @@ class Corpus:
     tokens: np.ndarray  # all documents behind one another
     offsets_D: np.ndarray  # int64 [D + 1]; document d is tokens[offsets_D[d] : offsets_D[d + 1]]
     bytes_D: np.ndarray  # int64 [D]; UTF-8 bytes of each document's text
+    special: tuple[int, ...]  # tokens that stand for no text: beginning and end of a document
 
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes of text for each token, to turn nats per token into bits per byte."""
-        return float(self.bytes_D.sum() / len(self.tokens))
+    @cached_property
+    def bytes_per_text_token_D(self) -> np.ndarray:
+        """Bytes of each document's text for each of its tokens that are not special: exactly 1 for byte tokens."""
+        counts_D = [self._is_text(start, end).sum() for start, end in itertools.pairwise(self.offsets_D)]
+        return self.bytes_D / np.maximum(1, np.array(counts_D, dtype=np.int64))
+
+    def token_bytes(self, start: int, end: int) -> np.ndarray:
+        """Bytes of text that each of tokens[start:end], a part of one document, stands for.
+
+        Special tokens stand for none and all others of a document for equally many: exact for the byte tokenizer, and
+        for the sum over a whole document with any.
+        """
+        return self.bytes_per_text_token_D[self.document_of(end - 1)] * self._is_text(start, end)
+
+    def _is_text(self, start: int, end: int) -> np.ndarray:
+        return ~np.isin(self.tokens[start:end], self.special)
+
+    def document_of(self, place: ArrayLike) -> Any:
+        """The document that holds a place of `tokens`, or the documents of several places."""
+        return np.searchsorted(self.offsets_D, place, side="right") - 1
 
     @cached_property
     def fingerprint(self) -> str:
@@ -52,16 +72,17 @@ class Corpus:
     def take(self, documents: Iterable[int]) -> Corpus:
         """The corpus of these documents only."""
         chosen = list(documents)
-        return _corpus([(self.names[d], self.document(d), int(self.bytes_D[d])) for d in chosen])
+        return _corpus([(self.names[d], self.document(d), int(self.bytes_D[d])) for d in chosen], self.special)
 
 
-def _corpus(parts: list[tuple[str, np.ndarray, int]]) -> Corpus:
+def _corpus(parts: list[tuple[str, np.ndarray, int]], special: tuple[int, ...]) -> Corpus:
     lengths = [len(tokens) for _, tokens, _ in parts]
     return Corpus(
         names=tuple(name for name, _, _ in parts),
         tokens=np.concatenate([tokens for _, tokens, _ in parts]) if parts else np.zeros(0, np.uint16),
         offsets_D=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
         bytes_D=np.asarray([size for _, _, size in parts], dtype=np.int64),
+        special=special,
     )
 
 
@@ -71,8 +92,18 @@ def _hash(name: str) -> int:
 
 def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Tokenise documents, in memory (2 bytes for each byte of text with the byte tokenizer)."""
-    parts = [(name, encode_document(tokenizer, text), len(text.encode())) for name, text in documents]
-    return _corpus(sorted(parts, key=lambda part: (_hash(part[0]), part[0])))
+    parts = [(document.name, _size(document), encode_document(tokenizer, document.text)) for document in documents]
+    special = tuple(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None)
+    in_order = sorted(parts, key=lambda part: (_hash(part[0]), part[0]))
+    return _corpus([(name, tokens, size) for name, size, tokens in in_order], special)
+
+
+def _size(document: Document) -> int:
+    """UTF-8 bytes of a document."""
+    try:
+        return len(document.text.encode())
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+        raise ValueError(f"document {document.name} is not text: character {error.start} is a lone surrogate") from None
 
 
 def split(corpus: Corpus, validation_fraction: float) -> tuple[Corpus, Corpus]:
@@ -92,21 +123,28 @@ def split(corpus: Corpus, validation_fraction: float) -> tuple[Corpus, Corpus]:
 
 
 def _cut_single(corpus: Corpus, validation_fraction: float) -> tuple[Corpus, Corpus]:
-    tokens, size = corpus.tokens, int(corpus.bytes_D[0])
+    tokens = corpus.tokens
     cut = len(tokens) - max(1, int(len(tokens) * validation_fraction))
-    train_bytes = round(size * cut / len(tokens))
-    name = corpus.names[0]
-    return _corpus([(name, tokens[:cut], train_bytes)]), _corpus([(name, tokens[cut:], size - train_bytes)])
+    train, validation = (
+        _corpus([(corpus.names[0], tokens[start:end], round(corpus.token_bytes(start, end).sum()))], corpus.special)
+        for start, end in ((0, cut), (cut, len(tokens)))
+    )
+    return train, validation
 
 
 def load_corpus(
     sources: Iterable[str], tokenizer: PreTrainedTokenizerBase, validation_fraction: float, *, progress: bool = False
 ) -> tuple[Corpus, Corpus]:
     """Read, tokenise and split: (training, validation)."""
+    return split(read_corpus(sources, tokenizer, progress=progress), validation_fraction)
+
+
+def read_corpus(sources: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, progress: bool = False) -> Corpus:
+    """Read and tokenise; a progress bar shows after a second."""
     documents = tqdm(
         read_documents(sources), desc="reading", unit=" documents", disable=not progress, leave=False, delay=1
     )
-    return split(tokenize(documents, tokenizer), validation_fraction)
+    return tokenize(documents, tokenizer)
 
 
 def pieces(corpus: Corpus, seq_len: int) -> np.ndarray:
@@ -125,7 +163,7 @@ def pieces_by_rounds(corpus: Corpus, seq_len: int) -> np.ndarray:
     The beginning of this order is the fairest sample of a corpus that a limited number of tokens can give.
     """
     parts_P2 = pieces(corpus, seq_len)
-    documents_P = np.searchsorted(corpus.offsets_D, parts_P2[:, 0], side="right") - 1
+    documents_P = corpus.document_of(parts_P2[:, 0])
     rounds_P = (parts_P2[:, 0] - corpus.offsets_D[documents_P]) // seq_len
     return parts_P2[np.lexsort((documents_P, rounds_P))]
 
@@ -179,14 +217,21 @@ class PackedRows(Dataset):
         return self._epoch[1], self._epoch[2]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return pack(self.corpus.tokens[start:end] for start, end in self._spans_P2(index))
+
+    def predicted(self, rows: range) -> tuple[int, float]:
+        """Tokens that are predicted in these rows, that is all but each sequence's first, and their bytes of text."""
+        sizes = [self.corpus.token_bytes(start + 1, end) for row in rows for start, end in self._spans_P2(row)]
+        return sum(map(len, sizes)), float(sum(size.sum() for size in sizes))
+
+    def _spans_P2(self, index: int) -> np.ndarray:
+        """Start and end of the sequences of a row."""
         epoch, row = divmod(index, self.rows_per_epoch)
         order_P2, begins = self._epoch_order(epoch)
         row_start, row_end = row * self.row_tokens, (row + 1) * self.row_tokens
         first = np.searchsorted(begins, row_start, side="right") - 1
         last = np.searchsorted(begins, row_end, side="left")
-        parts = []
-        for (start, end), begin in zip(order_P2[first:last], begins[first:last], strict=True):
-            low = start + max(0, row_start - begin)
-            high = min(end, start + row_end - begin)
-            parts.append(self.corpus.tokens[low:high])
-        return pack(parts)
+        starts_P, ends_P = order_P2[first:last].T
+        lows_P = starts_P + np.maximum(0, row_start - begins[first:last])
+        highs_P = np.minimum(ends_P, starts_P + row_end - begins[first:last])
+        return np.stack([lows_P, highs_P], axis=1)

@@ -19,6 +19,7 @@ import transformers
 
 import loglinear
 from loglinear.recipes import TrainingRecipe
+from loglinear.training.json_files import read_object, write_atomically, write_object
 
 try:
     import fcntl
@@ -62,37 +63,41 @@ def require_empty(out: Path) -> None:
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """What run.json says. Raises ValueError where the folder holds no run."""
+    """What run.json says. Raises ValueError where the folder holds no run, or the file not what we wrote."""
     try:
-        return json.loads((out / RUN_FILE).read_text())
+        run = read_object(out / RUN_FILE)
     except FileNotFoundError:
         raise ValueError(f"output folder {out} holds no run to resume (no {RUN_FILE})") from None
-    except ValueError as error:
-        raise ValueError(f"{out / RUN_FILE} is not JSON: {error}") from error
+    for name in ("recipe", "data"):
+        if not isinstance(run.get(name), dict):
+            raise ValueError(f"{out / RUN_FILE} has no {name!r} object, so it describes no run")
+    return run
 
 
 def run_recipe(out: Path) -> TrainingRecipe:
-    """The recipe of the run in this folder."""
-    return TrainingRecipe.from_dict(read_run(out)["recipe"])
+    """The recipe of the run in this folder. Raises ValueError where run.json holds none that could have run."""
+    values = read_run(out)["recipe"]
+    try:
+        recipe = TrainingRecipe.from_dict(values)
+        recipe.model_config()
+    except (TypeError, ValueError) as error:  # TypeError: a field that is unknown, missing or of another type
+        raise ValueError(f"{out / RUN_FILE} holds no usable recipe: {error}") from error
+    return recipe
 
 
 def write_run(out: Path, recipe: TrainingRecipe, data: dict[str, Any], parameters: int) -> None:
     """Record everything that decides the result: recipe with its seed, data, versions, command."""
-    write_atomically(
+    write_object(
         out / RUN_FILE,
-        json.dumps(
-            {
-                "recipe": recipe.to_dict(),
-                "seed": recipe.seed,
-                "parameters": parameters,
-                "data": data,
-                "versions": versions(),
-                "command": sys.argv,
-                "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            },
-            indent=2,
-        )
-        + "\n",
+        {
+            "recipe": recipe.to_dict(),
+            "seed": recipe.seed,
+            "parameters": parameters,
+            "data": data,
+            "versions": versions(),
+            "command": sys.argv,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        },
     )
 
 
@@ -123,20 +128,26 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader, or a kill, sees the old text or the new one."""
-    staged = path.with_name(f".{path.name}.new")
-    staged.write_text(text)
-    staged.replace(path)
-
-
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+    """The lines of metrics.jsonl; a last line that a kill cut short is left out.
+
+    Raises ValueError, naming file and line, where another line is damaged.
+    """
     try:
-        lines = (out / METRICS_FILE).read_text().split("\n")
+        lines = (out / METRICS_FILE).read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines[:-1]]
+    return [_record(line, f"{out / METRICS_FILE} line {number}") for number, line in enumerate(lines[:-1], start=1)]
+
+
+def _record(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError(f"{place} is not a record with a step")
+    return record
 
 
 def rewind_metrics(out: Path, step: int) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import importlib
 import json
 import sysconfig
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,10 @@ STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test"
 
 
 class Document(NamedTuple):
-    """One text, under a name that does not depend on the machine's folders."""
+    """One text, under a name that depends neither on the machine's folders nor on other documents.
+
+    A file's name is relative to the folder that was given, or to the part of a glob before its first wildcard.
+    """
 
     name: str
     text: str
@@ -73,7 +77,7 @@ def _read_paths(source: str) -> Iterator[Document]:
                 f"data {source!r} is neither a file, a folder nor a glob that matches; expected a path, "
                 f"'{STDLIB}' or '{DATASETS_PREFIX}NAME'"
             )
-        root = _common_folder(files)
+        root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
     for file in files:
         yield from _read_file(file, file.relative_to(root).as_posix())
 
@@ -81,13 +85,6 @@ def _read_paths(source: str) -> Iterator[Document]:
 def _is_readable(file: Path) -> bool:
     plain = file.with_suffix("") if file.suffix == ".zst" else file
     return plain.suffix in SUFFIXES
-
-
-def _common_folder(files: list[Path]) -> Path:
-    common = files[0].parent
-    while not all(file.is_relative_to(common) for file in files):
-        common = common.parent
-    return common
 
 
 def _read_file(file: Path, name: str) -> Iterator[Document]:
@@ -133,8 +130,8 @@ def _read_jsonl(file: Path, name: str, text: str) -> Iterator[Document]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"data file {file} line {number} is not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:  # RecursionError: brackets nested a thousand deep
+            raise ValueError(f"data file {file} line {number} is not JSON: {getattr(error, 'msg', error)}") from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise ValueError(f'data file {file} line {number} has no "text" string')
         yield Document(f"{name}:{number}", row["text"])

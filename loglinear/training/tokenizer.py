@@ -76,13 +76,19 @@ class ByteTokenizer(PreTrainedTokenizer):
 AutoTokenizer.register(LogLinearConfig, ByteTokenizer)
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
     """`"bytes"` for the built-in tokenizer, otherwise the folder of a Hugging Face tokenizer (or of a checkpoint).
 
-    Raises ValueError where there is no tokenizer, or one without an end-of-sequence token.
+    Raises ValueError where there is no tokenizer, one without an end-of-sequence token, or one with more tokens than
+    `vocab_size`, the model's.
     """
-    if name == BYTES:
-        return ByteTokenizer()
+    tokenizer = ByteTokenizer() if name == BYTES else _load_folder(name)
+    if vocab_size is not None and len(tokenizer) > vocab_size:
+        raise ValueError(f"tokenizer {name} has {len(tokenizer)} tokens, the model's vocab_size is {vocab_size}")
+    return tokenizer
+
+
+def _load_folder(name: str | Path) -> PreTrainedTokenizerBase:
     if not Path(name).is_dir():
         raise ValueError(f"tokenizer must be 'bytes' or the folder of a Hugging Face tokenizer, got {str(name)!r}")
     try:

@@ -60,7 +60,7 @@ def train(
         if not recipe.data:
             raise ValueError(f"recipe {recipe.name!r} names no data: give --data")
         corpora = load_corpus(recipe.data, tokenizer, recipe.validation_fraction, progress=progress and main_process)
-        training = _training_rows(recipe, corpora[0])
+        training, validation = _training_rows(recipe, corpora[0]), _validation_rows(recipe, corpora[1])
         set_seed(recipe.seed)
         model = LogLinearForCausalLM(config)
         facts = _data_facts(*corpora)
@@ -75,8 +75,8 @@ def train(
         log = RunLog(
             out,
             steps=recipe.steps,
-            batch_tokens=recipe.batch_tokens,
-            bytes_per_token={"train": corpora[0].bytes_per_token, "validation": corpora[1].bytes_per_token},
+            training=training,
+            validation=validation,
             label=label or recipe.name,
             progress=progress and main_process,
         )
@@ -84,7 +84,7 @@ def train(
             model=model,
             args=arguments,
             train_dataset=training,
-            eval_dataset=_validation_rows(recipe, corpora[1]),
+            eval_dataset=validation,
             data_collator=_only_row,
             processing_class=tokenizer,
             callbacks=[stop := StopOnSignal()] + ([log] if main_process else []),
@@ -99,12 +99,7 @@ def train(
 def _tokenizer(recipe: TrainingRecipe, vocab_size: int) -> PreTrainedTokenizerBase:
     if recipe.tokenizer is None:
         raise ValueError(f"recipe {recipe.name!r} names no tokenizer: give --tokenizer (a folder, or 'bytes')")
-    tokenizer = load_tokenizer(recipe.tokenizer)
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"tokenizer {recipe.tokenizer} has {len(tokenizer)} tokens, the model's vocab_size is {vocab_size}"
-        )
-    return tokenizer
+    return load_tokenizer(recipe.tokenizer, vocab_size)
 
 
 def _world_size() -> int:
@@ -130,6 +125,8 @@ def _training_rows(recipe: TrainingRecipe, corpus: Corpus) -> PackedRows:
 def _validation_rows(recipe: TrainingRecipe, corpus: Corpus) -> PackedRows:
     rows = PackedRows(corpus, seq_len=recipe.seq_len, row_tokens=recipe.row_tokens, shuffle_seed=None)
     rows.rows = min(rows.rows, max(1, recipe.eval_tokens // recipe.row_tokens))
+    if rows.predicted(range(len(rows)))[1] == 0:
+        raise ValueError("the validation text is too short to predict any of it: give more data")
     return rows
 
 
@@ -148,7 +145,7 @@ def _data_facts(training: Corpus, validation: Corpus) -> dict[str, Any]:
 def _arguments(recipe: TrainingRecipe, out: Path, tensorboard: bool) -> TrainingArguments:
     if tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs the tensorboard package: pip install 'loglinear[tensorboard]'")
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=recipe.steps,
         per_device_train_batch_size=1,
@@ -179,5 +176,8 @@ def _arguments(recipe: TrainingRecipe, out: Path, tensorboard: bool) -> Training
         save_steps=recipe.save_every,
         save_total_limit=recipe.keep_checkpoints,
         report_to=["tensorboard"] if tensorboard else [],
+        use_cache=True,  # the Trainer writes this into the model's configuration; a loss builds no cache anyway
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process trains on one GPU; more would mean nn.DataParallel
+    return arguments

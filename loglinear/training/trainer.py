@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from loglinear.training.checkpoints import checkpoints
+from loglinear.training.checkpoints import checkpoints, defect
 
 
 class LogLinearTrainer(Trainer):
@@ -32,7 +32,7 @@ class LogLinearTrainer(Trainer):
         """Write beside the checkpoints, then rename: a kill at any moment leaves the previous ones whole."""
         out = Path(self.args.output_dir or ".")
         final = out / f"checkpoint-{self.state.global_step}"
-        if final.exists():  # a run that was stopped at the very step it resumed from
+        if defect(final, resumable=True) is None:  # a run that was stopped at the very step it resumed from
             return
         self._staging = out / ".saving"
         try:
@@ -43,6 +43,7 @@ class LogLinearTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                shutil.rmtree(final, ignore_errors=True)  # a broken one
                 (self._staging / final.name).rename(final)
                 self._staging.rmdir()
         finally:

@@ -1,5 +1,6 @@
 """The command line in processes of their own and in this one: what it prints, and how it ends."""
 
+import dataclasses
 import io
 import json
 import os
@@ -146,7 +147,52 @@ def not_a_number(folder, run, text):
     return ["generate", "--model", run, "--top-p", "many"]
 
 
+def data_without_its_option(folder, run, text):
+    return ["train", "--recipe", "demo", "--out", folder / "out", text]
+
+
+def negative_micro_batch(folder, run, text):
+    return ["train", "--recipe", "demo", "--micro-batch-tokens", "-64", "--data", text, "--out", folder / "out"]
+
+
+def empty_micro_batch(folder, run, text):
+    return ["train", "--recipe", "demo", "--micro-batch-tokens", "0", "--data", text, "--out", folder / "out"]
+
+
+def batch_of_one_token(folder, run, text):
+    return ["train", "--recipe", "demo", "--batch-tokens", "1", "--data", text, "--out", folder / "out"]
+
+
+def run_json_of_nothing(folder, run, text):
+    (folder / "run.json").write_text("{}")
+    return ["train", "--resume", "--out", folder]
+
+
+def no_tokenizer_and_a_small_vocabulary(folder, run, text):
+    recipe = tiny_recipe(text)
+    config = dataclasses.replace(recipe, model={**recipe.model, "vocab_size": 50}).model_config()
+    LogLinearForCausalLM(config).save_pretrained(folder / "model")
+    return ["generate", "--model", folder / "model", "--prompt", "a"]
+
+
+def evaluation_with_a_small_vocabulary(folder, run, text):
+    model = no_tokenizer_and_a_small_vocabulary(folder, run, text)[2]
+    return ["eval", "perplexity", "--model", model, "--data", text, "--out", folder / "out"]
+
+
+def prompt_that_is_no_text(folder, run, text):
+    return ["generate", "--model", run, "--prompt", "a\udcff"]
+
+
 BAD = {
+    data_without_its_option: "data is named with --data",
+    negative_micro_batch: "micro_batch_tokens must be at least 2, got -64",
+    empty_micro_batch: "micro_batch_tokens must be at least 2, got 0",
+    batch_of_one_token: "batch_tokens must be at least 2, got 1",
+    run_json_of_nothing: "has no 'recipe' object",
+    no_tokenizer_and_a_small_vocabulary: "has 259 tokens, the model's vocab_size is 50",
+    evaluation_with_a_small_vocabulary: "has 259 tokens, the model's vocab_size is 50",
+    prompt_that_is_no_text: "the prompt is not UTF-8 text",
     binary_data: "is binary, expected UTF-8 text",
     empty_data: "holds no text",
     missing_data: "is neither a file, a folder nor a glob",
@@ -265,6 +311,14 @@ def test_train_then_resume_needs_the_folder_alone(capsys, tmp_path, text):
     assert code == 0 and str(out / "checkpoint-2") in errors
     code, _, errors = in_process(capsys, "train", "--resume", "--out", out)
     assert code == 0 and str(out / "checkpoint-2") in errors
+
+
+def test_data_takes_all_names_that_follow(capsys, tmp_path, text):
+    names = [str(text / f"{index}.txt") for index in range(3)]
+    arguments = ["--recipe", "demo", "--data", *names, "--out", tmp_path / "run", *FAST]
+    code, _, errors = in_process(capsys, "train", *arguments)
+    assert code == 0, errors
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["data"] == names
 
 
 def test_train_overrides_reach_the_model(capsys, tmp_path, text):

@@ -31,7 +31,8 @@ def test_demo_writes_everything_it_promises_and_continues_a_finished_run(tmp_pat
 
 
 def result(nats):
-    return Perplexity(("a", "b", "c"), np.array(nats), np.array([100, 100, 100]), 1.0, 8, np.zeros((0, 7)))
+    counts, none = np.array([100, 100, 100]), np.zeros((0, 7))
+    return Perplexity(("a", "b", "c"), np.array(nats), counts, counts, 8, none, none, np.zeros(0, int))
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -7,7 +8,8 @@ import torch
 from loglinear.evaluation import Perplexity, evaluate_perplexity
 from loglinear.evaluation.perplexity import token_losses
 from loglinear.models import LogLinearForCausalLM
-from loglinear.training.data import tokenize
+from loglinear.training.data import Corpus, tokenize
+from loglinear.training.json_files import write_object
 from loglinear.training.sources import Document
 from loglinear.training.tokenizer import ByteTokenizer
 from tests.training.tiny import tiny_recipe
@@ -40,10 +42,28 @@ def test_uniform_model_needs_log2_of_its_vocabulary(model, corpus):
         model.lm_head.weight.zero_()
     result = evaluate_perplexity(model, corpus, length=64, max_tokens=10**6, progress=False)
     assert result.loss == pytest.approx(math.log(264), rel=1e-6)
-    assert result.bits_per_byte == pytest.approx(math.log2(264) / corpus.bytes_per_token, rel=1e-6)
-    assert result.standard_error == pytest.approx(0, abs=1e-9)
+    windows = sum(-(-len(corpus.document(d)) // 64) for d in range(5))
+    later = windows - 5  # their first token is text and context; all other text and five ends are predicted
+    tokens, size = len(corpus.tokens) - windows, corpus.bytes_D.sum() - later
+    assert result.bits_per_byte == pytest.approx(math.log2(264) * tokens / size, rel=1e-6)
     curve = result.by_position()["bits_per_byte"]
-    assert len(curve) == 5 and curve == pytest.approx([result.bits_per_byte] * 5, rel=1e-6)
+    assert len(curve) == 5 and curve[:4] == pytest.approx([math.log2(264)] * 4, rel=1e-6)
+
+
+def test_short_documents_count_no_byte_for_their_first_token(model):
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    documents = tokenize([Document(f"doc{d}", "ab") for d in range(20)], ByteTokenizer())
+    result = evaluate_perplexity(model, documents, length=64, max_tokens=10**6, progress=False)
+    assert result.bits_per_byte == pytest.approx(math.log2(264) * 3 / 2, rel=1e-6)
+    assert result.standard_error == pytest.approx(0, abs=1e-9)
+
+
+def test_bytes_are_those_of_the_text_that_was_read(model):
+    # Another tokenizer's corpus: 1 byte for each token of one document, 9 for each of the other.
+    corpus = Corpus(("a", "b"), np.arange(8) % 4 + 2, np.array([0, 4, 8]), np.array([4, 36]), (0, 1))
+    result = evaluate_perplexity(model, corpus, length=4, max_tokens=2, progress=False)
+    assert result.names == ("a",) and result.bytes_D.tolist() == [3]
 
 
 def test_every_token_but_each_windows_first_is_predicted_once(model, corpus):
@@ -72,7 +92,8 @@ def test_text_without_anything_to_predict_is_one_clear_line(model, corpus):
 
 
 def of(nats, tokens=(10, 20, 40), names=("a", "b", "c")):
-    return Perplexity(names, np.array(nats, float), np.array(tokens), 1.0, 8, np.zeros((0, 7)))
+    none = np.zeros((0, 7))
+    return Perplexity(names, np.array(nats, float), np.array(tokens), np.array(tokens), 8, none, none, np.zeros(0, int))
 
 
 def test_standard_error_is_that_of_a_ratio_over_documents():
@@ -91,10 +112,35 @@ def test_paired_difference_removes_what_is_hard_for_both():
         easy.difference(of([1.0, 2.0, 3.0], names=("a", "b", "other")))
 
 
+def with_windows(nats_NT, documents):
+    one = np.ones(1 + max(documents))
+    length = nats_NT.shape[1] + 1
+    return Perplexity(
+        tuple(map(str, range(len(one)))), one, one, one, length, nats_NT, np.ones_like(nats_NT), np.array(documents)
+    )
+
+
+def test_error_of_the_curve_does_not_shrink_with_windows_of_the_same_documents():
+    nats = np.random.default_rng(0).random((3, 63))
+    once = with_windows(nats, [0, 1, 2]).by_position()
+    often = with_windows(np.repeat(nats, 4, axis=0), np.repeat([0, 1, 2], 4).tolist()).by_position()
+    assert often["standard_error"] == pytest.approx(once["standard_error"])
+    means = nats[:, :16].mean(1)
+    assert once["standard_error"][0] == pytest.approx(means.std(ddof=1) / math.sqrt(3) / math.log(2))
+
+
+def test_error_of_one_document_is_unknown_and_null_in_json(tmp_path):
+    result = with_windows(np.ones((2, 63)), [0, 0])
+    write_object(tmp_path / "result.json", result.to_dict())
+    stored = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
+    assert stored["standard_error"] is None and set(stored["by_position"]["standard_error"]) == {None}
+    assert str(result).endswith("± unknown")
+
+
 def test_position_bins_average_all_positions_once():
     rng = np.random.default_rng(0)
     nats = rng.random((6, 63))
-    curve = Perplexity(("a",), np.ones(1), np.ones(1), 1.0, 64, nats).by_position()
+    curve = with_windows(nats, [0] * 6).by_position()
     edges = [0]
     for middle in curve["position"]:
         edges.append(round(2 * middle - 1 - edges[-1]))

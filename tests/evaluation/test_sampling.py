@@ -30,5 +30,13 @@ def test_greedy_takes_the_likeliest_token(model):
     assert result.text == tokenizer.decode([*ids[0].tolist(), likeliest], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-7])
+def test_vanishing_temperature_is_greedy(model, temperature):
+    greedy, almost = (
+        sample(model, ByteTokenizer(), "abc", max_new_tokens=8, temperature=value) for value in (0.0, temperature)
+    )
+    assert almost.text == greedy.text
+
+
 def test_empty_prompt_begins_with_bos(model):
     assert sample(model, ByteTokenizer(), "", max_new_tokens=3, temperature=1.0).tokens >= 1

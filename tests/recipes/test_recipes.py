@@ -41,7 +41,7 @@ def test_linear_twin_differs_in_levels_alone():
 def test_overrides_change_only_what_is_given():
     recipe = get_recipe("small")
     assert recipe.override(seed=None, data=None) == recipe
-    changed = recipe.override(variant="gated_delta_net", steps=20, batch_tokens=4096, learning_rate=1e-4)
+    changed = recipe.override(variant="gated_delta_net", steps=20, seq_len=4096, batch_tokens=4096, learning_rate=1e-4)
     assert changed.model["variant"] == "gated_delta_net"
     assert (changed.steps, changed.warmup_steps, changed.row_tokens, changed.learning_rate) == (20, 2, 4096, 1e-4)
 
@@ -55,6 +55,8 @@ def test_unknown_recipe_names_the_nearest():
     ("change", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, got nan"),
+        ({"micro_batch_tokens": 1024}, "micro_batch_tokens must be at least seq_len = 2048, got 1024"),
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
         ({"seed": -1}, "seed must not be negative"),
         ({"batch_tokens": 100, "micro_batch_tokens": 64}, "micro_batch_tokens must divide batch_tokens"),

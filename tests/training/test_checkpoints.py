@@ -35,6 +35,43 @@ def test_truncated_config(checkpoint):
         load_model(checkpoint)
 
 
+def test_truncated_generation_config(checkpoint):
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": ')
+    with pytest.raises(ValueError, match=r"is not whole: generation_config\.json is truncated"):
+        load_model(checkpoint)
+
+
+def test_config_that_is_no_object(checkpoint):
+    (checkpoint / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json is truncated or no JSON object"):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_heads", None),
+        ("hidden_size", None),
+        ("hidden_size", "wide"),
+        ("hidden_size", 32.5),
+        ("layer_types", 3),
+        ("rms_norm_eps", "small"),
+        ("dtype", "floaty"),
+    ],
+)
+def test_config_field_of_another_type_is_named(checkpoint, name, value):
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    with pytest.raises(ValueError, match=rf"config\.json.*({name}|{value})"):
+        load_model(checkpoint)
+
+
+def test_integer_serves_as_float(checkpoint):
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_theta": 5000}))
+    assert load_model(checkpoint).config.rope_theta == 5000
+
+
 def test_another_kind_of_model(checkpoint):
     file = checkpoint / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "llama"}))

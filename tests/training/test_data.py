@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from loglinear.training.data import IGNORED, PackedRows, load_corpus, pieces, pieces_by_rounds, split, tokenize
+from loglinear.training.data import IGNORED, Corpus, PackedRows, load_corpus, pieces, pieces_by_rounds, split, tokenize
 from loglinear.training.sources import Document
 from loglinear.training.tokenizer import ByteTokenizer
 
@@ -111,8 +111,27 @@ def test_small_validation_text_is_one_short_row():
     assert len(rows) == 1 and rows[0]["input_ids"].shape == (1, 10)
 
 
-def test_bytes_per_token_counts_text_only(tmp_path):
+def test_byte_tokens_stand_for_one_byte_and_special_ones_for_none(tmp_path):
     (tmp_path / "a.txt").write_text("é" * 49)  # 98 bytes, 100 tokens
     (tmp_path / "b.txt").write_text("é" * 49)
-    train, validation = load_corpus([str(tmp_path)], ByteTokenizer(), 0.5)
-    assert train.bytes_per_token == validation.bytes_per_token == 0.98
+    for corpus in load_corpus([str(tmp_path)], ByteTokenizer(), 0.5):
+        assert corpus.token_bytes(0, 100).tolist() == [0, *[1] * 98, 0]
+
+
+def test_tokens_of_any_tokenizer_share_their_own_documents_bytes():
+    corpus = Corpus(("a", "b"), np.array([0, 7, 7, 1, 0, 7, 1]), np.array([0, 4, 7]), np.array([10, 3]), (0, 1))
+    assert corpus.token_bytes(0, 4).tolist() == [0, 5, 5, 0]
+    assert corpus.token_bytes(5, 7).tolist() == [3, 0]
+
+
+def test_predicted_tokens_and_bytes_are_those_of_the_labels():
+    rows = rows_of(corpus_of([20, 3, 9, 30, 2, 17]))
+    for index in range(len(rows)):
+        labels = rows[index]["labels"]
+        labels = labels[labels != IGNORED]
+        assert rows.predicted(range(index, index + 1)) == (len(labels), int((labels < 256).sum()))
+
+
+def test_lone_surrogate_names_the_document():
+    with pytest.raises(ValueError, match="document rows.jsonl:3 is not text"):
+        tokenize([Document("rows.jsonl:3", "a\ud800")], ByteTokenizer())

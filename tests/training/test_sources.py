@@ -35,6 +35,14 @@ def test_glob_and_single_file_of_any_suffix(tmp_path):
     assert read(tmp_path / "two.c") == {"two.c": "int two;"}
 
 
+def test_name_from_a_glob_stays_when_other_files_come(tmp_path):
+    (tmp_path / "x" / "deep").mkdir(parents=True)
+    (tmp_path / "x" / "deep" / "one.c").write_text("int one;")
+    before = read(tmp_path / "**" / "*.c")
+    (tmp_path / "two.c").write_text("int two;")
+    assert before.keys() <= read(tmp_path / "**" / "*.c").keys()
+
+
 def test_stdlib_has_sources_and_help_topics_but_no_tests():
     documents = read("stdlib")
     assert "class JSONDecoder" in documents["json/decoder.py"]
@@ -67,6 +75,8 @@ BAD = {
     "latin.txt": (lambda path: path.write_bytes("caf\xe9".encode("latin-1")), "not UTF-8 text"),
     "empty.txt": (lambda path: path.write_text(""), "holds no text"),
     "broken.jsonl": (lambda path: path.write_text('{"text": "a"}\n{"text": '), "line 2 is not JSON"),
+    "nested.jsonl": (lambda path: path.write_text("[" * 100_000), "line 1 is not JSON"),
+    "number.jsonl": (lambda path: path.write_text("9" * 5000), "line 1 (is not JSON|has no)"),
     "fields.jsonl": (lambda path: path.write_text('{"body": "a"}'), 'line 1 has no "text" string'),
     "corrupt.txt.zst": (corrupt_zst, "not a whole zstd file"),
     "truncated.txt.zst": (truncated_zst, "not a whole zstd file"),

@@ -1,7 +1,10 @@
 """Runs: exact resume after any kind of end, whole checkpoints, and what is written beside them."""
 
 import json
+import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from loglinear.models import LogLinearForCausalLM
 from loglinear.training import run_folder
 from loglinear.training.checkpoints import defect, last_checkpoint, load_model
+from loglinear.training.data import IGNORED, PackedRows, load_corpus
+from loglinear.training.tokenizer import ByteTokenizer
 from loglinear.training.train import train
 from loglinear.training.trainer import LogLinearTrainer
 from tests.training.tiny import tiny_recipe, write_text
@@ -137,8 +143,9 @@ def test_incomplete_checkpoint_is_never_resumed_from(tmp_path, data, uninterrupt
         file = last_checkpoint(out) / name
         file.write_bytes(file.read_bytes()[:-100])
         assert last_checkpoint(out).name == newest
-    train(tiny_recipe(data), out, resume=True, progress=False)
-    assert curve(out) == curve(uninterrupted)
+    result = train(tiny_recipe(data), out, resume=True, progress=False)
+    assert result.checkpoint == last_checkpoint(out) == out / "checkpoint-8"
+    assert_same_run(out, uninterrupted)
 
 
 def test_resuming_a_finished_run_changes_nothing(uninterrupted, data):
@@ -146,6 +153,77 @@ def test_resuming_a_finished_run_changes_nothing(uninterrupted, data):
     result = train(tiny_recipe(data), uninterrupted, resume=True, progress=False)
     assert (result.step, result.interrupted) == (8, False)
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_bits_per_byte_counts_predicted_text_alone(uninterrupted, data):
+    first = curve(uninterrupted)[0]
+    training, _ = load_corpus([str(data)], ByteTokenizer(), 0.25)
+    row = PackedRows(training, seq_len=64, row_tokens=128, shuffle_seed=0)[0]
+    predicted = row["labels"][row["labels"] != IGNORED]
+    expected = first["loss"] * len(predicted) / math.log(2) / int((predicted < 256).sum())
+    assert first["bits_per_byte"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_batch_without_anything_to_predict_is_one_clear_line(tmp_path, data):
+    with pytest.raises(ValueError, match="holds no text to predict: raise --batch-tokens"):
+        train(tiny_recipe(data, batch_tokens=2, seq_len=2, steps=400), tmp_path / "run", progress=False)
+
+
+def test_one_process_trains_on_one_gpu_of_several(tmp_path, data, monkeypatch):
+    class OnTwoGpus(TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 2  # what transformers sets where it sees two
+
+    module = sys.modules["loglinear.training.train"]
+    monkeypatch.setattr(module, "TrainingArguments", OnTwoGpus)
+    arguments = module._arguments(tiny_recipe(data), tmp_path, tensorboard=False)
+    assert (arguments.n_gpu, arguments.train_batch_size, arguments.eval_batch_size) == (1, 1, 1)
+
+
+def test_checkpoint_uses_the_cache(uninterrupted):
+    assert json.loads((last_checkpoint(uninterrupted) / "config.json").read_text())["use_cache"] is True
+
+
+@pytest.mark.parametrize("name", ["rng_state.pth", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "{}"])
+def test_damaged_training_state_is_a_defect_of_a_resumable_checkpoint_alone(tmp_path, uninterrupted, name, damage):
+    checkpoint = shutil.copytree(last_checkpoint(uninterrupted), tmp_path / "checkpoint-8")
+    assert defect(checkpoint, resumable=True) is None
+    file = checkpoint / name
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(b"{}" if damage == "{}" else file.read_bytes()[:-20])
+    assert defect(checkpoint, resumable=True).startswith(name)
+    assert damage != "missing" or defect(checkpoint) is None
+
+
+def with_extra_key(run):
+    return {**run, "recipe": {**run["recipe"], "surplus": 1}}
+
+
+def with_null_steps(run):
+    return {**run, "recipe": {**run["recipe"], "steps": None}}
+
+
+def with_broken_model(run):
+    return {**run, "recipe": {**run["recipe"], "model": {"hidden_size": None}}}
+
+
+@pytest.mark.parametrize("change", [lambda run: {}, lambda run: [], with_extra_key, with_null_steps, with_broken_model])
+def test_damaged_run_json_is_one_clear_line(tmp_path, uninterrupted, change):
+    run = json.loads((uninterrupted / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(change(run)))
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "run.json"))):
+        run_folder.run_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("line", [b"{broken", b"\xff", b"[]", b"{}", b"[" * 100_000])
+def test_damaged_metrics_name_file_and_line(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'metrics.jsonl'} line 2")):
+        run_folder.read_metrics(tmp_path)
 
 
 def test_only_the_newest_checkpoints_are_kept(uninterrupted):
