@@ -69,11 +69,12 @@ def last_checkpoint(run: Path) -> Path | None:
     return next(whole, None)
 
 
-def resolve(path: Path) -> Path:
+def resolve(path: Path | str) -> Path:
     """The checkpoint meant by `path`: itself, or the newest whole one where `path` is a training run's folder.
 
     Raises ValueError where there is none or it is not whole.
     """
+    path = Path(path)
     if not path.is_dir():
         raise ValueError(f"no checkpoint at {path}: expected a checkpoint folder or the folder of a training run")
     if (path / "config.json").is_file():
@@ -89,7 +90,7 @@ def resolve(path: Path) -> Path:
     raise ValueError(f"no checkpoint in {path}: it has neither config.json nor a folder checkpoint-STEP")
 
 
-def load_model(path: Path, *, device: str | torch.device = "cpu") -> LogLinearForCausalLM:
+def load_model(path: Path | str, *, device: str | torch.device = "cpu") -> LogLinearForCausalLM:
     """The model of a checkpoint or of a run's last checkpoint, in evaluation mode.
 
     Raises ValueError, in one line, for a checkpoint that is missing, truncated, or of another model.
