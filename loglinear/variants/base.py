@@ -68,6 +68,8 @@ class Variant(Undecayed):
         self.heads = heads
         if self.gates_per_head:
             self.gates = nn.Linear(hidden_size, self.gates_per_head * heads.num_heads, bias=False)
+        for name, value in self.initial_values().items():
+            setattr(self, name, nn.Parameter(value))
 
     @property
     def scale(self) -> float:
@@ -83,7 +85,7 @@ class Variant(Undecayed):
         return output
 
     def initial_values(self) -> dict[str, Tensor]:
-        """Initial values of this module's own parameters, by name (Linear weights are the model's business)."""
+        """This module's own parameters, by name, as they start (Linear weights are the model's business)."""
         return {}
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Operands:

@@ -28,11 +28,6 @@ class GatedDeltaNet(Variant):
     A_log: nn.Parameter
     dt_bias: nn.Parameter
 
-    def __init__(self, hidden_size: int, heads: HeadSizes) -> None:
-        super().__init__(hidden_size, heads)
-        for name, value in self.initial_values().items():
-            setattr(self, name, nn.Parameter(value))
-
     def initial_values(self) -> dict[str, Tensor]:
         H = self.heads.num_heads
         return {"A_log": exponential_decay_rates(H), "dt_bias": inverse_softplus_time_steps(H)}

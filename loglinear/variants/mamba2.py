@@ -31,11 +31,6 @@ class Mamba2(Variant):
     dt_bias: nn.Parameter
     D: nn.Parameter
 
-    def __init__(self, hidden_size: int, heads: HeadSizes) -> None:
-        super().__init__(hidden_size, heads)
-        for name, value in self.initial_values().items():
-            setattr(self, name, nn.Parameter(value))
-
     @property
     def scale(self) -> float:
         return 1.0

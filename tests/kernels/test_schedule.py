@@ -69,6 +69,7 @@ def test_reads_are_the_fenwick_walk(seed):
         return blocks
 
     met = collect(built.reads, built.num_chunks)
+    assert met == collect([read for turn in built.turns for read in turn], built.num_chunks)
     row = 0
     for sequence, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         for z in range(start // C, -(-(start + length) // C)):
@@ -78,6 +79,15 @@ def test_reads_are_the_fenwick_walk(seed):
     ends = collect(built.final_reads, len(lengths))
     for sequence, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         assert ends[sequence] == expected(sequence, (start + length) // C)
+
+
+def test_what_a_turn_reads_does_not_grow_with_the_levels():
+    """The backward keeps one copy of the queries for every read of a turn: the sum must stay a multiple of T."""
+    for chunks in (16, 256, 4096):
+        built = schedule((4 * chunks,), None, 4, 40, False, CPU)
+        kept = [sum(read.readers.numel() for read in turn) for turn in built.turns]
+        assert max(kept) <= 4 * chunks
+        assert sum(kept) >= chunks * (len(built.reads) // 2)
 
 
 def test_the_number_of_operations_grows_with_the_levels_not_the_tokens():

@@ -19,6 +19,10 @@ from torch import Tensor
 
 from loglinear.fenwick import block_cap, block_level
 
+# A backward that keeps what every read met would need memory for log2(T / C) copies of the queries. So the chunks take
+# turns, one turn for every so many reads: the number of turns grows like the levels, and the memory like T.
+READS_A_TURN = 4
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -64,6 +68,7 @@ class Schedule:
     merges: list[Merge]
     scan: Scan | None
     reads: list[Read]  # nearest blocks first; the last one may read prefixes
+    turns: list[list[Read]]  # the same reads, a part of the chunks after the other; see READS_A_TURN
     final_reads: list[Read]  # the same walk from each sequence's end; `level` is the block's number
 
     @property
@@ -98,22 +103,25 @@ def schedule(
     z = i - (offset - first)[sequence]
     end = (start + length) // C  # finished chunks per sequence
     tree = _Tree(z, sequence, first, offset - first, (cap + 1) if positions is not None else 0)
-    chunks, ends = (z, sequence, i), (end, torch.arange(N), torch.arange(N))
     deepest = int(torch.cat([z, end]).max())
 
-    merges, reads, final_reads = [], [], []
-    for level in range(min(cap, deepest.bit_length())):
-        merges += tree.merge(level)
-        reads += tree.read(level, *chunks, weight=block_level(level, num_levels, C))
-        final_reads += tree.read(level, *ends, weight=level) if final else []
-    scan = None
-    if deepest >> cap:
-        scan = tree.scan(cap)
-        reads += tree.read(cap, *chunks, weight=num_levels - 1, prefix=True)
-        final_reads += tree.read(cap, *ends, weight=cap, prefix=True) if final else []
+    def walk(z: Tensor, sequence: Tensor, reader: Tensor, weights: list[int]) -> list[Read]:
+        reads = []
+        for level in range(min(cap, deepest.bit_length())):
+            reads += tree.read(level, z, sequence, reader, weight=weights[level])
+        if deepest >> cap:
+            reads += tree.read(cap, z, sequence, reader, weight=weights[cap], prefix=True)
+        return reads
+
+    merges = [merge for level in range(min(cap, deepest.bit_length())) for merge in tree.merge(level)]
+    scan = tree.scan(cap) if deepest >> cap else None
+    levels = [block_level(size, num_levels, C) for size in range(cap + 1)]
+    reads = walk(z, sequence, i, levels)
+    turns = i.chunk(max(1, -(-len(reads) // READS_A_TURN)))
+    final_reads = walk(end, torch.arange(N), torch.arange(N), list(range(cap + 1))) if final else []
     built = Schedule(
         C, n, N, cap + 1, tree.nodes, *_places(length, held, offset, count, n, C, positions is not None),
-        merges, scan, reads, final_reads,
+        merges, scan, reads, [walk(z[part], sequence[part], part, levels) for part in turns], final_reads,
     )  # fmt: skip
     return _to(built, device)
 

@@ -50,8 +50,8 @@ class DeltaRuleSlab(Slab):
             return dblocks[read.readers.flatten(), read.level].transpose(0, 1)
 
         _, seen = queries(self.chunk, self.q, self.k, self.v, self.level_scales)
-        dseen = walk_backward(seen, self.slots, self.schedule.reads, pull_output, dslots)
-        walk_backward(self.identity(), self.slots, self.schedule.final_reads, pull_blocks, dslots)
+        dseen = walk_backward(seen, self.slots, self.schedule.turns, pull_output, dslots)
+        walk_backward(self.identity(), self.slots, [self.schedule.final_reads], pull_blocks, dslots)
         up_sweep_backward(self.slots, self.rights, dslots, self.schedule)
 
         n, K = self.k.shape[1], self.k.shape[3]

@@ -32,21 +32,34 @@ def walk(x: Tensor, slots: Tensor, reads: list[Read]) -> Iterator[tuple[Read, Te
 def walk_backward(
     x: Tensor,
     slots: Tensor,
-    reads: list[Read],
+    turns: list[list[Read]],
     pull: Callable[[Read, Tensor], Tensor],
     dslots: Tensor,
 ) -> Tensor:
-    """`pull(read, y)` gives dy; returns dX and adds into dslots. The X that each block met are kept from a first pass:
-    about log2(n) / 2 times x, for one slab of heads."""
+    """`pull(read, y)` gives dy; returns dX and adds into dslots."""
+    dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    current = x.clone()
+    for reads in turns:
+        _walk_backward(current, slots, reads, pull, dx, dslots)
+    return dx
+
+
+def _walk_backward(
+    x: Tensor,
+    slots: Tensor,
+    reads: list[Read],
+    pull: Callable[[Read, Tensor], Tensor],
+    dx: Tensor,
+    dslots: Tensor,
+) -> None:
+    """One turn: a first pass keeps the X that each block met, the second goes back from the farthest block."""
     K = x.shape[-1]
     met = []
-    current = x.clone()
     for read in reads:
-        met.append(take(current, read.readers))
+        met.append(take(x, read.readers))
         rows = tall(met[-1], read.sources)
         after = torch.bmm(rows, slots[..., :K].index_select(1, read.sources).flatten(0, 1))
-        current.index_copy_(1, read.readers.flatten(), after.view_as(met[-1]))
-    dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        x.index_copy_(1, read.readers.flatten(), after.view_as(met[-1]))
     for read, before in zip(reversed(reads), reversed(met), strict=True):
         readers = read.readers.flatten()
         slot = slots.index_select(1, read.sources).flatten(0, 1)
@@ -55,4 +68,3 @@ def walk_backward(
         dboth = tall(torch.cat([take(dx, readers), pull(read, y)], -1), read.sources)
         dslots.index_add_(1, read.sources, (rows.mT @ dboth).unflatten(0, (x.shape[0], -1)))
         dx.index_copy_(1, readers, torch.bmm(dboth, slot.mT).view_as(before))
-    return dx
