@@ -8,6 +8,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if not _has_gpu():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels run without a GPU
+
+
 def pytest_collection_modifyitems(config, items):
     """`pytest -m gpu` is for GPU machines; elsewhere its tests are left out of the run."""
     import torch

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from loglinear.fenwick import num_blocks
+from loglinear.ops import impl_triton
 from loglinear.ops.impl_reference import run as run_reference
 from loglinear.ops.impl_torch import run as run_torch
-from loglinear.ops.problem import MIN_LOG_DECAY, Problem
+from loglinear.ops.problem import Problem
 from loglinear.ops.state import FenwickState
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,11 @@ class LogLinearOutput(NamedTuple):
 
 
 Implementation = Callable[[Problem], tuple[Tensor, "FenwickState | None"]]
-IMPLEMENTATIONS: dict[str, Implementation] = {"torch": run_torch, "reference": run_reference}
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "triton": impl_triton.run,
+    "torch": run_torch,
+    "reference": run_reference,
+}
 _announced: set[str] = set()
 
 
@@ -67,11 +72,13 @@ def log_linear_attention(
         output_final_state: also return the state after the last token.
         cu_seqlens: [N + 1] integers from 0 to T, non-decreasing: packed sequences (B = 1), each with its own tree.
         chunk_size: tokens per chunk, a power of two. Results do not depend on it; the layout of a state does.
-        impl: "auto", "torch" (the Fenwick-array algorithm) or "reference" (token by token).
+        impl: "auto", "triton" (the Fenwick-array algorithm on a GPU; "auto" takes it there), "torch" (the same
+            algorithm anywhere) or "reference" (token by token). A call that it cannot serve raises.
 
     Returns:
         `LogLinearOutput(output, final_state)`: output [B, T, H, V] in v's dtype; final_state is None unless asked
-        for, float32 (float64 for float64 inputs). 16-bit inputs are computed in float32.
+        for, float32 (float64 for float64 inputs). torch computes 16-bit inputs in float32; triton multiplies them in
+        bfloat16, accumulates in float32, and keeps block states in bfloat16 (float32 inputs: three tf32 products).
 
     Raises:
         ValueError: a shape, dtype, state or cu_seqlens that does not fit; the text says which and what was expected.
@@ -130,45 +137,35 @@ def _dispatch(
 ) -> LogLinearOutput:
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {['auto', *IMPLEMENTATIONS]}, got {impl!r}")
-    chosen = "torch" if impl == "auto" else impl
     _check_tensors(tensors)
     if not isinstance(chunk_size, int) or chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size must be a power of two, got {chunk_size}")
     if not isinstance(scale, int | float):
         raise ValueError(f"scale must be a number, got {scale!r}")
-    v = tensors["v"]
-    assert v is not None
-    lengths = _sequence_lengths(v, cu_seqlens)
-    is_float64 = any(x is not None and x.dtype == torch.float64 for x in tensors.values())
-    dtype = torch.float64 if is_float64 else torch.float32
-    if initial_state is not None:
-        _check_state(initial_state, tensors, len(lengths), chunk_size)
-
-    def working(name: str) -> Tensor:
-        x = tensors[name]
-        assert x is not None
-        return x.to(dtype)
-
-    log_decay = tensors["log_decay"]
+    q, k, v, level_scales = (tensors[name] for name in ("q", "k", "v", "level_scales"))
+    assert q is not None and k is not None and v is not None and level_scales is not None
+    _check_cu_seqlens(v, cu_seqlens)
     problem = Problem(
-        q=working("q") * scale if scale != 1.0 else working("q"),
-        k=working("k"),
-        v=working("v"),
-        log_decay=v.new_zeros(v.shape[:3], dtype=dtype) if log_decay is None
-        else log_decay.to(dtype).clamp(min=MIN_LOG_DECAY),
-        beta=working("beta") if "beta" in tensors else None,
-        level_scales=working("level_scales"),
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        lengths=lengths,
-        chunk_size=chunk_size,
+        q, k, v, tensors["log_decay"], tensors.get("beta"), level_scales, float(scale),
+        initial_state, output_final_state, cu_seqlens, chunk_size,
     )  # fmt: skip
-    if operator + chosen not in _announced:
+    if initial_state is not None:
+        _check_state(initial_state, tensors, problem.num_sequences, chunk_size)
+    chosen = _automatic(problem) if impl == "auto" else impl
+    if not torch.compiler.is_compiling() and operator + chosen not in _announced:
         _announced.add(operator + chosen)
         logger.info("%s runs with impl=%r", operator, chosen)
-    with torch.autocast(v.device.type, enabled=False):  # float32 inside is a promise, not a preference
+    with torch.autocast(v.device.type, enabled=False):  # the accumulation in float32 is a promise, not a preference
         output, final_state = IMPLEMENTATIONS[chosen](problem)
     return LogLinearOutput(output.to(v.dtype), final_state)
+
+
+def _automatic(problem: Problem) -> str:
+    """triton where it can serve on a GPU; single tokens from a state are decoding, which torch has a step for."""
+    is_step = problem.initial_state is not None and problem.v.shape[1] == 1
+    if problem.v.device.type == "cuda" and not is_step and impl_triton.unsupported(problem) is None:
+        return "triton"
+    return "torch"
 
 
 def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
@@ -212,11 +209,11 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
         raise ValueError(f"all tensors must be on one device, got {sorted(str(device) for device in devices)}")
 
 
-def _sequence_lengths(v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
-    """Tokens per sequence: T for each batch row, or the steps of cu_seqlens."""
-    B, T = v.shape[:2]
+def _check_cu_seqlens(v: Tensor, cu_seqlens: Tensor | None) -> None:
+    """On a GPU its numbers are checked there, without waiting: a wrong one ends the process with the same text."""
     if cu_seqlens is None:
-        return (T,) * B
+        return
+    B, T = v.shape[:2]
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(f"cu_seqlens must be a tensor of integers, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
@@ -225,15 +222,18 @@ def _sequence_lengths(v: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
         raise ValueError(f"cu_seqlens must hold integers, got {cu_seqlens.dtype}")
     if B != 1:
         raise ValueError(f"cu_seqlens needs a packed batch with B = 1, got B = {B}")
+    if cu_seqlens.is_cuda:
+        torch._assert_async(cu_seqlens[0] == 0, "cu_seqlens must start at 0")
+        torch._assert_async(cu_seqlens[-1] == T, f"cu_seqlens must end at T = {T}")
+        torch._assert_async((cu_seqlens.diff() >= 0).all(), "cu_seqlens must not decrease")
+        return
     ends = cu_seqlens.tolist()
     if ends[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {ends[0]}")
     if ends[-1] != T:
         raise ValueError(f"cu_seqlens must end at T = {T}, got {ends[-1]}")
-    lengths = tuple(end - start for start, end in zip(ends[:-1], ends[1:], strict=True))
-    if min(lengths) < 0:
+    if any(end < start for start, end in zip(ends[:-1], ends[1:], strict=True)):
         raise ValueError(f"cu_seqlens must not decrease, got {ends}")
-    return lengths
 
 
 def _check_state(state: FenwickState, tensors: dict[str, Tensor | None], rows: int, chunk_size: int) -> None:

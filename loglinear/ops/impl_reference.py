@@ -14,7 +14,7 @@ from loglinear.reference.recurrent import merged
 
 
 def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
-    p = problem
+    p = problem.in_working_dtype()
     state = p.initial_state
     if state is None:
         groups, key_dim = p.q.shape[2:]

@@ -12,17 +12,18 @@ from torch import Tensor
 
 from loglinear.kernels import torch as kernels
 from loglinear.kernels.torch import decode
-from loglinear.ops.problem import Problem
+from loglinear.ops.problem import Problem, WorkingProblem
 from loglinear.ops.state import FenwickState
 
 
-def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
+def run(call: Problem) -> tuple[Tensor, FenwickState | None]:
+    problem = call.in_working_dtype()
     if problem.initial_state is not None and problem.v.shape[1] == 1 and set(problem.lengths) == {1}:
         return _step(problem, problem.initial_state)
     return _run(problem)
 
 
-def _run(p: Problem) -> tuple[Tensor, FenwickState | None]:
+def _run(p: WorkingProblem) -> tuple[Tensor, FenwickState | None]:
     state, N = p.initial_state, len(p.lengths)
     positions = None if state is None else tuple(state.position.tolist())
     levels = p.level_scales.shape[3]
@@ -65,7 +66,7 @@ def _run(p: Problem) -> tuple[Tensor, FenwickState | None]:
     return output, FenwickState(position, blocks, k_tail, v_tail, decay_tail, tail(beta))
 
 
-def _step(p: Problem, state: FenwickState) -> tuple[Tensor, FenwickState | None]:
+def _step(p: WorkingProblem, state: FenwickState) -> tuple[Tensor, FenwickState | None]:
     """One token a sequence: a row of the chunk formulas, without a schedule."""
     N, C = len(p.lengths), p.chunk_size
     place = state.position % C

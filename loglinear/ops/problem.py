@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from loglinear.ops.state import FenwickState
@@ -13,7 +14,56 @@ MIN_LOG_DECAY = -80.0  # exp(-80) = 2e-35: nothing is left; and -inf, which has 
 
 @dataclass(frozen=True)
 class Problem:
-    """All tensors in the working dtype (float32 or float64); shapes as in `loglinear.ops.api`."""
+    """Shapes as in `loglinear.ops.api`; every tensor in its caller's dtype."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    beta: Tensor | None
+    level_scales: Tensor
+    scale: float
+    initial_state: FenwickState | None
+    output_final_state: bool
+    cu_seqlens: Tensor | None
+    chunk_size: int
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.v) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    @property
+    def is_float64(self) -> bool:
+        tensors = (self.q, self.k, self.v, self.log_decay, self.beta, self.level_scales)
+        return any(x is not None and x.dtype == torch.float64 for x in tensors)
+
+    def in_working_dtype(self) -> WorkingProblem:
+        """The same call as the implementations in plain torch take it."""
+        dtype = torch.float64 if self.is_float64 else torch.float32
+        B, T = self.v.shape[:2]
+        lengths = (T,) * B
+        if self.cu_seqlens is not None:
+            lengths = tuple(self.cu_seqlens.diff().tolist())
+        log_decay = self.v.new_zeros(self.v.shape[:3], dtype=dtype)
+        if self.log_decay is not None:
+            log_decay = self.log_decay.to(dtype).clamp(min=MIN_LOG_DECAY)
+        return WorkingProblem(
+            q=self.q.to(dtype) * self.scale if self.scale != 1.0 else self.q.to(dtype),
+            k=self.k.to(dtype),
+            v=self.v.to(dtype),
+            log_decay=log_decay,
+            beta=None if self.beta is None else self.beta.to(dtype),
+            level_scales=self.level_scales.to(dtype),
+            initial_state=self.initial_state,
+            output_final_state=self.output_final_state,
+            lengths=lengths,
+            chunk_size=self.chunk_size,
+        )
+
+
+@dataclass(frozen=True)
+class WorkingProblem:
+    """All tensors in float32 or float64, scale multiplied into q, no decay spelt out as zeros."""
 
     q: Tensor
     k: Tensor

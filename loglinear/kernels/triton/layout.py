@@ -1,0 +1,95 @@
+"""Where the chunks of a batch lie: the sizes of a launch, and for packed or continued batches the tables on the device.
+
+Nothing here waits for the device. How many chunks packed sequences fill is known there alone: the launches are as
+large as it could need, and the rows of the tables that it does not need say so themselves.
+"""
+
+# N sequences, C chunk
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loglinear.fenwick import block_cap
+
+STOREY = 6  # levels, and candidates of a walk; see tiles.py
+READS = 16
+MAX_CHUNKS = 1 << READS
+
+
+@dataclass(frozen=True)
+class Layout:
+    chunk_size: int
+    tokens: int  # per row of the batch
+    chunks_per_row: int
+    chunks: int  # rows of every per-chunk array
+    runs: tuple[int, ...]  # runs of 64 entries, for each storey of the sweeps
+    run_levels: int  # levels of blocks that 64 or more chunks read
+    cap: int
+    sequences: int
+    table: Tensor | None  # [chunks, 5] int32: chunk number, first token, end of its sequence, first chunk, sequence
+    run_tables: tuple[Tensor | None, ...]  # [runs, 5] int32: see `locate_run` in tiles.py
+    ends: Tensor | None  # [N, 3] int32: row of chunk 0, complete chunks, first chunk
+    first_runs: Tensor | None  # [N] int64: each sequence's first run in the first table of runs
+
+    @property
+    def packed(self) -> bool:
+        return self.table is not None
+
+
+def layout(
+    rows: int, tokens: int, chunk_size: int, num_levels: int, cu_seqlens: Tensor | None, starts: Tensor | None
+) -> Layout:
+    """The layout of a [rows, tokens] batch, or of one row that packs the sequences of cu_seqlens [N + 1].
+
+    starts [N]: the chunk with which each packed sequence begins, for sequences that continue.
+    """
+    C, cap = chunk_size, block_cap(num_levels, chunk_size)
+    per_row = -(-tokens // C)
+    if per_row > MAX_CHUNKS:
+        raise ValueError(
+            f"impl='triton' takes sequences of up to {MAX_CHUNKS * C} tokens at chunk size {C}, got {tokens}"
+        )
+    storeys = 3 if starts is not None else max(1, next(s for s in range(4) if per_row >> (STOREY * s) <= 1))
+    if cu_seqlens is None:
+        entries = [per_row >> (STOREY * s) for s in range(storeys)]
+        runs = tuple(rows * max(1, -(-n // 64)) for n in entries)
+        levels = max(0, (per_row - 1).bit_length() - STOREY)
+        no_tables = (None,) * storeys
+        return Layout(C, tokens, per_row, rows * per_row, runs, levels, cap, rows, None, no_tables, None, None)
+    N = len(cu_seqlens) - 1
+    lengths = cu_seqlens.diff()
+    z0 = torch.zeros_like(lengths) if starts is None else starts
+    own = (lengths + C - 1) // C
+    chunks = tokens // C + N
+    sequence, number, is_real = _ragged(own, chunks)
+    z = number + z0[sequence]
+    first = cu_seqlens[sequence] + number * C
+    end = torch.where(is_real, cu_seqlens[sequence + 1], 0)
+    table = torch.stack([z, first, end, z0[sequence], sequence], 1).int()
+    origin, count = own.cumsum(0) - own - z0, own + z0
+    run_tables = []
+    for s in range(storeys):
+        skipped = z0 >> (STOREY * (s + 1))
+        runs_of = (((count >> (STOREY * s)) + 63) // 64 - skipped).clamp(min=0)
+        if s == 0:
+            first_runs = runs_of.cumsum(0) - runs_of
+        sequence, number, is_real = _ragged(runs_of, (chunks >> (STOREY * (s + 1))) + 2 * N)
+        columns = [origin[sequence], torch.where(is_real, count[sequence], 0), number + skipped[sequence]]
+        run_tables.append(torch.stack([*columns, z0[sequence], sequence], 1).int())
+    levels = READS - STOREY if starts is not None else max(0, (per_row - 1).bit_length() - STOREY)
+    ends = torch.stack([origin, z0 + lengths // C, z0], 1).int()
+    return Layout(
+        C, tokens, per_row, chunks, tuple(map(len, run_tables)), levels, cap, N, table, tuple(run_tables), ends,
+        first_runs,
+    )
+
+
+def _ragged(counts: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers `limit` items: which sequence each belongs to, its number there, and whether there is such an item."""
+    ends = counts.cumsum(0)
+    item = torch.arange(limit, device=counts.device)
+    sequence = torch.searchsorted(ends, item, right=True).clamp(max=len(counts) - 1)
+    return sequence, item - (ends - counts)[sequence], item < ends[-1]

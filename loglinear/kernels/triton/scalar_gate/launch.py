@@ -1,0 +1,245 @@
+"""The stages in order: what `run_scalar_gate` computes, and its gradients.
+
+Forward: chunk states, up-sweeps, output. It keeps nothing but its inputs: the backward builds the states again, which
+is cheaper than holding T / C of them (docs/performance.md).
+"""
+
+# B batch, T time, H heads, G groups, K key, V value, L levels
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loglinear.fenwick import log2
+from loglinear.kernels.triton.config import Plan
+from loglinear.kernels.triton.layout import READS, layout
+from loglinear.kernels.triton.scalar_gate.chunk_state import chunk_state_kernel
+from loglinear.kernels.triton.scalar_gate.chunk_state_backward import chunk_state_backward_kernel
+from loglinear.kernels.triton.scalar_gate.decay_backward import decay_backward_kernel
+from loglinear.kernels.triton.scalar_gate.final_blocks import final_blocks_backward_kernel, final_blocks_kernel
+from loglinear.kernels.triton.scalar_gate.in_chunk_backward import in_chunk_backward_kernel
+from loglinear.kernels.triton.scalar_gate.output import output_kernel
+from loglinear.kernels.triton.scalar_gate.state_backward import (
+    node_backward_kernel,
+    state_backward_kernel,
+    sum_runs_kernel,
+)
+from loglinear.kernels.triton.scalar_gate.sweep import down_sweep_kernel, up_sweep_kernel
+from loglinear.kernels.triton.scalar_gate.walk_backward import walk_backward_kernel
+
+SWEEP_STEPS = 8  # tiles of the states that one program of a sweep takes
+PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100: heads are split until a launch has as many
+ELEMENTS = 1024  # numbers of a state that one program of the elementwise stages takes
+
+DOT_TYPES = {torch.float32: (tl.float32, "tf32x3"), torch.bfloat16: (tl.bfloat16, "tf32")}
+
+
+def dot_dtype(*tensors: Tensor) -> torch.dtype:
+    """What the matrix units multiply, and states are kept in: float32 (as three tf32 products) or bfloat16.
+
+    float16 inputs are multiplied in bfloat16: the sum over a long past leaves float16's range.
+    """
+    return torch.float32 if any(x.dtype == torch.float32 for x in tensors) else torch.bfloat16
+
+
+class ScalarGate:
+    """One call: its inputs, sizes and the arrays between the stages."""
+
+    def __init__(
+        self,
+        q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor, nodes: Tensor | None,
+        cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, plan: Plan,
+    ) -> None:  # fmt: skip
+        def rows(x: Tensor) -> Tensor:
+            return x if x.stride(-1) == 1 else x.contiguous()
+
+        self.q, self.k, self.v, self.level_scales = rows(q), rows(k), rows(v), rows(level_scales)
+        self.log_decay = log_decay
+        self.B, self.T, self.G, self.K = q.shape
+        self.H, self.V = v.shape[2:]
+        self.L, self.R, self.scale, self.plan = level_scales.shape[3], self.H // self.G, scale, plan
+        self.C = plan.chunk_size
+        self.layout = layout(self.B, self.T, self.C, self.L, cu_seqlens, starts)
+        self.dtype = dot_dtype(q, k, v)
+        self.nodes = None if nodes is None else nodes.to(self.dtype).contiguous()
+        dot, precision = DOT_TYPES[self.dtype]
+        self.size = self.K * self.V
+        self.has_nodes = nodes is not None
+        self.shape = dict(K=self.K, V=self.V, C=self.C, BK=max(16, triton.next_power_of_2(self.K)))
+        self.dots = dict(DOT=dot, PRECISION=precision)
+        self.packed = dict(PACKED=self.layout.packed)
+        self.log_c = log2(self.C)
+        self.levels = max(16, triton.next_power_of_2(self.log_c + 1))
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.v.device)
+
+    def options(self, stage: str) -> dict[str, int]:
+        launch = self.plan.stages[stage]
+        return dict(num_warps=launch.num_warps, num_stages=launch.num_stages)
+
+    def value_tile(self, stage: str) -> int:
+        return min(self.plan.stages[stage].tile, max(16, triton.next_power_of_2(self.V)))
+
+    def value_tiles(self, stage: str) -> int:
+        return triton.cdiv(self.V, self.value_tile(stage))
+
+    def sweep_parts(self, stage: str) -> int:
+        return triton.cdiv(self.size, self.plan.stages[stage].tile * SWEEP_STEPS)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        return self.T, self.layout.chunks_per_row, self.H
+
+    @cached_property
+    def splits(self) -> int:
+        """Into how many programs a group's heads go, so that short sequences fill the device."""
+        programs = self.layout.chunks * self.G
+        return next((s for s in range(1, self.R) if self.R % s == 0 and programs * s >= PROGRAMS), self.R)
+
+    def build_states(self) -> None:
+        """Chunk states, then the Fenwick array."""
+        y, H = self.layout, self.H
+        self.slots = self.empty(y.chunks, H, self.K, self.V, dtype=self.dtype)
+        self.totals = self.empty(len(y.runs) + 1, y.chunks, H)
+        self.cumulative = self.empty(y.chunks, H, self.C)
+        self.log_p = self.empty(y.chunks, H)
+        chunk_state_kernel[(y.chunks * H * self.value_tiles("chunk_state"),)](
+            self.k, self.v, self.log_decay, self.slots, self.totals, self.cumulative, y.table,
+            *self.sizes, self.R, *self.k.stride()[:3], *self.v.stride()[:3], *self.log_decay.stride(),
+            BV=self.value_tile("chunk_state"),
+            **self.shape, **self.dots, **self.packed, **self.options("chunk_state"),
+        )  # fmt: skip
+        for storey, runs in enumerate(y.runs):
+            up_sweep_kernel[(runs * H * self.sweep_parts("up_sweep"),)](
+                self.slots, self.nodes, self.totals[storey], self.totals[storey + 1], self.log_p,
+                y.run_tables[storey], y.chunks_per_row, H, y.cap, storey,
+                SIZE=self.size, E=self.plan.stages["up_sweep"].tile, STEPS=SWEEP_STEPS, NODES=self.has_nodes,
+                **self.dots, **self.packed, **self.options("up_sweep"),
+            )  # fmt: skip
+
+    def output(self) -> Tensor:
+        y = self.layout
+        out = self.empty(self.B, self.T, self.H, self.V, dtype=self.v.dtype)
+        output_kernel[(y.chunks * self.H * self.value_tiles("output"),)](
+            self.q, self.k, self.v, self.level_scales, self.cumulative, self.slots, self.nodes, self.log_p, out,
+            y.table, *self.sizes, self.R, self.L, y.cap, self.scale,
+            *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *self.level_scales.stride()[:3],
+            J=min(64, self.C), LOG_C=self.log_c, LEVELS=triton.next_power_of_2(self.log_c + 1),
+            BV=self.value_tile("output"), NODES=self.has_nodes,
+            **self.shape, **self.dots, **self.packed, **self.options("output"),
+        )  # fmt: skip
+        return out
+
+    def final_blocks(self) -> Tensor:
+        """[N, M, H, K, V]: what each sequence leaves at the start of its unfinished chunk."""
+        y = self.layout
+        blocks = self.empty(y.sequences, y.cap + 1, self.H, self.K, self.V)
+        final_blocks_kernel[(y.sequences * (y.cap + 1) * self.H * triton.cdiv(self.size, ELEMENTS),)](
+            self.slots, self.nodes, self.log_p, blocks, y.ends, *self.sizes, y.cap,
+            SIZE=self.size, E=ELEMENTS, C=self.C, NODES=self.has_nodes, **self.packed,
+        )  # fmt: skip
+        return blocks
+
+    def backward(self, do: Tensor, dblocks: Tensor | None) -> tuple[Tensor, ...]:
+        """dq, dk, dv, dlog_decay, dlevel_scales, and dnodes where there are nodes."""
+        y, H = self.layout, self.H
+        do = do if do.stride(-1) == 1 else do.contiguous()
+        dq, dk = (self.empty(self.splits, self.B, self.T, self.G, self.K) for _ in range(2))
+        dv = self.empty(self.B, self.T, H, self.V, dtype=self.v.dtype)
+        # Columns that no walk could read stay 0.
+        new = torch.zeros_like if self.L > self.log_c + 1 + READS else torch.empty_like
+        dlevel_scales = new(self.level_scales, memory_format=torch.contiguous_format)
+        row_flow, column_flow, state_flow = (self.empty(y.chunks, H, self.C) for _ in range(3))
+        read_paths, beyond = (self.empty(y.chunks, H, READS) for _ in range(2))
+        q_, k_, v_, l_, o_ = (x.stride()[:3] for x in (self.q, self.k, self.v, self.level_scales, do))
+        programs, plane = y.chunks * self.G * self.splits, dq.stride(0)
+
+        self.build_states()
+        walk_backward_kernel[(programs,)](
+            self.q, self.level_scales, self.cumulative, self.slots, self.nodes, self.log_p, do,
+            dq, dlevel_scales, row_flow, read_paths, beyond, y.table,
+            *self.sizes, self.R, self.L, y.cap, self.scale, plane, *q_, *l_, *o_,
+            LOG_C=self.log_c, BV=self.value_tile("walk_backward"), SPLIT=self.splits, NODES=self.has_nodes,
+            **self.shape, **self.dots, **self.packed, **self.options("walk_backward"),
+        )  # fmt: skip
+        in_chunk_backward_kernel[(programs,)](
+            self.q, self.k, self.v, self.level_scales, self.cumulative, do,
+            dq, dk, dv, dlevel_scales, row_flow, column_flow, y.table,
+            *self.sizes, self.R, self.L, self.scale, plane, *q_, *k_, *v_, *l_, *o_,
+            LOG_C=self.log_c, LEVELS=self.levels, BV=self.value_tile("in_chunk_backward"), SPLIT=self.splits,
+            **self.shape, **self.dots, **self.packed, **self.options("in_chunk_backward"),
+        )  # fmt: skip
+        dslots, dnodes, dtotals = self.state_gradients(do, dblocks, read_paths, beyond, (*q_, *l_, *o_))
+        chunk_state_backward_kernel[(programs,)](
+            self.k, self.v, self.cumulative, self.totals, dslots, dk, dv, state_flow, y.table,
+            *self.sizes, self.R, plane, *k_, *v_,
+            BV=self.value_tile("chunk_state_backward"), SPLIT=self.splits,
+            **self.shape, **self.dots, **self.packed, **self.options("chunk_state_backward"),
+        )  # fmt: skip
+        dlog_decay = torch.empty_like(self.log_decay, memory_format=torch.contiguous_format)
+        parts = self.sweep_parts("down_sweep")
+        decay_backward_kernel[(y.chunks * H,)](
+            self.log_decay, row_flow, column_flow, state_flow, dtotals, dlog_decay, y.table,
+            *self.sizes, *self.log_decay.stride(), dtotals.stride(0), dtotals.stride(1),
+            C=self.C, STOREYS=len(y.runs), PARTS=parts, PARTS_2=triton.next_power_of_2(parts),
+            **self.packed, num_warps=1,
+        )  # fmt: skip
+        dq, dk = dq.sum(0).to(self.q.dtype), dk.sum(0).to(self.k.dtype)
+        return (dq, dk, dv, dlog_decay, dlevel_scales, *([] if dnodes is None else [dnodes]))
+
+    def state_gradients(
+        self, do: Tensor, dblocks: Tensor | None, read_paths: Tensor, beyond: Tensor, strides: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Gradients of every chunk's own state, of the nodes, and of the entries' totals [storey, part, chunk, H]."""
+        y, H = self.layout, self.H
+        dslots = torch.empty_like(self.slots)
+        dnodes = None if self.nodes is None else torch.zeros_like(self.nodes, dtype=torch.float32)
+        dlog_p = self.empty(y.chunks, H)
+        tiles, levels = self.value_tiles("state_backward"), max(1, y.run_levels)
+        gathered = (self.q, self.level_scales, self.cumulative, read_paths, beyond, do)
+        sizes = (*self.sizes, self.R, self.L, y.cap, self.scale, *strides)
+        constants = dict(
+            LOG_C=self.log_c, BV=self.value_tile("state_backward"),
+            **self.shape, **self.dots, **self.packed, **self.options("state_backward"),
+        )  # fmt: skip
+        state_backward_kernel[(y.chunks * H * tiles,)](
+            *gathered, dslots, dlog_p, y.table, None, *sizes, RUNS=False, LEVELS=1, **constants
+        )
+        partial = None
+        if y.chunks_per_row >= 64 or self.has_nodes:
+            partial = self.empty(y.runs[0] * levels, H, self.K, self.V)
+            dpartial_log = self.empty(y.runs[0] * levels, H)
+            state_backward_kernel[(y.runs[0] * levels * H * tiles,)](
+                *gathered, partial, dpartial_log, y.table, y.run_tables[0], *sizes,
+                RUNS=True, LEVELS=levels, **constants,
+            )  # fmt: skip
+            sum_runs_kernel[(y.runs[0] * H * triton.cdiv(self.size, ELEMENTS),)](
+                partial, dpartial_log, dslots, dlog_p, y.run_tables[0], y.chunks_per_row, H, y.cap,
+                SIZE=self.size, E=ELEMENTS, LEVELS=levels, **self.packed,
+            )  # fmt: skip
+        if dnodes is not None:
+            node_backward_kernel[(y.sequences * (y.cap + 1) * H * tiles,)](
+                *gathered, partial, dnodes, y.table, y.ends, y.run_tables[0], y.first_runs, *sizes,
+                LEVELS=levels, **constants,
+            )  # fmt: skip
+        if dblocks is not None:
+            final_blocks_backward_kernel[(y.sequences * H,)](
+                self.slots, self.nodes, self.log_p, dblocks.contiguous(), dslots, dnodes, dlog_p, y.ends,
+                *self.sizes, y.cap, SIZE=self.size, E=ELEMENTS, C=self.C, NODES=self.has_nodes, **self.packed,
+            )  # fmt: skip
+        parts = self.sweep_parts("down_sweep")
+        dtotals = self.empty(len(y.runs), parts, y.chunks, H)
+        for storey in reversed(range(len(y.runs))):
+            down_sweep_kernel[(y.runs[storey] * H * parts,)](
+                self.slots, dslots, self.nodes, dnodes, self.totals[storey], dlog_p, dtotals[storey],
+                y.run_tables[storey], y.chunks_per_row, H, y.cap, storey, int(storey == len(y.runs) - 1),
+                dtotals.stride(1),
+                SIZE=self.size, E=self.plan.stages["down_sweep"].tile, STEPS=SWEEP_STEPS, NODES=self.has_nodes,
+                **self.dots, **self.packed, **self.options("down_sweep"),
+            )  # fmt: skip
+        return dslots, dnodes, dtotals

@@ -1,0 +1,123 @@
+"""impl="triton": the scalar gate on a GPU. Everything here is arithmetic on the device: nothing waits for it.
+
+A state goes in front, as in impl="torch": the buffered tokens first, then the new ones, packed without gaps; the
+chunks start where the unfinished one started, and the outputs of the buffered tokens are dropped.
+"""
+
+# N sequences, T time, C chunk, H heads, G groups, K key, V value
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from loglinear.ops.problem import Problem
+from loglinear.ops.state import FenwickState
+
+MAX_HEAD_DIM = 256
+STATE_CHUNKS = (16, 32, 64, 128)
+MAX_CHUNKS = 1 << 16
+
+
+def unsupported(p: Problem) -> str | None:
+    """Why these kernels cannot take the call, and what can; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "impl='triton' needs the package triton (it comes with CUDA builds of torch); use impl='torch'"
+    if p.v.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"impl='triton' needs CUDA tensors, got {p.v.device.type}; use impl='torch'"
+    if p.beta is not None:
+        return "log_linear_delta_rule has no impl='triton'; use impl='torch'"
+    if p.is_float64:
+        return "float64 needs impl='torch'"
+    K, V = p.q.shape[3], p.v.shape[3]
+    if max(K, V) > MAX_HEAD_DIM:
+        return f"head dims K = {K}, V = {V} need impl='torch': impl='triton' takes up to {MAX_HEAD_DIM}"
+    has_state = p.initial_state is not None or p.output_final_state
+    if has_state and p.chunk_size not in STATE_CHUNKS:
+        return f"a state with chunk_size {p.chunk_size} needs impl='torch': impl='triton' takes {STATE_CHUNKS}"
+    return None
+
+
+def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
+    from loglinear.kernels.triton import scalar_gate
+
+    reason = unsupported(p)
+    if reason is not None:
+        raise ValueError(reason)
+    log_decay = p.log_decay
+    if log_decay is None:
+        log_decay = p.v.new_zeros(p.v.shape[:3], dtype=torch.float32)
+    if p.initial_state is None:
+        chunk_size = p.chunk_size if p.output_final_state else 0
+        output, blocks = scalar_gate(
+            p.q, p.k, p.v, log_decay, p.level_scales, None, p.cu_seqlens, None, p.scale, chunk_size,
+            p.output_final_state,
+        )  # fmt: skip
+        if not p.output_final_state:
+            return output, None
+        B, T = p.v.shape[:2]
+        ends = torch.arange(B + 1, device=p.v.device) * T if p.cu_seqlens is None else p.cu_seqlens.long()
+        position = ends.diff()
+        tokens = [x.flatten(0, 1) for x in (p.k, p.v, log_decay)]
+        return output, FenwickState(position, blocks, *_tails(tokens, ends, p.chunk_size, blocks.dtype), None)
+    return _continue(p, p.initial_state, log_decay)
+
+
+def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tensor, FenwickState | None]:
+    from loglinear.kernels.triton import scalar_gate
+
+    N, C, device = p.num_sequences, p.chunk_size, p.v.device
+    B, T = p.v.shape[:2]
+    old_ends = torch.arange(N + 1, device=device) * T if p.cu_seqlens is None else p.cu_seqlens.long()
+    held, lengths = state.position % C, old_ends.diff()
+    torch._assert_async(
+        ((state.position + lengths) < MAX_CHUNKS * C).all(),
+        f"impl='triton' takes positions below {MAX_CHUNKS * C} at chunk size {C}",
+    )
+    ends = torch.nn.functional.pad((held + lengths).cumsum(0), (1, 0))
+    # For every place of the packed row: the token that lies there, counted in [buffers, new tokens].
+    place = torch.arange(N * C + B * T, device=device)
+    sequence = torch.searchsorted(ends[1:], place, right=True).clamp(max=N - 1)
+    offset = place - ends[sequence]
+    source = torch.where(
+        offset < held[sequence], sequence * C + offset, N * C + old_ends[sequence] + offset - held[sequence]
+    )
+    real = place < ends[-1]
+    source = torch.where(real, source, 0)
+
+    def packed(new: Tensor, buffer: Tensor | None = None) -> Tensor:
+        """What has no buffer (q, lambda) is 0 there: nobody looks."""
+        new = new.flatten(0, 1)
+        shape = (N * C, *new.shape[1:])
+        front = new.new_zeros(shape) if buffer is None else buffer.reshape(shape).to(new.dtype)
+        rows = torch.cat([front, new]).index_select(0, source)
+        return torch.where(real.view(-1, *[1] * (new.dim() - 1)), rows, 0.0)
+
+    tokens = [packed(p.k, state.k), packed(p.v, state.v), packed(log_decay, state.log_decay)]
+    output, blocks = scalar_gate(
+        packed(p.q)[None], *(x[None] for x in tokens), packed(p.level_scales)[None], state.blocks, ends,
+        state.position // C, p.scale, C, p.output_final_state,
+    )  # fmt: skip
+    new = torch.arange(B * T, device=device)
+    owner = torch.searchsorted(old_ends[1:], new, right=True).clamp(max=N - 1)
+    output = output[0].index_select(0, ends[owner] + held[owner] + new - old_ends[owner]).view(p.v.shape)
+    if not p.output_final_state:
+        return output, None
+    tails = _tails(tokens, ends, C, blocks.dtype)
+    return output, FenwickState(state.position + lengths, blocks, *tails, None)
+
+
+def _tails(tokens: list[Tensor], ends: Tensor, C: int, dtype: torch.dtype) -> list[Tensor]:
+    """The unfinished chunk's tokens of sequences that lie between `ends` and begin with a chunk: [N, C, ...]."""
+    length = ends.diff()
+    row = (ends[:-1] + length // C * C)[:, None] + torch.arange(C, device=ends.device)
+    real = row < ends[1:, None]
+    row = torch.where(real, row, 0)
+
+    def tail(x: Tensor) -> Tensor:
+        rows = x.index_select(0, row.flatten()).view(*row.shape, *x.shape[1:])
+        return torch.where(real.view(*real.shape, *[1] * (x.dim() - 1)), rows, 0.0).to(dtype)
+
+    return [tail(x) for x in tokens]

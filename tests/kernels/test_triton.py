@@ -1,0 +1,108 @@
+"""The Triton kernels under the interpreter, where there is no GPU: every kernel, against float64, with every gradient.
+
+The interpreter multiplies in float32, so that the algorithm is checked to float32's rounding. It has no bfloat16
+products: those, and what the compiler makes of the kernels, are checked on a GPU (test_triton_gpu.py).
+"""
+
+import pytest
+import torch
+
+from tests.ops.operators import OPERATORS, gradients, parts, random_loss
+
+triton = pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("a GPU runs test_triton_gpu.py instead", allow_module_level=True)
+
+OPERATOR = OPERATORS[0]
+BUDGET = 2e-6
+
+
+def compare(inputs, *, chunk_size=16, initial_state=None, final=True, budget=BUDGET, **options):
+    """Output, final state and all gradients of impl="triton" in float32 against impl="torch" in float64.
+
+    Without states the kernels choose their chunk; with them it is chunk_size."""
+
+    def run(dtype, impl):
+        x = {n: t.detach().to(dtype).requires_grad_() for n, t in inputs.items()}
+        state = initial_state
+        leaves = list(x.values())
+        if state is not None:
+            state = type(state)(
+                *(t if t is None or n == "position" else t.detach().to(dtype).requires_grad_() for n, t in
+                  state._asdict().items())
+            )  # fmt: skip
+            leaves += parts(state).values()
+        out = OPERATOR(
+            x, impl=impl, chunk_size=chunk_size, initial_state=state, output_final_state=final, **options
+        )
+        results = [out.output] + (list(parts(out.final_state).values()) if final else [])
+        return out, results, leaves
+
+    expected, exact, leaves_64 = run(torch.float64, "torch")
+    weights = random_loss(*exact)
+    actual, results, leaves_32 = run(torch.float32, "triton")
+    errors = {}
+    for name, a, e in zip(["output", "blocks", "k", "v", "log_decay"], results, exact, strict=False):
+        errors[name] = (a, e)
+    grads = gradients(results, tuple(w.float() for w in weights), leaves_32)
+    exact_grads = gradients(exact, weights, leaves_64)
+    names = OPERATOR.names + ([] if initial_state is None else [f"state's {name}" for name in parts(initial_state)])
+    for name, a, e in zip(names, grads, exact_grads, strict=True):
+        if name == "state's blocks":  # blocks that the position has no bit for are 0 by contract, and have no gradient
+            e = torch.where(initial_state.blocks != 0, e, 0.0)
+        errors[f"gradient of {name}"] = (a, e)
+    if final:
+        assert torch.equal(actual.final_state.position, expected.final_state.position)
+    # A decay that nothing crosses has gradient 0, the difference of two sums: its error is measured by the others'.
+    flow = float(errors["gradient of log_decay"][1].norm()) if "gradient of log_decay" in errors else 0.0
+    for name, (a, e) in errors.items():
+        error, scale = float((a.double() - e).norm()), float(e.norm())
+        assert error <= budget * max(scale, flow if "log_decay" in name else 0.0), (name, error, scale)
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 65])
+def test_any_length(T):
+    compare(OPERATOR.inputs(B=2, T=T, G=1, H=2, K=16, V=16, L=9))
+
+
+@pytest.mark.parametrize("levels", [1, 2, 5, 6, 7, 20, 40])
+def test_any_number_of_levels(levels):
+    compare(OPERATOR.inputs(B=1, T=150, G=1, H=1, K=8, V=8, L=levels))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5, 3), (2, 4, 16, 40), (2, 2, 24, 16), (1, 4, 48, 20)], ids=str)
+def test_groups_and_head_dims(shape):
+    G, H, K, V = shape
+    compare(OPERATOR.inputs(B=1, T=70, G=G, H=H, K=K, V=V, L=8), scale=0.7)
+
+
+@pytest.mark.parametrize("decay", [0.0, 3.0, 40.0])
+def test_decays_from_none_to_strong(decay):
+    # The exponents' own rounding grows with the sum of a chunk's decays.
+    compare(OPERATOR.inputs(B=1, T=140, G=1, H=2, K=16, V=16, L=9, decay=decay), budget=BUDGET + 1e-7 * decay)
+
+
+@pytest.mark.parametrize("levels", [1, 7, 20])
+def test_packed_sequences(levels):
+    cu_seqlens = torch.tensor([0, 1, 40, 40, 72, 200])
+    compare(OPERATOR.inputs(B=1, T=200, G=1, H=2, K=8, V=8, L=levels), cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("levels", [1, 6, 8, 20])
+@pytest.mark.parametrize("start", [1, 16, 37, 100])
+def test_continues_a_state(levels, start):
+    first = OPERATOR.inputs(B=2, T=start, G=1, H=1, K=8, V=8, L=levels)
+    state = OPERATOR(first, chunk_size=16, output_final_state=True).final_state
+    state = type(state)(*(None if x is None else x.detach() for x in state))
+    compare(OPERATOR.inputs(B=2, T=70, G=1, H=1, K=8, V=8, L=levels), initial_state=state)
+
+
+def test_continues_packed_states_at_different_positions():
+    lengths = [1, 30, 100]
+    states = []
+    for length in lengths:
+        first = OPERATOR.inputs(B=1, T=length, G=1, H=2, K=8, V=8, L=8)
+        states.append(OPERATOR(first, chunk_size=16, output_final_state=True).final_state)
+    state = type(states[0])(*(None if x[0] is None else torch.cat(x).detach() for x in zip(*states, strict=True)))
+    cu_seqlens = torch.tensor([0, 50, 50, 90])
+    compare(OPERATOR.inputs(B=1, T=90, G=1, H=2, K=8, V=8, L=8), initial_state=state, cu_seqlens=cu_seqlens)
