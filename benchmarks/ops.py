@@ -2,6 +2,7 @@
 
     python -m benchmarks.ops                              # this machine's CPU, the table in docs/performance.md
     python -m benchmarks.ops --lengths 4096 --out ops.json
+    PYTHONPATH=.peers/fla:.peers/mamba:. python -m benchmarks.ops --device cuda      # see ops_gpu.py
 
 Correctness comes first: every configuration is compared with the float64 result before it is timed. Times are medians
 over rounds in which all candidates of a length run in turn, so that a slow moment meets all of them. Peak memory
@@ -31,6 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 import loglinear
+from benchmarks import ops_gpu
 from loglinear.fenwick import num_levels
 from loglinear.ops import LogLinearOutput, log_linear_attention, log_linear_delta_rule
 
@@ -194,30 +196,42 @@ def cell(ms: dict[str, float], name: str) -> str:
 
 
 def main(
-    lengths: Annotated[list[int] | None, typer.Option(help="sequence lengths, ascending")] = None,
-    rounds: Annotated[int, typer.Option(help="timed rounds; the median counts")] = 5,
+    lengths: Annotated[list[int] | None, typer.Option(help="sequence lengths, ascending (cpu)")] = None,
+    rounds: Annotated[int, typer.Option(help="timed rounds; the median counts (cpu)")] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads (0: torch's default)")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    shape: Annotated[list[str] | None, typer.Option(help="which of the shapes of ops_gpu.py (cuda)")] = None,
+    max_length: Annotated[int, typer.Option(help="leave longer sequences out (cuda)")] = 1 << 20,
     out: Annotated[Path | None, typer.Option(help="write the numbers to this JSON file")] = None,
 ) -> None:
-    """Time the operators beside their peers on this CPU: B 1, H 8, K 64, V 64, float32, full levels."""
+    """Time the operators beside their peers. cpu: B 1, H 8, K 64, V 64, float32, full levels."""
     if threads:
         torch.set_num_threads(threads)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 200)
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        rows = measure(sorted(lengths or LENGTHS), rounds, progress)
-    show(rows, console)
+        if device == "cuda":
+            shapes = [s for s in ops_gpu.SHAPES if shape is None or s.name in shape]
+            rows = ops_gpu.measure(shapes, max_length, progress)
+        else:
+            rows = measure(sorted(lengths or LENGTHS), rounds, progress)
+    (ops_gpu.show if device == "cuda" else show)(rows, console)
     if out is not None:
-        about = {
-            "command": "python -m benchmarks.ops " + " ".join(sys.argv[1:]),
-            "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-            "versions": {
-                "loglinear": loglinear.__version__,
-                "torch": torch.__version__,
-                "python": sys.version.split()[0],
-            },
-            "shape": {"B": 1, "H": HEADS, "K": KEY, "V": VALUE, "dtype": "float32"},
-        }
-        out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        out.write_text(json.dumps({"about": about(device), "rows": rows}, indent=1) + "\n")
+
+
+def about(device: str) -> dict[str, Any]:
+    versions = {"loglinear": loglinear.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+    machine: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    if device == "cuda":
+        import triton
+
+        versions["triton"] = triton.__version__
+        machine = {"gpu": torch.cuda.get_device_name()}
+    command = "python -m benchmarks.ops " + " ".join(sys.argv[1:])
+    found = {"command": command, "machine": machine, "versions": versions}
+    if device == "cpu":
+        found["shape"] = {"B": 1, "H": HEADS, "K": KEY, "V": VALUE, "dtype": "float32"}
+    return found
 
 
 if __name__ == "__main__":

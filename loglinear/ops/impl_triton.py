@@ -61,7 +61,7 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
         ends = torch.arange(B + 1, device=p.v.device) * T if p.cu_seqlens is None else p.cu_seqlens.long()
         position = ends.diff()
         tokens = [x.flatten(0, 1) for x in (p.k, p.v, log_decay)]
-        return output, FenwickState(position, blocks, *_tails(tokens, ends, p.chunk_size, blocks.dtype), None)
+        return output, FenwickState._make([position, blocks, *_tails(tokens, ends, p.chunk_size, blocks.dtype), None])
     return _continue(p, p.initial_state, log_decay)
 
 
@@ -106,7 +106,7 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
     if not p.output_final_state:
         return output, None
     tails = _tails(tokens, ends, C, blocks.dtype)
-    return output, FenwickState(state.position + lengths, blocks, *tails, None)
+    return output, FenwickState._make([state.position + lengths, blocks, *tails, None])
 
 
 def _tails(tokens: list[Tensor], ends: Tensor, C: int, dtype: torch.dtype) -> list[Tensor]:

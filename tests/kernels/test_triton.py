@@ -32,9 +32,7 @@ def compare(inputs, *, chunk_size=16, initial_state=None, final=True, budget=BUD
                   state._asdict().items())
             )  # fmt: skip
             leaves += parts(state).values()
-        out = OPERATOR(
-            x, impl=impl, chunk_size=chunk_size, initial_state=state, output_final_state=final, **options
-        )
+        out = OPERATOR(x, impl=impl, chunk_size=chunk_size, initial_state=state, output_final_state=final, **options)
         results = [out.output] + (list(parts(out.final_state).values()) if final else [])
         return out, results, leaves
 

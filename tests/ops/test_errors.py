@@ -32,7 +32,7 @@ def call(changes=None, **options):
         ({"level_scales": torch.zeros(1, 10, 4)}, {}, r"level_scales must have shape \[B, T, H, L\]"),
         ({"level_scales": torch.zeros(1, 10, 4, 0)}, {}, r"level_scales must have at least one level"),
         ({"q": torch.zeros(1, 10, 2, 5, dtype=torch.int64)}, {}, r"q must be a floating-point tensor, got torch.int64"),
-        ({}, {"impl": "fast"}, r"impl must be one of \['auto', 'torch', 'reference'\], got 'fast'"),
+        ({}, {"impl": "fast"}, r"impl must be one of \['auto', 'triton', 'torch', 'reference'\], got 'fast'"),
         ({}, {"cu_seqlens": torch.tensor([1, 10])}, r"cu_seqlens must start at 0, got 1"),
         ({}, {"cu_seqlens": torch.tensor([0, 9])}, r"cu_seqlens must end at T = 10, got 9"),
         ({}, {"cu_seqlens": torch.tensor([0, 7, 3, 10])}, r"cu_seqlens must not decrease, got \[0, 7, 3, 10\]"),

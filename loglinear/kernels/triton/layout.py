@@ -82,7 +82,17 @@ def layout(
     levels = READS - STOREY if starts is not None else max(0, (per_row - 1).bit_length() - STOREY)
     ends = torch.stack([origin, z0 + lengths // C, z0], 1).int()
     return Layout(
-        C, tokens, per_row, chunks, tuple(map(len, run_tables)), levels, cap, N, table, tuple(run_tables), ends,
+        C,
+        tokens,
+        per_row,
+        chunks,
+        tuple(map(len, run_tables)),
+        levels,
+        cap,
+        N,
+        table,
+        tuple(run_tables),
+        ends,
         first_runs,
     )
 

@@ -1,6 +1,6 @@
 """The adjoint of `chunk_state`: what a chunk's tokens give to its state.
 
-    dV += diag(exp(Gam - G)) K dS          dK += diag(exp(Gam - G)) V dS^T
+dV += diag(exp(Gam - G)) K dS          dK += diag(exp(Gam - G)) V dS^T
 """
 
 # C chunk, H heads, G groups, K key, V value

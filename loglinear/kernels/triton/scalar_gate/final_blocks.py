@@ -1,6 +1,6 @@
 """The block states that a sequence leaves at the start of its unfinished chunk: one more walk, with X = I.
 
-    blocks[m] = sum over the reads of chunk floor(T / C) that are stored under m of P_path S_block
+blocks[m] = sum over the reads of chunk floor(T / C) that are stored under m of P_path S_block
 """
 
 # H heads, E numbers of a state in one tile

@@ -152,7 +152,7 @@ class ScalarGate:
         dq, dk = (self.empty(self.splits, self.B, self.T, self.G, self.K) for _ in range(2))
         dv = self.empty(self.B, self.T, H, self.V, dtype=self.v.dtype)
         # Columns that no walk could read stay 0.
-        new = torch.zeros_like if self.L > self.log_c + 1 + READS else torch.empty_like
+        new = torch.zeros_like if self.log_c + 1 + READS < self.L else torch.empty_like
         dlevel_scales = new(self.level_scales, memory_format=torch.contiguous_format)
         row_flow, column_flow, state_flow = (self.empty(y.chunks, H, self.C) for _ in range(3))
         read_paths, beyond = (self.empty(y.chunks, H, READS) for _ in range(2))

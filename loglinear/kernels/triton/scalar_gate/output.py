@@ -1,6 +1,6 @@
 """What the queries of a chunk read: their own chunk, and the blocks before it.
 
-    O = ((Q K^T * dec) * LAM) V + sum over the walk's blocks of diag(lambda_l exp(G) P_path) (Q S_block)
+O = ((Q K^T * dec) * LAM) V + sum over the walk's blocks of diag(lambda_l exp(G) P_path) (Q S_block)
 """
 
 # C chunk, J columns of the chunk at a time, H heads, K key, V value, L levels

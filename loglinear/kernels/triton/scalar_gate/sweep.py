@@ -48,7 +48,7 @@ def log_decays(log_total):
 @triton.jit
 def weigh(weights, x, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """weights @ x for float32 weights. bfloat16 states are multiplied as they are, by a high and a low half."""
-    if DOT == tl.bfloat16:
+    if tl.bfloat16 == DOT:
         high = weights.to(tl.bfloat16)
         low = (weights - high.to(tl.float32)).to(tl.bfloat16)
         return tl.dot(low, x, tl.dot(high, x))

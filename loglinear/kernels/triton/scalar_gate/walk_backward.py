@@ -84,5 +84,7 @@ def walk_backward_kernel(
         dscales = tl.where(l_R[None, :] == cap, past[:, None], dscales)
         columns = tl.minimum(LOG_C + 1 + l_R, L - 1)[None, :]
         to = dlevel_scales + ((token + i) * H + h)[:, None] * L + columns
-        tl.store(to, (dscales * scale).to(dlevel_scales.dtype.element_ty), mask=(i < n)[:, None] & (l_R <= cap)[None, :])
+        tl.store(
+            to, (dscales * scale).to(dlevel_scales.dtype.element_ty), mask=(i < n)[:, None] & (l_R <= cap)[None, :]
+        )
     store_rows(dq + split * plane + (token * G_ + group) * K, G_ * K, n, 0, dq_CK, C, K, BK)

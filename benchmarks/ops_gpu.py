@@ -1,0 +1,206 @@
+"""The GPU half of `benchmarks.ops`: log-linear attention beside its peers in one run, forward and backward.
+
+The peers are not installed by this project; what is importable is measured. `PYTHONPATH=.peers/fla:.peers/mamba`
+is how flash-linear-attention and mamba-ssm were given here. Every kernel of ours is compared with float64 first.
+"""
+
+# B batch, T time, G groups, H heads, K key, V value, L levels
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from loglinear.fenwick import num_levels
+from loglinear.ops import log_linear_attention
+
+SECONDS = 0.25  # of device time for one figure, at least MIN_RUNS runs
+MIN_RUNS = 5
+BF16_BUDGET = 3.5e-3
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    B: int
+    H: int
+    G: int
+    K: int
+    V: int
+    lengths: tuple[int, ...]
+    with_peers: bool = True
+
+
+SHAPES = [
+    Shape("paper", 2, 48, 1, 128, 64, (2048, 4096, 8192, 16384, 32768, 131072)),
+    Shape("one group per head", 2, 16, 16, 128, 128, (8192, 16384, 131072)),
+    Shape("a million tokens", 1, 48, 1, 128, 64, (1 << 20,), with_peers=False),
+]
+
+
+def make_inputs(s: Shape, T: int, levels: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """q, k, v, log_decay, level_scales as a Mamba-2 layer makes them: v = x dt, log_decay = A dt."""
+    generator = torch.Generator("cuda").manual_seed(T)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(s.B, T, *shape, generator=generator, device="cuda")
+
+    dt = F.softplus(normal(s.H) - 4)
+    A = -torch.exp(torch.rand(s.H, generator=generator, device="cuda") * 2)
+    v = normal(s.H, s.V).mul_(dt[..., None])
+    scales = torch.empty(s.B, T, s.H, levels, dtype=dtype, device="cuda")
+    for b in range(s.B):  # no float32 copy of all of it
+        scales[b] = F.softplus(torch.randn(T, s.H, levels, generator=generator, device="cuda", dtype=dtype))
+    q, k = (normal(s.G, s.K) / s.K**0.5).to(dtype), normal(s.G, s.K).to(dtype)
+    return [q, k, v.to(dtype), A * dt, scales]
+
+
+def ours(inputs: list[Tensor]) -> Callable[..., Tensor]:
+    return lambda *leaves: log_linear_attention(*leaves, impl="triton").output
+
+
+def candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    """name -> (function of leaves, leaves). A peer that cannot be imported is left out."""
+    inputs = make_inputs(s, T, num_levels(T))
+    q, k, v, log_decay, scales = inputs
+    found: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+        "loglinear": (ours(inputs), inputs),
+        "loglinear, L = 1": (ours(inputs), [*inputs[:4], scales[..., :1].contiguous()]),
+    }
+    if not s.with_peers:
+        return found
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        A = -torch.ones(s.H, device="cuda")
+        found["mamba-ssm SSD (linear)"] = (
+            lambda x, dt, B, C: mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256),
+            [v, -log_decay, k, q],
+        )
+    except ImportError as error:
+        print("mamba-ssm is left out:", error)
+    if s.G == 1:
+        try:
+            from fla.ops.log_linear_attn import chunk_log_linear_attn
+
+            def fla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scales: Tensor) -> Tensor:
+                return chunk_log_linear_attn(q, k, v, g, scales)[0]
+
+            found["fla log-linear"] = (fla, inputs)
+        except ImportError as error:
+            print("fla is left out:", error)
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        attention = [torch.randn(s.B, h, T, s.V, device="cuda", dtype=torch.bfloat16) for h in (s.H, 1, 1)]
+        found["FlashAttention-2"] = (flash, attention)
+    return found
+
+
+def median_ms(run: Callable[[], Any]) -> float:
+    """Median of single runs between device events, after two warm-up runs."""
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    while len(times) < MIN_RUNS or (sum(times) < SECONDS * 1e3 and len(times) < 200):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+        if times[-1] > 1000 and len(times) >= 2:
+            break
+    return statistics.median(times)
+
+
+def figures(function: Callable[..., Tensor], leaves: list[Tensor], graph: bool) -> dict[str, float]:
+    """Milliseconds and peak memory beyond the inputs; with `graph` also of a replayed CUDA graph."""
+    with torch.no_grad():
+        forward = median_ms(lambda: function(*leaves))
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    weight = torch.randn_like(function(*leaves))
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(*leaves), leaves, weight)
+
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    both()
+    peak = torch.cuda.max_memory_allocated() - before
+    found = {"forward": forward, "forward+backward": median_ms(both), "peak_gib": peak / 2**30}
+    if graph:
+        for name, run in (("forward, graph", lambda: function(*leaves)), ("forward+backward, graph", both)):
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                run()
+            found[name] = median_ms(captured.replay)
+    return found
+
+
+def check(s: Shape) -> float:
+    """||output - float64|| / ||float64|| at T 2,048, four heads (one group) at most."""
+    few = Shape(s.name, 1, min(4, s.H), min(4, s.G), s.K, s.V, ())
+    inputs = make_inputs(few, 2048, 12)
+    exact = log_linear_attention(*(x.double() for x in inputs), impl="torch").output
+    error = float((ours(inputs)(*inputs).double() - exact).norm() / exact.norm())
+    if not error < BF16_BUDGET:
+        raise SystemExit(f"{s.name} is wrong: relative error {error:.1e}; nothing was timed")
+    return error
+
+
+def measure(shapes: list[Shape], max_length: int, progress: Progress) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for s in shapes:
+        error = check(s)
+        for T in (T for T in s.lengths if max_length >= T):
+            row: dict[str, Any] = {"shape": s.name, "T": T, "error": error, "figures": {}}
+            task = progress.add_task(f"{s.name}, T {T}", total=None)
+            for name, (function, leaves) in candidates(s, T).items():
+                progress.update(task, description=f"{s.name}, T {T}, {name}")
+                try:
+                    row["figures"][name] = figures(function, leaves, graph=T == 2048 and name.startswith("loglinear"))
+                except Exception as failure:  # a peer that cannot run this shape is part of the result
+                    if name.startswith("loglinear"):
+                        raise
+                    row["figures"][name] = {"failed": f"{type(failure).__name__}: {str(failure)[:200]}"}
+                torch.cuda.empty_cache()
+            progress.remove_task(task)
+            rows.append(row)
+    return rows
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        mine = [row for row in rows if row["shape"] == shape]
+        table = Table(title=f"{shape}: ms forward / forward+backward, GiB (error {mine[0]['error']:.1e})")
+        table.add_column("", no_wrap=True)
+        for row in mine:
+            table.add_column(f"T {row['T']:,}", justify="right")
+        for name in dict.fromkeys(name for row in mine for name in row["figures"]):
+            table.add_row(name, *(cell(row["figures"].get(name)) for row in mine))
+        console.print(table)
+
+
+def cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if "failed" in found:
+        return "cannot"
+    text = f"{found['forward']:.2f} / {found['forward+backward']:.2f}, {found['peak_gib']:.1f}"
+    if "forward, graph" in found:
+        text += f" (graph {found['forward, graph']:.2f} / {found['forward+backward, graph']:.2f})"
+    return text

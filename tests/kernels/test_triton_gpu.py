@@ -1,0 +1,250 @@
+"""The compiled kernels on a GPU: every configuration that can be launched, against float64, each gradient by itself.
+
+A kernel that the compiler got wrong can sit at an error of 0.8 %, so the limits are close to what rounding alone does:
+bfloat16 operands give 2.4e-3 to 2.9e-3 in every result (docs/performance.md), three tf32 products below 1e-5.
+"""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from loglinear.fenwick import num_levels
+from loglinear.ops import log_linear_attention
+from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
+
+pytestmark = pytest.mark.gpu
+OPERATOR = OPERATORS[0]
+FORWARD = {torch.bfloat16: 3.5e-3, torch.float16: 3.5e-3, torch.float32: 3e-5}
+GRADIENT = {torch.bfloat16: 4e-3, torch.float16: 4e-3, torch.float32: 3e-5}
+TWIN = "torch"
+
+
+def make(B, T, G, H, K, V, L, dtype, *, seed=0):
+    """Heads from one that forgets within ten tokens to one that never does; lambdas over three orders of magnitude."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(B, T, *shape, generator=generator, device="cuda")
+
+    rate = torch.logspace(-5, -0.5, H, device="cuda") * (torch.arange(H, device="cuda") > 0)
+    inputs = {
+        "q": normal(G, K) / K**0.5,
+        "k": F.normalize(normal(G, K), dim=-1),
+        "v": normal(H, V),
+        "log_decay": -rate * torch.rand(B, T, H, generator=generator, device="cuda") * 2,
+        "level_scales": 10 ** (3 * torch.rand(B, T, H, L, generator=generator, device="cuda") - 2),
+    }
+    return {n: (x if n == "log_decay" else x.to(dtype)).requires_grad_() for n, x in inputs.items()}
+
+
+def check(inputs, dtype, *, initial_state=None, final=False, **options):
+    def run(x, state, impl):
+        leaves = list(x.values()) + ([] if state is None else list(parts(state).values()))
+        out = OPERATOR(x, impl=impl, initial_state=state, output_final_state=final, **options)
+        return [out.output] + ([out.final_state.blocks] if final else []), leaves
+
+    doubles = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
+    state = None if initial_state is None else leaf_state(initial_state)
+    state_64 = None if initial_state is None else leaf_state(initial_state, torch.float64)
+    exact, leaves_64 = run(doubles, state_64, TWIN)
+    weights = random_loss(*exact)
+    weights = tuple(w.to(dtype).double() if i == 0 else w for i, w in enumerate(weights))
+    poison()
+    results, leaves = run(inputs, state, "triton")
+    for name, a, e in zip(["output", "blocks"], results, exact, strict=False):
+        assert relative_error(a, e) < FORWARD[dtype], (name, relative_error(a, e))
+    poison()
+    grads = gradients(results, tuple(w.to(r.dtype) for w, r in zip(weights, results, strict=True)), leaves)
+    exact_grads = gradients(exact, weights, leaves_64)
+    names = OPERATOR.names + ([] if state is None else [f"state's {n}" for n in parts(state)])
+    flow = float(exact_grads[3].norm())
+    for name, a, e in zip(names, grads, exact_grads, strict=True):
+        if name == "state's blocks":
+            e = torch.where(state.blocks != 0, e, 0.0)
+        error, size = float((a.double() - e).norm()), float(e.norm())
+        size = max(size, flow) if "log_decay" in name else size
+        assert error <= GRADIENT[dtype] * size, (name, error / size)
+
+
+def leaf_state(state, dtype=torch.float32):
+    return type(state)(
+        *(x if x is None or x is state.position else x.detach().to(dtype).requires_grad_() for x in state)
+    )
+
+
+def poison():
+    """What `empty` hands out next is full of NaN."""
+    blocks = [torch.full((1 << 26,), float("nan"), device="cuda") for _ in range(8)]
+    del blocks
+
+
+HEADS = [
+    (1, 4, 128, 64),
+    (4, 4, 128, 128),
+    (2, 4, 64, 64),
+    (1, 2, 80, 48),
+    (1, 2, 5, 3),
+    (1, 2, 192, 256),
+    (2, 2, 256, 256),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_error_of_every_default_plan(heads, dtype):
+    G, H, K, V = heads
+    check(make(2, 1111, G, H, K, V, 12, dtype), dtype, scale=0.7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("chunk_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("heads", [(1, 2, 64, 64), (1, 2, 128, 64)], ids=str)
+def test_error_of_every_state_chunk(heads, chunk_size, dtype):
+    G, H, K, V = heads
+    L, start = 9, chunk_size * 3 + 5
+    first = make(2, start, G, H, K, V, L, dtype, seed=1)
+    state = OPERATOR(first, impl="triton", chunk_size=chunk_size, output_final_state=True).final_state
+    options = dict(initial_state=state, final=True, chunk_size=chunk_size)
+    check(make(2, 700, G, H, K, V, L, dtype), dtype, **options)
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 127, 128, 129, 1023, 1025, 4095, 4097, 16384])
+def test_error_at_every_length(T):
+    H = 2 if T > 8000 else 4
+    check(make(1, T, 1, H, 128, 64, num_levels(T), torch.bfloat16), torch.bfloat16)
+
+
+@pytest.mark.parametrize("levels", [1, 4, 8, 9, 11, 20, 40])
+def test_error_at_every_number_of_levels(levels):
+    check(make(1, 9000, 1, 2, 128, 64, levels, torch.bfloat16), torch.bfloat16)
+
+
+@pytest.mark.parametrize("levels", [1, 9, 20])
+def test_packed_sequences(levels):
+    cu_seqlens = torch.tensor([0, 1, 640, 640, 5001, 9000], device="cuda")
+    check(make(1, 9000, 1, 2, 128, 64, levels, torch.bfloat16), torch.bfloat16, cu_seqlens=cu_seqlens)
+
+
+def shipped_plans():
+    from loglinear.kernels.triton.config import SHIPPED
+
+    return sorted({key for plans in json.loads(SHIPPED.read_text()).values() for key in plans})
+
+
+@pytest.mark.parametrize("key", shipped_plans() if pytest.importorskip("triton") else [])
+def test_error_of_every_shipped_plan(key):
+    """The table's keys name K, V and the dtype; the length puts the call into the plan's bucket."""
+    fields = dict(part.split("=", 1) for part in key.split() if part[:2] in ("K=", "V="))
+    dtype = getattr(torch, key.split()[3])
+    T = int(key.split("<=")[1]) if "<=" in key else 33000
+    K, V = int(fields["K"]), int(fields["V"])
+    check(make(1, T, 1, 2, K, V, num_levels(T), dtype), dtype)
+
+
+def test_two_runs_give_the_same_bits():
+    inputs = make(2, 5000, 1, 6, 128, 64, 14, torch.bfloat16)
+
+    def run():
+        out = OPERATOR(inputs, impl="triton").output
+        return [out, *torch.autograd.grad(out, list(inputs.values()), torch.ones_like(out))]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_strided_inputs_give_the_same_bits():
+    inputs = make(2, 300, 2, 4, 64, 64, 10, torch.bfloat16)
+    wide = {n: torch.cat([x, x], 2)[:, :, : x.shape[2]].detach().requires_grad_() for n, x in inputs.items()}
+    assert not wide["q"].is_contiguous()
+    for a, b in zip(*(run_all(x) for x in (inputs, wide)), strict=True):
+        assert torch.equal(a, b)
+
+
+def run_all(inputs, function=OPERATOR):
+    out = function(inputs, impl="triton").output
+    return [out, *torch.autograd.grad(out.float().square().sum(), list(inputs.values()))]
+
+
+def test_compiles_as_one_graph():
+    inputs = make(1, 500, 1, 2, 64, 64, 10, torch.bfloat16)
+    compiled = torch.compile(lambda x: OPERATOR(x), fullgraph=True)
+    assert torch.equal(compiled(inputs).output, OPERATOR(inputs, impl="triton").output)
+
+
+def test_passes_opcheck():
+    from loglinear.kernels.triton import scalar_gate
+
+    x = make(1, 200, 1, 2, 64, 64, 10, torch.bfloat16)
+    torch.library.opcheck(scalar_gate, (*x.values(), None, None, None, 1.0, 64, True))
+
+
+@pytest.mark.parametrize("ends", [None, [0, 100, 2000]], ids=["dense", "packed"])
+def test_never_waits_for_the_device(ends):
+    inputs = make(1, 2000, 1, 2, 64, 64, 12, torch.bfloat16)
+    cu_seqlens = None if ends is None else torch.tensor(ends, device="cuda")
+
+    def run():
+        out = log_linear_attention(*inputs.values(), cu_seqlens=cu_seqlens, output_final_state=True, impl="triton")
+        more = log_linear_attention(
+            *inputs.values(), cu_seqlens=cu_seqlens, initial_state=out.final_state, impl="triton"
+        )
+        return torch.autograd.grad(more.output.sum(), list(inputs.values()))
+
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_runs_in_a_cuda_graph():
+    inputs = make(1, 2000, 1, 2, 64, 64, 12, torch.bfloat16)
+    run_all(inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_all(inputs)
+    fresh = make(1, 2000, 1, 2, 64, 64, 12, torch.bfloat16, seed=5)
+    with torch.no_grad():
+        for n, x in inputs.items():
+            x.copy_(fresh[n])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, run_all(fresh), strict=True))
+
+
+def test_autocast_and_checkpointing_change_nothing():
+    inputs = make(1, 400, 1, 2, 64, 64, 10, torch.bfloat16)
+    with torch.autocast("cuda", dtype=torch.float16):
+        cast = run_all(inputs)
+    kept = run_all(inputs, lambda x, impl: checkpoint(lambda: OPERATOR(x, impl=impl), use_reentrant=False))
+    for a, b, c in zip(run_all(inputs), cast, kept, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_auto_takes_triton_and_says_no_clearly():
+    inputs = make(1, 100, 1, 2, 64, 64, 8, torch.bfloat16)
+    assert torch.equal(OPERATOR(inputs).output, OPERATOR(inputs, impl="triton").output)
+    doubles = {n: x.double() for n, x in inputs.items()}
+    with pytest.raises(ValueError, match="float64 needs impl='torch'"):
+        OPERATOR(doubles, impl="triton")
+    with pytest.raises(ValueError, match="head dims K = 320, V = 64 need impl='torch'"):
+        OPERATOR(make(1, 8, 1, 2, 320, 64, 4, torch.bfloat16), impl="triton")
+
+
+def test_offsets_beyond_32_bits():
+    """v has more than 2**31 elements; its last sequence must equal the same sequence by itself."""
+    T, H, V = 1 << 19, 65, 64
+    inputs = make(1, 300, 1, H, 16, V, 4, torch.bfloat16)
+    with torch.no_grad():
+        big = {n: torch.zeros(1, T, *x.shape[2:], dtype=x.dtype, device="cuda") for n, x in inputs.items()}
+        for n, x in inputs.items():
+            big[n][:, -300:] = x
+        ends = torch.tensor([0, T - 300, T], device="cuda", dtype=torch.int32)
+        assert big["v"].numel() > 1 << 31
+        out = log_linear_attention(*big.values(), cu_seqlens=ends, impl="triton").output
+        alone = OPERATOR(inputs, impl="triton", chunk_size=64).output
+        assert torch.equal(out[:, -300:], alone)
