@@ -19,7 +19,7 @@ ALLOWED = {
     "training": {"models", "layers", "variants", "recipes"},
     "evaluation": {"models", "training"},
     "recipes": {"models", "variants"},
-    "cli": {"training", "evaluation", "recipes", "models", "variants", "ops", "fenwick"},
+    "cli": {"training", "evaluation", "recipes", "models", "variants", "ops", "kernels", "fenwick"},
 }
 
 

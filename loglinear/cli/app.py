@@ -106,6 +106,28 @@ def train(
 
 
 @app.command()
+def tune(
+    heads: Annotated[int, typer.Option(help="Value heads.")] = 48,
+    groups: Annotated[int, typer.Option(help="Query/key groups.")] = 1,
+    key_dim: Annotated[int, typer.Option()] = 128,
+    value_dim: Annotated[int, typer.Option()] = 64,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    length: Annotated[list[int] | None, typer.Option(help="Tokens; give one for each range that you use.")] = None,
+    batch: Annotated[int, typer.Option()] = 1,
+    out: Annotated[Path | None, typer.Option(help="Table to extend (default: the user's own).")] = None,
+) -> None:
+    """Measure the GPU kernels for a shape, and use the fastest from then on.
+
+    Examples:
+
+    `loglinear tune --heads 24 --key-dim 128 --value-dim 64 --length 4096 --length 32768`
+    """
+    from loglinear.cli.tune import run
+
+    run(heads, groups, key_dim, value_dim, dtype, length or [16384], batch, out)
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; read from standard input if absent.")] = None,

@@ -77,8 +77,9 @@ def log_linear_attention(
 
     Returns:
         `LogLinearOutput(output, final_state)`: output [B, T, H, V] in v's dtype; final_state is None unless asked
-        for, float32 (float64 for float64 inputs). torch computes 16-bit inputs in float32; triton multiplies them in
-        bfloat16, accumulates in float32, and keeps block states in bfloat16 (float32 inputs: three tf32 products).
+        for, float32 (float64 for float64 inputs). torch computes 16-bit inputs in float32; triton accumulates in
+        float32 and multiplies bfloat16 inputs and block states in bfloat16, float16 ones in tf32, float32 ones in
+        three tf32 products.
 
     Raises:
         ValueError: a shape, dtype, state or cu_seqlens that does not fit; the text says which and what was expected.

@@ -16,14 +16,14 @@ from torch import Tensor
 from loglinear.ops.problem import Problem
 from loglinear.ops.state import FenwickState
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 MAX_HEAD_DIM = 256
-STATE_CHUNKS = (16, 32, 64, 128)
 MAX_CHUNKS = 1 << 16
 
 
 def unsupported(p: Problem) -> str | None:
     """Why these kernels cannot take the call, and what can; None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "impl='triton' needs the package triton (it comes with CUDA builds of torch); use impl='torch'"
     if p.v.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"impl='triton' needs CUDA tensors, got {p.v.device.type}; use impl='torch'"
@@ -35,8 +35,11 @@ def unsupported(p: Problem) -> str | None:
     if max(K, V) > MAX_HEAD_DIM:
         return f"head dims K = {K}, V = {V} need impl='torch': impl='triton' takes up to {MAX_HEAD_DIM}"
     has_state = p.initial_state is not None or p.output_final_state
-    if has_state and p.chunk_size not in STATE_CHUNKS:
-        return f"a state with chunk_size {p.chunk_size} needs impl='torch': impl='triton' takes {STATE_CHUNKS}"
+    # What fits the shared memory: three tf32 products take eight times the room of one in bfloat16.
+    largest = 128 if all(x.dtype == torch.bfloat16 for x in (p.q, p.k, p.v)) else 64
+    largest = largest if max(K, V) <= 128 else largest // 2
+    if has_state and not 16 <= p.chunk_size <= largest:
+        return f"a state with chunk_size {p.chunk_size} needs impl='torch': impl='triton' takes 16 to {largest} here"
     return None
 
 

@@ -5,6 +5,7 @@ bfloat16 operands give 2.4e-3 to 2.9e-3 in every result (docs/performance.md), t
 """
 
 import json
+import os
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relati
 
 pytestmark = pytest.mark.gpu
 OPERATOR = OPERATORS[0]
-FORWARD = {torch.bfloat16: 3.5e-3, torch.float16: 3.5e-3, torch.float32: 3e-5}
-GRADIENT = {torch.bfloat16: 4e-3, torch.float16: 4e-3, torch.float32: 3e-5}
+FORWARD = {torch.bfloat16: 3.5e-3, torch.float16: 1e-3, torch.float32: 3e-5}
+GRADIENT = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 3e-5}
+LOG_DECAY = {torch.bfloat16: 6e-3, torch.float16: 2e-3, torch.float32: 3e-5}
 TWIN = "torch"
 
 
@@ -54,8 +56,9 @@ def check(inputs, dtype, *, initial_state=None, final=False, **options):
     weights = tuple(w.to(dtype).double() if i == 0 else w for i, w in enumerate(weights))
     poison()
     results, leaves = run(inputs, state, "triton")
+    measured = {}
     for name, a, e in zip(["output", "blocks"], results, exact, strict=False):
-        assert relative_error(a, e) < FORWARD[dtype], (name, relative_error(a, e))
+        measured[name] = (relative_error(a, e), FORWARD[dtype])
     poison()
     grads = gradients(results, tuple(w.to(r.dtype) for w, r in zip(weights, results, strict=True)), leaves)
     exact_grads = gradients(exact, weights, leaves_64)
@@ -66,13 +69,26 @@ def check(inputs, dtype, *, initial_state=None, final=False, **options):
             e = torch.where(state.blocks != 0, e, 0.0)
         error, size = float((a.double() - e).norm()), float(e.norm())
         size = max(size, flow) if "log_decay" in name else size
-        assert error <= GRADIENT[dtype] * size, (name, error / size)
+        limit = LOG_DECAY[dtype] if "log_decay" in name else GRADIENT[dtype]
+        measured["gradient of " + name] = (error / size if size else error, limit)
+    report(dtype, measured)
+    assert all(error <= limit for error, limit in measured.values()), measured
 
 
 def leaf_state(state, dtype=torch.float32):
     return type(state)(
         *(x if x is None or x is state.position else x.detach().to(dtype).requires_grad_() for x in state)
     )
+
+
+def report(dtype, measured):
+    """ERROR_LOG=errors.jsonl pytest -m gpu ... collects what was measured, for docs/performance.md."""
+    path = os.environ.get("ERROR_LOG")
+    if path:
+        test = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split(" ")[0]
+        errors = {name: error for name, (error, _) in measured.items()}
+        with open(path, "a") as file:
+            file.write(json.dumps({"test": test, "dtype": str(dtype), "errors": errors}) + "\n")
 
 
 def poison():
@@ -105,6 +121,8 @@ def test_error_of_every_default_plan(heads, dtype):
 def test_error_of_every_state_chunk(heads, chunk_size, dtype):
     G, H, K, V = heads
     L, start = 9, chunk_size * 3 + 5
+    if dtype == torch.float32 and chunk_size == 128:
+        pytest.skip("does not fit: refused with a text, see below")
     first = make(2, start, G, H, K, V, L, dtype, seed=1)
     state = OPERATOR(first, impl="triton", chunk_size=chunk_size, output_final_state=True).final_state
     options = dict(initial_state=state, final=True, chunk_size=chunk_size)
@@ -233,6 +251,8 @@ def test_auto_takes_triton_and_says_no_clearly():
         OPERATOR(doubles, impl="triton")
     with pytest.raises(ValueError, match="head dims K = 320, V = 64 need impl='torch'"):
         OPERATOR(make(1, 8, 1, 2, 320, 64, 4, torch.bfloat16), impl="triton")
+    with pytest.raises(ValueError, match="chunk_size 128 needs impl='torch': impl='triton' takes 16 to 64"):
+        OPERATOR(make(1, 8, 1, 2, 64, 64, 4, torch.float32), impl="triton", chunk_size=128, output_final_state=True)
 
 
 def test_offsets_beyond_32_bits():

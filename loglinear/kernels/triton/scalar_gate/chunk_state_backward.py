@@ -36,7 +36,7 @@ def chunk_state_backward_kernel(
         row = (c * H + h) * C + i
         to_end = tl.exp2(tl.load(totals + c * H + h) - tl.load(cumulative + row))[:, None]
         flow = tl.zeros([C], tl.float32)
-        for tile in tl.static_range(TILES):
+        for tile in range(TILES):
             v_CV = load_rows(v + b * v_b + first * v_t + h * v_h, v_t, n, tile * BV, C, V, BV).to(tl.float32)
             dstate_KV = load_state(dslots + (c * H + h) * (K * V), tile * BV, K, V, BK, BV)
             dk_CK = tl.dot((v_CV * to_end).to(DOT), tl.trans(dstate_KV), dk_CK, input_precision=PRECISION)

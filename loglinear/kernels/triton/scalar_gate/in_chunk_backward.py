@@ -57,8 +57,11 @@ def in_chunk_backward_kernel(
         G = tl.load(cumulative + row)
         do_h, v_h_ = do + b * o_b + first * o_t + h * o_h, v + b * v_b + first * v_t + h * v_h
         pulled_CC = tl.zeros([C, C], tl.float32)
-        for tile in tl.static_range(TILES):
-            do_CV = load_rows(do_h, o_t, n, tile * BV, C, V, BV).to(DOT)
+        if TILES == 1:
+            do_CV = load_rows(do_h, o_t, n, 0, C, V, BV).to(DOT)
+        for tile in range(TILES):
+            if TILES > 1:
+                do_CV = load_rows(do_h, o_t, n, tile * BV, C, V, BV).to(DOT)
             v_CV = load_rows(v_h_, v_t, n, tile * BV, C, V, BV).to(DOT)
             pulled_CC = tl.dot(do_CV, tl.trans(v_CV), pulled_CC, input_precision=PRECISION)
         scales_h = level_scales + b * l_b + first * l_t + h * l_h
@@ -71,7 +74,7 @@ def in_chunk_backward_kernel(
         decay_CC *= scores_CC
         pulled_CC *= decay_CC
         read_CC = (decay_CC * scales_CC).to(DOT)
-        for tile in tl.static_range(TILES):
+        for tile in range(TILES):
             if TILES > 1:
                 do_CV = load_rows(do_h, o_t, n, tile * BV, C, V, BV).to(DOT)
             dv_CV = tl.dot(tl.trans(read_CC), do_CV, input_precision=PRECISION)

@@ -35,15 +35,19 @@ SWEEP_STEPS = 8  # tiles of the states that one program of a sweep takes
 PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100: heads are split until a launch has as many
 ELEMENTS = 1024  # numbers of a state that one program of the elementwise stages takes
 
-DOT_TYPES = {torch.float32: (tl.float32, "tf32x3"), torch.bfloat16: (tl.bfloat16, "tf32")}
+# What the matrix units multiply, what states are kept in, and how. float16 has the mantissa of tf32 but not the range
+# that a sum over a long past needs, so its products are single tf32 products of float32 states.
+DOT_TYPES = {
+    torch.float32: (torch.float32, tl.float32, "tf32x3"),
+    torch.float16: (torch.float32, tl.float32, "tf32"),
+    torch.bfloat16: (torch.bfloat16, tl.bfloat16, "tf32"),
+}
 
 
-def dot_dtype(*tensors: Tensor) -> torch.dtype:
-    """What the matrix units multiply, and states are kept in: float32 (as three tf32 products) or bfloat16.
-
-    float16 inputs are multiplied in bfloat16: the sum over a long past leaves float16's range.
-    """
-    return torch.float32 if any(x.dtype == torch.float32 for x in tensors) else torch.bfloat16
+def common_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of all tensors, or float32."""
+    dtypes = {x.dtype for x in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 class ScalarGate:
@@ -64,9 +68,8 @@ class ScalarGate:
         self.L, self.R, self.scale, self.plan = level_scales.shape[3], self.H // self.G, scale, plan
         self.C = plan.chunk_size
         self.layout = layout(self.B, self.T, self.C, self.L, cu_seqlens, starts)
-        self.dtype = dot_dtype(q, k, v)
+        self.dtype, dot, precision = DOT_TYPES[common_dtype(q, k, v)]
         self.nodes = None if nodes is None else nodes.to(self.dtype).contiguous()
-        dot, precision = DOT_TYPES[self.dtype]
         self.size = self.K * self.V
         self.has_nodes = nodes is not None
         self.shape = dict(K=self.K, V=self.V, C=self.C, BK=max(16, triton.next_power_of_2(self.K)))

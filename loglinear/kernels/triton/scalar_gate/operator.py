@@ -11,14 +11,14 @@ from torch import Tensor
 
 from loglinear.fenwick import num_blocks
 from loglinear.kernels.triton.config import choose
-from loglinear.kernels.triton.scalar_gate.launch import ScalarGate, dot_dtype
+from loglinear.kernels.triton.scalar_gate.launch import ScalarGate, common_dtype
 
 
 def _call(
     direction: str, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor, nodes: Tensor | None,
     cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int,
 ) -> ScalarGate:  # fmt: skip
-    plan = choose(direction, q.shape[3], v.shape[3], dot_dtype(q, k, v), q.shape[1], v.device, chunk_size or None)
+    plan = choose(direction, q.shape[3], v.shape[3], common_dtype(q, k, v), q.shape[1], v.device, chunk_size or None)
     return ScalarGate(q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, plan)
 
 

@@ -65,7 +65,7 @@ def walk_backward_kernel(
             decay = from_start * tl.exp2(tl.sum(tl.where(l_R == l, path, 0.0), 0))
             weight = decay * column_of(scales, l)
             dscale = tl.zeros([C], tl.float32)
-            for tile in tl.static_range(TILES):
+            for tile in range(TILES):
                 if TILES > 1:
                     do_CV = load_rows(do_h, o_t, n, tile * BV, C, V, BV).to(DOT)
                 state_KV = load_state(state, tile * BV, K, V, BK, BV)
