@@ -104,3 +104,15 @@ def test_continues_packed_states_at_different_positions():
     state = type(states[0])(*(None if x[0] is None else torch.cat(x).detach() for x in zip(*states, strict=True)))
     cu_seqlens = torch.tensor([0, 50, 50, 90])
     compare(OPERATOR.inputs(B=1, T=90, G=1, H=2, K=8, V=8, L=8), initial_state=state, cu_seqlens=cu_seqlens)
+
+
+def test_slabs_of_heads_change_nothing(monkeypatch):
+    from loglinear.kernels.triton.scalar_gate import launch
+
+    assert launch.slabs(10, 2, 6, 100) == [slice(0, 6)]
+    monkeypatch.setattr(launch, "SLAB_BYTES", 4000)
+    assert launch.slabs(10, 2, 6, 100) == [slice(0, 3), slice(3, 6)]
+    assert launch.slabs(10, 1, 6, 100) == [slice(0, 3), slice(3, 6)]
+    assert launch.slabs(40, 1, 6, 100) == [slice(h, h + 1) for h in range(6)]
+    for groups in (1, 4):
+        compare(OPERATOR.inputs(B=1, T=70, G=groups, H=4, K=8, V=8, L=9))

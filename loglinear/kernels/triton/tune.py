@@ -24,7 +24,7 @@ from triton.runtime.errors import OutOfResources
 
 from loglinear.fenwick import num_levels
 from loglinear.kernels.triton.config import STAGES, Launch, Plan, table_key
-from loglinear.kernels.triton.scalar_gate.launch import ScalarGate
+from loglinear.kernels.triton.scalar_gate.launch import ScalarGate, gradients
 
 WARPS_AND_STAGES = ((4, 2), (4, 3), (8, 2), (8, 3))
 SWEEPS = (Launch(128, 4, 2), Launch(128, 4, 3), Launch(64, 4, 3), Launch(64, 4, 4))
@@ -67,9 +67,10 @@ def candidates(direction: str, shape: Shape) -> Iterator[Plan]:
 
 def run(direction: str, inputs: list[Tensor], plan: Plan) -> Tensor:
     q, k, v, log_decay, level_scales = inputs
-    call = ScalarGate(q, k, v, log_decay, level_scales, None, None, None, 1.0, plan)
     if direction == "backward":
-        return call.backward(torch.ones_like(v), None)[2]
+        do = torch.ones_like(v)
+        return gradients(do, None, q, k, v, log_decay, level_scales, None, None, None, 1.0, plan)[2]
+    call = ScalarGate(q, k, v, log_decay, level_scales, None, None, None, 1.0, plan)
     call.build_states()
     return call.output()
 

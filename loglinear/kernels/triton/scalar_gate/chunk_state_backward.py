@@ -14,7 +14,7 @@ from loglinear.kernels.triton.tiles import SIZES, load_rows, load_state, locate,
 def chunk_state_backward_kernel(
     k, v, cumulative, totals, dslots, dk, dv, state_flow, table,
     T, N, H, R, plane,
-    k_b, k_t, k_h, v_b, v_t, v_h,
+    k_b, k_t, k_h, v_b, v_t, v_h, dv_t,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -42,9 +42,9 @@ def chunk_state_backward_kernel(
             dk_CK = tl.dot((v_CV * to_end).to(DOT), tl.trans(dstate_KV), dk_CK, input_precision=PRECISION)
             dv_CV = tl.dot(k_CK, dstate_KV, input_precision=PRECISION) * to_end
             flow += tl.sum(dv_CV * v_CV, 1)
-            to_dv = dv + (token * H + h) * V
-            dv_CV += load_rows(to_dv, H * V, n, tile * BV, C, V, BV).to(tl.float32)
-            store_rows(to_dv, H * V, n, tile * BV, dv_CV, C, V, BV)
+            to_dv = dv + token * dv_t + h * V
+            dv_CV += load_rows(to_dv, dv_t, n, tile * BV, C, V, BV).to(tl.float32)
+            store_rows(to_dv, dv_t, n, tile * BV, dv_CV, C, V, BV)
         tl.store(state_flow + row, flow)
     to_dk = dk + split * plane + (token * G_ + group) * K
     dk_CK += load_rows(to_dk, G_ * K, n, 0, C, K, BK)

@@ -18,7 +18,7 @@ from loglinear.kernels.triton.tiles import MIN_LOG_DECAY, SIZES, STOREY, locate
 def decay_backward_kernel(
     log_decay, row_flow, column_flow, state_flow, dtotals, dlog_decay, table,
     T, N, H,
-    g_b, g_t, g_h, storey_plane, part_plane,
+    g_b, g_t, g_h, dg_t, storey_plane, part_plane,
     C: tl.constexpr, STOREYS: tl.constexpr, PARTS: tl.constexpr, PARTS_2: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One chunk, one head."""
@@ -45,5 +45,5 @@ def decay_backward_kernel(
     dg += tl.sum(across, 0)
     g = tl.load(log_decay + b * g_b + first * g_t + h * g_h + i * g_t, mask=inside, other=0.0).to(tl.float32)
     dg = tl.where(g < MIN_LOG_DECAY, 0.0, dg)
-    out = dlog_decay + ((b * T + first) * H + h) + i * H
+    out = dlog_decay + (b * T + first) * dg_t + h + i * dg_t
     tl.store(out, dg.to(dlog_decay.dtype.element_ty), mask=inside)

@@ -27,7 +27,7 @@ from loglinear.kernels.triton.tiles import (
 def in_chunk_backward_kernel(
     q, k, v, level_scales, cumulative, do, dq, dk, dv, dlevel_scales, row_flow, column_flow, table,
     T, N, H, R, L, scale, plane,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, l_b, l_t, l_h, o_b, o_t, o_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, l_b, l_t, l_h, o_b, o_t, o_h, dv_t, dl_t,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, LEVELS: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
@@ -78,7 +78,7 @@ def in_chunk_backward_kernel(
             if TILES > 1:
                 do_CV = load_rows(do_h, o_t, n, tile * BV, C, V, BV).to(DOT)
             dv_CV = tl.dot(tl.trans(read_CC), do_CV, input_precision=PRECISION)
-            store_rows(dv + (token * H + h) * V, H * V, n, tile * BV, dv_CV, C, V, BV)
+            store_rows(dv + token * dv_t + h * V, dv_t, n, tile * BV, dv_CV, C, V, BV)
         flow_CC = pulled_CC * scales_CC
         tl.store(row_flow + row, tl.load(row_flow + row) + tl.sum(flow_CC, 1))
         tl.store(column_flow + row, tl.sum(flow_CC, 0))
@@ -91,7 +91,7 @@ def in_chunk_backward_kernel(
         # Levels from the last on share its column, with the blocks too where the last one lies inside the chunk.
         past = tl.sum(tl.where(l[None, :] >= L - 1, dscales, 0.0), 1)
         dscales = tl.where(l[None, :] == L - 1, past[:, None], dscales) * scale
-        to = dlevel_scales + ((token + i) * H + h)[:, None] * L + l[None, :]
+        to = dlevel_scales + token * dl_t + h * L + (i * dl_t)[:, None] + l[None, :]
         inside = (i < n)[:, None] & (l < tl.minimum(L, LOG_C + 1))[None, :]
         shared = tl.where(L <= LOG_C + 1, L - 1, -1)
         dscales += tl.load(to, mask=inside & (l == shared)[None, :], other=0.0).to(tl.float32)

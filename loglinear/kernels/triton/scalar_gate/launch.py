@@ -33,6 +33,7 @@ from loglinear.kernels.triton.scalar_gate.walk_backward import walk_backward_ker
 
 SWEEP_STEPS = 8  # tiles of the states that one program of a sweep takes
 PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100: heads are split until a launch has as many
+SLAB_BYTES = 1 << 30  # of the states that a backward builds at once; their gradients take as much again
 ELEMENTS = 1024  # numbers of a state that one program of the elementwise stages takes
 
 # What the matrix units multiply, what states are kept in, and how. float16 has the mantissa of tf32 but not the range
@@ -148,15 +149,12 @@ class ScalarGate:
         )  # fmt: skip
         return blocks
 
-    def backward(self, do: Tensor, dblocks: Tensor | None) -> tuple[Tensor, ...]:
-        """dq, dk, dv, dlog_decay, dlevel_scales, and dnodes where there are nodes."""
+    def backward(
+        self, do: Tensor, dblocks: Tensor | None, dv: Tensor, dlog_decay: Tensor, dlevel_scales: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Writes the gradients of these heads into views of the whole ones; returns dq, dk and dnodes in float32."""
         y, H = self.layout, self.H
-        do = do if do.stride(-1) == 1 else do.contiguous()
         dq, dk = (self.empty(self.splits, self.B, self.T, self.G, self.K) for _ in range(2))
-        dv = self.empty(self.B, self.T, H, self.V, dtype=self.v.dtype)
-        # Columns that no walk could read stay 0.
-        new = torch.zeros_like if self.log_c + 1 + READS < self.L else torch.empty_like
-        dlevel_scales = new(self.level_scales, memory_format=torch.contiguous_format)
         row_flow, column_flow, state_flow = (self.empty(y.chunks, H, self.C) for _ in range(3))
         read_paths, beyond = (self.empty(y.chunks, H, READS) for _ in range(2))
         q_, k_, v_, l_, o_ = (x.stride()[:3] for x in (self.q, self.k, self.v, self.level_scales, do))
@@ -166,7 +164,7 @@ class ScalarGate:
         walk_backward_kernel[(programs,)](
             self.q, self.level_scales, self.cumulative, self.slots, self.nodes, self.log_p, do,
             dq, dlevel_scales, row_flow, read_paths, beyond, y.table,
-            *self.sizes, self.R, self.L, y.cap, self.scale, plane, *q_, *l_, *o_,
+            *self.sizes, self.R, self.L, y.cap, self.scale, plane, *q_, *l_, *o_, dlevel_scales.stride(1),
             LOG_C=self.log_c, BV=self.value_tile("walk_backward"), SPLIT=self.splits, NODES=self.has_nodes,
             **self.shape, **self.dots, **self.packed, **self.options("walk_backward"),
         )  # fmt: skip
@@ -174,26 +172,25 @@ class ScalarGate:
             self.q, self.k, self.v, self.level_scales, self.cumulative, do,
             dq, dk, dv, dlevel_scales, row_flow, column_flow, y.table,
             *self.sizes, self.R, self.L, self.scale, plane, *q_, *k_, *v_, *l_, *o_,
+            dv.stride(1), dlevel_scales.stride(1),
             LOG_C=self.log_c, LEVELS=self.levels, BV=self.value_tile("in_chunk_backward"), SPLIT=self.splits,
             **self.shape, **self.dots, **self.packed, **self.options("in_chunk_backward"),
         )  # fmt: skip
         dslots, dnodes, dtotals = self.state_gradients(do, dblocks, read_paths, beyond, (*q_, *l_, *o_))
         chunk_state_backward_kernel[(programs,)](
             self.k, self.v, self.cumulative, self.totals, dslots, dk, dv, state_flow, y.table,
-            *self.sizes, self.R, plane, *k_, *v_,
+            *self.sizes, self.R, plane, *k_, *v_, dv.stride(1),
             BV=self.value_tile("chunk_state_backward"), SPLIT=self.splits,
             **self.shape, **self.dots, **self.packed, **self.options("chunk_state_backward"),
         )  # fmt: skip
-        dlog_decay = torch.empty_like(self.log_decay, memory_format=torch.contiguous_format)
         parts = self.sweep_parts("down_sweep")
         decay_backward_kernel[(y.chunks * H,)](
             self.log_decay, row_flow, column_flow, state_flow, dtotals, dlog_decay, y.table,
-            *self.sizes, *self.log_decay.stride(), dtotals.stride(0), dtotals.stride(1),
+            *self.sizes, *self.log_decay.stride(), dlog_decay.stride(1), dtotals.stride(0), dtotals.stride(1),
             C=self.C, STOREYS=len(y.runs), PARTS=parts, PARTS_2=triton.next_power_of_2(parts),
             **self.packed, num_warps=1,
         )  # fmt: skip
-        dq, dk = dq.sum(0).to(self.q.dtype), dk.sum(0).to(self.k.dtype)
-        return (dq, dk, dv, dlog_decay, dlevel_scales, *([] if dnodes is None else [dnodes]))
+        return dq.sum(0), dk.sum(0), dnodes
 
     def state_gradients(
         self, do: Tensor, dblocks: Tensor | None, read_paths: Tensor, beyond: Tensor, strides: tuple[int, ...]
@@ -246,3 +243,47 @@ class ScalarGate:
                 **self.dots, **self.packed, **self.options("down_sweep"),
             )  # fmt: skip
         return dslots, dnodes, dtotals
+
+
+def slabs(chunks: int, groups: int, heads: int, state_bytes: int) -> list[slice]:
+    """Ranges of heads whose states fit SLAB_BYTES: whole groups, or equal shares of one."""
+    R = heads // groups
+    fits = max(1, SLAB_BYTES // (chunks * state_bytes))
+    step = min(heads, fits // R * R) if fits >= R else max(d for d in range(1, fits + 1) if R % d == 0)
+    return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
+
+
+def gradients(
+    do: Tensor, dblocks: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor, nodes: Tensor | None,
+    cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dq, dk, dv, dlog_decay, dlevel_scales, dnodes: slab after slab, so that states and their gradients stay small."""
+    H, R, C = v.shape[2], v.shape[2] // q.shape[2], plan.chunk_size
+    chunks = len(q) * triton.cdiv(q.shape[1], C) + (0 if cu_seqlens is None else len(cu_seqlens))
+    state_bytes = q.shape[3] * v.shape[3] * DOT_TYPES[common_dtype(q, k, v)][0].itemsize
+    do = do if do.stride(-1) == 1 else do.contiguous()
+
+    def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+    dq, dk = like(q, torch.float32).zero_(), like(k, torch.float32).zero_()
+    dv, dlog_decay = like(v), like(log_decay)
+    # Columns that no walk could read stay 0.
+    unread = level_scales.shape[3] > log2(C) + 1 + READS
+    dlevel_scales = like(level_scales).zero_() if unread else like(level_scales)
+    dnodes = None if nodes is None else like(nodes, torch.float32)
+    for h in slabs(chunks, q.shape[2], H, state_bytes):
+        g = slice(h.start // R, (h.stop - 1) // R + 1)
+        call = ScalarGate(
+            q[:, :, g], k[:, :, g], v[:, :, h], log_decay[:, :, h], level_scales[:, :, h],
+            None if nodes is None else nodes[:, :, h], cu_seqlens, starts, scale, plan,
+        )  # fmt: skip
+        dblocks_h = None if dblocks is None else dblocks[:, :, h]
+        views = (dv[:, :, h], dlog_decay[:, :, h], dlevel_scales[:, :, h])
+        dq_h, dk_h, dnodes_h = call.backward(do[:, :, h], dblocks_h, *views)
+        dq[:, :, g] += dq_h
+        dk[:, :, g] += dk_h
+        if dnodes is not None and dnodes_h is not None:
+            dnodes[:, :, h] = dnodes_h
+    return dq.to(q.dtype), dk.to(k.dtype), dv, dlog_decay, dlevel_scales, dnodes

@@ -10,16 +10,12 @@ import torch
 from torch import Tensor
 
 from loglinear.fenwick import num_blocks
-from loglinear.kernels.triton.config import choose
-from loglinear.kernels.triton.scalar_gate.launch import ScalarGate, common_dtype
+from loglinear.kernels.triton.config import Plan, choose
+from loglinear.kernels.triton.scalar_gate.launch import ScalarGate, common_dtype, gradients
 
 
-def _call(
-    direction: str, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor, nodes: Tensor | None,
-    cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int,
-) -> ScalarGate:  # fmt: skip
-    plan = choose(direction, q.shape[3], v.shape[3], common_dtype(q, k, v), q.shape[1], v.device, chunk_size or None)
-    return ScalarGate(q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, plan)
+def _plan(direction: str, q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> Plan:
+    return choose(direction, q.shape[3], v.shape[3], common_dtype(q, k, v), q.shape[1], v.device, chunk_size or None)
 
 
 @torch.library.custom_op("loglinear::scalar_gate", mutates_args=())
@@ -33,7 +29,8 @@ def scalar_gate(
     nodes [N,M,H,K,V], starts [N]: the block states before each packed sequence's first chunk, and that chunk's number.
     chunk_size 0 lets the table choose; with `final` or nodes it is the states' chunk size.
     """
-    call = _call("forward", q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, chunk_size)
+    plan = _plan("forward", q, k, v, chunk_size)
+    call = ScalarGate(q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, plan)
     call.build_states()
     return call.output(), call.final_blocks() if final else call.empty(0)
 
@@ -53,8 +50,9 @@ def scalar_gate_backward(
     nodes: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int,
 ) -> list[Tensor]:  # fmt: skip
     """dq, dk, dv, dlog_decay, dlevel_scales, and dnodes where there are nodes."""
-    call = _call("backward", q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, chunk_size)
-    return list(call.backward(do, dblocks))
+    plan = _plan("backward", q, k, v, chunk_size)
+    grads = gradients(do, dblocks, q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, plan)
+    return [grad for grad in grads if grad is not None]
 
 
 @scalar_gate_backward.register_fake

@@ -28,7 +28,7 @@ from loglinear.kernels.triton.tiles import (
 def walk_backward_kernel(
     q, level_scales, cumulative, slots, nodes, log_p, do, dq, dlevel_scales, read_flow, read_paths, beyond, table,
     T, N, H, R, L, cap, scale, plane,
-    q_b, q_t, q_h, l_b, l_t, l_h, o_b, o_t, o_h,
+    q_b, q_t, q_h, l_b, l_t, l_h, o_b, o_t, o_h, dl_t,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
@@ -83,7 +83,7 @@ def walk_backward_kernel(
         past = tl.sum(tl.where(l_R[None, :] >= cap, dscales, 0.0), 1)
         dscales = tl.where(l_R[None, :] == cap, past[:, None], dscales)
         columns = tl.minimum(LOG_C + 1 + l_R, L - 1)[None, :]
-        to = dlevel_scales + ((token + i) * H + h)[:, None] * L + columns
+        to = dlevel_scales + token * dl_t + h * L + (i * dl_t)[:, None] + columns
         tl.store(
             to, (dscales * scale).to(dlevel_scales.dtype.element_ty), mask=(i < n)[:, None] & (l_R <= cap)[None, :]
         )
