@@ -88,6 +88,14 @@ def candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[
     except ImportError as error:
         print("mamba-ssm is left out:", error)
     if s.G == 1:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        attention = [torch.randn(s.B, h, T, s.V, device="cuda", dtype=torch.bfloat16) for h in (s.H, 1, 1)]
+        found["FlashAttention-2"] = (flash, attention)
         try:
             from fla.ops.log_linear_attn import chunk_log_linear_attn
 
@@ -97,14 +105,6 @@ def candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[
             found["fla log-linear"] = (fla, inputs)
         except ImportError as error:
             print("fla is left out:", error)
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-        attention = [torch.randn(s.B, h, T, s.V, device="cuda", dtype=torch.bfloat16) for h in (s.H, 1, 1)]
-        found["FlashAttention-2"] = (flash, attention)
     return found
 
 
@@ -177,6 +177,7 @@ def measure(shapes: list[Shape], max_length: int, progress: Progress) -> list[di
                     if name.startswith("loglinear"):
                         raise
                     row["figures"][name] = {"failed": f"{type(failure).__name__}: {str(failure)[:200]}"}
+                progress.console.print(s.name, T, name, row["figures"][name])
                 torch.cuda.empty_cache()
             progress.remove_task(task)
             rows.append(row)
