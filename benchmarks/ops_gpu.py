@@ -109,21 +109,24 @@ def candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[
 
 
 def median_ms(run: Callable[[], Any]) -> float:
-    """Median of single runs between device events, after two warm-up runs."""
-    for _ in range(2):
-        run()
+    """Median of single runs between device events. Runs are queued one behind the other, so that the time the host
+    takes to launch counts only where the device has to wait for it."""
+    run()
     torch.cuda.synchronize()
-    times: list[float] = []
-    while len(times) < MIN_RUNS or (sum(times) < SECONDS * 1e3 and len(times) < 200):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    clock = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    clock[0].record()
+    run()
+    clock[1].record()
+    torch.cuda.synchronize()
+    once = clock[0].elapsed_time(clock[1])
+    runs = int(min(200, max(2 if once > 500 else MIN_RUNS, SECONDS * 1e3 / once)))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for start, end in events:
         start.record()
         run()
         end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-        if times[-1] > 1000 and len(times) >= 2:
-            break
-    return statistics.median(times)
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
 def figures(function: Callable[..., Tensor], leaves: list[Tensor], graph: bool) -> dict[str, float]:

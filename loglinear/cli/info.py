@@ -7,7 +7,7 @@ from pathlib import Path
 from loglinear.cli import console
 from loglinear.fenwick import num_levels
 from loglinear.models import LogLinearConfig, key_value_cache_bytes, parameter_counts, state_bytes
-from loglinear.ops import IMPLEMENTATIONS
+from loglinear.ops import IMPLEMENTATIONS, impl_triton
 from loglinear.recipes import RECIPES, get_recipe
 from loglinear.training.checkpoints import load_model
 from loglinear.training.run_folder import versions
@@ -30,7 +30,7 @@ def run(recipe: str | None, model: Path | None) -> None:
 
 def _installation() -> None:
     console.print_table("versions", ["", "version"], [[name, text] for name, text in versions().items()])
-    implementations = [[name, "yes"] for name in IMPLEMENTATIONS]
+    implementations = [[name, impl_triton.availability() if name == "triton" else "yes"] for name in IMPLEMENTATIONS]
     console.print_table("implementations of the operators (impl=)", ["name", "available"], implementations)
     variants = [[name, variant.transition] for name, variant in VARIANTS.items()]
     console.print_table("variants (--variant)", ["name", "transition"], variants)

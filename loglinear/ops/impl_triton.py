@@ -21,6 +21,15 @@ MAX_HEAD_DIM = 256
 MAX_CHUNKS = 1 << 16
 
 
+def availability() -> str:
+    """For `loglinear info`: can this machine run these kernels?"""
+    if not HAS_TRITON:
+        return "no: triton is not installed"
+    if torch.cuda.is_available():
+        return f"yes, on {torch.cuda.get_device_name()}"
+    return "no: there is no CUDA GPU"
+
+
 def unsupported(p: Problem) -> str | None:
     """Why these kernels cannot take the call, and what can; None if they can."""
     if not HAS_TRITON:

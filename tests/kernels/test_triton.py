@@ -7,6 +7,7 @@ products: those, and what the compiler makes of the kernels, are checked on a GP
 import pytest
 import torch
 
+from loglinear.ops import log_linear_attention
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss
 
 triton = pytest.importorskip("triton")
@@ -104,6 +105,42 @@ def test_continues_packed_states_at_different_positions():
     state = type(states[0])(*(None if x[0] is None else torch.cat(x).detach() for x in zip(*states, strict=True)))
     cu_seqlens = torch.tensor([0, 50, 50, 90])
     compare(OPERATOR.inputs(B=1, T=90, G=1, H=2, K=8, V=8, L=8), initial_state=state, cu_seqlens=cu_seqlens)
+
+
+def test_says_what_it_cannot_do():
+    inputs = OPERATOR.inputs(B=1, T=5, G=1, H=1, K=8, V=8, L=3)
+    with pytest.raises(ValueError, match="float64 needs impl='torch'"):
+        OPERATOR(inputs, impl="triton")
+    singles = {name: x.float() for name, x in inputs.items()}
+    with pytest.raises(ValueError, match="a state with chunk_size 8 needs impl='torch'"):
+        OPERATOR(singles, impl="triton", chunk_size=8, output_final_state=True)
+    wide = {n: x.float() for n, x in OPERATOR.inputs(B=1, T=5, G=1, H=1, K=300, V=8, L=3).items()}
+    with pytest.raises(ValueError, match="head dims K = 300, V = 8 need impl='torch'"):
+        OPERATOR(wide, impl="triton")
+    with pytest.raises(ValueError, match="log_linear_delta_rule has no impl='triton'"):
+        OPERATORS[1](OPERATORS[1].inputs(T=5, dtype=torch.float32), impl="triton")
+
+
+def test_is_one_node_for_torch():
+    from loglinear.kernels.triton import scalar_gate
+
+    x = OPERATOR.inputs(B=1, T=20, G=1, H=1, K=8, V=8, L=6, dtype=torch.float32)
+    torch.library.opcheck(scalar_gate, (*x.values(), None, None, None, 1.0, 16, True))
+    compiled = torch.compile(
+        lambda *x: log_linear_attention(*x, impl="triton").output, fullgraph=True, backend="aot_eager"
+    )
+    expected = log_linear_attention(*x.values(), impl="triton").output
+    assert torch.equal(compiled(*x.values()), expected)
+
+
+def test_two_runs_give_the_same_bits():
+    inputs = OPERATOR.inputs(B=1, T=70, G=1, H=2, K=8, V=8, L=8, dtype=torch.float32)
+
+    def run():
+        out = OPERATOR(inputs, impl="triton").output
+        return [out, *torch.autograd.grad(out.square().sum(), list(inputs.values()))]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
 def test_slabs_of_heads_change_nothing(monkeypatch):

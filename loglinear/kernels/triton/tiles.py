@@ -95,6 +95,17 @@ def exponent(x):
 
 
 @triton.jit
+def dot_float32(x, y, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """x @ y for a float32 x that must not be rounded to y's bfloat16: it is multiplied as a high and a low half."""
+    if tl.bfloat16 == DOT:
+        high = x.to(tl.bfloat16)
+        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(low, y, tl.dot(high, y))
+    else:
+        return tl.dot(x, y, input_precision=PRECISION)
+
+
+@triton.jit
 def walk(z, z0, cap):
     """The reads of chunk z as vectors over READS candidates: is it read, exclusive end of the block, is it a node.
 
@@ -203,11 +214,17 @@ def level_columns(C: tl.constexpr, LOG_C: tl.constexpr, LEVELS: tl.constexpr):
 
 @triton.jit
 def spread_scales(
-    scales, own, level_LC, sibling_CC, C: tl.constexpr, LOG_C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """LAM[i, j] = scales[i, level(i, j)] for i > j, own[i] on the diagonal, 0 above."""
-    by_sibling = tl.dot(scales.to(DOT), level_LC, input_precision=PRECISION)
-    by_sibling = tl.where(is_left_sibling(C, LOG_C), by_sibling, 0.0).to(DOT)
-    spread = tl.dot(by_sibling, sibling_CC, input_precision=PRECISION)
+    scales, own, level_LC, sibling_CC,
+    C: tl.constexpr, LOG_C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """LAM[i, j] = scales[i, level(i, j)] for i > j, own[i] on the diagonal, 0 above. ROUNDED: scales are bfloat16."""
+    if ROUNDED:
+        by_sibling = tl.dot(scales.to(DOT), level_LC, input_precision=PRECISION)
+        by_sibling = tl.where(is_left_sibling(C, LOG_C), by_sibling, 0.0).to(DOT)
+        spread = tl.dot(by_sibling, sibling_CC, input_precision=PRECISION)
+    else:
+        by_sibling = dot_float32(scales, level_LC, DOT, PRECISION)
+        by_sibling = tl.where(is_left_sibling(C, LOG_C), by_sibling, 0.0)
+        spread = dot_float32(by_sibling, sibling_CC, DOT, PRECISION)
     i = tl.arange(0, C)
     return tl.where(i[:, None] == i[None, :], own[:, None], spread)

@@ -65,9 +65,12 @@ def in_chunk_backward_kernel(
             v_CV = load_rows(v_h_, v_t, n, tile * BV, C, V, BV).to(DOT)
             pulled_CC = tl.dot(do_CV, tl.trans(v_CV), pulled_CC, input_precision=PRECISION)
         scales_h = level_scales + b * l_b + first * l_t + h * l_h
-        scales = load_in_chunk_scales(scales_h, l_t, n, L, scale, C, LEVELS)
-        own = tl.load(scales_h + i * l_t, mask=i < n, other=0.0).to(tl.float32) * scale
-        scales_CC = spread_scales(scales, own, level_LC, sibling_CC, C, LOG_C, DOT, PRECISION)
+        scales = load_in_chunk_scales(scales_h, l_t, n, L, 1.0, C, LEVELS)
+        own = tl.load(scales_h + i * l_t, mask=i < n, other=0.0).to(tl.float32)
+        scales_CC = spread_scales(
+            scales, own, level_LC, sibling_CC, C, LOG_C, DOT, PRECISION, level_scales.dtype.element_ty == DOT
+        )
+        scales_CC *= scale
         # Above the diagonal scales_CC is 0, and the exponential must be finite.
         decay_CC = tl.exp2(tl.minimum(G[:, None] - G[None, :], 0.0))
         dscores_CC += pulled_CC * (decay_CC * scales_CC)

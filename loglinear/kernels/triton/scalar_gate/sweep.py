@@ -11,7 +11,7 @@ number j (from 1) of a run covers its last lowbit(j) entries; from the cap on, a
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.tiles import RUN, SIZES, STOREY, exponent, locate_run
+from loglinear.kernels.triton.tiles import RUN, SIZES, STOREY, dot_float32, exponent, locate_run
 
 
 @triton.jit
@@ -43,17 +43,6 @@ def log_decays(log_total):
     """[e, s] = sum of log_total over s < u <= e, through float64: a difference of sums that keeps its digits."""
     total = tl.cumsum(log_total.to(tl.float64), 0)
     return (total[:, None] - total[None, :]).to(tl.float32)
-
-
-@triton.jit
-def weigh(weights, x, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """weights @ x for float32 weights. bfloat16 states are multiplied as they are, by a high and a low half."""
-    if tl.bfloat16 == DOT:
-        high = weights.to(tl.bfloat16)
-        low = (weights - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(low, x, tl.dot(high, x))
-    else:
-        return tl.dot(weights, x, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -89,7 +78,7 @@ def up_sweep_kernel(
         if NODES:
             from_nodes = nodes + node_rows[:, None] * SIZE + x[None, :]
             own += tl.load(from_nodes, mask=is_node[:, None] & (x < SIZE)[None, :], other=0.0).to(DOT)
-        block = weigh(weights, own, DOT, PRECISION)
+        block = dot_float32(weights, own, DOT, PRECISION)
         tl.store(pointers, block.to(slots.dtype.element_ty), mask=mask & (unchanged == 0)[:, None])
 
 
@@ -121,7 +110,7 @@ def down_sweep_kernel(
         mask = exists[:, None] & (x < SIZE)[None, :]
         dblock = tl.load(dslots + offsets, mask=mask, other=0.0)
         block = tl.load(slots + offsets, mask=mask, other=0.0)
-        through = weigh(weights, dblock, DOT, PRECISION)
+        through = dot_float32(weights, dblock, DOT, PRECISION)
         flow += tl.sum(through * block.to(tl.float32), 1)
         if NODES:
             offsets_n = node_rows[:, None] * SIZE + x[None, :]
