@@ -34,8 +34,11 @@ def unsupported(p: Problem) -> str | None:
     """Why these kernels cannot take the call, and what can; None if they can."""
     if not HAS_TRITON:
         return "impl='triton' needs the package triton (it comes with CUDA builds of torch); use impl='torch'"
-    if p.v.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if p.v.device.type != "cuda" and not is_interpreted:
         return f"impl='triton' needs CUDA tensors, got {p.v.device.type}; use impl='torch'"
+    if is_interpreted and torch.bfloat16 in (p.q.dtype, p.k.dtype, p.v.dtype):
+        return "Triton's interpreter cannot multiply bfloat16: use float32, or impl='torch'"
     if p.beta is not None:
         return "log_linear_delta_rule has no impl='triton'; use impl='torch'"
     if p.is_float64:

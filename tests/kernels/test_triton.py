@@ -117,6 +117,8 @@ def test_says_what_it_cannot_do():
     wide = {n: x.float() for n, x in OPERATOR.inputs(B=1, T=5, G=1, H=1, K=300, V=8, L=3).items()}
     with pytest.raises(ValueError, match="head dims K = 300, V = 8 need impl='torch'"):
         OPERATOR(wide, impl="triton")
+    with pytest.raises(ValueError, match="interpreter cannot multiply bfloat16"):
+        OPERATOR({name: x.bfloat16() for name, x in inputs.items()}, impl="triton")
     with pytest.raises(ValueError, match="log_linear_delta_rule has no impl='triton'"):
         OPERATORS[1](OPERATORS[1].inputs(T=5, dtype=torch.float32), impl="triton")
 
