@@ -369,6 +369,12 @@ def test_info_of_a_recipe_and_of_a_checkpoint(capsys, run):
     assert code == 0 and f"{json.loads((run / 'run.json').read_text())['parameters']:,}" in out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
+def test_tune_without_a_gpu_is_one_line(capsys):
+    code, _, err = in_process(capsys, "tune", "--length", "4096")
+    assert code == 2 and "tune needs a CUDA GPU, and this machine has none" in err
+
+
 def test_bench_without_the_repository_is_one_line(capsys, monkeypatch, tmp_path):
     import loglinear
 
