@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,8 +30,8 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-import loglinear
 from benchmarks import ops_gpu
+from benchmarks.machine import about
 from loglinear.fenwick import num_levels
 from loglinear.ops import LogLinearOutput, log_linear_attention, log_linear_delta_rule
 
@@ -216,22 +215,10 @@ def main(
             rows = measure(sorted(lengths or LENGTHS), rounds, progress)
     (ops_gpu.show if device == "cuda" else show)(rows, console)
     if out is not None:
-        out.write_text(json.dumps({"about": about(device), "rows": rows}, indent=1) + "\n")
-
-
-def about(device: str) -> dict[str, Any]:
-    versions = {"loglinear": loglinear.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
-    machine: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    if device == "cuda":
-        import triton
-
-        versions["triton"] = triton.__version__
-        machine = {"gpu": torch.cuda.get_device_name()}
-    command = "python -m benchmarks.ops " + " ".join(sys.argv[1:])
-    found = {"command": command, "machine": machine, "versions": versions}
-    if device == "cpu":
-        found["shape"] = {"B": 1, "H": HEADS, "K": KEY, "V": VALUE, "dtype": "float32"}
-    return found
+        described = about("ops", device)
+        if device == "cpu":
+            described["shape"] = {"B": 1, "H": HEADS, "K": KEY, "V": VALUE, "dtype": "float32"}
+        out.write_text(json.dumps({"about": described, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,23 @@
+"""What every result carries: the command, the machine and the versions."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from typing import Any
+
+import torch
+
+import loglinear
+
+
+def about(script: str, device: str) -> dict[str, Any]:
+    versions = {"loglinear": loglinear.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+    machine: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    if device == "cuda":
+        import triton
+
+        versions["triton"] = triton.__version__
+        machine = {"gpu": torch.cuda.get_device_name()}
+    command = " ".join(["python -m", f"benchmarks.{script}", *sys.argv[1:]])
+    return {"command": command, "machine": machine, "versions": versions}
