@@ -73,7 +73,8 @@ def log_linear_attention(
         cu_seqlens: [N + 1] integers from 0 to T, non-decreasing: packed sequences (B = 1), each with its own tree.
         chunk_size: tokens per chunk, a power of two. Results do not depend on it; the layout of a state does.
         impl: "auto", "triton" (the Fenwick-array algorithm on a GPU; "auto" takes it there), "torch" (the same
-            algorithm anywhere) or "reference" (token by token). A call that it cannot serve raises.
+            algorithm anywhere) or "reference" (token by token). A call that it cannot serve raises. triton continues
+            states at positions below 65,536 chunks; beyond, the device's check ends the process: use torch there.
 
     Returns:
         `LogLinearOutput(output, final_state)`: output [B, T, H, V] in v's dtype; final_state is None unless asked

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from loglinear.ops.problem import Problem
+from loglinear.ops.problem import MIN_LOG_DECAY, Problem
 from loglinear.ops.state import FenwickState
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -52,6 +53,11 @@ def unsupported(p: Problem) -> str | None:
     largest = largest if max(K, V) <= 128 else largest // 2
     if has_state and not 16 <= p.chunk_size <= largest:
         return f"a state with chunk_size {p.chunk_size} needs impl='torch': impl='triton' takes 16 to {largest} here"
+    # A plan may choose chunks of 64, or 32 for wide heads and float32.
+    smallest = p.chunk_size if has_state else largest // 2
+    limit = (MAX_CHUNKS - 1) * smallest
+    if p.v.shape[1] >= limit:
+        return f"T = {p.v.shape[1]} needs impl='torch': impl='triton' takes less than {limit} tokens here"
     return None
 
 
@@ -64,6 +70,8 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
     log_decay = p.log_decay
     if log_decay is None:
         log_decay = p.v.new_zeros(p.v.shape[:3], dtype=torch.float32)
+    if p.cu_seqlens is not None:
+        p = replace(p, cu_seqlens=p.cu_seqlens.to(p.v.device, non_blocking=True))
     if p.initial_state is None:
         chunk_size = p.chunk_size if p.output_final_state else 0
         output, blocks = scalar_gate(
@@ -75,7 +83,7 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
         B, T = p.v.shape[:2]
         ends = torch.arange(B + 1, device=p.v.device) * T if p.cu_seqlens is None else p.cu_seqlens.long()
         position = ends.diff()
-        tokens = [x.flatten(0, 1) for x in (p.k, p.v, log_decay)]
+        tokens = [x.flatten(0, 1) for x in (p.k, p.v, log_decay.clamp(min=MIN_LOG_DECAY))]
         return output, FenwickState._make([position, blocks, *_tails(tokens, ends, p.chunk_size, blocks.dtype), None])
     return _continue(p, p.initial_state, log_decay)
 
@@ -110,6 +118,7 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
         rows = torch.cat([front, new]).index_select(0, source)
         return torch.where(real.view(-1, *[1] * (new.dim() - 1)), rows, 0.0)
 
+    log_decay = log_decay.clamp(min=MIN_LOG_DECAY)
     tokens = [packed(p.k, state.k), packed(p.v, state.v), packed(log_decay, state.log_decay)]
     output, blocks = scalar_gate(
         packed(p.q)[None], *(x[None] for x in tokens), packed(p.level_scales)[None], state.blocks, ends,

@@ -69,6 +69,31 @@ def test_any_number_of_levels(levels):
     compare(OPERATOR.inputs(B=1, T=150, G=1, H=1, K=8, V=8, L=levels))
 
 
+@pytest.mark.parametrize("ends", [[0, 0, 20], [0, 20, 20], [0, 0, 0]])
+@pytest.mark.parametrize("positions", [(65 * 16, 3 * 16), (65 * 16, 67 * 16)], ids=str)
+def test_a_continued_sequence_without_new_tokens(positions, ends):
+    """It hands its blocks on, and their gradients; 65 chunks, so that many readers are gathered in runs."""
+    states = []
+    for position in positions:
+        first = OPERATOR.inputs(B=1, T=position, G=1, H=1, K=4, V=4, L=8)
+        states.append(OPERATOR(first, chunk_size=16, output_final_state=True).final_state)
+    state = type(states[0])(*(None if x[0] is None else torch.cat(x).detach() for x in zip(*states, strict=True)))
+    T = max(ends[-1], 1)
+    cu_seqlens = torch.tensor([*ends[:-1], T])
+    compare(OPERATOR.inputs(B=1, T=T, G=1, H=1, K=4, V=4, L=8), initial_state=state, cu_seqlens=cu_seqlens)
+
+
+def test_full_resets_leave_the_same_state():
+    inputs = OPERATOR.inputs(B=1, T=21, G=1, H=1, K=4, V=4, L=7, dtype=torch.float32)
+    with torch.no_grad():
+        inputs["log_decay"][0, 18] = -torch.inf
+    states = [
+        OPERATOR(inputs, impl=impl, chunk_size=16, output_final_state=True).final_state for impl in ("torch", "triton")
+    ]
+    assert torch.equal(states[0].log_decay, states[1].log_decay)
+    torch.testing.assert_close(states[1].blocks, states[0].blocks)
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 5, 3), (2, 4, 16, 40), (2, 2, 24, 16), (1, 4, 48, 20)], ids=str)
 def test_groups_and_head_dims(shape):
     G, H, K, V = shape

@@ -143,6 +143,31 @@ def test_error_at_every_number_of_levels(levels):
     check(make(1, 9000, 1, 2, 128, 64, levels, torch.bfloat16), torch.bfloat16)
 
 
+@pytest.mark.parametrize("levels", [1, 10, 18])
+def test_three_storeys(levels):
+    """More than 64 * 64 * 2 chunks of 16 tokens."""
+    inputs = make(1, 16 * 8300, 1, 2, 16, 16, levels, torch.float32)
+    check(inputs, torch.float32, final=True, chunk_size=16)
+
+
+def test_cu_seqlens_on_the_host():
+    inputs = make(1, 300, 1, 2, 64, 64, 9, torch.bfloat16)
+    ends = torch.tensor([0, 100, 300])
+    outputs = [OPERATOR(inputs, impl="triton", cu_seqlens=x).output for x in (ends, ends.cuda())]
+    assert torch.equal(*outputs)
+
+
+def test_head_major_tensors_beyond_32_bits():
+    """v [B, H, T, V] transposed: the step from head to head has more than 31 bits by the last one."""
+    T, H = 1 << 19, 66
+    inputs = make(1, T, 1, H, 16, 64, 1, torch.bfloat16)
+    with torch.no_grad():
+        head_major = inputs["v"].transpose(1, 2).contiguous().transpose(1, 2)
+        assert head_major.stride(2) * (H - 1) > 1 << 31
+        expected = OPERATOR(inputs, impl="triton").output
+        assert torch.equal(OPERATOR(inputs | {"v": head_major}, impl="triton").output, expected)
+
+
 @pytest.mark.parametrize("levels", [1, 9, 20])
 def test_packed_sequences(levels):
     cu_seqlens = torch.tensor([0, 1, 640, 640, 5001, 9000], device="cuda")

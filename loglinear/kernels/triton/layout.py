@@ -48,10 +48,8 @@ def layout(
     """
     C, cap = chunk_size, block_cap(num_levels, chunk_size)
     per_row = -(-tokens // C)
-    if per_row > MAX_CHUNKS:
-        raise ValueError(
-            f"impl='triton' takes sequences of up to {MAX_CHUNKS * C} tokens at chunk size {C}, got {tokens}"
-        )
+    if tokens // C >= MAX_CHUNKS:
+        raise ValueError(f"impl='triton' takes sequences below {MAX_CHUNKS * C} tokens at chunk size {C}, got {tokens}")
     storeys = 3 if starts is not None else max(1, next(s for s in range(4) if per_row >> (STOREY * s) <= 1))
     if cu_seqlens is None:
         entries = [per_row >> (STOREY * s) for s in range(storeys)]
@@ -74,6 +72,7 @@ def layout(
     for s in range(storeys):
         skipped = z0 >> (STOREY * (s + 1))
         runs_of = (((count >> (STOREY * s)) + 63) // 64 - skipped).clamp(min=0)
+        runs_of = torch.where(own > 0, runs_of, 0)  # without chunks of its own a sequence only hands its nodes on
         if s == 0:
             first_runs = runs_of.cumsum(0) - runs_of
         sequence, number, is_real = _ragged(runs_of, (chunks >> (STOREY * (s + 1))) + 2 * N)

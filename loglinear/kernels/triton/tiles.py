@@ -113,12 +113,12 @@ def walk(z, z0, cap):
     each storey: candidate max(cap, 6 s) stands for the rest of storey s. Blocks that end at or before z0, where a
     continued sequence begins, are nodes: they come from the initial state, the oldest with the whole prefix in it.
     """
-    l = tl.arange(0, READS)
+    l, oldest = tl.arange(0, READS), tl.minimum(cap, 31)
     digit = tl.where(l < cap, 1, (1 << ((l // STOREY + 1) * STOREY - l)) - 1) & (z >> l)
     is_first = (l <= cap) | (l % STOREY == 0)
     end = (z >> l) << l
     is_node = end <= z0
-    read = is_first & (digit > 0) & ((end > z0) | (l < cap) | (end == (z0 >> cap) << cap))
+    read = is_first & (digit > 0) & ((end > z0) | (l < cap) | (end == (z0 >> oldest) << oldest))
     return read, end, is_node
 
 

@@ -51,6 +51,12 @@ def common_dtype(*tensors: Tensor) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
+def in_rows(x: Tensor) -> Tensor:
+    """x [B, T, heads, D] with rows of neighbouring numbers, and heads within 32 bits of one another; else a copy."""
+    is_near = abs(x.stride(2)) * x.shape[2] < 1 << 31
+    return x if x.stride(3) == 1 and is_near else x.contiguous()
+
+
 class ScalarGate:
     """One call: its inputs, sizes and the arrays between the stages."""
 
@@ -59,10 +65,7 @@ class ScalarGate:
         q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor, nodes: Tensor | None,
         cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, plan: Plan,
     ) -> None:  # fmt: skip
-        def rows(x: Tensor) -> Tensor:
-            return x if x.stride(-1) == 1 else x.contiguous()
-
-        self.q, self.k, self.v, self.level_scales = rows(q), rows(k), rows(v), rows(level_scales)
+        self.q, self.k, self.v, self.level_scales = in_rows(q), in_rows(k), in_rows(v), in_rows(level_scales)
         self.log_decay = log_decay
         self.B, self.T, self.G, self.K = q.shape
         self.H, self.V = v.shape[2:]
@@ -262,7 +265,7 @@ def gradients(
     H, R, C = v.shape[2], v.shape[2] // q.shape[2], plan.chunk_size
     chunks = len(q) * triton.cdiv(q.shape[1], C) + (0 if cu_seqlens is None else len(cu_seqlens))
     state_bytes = q.shape[3] * v.shape[3] * DOT_TYPES[common_dtype(q, k, v)][0].itemsize
-    do = do if do.stride(-1) == 1 else do.contiguous()
+    do = in_rows(do)
 
     def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)

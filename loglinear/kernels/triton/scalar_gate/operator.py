@@ -39,7 +39,7 @@ def scalar_gate(
 def _(q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, chunk_size, final):  # type: ignore[no-untyped-def]
     if not final:
         return torch.empty_like(v, memory_format=torch.contiguous_format), v.new_empty(0, dtype=torch.float32)
-    rows = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (rows, num_blocks(level_scales.shape[3], chunk_size), v.shape[2], q.shape[3], v.shape[3])
     return torch.empty_like(v, memory_format=torch.contiguous_format), v.new_empty(shape, dtype=torch.float32)
 
@@ -59,7 +59,11 @@ def scalar_gate_backward(
 def _(do, dblocks, q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, chunk_size):  # type: ignore[no-untyped-def]
     inputs = [q, k, v, log_decay, level_scales]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-    return grads if nodes is None else [*grads, torch.empty_like(nodes, dtype=torch.float32)]
+    return (
+        grads
+        if nodes is None
+        else [*grads, torch.empty_like(nodes, dtype=torch.float32, memory_format=torch.contiguous_format)]
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

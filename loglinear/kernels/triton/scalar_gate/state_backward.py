@@ -150,8 +150,9 @@ def node_backward_kernel(
     sequence = pid // TILES // H // (cap + 1)
     z0 = tl.load(ends + sequence * 3 + 2)
     dstate_KV = tl.zeros([BK, BV], tl.float32)
-    node_end = (z0 >> m) << m
-    exists = tl.where(m < cap, (z0 >> m) & 1, (node_end > 0).to(tl.int32))
+    shift = tl.minimum(m, 31)
+    node_end = (z0 >> shift) << shift
+    exists = tl.where(m < cap, (z0 >> shift) & 1, (node_end > 0).to(tl.int32))
     if exists > 0:
         l = reader_level(node_end - 1, cap)
         if l < STOREY:
