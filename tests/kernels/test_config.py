@@ -46,8 +46,9 @@ def test_the_users_table_wins_and_a_state_keeps_its_chunk(table):
     assert choose("forward", 8, 8, torch.float32, 8000, GPU, chunk_size=16).chunk_size == 16
 
 
-def test_a_broken_table_is_left_aside(table, caplog):
-    table("{not json")
+@pytest.mark.parametrize("text", ["{not json", "[]", '{"cpu": {"forward": {"chunk_size": 64}}}'])
+def test_a_broken_table_is_left_aside(table, caplog, text):
+    table(text)
     assert choose("forward", 8, 8, torch.float32, 100, GPU) == default_plan("forward", 8, 8, torch.float32)
     assert "is not a table of tuned kernels" in caplog.text
 

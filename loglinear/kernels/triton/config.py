@@ -70,11 +70,12 @@ def choose(
     """The plan of a call; with a chunk_size, which states prescribe, the measured one for it or the defaults."""
     key = table_key(direction, K, V, dtype, tokens)
     measured = _tables().get(_device_name(device), {}).get(key)
-    if measured is not None and chunk_size in (None, measured["chunk_size"]):
-        return Plan.from_json(measured)
+    if measured is not None and chunk_size in (None, measured.chunk_size):
+        return measured
     return default_plan(direction, K, V, dtype, chunk_size)
 
 
+@lru_cache
 def default_plan(direction: str, K: int, V: int, dtype: torch.dtype, chunk_size: int | None = None) -> Plan:
     """What every supported shape can be launched with; for the paper's shape the measured best on an H100."""
     wide = max(K, V) > 128
@@ -95,19 +96,17 @@ def default_plan(direction: str, K: int, V: int, dtype: torch.dtype, chunk_size:
 
 
 @lru_cache
-def _tables() -> dict[str, dict[str, Any]]:
+def _tables() -> dict[str, dict[str, Plan]]:
     """GPU name -> key -> plan; the user's entries before the shipped ones."""
-    tables: dict[str, dict[str, Any]] = {}
+    tables: dict[str, dict[str, Plan]] = {}
     for path in (SHIPPED, user_table()):
         if not path.exists():
             continue
         try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            logger.warning("%s is not a table of tuned kernels (%s): left aside", path, error)
-            continue
-        for gpu, plans in content.items():
-            tables.setdefault(gpu, {}).update(plans)
+            for gpu, plans in json.loads(path.read_text()).items():
+                tables.setdefault(gpu, {}).update({key: Plan.from_json(plan) for key, plan in plans.items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("%s is not a table of tuned kernels (%r): left aside", path, error)
     return tables
 
 

@@ -193,7 +193,8 @@ class ScalarGate:
             C=self.C, STOREYS=len(y.runs), PARTS=parts, PARTS_2=triton.next_power_of_2(parts),
             **self.packed, num_warps=1,
         )  # fmt: skip
-        return dq.sum(0), dk.sum(0), dnodes
+        dq, dk = (x[0] if self.splits == 1 else x.sum(0) for x in (dq, dk))
+        return dq, dk, dnodes
 
     def state_gradients(
         self, do: Tensor, dblocks: Tensor | None, read_paths: Tensor, beyond: Tensor, strides: tuple[int, ...]
@@ -270,13 +271,14 @@ def gradients(
     def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
-    dq, dk = like(q, torch.float32).zero_(), like(k, torch.float32).zero_()
     dv, dlog_decay = like(v), like(log_decay)
     # Columns that no walk could read stay 0.
     unread = level_scales.shape[3] > log2(C) + 1 + READS
     dlevel_scales = like(level_scales).zero_() if unread else like(level_scales)
     dnodes = None if nodes is None else like(nodes, torch.float32)
-    for h in slabs(chunks, q.shape[2], H, state_bytes):
+    parts = slabs(chunks, q.shape[2], H, state_bytes)
+    dq, dk = (like(x, torch.float32).zero_() for x in (q, k)) if len(parts) > 1 else (None, None)
+    for h in parts:
         g = slice(h.start // R, (h.stop - 1) // R + 1)
         call = ScalarGate(
             q[:, :, g], k[:, :, g], v[:, :, h], log_decay[:, :, h], level_scales[:, :, h],
@@ -285,8 +287,12 @@ def gradients(
         dblocks_h = None if dblocks is None else dblocks[:, :, h]
         views = (dv[:, :, h], dlog_decay[:, :, h], dlevel_scales[:, :, h])
         dq_h, dk_h, dnodes_h = call.backward(do[:, :, h], dblocks_h, *views)
-        dq[:, :, g] += dq_h
-        dk[:, :, g] += dk_h
+        if dq is None or dk is None:
+            dq, dk = dq_h, dk_h
+        else:
+            dq[:, :, g] += dq_h
+            dk[:, :, g] += dk_h
         if dnodes is not None and dnodes_h is not None:
             dnodes[:, :, h] = dnodes_h
+    assert dq is not None and dk is not None
     return dq.to(q.dtype), dk.to(k.dtype), dv, dlog_decay, dlevel_scales, dnodes
