@@ -1,0 +1,115 @@
+"""What the compiler makes of every scalar-gate kernel, without a GPU: registers, spilled bytes, shared memory.
+
+    python -m benchmarks.resources --key-dim 128 --value-dim 64      # the default plans, compute capability 9.0
+
+A program on an H100 has at most 255 registers a thread and 227 KiB of shared memory; "stack" is what did not fit. Needs
+triton (any build: its own assembler comes with it). TRITON_INTERPRET must not be set.
+"""
+
+# C chunk, K key, V value
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import triton
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from loglinear.fenwick import log2
+from loglinear.kernels.triton.config import STAGES, Launch, default_plan
+from loglinear.kernels.triton.scalar_gate import launch as stages
+from loglinear.kernels.triton.tiles import SIZES
+
+ABSENT = {"table", "runs", "ends", "nodes", "dnodes"}  # dense batches that begin at 0
+WORKING = {"q", "k", "v", "do", "out", "dv", "slots", "dslots"}  # in the inputs' dtype, the other arrays in float32
+POINTERS = WORKING | {
+    "log_decay", "level_scales", "totals", "next_totals", "cumulative", "log_p", "dq", "dk", "dlevel_scales",
+    "read_flow", "row_flow", "column_flow", "state_flow", "read_paths", "beyond", "dlog_p", "dtotals",
+}  # fmt: skip
+UNALIGNED = {"g_b", "g_t", "g_h", "l_b", "l_t", "l_h", "dl_t"}  # strides of H and of L numbers
+
+
+def compiled(kernel: Any, constants: dict[str, Any], launch: Launch, dtype: torch.dtype) -> Any:
+    """The kernel as `launch.py` would compile it for a dense batch."""
+    types: dict[str, str] = {}
+    values: dict[tuple[int], Any] = {}
+    hints: dict[tuple[int], Any] = {}
+    aligned = [["tt.divisibility", 16]]
+    for place, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr or name in ABSENT:
+            types[name], values[(place,)] = "constexpr", constants.get(name)
+        elif name in POINTERS:
+            element = "bf16" if name in WORKING and dtype == torch.bfloat16 else "fp32"
+            types[name], hints[(place,)] = f"*{element}", aligned
+        elif name == "scale":
+            types[name] = "fp32"
+        else:
+            types[name] = "i64" if "plane" in name else "i32"
+            if name not in SIZES and name not in UNALIGNED:
+                hints[(place,)] = aligned
+    source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=hints)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def resources(binary: Any) -> tuple[int, int, int]:
+    """Registers a thread, bytes of stack a thread, bytes of shared memory."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        report = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found is not None, report
+    return int(found[1]), int(found[2]), binary.metadata.shared
+
+
+def constants(stage: str, direction: str, K: int, V: int, C: int, tile: int, dtype: torch.dtype) -> dict[str, Any]:
+    _, dot, precision = stages.DOT_TYPES[dtype]
+    in_chunk = triton.next_power_of_2(log2(C) + 1)
+    return dict(
+        K=K, V=V, C=C, BK=max(16, triton.next_power_of_2(K)), BV=min(tile, max(16, triton.next_power_of_2(V))),
+        DOT=dot, PRECISION=precision, PACKED=False, NODES=False, J=min(64, C), LOG_C=log2(C), SPLIT=1, RUNS=False,
+        LEVELS=max(16, in_chunk) if stage == "in_chunk_backward" else in_chunk,
+        SIZE=K * V, E=tile, STEPS=stages.SWEEP_STEPS,
+    )  # fmt: skip
+
+
+def main(
+    key_dim: Annotated[int, typer.Option()] = 128,
+    value_dim: Annotated[int, typer.Option()] = 64,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
+    chunk_size: Annotated[int | None, typer.Option(help="as a state would prescribe it")] = None,
+) -> None:
+    """Registers, stack and shared memory of the default plans' kernels."""
+    of = getattr(torch, dtype)
+    table = Table(title=f"K {key_dim}, V {value_dim}, {dtype}, sm_90, triton {triton.__version__}")
+    for column in ("direction", "stage", "chunk", "tile, warps, stages", "registers", "stack", "shared KiB"):
+        table.add_column(column)
+    jobs = [(direction, stage) for direction, names in STAGES.items() for stage in names]
+    for direction, stage in track(jobs, console=Console(stderr=True), transient=True):
+        plan = default_plan(direction, key_dim, value_dim, of, chunk_size)
+        launch = plan.stages[stage]
+        values = constants(stage, direction, key_dim, value_dim, plan.chunk_size, launch.tile, of)
+        registers, stack, shared = resources(compiled(getattr(stages, f"{stage}_kernel"), values, launch, of))
+        options = f"{launch.tile}, {launch.num_warps}, {launch.num_stages}"
+        row = [direction, stage, plan.chunk_size, options, registers, stack, f"{shared / 1024:.0f}"]
+        table.add_row(*map(str, row))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
