@@ -46,8 +46,8 @@ def in_chunk_backward_kernel(
     token = b * T + first
     i, l = tl.arange(0, C), tl.arange(0, LEVELS)
     is_diagonal = i[:, None] == i[None, :]
-    sibling_CC = siblings(C, LOG_C).to(DOT)
-    level_LC = level_columns(C, LOG_C, LEVELS).to(DOT)
+    sibling_CC = siblings(C, LOG_C).to(tl.float32).to(DOT)
+    level_LC = level_columns(C, LOG_C, LEVELS).to(tl.float32).to(DOT)
     q_CK = load_rows(q + b * q_b + first * q_t + group * q_h, q_t, n, 0, C, K, BK).to(DOT)
     k_CK = load_rows(k + b * k_b + first * k_t + group * k_h, k_t, n, 0, C, K, BK).to(DOT)
     scores_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
