@@ -19,14 +19,10 @@ if not _has_gpu():
 
 
 def pytest_collection_modifyitems(config, items):
-    """`pytest -m gpu` is for GPU machines; elsewhere its tests are left out of the run."""
-    import torch
-
-    if torch.cuda.is_available():
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Compiled kernels on GPU machines, interpreted ones elsewhere: the other kind is left out of the run."""
+    other = "interpreter" if _has_gpu() else "gpu"
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker(other)])
+    items[:] = [item for item in items if not item.get_closest_marker(other)]
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,6 @@ from loglinear.ops.state import FenwickState
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 MAX_HEAD_DIM = 256
-MAX_CHUNKS = 1 << 16
 
 
 def availability() -> str:
@@ -54,6 +53,8 @@ def unsupported(p: Problem) -> str | None:
     if has_state and not 16 <= p.chunk_size <= largest:
         return f"a state with chunk_size {p.chunk_size} needs impl='torch': impl='triton' takes 16 to {largest} here"
     # A plan may choose chunks of 64, or 32 for wide heads and float32.
+    from loglinear.kernels.triton.layout import MAX_CHUNKS
+
     smallest = p.chunk_size if has_state else largest // 2
     limit = (MAX_CHUNKS - 1) * smallest
     if p.v.shape[1] >= limit:
@@ -90,6 +91,7 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
 
 def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tensor, FenwickState | None]:
     from loglinear.kernels.triton import scalar_gate
+    from loglinear.kernels.triton.layout import MAX_CHUNKS, ragged
 
     N, C, device = p.num_sequences, p.chunk_size, p.v.device
     B, T = p.v.shape[:2]
@@ -101,13 +103,10 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
     )
     ends = torch.nn.functional.pad((held + lengths).cumsum(0), (1, 0))
     # For every place of the packed row: the token that lies there, counted in [buffers, new tokens].
-    place = torch.arange(N * C + B * T, device=device)
-    sequence = torch.searchsorted(ends[1:], place, right=True).clamp(max=N - 1)
-    offset = place - ends[sequence]
+    sequence, offset, real = ragged(held + lengths, N * C + B * T)
     source = torch.where(
         offset < held[sequence], sequence * C + offset, N * C + old_ends[sequence] + offset - held[sequence]
     )
-    real = place < ends[-1]
     source = torch.where(real, source, 0)
 
     def packed(new: Tensor, buffer: Tensor | None = None) -> Tensor:
@@ -124,9 +123,8 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
         packed(p.q)[None], *(x[None] for x in tokens), packed(p.level_scales)[None], state.blocks, ends,
         state.position // C, p.scale, C, p.output_final_state,
     )  # fmt: skip
-    new = torch.arange(B * T, device=device)
-    owner = torch.searchsorted(old_ends[1:], new, right=True).clamp(max=N - 1)
-    output = output[0].index_select(0, ends[owner] + held[owner] + new - old_ends[owner]).view(p.v.shape)
+    owner, number, _ = ragged(lengths, B * T)
+    output = output[0].index_select(0, ends[owner] + held[owner] + number).view(p.v.shape)
     if not p.output_final_state:
         return output, None
     tails = _tails(tokens, ends, C, blocks.dtype)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loglinear.kernels import MIN_LOG_DECAY
 from loglinear.ops.state import FenwickState
-
-MIN_LOG_DECAY = -80.0  # exp(-80) = 2e-35: nothing is left; and -inf, which has no sums to take part in, is allowed
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,7 @@ from loglinear.ops import log_linear_attention
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
 
 triton = pytest.importorskip("triton")
-if torch.cuda.is_available():
-    pytest.skip("a GPU runs test_triton_gpu.py instead", allow_module_level=True)
-
+pytestmark = pytest.mark.interpreter
 OPERATOR = OPERATORS[0]
 BUDGET = 2e-6
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from loglinear.fenwick import block_cap
 
-STOREY = 6  # levels, and candidates of a walk; see tiles.py
-READS = 16
+STOREY = 6  # levels that one sweep builds
+READS = 16  # levels between chunks that a walk can read
 MAX_CHUNKS = 1 << READS
 
 
@@ -62,7 +62,7 @@ def layout(
     z0 = torch.zeros_like(lengths) if starts is None else starts
     own = (lengths + C - 1) // C
     chunks = tokens // C + N
-    sequence, number, is_real = _ragged(own, chunks)
+    sequence, number, is_real = ragged(own, chunks)
     z = number + z0[sequence]
     first = cu_seqlens[sequence] + number * C
     end = torch.where(is_real, cu_seqlens[sequence + 1], 0)
@@ -75,7 +75,7 @@ def layout(
         runs_of = torch.where(own > 0, runs_of, 0)  # without chunks of its own a sequence only hands its nodes on
         if s == 0:
             first_runs = runs_of.cumsum(0) - runs_of
-        sequence, number, is_real = _ragged(runs_of, (chunks >> (STOREY * (s + 1))) + 2 * N)
+        sequence, number, is_real = ragged(runs_of, (chunks >> (STOREY * (s + 1))) + 2 * N)
         columns = [origin[sequence], torch.where(is_real, count[sequence], 0), number + skipped[sequence]]
         run_tables.append(torch.stack([*columns, z0[sequence], sequence], 1).int())
     levels = READS - STOREY if starts is not None else max(0, (per_row - 1).bit_length() - STOREY)
@@ -96,7 +96,7 @@ def layout(
     )
 
 
-def _ragged(counts: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+def ragged(counts: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers `limit` items: which sequence each belongs to, its number there, and whether there is such an item."""
     ends = counts.cumsum(0)
     item = torch.arange(limit, device=counts.device)

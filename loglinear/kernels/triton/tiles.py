@@ -8,16 +8,36 @@ chunk; everything that reaches across chunks is 64-bit.
 import triton
 import triton.language as tl
 
+from loglinear import kernels
+from loglinear.kernels.triton import layout
+
 # A storey is six levels of the tree: 64 entries are one tile of the sweeps. Above the cap a storey is one digit of a
 # radix-64 Fenwick tree: its slots hold prefixes inside their run of 64, so a walk reads one slot for each storey.
-STOREY = tl.constexpr(6)
-RUN = tl.constexpr(64)
-READS = tl.constexpr(16)  # candidate reads of a walk: levels between chunks, at most 2**16 chunks in a sequence
-MIN_LOG_DECAY = tl.constexpr(-80.0)
+STOREY = tl.constexpr(layout.STOREY)
+RUN = tl.constexpr(1 << layout.STOREY)
+READS = tl.constexpr(layout.READS)  # candidate reads of a walk: levels between chunks
+MIN_LOG_DECAY = tl.constexpr(kernels.MIN_LOG_DECAY)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Sizes that vary from call to call: a kernel compiled for one serves them all.
 SIZES = ["T", "N", "H", "R", "L", "cap", "storey", "is_top"]
+
+
+@triton.jit
+def head_program(count, H):
+    """This program's number among `count`, its head, and the rest of its number; heads follow one another closely."""
+    pid = tl.program_id(0)
+    return pid % count, (pid // count) % H, pid // count // H
+
+
+@triton.jit
+def group_program(table, T, N, H, R, C: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr):
+    """A program of one chunk and R / SPLIT heads of one group: the split's number, the group, its first head, how many;
+    the chunk, and what `locate` says of it."""
+    split, group, chunk = head_program(SPLIT, H // R)
+    c, share = chunk.to(tl.int64), R // SPLIT
+    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
+    return split, group, group * R + split * share, share, c, b, first, end, z, z0, sequence
 
 
 @triton.jit

@@ -9,7 +9,7 @@ G the cumulative log decay inside the chunk, Gam its last value.
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.tiles import LOG2_E, MIN_LOG_DECAY, SIZES, load_rows, locate, store_state
+from loglinear.kernels.triton.tiles import LOG2_E, MIN_LOG_DECAY, SIZES, head_program, load_rows, locate, store_state
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -22,8 +22,8 @@ def chunk_state_kernel(
 ):  # fmt: skip
     """One chunk, one head, one tile of V. Also writes G to cumulative [chunk, H, C] and Gam to totals [chunk, H]."""
     TILES: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    tile, h, c = pid % TILES, (pid // TILES) % H, (pid // TILES // H).to(tl.int64)
+    tile, h, chunk = head_program(TILES, H)
+    c = chunk.to(tl.int64)
     b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
     n = tl.minimum(end - first, C).to(tl.int32)
     if n <= 0:

@@ -7,7 +7,7 @@ dV += diag(exp(Gam - G)) K dS          dK += diag(exp(Gam - G)) V dS^T
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.tiles import SIZES, load_rows, load_state, locate, store_rows
+from loglinear.kernels.triton.tiles import SIZES, group_program, load_rows, load_state, store_rows
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -21,18 +21,15 @@ def chunk_state_backward_kernel(
     """One chunk and R / SPLIT heads of one group. Adds to dk (plane `split`) and dv, and writes state_flow
     [chunk, H, C]: what each token gives."""
     TILES: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    G_, share = H // R, R // SPLIT
-    split, group, c = pid % SPLIT, (pid // SPLIT) % G_, (pid // SPLIT // G_).to(tl.int64)
-    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
+    split, group, head, share, c, b, first, end, z, z0, sequence = group_program(table, T, N, H, R, C, SPLIT, PACKED)
     n = tl.minimum(end - first, C).to(tl.int32)
     if n <= 0:
         return
-    token = b * T + first
+    token, groups = b * T + first, H // R
     i = tl.arange(0, C)
     k_CK = load_rows(k + b * k_b + first * k_t + group * k_h, k_t, n, 0, C, K, BK).to(DOT)
     dk_CK = tl.zeros([C, BK], tl.float32)
-    for h in range(group * R + split * share, group * R + split * share + share):
+    for h in range(head, head + share):
         row = (c * H + h) * C + i
         to_end = tl.exp2(tl.load(totals + c * H + h) - tl.load(cumulative + row))[:, None]
         flow = tl.zeros([C], tl.float32)
@@ -46,6 +43,6 @@ def chunk_state_backward_kernel(
             dv_CV += load_rows(to_dv, dv_t, n, tile * BV, C, V, BV).to(tl.float32)
             store_rows(to_dv, dv_t, n, tile * BV, dv_CV, C, V, BV)
         tl.store(state_flow + row, flow)
-    to_dk = dk + split * plane + (token * G_ + group) * K
-    dk_CK += load_rows(to_dk, G_ * K, n, 0, C, K, BK)
-    store_rows(to_dk, G_ * K, n, 0, dk_CK, C, K, BK)
+    to_dk = dk + split * plane + (token * groups + group) * K
+    dk_CK += load_rows(to_dk, groups * K, n, 0, C, K, BK)
+    store_rows(to_dk, groups * K, n, 0, dk_CK, C, K, BK)

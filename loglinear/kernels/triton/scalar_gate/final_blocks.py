@@ -7,7 +7,7 @@ blocks[m] = sum over the reads of chunk floor(T / C) that are stored under m of 
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.tiles import READS, SIZES, paths, slot_pointer
+from loglinear.kernels.triton.tiles import READS, SIZES, head_program, paths, slot_pointer
 
 
 @triton.jit
@@ -29,9 +29,8 @@ def final_blocks_kernel(
 ):  # fmt: skip
     """One tile of one block of one sequence and head: blocks [sequence, cap + 1, H, SIZE]."""
     TILES: tl.constexpr = (SIZE + E - 1) // E
-    pid = tl.program_id(0)
-    tile, h, m = pid % TILES, (pid // TILES) % H, (pid // TILES // H) % (cap + 1)
-    sequence = pid // TILES // H // (cap + 1)
+    tile, h, block = head_program(TILES, H)
+    m, sequence = block % (cap + 1), block // (cap + 1)
     c, z, z0 = locate_end(sequence, ends, T, N, C, PACKED)
     read, path = paths(log_p, c, z, z0, cap, h, H)
     x, l_R = tile * E + tl.arange(0, E), tl.arange(0, READS)

@@ -12,11 +12,11 @@ import triton.language as tl
 
 from loglinear.kernels.triton.tiles import (
     SIZES,
+    group_program,
     is_left_sibling,
     level_columns,
     load_in_chunk_scales,
     load_rows,
-    locate,
     siblings,
     spread_scales,
     store_rows,
@@ -36,14 +36,11 @@ def in_chunk_backward_kernel(
     (what each token gives to others) and the columns of dlevel_scales up to LOG_C (adding to the last one where blocks
     share it); adds to the dq and row_flow that the walk left."""
     TILES: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    G_, share = H // R, R // SPLIT
-    split, group, c = pid % SPLIT, (pid // SPLIT) % G_, (pid // SPLIT // G_).to(tl.int64)
-    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
+    split, group, head, share, c, b, first, end, z, z0, sequence = group_program(table, T, N, H, R, C, SPLIT, PACKED)
     n = tl.minimum(end - first, C).to(tl.int32)
     if n <= 0:
         return
-    token = b * T + first
+    token, groups = b * T + first, H // R
     i, l = tl.arange(0, C), tl.arange(0, LEVELS)
     is_diagonal = i[:, None] == i[None, :]
     sibling_CC = siblings(C, LOG_C).to(tl.float32).to(DOT)
@@ -52,7 +49,7 @@ def in_chunk_backward_kernel(
     k_CK = load_rows(k + b * k_b + first * k_t + group * k_h, k_t, n, 0, C, K, BK).to(DOT)
     scores_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
     dscores_CC = tl.zeros([C, C], tl.float32)
-    for h in range(group * R + split * share, group * R + split * share + share):
+    for h in range(head, head + share):
         row = (c * H + h) * C + i
         G = tl.load(cumulative + row)
         do_h, v_h_ = do + b * o_b + first * o_t + h * o_h, v + b * v_b + first * v_t + h * v_h
@@ -101,8 +98,8 @@ def in_chunk_backward_kernel(
         tl.store(to, dscales.to(dlevel_scales.dtype.element_ty), mask=inside)
     dscores_low = dscores_CC.to(DOT)
     dk_CK = tl.dot(tl.trans(dscores_low), q_CK, input_precision=PRECISION)
-    store_rows(dk + split * plane + (token * G_ + group) * K, G_ * K, n, 0, dk_CK, C, K, BK)
-    to_dq = dq + split * plane + (token * G_ + group) * K
-    dq_CK = load_rows(to_dq, G_ * K, n, 0, C, K, BK)
+    store_rows(dk + split * plane + (token * groups + group) * K, groups * K, n, 0, dk_CK, C, K, BK)
+    to_dq = dq + split * plane + (token * groups + group) * K
+    dq_CK = load_rows(to_dq, groups * K, n, 0, C, K, BK)
     dq_CK += tl.dot(dscores_low, k_CK, input_precision=PRECISION)
-    store_rows(to_dq, G_ * K, n, 0, dq_CK, C, K, BK)
+    store_rows(to_dq, groups * K, n, 0, dq_CK, C, K, BK)

@@ -12,6 +12,7 @@ from loglinear.kernels.triton.tiles import (
     SIZES,
     column_of,
     exponent,
+    head_program,
     in_chunk_levels,
     load_in_chunk_scales,
     load_read_scales,
@@ -35,8 +36,8 @@ def output_kernel(
 ):  # fmt: skip
     """One chunk, one head, one tile of V; heads are the fastest axis, so that neighbours share keys and states."""
     TILES: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    tile, h, c = pid % TILES, (pid // TILES) % H, (pid // TILES // H).to(tl.int64)
+    tile, h, chunk = head_program(TILES, H)
+    c = chunk.to(tl.int64)
     b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
     n = tl.minimum(end - first, C).to(tl.int32)
     if n <= 0:

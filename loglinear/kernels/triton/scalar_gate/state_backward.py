@@ -15,6 +15,7 @@ from loglinear.kernels.triton.tiles import (
     RUN,
     SIZES,
     STOREY,
+    head_program,
     load_rows,
     load_state,
     locate,
@@ -64,8 +65,7 @@ def state_backward_kernel(
     """RUNS false: the slot of one chunk with fewer than 64 readers, one head, one tile of V, into dslots [chunk].
     RUNS true: 64 readers of one level, into row (run, level - 6) of partial sums that dslots and dlog_p then are."""
     TILES: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    tile, h, task = pid % TILES, (pid // TILES) % H, pid // TILES // H
+    tile, h, task = head_program(TILES, H)
     if RUNS:
         l = task % LEVELS + STOREY
         out_row = task.to(tl.int64)
@@ -110,8 +110,7 @@ def sum_runs_kernel(
 ):  # fmt: skip
     """The slot at the end of each run of 64 chunks: the sums of its readers' runs, which begin behind it."""
     PARTS: tl.constexpr = (SIZE + E - 1) // E
-    pid = tl.program_id(0)
-    part, h, run = pid % PARTS, (pid // PARTS) % H, pid // PARTS // H
+    part, h, run = head_program(PARTS, H)
     origin, count, number, z0, sequence = locate_run(run, runs, N, 0, PACKED)
     z = number * RUN + RUN - 1
     if z >= count:
@@ -145,9 +144,8 @@ def node_backward_kernel(
     Its readers are the chunks from z0 on whose walk meets its end; first_runs [N] is the run that z0 lies in.
     """
     TILES: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    tile, h, m = pid % TILES, (pid // TILES) % H, (pid // TILES // H) % (cap + 1)
-    sequence = pid // TILES // H // (cap + 1)
+    tile, h, block = head_program(TILES, H)
+    m, sequence = block % (cap + 1), block // (cap + 1)
     z0 = tl.load(ends + sequence * 3 + 2)
     dstate_KV = tl.zeros([BK, BV], tl.float32)
     shift = tl.minimum(m, 31)

@@ -11,7 +11,7 @@ number j (from 1) of a run covers its last lowbit(j) entries; from the cap on, a
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.tiles import RUN, SIZES, STOREY, dot_float32, exponent, locate_run
+from loglinear.kernels.triton.tiles import RUN, SIZES, STOREY, dot_float32, exponent, head_program, locate_run
 
 
 @triton.jit
@@ -23,10 +23,10 @@ def run_rows(run, table, N, storey, PACKED: tl.constexpr):
 
 
 @triton.jit
-def node_entries(z, z0, sequence, cap):
+def node_entries(z, z0, sequence, cap, h, H):
     """Which entries before a continued sequence's first chunk are the ends of nodes, and the nodes' rows."""
     m = tl.minimum(exponent((z + 1) & -(z + 1)), cap)
-    return (z < z0) & (((z0 >> m) << m) == z + 1), sequence.to(tl.int64) * (cap + 1) + m
+    return (z < z0) & (((z0 >> m) << m) == z + 1), (sequence.to(tl.int64) * (cap + 1) + m) * H + h
 
 
 @triton.jit
@@ -54,8 +54,7 @@ def up_sweep_kernel(
 ):  # fmt: skip
     """One run, one head, STEPS tiles of the states. Slots in place; totals -> log_p (and next_totals at run ends)."""
     PARTS: tl.constexpr = (SIZE + E * STEPS - 1) // (E * STEPS)
-    pid = tl.program_id(0)
-    part, h, run = pid % PARTS, (pid // PARTS) % H, pid // PARTS // H
+    part, h, run = head_program(PARTS, H)
     rows, z, exists, z0, sequence = run_rows(run, table, N, storey, PACKED)
     j = tl.arange(0, RUN) + 1
     log_total = tl.load(totals + rows * H + h, mask=exists, other=0.0)
@@ -68,8 +67,7 @@ def up_sweep_kernel(
         tl.store(next_totals + rows * H + h, tl.zeros_like(block) + run_total, mask=exists & (j == RUN))
     unchanged = tl.sum(inside.to(tl.int32), 1) == 1
     if NODES:
-        is_node, node_rows = node_entries(z, z0, sequence, cap)
-        node_rows = node_rows * H + h
+        is_node, node_rows = node_entries(z, z0, sequence, cap, h, H)
     for step in range(STEPS):
         x = (part * STEPS + step) * E + tl.arange(0, E)
         pointers = slots + (rows * H + h)[:, None] * SIZE + x[None, :]
@@ -92,8 +90,7 @@ def down_sweep_kernel(
     """The adjoint, in place: dslots comes in as dY, leaves as dX. dtotals [part, chunk, H] gets, at the storey's
     entries, this part's share of the gradient of the entry's total."""
     PARTS: tl.constexpr = (SIZE + E * STEPS - 1) // (E * STEPS)
-    pid = tl.program_id(0)
-    part, h, run = pid % PARTS, (pid // PARTS) % H, pid // PARTS // H
+    part, h, run = head_program(PARTS, H)
     rows, z, exists, z0, sequence = run_rows(run, table, N, storey, PACKED)
     j = tl.arange(0, RUN) + 1
     log_total = tl.load(totals + rows * H + h, mask=exists, other=0.0)
@@ -102,8 +99,7 @@ def down_sweep_kernel(
     weights = tl.where(beyond, tl.exp2(-log_decays(log_total)), 0.0)
     flow = tl.zeros([RUN], tl.float32)
     if NODES:
-        is_node, node_rows = node_entries(z, z0, sequence, cap)
-        node_rows = node_rows * H + h
+        is_node, node_rows = node_entries(z, z0, sequence, cap, h, H)
     for step in range(STEPS):
         x = (part * STEPS + step) * E + tl.arange(0, E)
         offsets = (rows * H + h)[:, None] * SIZE + x[None, :]

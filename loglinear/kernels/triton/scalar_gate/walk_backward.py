@@ -14,10 +14,10 @@ from loglinear.kernels.triton.tiles import (
     SIZES,
     column_of,
     exponent,
+    group_program,
     load_read_scales,
     load_rows,
     load_state,
-    locate,
     paths,
     slot_pointer,
     store_rows,
@@ -26,7 +26,7 @@ from loglinear.kernels.triton.tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def walk_backward_kernel(
-    q, level_scales, cumulative, slots, nodes, log_p, do, dq, dlevel_scales, read_flow, read_paths, beyond, table,
+    q, level_scales, cumulative, slots, nodes, log_p, do, dq, dlevel_scales, row_flow, read_paths, beyond, table,
     T, N, H, R, L, cap, scale, plane,
     q_b, q_t, q_h, l_b, l_t, l_h, o_b, o_t, o_h, dl_t,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
@@ -34,21 +34,18 @@ def walk_backward_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """One chunk and R / SPLIT heads of one group. Writes dq (plane `split`, float32), dlevel_scales (the columns of
-    blocks), read_flow [chunk, H, C], and for the readers' adjoint read_paths and beyond [chunk, H, READS]: what flows
+    blocks), row_flow [chunk, H, C], and for the readers' adjoint read_paths and beyond [chunk, H, READS]: what flows
     on to farther blocks than each."""
     TILES: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    G_, share = H // R, R // SPLIT
-    split, group, c = pid % SPLIT, (pid // SPLIT) % G_, (pid // SPLIT // G_).to(tl.int64)
-    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
+    split, group, head, share, c, b, first, end, z, z0, sequence = group_program(table, T, N, H, R, C, SPLIT, PACKED)
     n = tl.minimum(end - first, C).to(tl.int32)
     if n <= 0:
         return
-    token = b * T + first
+    token, groups = b * T + first, H // R
     i, l_R = tl.arange(0, C), tl.arange(0, READS)
     q_CK = load_rows(q + b * q_b + first * q_t + group * q_h, q_t, n, 0, C, K, BK).to(DOT)
     dq_CK = tl.zeros([C, BK], tl.float32)
-    for h in range(group * R + split * share, group * R + split * share + share):
+    for h in range(head, head + share):
         G = tl.load(cumulative + (c * H + h) * C + i)
         read, path = paths(log_p, c, z, z0, cap, h, H)
         scales = load_read_scales(level_scales + b * l_b + first * l_t + h * l_h, l_t, n, read, L, scale, C, LOG_C)
@@ -75,7 +72,7 @@ def walk_backward_kernel(
                 dq_CK = tl.dot(weighted_CV, tl.trans(state_KV), dq_CK, input_precision=PRECISION)
             dscales += tl.where(l_R[None, :] == l, (dscale * decay)[:, None], 0.0)
         flow = dscales * scales
-        tl.store(read_flow + (c * H + h) * C + i, tl.sum(flow, 1))
+        tl.store(row_flow + (c * H + h) * C + i, tl.sum(flow, 1))
         tl.store(read_paths + (c * H + h) * READS + l_R, path)
         flow_R = tl.sum(flow, 0)
         tl.store(beyond + (c * H + h) * READS + l_R, tl.cumsum(flow_R, 0, reverse=True) - flow_R)
@@ -87,4 +84,4 @@ def walk_backward_kernel(
         tl.store(
             to, (dscales * scale).to(dlevel_scales.dtype.element_ty), mask=(i < n)[:, None] & (l_R <= cap)[None, :]
         )
-    store_rows(dq + split * plane + (token * G_ + group) * K, G_ * K, n, 0, dq_CK, C, K, BK)
+    store_rows(dq + split * plane + (token * groups + group) * K, groups * K, n, 0, dq_CK, C, K, BK)
