@@ -31,10 +31,10 @@ from loglinear.kernels.triton.scalar_gate import launch as stages
 from loglinear.kernels.triton.tiles import SIZES
 
 ABSENT = {"table", "runs", "ends", "nodes", "dnodes"}  # dense batches that begin at 0
-WORKING = {"q", "k", "v", "do", "out", "dv", "slots", "dslots"}  # in the inputs' dtype, the other arrays in float32
+WORKING = {"q", "k", "v", "do", "out", "dv", "slots", "dslots", "dscores", "dq", "dk"}  # in the inputs' dtype, the other arrays in float32
 POINTERS = WORKING | {
-    "log_decay", "level_scales", "totals", "next_totals", "cumulative", "log_p", "dq", "dk", "dlevel_scales",
-    "read_flow", "row_flow", "column_flow", "state_flow", "read_paths", "beyond", "dlog_p", "dtotals",
+    "log_decay", "level_scales", "totals", "next_totals", "cumulative", "log_p", "dlevel_scales", "cross_scales",
+    "row_flow", "column_flow", "state_flow", "read_paths", "beyond", "dlog_p", "dtotals",
 }  # fmt: skip
 UNALIGNED = {"g_b", "g_t", "g_h", "l_b", "l_t", "l_h", "dl_t"}  # strides of H and of L numbers
 
@@ -79,12 +79,10 @@ def resources(binary: Any) -> tuple[int, int, int]:
 
 def constants(stage: str, direction: str, K: int, V: int, C: int, tile: int, dtype: torch.dtype) -> dict[str, Any]:
     _, dot, precision = stages.DOT_TYPES[dtype]
-    in_chunk = triton.next_power_of_2(log2(C) + 1)
     return dict(
         K=K, V=V, C=C, BK=max(16, triton.next_power_of_2(K)), BV=min(tile, max(16, triton.next_power_of_2(V))),
-        DOT=dot, PRECISION=precision, PACKED=False, NODES=False, J=min(64, C), LOG_C=log2(C), SPLIT=1, RUNS=False,
-        LEVELS=max(16, in_chunk) if stage == "in_chunk_backward" else in_chunk,
-        SIZE=K * V, E=tile, STEPS=stages.SWEEP_STEPS,
+        DOT=dot, PRECISION=precision, PACKED=False, NODES=False, LOG_C=log2(C), HALVES=2 if C > stages.ROWS else 1,
+        SPLIT=1, RUNS=False, LEVELS=1, I=C, J=min(stages.ROWS, C), LOG_J=log2(min(stages.ROWS, C)), SIZE=K * V, E=tile, STEPS=stages.SWEEP_STEPS,
     )  # fmt: skip
 
 

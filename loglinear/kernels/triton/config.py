@@ -84,13 +84,14 @@ def default_plan(direction: str, K: int, V: int, dtype: torch.dtype, chunk_size:
         tile, sweep = 32, Launch(64, 4, 1)
         launch = dict.fromkeys(STAGES[direction], Launch(tile, 4, 1))
     else:
-        C = chunk_size or (64 if direction == "backward" or wide else 128)
+        C = chunk_size or (64 if wide else 128)
         sweep = Launch(128, 4, 3)
-        many_rows = C > 64 and direction == "backward"
-        launch = dict.fromkeys(STAGES[direction], Launch(64, 8 if many_rows else 4, 2 if many_rows or wide else 3))
+        launch = dict.fromkeys(STAGES[direction], Launch(64, 4, 2 if wide else 3))
         if not wide:
             launch["chunk_state"] = Launch(64, 8 if C > 64 else 4, 3)
-            launch |= {"walk_backward": Launch(64, 8 if C > 64 else 4, 2)} if direction == "backward" else {}
+        if direction == "backward":
+            launch["walk_backward"] = Launch(64, 4, 2)
+            launch["in_chunk_backward"] = Launch(64, 8 if C > 64 else 4, 2)
     launch |= {name: sweep for name in launch if name.endswith("sweep")}
     return Plan(C, launch)
 

@@ -31,13 +31,18 @@ def head_program(count, H):
 
 
 @triton.jit
-def group_program(table, T, N, H, R, C: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr):
-    """A program of one chunk and R / SPLIT heads of one group: the split's number, the group, its first head, how many;
-    the chunk, and what `locate` says of it."""
-    split, group, chunk = head_program(SPLIT, H // R)
-    c, share = chunk.to(tl.int64), R // SPLIT
+def group_program(
+    table, T, N, H, R, C: tl.constexpr, HALVES: tl.constexpr, SPLIT: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """A program of one half of a chunk (HALVES 2, or all of it) and R / SPLIT heads of one group: the split's number, the
+    group, its first head, how many; the half, how many tokens it has and which is its first; the chunk, and what
+    `locate` says of it."""
+    split, group, part = head_program(SPLIT, H // R)
+    half, c, share = part % HALVES, (part // HALVES).to(tl.int64), R // SPLIT
     b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
-    return split, group, group * R + split * share, share, c, b, first, end, z, z0, sequence
+    first += half * (C // HALVES)
+    n = tl.minimum(end - first, C // HALVES).to(tl.int32)
+    return split, group, group * R + split * share, share, half, n, first, c, b, end, z, z0, sequence
 
 
 @triton.jit
@@ -77,7 +82,7 @@ def load_rows(base, stride, n, first_column, ROWS: tl.constexpr, WIDTH: tl.const
     inside = i < n
     if WIDTH % COLUMNS != 0:
         inside = inside & (j < WIDTH)
-    return tl.load(base + i * stride + j, mask=inside, other=0.0)
+    return tl.load(base + (i * stride + j), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -86,7 +91,7 @@ def store_rows(base, stride, n, first_column, x, ROWS: tl.constexpr, WIDTH: tl.c
     inside = i < n
     if WIDTH % COLUMNS != 0:
         inside = inside & (j < WIDTH)
-    tl.store(base + i * stride + j, x.to(base.dtype.element_ty), mask=inside)
+    tl.store(base + (i * stride + j), x.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -94,18 +99,18 @@ def load_state(base, first_column, K: tl.constexpr, V: tl.constexpr, BK: tl.cons
     """A [BK, BV] tile of a [K, V] state."""
     i, j = tl.arange(0, BK)[:, None], first_column + tl.arange(0, BV)[None, :]
     if (K == BK) & (V % BV == 0):
-        return tl.load(base + i * V + j)
+        return tl.load(base + (i * V + j))
     else:
-        return tl.load(base + i * V + j, mask=(i < K) & (j < V), other=0.0)
+        return tl.load(base + (i * V + j), mask=(i < K) & (j < V), other=0.0)
 
 
 @triton.jit
 def store_state(base, first_column, x, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     i, j = tl.arange(0, BK)[:, None], first_column + tl.arange(0, BV)[None, :]
     if (K == BK) & (V % BV == 0):
-        tl.store(base + i * V + j, x.to(base.dtype.element_ty))
+        tl.store(base + (i * V + j), x.to(base.dtype.element_ty))
     else:
-        tl.store(base + i * V + j, x.to(base.dtype.element_ty), mask=(i < K) & (j < V))
+        tl.store(base + (i * V + j), x.to(base.dtype.element_ty), mask=(i < K) & (j < V))
 
 
 @triton.jit
@@ -150,13 +155,31 @@ def reader_level(e, cap):
 
 
 @triton.jit
-def paths(log_p, c, z, z0, cap, h, H):
-    """For each candidate read: is it read, and its path, log2 of the decay from the block's end to chunk z."""
+def load_blocks(log_p, c, z, z0, cap, h, H):
+    """log2 of the decay of each block that chunk z reads, 0 for what it does not read and for nodes."""
     read, end, is_node = walk(z, z0, cap)
     row = (c - z).to(tl.int64) + end - 1
-    log_block = tl.load(log_p + row * H + h, mask=read & (end > z0), other=0.0)
-    path = tl.cumsum(log_block, 0) - log_block
-    return read, path
+    return tl.load(log_p + row * H + h, mask=read & (end > z0), other=0.0)
+
+
+@triton.jit
+def paths(log_p, c, z, z0, cap, h, H):
+    """For each candidate: is it read, and its path, log2 of the decay from the block's end to chunk z."""
+    read, _, _ = walk(z, z0, cap)
+    log_block = load_blocks(log_p, c, z, z0, cap, h, H)
+    return read, tl.cumsum(log_block, 0) - log_block
+
+
+@triton.jit
+def path_of(l, log_block):
+    """The path of one candidate: log2 of the decay over the nearer blocks."""
+    return tl.sum(tl.where(tl.arange(0, READS) < l, log_block, 0.0), 0)
+
+
+@triton.jit
+def nearest(remaining):
+    """The first candidate in a set of candidates given as bits; 0 when there is none."""
+    return tl.maximum(exponent(remaining & -remaining), 0)
 
 
 @triton.jit
@@ -172,79 +195,44 @@ def slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, SIZE: tl.conste
 
 
 @triton.jit
-def in_chunk_levels(rows, columns):
-    """level(i, j) = bit_length(i XOR j) as a [rows, columns] tile."""
-    return tl.maximum(exponent(rows[:, None] ^ columns[None, :]) + 1, 0)
+def load_scale(base, stride, n, column, L, i):
+    """lambda of one level for each row, clamped to the last level: [rows] float32."""
+    return tl.load(base + (i * stride + tl.minimum(column, L - 1)), mask=i < n, other=0.0).to(tl.float32)
+
+
+# What does not change in a loop the compiler computes before it, and keeps in registers: it has none left for whole tiles
+# and their masks. These change in no turn either, but it cannot know.
 
 
 @triton.jit
-def load_in_chunk_scales(base, stride, n, L, scale, ROWS: tl.constexpr, LEVELS: tl.constexpr):
-    """lambda at the levels inside a chunk, clamped to the last: [ROWS, LEVELS] float32, times scale."""
-    i, l = tl.arange(0, ROWS)[:, None], tl.arange(0, LEVELS)[None, :]
-    x = tl.load(base + i * stride + tl.minimum(l, L - 1), mask=i < n, other=0.0)
-    return x.to(tl.float32) * scale
+def rows_again(turn, use: tl.constexpr, ROWS: tl.constexpr):
+    """tl.arange(0, ROWS), anew for every turn of a loop and every use in it."""
+    return tl.arange(0, ROWS) + (turn >> (30 - use))
 
 
 @triton.jit
-def load_read_scales(base, stride, n, read, L, scale, ROWS: tl.constexpr, LOG_C: tl.constexpr):
-    """lambda of each candidate read: [ROWS, READS] float32, times scale; 0 where nothing is read."""
-    i, column = tl.arange(0, ROWS)[:, None], tl.minimum(LOG_C + 1 + tl.arange(0, READS), L - 1)[None, :]
-    x = tl.load(base + i * stride + column, mask=(i < n) & read[None, :], other=0.0)
-    return x.to(tl.float32) * scale
+def zeros_again(turn, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Zeros, anew for every turn: a product that is added to them stays in the loop."""
+    return tl.zeros([ROWS, COLUMNS], tl.float32) + (turn >> 30) * 1.0
 
 
 @triton.jit
-def column_of(x, l):
-    """Column l of a [ROWS, READS] tile."""
-    return tl.sum(tl.where(tl.arange(0, READS)[None, :] == l, x, 0.0), 1)
-
-
-# The places j < i at level l >= 1 of row i are one aligned block of 2**(l - 1) columns: the left sibling of the block
-# that i lies in. A chunk has C - 1 left siblings of all sizes; number s in [2**m, 2**(m + 1)) is one of 2**m with
-# C / 2**(m + 1) columns each, at level LOG_C - m. Number 0 is nobody. So a matrix that is constant on them is the
-# product of a sparse [i, s] matrix with their indicator, and sums over them are a product with its transpose.
-
-
-@triton.jit
-def sibling_level(s, LOG_C: tl.constexpr):
-    return LOG_C - tl.maximum(exponent(s), 0)
+def spread_scales(own, base, stride, n, L, scale, i, COLUMNS: tl.constexpr, LEVELS: tl.constexpr):
+    """scale * LAM[i, j], LAM[i, j] = lambda[i, level(i, j)] with level = bit_length(i XOR j) <= LEVELS, level 0 from
+    `own`; whoever takes it has to leave out j > i."""
+    distance = i[:, None] ^ tl.arange(0, COLUMNS)[None, :]
+    spread = tl.broadcast_to((own * scale)[:, None], distance.shape)
+    for level in tl.static_range(1, LEVELS + 1):
+        at_level = load_scale(base, stride, n, level, L, i) * scale
+        spread = tl.where(distance >= (1 << (level - 1)), at_level[:, None], spread)
+    return spread
 
 
 @triton.jit
-def siblings(C: tl.constexpr, LOG_C: tl.constexpr):
-    """[s, j]: does column j lie in left sibling s?"""
-    s, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    level = sibling_level(s, LOG_C)
-    return (s > 0) & ((j >> (level - 1)) == 2 * (s - (1 << (LOG_C - level))))
-
-
-@triton.jit
-def is_left_sibling(C: tl.constexpr, LOG_C: tl.constexpr):
-    """[i, s]: is s one of the blocks that row i reads?"""
-    i, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    level = sibling_level(s, LOG_C)
-    return (s > 0) & ((i >> (level - 1)) == 2 * (s - (1 << (LOG_C - level))) + 1)
-
-
-@triton.jit
-def level_columns(C: tl.constexpr, LOG_C: tl.constexpr, LEVELS: tl.constexpr):
-    """[l, s]: is left sibling s at level l?"""
-    return tl.arange(0, LEVELS)[:, None] == sibling_level(tl.arange(0, C), LOG_C)[None, :]
-
-
-@triton.jit
-def spread_scales(
-    scales, own, level_LC, sibling_CC,
-    C: tl.constexpr, LOG_C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROUNDED: tl.constexpr,
-):  # fmt: skip
-    """LAM[i, j] = scales[i, level(i, j)] for i > j, own[i] on the diagonal, 0 above. ROUNDED: scales are bfloat16."""
-    if ROUNDED:
-        by_sibling = tl.dot(scales.to(DOT), level_LC, input_precision=PRECISION)
-        by_sibling = tl.where(is_left_sibling(C, LOG_C), by_sibling, 0.0).to(DOT)
-        spread = tl.dot(by_sibling, sibling_CC, input_precision=PRECISION)
+def sums_at_level(x, i, COLUMNS: tl.constexpr, level: tl.constexpr):
+    """Row sums of x [i, j] over the places at one level."""
+    distance = i[:, None] ^ tl.arange(0, COLUMNS)[None, :]
+    if level == 0:
+        return tl.sum(tl.where(distance == 0, x, 0.0), 1)
     else:
-        by_sibling = dot_float32(scales, level_LC, DOT, PRECISION)
-        by_sibling = tl.where(is_left_sibling(C, LOG_C), by_sibling, 0.0)
-        spread = dot_float32(by_sibling, sibling_CC, DOT, PRECISION)
-    i = tl.arange(0, C)
-    return tl.where(i[:, None] == i[None, :], own[:, None], spread)
+        return tl.sum(tl.where((distance >> (level - 1)) == 1, x, 0.0), 1)

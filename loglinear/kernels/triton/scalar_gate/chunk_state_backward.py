@@ -1,6 +1,8 @@
-"""The adjoint of `chunk_state`: what a chunk's tokens give to its state.
+"""What a chunk's tokens give, differentiated on the side of the keys and values.
 
-dV += diag(exp(Gam - G)) K dS          dK += diag(exp(Gam - G)) V dS^T
+    dV += diag(exp(Gam - G)) K dS          dK = diag(exp(Gam - G)) V dS^T + dA^T Q
+
+The first terms are the adjoint of `chunk_state`; dA, of the chunk itself, comes from `in_chunk_backward`.
 """
 
 # C chunk, H heads, G groups, K key, V value
@@ -12,37 +14,52 @@ from loglinear.kernels.triton.tiles import SIZES, group_program, load_rows, load
 
 @triton.jit(do_not_specialize=SIZES)
 def chunk_state_backward_kernel(
-    k, v, cumulative, totals, dslots, dk, dv, state_flow, table,
-    T, N, H, R, plane,
-    k_b, k_t, k_h, v_b, v_t, v_h, dv_t,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr,
+    q, k, v, cumulative, totals, dslots, dscores, dk, dv, state_flow, table,
+    T, N, H, R, plane, dscores_plane,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dv_t,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HALVES: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk and R / SPLIT heads of one group. Adds to dk (plane `split`) and dv, and writes state_flow
-    [chunk, H, C]: what each token gives."""
+    """One half of a chunk and R / SPLIT heads of one group. Writes dk (plane `split`) and state_flow [chunk, H, C], what
+    each token gives to the state; adds to dv."""
     TILES: tl.constexpr = (V + BV - 1) // BV
-    split, group, head, share, c, b, first, end, z, z0, sequence = group_program(table, T, N, H, R, C, SPLIT, PACKED)
-    n = tl.minimum(end - first, C).to(tl.int32)
+    ROWS: tl.constexpr = C // HALVES
+    PAIRS: tl.constexpr = HALVES * (HALVES + 1) // 2
+    split, group, head, share, half, n, first, c, b, end, z, z0, sequence = group_program(
+        table, T, N, H, R, C, HALVES, SPLIT, PACKED
+    )
     if n <= 0:
         return
     token, groups = b * T + first, H // R
-    i = tl.arange(0, C)
-    k_CK = load_rows(k + b * k_b + first * k_t + group * k_h, k_t, n, 0, C, K, BK).to(DOT)
-    dk_CK = tl.zeros([C, BK], tl.float32)
+    i = tl.arange(0, ROWS)
+    q_rows = q + b * q_b + first * q_t + group * q_h
+    tiles = dscores + split * dscores_plane + (c * groups + group) * (PAIRS * ROWS * ROWS)
+    dk_CK = tl.zeros([ROWS, BK], tl.float32)
+    for later in range(half, HALVES):
+        n_later = tl.minimum(end - first - (later - half) * ROWS, ROWS).to(tl.int32)
+        pair = later * (later + 1) // 2 + half
+        dscores_CC = tl.load(tiles + pair * (ROWS * ROWS) + i[:, None] * ROWS + i[None, :])
+        q_CK = load_rows(q_rows + (later - half) * ROWS * q_t, q_t, n_later, 0, ROWS, K, BK).to(DOT)
+        dk_CK = tl.dot(tl.trans(dscores_CC), q_CK, dk_CK, input_precision=PRECISION)
+    k_CK = load_rows(k + b * k_b + first * k_t + group * k_h, k_t, n, 0, ROWS, K, BK).to(DOT)
+    row = (c * H + head) * C + half * ROWS + i
+    G_h, total_h = tl.load(cumulative + row), tl.load(totals + c * H + head)
     for h in range(head, head + share):
-        row = (c * H + h) * C + i
-        to_end = tl.exp2(tl.load(totals + c * H + h) - tl.load(cumulative + row))[:, None]
-        flow = tl.zeros([C], tl.float32)
-        for tile in range(TILES):
-            v_CV = load_rows(v + b * v_b + first * v_t + h * v_h, v_t, n, tile * BV, C, V, BV).to(tl.float32)
+        # Vectors are loaded one head ahead.
+        to_end = tl.exp2(total_h - G_h)[:, None]
+        ahead = tl.minimum(h + 1, head + share - 1)
+        G_h, total_h = tl.load(cumulative + row + (ahead - head) * C), tl.load(totals + c * H + ahead)
+        flow = tl.zeros([ROWS], tl.float32)
+        for tile in tl.static_range(TILES):
+            to_dv = dv + token * dv_t + h * V
+            in_chunk_CV = load_rows(to_dv, dv_t, n, tile * BV, ROWS, V, BV)
+            v_CV = load_rows(v + b * v_b + first * v_t + h * v_h, v_t, n, tile * BV, ROWS, V, BV).to(tl.float32)
             dstate_KV = load_state(dslots + (c * H + h) * (K * V), tile * BV, K, V, BK, BV)
             dk_CK = tl.dot((v_CV * to_end).to(DOT), tl.trans(dstate_KV), dk_CK, input_precision=PRECISION)
             dv_CV = tl.dot(k_CK, dstate_KV, input_precision=PRECISION) * to_end
             flow += tl.sum(dv_CV * v_CV, 1)
-            to_dv = dv + token * dv_t + h * V
-            dv_CV += load_rows(to_dv, dv_t, n, tile * BV, C, V, BV).to(tl.float32)
-            store_rows(to_dv, dv_t, n, tile * BV, dv_CV, C, V, BV)
-        tl.store(state_flow + row, flow)
-    to_dk = dk + split * plane + (token * groups + group) * K
-    dk_CK += load_rows(to_dk, groups * K, n, 0, C, K, BK)
-    store_rows(to_dk, groups * K, n, 0, dk_CK, C, K, BK)
+            dv_CV += in_chunk_CV.to(tl.float32)
+            store_rows(to_dv, dv_t, n, tile * BV, dv_CV, ROWS, V, BV)
+        tl.store(state_flow + row + (h - head) * C, flow)
+    store_rows(dk + split * plane + (token * groups + group) * K, groups * K, n, 0, dk_CK, ROWS, K, BK)

@@ -1,105 +1,117 @@
 """What a chunk's queries read inside their own chunk, differentiated.
 
-    dA = (dO V^T) * dec * LAM          dQ += dA K,   dK = dA^T Q
+    dA = (dO V^T) * dec * LAM          dQ += dA K,   dK += dA^T Q     (in walk_backward and chunk_state_backward)
     dV = (Q K^T * dec * LAM)^T dO      dlambda[i, l] = sum over j at level l of (dO V^T * Q K^T * dec)[i, j]
 
-Q K^T is computed once for a group's heads, and dA summed over them before its two products.
+A long chunk is worked on in two halves of its keys, each with the queries from there to the end of the chunk.
 """
 
-# C chunk, H heads, G groups, K key, V value, L levels
+# C chunk, I queries, J keys, H heads, G groups, K key, V value, L levels
 import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.tiles import (
     SIZES,
     group_program,
-    is_left_sibling,
-    level_columns,
-    load_in_chunk_scales,
     load_rows,
-    siblings,
+    load_scale,
+    rows_again,
     spread_scales,
     store_rows,
+    sums_at_level,
+    zeros_again,
 )
+
+
+@triton.jit
+def store_level_gradients(
+    to, stride, cross_scales, pulled_IJ, blocks_JB, i, n, L, scale,
+    I: tl.constexpr, J: tl.constexpr, LOG_J: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dlambda of the first J queries at their levels; levels from the last on are summed into its column. Of the
+    queries behind them, which see all keys at one level, into cross_scales.
+
+    Near levels are sums over single keys, far ones over 16 blocks of keys, whose sums are one product."""
+    NEAR: tl.constexpr = LOG_J - 4
+    last = L - 1
+    past = tl.zeros([I], tl.float32)
+    by_block = tl.dot(pulled_IJ.to(DOT), blocks_JB, input_precision=PRECISION)
+    inside = i < tl.minimum(n, J)
+    for level in tl.static_range(LOG_J + 1):
+        if level <= NEAR:
+            gradient = sums_at_level(pulled_IJ, i, J, level)
+        else:
+            gradient = sums_at_level(by_block, i >> NEAR, 16, level - NEAR)
+        past = tl.where(level > last, past, 0.0) + gradient * scale
+        tl.store(to + (i * stride + tl.minimum(level, last)), past.to(to.dtype.element_ty), mask=inside)
+    if I > J:
+        tl.store(cross_scales + i - J, tl.sum(by_block, 1) * scale, mask=i >= J)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def in_chunk_backward_kernel(
-    q, k, v, level_scales, cumulative, do, dq, dk, dv, dlevel_scales, row_flow, column_flow, table,
-    T, N, H, R, L, scale, plane,
+    q, k, v, level_scales, cumulative, do, dv, dlevel_scales, row_flow, column_flow, cross_scales, dscores, table,
+    T, N, H, R, L, scale, dscores_plane,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, l_b, l_t, l_h, o_b, o_t, o_h, dv_t, dl_t,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, LEVELS: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_J: tl.constexpr, J: tl.constexpr, I: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk and R / SPLIT heads of one group. Writes dk (plane `split`, float32), dv, column_flow [chunk, H, C]
-    (what each token gives to others) and the columns of dlevel_scales up to LOG_C (adding to the last one where blocks
-    share it); adds to the dq and row_flow that the walk left."""
+    """The last I tokens of a chunk as queries, the first J of them as keys; R / SPLIT heads of one group.
+
+    Writes dv, row_flow and column_flow [chunk, H, C] (what each token reads here and gives), dscores [plane, chunk,
+    group, pair, J, J] (pairs of halves: 00, 10, 11), the columns of dlevel_scales up to LOG_J, and with I > J, instead of
+    the other queries' dlevel_scales and row_flow, cross_scales [chunk, H, J], their dlambda."""
+    LOG_I: tl.constexpr = LOG_J if I == J else LOG_J + 1
     TILES: tl.constexpr = (V + BV - 1) // BV
-    split, group, head, share, c, b, first, end, z, z0, sequence = group_program(table, T, N, H, R, C, SPLIT, PACKED)
-    n = tl.minimum(end - first, C).to(tl.int32)
+    PAIRS: tl.constexpr = 1 if C == J else 3
+    split, group, head, share, half, n, first, c, b, end, z, z0, sequence = group_program(
+        table, T, N, H, R, C, 1, SPLIT, PACKED
+    )
+    first += C - I
+    n = tl.minimum(end - first, I).to(tl.int32)
     if n <= 0:
         return
-    token, groups = b * T + first, H // R
-    i, l = tl.arange(0, C), tl.arange(0, LEVELS)
-    is_diagonal = i[:, None] == i[None, :]
-    sibling_CC = siblings(C, LOG_C).to(tl.float32).to(DOT)
-    level_LC = level_columns(C, LOG_C, LEVELS).to(tl.float32).to(DOT)
-    q_CK = load_rows(q + b * q_b + first * q_t + group * q_h, q_t, n, 0, C, K, BK).to(DOT)
-    k_CK = load_rows(k + b * k_b + first * k_t + group * k_h, k_t, n, 0, C, K, BK).to(DOT)
-    scores_CC = tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
-    dscores_CC = tl.zeros([C, C], tl.float32)
+    token, i, j = b * T + first, tl.arange(0, I), tl.arange(0, J)
+    blocks_JB = ((j[:, None] >> (LOG_J - 4)) == tl.arange(0, 16)[None, :]).to(tl.float32).to(DOT)
+    q_IK = load_rows(q + b * q_b + first * q_t + group * q_h, q_t, n, 0, I, K, BK).to(DOT)
+    k_JK = load_rows(k + b * k_b + first * k_t + group * k_h, k_t, n, 0, J, K, BK).to(DOT)
+    dscores_IJ = tl.zeros([I, J], tl.float32)
+    # Vectors are loaded one head ahead: nothing else would hide their latency. Level 0 brings most of the others along.
+    scales, row = level_scales + b * l_b + first * l_t, cumulative + c * H * C + C - I
+    own_h = load_scale(scales + head * l_h, l_t, n, 0, L, i)
+    G_i_h, G_j_h = tl.load(row + head * C + i), tl.load(row + head * C + j)
     for h in range(head, head + share):
-        row = (c * H + h) * C + i
-        G = tl.load(cumulative + row)
-        do_h, v_h_ = do + b * o_b + first * o_t + h * o_h, v + b * v_b + first * v_t + h * v_h
-        pulled_CC = tl.zeros([C, C], tl.float32)
-        if TILES == 1:
-            do_CV = load_rows(do_h, o_t, n, 0, C, V, BV).to(DOT)
-        for tile in range(TILES):
+        own, G_i, G_j = own_h, G_i_h, G_j_h
+        ahead = tl.minimum(h + 1, head + share - 1)
+        own_h = load_scale(scales + ahead * l_h, l_t, n, 0, L, i)
+        G_i_h, G_j_h = tl.load(row + ahead * C + i), tl.load(row + ahead * C + j)
+
+        v_h_, do_h = v + b * v_b + first * v_t + h * v_h, do + b * o_b + first * o_t + h * o_h
+        pulled_IJ = tl.zeros([I, J], tl.float32)
+        for tile in tl.static_range(TILES):
+            v_JV = load_rows(v_h_, v_t, n, tile * BV, J, V, BV).to(DOT)
+            do_IV = load_rows(do_h, o_t, n, tile * BV, I, V, BV).to(DOT)
+            pulled_IJ = tl.dot(do_IV, tl.trans(v_JV), pulled_IJ, input_precision=PRECISION)
+        rows = rows_again(h, 0, I)
+        scales_IJ = spread_scales(own, scales + h * l_h, l_t, n, L, scale, rows, J, LOG_I)
+        decay_IJ = tl.where(rows[:, None] >= j[None, :], tl.exp2(G_i[:, None] - G_j[None, :]), 0.0)
+        dscores_IJ += pulled_IJ * (decay_IJ * scales_IJ)
+        decay_IJ *= tl.dot(q_IK, tl.trans(k_JK), zeros_again(h, I, J), input_precision=PRECISION)
+        pulled_IJ *= decay_IJ
+        read_IJ = (decay_IJ * scales_IJ).to(DOT)
+        for tile in tl.static_range(TILES):
             if TILES > 1:
-                do_CV = load_rows(do_h, o_t, n, tile * BV, C, V, BV).to(DOT)
-            v_CV = load_rows(v_h_, v_t, n, tile * BV, C, V, BV).to(DOT)
-            pulled_CC = tl.dot(do_CV, tl.trans(v_CV), pulled_CC, input_precision=PRECISION)
-        scales_h = level_scales + b * l_b + first * l_t + h * l_h
-        scales = load_in_chunk_scales(scales_h, l_t, n, L, 1.0, C, LEVELS)
-        own = tl.load(scales_h + i * l_t, mask=i < n, other=0.0).to(tl.float32)
-        scales_CC = spread_scales(
-            scales, own, level_LC, sibling_CC, C, LOG_C, DOT, PRECISION, level_scales.dtype.element_ty == DOT
-        )
-        scales_CC *= scale
-        # Above the diagonal scales_CC is 0, and the exponential must be finite.
-        decay_CC = tl.exp2(tl.minimum(G[:, None] - G[None, :], 0.0))
-        dscores_CC += pulled_CC * (decay_CC * scales_CC)
-        decay_CC *= scores_CC
-        pulled_CC *= decay_CC
-        read_CC = (decay_CC * scales_CC).to(DOT)
-        for tile in range(TILES):
-            if TILES > 1:
-                do_CV = load_rows(do_h, o_t, n, tile * BV, C, V, BV).to(DOT)
-            dv_CV = tl.dot(tl.trans(read_CC), do_CV, input_precision=PRECISION)
-            store_rows(dv + token * dv_t + h * V, dv_t, n, tile * BV, dv_CV, C, V, BV)
-        flow_CC = pulled_CC * scales_CC
-        tl.store(row_flow + row, tl.load(row_flow + row) + tl.sum(flow_CC, 1))
-        tl.store(column_flow + row, tl.sum(flow_CC, 0))
-        # dlambda: sums over left siblings, each row's own ones, put into their levels' columns.
-        sums_CC = tl.dot(pulled_CC.to(DOT), tl.trans(sibling_CC), input_precision=PRECISION)
-        sums_CC = tl.where(is_left_sibling(C, LOG_C), sums_CC, 0.0).to(DOT)
-        dscales = tl.dot(sums_CC, tl.trans(level_LC), input_precision=PRECISION)
-        diagonal = tl.sum(tl.where(is_diagonal, pulled_CC, 0.0), 1)
-        dscales = tl.where(l[None, :] == 0, diagonal[:, None], dscales)
-        # Levels from the last on share its column, with the blocks too where the last one lies inside the chunk.
-        past = tl.sum(tl.where(l[None, :] >= L - 1, dscales, 0.0), 1)
-        dscales = tl.where(l[None, :] == L - 1, past[:, None], dscales) * scale
-        to = dlevel_scales + token * dl_t + h * L + (i * dl_t)[:, None] + l[None, :]
-        inside = (i < n)[:, None] & (l < tl.minimum(L, LOG_C + 1))[None, :]
-        shared = tl.where(L <= LOG_C + 1, L - 1, -1)
-        dscales += tl.load(to, mask=inside & (l == shared)[None, :], other=0.0).to(tl.float32)
-        tl.store(to, dscales.to(dlevel_scales.dtype.element_ty), mask=inside)
-    dscores_low = dscores_CC.to(DOT)
-    dk_CK = tl.dot(tl.trans(dscores_low), q_CK, input_precision=PRECISION)
-    store_rows(dk + split * plane + (token * groups + group) * K, groups * K, n, 0, dk_CK, C, K, BK)
-    to_dq = dq + split * plane + (token * groups + group) * K
-    dq_CK = load_rows(to_dq, groups * K, n, 0, C, K, BK)
-    dq_CK += tl.dot(dscores_low, k_CK, input_precision=PRECISION)
-    store_rows(to_dq, groups * K, n, 0, dq_CK, C, K, BK)
+                do_IV = load_rows(do_h, o_t, n, tile * BV, I, V, BV).to(DOT)
+            dv_JV = tl.dot(tl.trans(read_IJ), do_IV, input_precision=PRECISION)
+            store_rows(dv + token * dv_t + h * V, dv_t, n, tile * BV, dv_JV, J, V, BV)
+        flow_IJ = pulled_IJ * scales_IJ
+        to = (c * H + h) * C + C - I
+        tl.store(row_flow + to + i, tl.sum(flow_IJ, 1), mask=i < J)
+        tl.store(column_flow + to + j, tl.sum(flow_IJ, 0))
+        store_level_gradients(
+            dlevel_scales + token * dl_t + h * L, dl_t, cross_scales + (c * H + h) * J,
+            pulled_IJ, blocks_JB, rows_again(h, 1, I), n, L, scale, I, J, LOG_J, DOT, PRECISION,
+        )  # fmt: skip
+    tiles = dscores + split * dscores_plane + ((c * (H // R) + group) * PAIRS + (C - I) // J * 2) * (J * J)
+    tl.store(tiles + (i[:, None] * J + j[None, :]), dscores_IJ.to(dscores.dtype.element_ty))

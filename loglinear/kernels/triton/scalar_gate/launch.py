@@ -34,6 +34,7 @@ from loglinear.kernels.triton.scalar_gate.walk_backward import walk_backward_ker
 SWEEP_STEPS = 8  # tiles of the states that one program of a sweep takes
 PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100: heads are split until a launch has as many
 SLAB_BYTES = 1 << 30  # of the states that a backward builds at once; their gradients take as much again
+ROWS = 64  # tokens of a chunk that one program takes at most, where it holds all pairs of them
 ELEMENTS = 1024  # numbers of a state that one program of the elementwise stages takes
 
 # What the matrix units multiply, what states are kept in, and how. float16 has the mantissa of tf32 but not the range
@@ -80,14 +81,15 @@ class ScalarGate:
         self.dots = dict(DOT=dot, PRECISION=precision)
         self.packed = dict(PACKED=self.layout.packed)
         self.log_c = log2(self.C)
-        self.levels = max(16, triton.next_power_of_2(self.log_c + 1))
+        # Stages that work on tokens take a long chunk in halves: two C / 2 tiles on the diagonal and one below it.
+        self.halves = 2 if self.C > ROWS else 1
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.v.device)
 
-    def options(self, stage: str) -> dict[str, int]:
+    def options(self, stage: str, half: int = 0) -> dict[str, int]:
         launch = self.plan.stages[stage]
-        return dict(num_warps=launch.num_warps, num_stages=launch.num_stages)
+        return dict(num_warps=launch.num_warps >> half, num_stages=launch.num_stages)
 
     def value_tile(self, stage: str) -> int:
         return min(self.plan.stages[stage].tile, max(16, triton.next_power_of_2(self.V)))
@@ -105,7 +107,7 @@ class ScalarGate:
     @cached_property
     def splits(self) -> int:
         """Into how many programs a group's heads go, so that short sequences fill the device."""
-        programs = self.layout.chunks * self.G
+        programs = self.layout.chunks * self.halves * self.G
         return next((s for s in range(1, self.R) if self.R % s == 0 and programs * s >= PROGRAMS), self.R)
 
     def build_states(self) -> None:
@@ -132,12 +134,11 @@ class ScalarGate:
     def output(self) -> Tensor:
         y = self.layout
         out = self.empty(self.B, self.T, self.H, self.V, dtype=self.v.dtype)
-        output_kernel[(y.chunks * self.H * self.value_tiles("output"),)](
+        output_kernel[(y.chunks * self.halves * self.H * self.value_tiles("output"),)](
             self.q, self.k, self.v, self.level_scales, self.cumulative, self.slots, self.nodes, self.log_p, out,
             y.table, *self.sizes, self.R, self.L, y.cap, self.scale,
             *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *self.level_scales.stride()[:3],
-            J=min(64, self.C), LOG_C=self.log_c, LEVELS=triton.next_power_of_2(self.log_c + 1),
-            BV=self.value_tile("output"), NODES=self.has_nodes,
+            LOG_C=self.log_c, HALVES=self.halves, BV=self.value_tile("output"), NODES=self.has_nodes,
             **self.shape, **self.dots, **self.packed, **self.options("output"),
         )  # fmt: skip
         return out
@@ -155,35 +156,43 @@ class ScalarGate:
     def backward(
         self, do: Tensor, dblocks: Tensor | None, dv: Tensor, dlog_decay: Tensor, dlevel_scales: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Writes the gradients of these heads into views of the whole ones; returns dq, dk and dnodes in float32."""
-        y, H = self.layout, self.H
-        dq, dk = (self.empty(self.splits, self.B, self.T, self.G, self.K) for _ in range(2))
+        """Writes the gradients of these heads into views of the whole ones; returns dq, dk and dnodes."""
+        y, H, halves = self.layout, self.H, self.halves
+        # One program sums all heads of a group, or dq and dk have a plane for each share of them.
+        sums = dict(dtype=self.q.dtype if self.splits == 1 else torch.float32)
+        dq, dk = (self.empty(self.splits, self.B, self.T, self.G, self.K, **sums) for _ in range(2))
+        rows, pairs = self.C // halves, halves * (halves + 1) // 2
+        dscores = self.empty(self.splits, y.chunks, self.G, pairs, rows, rows, dtype=self.dtype)
         row_flow, column_flow, state_flow = (self.empty(y.chunks, H, self.C) for _ in range(3))
-        read_paths, beyond = (self.empty(y.chunks, H, READS) for _ in range(2))
+        cross_scales = self.empty(y.chunks if halves > 1 else 0, H, rows)
+        read_paths, beyond = self.empty(y.chunks, H, READS), self.empty(y.chunks, halves, H, READS)
         q_, k_, v_, l_, o_ = (x.stride()[:3] for x in (self.q, self.k, self.v, self.level_scales, do))
-        programs, plane = y.chunks * self.G * self.splits, dq.stride(0)
+        programs, planes = y.chunks * halves * self.G * self.splits, (dq.stride(0), dscores.stride(0))
 
         self.build_states()
+        for half in range(halves):
+            in_chunk_backward_kernel[(programs // halves,)](
+                self.q, self.k, self.v, self.level_scales, self.cumulative, do,
+                dv, dlevel_scales, row_flow, column_flow, cross_scales, dscores, y.table,
+                *self.sizes, self.R, self.L, self.scale, dscores.stride(0), *q_, *k_, *v_, *l_, *o_,
+                dv.stride(1), dlevel_scales.stride(1),
+                LOG_J=log2(rows), J=rows, I=self.C - half * rows,
+                BV=self.value_tile("in_chunk_backward"), SPLIT=self.splits,
+                **self.shape, **self.dots, **self.packed, **self.options("in_chunk_backward", half),
+            )  # fmt: skip
         walk_backward_kernel[(programs,)](
-            self.q, self.level_scales, self.cumulative, self.slots, self.nodes, self.log_p, do,
-            dq, dlevel_scales, row_flow, read_paths, beyond, y.table,
-            *self.sizes, self.R, self.L, y.cap, self.scale, plane, *q_, *l_, *o_, dlevel_scales.stride(1),
-            LOG_C=self.log_c, BV=self.value_tile("walk_backward"), SPLIT=self.splits, NODES=self.has_nodes,
+            self.q, self.k, self.level_scales, self.cumulative, self.slots, self.nodes, self.log_p, do,
+            dscores, cross_scales, dq, dlevel_scales, row_flow, read_paths, beyond, y.table,
+            *self.sizes, self.R, self.L, y.cap, self.scale, *planes, *q_, *k_, *l_, *o_, dlevel_scales.stride(1),
+            LOG_C=self.log_c, HALVES=halves, BV=self.value_tile("walk_backward"), SPLIT=self.splits,
+            NODES=self.has_nodes,
             **self.shape, **self.dots, **self.packed, **self.options("walk_backward"),
-        )  # fmt: skip
-        in_chunk_backward_kernel[(programs,)](
-            self.q, self.k, self.v, self.level_scales, self.cumulative, do,
-            dq, dk, dv, dlevel_scales, row_flow, column_flow, y.table,
-            *self.sizes, self.R, self.L, self.scale, plane, *q_, *k_, *v_, *l_, *o_,
-            dv.stride(1), dlevel_scales.stride(1),
-            LOG_C=self.log_c, LEVELS=self.levels, BV=self.value_tile("in_chunk_backward"), SPLIT=self.splits,
-            **self.shape, **self.dots, **self.packed, **self.options("in_chunk_backward"),
         )  # fmt: skip
         dslots, dnodes, dtotals = self.state_gradients(do, dblocks, read_paths, beyond, (*q_, *l_, *o_))
         chunk_state_backward_kernel[(programs,)](
-            self.k, self.v, self.cumulative, self.totals, dslots, dk, dv, state_flow, y.table,
-            *self.sizes, self.R, plane, *k_, *v_, dv.stride(1),
-            BV=self.value_tile("chunk_state_backward"), SPLIT=self.splits,
+            self.q, self.k, self.v, self.cumulative, self.totals, dslots, dscores, dk, dv, state_flow, y.table,
+            *self.sizes, self.R, *planes, *q_, *k_, *v_, dv.stride(1),
+            HALVES=halves, BV=self.value_tile("chunk_state_backward"), SPLIT=self.splits,
             **self.shape, **self.dots, **self.packed, **self.options("chunk_state_backward"),
         )  # fmt: skip
         parts = self.sweep_parts("down_sweep")
@@ -208,7 +217,7 @@ class ScalarGate:
         gathered = (self.q, self.level_scales, self.cumulative, read_paths, beyond, do)
         sizes = (*self.sizes, self.R, self.L, y.cap, self.scale, *strides)
         constants = dict(
-            LOG_C=self.log_c, BV=self.value_tile("state_backward"),
+            LOG_C=self.log_c, HALVES=self.halves, BV=self.value_tile("state_backward"),
             **self.shape, **self.dots, **self.packed, **self.options("state_backward"),
         )  # fmt: skip
         state_backward_kernel[(y.chunks * H * tiles,)](

@@ -17,6 +17,7 @@ from loglinear.kernels.triton.tiles import (
     STOREY,
     head_program,
     load_rows,
+    load_scale,
     load_state,
     locate,
     locate_run,
@@ -27,27 +28,44 @@ from loglinear.kernels.triton.tiles import (
 
 
 @triton.jit
+def load_reader(scales, l_t, cumulative, read_paths, beyond, c, first, end, l, h, H, C: tl.constexpr, HALVES: tl.constexpr):
+    """Of one reader: log2 of the decay from the slot to its tokens, their lambda, and what flows on beyond the slot."""
+    n = tl.minimum(end - first, C).to(tl.int32)
+    log_decay = tl.load(cumulative + (c * H + h) * C + tl.arange(0, C), mask=tl.arange(0, C) < n, other=0.0)
+    log_decay += tl.load(read_paths + (c * H + h) * READS + l, mask=n > 0, other=0.0)
+    flow = tl.load(beyond + (c * HALVES * H + h) * READS + l, mask=n > 0, other=0.0)
+    if HALVES > 1:
+        flow += tl.load(beyond + ((c * HALVES + 1) * H + h) * READS + l, mask=n > C // HALVES, other=0.0)
+    return load_scale(scales + first * l_t, l_t, n, 0, 1, tl.arange(0, C)), log_decay, flow
+
+
+@triton.jit
 def gather_readers(
     q, scales, cumulative, read_paths, beyond, do,
     c, first, end, readers, l, h, H, scale, q_t, l_t, o_t, first_column,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HALVES: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum over `readers` chunks from c on, whose tokens begin at `first`; and of what flows on to farther blocks."""
-    i = tl.arange(0, C)
     dstate_KV = tl.zeros([BK, BV], tl.float32)
     dlog = tl.zeros([], tl.float32)
-    for _ in range(tl.minimum(readers, ((end - first + C - 1) // C).to(tl.int32))):
+    readers = tl.minimum(readers, ((end - first + C - 1) // C).to(tl.int32))
+    # Vectors are loaded one reader ahead: nothing else would hide their latency.
+    weight_c, log_decay_c, flow_c = load_reader(
+        scales, l_t, cumulative, read_paths, beyond, c, first, tl.where(readers > 0, end, first), l, h, H, C, HALVES
+    )
+    for reader in range(readers):
+        weight, flow = weight_c * scale * tl.exp2(log_decay_c), flow_c
+        stop = tl.where(reader + 1 < readers, end, first)
+        weight_c, log_decay_c, flow_c = load_reader(
+            scales, l_t, cumulative, read_paths, beyond, c + 1, first + C, stop, l, h, H, C, HALVES
+        )
         n = tl.minimum(end - first, C).to(tl.int32)
         q_CK = load_rows(q + first * q_t, q_t, n, 0, C, K, BK).to(DOT)
         do_CV = load_rows(do + first * o_t, o_t, n, first_column, C, V, BV)
-        G = tl.load(cumulative + (c * H + h) * C + i)
-        path = tl.load(read_paths + (c * H + h) * READS + l)
-        weight = tl.load(scales + first * l_t + i * l_t, mask=i < n, other=0.0).to(tl.float32)
-        weight *= scale * tl.exp2(G + path)
         weighted_CV = (do_CV.to(tl.float32) * weight[:, None]).to(DOT)
         dstate_KV += tl.dot(tl.trans(q_CK), weighted_CV, input_precision=PRECISION)
-        dlog += tl.load(beyond + (c * H + h) * READS + l)
+        dlog += flow
         c += 1
         first += C
     return dstate_KV, dlog
@@ -58,7 +76,8 @@ def state_backward_kernel(
     q, level_scales, cumulative, read_paths, beyond, do, dslots, dlog_p, table, runs,
     T, N, H, R, L, cap, scale,
     q_b, q_t, q_h, l_b, l_t, l_h, o_b, o_t, o_h,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, HALVES: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
     RUNS: tl.constexpr, LEVELS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +114,7 @@ def state_backward_kernel(
     scales = level_scales + b * l_b + h * l_h + tl.minimum(LOG_C + 1 + l, L - 1)
     dstate_KV, dlog = gather_readers(
         q + b * q_b + (h // R) * q_h, scales, cumulative, read_paths, beyond, do + b * o_b + h * o_h,
-        c, first, end, readers, l, h, H, scale, q_t, l_t, o_t, tile * BV, K, V, C, BK, BV, DOT, PRECISION,
+        c, first, end, readers, l, h, H, scale, q_t, l_t, o_t, tile * BV, K, V, C, HALVES, BK, BV, DOT, PRECISION,
     )  # fmt: skip
     store_state(dslots + (out_row * H + h) * (K * V), tile * BV, dstate_KV, K, V, BK, BV)
     if tile == 0:
@@ -136,7 +155,8 @@ def node_backward_kernel(
     q, level_scales, cumulative, read_paths, beyond, do, partial, dnodes, table, ends, runs, first_runs,
     T, N, H, R, L, cap, scale,
     q_b, q_t, q_h, l_b, l_t, l_h, o_b, o_t, o_h,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, HALVES: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
     LEVELS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The node m of one sequence, one head, one tile of V: readers of few chunks directly, of many by their runs.
@@ -161,7 +181,7 @@ def node_backward_kernel(
                 scales = level_scales + b * l_b + h * l_h + tl.minimum(LOG_C + 1 + l, L - 1)
                 dstate_KV, _ = gather_readers(
                     q + b * q_b + (h // R) * q_h, scales, cumulative, read_paths, beyond, do + b * o_b + h * o_h,
-                    c, first, end, readers, l, h, H, scale, q_t, l_t, o_t, tile * BV, K, V, C, BK, BV, DOT, PRECISION,
+                    c, first, end, readers, l, h, H, scale, q_t, l_t, o_t, tile * BV, K, V, C, HALVES, BK, BV, DOT, PRECISION,
                 )  # fmt: skip
         else:
             run = tl.load(first_runs + sequence)

@@ -1,8 +1,9 @@
 """The reads between chunks, differentiated on the query's side.
 
-    dQ = sum_l diag(lambda_l exp(G) P_path) dO S_l^T          dlambda_l = rowsum(Q * exp(G) P_path dO S_l^T)
+    dQ = sum_l diag(lambda_l exp(G) P_path) dO S_l^T + dA K      dlambda_l = rowsum(Q S_l * exp(G) P_path dO)
 
-and what flows through every read: rowsum(...) lambda_l, the gradient of the logarithms of the decays on its way.
+dA of the chunk itself comes from `in_chunk_backward`. What flows through a read, lambda_l dlambda_l, is the gradient of
+the logarithms of the decays on its way.
 """
 
 # C chunk, H heads, G groups, K key, V value, L levels
@@ -12,76 +13,119 @@ import triton.language as tl
 from loglinear.kernels.triton.tiles import (
     READS,
     SIZES,
-    column_of,
-    exponent,
     group_program,
-    load_read_scales,
+    load_blocks,
     load_rows,
+    load_scale,
     load_state,
-    paths,
+    nearest,
+    path_of,
+    rows_again,
     slot_pointer,
     store_rows,
+    walk,
 )
+
+
+@triton.jit
+def load_row(base, stride, n, ROWS: tl.constexpr):
+    i = tl.arange(0, ROWS)
+    return tl.load(base + i * stride, mask=i < n, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def walk_backward_kernel(
-    q, level_scales, cumulative, slots, nodes, log_p, do, dq, dlevel_scales, row_flow, read_paths, beyond, table,
-    T, N, H, R, L, cap, scale, plane,
-    q_b, q_t, q_h, l_b, l_t, l_h, o_b, o_t, o_h, dl_t,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    q, k, level_scales, cumulative, slots, nodes, log_p, do, dscores, cross_scales,
+    dq, dlevel_scales, row_flow, read_paths, beyond, table,
+    T, N, H, R, L, cap, scale, plane, dscores_plane,
+    q_b, q_t, q_h, k_b, k_t, k_h, l_b, l_t, l_h, o_b, o_t, o_h, dl_t,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, HALVES: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
-    """One chunk and R / SPLIT heads of one group. Writes dq (plane `split`, float32), dlevel_scales (the columns of
-    blocks), row_flow [chunk, H, C], and for the readers' adjoint read_paths and beyond [chunk, H, READS]: what flows
-    on to farther blocks than each."""
+    """One half of a chunk and R / SPLIT heads of one group. Writes dq (plane `split`), the columns of dlevel_scales from
+    LOG_C + 1 on (and LOG_C with two halves; adding to the last one where the chunk shares it), adds to row_flow,
+    and for the readers' adjoint read_paths [chunk, H, READS] and beyond [chunk, half, H, READS]: what flows on to
+    farther blocks than each."""
     TILES: tl.constexpr = (V + BV - 1) // BV
-    split, group, head, share, c, b, first, end, z, z0, sequence = group_program(table, T, N, H, R, C, SPLIT, PACKED)
-    n = tl.minimum(end - first, C).to(tl.int32)
+    ROWS: tl.constexpr = C // HALVES
+    LOG_ROWS: tl.constexpr = LOG_C if HALVES == 1 else LOG_C - 1
+    PAIRS: tl.constexpr = HALVES * (HALVES + 1) // 2
+    split, group, head, share, half, n, first, c, b, end, z, z0, sequence = group_program(
+        table, T, N, H, R, C, HALVES, SPLIT, PACKED
+    )
     if n <= 0:
         return
-    token, groups = b * T + first, H // R
-    i, l_R = tl.arange(0, C), tl.arange(0, READS)
-    q_CK = load_rows(q + b * q_b + first * q_t + group * q_h, q_t, n, 0, C, K, BK).to(DOT)
-    dq_CK = tl.zeros([C, BK], tl.float32)
+    token, groups, last = b * T + first, H // R, L - 1
+    i, l_R = tl.arange(0, ROWS), tl.arange(0, READS)
+    q_CK = load_rows(q + b * q_b + first * q_t + group * q_h, q_t, n, 0, ROWS, K, BK).to(DOT)
+    k_rows = k + b * k_b + first * k_t + group * k_h
+    pair = half * (half + 1) // 2
+    tiles = dscores + split * dscores_plane + ((c * groups + group) * PAIRS + pair) * (ROWS * ROWS)
+    dq_CK = tl.zeros([ROWS, BK], tl.float32)
+    for j in range(half + 1):
+        dscores_CC = tl.load(tiles + j * (ROWS * ROWS) + i[:, None] * ROWS + i[None, :])
+        k_JK = load_rows(k_rows - (half - j) * ROWS * k_t, k_t, n + (half - j) * ROWS, 0, ROWS, K, BK).to(DOT)
+        dq_CK = tl.dot(dscores_CC, k_JK, dq_CK, input_precision=PRECISION)
+    read, end_of_blocks, are_nodes = walk(z, z0, cap)
+    reads = tl.sum(tl.where(read, 1 << l_R, 0), 0)
+    count = tl.sum(read.to(tl.int32), 0)
+    G_h = tl.load(cumulative + (c * H + head) * C + half * ROWS + i)
+    log_block_h = load_blocks(log_p, c, z, z0, cap, head, H)
     for h in range(head, head + share):
-        G = tl.load(cumulative + (c * H + h) * C + i)
-        read, path = paths(log_p, c, z, z0, cap, h, H)
-        scales = load_read_scales(level_scales + b * l_b + first * l_t + h * l_h, l_t, n, read, L, scale, C, LOG_C)
-        from_start = tl.exp2(G)
-        dscales = tl.zeros([C, READS], tl.float32)
+        # Vectors are loaded one head or one read ahead: nothing else would hide their latency.
+        i = rows_again(h, 0, ROWS)
+        G, log_block = G_h, log_block_h
+        h_ahead = tl.minimum(h + 1, head + share - 1)
+        G_h = tl.load(cumulative + (c * H + h_ahead) * C + half * ROWS + i)
+        log_block_h = load_blocks(log_p, c, z, z0, cap, h_ahead, H)
+        scales = level_scales + b * l_b + first * l_t + h * l_h
+        remaining = reads
+        ahead = load_scale(scales, l_t, n, LOG_C + 1 + nearest(remaining), L, i)
         do_h = do + b * o_b + first * o_t + h * o_h
         if TILES == 1:
-            do_CV = load_rows(do_h, o_t, n, 0, C, V, BV).to(DOT)
-        remaining = tl.sum(tl.where(read, 1 << l_R, 0), 0)
-        for _ in range(tl.sum(read.to(tl.int32), 0)):
-            l = exponent(remaining & -remaining)
+            do_CV = load_rows(do_h, o_t, n, 0, ROWS, V, BV).to(DOT)
+        to = dlevel_scales + token * dl_t + h * L
+        # The last column may hold more than one read, and levels of the chunk itself.
+        in_last = load_row(to + last, dl_t, tl.where(last <= LOG_ROWS, n, 0), ROWS)
+        to_flow = row_flow + (c * H + h) * C + half * ROWS + i
+        flow = tl.load(to_flow)
+        if HALVES > 1:
+            cross = load_row(cross_scales + (c * H + h) * ROWS, 1, tl.where(half > 0, n, 0), ROWS)
+            flow += cross * load_scale(scales, l_t, n, LOG_C, L, i)
+            in_last += tl.where(last <= LOG_C, cross, 0.0)
+            tl.store(to + i * dl_t + LOG_C, cross.to(to.dtype.element_ty), mask=i < tl.where(last > LOG_C, n, 0))
+        flows = tl.zeros([ROWS, READS], tl.float32)
+        from_start = tl.exp2(G) * scale
+        for _ in range(count):
+            l = nearest(remaining)
             remaining &= remaining - 1
+            level_scale = ahead
+            ahead = load_scale(scales, l_t, n, LOG_C + 1 + nearest(remaining), L, i)
             state = slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, K * V, NODES)
-            decay = from_start * tl.exp2(tl.sum(tl.where(l_R == l, path, 0.0), 0))
-            weight = decay * column_of(scales, l)
-            dscale = tl.zeros([C], tl.float32)
-            for tile in range(TILES):
+            decay = from_start * tl.exp2(path_of(l, log_block))
+            weight = decay * level_scale
+            dscale = tl.zeros([ROWS], tl.float32)
+            for tile in tl.static_range(TILES):
                 if TILES > 1:
-                    do_CV = load_rows(do_h, o_t, n, tile * BV, C, V, BV).to(DOT)
+                    do_CV = load_rows(do_h, o_t, n, tile * BV, ROWS, V, BV).to(DOT)
                 state_KV = load_state(state, tile * BV, K, V, BK, BV)
                 do_float = do_CV.to(tl.float32)
                 dscale += tl.sum(tl.dot(q_CK, state_KV, input_precision=PRECISION) * do_float, 1)
                 weighted_CV = (do_float * weight[:, None]).to(DOT)
                 dq_CK = tl.dot(weighted_CV, tl.trans(state_KV), dq_CK, input_precision=PRECISION)
-            dscales += tl.where(l_R[None, :] == l, (dscale * decay)[:, None], 0.0)
-        flow = dscales * scales
-        tl.store(row_flow + (c * H + h) * C + i, tl.sum(flow, 1))
-        tl.store(read_paths + (c * H + h) * READS + l_R, path)
-        flow_R = tl.sum(flow, 0)
-        tl.store(beyond + (c * H + h) * READS + l_R, tl.cumsum(flow_R, 0, reverse=True) - flow_R)
-        # Candidates from the cap on share the last column.
-        past = tl.sum(tl.where(l_R[None, :] >= cap, dscales, 0.0), 1)
-        dscales = tl.where(l_R[None, :] == cap, past[:, None], dscales)
-        columns = tl.minimum(LOG_C + 1 + l_R, L - 1)[None, :]
-        to = dlevel_scales + token * dl_t + h * L + (i * dl_t)[:, None] + columns
-        tl.store(
-            to, (dscales * scale).to(dlevel_scales.dtype.element_ty), mask=(i < n)[:, None] & (l_R <= cap)[None, :]
-        )
-    store_rows(dq + split * plane + (token * groups + group) * K, groups * K, n, 0, dq_CK, C, K, BK)
+            dscale *= decay
+            flows += tl.where(l_R[None, :] == l, (dscale * level_scale)[:, None], 0.0)
+            in_last += tl.where(l >= cap, dscale, 0.0)
+            tl.store(to + i * dl_t + LOG_C + 1 + l, dscale.to(to.dtype.element_ty), mask=i < tl.where(l < cap, n, 0))
+        tl.store(to + i * dl_t + last, in_last.to(to.dtype.element_ty), mask=i < n)
+        unread = (l_R < cap) & (((reads >> l_R) & 1) == 0)
+        column_RR = (i * dl_t)[:, None] + (LOG_C + 1 + l_R)[None, :]
+        tl.store(to + column_RR, tl.zeros_like(flows).to(to.dtype.element_ty), mask=(i < n)[:, None] & unread[None, :])
+        tl.store(to_flow, flow + tl.sum(flows, 1))
+        flow_R = tl.sum(flows, 0)
+        tl.store(beyond + ((c * HALVES + half) * H + h) * READS + l_R, tl.cumsum(flow_R, 0, reverse=True) - flow_R)
+        if half == 0:
+            path = tl.cumsum(log_block, 0) - log_block
+            tl.store(read_paths + (c * H + h) * READS + l_R, path)
+    store_rows(dq + split * plane + (token * groups + group) * K, groups * K, n, 0, dq_CK, ROWS, K, BK)
