@@ -195,9 +195,28 @@ def slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, SIZE: tl.conste
 
 
 @triton.jit
+def load_ahead(pointers, mask):
+    """A load whose value is carried to the next turn of a loop, for `arrived`. 16-bit numbers become 32-bit integers, which
+    the load itself does: a conversion, or packing two of them into one register, would wait for it."""
+    if pointers.dtype.element_ty.primitive_bitwidth == 16:
+        return tl.load(pointers.to(tl.pointer_type(tl.int16), bitcast=True), mask=mask, other=0).to(tl.int32)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def arrived(x, dtype: tl.constexpr):
+    """float32 of what `load_ahead` has loaded from an array of this dtype."""
+    if dtype.primitive_bitwidth == 16:
+        return x.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def load_scale(base, stride, n, column, L, i):
-    """lambda of one level for each row, clamped to the last level: [rows] float32."""
-    return tl.load(base + (i * stride + tl.minimum(column, L - 1)), mask=i < n, other=0.0).to(tl.float32)
+    """lambda of one level for each row, clamped to the last level: [rows], loaded ahead."""
+    return load_ahead(base + (i * stride + tl.minimum(column, L - 1)), i < n)
 
 
 # What does not change in a loop the compiler computes before it, and keeps in registers: it has none left for whole tiles
@@ -217,14 +236,19 @@ def zeros_again(turn, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def spread_scales(own, base, stride, n, L, scale, i, COLUMNS: tl.constexpr, LEVELS: tl.constexpr):
-    """scale * LAM[i, j], LAM[i, j] = lambda[i, level(i, j)] with level = bit_length(i XOR j) <= LEVELS, level 0 from
-    `own`; whoever takes it has to leave out j > i."""
+def spread_scales(own, far, base, stride, n, L, scale, i, COLUMNS: tl.constexpr, LEVELS: tl.constexpr):
+    """scale * LAM[i, j], LAM[i, j] = lambda[i, level(i, j)] with level = bit_length(i XOR j) <= LEVELS; whoever takes it
+    has to leave out j > i. `own` and `far` are the first and the last of these levels, loaded ahead: the others, which
+    lie between them in memory, came along."""
+    DTYPE: tl.constexpr = base.dtype.element_ty
     distance = i[:, None] ^ tl.arange(0, COLUMNS)[None, :]
-    spread = tl.broadcast_to((own * scale)[:, None], distance.shape)
+    spread = tl.broadcast_to((arrived(own, DTYPE) * scale)[:, None], distance.shape)
     for level in tl.static_range(1, LEVELS + 1):
-        at_level = load_scale(base, stride, n, level, L, i) * scale
-        spread = tl.where(distance >= (1 << (level - 1)), at_level[:, None], spread)
+        if level == LEVELS:
+            at_level = far
+        else:
+            at_level = load_scale(base, stride, n, level, L, i)
+        spread = tl.where(distance >= (1 << (level - 1)), (arrived(at_level, DTYPE) * scale)[:, None], spread)
     return spread
 
 

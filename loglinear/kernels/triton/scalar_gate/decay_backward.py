@@ -16,7 +16,7 @@ from loglinear.kernels.triton.tiles import MIN_LOG_DECAY, SIZES, STOREY, locate
 
 @triton.jit(do_not_specialize=SIZES)
 def decay_backward_kernel(
-    log_decay, row_flow, column_flow, state_flow, dtotals, dlog_decay, table,
+    log_decay, walk_flow, row_flow, column_flow, state_flow, dtotals, dlog_decay, table,
     T, N, H,
     g_b, g_t, g_h, dg_t, storey_plane, part_plane,
     C: tl.constexpr, STOREYS: tl.constexpr, PARTS: tl.constexpr, PARTS_2: tl.constexpr, PACKED: tl.constexpr,
@@ -31,6 +31,7 @@ def decay_backward_kernel(
     i = tl.arange(0, C)
     row = (c * H + h) * C + i
     read, column, state = tl.load(row_flow + row), tl.load(column_flow + row), tl.load(state_flow + row)
+    read += tl.load(walk_flow + row)
     inside = i < n
     dg = tl.cumsum(tl.where(inside, read - column, 0.0), 0, reverse=True)
     state = tl.where(inside, state, 0.0)

@@ -26,26 +26,31 @@ from loglinear.kernels.triton.tiles import (
 @triton.jit
 def store_level_gradients(
     to, stride, cross_scales, pulled_IJ, blocks_JB, i, n, L, scale,
-    I: tl.constexpr, J: tl.constexpr, LOG_J: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    I: tl.constexpr, J: tl.constexpr, LOG_J: tl.constexpr, LINEAR: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dlambda of the first J queries at their levels; levels from the last on are summed into its column. Of the
     queries behind them, which see all keys at one level, into cross_scales.
 
     Near levels are sums over single keys, far ones over 16 blocks of keys, whose sums are one product."""
-    NEAR: tl.constexpr = LOG_J - 4
-    last = L - 1
-    past = tl.zeros([I], tl.float32)
-    by_block = tl.dot(pulled_IJ.to(DOT), blocks_JB, input_precision=PRECISION)
     inside = i < tl.minimum(n, J)
-    for level in tl.static_range(LOG_J + 1):
-        if level <= NEAR:
-            gradient = sums_at_level(pulled_IJ, i, J, level)
-        else:
-            gradient = sums_at_level(by_block, i >> NEAR, 16, level - NEAR)
-        past = tl.where(level > last, past, 0.0) + gradient * scale
-        tl.store(to + (i * stride + tl.minimum(level, last)), past.to(to.dtype.element_ty), mask=inside)
+    if LINEAR:
+        total = tl.sum(pulled_IJ, 1) * scale
+        tl.store(to + i * stride, total.to(to.dtype.element_ty), mask=inside)
+    else:
+        NEAR: tl.constexpr = LOG_J - 4
+        past = tl.zeros([I], tl.float32)
+        by_block = tl.dot(pulled_IJ.to(DOT), blocks_JB, input_precision=PRECISION)
+        for level in tl.static_range(LOG_J + 1):
+            if level <= NEAR:
+                gradient = sums_at_level(pulled_IJ, i, J, level)
+            else:
+                gradient = sums_at_level(by_block, i >> NEAR, 16, level - NEAR)
+            past = tl.where(level > L - 1, past, 0.0) + gradient * scale
+            tl.store(to + (i * stride + tl.minimum(level, L - 1)), past.to(to.dtype.element_ty), mask=inside)
+        total = tl.sum(by_block, 1) * scale
     if I > J:
-        tl.store(cross_scales + i - J, tl.sum(by_block, 1) * scale, mask=i >= J)
+        tl.store(cross_scales + i - J, total, mask=i >= J)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -54,7 +59,7 @@ def in_chunk_backward_kernel(
     T, N, H, R, L, scale, dscores_plane,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, l_b, l_t, l_h, o_b, o_t, o_h, dv_t, dl_t,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_J: tl.constexpr, J: tl.constexpr, I: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr, LINEAR: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The last I tokens of a chunk as queries, the first J of them as keys; R / SPLIT heads of one group.
@@ -62,7 +67,7 @@ def in_chunk_backward_kernel(
     Writes dv, row_flow and column_flow [chunk, H, C] (what each token reads here and gives), dscores [plane, chunk,
     group, pair, J, J] (pairs of halves: 00, 10, 11), the columns of dlevel_scales up to LOG_J, and with I > J, instead of
     the other queries' dlevel_scales and row_flow, cross_scales [chunk, H, J], their dlambda."""
-    LOG_I: tl.constexpr = LOG_J if I == J else LOG_J + 1
+    LEVELS: tl.constexpr = 0 if LINEAR else (LOG_J if I == J else LOG_J + 1)
     TILES: tl.constexpr = (V + BV - 1) // BV
     PAIRS: tl.constexpr = 1 if C == J else 3
     split, group, head, share, half, n, first, c, b, end, z, z0, sequence = group_program(
@@ -77,14 +82,16 @@ def in_chunk_backward_kernel(
     q_IK = load_rows(q + b * q_b + first * q_t + group * q_h, q_t, n, 0, I, K, BK).to(DOT)
     k_JK = load_rows(k + b * k_b + first * k_t + group * k_h, k_t, n, 0, J, K, BK).to(DOT)
     dscores_IJ = tl.zeros([I, J], tl.float32)
-    # Vectors are loaded one head ahead: nothing else would hide their latency. Level 0 brings most of the others along.
+    # Vectors are loaded one head ahead: nothing else would hide their latency.
     scales, row = level_scales + b * l_b + first * l_t, cumulative + c * H * C + C - I
     own_h = load_scale(scales + head * l_h, l_t, n, 0, L, i)
+    far_h = load_scale(scales + head * l_h, l_t, n, LEVELS, L, i)
     G_i_h, G_j_h = tl.load(row + head * C + i), tl.load(row + head * C + j)
     for h in range(head, head + share):
-        own, G_i, G_j = own_h, G_i_h, G_j_h
+        own, far, G_i, G_j = own_h, far_h, G_i_h, G_j_h
         ahead = tl.minimum(h + 1, head + share - 1)
         own_h = load_scale(scales + ahead * l_h, l_t, n, 0, L, i)
+        far_h = load_scale(scales + ahead * l_h, l_t, n, LEVELS, L, i)
         G_i_h, G_j_h = tl.load(row + ahead * C + i), tl.load(row + ahead * C + j)
 
         v_h_, do_h = v + b * v_b + first * v_t + h * v_h, do + b * o_b + first * o_t + h * o_h
@@ -94,7 +101,7 @@ def in_chunk_backward_kernel(
             do_IV = load_rows(do_h, o_t, n, tile * BV, I, V, BV).to(DOT)
             pulled_IJ = tl.dot(do_IV, tl.trans(v_JV), pulled_IJ, input_precision=PRECISION)
         rows = rows_again(h, 0, I)
-        scales_IJ = spread_scales(own, scales + h * l_h, l_t, n, L, scale, rows, J, LOG_I)
+        scales_IJ = spread_scales(own, far, scales + h * l_h, l_t, n, L, scale, rows, J, LEVELS)
         decay_IJ = tl.where(rows[:, None] >= j[None, :], tl.exp2(G_i[:, None] - G_j[None, :]), 0.0)
         dscores_IJ += pulled_IJ * (decay_IJ * scales_IJ)
         decay_IJ *= tl.dot(q_IK, tl.trans(k_JK), zeros_again(h, I, J), input_precision=PRECISION)
@@ -111,7 +118,7 @@ def in_chunk_backward_kernel(
         tl.store(column_flow + to + j, tl.sum(flow_IJ, 0))
         store_level_gradients(
             dlevel_scales + token * dl_t + h * L, dl_t, cross_scales + (c * H + h) * J,
-            pulled_IJ, blocks_JB, rows_again(h, 1, I), n, L, scale, I, J, LOG_J, DOT, PRECISION,
+            pulled_IJ, blocks_JB, rows_again(h, 1, I), n, L, scale, I, J, LOG_J, LINEAR, DOT, PRECISION,
         )  # fmt: skip
     tiles = dscores + split * dscores_plane + ((c * (H // R) + group) * PAIRS + (C - I) // J * 2) * (J * J)
     tl.store(tiles + (i[:, None] * J + j[None, :]), dscores_IJ.to(dscores.dtype.element_ty))

@@ -138,7 +138,8 @@ class ScalarGate:
             self.q, self.k, self.v, self.level_scales, self.cumulative, self.slots, self.nodes, self.log_p, out,
             y.table, *self.sizes, self.R, self.L, y.cap, self.scale,
             *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *self.level_scales.stride()[:3],
-            LOG_C=self.log_c, HALVES=self.halves, BV=self.value_tile("output"), NODES=self.has_nodes,
+            LOG_C=self.log_c, HALVES=self.halves, LINEAR=self.L == 1, BV=self.value_tile("output"),
+            NODES=self.has_nodes,
             **self.shape, **self.dots, **self.packed, **self.options("output"),
         )  # fmt: skip
         return out
@@ -163,7 +164,7 @@ class ScalarGate:
         dq, dk = (self.empty(self.splits, self.B, self.T, self.G, self.K, **sums) for _ in range(2))
         rows, pairs = self.C // halves, halves * (halves + 1) // 2
         dscores = self.empty(self.splits, y.chunks, self.G, pairs, rows, rows, dtype=self.dtype)
-        row_flow, column_flow, state_flow = (self.empty(y.chunks, H, self.C) for _ in range(3))
+        walk_flow, row_flow, column_flow, state_flow = (self.empty(y.chunks, H, self.C) for _ in range(4))
         cross_scales = self.empty(y.chunks if halves > 1 else 0, H, rows)
         read_paths, beyond = self.empty(y.chunks, H, READS), self.empty(y.chunks, halves, H, READS)
         q_, k_, v_, l_, o_ = (x.stride()[:3] for x in (self.q, self.k, self.v, self.level_scales, do))
@@ -177,12 +178,12 @@ class ScalarGate:
                 *self.sizes, self.R, self.L, self.scale, dscores.stride(0), *q_, *k_, *v_, *l_, *o_,
                 dv.stride(1), dlevel_scales.stride(1),
                 LOG_J=log2(rows), J=rows, I=self.C - half * rows,
-                BV=self.value_tile("in_chunk_backward"), SPLIT=self.splits,
+                BV=self.value_tile("in_chunk_backward"), SPLIT=self.splits, LINEAR=self.L == 1,
                 **self.shape, **self.dots, **self.packed, **self.options("in_chunk_backward", half),
             )  # fmt: skip
         walk_backward_kernel[(programs,)](
             self.q, self.k, self.level_scales, self.cumulative, self.slots, self.nodes, self.log_p, do,
-            dscores, cross_scales, dq, dlevel_scales, row_flow, read_paths, beyond, y.table,
+            dscores, cross_scales, dq, dlevel_scales, walk_flow, read_paths, beyond, y.table,
             *self.sizes, self.R, self.L, y.cap, self.scale, *planes, *q_, *k_, *l_, *o_, dlevel_scales.stride(1),
             LOG_C=self.log_c, HALVES=halves, BV=self.value_tile("walk_backward"), SPLIT=self.splits,
             NODES=self.has_nodes,
@@ -197,7 +198,7 @@ class ScalarGate:
         )  # fmt: skip
         parts = self.sweep_parts("down_sweep")
         decay_backward_kernel[(y.chunks * H,)](
-            self.log_decay, row_flow, column_flow, state_flow, dtotals, dlog_decay, y.table,
+            self.log_decay, walk_flow, row_flow, column_flow, state_flow, dtotals, dlog_decay, y.table,
             *self.sizes, *self.log_decay.stride(), dlog_decay.stride(1), dtotals.stride(0), dtotals.stride(1),
             C=self.C, STOREYS=len(y.runs), PARTS=parts, PARTS_2=triton.next_power_of_2(parts),
             **self.packed, num_warps=1,

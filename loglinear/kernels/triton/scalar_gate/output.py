@@ -10,6 +10,7 @@ import triton.language as tl
 from loglinear.kernels.triton.tiles import (
     READS,
     SIZES,
+    arrived,
     head_program,
     load_blocks,
     load_rows,
@@ -31,13 +32,14 @@ def output_kernel(
     T, N, H, R, L, cap, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, l_b, l_t, l_h,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, HALVES: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, LINEAR: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """One half of a chunk, one head, one tile of V; heads are the fastest axis, so that neighbours share keys."""
     TILES: tl.constexpr = (V + BV - 1) // BV
     ROWS: tl.constexpr = C // HALVES
-    LOG_ROWS: tl.constexpr = LOG_C if HALVES == 1 else LOG_C - 1
+    LEVELS: tl.constexpr = 0 if LINEAR else (LOG_C if HALVES == 1 else LOG_C - 1)
+    DTYPE: tl.constexpr = level_scales.dtype.element_ty
     tile, h, part = head_program(TILES, H)
     half, c = part % HALVES, (part // HALVES).to(tl.int64)
     b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
@@ -52,14 +54,14 @@ def output_kernel(
     k_CK = load_rows(k_rows, k_t, n, 0, ROWS, K, BK).to(DOT)
     v_CV = load_rows(v_rows, v_t, n, tile * BV, ROWS, V, BV).to(DOT)
     G = tl.load(cumulative + row + i)
-    own = load_scale(scales, l_t, n, 0, L, i)
+    own, far = load_scale(scales, l_t, n, 0, L, i), load_scale(scales, l_t, n, LEVELS, L, i)
     read, end_of_blocks, are_nodes = walk(z, z0, cap)
     log_block = load_blocks(log_p, c, z, z0, cap, h, H)
     remaining = tl.sum(tl.where(read, 1 << tl.arange(0, READS), 0), 0)
     # lambda of a block is loaded one read ahead.
     ahead = load_scale(scales, l_t, n, LOG_C + 1 + nearest(remaining), L, i)
 
-    weights_CC = spread_scales(own, scales, l_t, n, L, scale, i, ROWS, LOG_ROWS)
+    weights_CC = spread_scales(own, far, scales, l_t, n, L, scale, i, ROWS, LEVELS)
     weights_CC *= tl.where(i[:, None] >= i[None, :], tl.exp2(G[:, None] - G[None, :]), 0.0)
     weights_CC *= tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
     out_CV = tl.dot(weights_CC.to(DOT), v_CV, input_precision=PRECISION)
@@ -67,7 +69,7 @@ def output_kernel(
         # The second half reads all of the first at one level; exp(G_i - G_j) through the end of the first.
         before = cumulative + row - ROWS
         between = tl.load(before + ROWS - 1)
-        weight = load_scale(scales, l_t, n, LOG_C, L, i) * scale * tl.exp2(G - between)
+        weight = arrived(load_scale(scales, l_t, n, LOG_C, L, i), DTYPE) * scale * tl.exp2(G - between)
         to_end = tl.exp2(between - tl.load(before + i))
         k_before = load_rows(k_rows - ROWS * k_t, k_t, ROWS, 0, ROWS, K, BK).to(DOT)
         v_before = load_rows(v_rows - ROWS * v_t, v_t, ROWS, tile * BV, ROWS, V, BV).to(DOT)
@@ -78,7 +80,7 @@ def output_kernel(
     for _ in range(tl.sum(read.to(tl.int32), 0)):
         l = nearest(remaining)
         remaining &= remaining - 1
-        weight = ahead * scale * tl.exp2(G + path_of(l, log_block))
+        weight = arrived(ahead, DTYPE) * scale * tl.exp2(G + path_of(l, log_block))
         ahead = load_scale(scales, l_t, n, LOG_C + 1 + nearest(remaining), L, i)
         state = slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, K * V, NODES)
         state_KV = load_state(state, tile * BV, K, V, BK, BV)

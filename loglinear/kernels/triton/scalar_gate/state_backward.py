@@ -15,6 +15,7 @@ from loglinear.kernels.triton.tiles import (
     RUN,
     SIZES,
     STOREY,
+    arrived,
     head_program,
     load_rows,
     load_scale,
@@ -29,14 +30,15 @@ from loglinear.kernels.triton.tiles import (
 
 @triton.jit
 def load_reader(scales, l_t, cumulative, read_paths, beyond, c, first, end, l, h, H, C: tl.constexpr, HALVES: tl.constexpr):
-    """Of one reader: log2 of the decay from the slot to its tokens, their lambda, and what flows on beyond the slot."""
-    n = tl.minimum(end - first, C).to(tl.int32)
-    log_decay = tl.load(cumulative + (c * H + h) * C + tl.arange(0, C), mask=tl.arange(0, C) < n, other=0.0)
-    log_decay += tl.load(read_paths + (c * H + h) * READS + l, mask=n > 0, other=0.0)
-    flow = tl.load(beyond + (c * HALVES * H + h) * READS + l, mask=n > 0, other=0.0)
-    if HALVES > 1:
-        flow += tl.load(beyond + ((c * HALVES + 1) * H + h) * READS + l, mask=n > C // HALVES, other=0.0)
-    return load_scale(scales + first * l_t, l_t, n, 0, 1, tl.arange(0, C)), log_decay, flow
+    """Of one reader: its lambda, the two parts of log2 of the decay from the slot to its tokens, and what flows on beyond
+    the slot, for each half. Nothing is computed with them here: that would wait for them."""
+    i, n = tl.arange(0, C), tl.minimum(end - first, C).to(tl.int32)
+    G = tl.load(cumulative + (c * H + h) * C + i, mask=i < n, other=0.0)
+    path = tl.load(read_paths + (c * H + h) * READS + l, mask=n > 0, other=0.0)
+    flow_0 = tl.load(beyond + (c * HALVES * H + h) * READS + l, mask=n > 0, other=0.0)
+    in_second = n > (C // 2 if HALVES == 2 else C)
+    flow_1 = tl.load(beyond + ((c * HALVES + HALVES - 1) * H + h) * READS + l, mask=in_second, other=0.0)
+    return load_scale(scales + first * l_t, l_t, n, 0, 1, i), G, path, flow_0, flow_1
 
 
 @triton.jit
@@ -51,13 +53,13 @@ def gather_readers(
     dlog = tl.zeros([], tl.float32)
     readers = tl.minimum(readers, ((end - first + C - 1) // C).to(tl.int32))
     # Vectors are loaded one reader ahead: nothing else would hide their latency.
-    weight_c, log_decay_c, flow_c = load_reader(
+    scale_c, G_c, path_c, flow_0_c, flow_1_c = load_reader(
         scales, l_t, cumulative, read_paths, beyond, c, first, tl.where(readers > 0, end, first), l, h, H, C, HALVES
     )
     for reader in range(readers):
-        weight, flow = weight_c * scale * tl.exp2(log_decay_c), flow_c
+        weight, flow = arrived(scale_c, scales.dtype.element_ty) * scale * tl.exp2(G_c + path_c), flow_0_c + flow_1_c
         stop = tl.where(reader + 1 < readers, end, first)
-        weight_c, log_decay_c, flow_c = load_reader(
+        scale_c, G_c, path_c, flow_0_c, flow_1_c = load_reader(
             scales, l_t, cumulative, read_paths, beyond, c + 1, first + C, stop, l, h, H, C, HALVES
         )
         n = tl.minimum(end - first, C).to(tl.int32)

@@ -13,6 +13,7 @@ import triton.language as tl
 from loglinear.kernels.triton.tiles import (
     READS,
     SIZES,
+    arrived,
     group_program,
     load_blocks,
     load_rows,
@@ -27,16 +28,10 @@ from loglinear.kernels.triton.tiles import (
 )
 
 
-@triton.jit
-def load_row(base, stride, n, ROWS: tl.constexpr):
-    i = tl.arange(0, ROWS)
-    return tl.load(base + i * stride, mask=i < n, other=0.0).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def walk_backward_kernel(
     q, k, level_scales, cumulative, slots, nodes, log_p, do, dscores, cross_scales,
-    dq, dlevel_scales, row_flow, read_paths, beyond, table,
+    dq, dlevel_scales, walk_flow, read_paths, beyond, table,
     T, N, H, R, L, cap, scale, plane, dscores_plane,
     q_b, q_t, q_h, k_b, k_t, k_h, l_b, l_t, l_h, o_b, o_t, o_h, dl_t,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, HALVES: tl.constexpr,
@@ -47,6 +42,7 @@ def walk_backward_kernel(
     LOG_C + 1 on (and LOG_C with two halves; adding to the last one where the chunk shares it), adds to row_flow,
     and for the readers' adjoint read_paths [chunk, H, READS] and beyond [chunk, half, H, READS]: what flows on to
     farther blocks than each."""
+    DTYPE: tl.constexpr = level_scales.dtype.element_ty
     TILES: tl.constexpr = (V + BV - 1) // BV
     ROWS: tl.constexpr = C // HALVES
     LOG_ROWS: tl.constexpr = LOG_C if HALVES == 1 else LOG_C - 1
@@ -70,38 +66,36 @@ def walk_backward_kernel(
     read, end_of_blocks, are_nodes = walk(z, z0, cap)
     reads = tl.sum(tl.where(read, 1 << l_R, 0), 0)
     count = tl.sum(read.to(tl.int32), 0)
-    G_h = tl.load(cumulative + (c * H + head) * C + half * ROWS + i)
+    # Vectors are loaded one head or one read ahead: nothing else would hide their latency.
+    row = (c * H + head) * C + half * ROWS
+    level_scales += b * l_b + first * l_t
+    G_h = tl.load(cumulative + row + i)
     log_block_h = load_blocks(log_p, c, z, z0, cap, head, H)
+    ahead = load_scale(level_scales + head * l_h, l_t, n, LOG_C + 1 + nearest(reads), L, i)
     for h in range(head, head + share):
-        # Vectors are loaded one head or one read ahead: nothing else would hide their latency.
         i = rows_again(h, 0, ROWS)
         G, log_block = G_h, log_block_h
         h_ahead = tl.minimum(h + 1, head + share - 1)
-        G_h = tl.load(cumulative + (c * H + h_ahead) * C + half * ROWS + i)
+        G_h = tl.load(cumulative + row + (h_ahead - head) * C + i)
         log_block_h = load_blocks(log_p, c, z, z0, cap, h_ahead, H)
-        scales = level_scales + b * l_b + first * l_t + h * l_h
-        remaining = reads
-        ahead = load_scale(scales, l_t, n, LOG_C + 1 + nearest(remaining), L, i)
+        scales, to = level_scales + h * l_h, dlevel_scales + token * dl_t + h * L
         do_h = do + b * o_b + first * o_t + h * o_h
         if TILES == 1:
             do_CV = load_rows(do_h, o_t, n, 0, ROWS, V, BV).to(DOT)
-        to = dlevel_scales + token * dl_t + h * L
-        # The last column may hold more than one read, and levels of the chunk itself.
-        in_last = load_row(to + last, dl_t, tl.where(last <= LOG_ROWS, n, 0), ROWS)
-        to_flow = row_flow + (c * H + h) * C + half * ROWS + i
-        flow = tl.load(to_flow)
         if HALVES > 1:
-            cross = load_row(cross_scales + (c * H + h) * ROWS, 1, tl.where(half > 0, n, 0), ROWS)
-            flow += cross * load_scale(scales, l_t, n, LOG_C, L, i)
-            in_last += tl.where(last <= LOG_C, cross, 0.0)
-            tl.store(to + i * dl_t + LOG_C, cross.to(to.dtype.element_ty), mask=i < tl.where(last > LOG_C, n, 0))
-        flows = tl.zeros([ROWS, READS], tl.float32)
+            in_first = i < tl.where(half > 0, n, 0)
+            cross = tl.load(cross_scales + (c * H + h) * ROWS + i, mask=in_first, other=0.0)
+            cross_scale = load_scale(scales, l_t, n, LOG_C, L, i)
+        remaining, in_last = reads, tl.zeros([ROWS], tl.float32)
+        flow, flows = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, READS], tl.float32)
         from_start = tl.exp2(G) * scale
         for _ in range(count):
             l = nearest(remaining)
             remaining &= remaining - 1
-            level_scale = ahead
-            ahead = load_scale(scales, l_t, n, LOG_C + 1 + nearest(remaining), L, i)
+            level_scale = arrived(ahead, DTYPE)
+            following = tl.where(remaining == 0, reads, remaining)
+            of_head = level_scales + tl.where(remaining == 0, h_ahead, h) * l_h
+            ahead = load_scale(of_head, l_t, n, LOG_C + 1 + nearest(following), L, i)
             state = slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, K * V, NODES)
             decay = from_start * tl.exp2(path_of(l, log_block))
             weight = decay * level_scale
@@ -115,14 +109,21 @@ def walk_backward_kernel(
                 weighted_CV = (do_float * weight[:, None]).to(DOT)
                 dq_CK = tl.dot(weighted_CV, tl.trans(state_KV), dq_CK, input_precision=PRECISION)
             dscale *= decay
+            flow += dscale * level_scale
             flows += tl.where(l_R[None, :] == l, (dscale * level_scale)[:, None], 0.0)
             in_last += tl.where(l >= cap, dscale, 0.0)
             tl.store(to + i * dl_t + LOG_C + 1 + l, dscale.to(to.dtype.element_ty), mask=i < tl.where(l < cap, n, 0))
+        if HALVES > 1:
+            flow += cross * arrived(cross_scale, DTYPE)
+            in_last += tl.where(last <= LOG_C, cross, 0.0)
+            tl.store(to + i * dl_t + LOG_C, cross.to(to.dtype.element_ty), mask=i < tl.where(last > LOG_C, n, 0))
+        if last <= LOG_ROWS:  # levels of the chunk are in the last column too
+            in_last += tl.load(to + i * dl_t + last, mask=i < n, other=0.0).to(tl.float32)
         tl.store(to + i * dl_t + last, in_last.to(to.dtype.element_ty), mask=i < n)
         unread = (l_R < cap) & (((reads >> l_R) & 1) == 0)
         column_RR = (i * dl_t)[:, None] + (LOG_C + 1 + l_R)[None, :]
         tl.store(to + column_RR, tl.zeros_like(flows).to(to.dtype.element_ty), mask=(i < n)[:, None] & unread[None, :])
-        tl.store(to_flow, flow + tl.sum(flows, 1))
+        tl.store(walk_flow + row + (h - head) * C + i, flow)
         flow_R = tl.sum(flows, 0)
         tl.store(beyond + ((c * HALVES + half) * H + h) * READS + l_R, tl.cumsum(flow_R, 0, reverse=True) - flow_R)
         if half == 0:
