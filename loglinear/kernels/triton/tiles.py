@@ -76,9 +76,9 @@ def locate_run(run, table, N, storey, PACKED: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, stride, n, first_column, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """A [ROWS, COLUMNS] tile of rows of WIDTH numbers; 0 from row n on and beyond WIDTH."""
-    i, j = tl.arange(0, ROWS)[:, None], first_column + tl.arange(0, COLUMNS)[None, :]
+def load_rows(base, stride, n, first_column, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, turn=0):
+    """A [ROWS, COLUMNS] tile of rows of WIDTH numbers; 0 from row n on and beyond WIDTH. For `turn` see `rows_again`."""
+    i, j = rows_again(turn, 0, ROWS)[:, None], first_column + tl.arange(0, COLUMNS)[None, :]
     inside = i < n
     if WIDTH % COLUMNS != 0:
         inside = inside & (j < WIDTH)
@@ -86,8 +86,8 @@ def load_rows(base, stride, n, first_column, ROWS: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
-def store_rows(base, stride, n, first_column, x, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    i, j = tl.arange(0, ROWS)[:, None], first_column + tl.arange(0, COLUMNS)[None, :]
+def store_rows(base, stride, n, first_column, x, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, turn=0):
+    i, j = rows_again(turn, 0, ROWS)[:, None], first_column + tl.arange(0, COLUMNS)[None, :]
     inside = i < n
     if WIDTH % COLUMNS != 0:
         inside = inside & (j < WIDTH)
@@ -95,9 +95,9 @@ def store_rows(base, stride, n, first_column, x, ROWS: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
-def load_state(base, first_column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """A [BK, BV] tile of a [K, V] state."""
-    i, j = tl.arange(0, BK)[:, None], first_column + tl.arange(0, BV)[None, :]
+def load_state(base, first_column, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, turn=0):
+    """A [BK, BV] tile of a [K, V] state. For `turn` see `rows_again`."""
+    i, j = rows_again(turn, 0, BK)[:, None], first_column + tl.arange(0, BV)[None, :]
     if (K == BK) & (V % BV == 0):
         return tl.load(base + (i * V + j))
     else:
@@ -171,12 +171,6 @@ def paths(log_p, c, z, z0, cap, h, H):
 
 
 @triton.jit
-def path_of(l, log_block):
-    """The path of one candidate: log2 of the decay over the nearer blocks."""
-    return tl.sum(tl.where(tl.arange(0, READS) < l, log_block, 0.0), 0)
-
-
-@triton.jit
 def nearest(remaining):
     """The first candidate in a set of candidates given as bits; 0 when there is none."""
     return tl.maximum(exponent(remaining & -remaining), 0)
@@ -236,27 +230,95 @@ def zeros_again(turn, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def spread_scales(own, far, base, stride, n, L, scale, i, COLUMNS: tl.constexpr, LEVELS: tl.constexpr):
-    """scale * LAM[i, j], LAM[i, j] = lambda[i, level(i, j)] with level = bit_length(i XOR j) <= LEVELS; whoever takes it
-    has to leave out j > i. `own` and `far` are the first and the last of these levels, loaded ahead: the others, which
-    lie between them in memory, came along."""
-    DTYPE: tl.constexpr = base.dtype.element_ty
-    distance = i[:, None] ^ tl.arange(0, COLUMNS)[None, :]
-    spread = tl.broadcast_to((arrived(own, DTYPE) * scale)[:, None], distance.shape)
-    for level in tl.static_range(1, LEVELS + 1):
-        if level == LEVELS:
-            at_level = far
-        else:
-            at_level = load_scale(base, stride, n, level, L, i)
-        spread = tl.where(distance >= (1 << (level - 1)), (arrived(at_level, DTYPE) * scale)[:, None], spread)
-    return spread
+def identity(SIZE: tl.constexpr, DOT: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    return (i[:, None] == i[None, :]).to(tl.float32).to(DOT)
 
 
 @triton.jit
-def sums_at_level(x, i, COLUMNS: tl.constexpr, level: tl.constexpr):
-    """Row sums of x [i, j] over the places at one level."""
-    distance = i[:, None] ^ tl.arange(0, COLUMNS)[None, :]
-    if level == 0:
-        return tl.sum(tl.where(distance == 0, x, 0.0), 1)
+def as_product(x, one, PRECISION: tl.constexpr):
+    """float32 x, laid out over the threads as a product's result, which other products take as it is. A loaded tile is laid
+    out for its load, and each product that it was scaled for would send it through shared memory."""
+    return tl.dot(x, one, input_precision=PRECISION)
+
+
+@triton.jit
+def load_read_scales(base, stride, n, L, i, LOG_C: tl.constexpr):
+    """lambda of each candidate read, whether it is read or not: [rows, READS], loaded ahead."""
+    columns = tl.minimum(LOG_C + 1 + tl.arange(0, READS), L - 1)[None, :]
+    return load_ahead(base + ((i * stride)[:, None] + columns), (i < n)[:, None] & (columns >= 0))
+
+
+@triton.jit
+def scales_as_product(scales, DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """float32 of a [rows, 16] tile of lambdas that were loaded ahead, see `as_product`."""
+    x = arrived(scales, DTYPE)
+    if DTYPE == DOT:
+        return as_product(x.to(DOT), identity(16, DOT), PRECISION)
     else:
-        return tl.sum(tl.where((distance >> (level - 1)) == 1, x, 0.0), 1)
+        return dot_float32(x, identity(16, DOT), DOT, PRECISION)
+
+
+@triton.jit
+def column_of(x, l):
+    """Column l of a [rows, READS] tile."""
+    return tl.sum(tl.where(tl.arange(0, READS)[None, :] == l, x, 0.0), 1)
+
+
+# level(i, j) = bit_length(i XOR j) over a tile would take a comparison and a choice for each level and place. But levels
+# up to 3, inside aligned blocks of 8, depend on j mod 8 alone, and farther ones on the block of 8 that j lies in. So a
+# row needs 16 classes of columns: 8 near and 8 far ones. Products with their indicators spread a [row, class] tile to
+# all columns, and fold sums over columns into one.
+
+
+@triton.jit
+def class_levels(i):
+    """[i, c]: the level of class c for row i; -1 for the block of 8 that i itself lies in."""
+    c = tl.arange(0, 16)[None, :]
+    near = tl.maximum(exponent((i % 8)[:, None] ^ c) + 1, 0)
+    far = tl.maximum(exponent((i // 8)[:, None] ^ (c - 8)) + 4, -1)
+    return tl.where(c < 8, near, far)
+
+
+@triton.jit
+def near_classes(COLUMNS: tl.constexpr):
+    """[j, c]: is j mod 8 = c?"""
+    return (tl.arange(0, COLUMNS) % 8)[:, None] == tl.arange(0, 16)[None, :]
+
+
+@triton.jit
+def far_classes(COLUMNS: tl.constexpr):
+    """[j, c]: is j in block c - 8?"""
+    return (tl.arange(0, COLUMNS) // 8)[:, None] == (tl.arange(0, 16) - 8)[None, :]
+
+
+@triton.jit
+def is_near(i, COLUMNS: tl.constexpr):
+    return (i[:, None] ^ tl.arange(0, COLUMNS)[None, :]) < 8
+
+
+@triton.jit
+def load_class_scales(base, stride, n, L, i):
+    """lambda of each row's classes, 0 for its own block: [i, c], loaded ahead."""
+    level = class_levels(i)
+    columns = tl.minimum(tl.maximum(level, 0), L - 1)
+    return load_ahead(base + ((i * stride)[:, None] + columns), (i < n)[:, None] & (level >= 0))
+
+
+@triton.jit
+def spread(x, classes, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    if x.dtype == DOT:
+        return tl.dot(x, tl.trans(classes), input_precision=PRECISION)
+    else:
+        return dot_float32(x, tl.trans(classes), DOT, PRECISION)
+
+
+@triton.jit
+def spread_scales(
+    scales, DTYPE: tl.constexpr, near_JC, far_JC, i, J: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """LAM[i, j] = lambda[i, level(i, j)] from scales [i, c] of an array of DTYPE; whoever takes it has to leave out j > i."""
+    x = arrived(scales, DTYPE)
+    if DTYPE == DOT:
+        x = x.to(DOT)
+    return tl.where(is_near(i, J), spread(x, near_JC, DOT, PRECISION), spread(x, far_JC, DOT, PRECISION))

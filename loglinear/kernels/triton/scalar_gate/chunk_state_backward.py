@@ -9,7 +9,7 @@ The first terms are the adjoint of `chunk_state`; dA, of the chunk itself, comes
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.tiles import SIZES, group_program, load_rows, load_state, store_rows
+from loglinear.kernels.triton.tiles import SIZES, as_product, group_program, identity, load_rows, load_state, store_rows
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -35,6 +35,7 @@ def chunk_state_backward_kernel(
     i = tl.arange(0, ROWS)
     q_rows = q + b * q_b + first * q_t + group * q_h
     tiles = dscores + split * dscores_plane + (c * groups + group) * (PAIRS * ROWS * ROWS)
+    one = identity(BV, DOT)
     dk_CK = tl.zeros([ROWS, BK], tl.float32)
     for later in range(half, HALVES):
         n_later = tl.minimum(end - first - (later - half) * ROWS, ROWS).to(tl.int32)
@@ -53,13 +54,14 @@ def chunk_state_backward_kernel(
         flow = tl.zeros([ROWS], tl.float32)
         for tile in tl.static_range(TILES):
             to_dv = dv + token * dv_t + h * V
-            in_chunk_CV = load_rows(to_dv, dv_t, n, tile * BV, ROWS, V, BV)
-            v_CV = load_rows(v + b * v_b + first * v_t + h * v_h, v_t, n, tile * BV, ROWS, V, BV).to(tl.float32)
+            in_chunk_CV = load_rows(to_dv, dv_t, n, tile * BV, ROWS, V, BV, h)
+            v_CV = load_rows(v + b * v_b + first * v_t + h * v_h, v_t, n, tile * BV, ROWS, V, BV, h).to(DOT)
+            v_CV = as_product(v_CV, one, PRECISION)
             dstate_KV = load_state(dslots + (c * H + h) * (K * V), tile * BV, K, V, BK, BV)
             dk_CK = tl.dot((v_CV * to_end).to(DOT), tl.trans(dstate_KV), dk_CK, input_precision=PRECISION)
             dv_CV = tl.dot(k_CK, dstate_KV, input_precision=PRECISION) * to_end
             flow += tl.sum(dv_CV * v_CV, 1)
             dv_CV += in_chunk_CV.to(tl.float32)
-            store_rows(to_dv, dv_t, n, tile * BV, dv_CV, ROWS, V, BV)
+            store_rows(to_dv, dv_t, n, tile * BV, dv_CV, ROWS, V, BV, h)
         tl.store(state_flow + row + (h - head) * C, flow)
     store_rows(dk + split * plane + (token * groups + group) * K, groups * K, n, 0, dk_CK, ROWS, K, BK)

@@ -12,45 +12,38 @@ import triton.language as tl
 
 from loglinear.kernels.triton.tiles import (
     SIZES,
+    arrived,
+    class_levels,
+    far_classes,
     group_program,
+    is_near,
+    load_class_scales,
     load_rows,
     load_scale,
+    near_classes,
     rows_again,
     spread_scales,
     store_rows,
-    sums_at_level,
     zeros_again,
 )
 
 
 @triton.jit
-def store_level_gradients(
-    to, stride, cross_scales, pulled_IJ, blocks_JB, i, n, L, scale,
-    I: tl.constexpr, J: tl.constexpr, LOG_J: tl.constexpr, LINEAR: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dlambda of the first J queries at their levels; levels from the last on are summed into its column. Of the
-    queries behind them, which see all keys at one level, into cross_scales.
+def level_sums(x, near_JC, far_JC, i, J: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums of x [i, j] over the columns of each class [i, c]."""
+    near = tl.where(is_near(i, J), x, 0.0)
+    return tl.dot(near.to(DOT), near_JC, tl.dot(x.to(DOT), far_JC, input_precision=PRECISION), input_precision=PRECISION)
 
-    Near levels are sums over single keys, far ones over 16 blocks of keys, whose sums are one product."""
-    inside = i < tl.minimum(n, J)
-    if LINEAR:
-        total = tl.sum(pulled_IJ, 1) * scale
-        tl.store(to + i * stride, total.to(to.dtype.element_ty), mask=inside)
-    else:
-        NEAR: tl.constexpr = LOG_J - 4
-        past = tl.zeros([I], tl.float32)
-        by_block = tl.dot(pulled_IJ.to(DOT), blocks_JB, input_precision=PRECISION)
-        for level in tl.static_range(LOG_J + 1):
-            if level <= NEAR:
-                gradient = sums_at_level(pulled_IJ, i, J, level)
-            else:
-                gradient = sums_at_level(by_block, i >> NEAR, 16, level - NEAR)
-            past = tl.where(level > L - 1, past, 0.0) + gradient * scale
-            tl.store(to + (i * stride + tl.minimum(level, L - 1)), past.to(to.dtype.element_ty), mask=inside)
-        total = tl.sum(by_block, 1) * scale
-    if I > J:
-        tl.store(cross_scales + i - J, total, mask=i >= J)
+
+@triton.jit
+def by_level(sums, i, L, I: tl.constexpr, LOG_J: tl.constexpr):
+    """[i, level] from sums over classes; levels from the last on are summed into its column."""
+    level_IC, column = class_levels(i), tl.arange(0, 16)[None, :]
+    gradients, past = tl.zeros([I, 16], tl.float32), tl.zeros([I], tl.float32)
+    for level in tl.static_range(LOG_J + 1):
+        past = tl.where(level > L - 1, past, 0.0) + tl.sum(tl.where(level_IC == level, sums, 0.0), 1)
+        gradients = tl.where(column == tl.minimum(level, L - 1), past[:, None], gradients)
+    return gradients
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -67,7 +60,7 @@ def in_chunk_backward_kernel(
     Writes dv, row_flow and column_flow [chunk, H, C] (what each token reads here and gives), dscores [plane, chunk,
     group, pair, J, J] (pairs of halves: 00, 10, 11), the columns of dlevel_scales up to LOG_J, and with I > J, instead of
     the other queries' dlevel_scales and row_flow, cross_scales [chunk, H, J], their dlambda."""
-    LEVELS: tl.constexpr = 0 if LINEAR else (LOG_J if I == J else LOG_J + 1)
+    DTYPE: tl.constexpr = level_scales.dtype.element_ty
     TILES: tl.constexpr = (V + BV - 1) // BV
     PAIRS: tl.constexpr = 1 if C == J else 3
     split, group, head, share, half, n, first, c, b, end, z, z0, sequence = group_program(
@@ -78,30 +71,37 @@ def in_chunk_backward_kernel(
     if n <= 0:
         return
     token, i, j = b * T + first, tl.arange(0, I), tl.arange(0, J)
-    blocks_JB = ((j[:, None] >> (LOG_J - 4)) == tl.arange(0, 16)[None, :]).to(tl.float32).to(DOT)
+    near_JC, far_JC = near_classes(J).to(tl.float32).to(DOT), far_classes(J).to(tl.float32).to(DOT)
     q_IK = load_rows(q + b * q_b + first * q_t + group * q_h, q_t, n, 0, I, K, BK).to(DOT)
     k_JK = load_rows(k + b * k_b + first * k_t + group * k_h, k_t, n, 0, J, K, BK).to(DOT)
     dscores_IJ = tl.zeros([I, J], tl.float32)
     # Vectors are loaded one head ahead: nothing else would hide their latency.
     scales, row = level_scales + b * l_b + first * l_t, cumulative + c * H * C + C - I
-    own_h = load_scale(scales + head * l_h, l_t, n, 0, L, i)
-    far_h = load_scale(scales + head * l_h, l_t, n, LEVELS, L, i)
-    G_i_h, G_j_h = tl.load(row + head * C + i), tl.load(row + head * C + j)
+    if LINEAR:
+        lambdas_h = load_scale(scales + head * l_h, l_t, n, 0, L, i)
+    else:
+        lambdas_h = load_class_scales(scales + head * l_h, l_t, n, L, i)
+    G_h = tl.load(row + head * C + i)
     for h in range(head, head + share):
-        own, far, G_i, G_j = own_h, far_h, G_i_h, G_j_h
-        ahead = tl.minimum(h + 1, head + share - 1)
-        own_h = load_scale(scales + ahead * l_h, l_t, n, 0, L, i)
-        far_h = load_scale(scales + ahead * l_h, l_t, n, LEVELS, L, i)
-        G_i_h, G_j_h = tl.load(row + ahead * C + i), tl.load(row + ahead * C + j)
+        lambdas, G_i = lambdas_h, G_h
+        ahead, rows = tl.minimum(h + 1, head + share - 1), rows_again(h, 0, I)
+        if LINEAR:
+            lambdas_h = load_scale(scales + ahead * l_h, l_t, n, 0, L, rows)
+        else:
+            lambdas_h = load_class_scales(scales + ahead * l_h, l_t, n, L, rows)
+        G_h = tl.load(row + ahead * C + rows)
 
         v_h_, do_h = v + b * v_b + first * v_t + h * v_h, do + b * o_b + first * o_t + h * o_h
         pulled_IJ = tl.zeros([I, J], tl.float32)
         for tile in tl.static_range(TILES):
-            v_JV = load_rows(v_h_, v_t, n, tile * BV, J, V, BV).to(DOT)
-            do_IV = load_rows(do_h, o_t, n, tile * BV, I, V, BV).to(DOT)
+            v_JV = load_rows(v_h_, v_t, n, tile * BV, J, V, BV, h).to(DOT)
+            do_IV = load_rows(do_h, o_t, n, tile * BV, I, V, BV, h).to(DOT)
             pulled_IJ = tl.dot(do_IV, tl.trans(v_JV), pulled_IJ, input_precision=PRECISION)
-        rows = rows_again(h, 0, I)
-        scales_IJ = spread_scales(own, far, scales + h * l_h, l_t, n, L, scale, rows, J, LEVELS)
+        if LINEAR:
+            scales_IJ = (arrived(lambdas, DTYPE) * scale)[:, None]
+        else:
+            scales_IJ = spread_scales(lambdas, DTYPE, near_JC, far_JC, rows, J, DOT, PRECISION) * scale
+        G_j = tl.load(row + h * C + rows_again(h, 2, J))
         decay_IJ = tl.where(rows[:, None] >= j[None, :], tl.exp2(G_i[:, None] - G_j[None, :]), 0.0)
         dscores_IJ += pulled_IJ * (decay_IJ * scales_IJ)
         decay_IJ *= tl.dot(q_IK, tl.trans(k_JK), zeros_again(h, I, J), input_precision=PRECISION)
@@ -109,16 +109,30 @@ def in_chunk_backward_kernel(
         read_IJ = (decay_IJ * scales_IJ).to(DOT)
         for tile in tl.static_range(TILES):
             if TILES > 1:
-                do_IV = load_rows(do_h, o_t, n, tile * BV, I, V, BV).to(DOT)
+                do_IV = load_rows(do_h, o_t, n, tile * BV, I, V, BV, h).to(DOT)
             dv_JV = tl.dot(tl.trans(read_IJ), do_IV, input_precision=PRECISION)
-            store_rows(dv + token * dv_t + h * V, dv_t, n, tile * BV, dv_JV, J, V, BV)
+            store_rows(dv + token * dv_t + h * V, dv_t, n, tile * BV, dv_JV, J, V, BV, h)
         flow_IJ = pulled_IJ * scales_IJ
         to = (c * H + h) * C + C - I
-        tl.store(row_flow + to + i, tl.sum(flow_IJ, 1), mask=i < J)
-        tl.store(column_flow + to + j, tl.sum(flow_IJ, 0))
-        store_level_gradients(
-            dlevel_scales + token * dl_t + h * L, dl_t, cross_scales + (c * H + h) * J,
-            pulled_IJ, blocks_JB, rows_again(h, 1, I), n, L, scale, I, J, LOG_J, LINEAR, DOT, PRECISION,
-        )  # fmt: skip
+        tl.store(row_flow + to + rows, tl.sum(flow_IJ, 1), mask=rows < J)
+        tl.store(column_flow + to + rows_again(h, 2, J), tl.sum(flow_IJ, 0))
+        # dlambda of the queries behind the keys, which see all of them at one level, goes into cross_scales.
+        to_scales, to_cross = dlevel_scales + token * dl_t + h * L, cross_scales + (c * H + h) * J - J
+        again = rows_again(h, 1, I)
+        if LINEAR:
+            total = tl.sum(pulled_IJ, 1) * scale
+            tl.store(to_scales + again * dl_t, total.to(dlevel_scales.dtype.element_ty), mask=again < tl.minimum(n, J))
+            if I > J:
+                tl.store(to_cross + again, total, mask=again >= J)
+        else:
+            sums_IC = level_sums(pulled_IJ, near_JC, far_JC, again, J, DOT, PRECISION) * scale
+            column = tl.arange(0, 16)
+            tl.store(
+                to_scales + ((again * dl_t)[:, None] + column[None, :]),
+                by_level(sums_IC, again, L, I, LOG_J).to(dlevel_scales.dtype.element_ty),
+                mask=(again < tl.minimum(n, J))[:, None] & (column < tl.minimum(L, LOG_J + 1))[None, :],
+            )
+            if I > J:
+                tl.store(to_cross + again, tl.sum(tl.where(column[None, :] >= 8, sums_IC, 0.0), 1), mask=again >= J)
     tiles = dscores + split * dscores_plane + ((c * (H // R) + group) * PAIRS + (C - I) // J * 2) * (J * J)
     tl.store(tiles + (i[:, None] * J + j[None, :]), dscores_IJ.to(dscores.dtype.element_ty))

@@ -11,18 +11,22 @@ from loglinear.kernels.triton.tiles import (
     READS,
     SIZES,
     arrived,
+    column_of,
+    far_classes,
     head_program,
-    load_blocks,
+    load_class_scales,
+    load_read_scales,
     load_rows,
     load_scale,
     load_state,
     locate,
+    near_classes,
     nearest,
-    path_of,
+    paths,
+    scales_as_product,
     slot_pointer,
     spread_scales,
     store_rows,
-    walk,
 )
 
 
@@ -38,7 +42,6 @@ def output_kernel(
     """One half of a chunk, one head, one tile of V; heads are the fastest axis, so that neighbours share keys."""
     TILES: tl.constexpr = (V + BV - 1) // BV
     ROWS: tl.constexpr = C // HALVES
-    LEVELS: tl.constexpr = 0 if LINEAR else (LOG_C if HALVES == 1 else LOG_C - 1)
     DTYPE: tl.constexpr = level_scales.dtype.element_ty
     tile, h, part = head_program(TILES, H)
     half, c = part % HALVES, (part // HALVES).to(tl.int64)
@@ -54,15 +57,19 @@ def output_kernel(
     k_CK = load_rows(k_rows, k_t, n, 0, ROWS, K, BK).to(DOT)
     v_CV = load_rows(v_rows, v_t, n, tile * BV, ROWS, V, BV).to(DOT)
     G = tl.load(cumulative + row + i)
-    own, far = load_scale(scales, l_t, n, 0, L, i), load_scale(scales, l_t, n, LEVELS, L, i)
-    read, end_of_blocks, are_nodes = walk(z, z0, cap)
-    log_block = load_blocks(log_p, c, z, z0, cap, h, H)
-    remaining = tl.sum(tl.where(read, 1 << tl.arange(0, READS), 0), 0)
-    # lambda of a block is loaded one read ahead.
-    ahead = load_scale(scales, l_t, n, LOG_C + 1 + nearest(remaining), L, i)
+    if LINEAR:
+        lambdas = load_scale(scales, l_t, n, 0, L, i)
+    else:
+        lambdas = load_class_scales(scales, l_t, n, L, i)
+    read, path = paths(log_p, c, z, z0, cap, h, H)
+    read_lambdas = load_read_scales(scales, l_t, n, L, i, LOG_C)
 
-    weights_CC = spread_scales(own, far, scales, l_t, n, L, scale, i, ROWS, LEVELS)
-    weights_CC *= tl.where(i[:, None] >= i[None, :], tl.exp2(G[:, None] - G[None, :]), 0.0)
+    if LINEAR:
+        weights_CC = (arrived(lambdas, DTYPE) * scale)[:, None]
+    else:
+        near_JC, far_JC = near_classes(ROWS).to(tl.float32).to(DOT), far_classes(ROWS).to(tl.float32).to(DOT)
+        weights_CC = spread_scales(lambdas, DTYPE, near_JC, far_JC, i, ROWS, DOT, PRECISION) * scale
+    weights_CC = weights_CC * tl.where(i[:, None] >= i[None, :], tl.exp2(G[:, None] - G[None, :]), 0.0)
     weights_CC *= tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
     out_CV = tl.dot(weights_CC.to(DOT), v_CV, input_precision=PRECISION)
     if half > 0:
@@ -77,14 +84,14 @@ def output_kernel(
         scores_CC *= weight[:, None] * to_end[None, :]
         out_CV = tl.dot(scores_CC.to(DOT), v_before, out_CV, input_precision=PRECISION)
 
+    read_weights = scales_as_product(read_lambdas, DTYPE, DOT, PRECISION) * tl.exp2(G[:, None] + path[None, :]) * scale
+    remaining = tl.sum(tl.where(read, 1 << tl.arange(0, READS), 0), 0)
     for _ in range(tl.sum(read.to(tl.int32), 0)):
         l = nearest(remaining)
         remaining &= remaining - 1
-        weight = arrived(ahead, DTYPE) * scale * tl.exp2(G + path_of(l, log_block))
-        ahead = load_scale(scales, l_t, n, LOG_C + 1 + nearest(remaining), L, i)
         state = slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, K * V, NODES)
         state_KV = load_state(state, tile * BV, K, V, BK, BV)
-        out_CV += weight[:, None] * tl.dot(q_CK, state_KV, input_precision=PRECISION)
+        out_CV += column_of(read_weights, l)[:, None] * tl.dot(q_CK, state_KV, input_precision=PRECISION)
     # [tokens, H, V], contiguous
     token = b * T + first
     store_rows(out + (token * H + h) * V, H * V, n, tile * BV, out_CV, ROWS, V, BV)

@@ -14,14 +14,18 @@ from loglinear.kernels.triton.tiles import (
     READS,
     SIZES,
     arrived,
+    as_product,
+    column_of,
     group_program,
+    identity,
     load_blocks,
+    load_read_scales,
     load_rows,
     load_scale,
     load_state,
     nearest,
-    path_of,
     rows_again,
+    scales_as_product,
     slot_pointer,
     store_rows,
     walk,
@@ -58,6 +62,7 @@ def walk_backward_kernel(
     k_rows = k + b * k_b + first * k_t + group * k_h
     pair = half * (half + 1) // 2
     tiles = dscores + split * dscores_plane + ((c * groups + group) * PAIRS + pair) * (ROWS * ROWS)
+    one = identity(BV, DOT)
     dq_CK = tl.zeros([ROWS, BK], tl.float32)
     for j in range(half + 1):
         dscores_CC = tl.load(tiles + j * (ROWS * ROWS) + i[:, None] * ROWS + i[None, :])
@@ -66,67 +71,61 @@ def walk_backward_kernel(
     read, end_of_blocks, are_nodes = walk(z, z0, cap)
     reads = tl.sum(tl.where(read, 1 << l_R, 0), 0)
     count = tl.sum(read.to(tl.int32), 0)
-    # Vectors are loaded one head or one read ahead: nothing else would hide their latency.
+    # What is small is loaded one head ahead: nothing else would hide its latency.
     row = (c * H + head) * C + half * ROWS
     level_scales += b * l_b + first * l_t
     G_h = tl.load(cumulative + row + i)
     log_block_h = load_blocks(log_p, c, z, z0, cap, head, H)
-    ahead = load_scale(level_scales + head * l_h, l_t, n, LOG_C + 1 + nearest(reads), L, i)
+    lambdas_h = load_read_scales(level_scales + head * l_h, l_t, n, L, i, LOG_C)
     for h in range(head, head + share):
         i = rows_again(h, 0, ROWS)
         G, log_block = G_h, log_block_h
         h_ahead = tl.minimum(h + 1, head + share - 1)
         G_h = tl.load(cumulative + row + (h_ahead - head) * C + i)
         log_block_h = load_blocks(log_p, c, z, z0, cap, h_ahead, H)
-        scales, to = level_scales + h * l_h, dlevel_scales + token * dl_t + h * L
+        lambdas = scales_as_product(lambdas_h, DTYPE, DOT, PRECISION)
+        lambdas_h = load_read_scales(level_scales + h_ahead * l_h, l_t, n, L, i, LOG_C)
+        to = dlevel_scales + token * dl_t + h * L
         do_h = do + b * o_b + first * o_t + h * o_h
         if TILES == 1:
-            do_CV = load_rows(do_h, o_t, n, 0, ROWS, V, BV).to(DOT)
+            do_CV = as_product(load_rows(do_h, o_t, n, 0, ROWS, V, BV, h).to(DOT), one, PRECISION)
         if HALVES > 1:
             in_first = i < tl.where(half > 0, n, 0)
             cross = tl.load(cross_scales + (c * H + h) * ROWS + i, mask=in_first, other=0.0)
-            cross_scale = load_scale(scales, l_t, n, LOG_C, L, i)
-        remaining, in_last = reads, tl.zeros([ROWS], tl.float32)
-        flow, flows = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, READS], tl.float32)
-        from_start = tl.exp2(G) * scale
+            cross_scale = load_scale(level_scales + h * l_h, l_t, n, LOG_C, L, i)
+        path = tl.cumsum(log_block, 0) - log_block
+        decays = tl.exp2(G[:, None] + path[None, :]) * scale
+        weights = lambdas * decays
+        remaining, pulled = reads, tl.zeros([ROWS, READS], tl.float32)
         for _ in range(count):
             l = nearest(remaining)
             remaining &= remaining - 1
-            level_scale = arrived(ahead, DTYPE)
-            following = tl.where(remaining == 0, reads, remaining)
-            of_head = level_scales + tl.where(remaining == 0, h_ahead, h) * l_h
-            ahead = load_scale(of_head, l_t, n, LOG_C + 1 + nearest(following), L, i)
+            weight = column_of(weights, l)
             state = slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, K * V, NODES)
-            decay = from_start * tl.exp2(path_of(l, log_block))
-            weight = decay * level_scale
             dscale = tl.zeros([ROWS], tl.float32)
             for tile in tl.static_range(TILES):
                 if TILES > 1:
-                    do_CV = load_rows(do_h, o_t, n, tile * BV, ROWS, V, BV).to(DOT)
-                state_KV = load_state(state, tile * BV, K, V, BK, BV)
-                do_float = do_CV.to(tl.float32)
-                dscale += tl.sum(tl.dot(q_CK, state_KV, input_precision=PRECISION) * do_float, 1)
-                weighted_CV = (do_float * weight[:, None]).to(DOT)
+                    do_CV = as_product(load_rows(do_h, o_t, n, tile * BV, ROWS, V, BV, h).to(DOT), one, PRECISION)
+                state_KV = load_state(state, tile * BV, K, V, BK, BV, l)
+                dscale += tl.sum(tl.dot(q_CK, state_KV, input_precision=PRECISION) * do_CV, 1)
+                weighted_CV = (do_CV * weight[:, None]).to(DOT)
                 dq_CK = tl.dot(weighted_CV, tl.trans(state_KV), dq_CK, input_precision=PRECISION)
-            dscale *= decay
-            flow += dscale * level_scale
-            flows += tl.where(l_R[None, :] == l, (dscale * level_scale)[:, None], 0.0)
-            in_last += tl.where(l >= cap, dscale, 0.0)
-            tl.store(to + i * dl_t + LOG_C + 1 + l, dscale.to(to.dtype.element_ty), mask=i < tl.where(l < cap, n, 0))
+            pulled += tl.where(l_R[None, :] == l, dscale[:, None], 0.0)
+        dscales = pulled * decays
+        flows = dscales * lambdas
+        flow, in_last = tl.sum(flows, 1), tl.sum(tl.where(l_R[None, :] >= cap, dscales, 0.0), 1)
         if HALVES > 1:
             flow += cross * arrived(cross_scale, DTYPE)
             in_last += tl.where(last <= LOG_C, cross, 0.0)
             tl.store(to + i * dl_t + LOG_C, cross.to(to.dtype.element_ty), mask=i < tl.where(last > LOG_C, n, 0))
         if last <= LOG_ROWS:  # levels of the chunk are in the last column too
             in_last += tl.load(to + i * dl_t + last, mask=i < n, other=0.0).to(tl.float32)
-        tl.store(to + i * dl_t + last, in_last.to(to.dtype.element_ty), mask=i < n)
-        unread = (l_R < cap) & (((reads >> l_R) & 1) == 0)
-        column_RR = (i * dl_t)[:, None] + (LOG_C + 1 + l_R)[None, :]
-        tl.store(to + column_RR, tl.zeros_like(flows).to(to.dtype.element_ty), mask=(i < n)[:, None] & unread[None, :])
+        dscales = tl.where(l_R[None, :] == cap, in_last[:, None], dscales)
+        columns = (i * dl_t)[:, None] + tl.minimum(LOG_C + 1 + l_R, last)[None, :]
+        tl.store(to + columns, dscales.to(to.dtype.element_ty), mask=(i < n)[:, None] & (l_R <= cap)[None, :])
         tl.store(walk_flow + row + (h - head) * C + i, flow)
         flow_R = tl.sum(flows, 0)
         tl.store(beyond + ((c * HALVES + half) * H + h) * READS + l_R, tl.cumsum(flow_R, 0, reverse=True) - flow_R)
         if half == 0:
-            path = tl.cumsum(log_block, 0) - log_block
             tl.store(read_paths + (c * H + h) * READS + l_R, path)
     store_rows(dq + split * plane + (token * groups + group) * K, groups * K, n, 0, dq_CK, ROWS, K, BK)
