@@ -171,6 +171,12 @@ def paths(log_p, c, z, z0, cap, h, H):
 
 
 @triton.jit
+def path_of(l, log_block):
+    """The path of one candidate: log2 of the decay over the nearer blocks."""
+    return tl.sum(tl.where(tl.arange(0, READS) < l, log_block, 0.0), 0)
+
+
+@triton.jit
 def nearest(remaining):
     """The first candidate in a set of candidates given as bits; 0 when there is none."""
     return tl.maximum(exponent(remaining & -remaining), 0)

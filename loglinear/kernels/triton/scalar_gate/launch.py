@@ -88,8 +88,9 @@ class ScalarGate:
         return torch.empty(shape, dtype=dtype, device=self.v.device)
 
     def options(self, stage: str, half: int = 0) -> dict[str, int]:
+        """The compiler's; the second half of a chunk has half of the queries."""
         launch = self.plan.stages[stage]
-        return dict(num_warps=launch.num_warps >> half, num_stages=launch.num_stages)
+        return dict(num_warps=max(4, launch.num_warps >> half), num_stages=launch.num_stages)
 
     def value_tile(self, stage: str) -> int:
         return min(self.plan.stages[stage].tile, max(16, triton.next_power_of_2(self.V)))
@@ -155,12 +156,13 @@ class ScalarGate:
         return blocks
 
     def backward(
-        self, do: Tensor, dblocks: Tensor | None, dv: Tensor, dlog_decay: Tensor, dlevel_scales: Tensor
+        self, do: Tensor, dblocks: Tensor | None, dv: Tensor, dlog_decay: Tensor, dlevel_scales: Tensor, partial: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Writes the gradients of these heads into views of the whole ones; returns dq, dk and dnodes."""
+        """Writes the gradients of these heads into views of the whole ones; returns dq, dk and dnodes. `partial`: these
+        are not all heads of their group, so that dq and dk are to be added up, in float32."""
         y, H, halves = self.layout, self.H, self.halves
         # One program sums all heads of a group, or dq and dk have a plane for each share of them.
-        sums = dict(dtype=self.q.dtype if self.splits == 1 else torch.float32)
+        sums = dict(dtype=torch.float32 if partial or self.splits > 1 else self.q.dtype)
         dq, dk = (self.empty(self.splits, self.B, self.T, self.G, self.K, **sums) for _ in range(2))
         rows, pairs = self.C // halves, halves * (halves + 1) // 2
         dscores = self.empty(self.splits, y.chunks, self.G, pairs, rows, rows, dtype=self.dtype)
@@ -287,7 +289,9 @@ def gradients(
     dlevel_scales = like(level_scales).zero_() if unread else like(level_scales)
     dnodes = None if nodes is None else like(nodes, torch.float32)
     parts = slabs(chunks, q.shape[2], H, state_bytes)
-    dq, dk = (like(x, torch.float32).zero_() for x in (q, k)) if len(parts) > 1 else (None, None)
+    partial = parts[0].stop - parts[0].start < R
+    if len(parts) > 1:
+        dq, dk = (like(x, torch.float32 if partial else None) for x in (q, k))
     for h in parts:
         g = slice(h.start // R, (h.stop - 1) // R + 1)
         call = ScalarGate(
@@ -296,13 +300,14 @@ def gradients(
         )  # fmt: skip
         dblocks_h = None if dblocks is None else dblocks[:, :, h]
         views = (dv[:, :, h], dlog_decay[:, :, h], dlevel_scales[:, :, h])
-        dq_h, dk_h, dnodes_h = call.backward(do[:, :, h], dblocks_h, *views)
-        if dq is None or dk is None:
+        dq_h, dk_h, dnodes_h = call.backward(do[:, :, h], dblocks_h, *views, partial)
+        if len(parts) == 1:
             dq, dk = dq_h, dk_h
+        elif h.start % R == 0:
+            dq[:, :, g], dk[:, :, g] = dq_h, dk_h
         else:
             dq[:, :, g] += dq_h
             dk[:, :, g] += dk_h
         if dnodes is not None and dnodes_h is not None:
             dnodes[:, :, h] = dnodes_h
-    assert dq is not None and dk is not None
     return dq.to(q.dtype), dk.to(k.dtype), dv, dlog_decay, dlevel_scales, dnodes

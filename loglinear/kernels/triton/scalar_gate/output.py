@@ -11,22 +11,21 @@ from loglinear.kernels.triton.tiles import (
     READS,
     SIZES,
     arrived,
-    column_of,
     far_classes,
     head_program,
+    load_blocks,
     load_class_scales,
-    load_read_scales,
     load_rows,
     load_scale,
     load_state,
     locate,
     near_classes,
     nearest,
-    paths,
-    scales_as_product,
+    path_of,
     slot_pointer,
     spread_scales,
     store_rows,
+    walk,
 )
 
 
@@ -61,8 +60,11 @@ def output_kernel(
         lambdas = load_scale(scales, l_t, n, 0, L, i)
     else:
         lambdas = load_class_scales(scales, l_t, n, L, i)
-    read, path = paths(log_p, c, z, z0, cap, h, H)
-    read_lambdas = load_read_scales(scales, l_t, n, L, i, LOG_C)
+    read, end_of_blocks, are_nodes = walk(z, z0, cap)
+    log_block = load_blocks(log_p, c, z, z0, cap, h, H)
+    remaining = tl.sum(tl.where(read, 1 << tl.arange(0, READS), 0), 0)
+    # lambda of a block is loaded one read ahead.
+    ahead = load_scale(scales, l_t, n, LOG_C + 1 + nearest(remaining), L, i)
 
     if LINEAR:
         weights_CC = (arrived(lambdas, DTYPE) * scale)[:, None]
@@ -84,14 +86,14 @@ def output_kernel(
         scores_CC *= weight[:, None] * to_end[None, :]
         out_CV = tl.dot(scores_CC.to(DOT), v_before, out_CV, input_precision=PRECISION)
 
-    read_weights = scales_as_product(read_lambdas, DTYPE, DOT, PRECISION) * tl.exp2(G[:, None] + path[None, :]) * scale
-    remaining = tl.sum(tl.where(read, 1 << tl.arange(0, READS), 0), 0)
     for _ in range(tl.sum(read.to(tl.int32), 0)):
         l = nearest(remaining)
         remaining &= remaining - 1
+        weight = arrived(ahead, DTYPE) * scale * tl.exp2(G + path_of(l, log_block))
+        ahead = load_scale(scales, l_t, n, LOG_C + 1 + nearest(remaining), L, i)
         state = slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, K * V, NODES)
         state_KV = load_state(state, tile * BV, K, V, BK, BV)
-        out_CV += column_of(read_weights, l)[:, None] * tl.dot(q_CK, state_KV, input_precision=PRECISION)
+        out_CV += weight[:, None] * tl.dot(q_CK, state_KV, input_precision=PRECISION)
     # [tokens, H, V], contiguous
     token = b * T + first
     store_rows(out + (token * H + h) * V, H * V, n, tile * BV, out_CV, ROWS, V, BV)

@@ -71,20 +71,12 @@ def walk_backward_kernel(
     read, end_of_blocks, are_nodes = walk(z, z0, cap)
     reads = tl.sum(tl.where(read, 1 << l_R, 0), 0)
     count = tl.sum(read.to(tl.int32), 0)
-    # What is small is loaded one head ahead: nothing else would hide its latency.
     row = (c * H + head) * C + half * ROWS
     level_scales += b * l_b + first * l_t
-    G_h = tl.load(cumulative + row + i)
-    log_block_h = load_blocks(log_p, c, z, z0, cap, head, H)
-    lambdas_h = load_read_scales(level_scales + head * l_h, l_t, n, L, i, LOG_C)
     for h in range(head, head + share):
         i = rows_again(h, 0, ROWS)
-        G, log_block = G_h, log_block_h
-        h_ahead = tl.minimum(h + 1, head + share - 1)
-        G_h = tl.load(cumulative + row + (h_ahead - head) * C + i)
-        log_block_h = load_blocks(log_p, c, z, z0, cap, h_ahead, H)
-        lambdas = scales_as_product(lambdas_h, DTYPE, DOT, PRECISION)
-        lambdas_h = load_read_scales(level_scales + h_ahead * l_h, l_t, n, L, i, LOG_C)
+        G, log_block = tl.load(cumulative + row + (h - head) * C + i), load_blocks(log_p, c, z, z0, cap, h, H)
+        lambdas = load_read_scales(level_scales + h * l_h, l_t, n, L, i, LOG_C)
         to = dlevel_scales + token * dl_t + h * L
         do_h = do + b * o_b + first * o_t + h * o_h
         if TILES == 1:
@@ -94,8 +86,8 @@ def walk_backward_kernel(
             cross = tl.load(cross_scales + (c * H + h) * ROWS + i, mask=in_first, other=0.0)
             cross_scale = load_scale(level_scales + h * l_h, l_t, n, LOG_C, L, i)
         path = tl.cumsum(log_block, 0) - log_block
-        decays = tl.exp2(G[:, None] + path[None, :]) * scale
-        weights = lambdas * decays
+        weights = tl.exp2(G[:, None] + path[None, :]) * scale
+        weights *= scales_as_product(lambdas, DTYPE, DOT, PRECISION)
         remaining, pulled = reads, tl.zeros([ROWS, READS], tl.float32)
         for _ in range(count):
             l = nearest(remaining)
@@ -111,8 +103,7 @@ def walk_backward_kernel(
                 weighted_CV = (do_CV * weight[:, None]).to(DOT)
                 dq_CK = tl.dot(weighted_CV, tl.trans(state_KV), dq_CK, input_precision=PRECISION)
             pulled += tl.where(l_R[None, :] == l, dscale[:, None], 0.0)
-        dscales = pulled * decays
-        flows = dscales * lambdas
+        flows, dscales = pulled * weights, pulled * tl.exp2((G + (h >> 30))[:, None] + path[None, :]) * scale
         flow, in_last = tl.sum(flows, 1), tl.sum(tl.where(l_R[None, :] >= cap, dscales, 0.0), 1)
         if HALVES > 1:
             flow += cross * arrived(cross_scale, DTYPE)
