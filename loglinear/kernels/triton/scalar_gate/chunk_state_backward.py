@@ -52,7 +52,7 @@ def chunk_state_backward_kernel(
         ahead = tl.minimum(h + 1, head + share - 1)
         G_h, total_h = tl.load(cumulative + row + (ahead - head) * C), tl.load(totals + c * H + ahead)
         flow = tl.zeros([ROWS], tl.float32)
-        for tile in tl.static_range(TILES):
+        for tile in (tl.static_range if TILES <= 2 else tl.range)(TILES):
             to_dv = dv + token * dv_t + h * V
             in_chunk_CV = load_rows(to_dv, dv_t, n, tile * BV, ROWS, V, BV, h)
             v_CV = load_rows(v + b * v_b + first * v_t + h * v_h, v_t, n, tile * BV, ROWS, V, BV, h).to(DOT)

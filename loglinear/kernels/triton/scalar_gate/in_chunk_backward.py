@@ -93,7 +93,7 @@ def in_chunk_backward_kernel(
 
         v_h_, do_h = v + b * v_b + first * v_t + h * v_h, do + b * o_b + first * o_t + h * o_h
         pulled_IJ = tl.zeros([I, J], tl.float32)
-        for tile in tl.static_range(TILES):
+        for tile in (tl.static_range if TILES <= 2 else tl.range)(TILES):
             v_JV = load_rows(v_h_, v_t, n, tile * BV, J, V, BV, h).to(DOT)
             do_IV = load_rows(do_h, o_t, n, tile * BV, I, V, BV, h).to(DOT)
             pulled_IJ = tl.dot(do_IV, tl.trans(v_JV), pulled_IJ, input_precision=PRECISION)
@@ -107,7 +107,7 @@ def in_chunk_backward_kernel(
         decay_IJ *= tl.dot(q_IK, tl.trans(k_JK), zeros_again(h, I, J), input_precision=PRECISION)
         pulled_IJ *= decay_IJ
         read_IJ = (decay_IJ * scales_IJ).to(DOT)
-        for tile in tl.static_range(TILES):
+        for tile in (tl.static_range if TILES <= 2 else tl.range)(TILES):
             if TILES > 1:
                 do_IV = load_rows(do_h, o_t, n, tile * BV, I, V, BV, h).to(DOT)
             dv_JV = tl.dot(tl.trans(read_IJ), do_IV, input_precision=PRECISION)

@@ -95,7 +95,7 @@ def walk_backward_kernel(
             weight = column_of(weights, l)
             state = slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, K * V, NODES)
             dscale = tl.zeros([ROWS], tl.float32)
-            for tile in tl.static_range(TILES):
+            for tile in (tl.static_range if TILES <= 2 else tl.range)(TILES):
                 if TILES > 1:
                     do_CV = as_product(load_rows(do_h, o_t, n, tile * BV, ROWS, V, BV, h).to(DOT), one, PRECISION)
                 state_KV = load_state(state, tile * BV, K, V, BK, BV, l)
