@@ -31,7 +31,19 @@ from loglinear.kernels.triton.scalar_gate import launch as stages
 from loglinear.kernels.triton.tiles import SIZES
 
 ABSENT = {"table", "runs", "ends", "nodes", "dnodes"}  # dense batches that begin at 0
-WORKING = {"q", "k", "v", "do", "out", "dv", "slots", "dslots", "dscores", "dq", "dk"}  # in the inputs' dtype, the other arrays in float32
+WORKING = {
+    "q",
+    "k",
+    "v",
+    "do",
+    "out",
+    "dv",
+    "slots",
+    "dslots",
+    "dscores",
+    "dq",
+    "dk",
+}  # in the inputs' dtype, the other arrays in float32
 POINTERS = WORKING | {
     "log_decay", "level_scales", "totals", "next_totals", "cumulative", "log_p", "dlevel_scales", "cross_scales",
     "walk_flow", "row_flow", "column_flow", "state_flow", "read_paths", "beyond", "dlog_p", "dtotals",
@@ -82,7 +94,8 @@ def constants(stage: str, direction: str, K: int, V: int, C: int, tile: int, dty
     return dict(
         K=K, V=V, C=C, BK=max(16, triton.next_power_of_2(K)), BV=min(tile, max(16, triton.next_power_of_2(V))),
         DOT=dot, PRECISION=precision, PACKED=False, NODES=False, LOG_C=log2(C), HALVES=2 if C > stages.ROWS else 1,
-        SPLIT=1, RUNS=False, LINEAR=False, LEVELS=1, I=C, J=min(stages.ROWS, C), LOG_J=log2(min(stages.ROWS, C)), SIZE=K * V, E=tile, STEPS=stages.SWEEP_STEPS,
+        SPLIT=1, RUNS=False, LINEAR=False, LEVELS=1, I=C,
+        J=min(stages.ROWS, C), LOG_J=log2(min(stages.ROWS, C)), SIZE=K * V, E=tile, STEPS=stages.SWEEP_STEPS,
     )  # fmt: skip
 
 

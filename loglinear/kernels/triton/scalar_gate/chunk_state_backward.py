@@ -21,8 +21,8 @@ def chunk_state_backward_kernel(
     BK: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One half of a chunk and R / SPLIT heads of one group. Writes dk (plane `split`) and state_flow [chunk, H, C], what
-    each token gives to the state; adds to dv."""
+    """One half of a chunk and R / SPLIT heads of one group. Writes dk (plane `split`) and state_flow [chunk, H, C],
+    what each token gives to the state; adds to dv."""
     TILES: tl.constexpr = (V + BV - 1) // BV
     ROWS: tl.constexpr = C // HALVES
     PAIRS: tl.constexpr = HALVES * (HALVES + 1) // 2

@@ -7,7 +7,8 @@ blocks[m] = sum over the reads of chunk floor(T / C) that are stored under m of 
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.tiles import READS, SIZES, head_program, paths, slot_pointer
+from loglinear.kernels.triton.tiles import SIZES, head_program
+from loglinear.kernels.triton.walks import READS, paths, slot_pointer
 
 
 @triton.jit

@@ -10,29 +10,24 @@ A long chunk is worked on in two halves of its keys, each with the queries from 
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.tiles import (
-    SIZES,
-    arrived,
+from loglinear.kernels.triton.levels import (
     class_levels,
     far_classes,
-    group_program,
     is_near,
     load_class_scales,
-    load_rows,
-    load_scale,
     near_classes,
-    rows_again,
     spread_scales,
-    store_rows,
-    zeros_again,
 )
+from loglinear.kernels.triton.tiles import SIZES, group_program, load_rows, rows_again, store_rows, zeros_again
 
 
 @triton.jit
 def level_sums(x, near_JC, far_JC, i, J: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """Sums of x [i, j] over the columns of each class [i, c]."""
     near = tl.where(is_near(i, J), x, 0.0)
-    return tl.dot(near.to(DOT), near_JC, tl.dot(x.to(DOT), far_JC, input_precision=PRECISION), input_precision=PRECISION)
+    return tl.dot(
+        near.to(DOT), near_JC, tl.dot(x.to(DOT), far_JC, input_precision=PRECISION), input_precision=PRECISION
+    )
 
 
 @triton.jit
@@ -58,8 +53,8 @@ def in_chunk_backward_kernel(
     """The last I tokens of a chunk as queries, the first J of them as keys; R / SPLIT heads of one group.
 
     Writes dv, row_flow and column_flow [chunk, H, C] (what each token reads here and gives), dscores [plane, chunk,
-    group, pair, J, J] (pairs of halves: 00, 10, 11), the columns of dlevel_scales up to LOG_J, and with I > J, instead of
-    the other queries' dlevel_scales and row_flow, cross_scales [chunk, H, J], their dlambda."""
+    group, pair, J, J] (pairs of halves: 00, 10, 11) and the columns of dlevel_scales up to LOG_J. Of the queries behind
+    the keys, where I > J, only their dlambda, cross_scales [chunk, H, J]: the rest is the walk's to write."""
     DTYPE: tl.constexpr = level_scales.dtype.element_ty
     TILES: tl.constexpr = (V + BV - 1) // BV
     PAIRS: tl.constexpr = 1 if C == J else 3
@@ -77,18 +72,12 @@ def in_chunk_backward_kernel(
     dscores_IJ = tl.zeros([I, J], tl.float32)
     # Vectors are loaded one head ahead: nothing else would hide their latency.
     scales, row = level_scales + b * l_b + first * l_t, cumulative + c * H * C + C - I
-    if LINEAR:
-        lambdas_h = load_scale(scales + head * l_h, l_t, n, 0, L, i)
-    else:
-        lambdas_h = load_class_scales(scales + head * l_h, l_t, n, L, i)
+    lambdas_h = load_class_scales(scales + head * l_h, l_t, n, L, i, LINEAR)
     G_h = tl.load(row + head * C + i)
     for h in range(head, head + share):
         lambdas, G_i = lambdas_h, G_h
         ahead, rows = tl.minimum(h + 1, head + share - 1), rows_again(h, 0, I)
-        if LINEAR:
-            lambdas_h = load_scale(scales + ahead * l_h, l_t, n, 0, L, rows)
-        else:
-            lambdas_h = load_class_scales(scales + ahead * l_h, l_t, n, L, rows)
+        lambdas_h = load_class_scales(scales + ahead * l_h, l_t, n, L, rows, LINEAR)
         G_h = tl.load(row + ahead * C + rows)
 
         v_h_, do_h = v + b * v_b + first * v_t + h * v_h, do + b * o_b + first * o_t + h * o_h
@@ -97,10 +86,7 @@ def in_chunk_backward_kernel(
             v_JV = load_rows(v_h_, v_t, n, tile * BV, J, V, BV, h).to(DOT)
             do_IV = load_rows(do_h, o_t, n, tile * BV, I, V, BV, h).to(DOT)
             pulled_IJ = tl.dot(do_IV, tl.trans(v_JV), pulled_IJ, input_precision=PRECISION)
-        if LINEAR:
-            scales_IJ = (arrived(lambdas, DTYPE) * scale)[:, None]
-        else:
-            scales_IJ = spread_scales(lambdas, DTYPE, near_JC, far_JC, rows, J, DOT, PRECISION) * scale
+        scales_IJ = spread_scales(lambdas, near_JC, far_JC, rows, DTYPE, J, LINEAR, DOT, PRECISION) * scale
         G_j = tl.load(row + h * C + rows_again(h, 2, J))
         decay_IJ = tl.where(rows[:, None] >= j[None, :], tl.exp2(G_i[:, None] - G_j[None, :]), 0.0)
         dscores_IJ += pulled_IJ * (decay_IJ * scales_IJ)

@@ -7,26 +7,9 @@ O = ((Q K^T * dec) * LAM) V + sum over the walk's blocks of diag(lambda_l exp(G)
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.tiles import (
-    READS,
-    SIZES,
-    arrived,
-    far_classes,
-    head_program,
-    load_blocks,
-    load_class_scales,
-    load_rows,
-    load_scale,
-    load_state,
-    locate,
-    near_classes,
-    nearest,
-    path_of,
-    slot_pointer,
-    spread_scales,
-    store_rows,
-    walk,
-)
+from loglinear.kernels.triton.levels import far_classes, load_class_scales, load_scale, near_classes, spread_scales
+from loglinear.kernels.triton.tiles import SIZES, arrived, head_program, load_rows, load_state, locate, store_rows
+from loglinear.kernels.triton.walks import READS, load_blocks, nearest, path_of, slot_pointer, walk
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -56,21 +39,15 @@ def output_kernel(
     k_CK = load_rows(k_rows, k_t, n, 0, ROWS, K, BK).to(DOT)
     v_CV = load_rows(v_rows, v_t, n, tile * BV, ROWS, V, BV).to(DOT)
     G = tl.load(cumulative + row + i)
-    if LINEAR:
-        lambdas = load_scale(scales, l_t, n, 0, L, i)
-    else:
-        lambdas = load_class_scales(scales, l_t, n, L, i)
+    lambdas = load_class_scales(scales, l_t, n, L, i, LINEAR)
     read, end_of_blocks, are_nodes = walk(z, z0, cap)
     log_block = load_blocks(log_p, c, z, z0, cap, h, H)
     remaining = tl.sum(tl.where(read, 1 << tl.arange(0, READS), 0), 0)
     # lambda of a block is loaded one read ahead.
     ahead = load_scale(scales, l_t, n, LOG_C + 1 + nearest(remaining), L, i)
 
-    if LINEAR:
-        weights_CC = (arrived(lambdas, DTYPE) * scale)[:, None]
-    else:
-        near_JC, far_JC = near_classes(ROWS).to(tl.float32).to(DOT), far_classes(ROWS).to(tl.float32).to(DOT)
-        weights_CC = spread_scales(lambdas, DTYPE, near_JC, far_JC, i, ROWS, DOT, PRECISION) * scale
+    near_JC, far_JC = near_classes(ROWS).to(tl.float32).to(DOT), far_classes(ROWS).to(tl.float32).to(DOT)
+    weights_CC = spread_scales(lambdas, near_JC, far_JC, i, DTYPE, ROWS, LINEAR, DOT, PRECISION) * scale
     weights_CC = weights_CC * tl.where(i[:, None] >= i[None, :], tl.exp2(G[:, None] - G[None, :]), 0.0)
     weights_CC *= tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
     out_CV = tl.dot(weights_CC.to(DOT), v_CV, input_precision=PRECISION)

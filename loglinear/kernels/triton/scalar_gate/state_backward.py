@@ -10,28 +10,28 @@ in runs of 64, whose sums are added up in order.
 import triton
 import triton.language as tl
 
+from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.tiles import (
-    READS,
     RUN,
     SIZES,
     STOREY,
     arrived,
     head_program,
     load_rows,
-    load_scale,
     load_state,
     locate,
     locate_run,
-    reader_level,
     store_state,
-    walk,
 )
+from loglinear.kernels.triton.walks import READS, reader_level, walk
 
 
 @triton.jit
-def load_reader(scales, l_t, cumulative, read_paths, beyond, c, first, end, l, h, H, C: tl.constexpr, HALVES: tl.constexpr):
-    """Of one reader: its lambda, the two parts of log2 of the decay from the slot to its tokens, and what flows on beyond
-    the slot, for each half. Nothing is computed with them here: that would wait for them."""
+def load_reader(
+    scales, l_t, cumulative, read_paths, beyond, c, first, end, l, h, H, C: tl.constexpr, HALVES: tl.constexpr
+):
+    """Of one reader: its lambda, the two parts of log2 of the decay from the slot to its tokens, and what flows on
+    beyond the slot, for each half. Nothing is computed with them here: that would wait for them."""
     i, n = tl.arange(0, C), tl.minimum(end - first, C).to(tl.int32)
     G = tl.load(cumulative + (c * H + h) * C + i, mask=i < n, other=0.0)
     path = tl.load(read_paths + (c * H + h) * READS + l, mask=n > 0, other=0.0)
@@ -183,7 +183,8 @@ def node_backward_kernel(
                 scales = level_scales + b * l_b + h * l_h + tl.minimum(LOG_C + 1 + l, L - 1)
                 dstate_KV, _ = gather_readers(
                     q + b * q_b + (h // R) * q_h, scales, cumulative, read_paths, beyond, do + b * o_b + h * o_h,
-                    c, first, end, readers, l, h, H, scale, q_t, l_t, o_t, tile * BV, K, V, C, HALVES, BK, BV, DOT, PRECISION,
+                    c, first, end, readers, l, h, H, scale, q_t, l_t, o_t, tile * BV,
+                    K, V, C, HALVES, BK, BV, DOT, PRECISION,
                 )  # fmt: skip
         else:
             run = tl.load(first_runs + sequence)

@@ -10,26 +10,19 @@ the logarithms of the decays on its way.
 import triton
 import triton.language as tl
 
+from loglinear.kernels.triton.levels import column_of, load_read_scales, load_scale, scales_as_product
 from loglinear.kernels.triton.tiles import (
-    READS,
     SIZES,
     arrived,
     as_product,
-    column_of,
     group_program,
     identity,
-    load_blocks,
-    load_read_scales,
     load_rows,
-    load_scale,
     load_state,
-    nearest,
     rows_again,
-    scales_as_product,
-    slot_pointer,
     store_rows,
-    walk,
 )
+from loglinear.kernels.triton.walks import READS, load_blocks, nearest, slot_pointer, walk
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -42,10 +35,12 @@ def walk_backward_kernel(
     BK: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
-    """One half of a chunk and R / SPLIT heads of one group. Writes dq (plane `split`), the columns of dlevel_scales from
-    LOG_C + 1 on (and LOG_C with two halves; adding to the last one where the chunk shares it), adds to row_flow,
-    and for the readers' adjoint read_paths [chunk, H, READS] and beyond [chunk, half, H, READS]: what flows on to
-    farther blocks than each."""
+    """One half of a chunk and R / SPLIT heads of one group.
+
+    Writes dq (plane `split`), the columns of dlevel_scales from LOG_C + 1 on (with two halves from LOG_C on; adding to
+    the last one where the chunk shares it), walk_flow [chunk, H, C] (what each token reads outside its half), and for
+    the readers' adjoint read_paths [chunk, H, READS] and beyond [chunk, half, H, READS]: what flows on to farther
+    blocks than each."""
     DTYPE: tl.constexpr = level_scales.dtype.element_ty
     TILES: tl.constexpr = (V + BV - 1) // BV
     ROWS: tl.constexpr = C // HALVES

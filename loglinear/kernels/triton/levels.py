@@ -1,0 +1,106 @@
+"""lambda and its gradient inside a chunk, where level(i, j) = bit_length(i XOR j), and of the walk's reads."""
+
+# i row, j column of a chunk's tile, c class of columns, l candidate read, L levels
+import triton
+import triton.language as tl
+
+from loglinear.kernels.triton.tiles import arrived, as_product, dot_float32, exponent, identity, load_ahead
+from loglinear.kernels.triton.walks import READS
+
+
+@triton.jit
+def load_scale(base, stride, n, column, L, i):
+    """lambda of one level for each row, clamped to the last level: [rows], loaded ahead."""
+    return load_ahead(base + (i * stride + tl.minimum(column, L - 1)), i < n)
+
+
+@triton.jit
+def load_read_scales(base, stride, n, L, i, LOG_C: tl.constexpr):
+    """lambda of each candidate read, whether it is read or not: [rows, READS], loaded ahead."""
+    columns = tl.minimum(LOG_C + 1 + tl.arange(0, READS), L - 1)[None, :]
+    return load_ahead(base + ((i * stride)[:, None] + columns), (i < n)[:, None] & (columns >= 0))
+
+
+@triton.jit
+def scales_as_product(scales, DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """float32 of a [rows, 16] tile of lambdas that were loaded ahead, see `as_product`."""
+    x = arrived(scales, DTYPE)
+    if DTYPE == DOT:
+        return as_product(x.to(DOT), identity(16, DOT), PRECISION)
+    else:
+        return dot_float32(x, identity(16, DOT), DOT, PRECISION)
+
+
+@triton.jit
+def column_of(x, l):
+    """Column l of a [rows, READS] tile."""
+    return tl.sum(tl.where(tl.arange(0, READS)[None, :] == l, x, 0.0), 1)
+
+
+# level(i, j) = bit_length(i XOR j) over a tile would take a comparison and a choice for each level and place. But in a
+# row levels up to 3, inside aligned blocks of 8, depend on j mod 8 alone, and farther ones on j's block of 8. So a row
+# needs 16 classes of columns, 8 near and 8 far ones. Products with their indicators spread a [row, class] tile to all
+# columns, and fold sums over columns into one.
+
+
+@triton.jit
+def class_levels(i):
+    """[i, c]: the level of class c for row i; -1 for the block of 8 that i itself lies in."""
+    c = tl.arange(0, 16)[None, :]
+    near = tl.maximum(exponent((i % 8)[:, None] ^ c) + 1, 0)
+    far = tl.maximum(exponent((i // 8)[:, None] ^ (c - 8)) + 4, -1)
+    return tl.where(c < 8, near, far)
+
+
+@triton.jit
+def near_classes(COLUMNS: tl.constexpr):
+    """[j, c]: is j mod 8 = c?"""
+    return (tl.arange(0, COLUMNS) % 8)[:, None] == tl.arange(0, 16)[None, :]
+
+
+@triton.jit
+def far_classes(COLUMNS: tl.constexpr):
+    """[j, c]: is j in block c - 8?"""
+    return (tl.arange(0, COLUMNS) // 8)[:, None] == (tl.arange(0, 16) - 8)[None, :]
+
+
+@triton.jit
+def is_near(i, COLUMNS: tl.constexpr):
+    """[i, j]: are they in one aligned block of 8?"""
+    return (i[:, None] ^ tl.arange(0, COLUMNS)[None, :]) < 8
+
+
+@triton.jit
+def load_class_scales(base, stride, n, L, i, LINEAR: tl.constexpr):
+    """lambda of each row's classes, 0 for its own block: [i, c], loaded ahead. LINEAR: there is one level, [i]."""
+    if LINEAR:
+        return load_scale(base, stride, n, 0, L, i)
+    else:
+        level = class_levels(i)
+        columns = tl.minimum(tl.maximum(level, 0), L - 1)
+        return load_ahead(base + ((i * stride)[:, None] + columns), (i < n)[:, None] & (level >= 0))
+
+
+@triton.jit
+def spread(x, classes, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """x [i, c] to all columns of each class."""
+    if x.dtype == DOT:
+        return tl.dot(x, tl.trans(classes), input_precision=PRECISION)
+    else:
+        return dot_float32(x, tl.trans(classes), DOT, PRECISION)
+
+
+@triton.jit
+def spread_scales(
+    scales, near_JC, far_JC, i,
+    DTYPE: tl.constexpr, J: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """LAM[i, j] = lambda[i, level(i, j)] from scales [i, c] loaded ahead from an array of DTYPE. Whoever takes it
+    has to leave out j > i."""
+    x = arrived(scales, DTYPE)
+    if LINEAR:
+        return x[:, None]
+    else:
+        if DTYPE == DOT:
+            x = x.to(DOT)
+        return tl.where(is_near(i, J), spread(x, near_JC, DOT, PRECISION), spread(x, far_JC, DOT, PRECISION))
