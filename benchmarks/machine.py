@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import loglinear
+
+
+def keep(out: Path | None, described: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Writes what has been measured so far, atomically: a run that is cut off loses nothing."""
+    if out is not None:
+        temporary = out.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"about": described, "rows": rows}, indent=1) + "\n")
+        temporary.replace(out)
 
 
 def about(script: str, device: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import ops_gpu
-from benchmarks.machine import about
+from benchmarks.machine import about, keep
 from loglinear.fenwick import num_levels
 from loglinear.ops import LogLinearOutput, log_linear_attention, log_linear_delta_rule
 
@@ -195,30 +195,28 @@ def cell(ms: dict[str, float], name: str) -> str:
 
 
 def main(
-    lengths: Annotated[list[int] | None, typer.Option(help="sequence lengths, ascending (cpu)")] = None,
+    lengths: Annotated[list[int] | None, typer.Option(help="sequence lengths; on cuda of those of the shapes")] = None,
     rounds: Annotated[int, typer.Option(help="timed rounds; the median counts (cpu)")] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads (0: torch's default)")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     shape: Annotated[list[str] | None, typer.Option(help="which of the shapes of ops_gpu.py (cuda)")] = None,
-    max_length: Annotated[int, typer.Option(help="leave longer sequences out (cuda)")] = 1 << 20,
     out: Annotated[Path | None, typer.Option(help="write the numbers to this JSON file")] = None,
 ) -> None:
     """Time the operators beside their peers. cpu: B 1, H 8, K 64, V 64, float32, full levels."""
     if threads:
         torch.set_num_threads(threads)
     console = Console(width=None if sys.stdout.isatty() else 200)
+    described = about("ops", device)
+    if device == "cpu":
+        described["shape"] = {"B": 1, "H": HEADS, "K": KEY, "V": VALUE, "dtype": "float32"}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         if device == "cuda":
             shapes = [s for s in ops_gpu.SHAPES if shape is None or s.name in shape]
-            rows = ops_gpu.measure(shapes, max_length, progress)
+            rows = ops_gpu.measure(shapes, lengths, progress, lambda rows: keep(out, described, rows))
         else:
             rows = measure(sorted(lengths or LENGTHS), rounds, progress)
     (ops_gpu.show if device == "cuda" else show)(rows, console)
-    if out is not None:
-        described = about("ops", device)
-        if device == "cpu":
-            described["shape"] = {"B": 1, "H": HEADS, "K": KEY, "V": VALUE, "dtype": "float32"}
-        out.write_text(json.dumps({"about": described, "rows": rows}, indent=1) + "\n")
+    keep(out, described, rows)
 
 
 if __name__ == "__main__":

@@ -165,12 +165,19 @@ def check(s: Shape) -> float:
     return error
 
 
-def measure(shapes: list[Shape], max_length: int, progress: Progress) -> list[dict[str, Any]]:
+def measure(
+    shapes: list[Shape],
+    lengths: list[int] | None,
+    progress: Progress,
+    keep: Callable[[list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """One row for each shape and length, in the order of `lengths` where given; `keep` is called after every figure."""
     rows: list[dict[str, Any]] = []
     for s in shapes:
         error = check(s)
-        for T in (T for T in s.lengths if max_length >= T):
+        for T in (T for T in lengths or s.lengths if T in s.lengths):
             row: dict[str, Any] = {"shape": s.name, "T": T, "error": error, "figures": {}}
+            rows.append(row)
             task = progress.add_task(f"{s.name}, T {T}", total=None)
             for name, (function, leaves) in candidates(s, T).items():
                 progress.update(task, description=f"{s.name}, T {T}, {name}")
@@ -181,9 +188,9 @@ def measure(shapes: list[Shape], max_length: int, progress: Progress) -> list[di
                         raise
                     row["figures"][name] = {"failed": f"{type(failure).__name__}: {str(failure)[:200]}"}
                 progress.console.print(s.name, T, name, row["figures"][name])
+                keep(rows)
                 torch.cuda.empty_cache()
             progress.remove_task(task)
-            rows.append(row)
     return rows
 
 

@@ -9,7 +9,6 @@ the same loss with every implementation.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.machine import about
+from benchmarks.machine import about, keep
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts
 from loglinear.recipes import get_recipe
 
@@ -90,9 +89,17 @@ def check(recipe: str, device: str) -> None:
         raise SystemExit(f"implementations disagree, nothing was timed: {losses}")
 
 
-def measure(recipe: str, lengths: list[int], steps: int, device: str, progress: Progress) -> list[dict[str, Any]]:
+def measure(
+    recipe: str,
+    lengths: list[int],
+    steps: int,
+    device: str,
+    progress: Progress,
+    keep: Callable[[list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """One row for each length and kind; `keep` is called after every one."""
     check(recipe, device)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for length in lengths:
         tokens = torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(1)).to(device)
         for name, changes in kinds(recipe, device).items():
@@ -111,6 +118,7 @@ def measure(recipe: str, lengths: list[int], steps: int, device: str, progress: 
             progress.remove_task(task)
             progress.console.print(row)
             rows.append(row)
+            keep(rows)
             model = None  # type: ignore[assignment]
             if device == "cuda":
                 torch.cuda.empty_cache()
@@ -145,10 +153,10 @@ def main(
     """Time training steps: log-linear, linear and softmax models of one size."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        rows = measure(recipe, lengths or [16_384, 65_536], steps, device, progress)
+        described = about("training", device)
+        chosen = lengths or [16_384, 65_536]
+        rows = measure(recipe, chosen, steps, device, progress, lambda rows: keep(out, described, rows))
     show(rows, Console(width=None if sys.stdout.isatty() else 200))
-    if out is not None:
-        out.write_text(json.dumps({"about": about("training", device), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

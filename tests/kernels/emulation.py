@@ -1,0 +1,106 @@
+"""bfloat16 in Triton's interpreter as the GPU has it, and the errors that its rounding alone makes in the kernels.
+
+TRITON_INTERPRET=1 python -m tests.kernels.emulation          (a few minutes; prints EMULATED below)
+"""
+
+from __future__ import annotations
+
+import numpy
+import torch
+from torch import Tensor
+
+from tests.ops.operators import OPERATORS, relative_error
+
+OPERATOR = OPERATORS[0]
+NAMES = ["output", *(f"gradient of {name}" for name in OPERATOR.names)]
+
+# The largest of ||x - float64|| / ||float64|| over the head dims below, T = 1,111, 12 levels, inputs as on the GPU.
+EMULATED = {
+    "output": 2.96e-3,
+    "gradient of q": 3.32e-3,
+    "gradient of k": 3.37e-3,
+    "gradient of v": 3.31e-3,
+    "gradient of log_decay": 5.19e-3,
+    "gradient of level_scales": 3.03e-3,
+}
+HEADS = [(1, 4, 128, 64), (4, 4, 128, 128), (2, 4, 64, 64), (1, 2, 80, 48)]
+
+
+def make(B, T, G, H, K, V, L, dtype, *, seed=0, device="cuda", float32_scales=False):
+    """Heads from one that never forgets to one that forgets within ten tokens; lambdas over three orders of magnitude,
+    in float32 as the layers make them or in the others' dtype."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(B, T, *shape, generator=generator, device=device)
+
+    def uniform(*shape):
+        return torch.rand(B, T, *shape, generator=generator, device=device)
+
+    rate = torch.logspace(-5, -0.5, H, device=device) * (torch.arange(H, device=device) > 0)
+    inputs = {
+        "q": normal(G, K) / K**0.5,
+        "k": torch.nn.functional.normalize(normal(G, K), dim=-1),
+        "v": normal(H, V),
+        "log_decay": -rate * uniform(H) * 2,
+        "level_scales": 10 ** (3 * uniform(H, L) - 2),
+    }
+    kept = {"log_decay", "level_scales"} if float32_scales else {"log_decay"}
+    return {n: (x if n in kept else x.to(dtype)).requires_grad_() for n, x in inputs.items()}
+
+
+def teach_bfloat16(setattr_=setattr):
+    """The interpreter multiplies bfloat16's bits as integers and rounds towards zero: it is taught the product of the
+    numbers, and rounding to the nearest."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    multiply, cast = builder.create_dot, builder.cast_impl
+
+    def to_float32(x):
+        if x.data.dtype != numpy.uint16:
+            return x
+        bits = x.data.astype(numpy.uint32) << 16
+        return interpreter.TensorHandle(bits.view(numpy.float32), tl.float32)
+
+    def cast_impl(self, source, dtype):
+        kinds = source.dtype.scalar, dtype.scalar
+        if kinds == (tl.bfloat16, tl.float32):
+            return to_float32(source)
+        if kinds == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(numpy.ascontiguousarray(source.data)).bfloat16()
+            return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+        return cast(self, source, dtype)
+
+    def create_dot(self, a, b, *rest):
+        return multiply(self, to_float32(a), to_float32(b), *rest)
+
+    setattr_(builder, "create_dot", create_dot)
+    setattr_(builder, "cast_impl", cast_impl)
+
+
+def errors(inputs: dict[str, Tensor], chunk_size: int = 0) -> dict[str, float]:
+    """Of the output and of every gradient, against float64 from the same inputs. chunk_size 0: as the plans say."""
+    from loglinear.kernels.triton import scalar_gate
+
+    exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
+    output, _ = scalar_gate(*inputs.values(), None, None, None, 1.0, chunk_size, False)
+    expected = OPERATOR(exact, impl="torch").output
+    weight = torch.randn_like(output)
+    grads = torch.autograd.grad(output, list(inputs.values()), weight)
+    exact_grads = torch.autograd.grad(expected, list(exact.values()), weight.double())
+    pairs = zip([output, *grads], [expected, *exact_grads], strict=True)
+    return {name: relative_error(a, e) for name, (a, e) in zip(NAMES, pairs, strict=True)}
+
+
+if __name__ == "__main__":
+    teach_bfloat16()
+    largest = dict.fromkeys(NAMES, 0.0)
+    for heads in HEADS:
+        for float32_scales in (False, True):
+            inputs = make(1, 1111, *heads, 12, torch.bfloat16, device="cpu", float32_scales=float32_scales)
+            found = errors(inputs)
+            print(heads, {name: f"{error:.2e}" for name, error in found.items()}, flush=True)
+            largest = {name: max(largest[name], found[name]) for name in NAMES}
+    print({name: float(f"{error:.2e}") for name, error in largest.items()})
