@@ -9,7 +9,7 @@ import torch
 
 from loglinear.ops import log_linear_attention
 from tests.kernels.emulation import EMULATED, errors, make, teach_bfloat16
-from tests.ops.operators import OPERATORS, gradients, parts, random_loss
+from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreter
@@ -196,3 +196,32 @@ def test_chunks_in_two_halves(T, levels):
     """Chunks of 128, which only bfloat16 chooses, in float32; the last one has less or more than one half."""
     found = errors(make(1, T, 1, 2, 16, 16, levels, torch.float32, device="cpu"), 128)
     assert all(error <= BUDGET for error in found.values()), found
+
+
+def test_gradients_have_the_dtype_of_their_inputs():
+    """float16 queries round nothing of the keys' gradient, and overflow nothing."""
+    inputs = make(1, 70, 1, 1, 8, 8, 8, torch.float32, device="cpu")
+    inputs["q"] = inputs["q"].detach().half().requires_grad_()
+    exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
+    weight = 1e5 * torch.randn(1, 70, 1, 8)
+    grads = torch.autograd.grad(OPERATOR(inputs, impl="triton").output, list(inputs.values()), weight)
+    expected = torch.autograd.grad(OPERATOR(exact).output, list(exact.values()), weight.double())
+    for (name, x), a, e in zip(inputs.items(), grads, expected, strict=True):
+        assert a.dtype == x.dtype
+        assert name == "q" or relative_error(a, e) < BUDGET, name
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_lambda_of_levels_that_a_token_does_not_read_does_not_matter(value):
+    inputs = make(1, 200, 1, 1, 8, 8, 12, torch.float32, device="cpu")
+    exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
+    reads = torch.tensor([[level == 0 or (t >> (level - 1)) & 1 for level in range(12)] for t in range(200)]).bool()
+    with torch.no_grad():
+        inputs["level_scales"][0, ~reads[:, None]] = value
+    weight = torch.randn(1, 200, 1, 8)
+    output = OPERATOR(inputs, impl="triton").output
+    expected = OPERATOR(exact).output
+    assert relative_error(output, expected) < BUDGET
+    grads = torch.autograd.grad(output, list(inputs.values()), weight)
+    for a, e in zip(grads, torch.autograd.grad(expected, list(exact.values()), weight.double()), strict=True):
+        assert relative_error(a, e) < BUDGET

@@ -15,10 +15,11 @@ def load_scale(base, stride, n, column, L, i):
 
 
 @triton.jit
-def load_read_scales(base, stride, n, L, i, LOG_C: tl.constexpr):
-    """lambda of each candidate read, whether it is read or not: [rows, READS], loaded ahead."""
-    columns = tl.minimum(LOG_C + 1 + tl.arange(0, READS), L - 1)[None, :]
-    return load_ahead(base + ((i * stride)[:, None] + columns), (i < n)[:, None] & (columns >= 0))
+def load_read_scales(base, stride, n, reads, L, i, LOG_C: tl.constexpr):
+    """lambda of each candidate that is read, else 0: [rows, READS], loaded ahead. reads: the candidates' bits."""
+    l = tl.arange(0, READS)
+    columns = tl.minimum(LOG_C + 1 + l, L - 1)[None, :]
+    return load_ahead(base + ((i * stride)[:, None] + columns), (i < n)[:, None] & (((reads >> l) & 1) > 0)[None, :])
 
 
 @triton.jit
@@ -53,6 +54,13 @@ def class_levels(i):
 
 
 @triton.jit
+def reads_class(i):
+    """[i, c]: does row i read a column of class c? Others lie behind it, and their lambda is not its own."""
+    c = tl.arange(0, 16)[None, :]
+    return tl.where(c < 8, c <= (i % 8)[:, None], c - 8 < (i // 8)[:, None])
+
+
+@triton.jit
 def near_classes(COLUMNS: tl.constexpr):
     """[j, c]: is j mod 8 = c?"""
     return (tl.arange(0, COLUMNS) % 8)[:, None] == tl.arange(0, 16)[None, :]
@@ -72,13 +80,12 @@ def is_near(i, COLUMNS: tl.constexpr):
 
 @triton.jit
 def load_class_scales(base, stride, n, L, i, LINEAR: tl.constexpr):
-    """lambda of each row's classes, 0 for its own block: [i, c], loaded ahead. LINEAR: there is one level, [i]."""
+    """lambda of the classes that each row reads, else 0: [i, c], loaded ahead. LINEAR: there is one level, [i]."""
     if LINEAR:
         return load_scale(base, stride, n, 0, L, i)
     else:
-        level = class_levels(i)
-        columns = tl.minimum(tl.maximum(level, 0), L - 1)
-        return load_ahead(base + ((i * stride)[:, None] + columns), (i < n)[:, None] & (level >= 0))
+        columns = tl.minimum(tl.maximum(class_levels(i), 0), L - 1)
+        return load_ahead(base + ((i * stride)[:, None] + columns), (i < n)[:, None] & reads_class(i))
 
 
 @triton.jit

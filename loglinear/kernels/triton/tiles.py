@@ -42,7 +42,7 @@ def group_program(
     b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
     first += half * (C // HALVES)
     n = tl.minimum(end - first, C // HALVES).to(tl.int32)
-    return split, group, group * R + split * share, share, half, n, first, c, b, end, z, z0, sequence
+    return split.to(tl.int64), group, group * R + split * share, share, half, n, first, c, b, end, z, z0, sequence
 
 
 @triton.jit

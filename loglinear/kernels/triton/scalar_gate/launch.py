@@ -162,8 +162,10 @@ class ScalarGate:
         are not all heads of their group, so that dq and dk are to be added up, in float32."""
         y, H, halves = self.layout, self.H, self.halves
         # One program sums all heads of a group, or dq and dk have a plane for each share of them.
-        sums = dict(dtype=torch.float32 if partial or self.splits > 1 else self.q.dtype)
-        dq, dk = (self.empty(self.splits, self.B, self.T, self.G, self.K, **sums) for _ in range(2))
+        are_whole = not partial and self.splits == 1
+        dq, dk = (
+            self.empty(self.splits, *x.shape, dtype=x.dtype if are_whole else torch.float32) for x in (self.q, self.k)
+        )
         rows, pairs = self.C // halves, halves * (halves + 1) // 2
         dscores = self.empty(self.splits, y.chunks, self.G, pairs, rows, rows, dtype=self.dtype)
         walk_flow, row_flow, column_flow, state_flow = (self.empty(y.chunks, H, self.C) for _ in range(4))

@@ -71,7 +71,7 @@ def walk_backward_kernel(
     for h in range(head, head + share):
         i = rows_again(h, 0, ROWS)
         G, log_block = tl.load(cumulative + row + (h - head) * C + i), load_blocks(log_p, c, z, z0, cap, h, H)
-        lambdas = load_read_scales(level_scales + h * l_h, l_t, n, L, i, LOG_C)
+        lambdas = load_read_scales(level_scales + h * l_h, l_t, n, reads, L, i, LOG_C)
         to = dlevel_scales + token * dl_t + h * L
         do_h = do + b * o_b + first * o_t + h * o_h
         if TILES == 1:
