@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.tiles import arrived, as_product, dot_float32, exponent, identity, load_ahead
+from loglinear.kernels.triton.tiles import arrived, dot_float32, exponent, load_ahead
 from loglinear.kernels.triton.walks import READS
 
 
@@ -23,13 +23,13 @@ def load_read_scales(base, stride, n, reads, L, i, LOG_C: tl.constexpr):
 
 
 @triton.jit
-def scales_as_product(scales, DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """float32 of a [rows, 16] tile of lambdas that were loaded ahead, see `as_product`."""
+def scales_product(scales, y, DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """scales @ y of a [rows, 16] tile of lambdas that were loaded ahead from an array of DTYPE, and are not rounded."""
     x = arrived(scales, DTYPE)
     if DTYPE == DOT:
-        return as_product(x.to(DOT), identity(16, DOT), PRECISION)
+        return tl.dot(x.to(DOT), y, input_precision=PRECISION)
     else:
-        return dot_float32(x, identity(16, DOT), DOT, PRECISION)
+        return dot_float32(x, y, DOT, PRECISION)
 
 
 @triton.jit
@@ -89,25 +89,15 @@ def load_class_scales(base, stride, n, L, i, LINEAR: tl.constexpr):
 
 
 @triton.jit
-def spread(x, classes, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """x [i, c] to all columns of each class."""
-    if x.dtype == DOT:
-        return tl.dot(x, tl.trans(classes), input_precision=PRECISION)
-    else:
-        return dot_float32(x, tl.trans(classes), DOT, PRECISION)
-
-
-@triton.jit
 def spread_scales(
     scales, near_JC, far_JC, i,
     DTYPE: tl.constexpr, J: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """LAM[i, j] = lambda[i, level(i, j)] from scales [i, c] loaded ahead from an array of DTYPE. Whoever takes it
     has to leave out j > i."""
-    x = arrived(scales, DTYPE)
     if LINEAR:
-        return x[:, None]
+        return arrived(scales, DTYPE)[:, None]
     else:
-        if DTYPE == DOT:
-            x = x.to(DOT)
-        return tl.where(is_near(i, J), spread(x, near_JC, DOT, PRECISION), spread(x, far_JC, DOT, PRECISION))
+        near = scales_product(scales, tl.trans(near_JC), DTYPE, DOT, PRECISION)
+        far = scales_product(scales, tl.trans(far_JC), DTYPE, DOT, PRECISION)
+        return tl.where(is_near(i, J), near, far)

@@ -46,6 +46,14 @@ def group_program(
 
 
 @triton.jit
+def scores_tile(dscores, plane, split, c, groups, group, queries, keys, HALVES: tl.constexpr, ROWS: tl.constexpr):
+    """Where dA lies of the queries of one half and the keys of one not behind it: pairs 00, 10, 11."""
+    PAIRS: tl.constexpr = HALVES * (HALVES + 1) // 2
+    pair = (c * groups + group) * PAIRS + queries * (queries + 1) // 2 + keys
+    return dscores + split * plane + pair * (ROWS * ROWS)
+
+
+@triton.jit
 def locate(c, table, T, N, C: tl.constexpr, PACKED: tl.constexpr):
     """Batch row, first token, end of the sequence, chunk number z, first chunk z0 and sequence of chunk c."""
     if PACKED:
@@ -81,15 +89,21 @@ def locate_run(run, table, N, storey, PACKED: tl.constexpr):
 
 
 @triton.jit
+def nothing(turn, use: tl.constexpr):
+    """0, anew for every turn of a loop and every use in it."""
+    return turn >> (30 - use)
+
+
+@triton.jit
 def rows_again(turn, use: tl.constexpr, ROWS: tl.constexpr):
     """tl.arange(0, ROWS), anew for every turn of a loop and every use in it."""
-    return tl.arange(0, ROWS) + (turn >> (30 - use))
+    return tl.arange(0, ROWS) + nothing(turn, use)
 
 
 @triton.jit
 def zeros_again(turn, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Zeros, anew for every turn: a product that is added to them stays in the loop."""
-    return tl.zeros([ROWS, COLUMNS], tl.float32) + (turn >> 30) * 1.0
+    return tl.zeros([ROWS, COLUMNS], tl.float32) + nothing(turn, 0) * 1.0
 
 
 @triton.jit

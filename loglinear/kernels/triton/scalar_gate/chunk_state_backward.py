@@ -9,7 +9,16 @@ The first terms are the adjoint of `chunk_state`; dA, of the chunk itself, comes
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.tiles import SIZES, as_product, group_program, identity, load_rows, load_state, store_rows
+from loglinear.kernels.triton.tiles import (
+    SIZES,
+    as_product,
+    group_program,
+    identity,
+    load_rows,
+    load_state,
+    scores_tile,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -25,7 +34,6 @@ def chunk_state_backward_kernel(
     what each token gives to the state; adds to dv."""
     TILES: tl.constexpr = (V + BV - 1) // BV
     ROWS: tl.constexpr = C // HALVES
-    PAIRS: tl.constexpr = HALVES * (HALVES + 1) // 2
     split, group, head, share, half, n, first, c, b, end, z, z0, sequence = group_program(
         table, T, N, H, R, C, HALVES, SPLIT, PACKED
     )
@@ -34,13 +42,12 @@ def chunk_state_backward_kernel(
     token, groups = b * T + first, H // R
     i = tl.arange(0, ROWS)
     q_rows = q + b * q_b + first * q_t + group * q_h
-    tiles = dscores + split * dscores_plane + (c * groups + group) * (PAIRS * ROWS * ROWS)
     one = identity(BV, DOT)
     dk_CK = tl.zeros([ROWS, BK], tl.float32)
     for later in range(half, HALVES):
         n_later = tl.minimum(end - first - (later - half) * ROWS, ROWS).to(tl.int32)
-        pair = later * (later + 1) // 2 + half
-        dscores_CC = tl.load(tiles + pair * (ROWS * ROWS) + i[:, None] * ROWS + i[None, :])
+        tile_CC = scores_tile(dscores, dscores_plane, split, c, groups, group, later, half, HALVES, ROWS)
+        dscores_CC = tl.load(tile_CC + i[:, None] * ROWS + i[None, :])
         q_CK = load_rows(q_rows + (later - half) * ROWS * q_t, q_t, n_later, 0, ROWS, K, BK).to(DOT)
         dk_CK = tl.dot(tl.trans(dscores_CC), q_CK, dk_CK, input_precision=PRECISION)
     k_CK = load_rows(k + b * k_b + first * k_t + group * k_h, k_t, n, 0, ROWS, K, BK).to(DOT)

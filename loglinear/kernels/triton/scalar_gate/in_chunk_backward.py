@@ -18,7 +18,15 @@ from loglinear.kernels.triton.levels import (
     near_classes,
     spread_scales,
 )
-from loglinear.kernels.triton.tiles import SIZES, group_program, load_rows, rows_again, store_rows, zeros_again
+from loglinear.kernels.triton.tiles import (
+    SIZES,
+    group_program,
+    load_rows,
+    rows_again,
+    scores_tile,
+    store_rows,
+    zeros_again,
+)
 
 
 @triton.jit
@@ -57,7 +65,7 @@ def in_chunk_backward_kernel(
     the keys, where I > J, only their dlambda, cross_scales [chunk, H, J]: the rest is the walk's to write."""
     DTYPE: tl.constexpr = level_scales.dtype.element_ty
     TILES: tl.constexpr = (V + BV - 1) // BV
-    PAIRS: tl.constexpr = 1 if C == J else 3
+    HALF: tl.constexpr = (C - I) // J  # of the keys
     split, group, head, share, half, n, first, c, b, end, z, z0, sequence = group_program(
         table, T, N, H, R, C, 1, SPLIT, PACKED
     )
@@ -120,5 +128,6 @@ def in_chunk_backward_kernel(
             )
             if I > J:
                 tl.store(to_cross + again, tl.sum(tl.where(column[None, :] >= 8, sums_IC, 0.0), 1), mask=again >= J)
-    tiles = dscores + split * dscores_plane + ((c * (H // R) + group) * PAIRS + (C - I) // J * 2) * (J * J)
-    tl.store(tiles + (i[:, None] * J + j[None, :]), dscores_IJ.to(dscores.dtype.element_ty))
+    # The tile of I > J queries is two: those of the next half, with the same keys, follow.
+    tile_IJ = scores_tile(dscores, dscores_plane, split, c, H // R, group, HALF, HALF, C // J, J)
+    tl.store(tile_IJ + (i[:, None] * J + j[None, :]), dscores_IJ.to(dscores.dtype.element_ty))

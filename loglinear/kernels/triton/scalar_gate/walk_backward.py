@@ -10,7 +10,7 @@ the logarithms of the decays on its way.
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.levels import column_of, load_read_scales, load_scale, scales_as_product
+from loglinear.kernels.triton.levels import column_of, load_read_scales, load_scale, scales_product
 from loglinear.kernels.triton.tiles import (
     SIZES,
     arrived,
@@ -19,7 +19,9 @@ from loglinear.kernels.triton.tiles import (
     identity,
     load_rows,
     load_state,
+    nothing,
     rows_again,
+    scores_tile,
     store_rows,
 )
 from loglinear.kernels.triton.walks import READS, load_blocks, nearest, slot_pointer, walk
@@ -45,7 +47,6 @@ def walk_backward_kernel(
     TILES: tl.constexpr = (V + BV - 1) // BV
     ROWS: tl.constexpr = C // HALVES
     LOG_ROWS: tl.constexpr = LOG_C if HALVES == 1 else LOG_C - 1
-    PAIRS: tl.constexpr = HALVES * (HALVES + 1) // 2
     split, group, head, share, half, n, first, c, b, end, z, z0, sequence = group_program(
         table, T, N, H, R, C, HALVES, SPLIT, PACKED
     )
@@ -55,12 +56,11 @@ def walk_backward_kernel(
     i, l_R = tl.arange(0, ROWS), tl.arange(0, READS)
     q_CK = load_rows(q + b * q_b + first * q_t + group * q_h, q_t, n, 0, ROWS, K, BK).to(DOT)
     k_rows = k + b * k_b + first * k_t + group * k_h
-    pair = half * (half + 1) // 2
-    tiles = dscores + split * dscores_plane + ((c * groups + group) * PAIRS + pair) * (ROWS * ROWS)
     one = identity(BV, DOT)
     dq_CK = tl.zeros([ROWS, BK], tl.float32)
     for j in range(half + 1):
-        dscores_CC = tl.load(tiles + j * (ROWS * ROWS) + i[:, None] * ROWS + i[None, :])
+        tile_CC = scores_tile(dscores, dscores_plane, split, c, groups, group, half, j, HALVES, ROWS)
+        dscores_CC = tl.load(tile_CC + i[:, None] * ROWS + i[None, :])
         k_JK = load_rows(k_rows - (half - j) * ROWS * k_t, k_t, n + (half - j) * ROWS, 0, ROWS, K, BK).to(DOT)
         dq_CK = tl.dot(dscores_CC, k_JK, dq_CK, input_precision=PRECISION)
     read, end_of_blocks, are_nodes = walk(z, z0, cap)
@@ -82,7 +82,7 @@ def walk_backward_kernel(
             cross_scale = load_scale(level_scales + h * l_h, l_t, n, LOG_C, L, i)
         path = tl.cumsum(log_block, 0) - log_block
         weights = tl.exp2(G[:, None] + path[None, :]) * scale
-        weights *= scales_as_product(lambdas, DTYPE, DOT, PRECISION)
+        weights *= scales_product(lambdas, identity(READS, DOT), DTYPE, DOT, PRECISION)
         remaining, pulled = reads, tl.zeros([ROWS, READS], tl.float32)
         for _ in range(count):
             l = nearest(remaining)
@@ -98,7 +98,8 @@ def walk_backward_kernel(
                 weighted_CV = (do_CV * weight[:, None]).to(DOT)
                 dq_CK = tl.dot(weighted_CV, tl.trans(state_KV), dq_CK, input_precision=PRECISION)
             pulled += tl.where(l_R[None, :] == l, dscale[:, None], 0.0)
-        flows, dscales = pulled * weights, pulled * tl.exp2((G + (h >> 30))[:, None] + path[None, :]) * scale
+        # The decays once more: kept from before the reads they would take registers all through them.
+        flows, dscales = pulled * weights, pulled * tl.exp2((G + nothing(h, 0))[:, None] + path[None, :]) * scale
         flow, in_last = tl.sum(flows, 1), tl.sum(tl.where(l_R[None, :] >= cap, dscales, 0.0), 1)
         if HALVES > 1:
             flow += cross * arrived(cross_scale, DTYPE)
