@@ -94,7 +94,7 @@ def constants(stage: str, direction: str, K: int, V: int, C: int, tile: int, dty
     return dict(
         K=K, V=V, C=C, BK=max(16, triton.next_power_of_2(K)), BV=min(tile, max(16, triton.next_power_of_2(V))),
         DOT=dot, PRECISION=precision, PACKED=False, NODES=False, LOG_C=log2(C), HALVES=2 if C > stages.ROWS else 1,
-        SPLIT=1, RUNS=False, LINEAR=False, LEVELS=1, I=C,
+        SPLIT=1, RUNS=False, LINEAR=False, LEVELS=1, CROSS=False,
         J=min(stages.ROWS, C), LOG_J=log2(min(stages.ROWS, C)), SIZE=K * V, E=tile, STEPS=stages.SWEEP_STEPS,
     )  # fmt: skip
 

@@ -89,7 +89,7 @@ def default_plan(direction: str, K: int, V: int, dtype: torch.dtype, chunk_size:
         launch = dict.fromkeys(STAGES[direction], Launch(64, 4, 2))
         launch["chunk_state"] = Launch(64, 8 if C > 64 else 4, 2 if wide else 3)
         if direction == "backward":
-            launch["in_chunk_backward"] = Launch(64, 8 if C > 64 else 4, 1 if wide else 2)
+            launch["in_chunk_backward"] = Launch(64, 4, 1 if wide else 2)
             launch |= dict.fromkeys(("walk_backward", "chunk_state_backward"), Launch(64, 4, 1 if wide else 3))
     launch |= {name: sweep for name in launch if name.endswith("sweep")}
     return Plan(C, launch)

@@ -79,10 +79,11 @@ def is_near(i, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def load_class_scales(base, stride, n, L, i, LINEAR: tl.constexpr):
-    """lambda of the classes that each row reads, else 0: [i, c], loaded ahead. LINEAR: there is one level, [i]."""
-    if LINEAR:
-        return load_scale(base, stride, n, 0, L, i)
+def load_class_scales(base, stride, n, L, level, i, ONE_LEVEL: tl.constexpr):
+    """lambda of the classes that each row reads, else 0: [i, c], loaded ahead. ONE_LEVEL: all columns are at `level`,
+    [i]."""
+    if ONE_LEVEL:
+        return load_scale(base, stride, n, level, L, i)
     else:
         columns = tl.minimum(tl.maximum(class_levels(i), 0), L - 1)
         return load_ahead(base + ((i * stride)[:, None] + columns), (i < n)[:, None] & reads_class(i))
@@ -91,11 +92,11 @@ def load_class_scales(base, stride, n, L, i, LINEAR: tl.constexpr):
 @triton.jit
 def spread_scales(
     scales, near_JC, far_JC, i,
-    DTYPE: tl.constexpr, J: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, J: tl.constexpr, ONE_LEVEL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """LAM[i, j] = lambda[i, level(i, j)] from scales [i, c] loaded ahead from an array of DTYPE. Whoever takes it
     has to leave out j > i."""
-    if LINEAR:
+    if ONE_LEVEL:
         return arrived(scales, DTYPE)[:, None]
     else:
         near = scales_product(scales, tl.trans(near_JC), DTYPE, DOT, PRECISION)

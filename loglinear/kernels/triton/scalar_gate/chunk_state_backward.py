@@ -44,7 +44,8 @@ def chunk_state_backward_kernel(
     q_rows = q + b * q_b + first * q_t + group * q_h
     one = identity(BV, DOT)
     dk_CK = tl.zeros([ROWS, BK], tl.float32)
-    for later in range(half, HALVES):
+    # The second half may have no tokens, and then no dscores.
+    for later in range(half, tl.where(end - first > ROWS, HALVES, half + 1)):
         n_later = tl.minimum(end - first - (later - half) * ROWS, ROWS).to(tl.int32)
         tile_CC = scores_tile(dscores, dscores_plane, split, c, groups, group, later, half, HALVES, ROWS)
         dscores_CC = tl.load(tile_CC + i[:, None] * ROWS + i[None, :])

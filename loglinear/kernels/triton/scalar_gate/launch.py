@@ -87,10 +87,9 @@ class ScalarGate:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.v.device)
 
-    def options(self, stage: str, half: int = 0) -> dict[str, int]:
-        """The compiler's; the second half of a chunk has half of the queries."""
+    def options(self, stage: str) -> dict[str, int]:
         launch = self.plan.stages[stage]
-        return dict(num_warps=max(4, launch.num_warps >> half), num_stages=launch.num_stages)
+        return dict(num_warps=launch.num_warps, num_stages=launch.num_stages)
 
     def value_tile(self, stage: str) -> int:
         return min(self.plan.stages[stage].tile, max(16, triton.next_power_of_2(self.V)))
@@ -175,15 +174,15 @@ class ScalarGate:
         programs, planes = y.chunks * halves * self.G * self.splits, (dq.stride(0), dscores.stride(0))
 
         self.build_states()
-        for half in range(halves):
-            in_chunk_backward_kernel[(programs // halves,)](
+        for cross in range(halves):
+            in_chunk_backward_kernel[(programs // (1 + cross),)](
                 self.q, self.k, self.v, self.level_scales, self.cumulative, do,
                 dv, dlevel_scales, row_flow, column_flow, cross_scales, dscores, y.table,
                 *self.sizes, self.R, self.L, self.scale, dscores.stride(0), *q_, *k_, *v_, *l_, *o_,
                 dv.stride(1), dlevel_scales.stride(1),
-                LOG_J=log2(rows), J=rows, I=self.C - half * rows,
+                J=rows, LOG_J=log2(rows), CROSS=cross == 1,
                 BV=self.value_tile("in_chunk_backward"), SPLIT=self.splits, LINEAR=self.L == 1,
-                **self.shape, **self.dots, **self.packed, **self.options("in_chunk_backward", half),
+                **self.shape, **self.dots, **self.packed, **self.options("in_chunk_backward"),
             )  # fmt: skip
         walk_backward_kernel[(programs,)](
             self.q, self.k, self.level_scales, self.cumulative, self.slots, self.nodes, self.log_p, do,

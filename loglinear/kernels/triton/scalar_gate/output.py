@@ -39,7 +39,7 @@ def output_kernel(
     k_CK = load_rows(k_rows, k_t, n, 0, ROWS, K, BK).to(DOT)
     v_CV = load_rows(v_rows, v_t, n, tile * BV, ROWS, V, BV).to(DOT)
     G = tl.load(cumulative + row + i)
-    lambdas = load_class_scales(scales, l_t, n, L, i, LINEAR)
+    lambdas = load_class_scales(scales, l_t, n, L, 0, i, LINEAR)
     read, end_of_blocks, are_nodes = walk(z, z0, cap)
     log_block = load_blocks(log_p, c, z, z0, cap, h, H)
     remaining = tl.sum(tl.where(read, 1 << tl.arange(0, READS), 0), 0)
