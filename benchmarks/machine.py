@@ -9,8 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 
 import loglinear
+
+
+def check_options(device: str, out: Path | None, **at_least_one: int) -> None:
+    """One line for options that could not work, before anything is measured."""
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda needs a CUDA GPU, and this machine has none")
+    if out is not None and not out.parent.is_dir():
+        raise typer.BadParameter(f"--out {out}: there is no folder {out.parent}")
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise typer.BadParameter(f"--{name} must be at least 1, got {value}")
 
 
 def keep(out: Path | None, described: dict[str, Any], rows: list[dict[str, Any]]) -> None:

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import ops_gpu
-from benchmarks.machine import about, keep
+from benchmarks.machine import about, check_options, keep
 from loglinear.fenwick import num_levels
 from loglinear.ops import LogLinearOutput, log_linear_attention, log_linear_delta_rule
 
@@ -203,6 +203,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="write the numbers to this JSON file")] = None,
 ) -> None:
     """Time the operators beside their peers. cpu: B 1, H 8, K 64, V 64, float32, full levels."""
+    check_options(device, out, rounds=rounds, lengths=min(lengths or [1]))
     if threads:
         torch.set_num_threads(threads)
     console = Console(width=None if sys.stdout.isatty() else 200)

@@ -29,6 +29,7 @@ from loglinear.fenwick import log2
 from loglinear.kernels.triton.config import STAGES, Launch, default_plan
 from loglinear.kernels.triton.scalar_gate import launch as stages
 from loglinear.kernels.triton.tiles import SIZES
+from loglinear.ops.impl_triton import MAX_HEAD_DIM
 
 ABSENT = {"table", "runs", "ends", "nodes", "dnodes"}  # dense batches that begin at 0
 WORKING = {
@@ -106,6 +107,11 @@ def main(
     chunk_size: Annotated[int | None, typer.Option(help="as a state would prescribe it")] = None,
 ) -> None:
     """Registers, stack and shared memory of the default plans' kernels."""
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise typer.BadParameter(f"--dtype must be bfloat16, float16 or float32, got {dtype!r}")
+    if not (1 <= key_dim <= MAX_HEAD_DIM and 1 <= value_dim <= MAX_HEAD_DIM):
+        got = f"{key_dim} and {value_dim}"
+        raise typer.BadParameter(f"--key-dim and --value-dim must be 1 to {MAX_HEAD_DIM}, got {got}")
     of = getattr(torch, dtype)
     table = Table(title=f"K {key_dim}, V {value_dim}, {dtype}, sm_90, triton {triton.__version__}")
     for column in ("direction", "stage", "chunk", "tile, warps, stages", "registers", "stack", "shared KiB"):

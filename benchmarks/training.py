@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.machine import about, keep
+from benchmarks.machine import about, check_options, keep
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts
-from loglinear.recipes import get_recipe
+from loglinear.recipes import RECIPES, get_recipe
 
 LOSS_BUDGET = 2e-2  # between two implementations under bf16 autocast, of a loss near log(vocabulary)
 
@@ -152,6 +152,9 @@ def main(
 ) -> None:
     """Time training steps: log-linear, linear and softmax models of one size."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_options(device, out, steps=steps, lengths=min(lengths or [1]))
+    if recipe not in RECIPES:
+        raise typer.BadParameter(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
     with Progress(console=Console(stderr=True), transient=True) as progress:
         described = about("training", device)
         chosen = lengths or [16_384, 65_536]

@@ -7,18 +7,24 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from loglinear.ops.impl_triton import MAX_HEAD_DIM
+
 
 def run(
     heads: int, groups: int, key_dim: int, value_dim: int, dtype: str, lengths: list[int], batch: int, out: Path | None
 ) -> None:
     """Raises ValueError without a GPU, or for a shape that the kernels do not take."""
-    if not torch.cuda.is_available():
-        raise ValueError("tune needs a CUDA GPU, and this machine has none")
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype not in dtypes:
         raise ValueError(f"--dtype must be one of {list(dtypes)}, got {dtype!r}")
-    if heads % groups:
-        raise ValueError(f"--heads {heads} must be a multiple of --groups {groups}")
+    if min(heads, groups) < 1 or heads % groups:
+        raise ValueError(f"--heads {heads} must be a multiple of --groups {groups}, both at least 1")
+    if not (1 <= key_dim <= MAX_HEAD_DIM and 1 <= value_dim <= MAX_HEAD_DIM):
+        raise ValueError(f"--key-dim and --value-dim must be 1 to {MAX_HEAD_DIM}, got {key_dim} and {value_dim}")
+    if min(*lengths, batch) < 1:
+        raise ValueError(f"--length and --batch must be at least 1, got {lengths} and {batch}")
+    if not torch.cuda.is_available():
+        raise ValueError("tune needs a CUDA GPU, and this machine has none")
     from loglinear.kernels.triton.config import STAGES, user_table
     from loglinear.kernels.triton.tune import Shape, compile_candidates, tune, write
 

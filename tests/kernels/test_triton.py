@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loglinear.ops import log_linear_attention
-from tests.kernels.emulation import EMULATED, errors, make, teach_bfloat16
+from tests.kernels.emulation import EMULATED, errors, make, run_chunks, teach_bfloat16
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
 
 triton = pytest.importorskip("triton")
@@ -211,15 +211,16 @@ def test_gradients_have_the_dtype_of_their_inputs():
         assert name == "q" or relative_error(a, e) < BUDGET, name
 
 
+@pytest.mark.parametrize("chunk_size", [0, 128])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_lambda_of_levels_that_a_token_does_not_read_does_not_matter(value):
+def test_lambda_of_levels_that_a_token_does_not_read_does_not_matter(value, chunk_size):
     inputs = make(1, 200, 1, 1, 8, 8, 12, torch.float32, device="cpu")
     exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
     reads = torch.tensor([[level == 0 or (t >> (level - 1)) & 1 for level in range(12)] for t in range(200)]).bool()
     with torch.no_grad():
         inputs["level_scales"][0, ~reads[:, None]] = value
     weight = torch.randn(1, 200, 1, 8)
-    output = OPERATOR(inputs, impl="triton").output
+    output = run_chunks(inputs, chunk_size)
     expected = OPERATOR(exact).output
     assert relative_error(output, expected) < BUDGET
     grads = torch.autograd.grad(output, list(inputs.values()), weight)

@@ -123,6 +123,6 @@ def down_sweep_kernel(
     dtotal = tl.sum(tl.where(crossed, flow[:, None], 0.0), 0)
     if part == 0:
         # The last entry of a run got its log P one storey higher, where there is one.
-        dblock_log = tl.load(dlog_p + rows * H + h, mask=exists & (j < RUN + is_top), other=0.0)
+        dblock_log = tl.load(dlog_p + rows * H + h, mask=exists & (j < is_top + RUN), other=0.0)
         dtotal += tl.sum(tl.where(inside, dblock_log[None, :], 0.0), 1)
     tl.store(dtotals + plane * part + rows * H + h, dtotal, mask=exists)

@@ -77,9 +77,9 @@ def walk_backward_kernel(
         if TILES == 1:
             do_CV = as_product(load_rows(do_h, o_t, n, 0, ROWS, V, BV, h).to(DOT), one, PRECISION)
         if HALVES > 1:
-            in_first = i < tl.where(half > 0, n, 0)
-            cross = tl.load(cross_scales + (c * H + h) * ROWS + i, mask=in_first, other=0.0)
-            cross_scale = load_scale(level_scales + h * l_h, l_t, n, LOG_C, L, i)
+            n_cross = tl.where(half > 0, n, 0)
+            cross = tl.load(cross_scales + (c * H + h) * ROWS + i, mask=i < n_cross, other=0.0)
+            cross_scale = load_scale(level_scales + h * l_h, l_t, n_cross, LOG_C, L, i)
         path = tl.cumsum(log_block, 0) - log_block
         weights = tl.exp2(G[:, None] + path[None, :]) * scale
         weights *= scales_product(lambdas, identity(READS, DOT), DTYPE, DOT, PRECISION)
