@@ -65,21 +65,22 @@ def locate(c, table, T, N, C: tl.constexpr, PACKED: tl.constexpr):
         b = (c // N).to(tl.int64)
         z = (c % N).to(tl.int32)
         first, end = z.to(tl.int64) * C, tl.full([], 0, tl.int64) + T
-        z0, sequence = 0, (c // N).to(tl.int32)
+        z0, sequence = tl.full([], 0, tl.int32), (c // N).to(tl.int32)
     return b, first, end, z, z0, sequence
 
 
 @triton.jit
-def locate_run(run, table, N, storey, PACKED: tl.constexpr):
-    """Row of the sequence's chunk 0, its number of chunks, the number of the run of 64 entries in it, z0, sequence."""
+def locate_run(run, table, N, storey, PACKED: tl.constexpr, BITS: tl.constexpr = STOREY):
+    """Row of the sequence's chunk 0, its number of chunks, the number of the run of 2**BITS entries in it, z0,
+    sequence."""
     if PACKED:
         row = table + run * 5
         origin, count, number = tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2)
         z0, sequence = tl.load(row + 3), tl.load(row + 4)
     else:
-        runs = tl.maximum(((N >> (STOREY * storey)) + RUN - 1) // RUN, 1)
+        runs = tl.maximum(((N >> (BITS * storey)) + 2**BITS - 1) // 2**BITS, 1)
         origin, count, number = (run // runs).to(tl.int64) * N, N, run % runs
-        z0, sequence = 0, run // runs
+        z0, sequence = tl.full([], 0, tl.int32), run // runs
     return origin, count, number, z0, sequence
 
 
@@ -144,6 +145,27 @@ def store_state(base, first_column, x, K: tl.constexpr, V: tl.constexpr, BK: tl.
         tl.store(base + (i * V + j), x.to(base.dtype.element_ty))
     else:
         tl.store(base + (i * V + j), x.to(base.dtype.element_ty), mask=(i < K) & (j < V))
+
+
+@triton.jit
+def load_block(base, i0, j0, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The [ROWS, COLUMNS] tile at (i0, j0) of a [HEIGHT, WIDTH] matrix, 0 outside of it."""
+    i, j = i0 + tl.arange(0, ROWS)[:, None], j0 + tl.arange(0, COLUMNS)[None, :]
+    if (HEIGHT % ROWS == 0) & (WIDTH % COLUMNS == 0):
+        return tl.load(base + (i * WIDTH + j))
+    else:
+        return tl.load(base + (i * WIDTH + j), mask=(i < HEIGHT) & (j < WIDTH), other=0.0)
+
+
+@triton.jit
+def store_block(
+    base, i0, j0, x, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    i, j = i0 + tl.arange(0, ROWS)[:, None], j0 + tl.arange(0, COLUMNS)[None, :]
+    if (HEIGHT % ROWS == 0) & (WIDTH % COLUMNS == 0):
+        tl.store(base + (i * WIDTH + j), x.to(base.dtype.element_ty))
+    else:
+        tl.store(base + (i * WIDTH + j), x.to(base.dtype.element_ty), mask=(i < HEIGHT) & (j < WIDTH))
 
 
 @triton.jit

@@ -1,0 +1,106 @@
+"""What the delta rule's stages share on the device: a chunk's own matrices, products of blocks, who merges with whom.
+
+Matrices wider than TK are taken in tiles of TK columns. A transition is K x K: products of them go from memory to
+memory, tile by tile, so that any K and dtype fits.
+"""
+
+# C chunk, K key, V value, i number of an entry in its run, from 1
+import triton
+import triton.language as tl
+
+from loglinear.kernels.triton.delta_rule import layout
+from loglinear.kernels.triton.tiles import exponent, load_block, load_rows, store_block
+from loglinear.kernels.triton.walks import READS
+
+# A run is 16 chunks: one program composes them one after the other, and all of them read what lies before the run
+# through states that were brought to its first token (`carry`).
+BITS = tl.constexpr(layout.STOREY)
+RUN = tl.constexpr(1 << layout.STOREY)
+
+
+@triton.jit
+def key_products(k_rows, k_t, n, G, K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """K K^T * dec, its lower triangle."""
+    keys_CC = tl.zeros([C, C], tl.float32)
+    for kt in tl.static_range(0, K, TK):
+        k_CT = load_rows(k_rows, k_t, n, kt, C, K, TK).to(DOT)
+        keys_CC = tl.dot(k_CT, tl.trans(k_CT), keys_CC, input_precision=PRECISION)
+    return keys_CC * decay(G, C)
+
+
+@triton.jit
+def decay(G, C: tl.constexpr):
+    """dec[i, j] = exp(G_i - G_j) for i >= j, else 0; G in base 2."""
+    i = tl.arange(0, C)
+    return tl.where(i[:, None] >= i[None, :], tl.exp2(G[:, None] - G[None, :]), 0.0)
+
+
+@triton.jit
+def load_write(inverse, beta, beta_t, n, C: tl.constexpr, DOT: tl.constexpr):
+    """A diag(beta) of one chunk and head."""
+    i = tl.arange(0, C)
+    b = tl.load(beta + i * beta_t, mask=i < n, other=0.0).to(tl.float32)
+    inverse_CC = load_block(inverse, 0, 0, C, C, C, C)
+    return (inverse_CC.to(tl.float32) * b[None, :]).to(DOT)
+
+
+@triton.jit
+def num_merges(i, rel):
+    """With how many blocks on its left an entry's merges: those of 1, 2, 4 .. entries, and from 2**rel on the prefix."""
+    t = exponent((i & -i) + tl.zeros([], tl.int32))
+    return tl.minimum(t, rel) + ((t >= rel) & (i > (1 << rel))).to(tl.int32)
+
+
+@triton.jit
+def entry_bits(storey):
+    """log2 of the chunks that an entry of this storey stands for."""
+    return tl.zeros([], tl.int32) + BITS * storey
+
+
+@triton.jit
+def levels_below(cap, storey):
+    """How many levels of a storey lie below the cap."""
+    return tl.minimum(tl.maximum(cap - BITS * storey, 0), BITS)
+
+
+@triton.jit
+def node_row(z, z0, sequence, cap):
+    """The node that ends with chunk z < z0 of a continued sequence; -1 where none does."""
+    m = tl.minimum(exponent((z + 1) & -(z + 1)), cap)
+    is_node = (z >= 0) & (((z0 >> m) << m) == z + 1)
+    return tl.where(is_node, sequence.to(tl.int64) * (cap + 1) + m, -1)
+
+
+@triton.jit
+def multiply(x, y, out, K: tl.constexpr, TK: tl.constexpr, PRECISION: tl.constexpr):
+    """out = x y of K x K matrices in memory. Everything that this program wrote before is seen; `out` is not."""
+    tl.debug_barrier()
+    for i in range(0, K, TK):
+        for j in range(0, K, TK):
+            tile = tl.zeros([TK, TK], tl.float32)
+            for s in range(0, K, TK):
+                x_TT, y_TT = load_block(x, i, s, K, K, TK, TK), load_block(y, s, j, K, K, TK, TK)
+                tile = tl.dot(x_TT, y_TT, tile, input_precision=PRECISION)
+            store_block(out, i, j, tile, K, K, TK, TK)
+
+
+@triton.jit
+def copy(x, out, K: tl.constexpr, TK: tl.constexpr):
+    """out = x of K x K matrices in memory."""
+    tl.debug_barrier()
+    for i in range(0, K, TK):
+        for j in range(0, K, TK):
+            store_block(out, i, j, load_block(x, i, j, K, K, TK, TK), K, K, TK, TK)
+
+
+@triton.jit
+def reads_of(read):
+    """The set of candidates that are read, as bits."""
+    return tl.sum(tl.where(read, 1 << tl.arange(0, READS), 0), 0)
+
+
+@triton.jit
+def count_bits(x):
+    """Of x < 2**16."""
+    return tl.sum((x >> tl.arange(0, READS)) & 1, 0)
