@@ -21,6 +21,12 @@ from loglinear.kernels.triton.delta_rule.up_sweep import state_sweep_kernel, tra
 from loglinear.kernels.triton.layout import READS, layout
 from loglinear.kernels.triton.scalar_gate.launch import DOT_TYPES, common_dtype, in_rows
 
+# Warps and stages of the pipeline. Sweeps read what they wrote: nothing may be loaded ahead there.
+LAUNCHES = {
+    "chunk_inverse": (4, 1), "transition_sweep": (8, 1), "state_sweep": (8, 1), "carry_transitions": (8, 1),
+    "carry_states": (8, 1), "output": (4, 1),
+}  # fmt: skip
+
 
 class DeltaRule:
     """One call: its inputs, sizes and the arrays between the stages."""
@@ -43,10 +49,13 @@ class DeltaRule:
         self.key_tile = min(128 if self.dtype == torch.bfloat16 and self.K <= 128 else 64, at_least_16(self.K))
         self.value_tile = min(128 if self.dtype == torch.bfloat16 and self.K <= 128 else 64, at_least_16(self.V))
         self.value_tiles = triton.cdiv(self.V, self.value_tile)
-        self.options = dict(num_warps=8 if self.key_tile > 64 else 4, num_stages=1)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.v.device)
+
+    def options(self, stage: str) -> dict[str, int]:
+        warps, stages = LAUNCHES[stage]
+        return dict(num_warps=warps if self.key_tile > 64 else 4, num_stages=stages)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -70,7 +79,7 @@ class DeltaRule:
             self.k, self.beta, self.log_decay, self.inverse, self.cumulative, y.table, *self.sizes, self.R,
             *self.strides("k", "beta", "log_decay"),
             K=K, C=C, LOG_C=log2(C), TK=self.key_tile, INVERSE_PRECISION=inverse_precision,
-            **self.dots, **self.packed, num_warps=4,
+            **self.dots, **self.packed, **self.options("chunk_inverse"),
         )  # fmt: skip
         self.transitions, self.rights = (self.empty(y.chunks, H, K, K, dtype=self.dtype) for _ in range(2))
         self.slots = self.empty(y.chunks, H, K, V, dtype=self.dtype)
@@ -78,7 +87,7 @@ class DeltaRule:
             transition_sweep_kernel[(runs * H,)](
                 self.k, self.beta, self.inverse, self.cumulative, self.transitions, self.rights, y.table,
                 y.run_tables[storey], *self.sizes, self.R, y.cap, storey, *self.strides("k", "beta"),
-                K=K, C=C, TK=self.key_tile, OWN=storey == 0, **self.dots, **self.packed, **self.options,
+                K=K, C=C, TK=self.key_tile, OWN=storey == 0, **self.dots, **self.packed, **self.options("transition_sweep"),
             )  # fmt: skip
         for storey, runs in enumerate(y.runs):
             state_sweep_kernel[(runs * H * self.value_tiles,)](
@@ -86,7 +95,7 @@ class DeltaRule:
                 self.nodes, y.table, y.run_tables[storey], *self.sizes, self.R, y.cap, storey,
                 *self.strides("k", "v", "beta"),
                 K=K, V=V, C=C, TK=self.key_tile, BV=self.value_tile, OWN=storey == 0, NODES=self.nodes is not None,
-                **self.dots, **self.packed, **self.options,
+                **self.dots, **self.packed, **self.options("state_sweep"),
             )  # fmt: skip
         self.carried = self.carry(y.runs[0], y.run_levels, self.carried_columns, self.dtype, ends=False)[0]
 
@@ -100,12 +109,12 @@ class DeltaRule:
         table = y.run_tables[0]
         carry_transitions_kernel[(carriers * H,)](
             self.transitions, paths, table, y.ends, *self.sizes, y.cap, candidates,
-            K=K, C=self.C, TK=self.key_tile, ENDS=ends, **self.precision, **self.packed, **self.options,
+            K=K, C=self.C, TK=self.key_tile, ENDS=ends, **self.precision, **self.packed, **self.options("carry_transitions"),
         )  # fmt: skip
         carry_states_kernel[(carriers * columns * H * self.value_tiles,)](
             self.slots, self.nodes, paths, carried, table, y.ends, *self.sizes, y.cap, columns, candidates,
             K=K, V=V, C=self.C, TK=self.key_tile, BV=self.value_tile, ENDS=ends, NODES=self.nodes is not None,
-            **self.precision, **self.packed, **self.options,
+            **self.precision, **self.packed, **self.options("carry_states"),
         )  # fmt: skip
         return carried, paths
 
@@ -118,7 +127,7 @@ class DeltaRule:
             *self.sizes, self.R, self.L, y.cap, self.scale, self.carried_columns,
             *self.strides("q", "k", "v", "beta", "level_scales"),
             K=self.K, V=self.V, C=self.C, LOG_C=log2(self.C), TK=self.key_tile, BV=self.value_tile,
-            LINEAR=self.L == 1, NODES=self.nodes is not None, **self.dots, **self.packed, num_warps=4, num_stages=1,
+            LINEAR=self.L == 1, NODES=self.nodes is not None, **self.dots, **self.packed, **self.options("output"),
         )  # fmt: skip
         return out
 
