@@ -2,7 +2,7 @@
 
     for each block on the walk, nearest first:   R = Y S_block,   Y <- Y P_block,   from Y = I
 
-A carrier is the first token of a run, for the blocks of 16 and more chunks (all chunks of the run read R, and none of
+A carrier is the first token of a run, for the blocks of 8 and more chunks (all chunks of the run read R, and none of
 them the blocks), or the end of a sequence, for all of its blocks (they become its final state). Blocks from the cap on
 are summed into the last column.
 """

@@ -1,4 +1,4 @@
-"""The triangular inverse of each chunk, exact, by doubling.
+"""The triangular inverse of each half of a chunk, exact, by doubling.
 
     A = (I + N)^-1,   N = tril(diag(b) K K^T * dec, -1)
 
@@ -9,7 +9,7 @@ With N_l the entries of N between sibling blocks of 2**l tokens, and X_l the inv
 which is substitution, block by block: nothing is ever summed that could cancel, as in the powers of N.
 """
 
-# C chunk, H heads, K key
+# C rows of one half (or the whole) of a chunk, H heads, K key
 import triton
 import triton.language as tl
 
@@ -35,22 +35,25 @@ def chunk_inverse_kernel(
     k, beta, log_decay, inverse, cumulative, table,
     T, N, H, R,
     k_b, k_t, k_h, beta_b, beta_t, beta_h, g_b, g_t, g_h,
-    K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, TK: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, HALVES: tl.constexpr, TK: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, INVERSE_PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, one head: A [chunk, H, C, C] and the cumulative log decay G [chunk, H, C], in base 2."""
-    _, h, chunk = head_program(1, H)
-    c = chunk.to(tl.int64)
-    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
-    n = tl.minimum(end - first, C).to(tl.int32)
-    if n <= 0:
+    """One half of a chunk, one head: A [chunk, half, H, C, C] and the cumulative log decay G [chunk, half, H, C], in
+    base 2, from the half's start."""
+    _, h, part = head_program(1, H)
+    half, c = part % HALVES, (part // HALVES).to(tl.int64)
+    b, first, end, z, z0, sequence = locate(c, table, T, N, C * HALVES, PACKED)
+    if end <= first:
         return
+    first += half * C
+    n = tl.maximum(tl.minimum(end - first, C), 0).to(tl.int32)  # a half without tokens changes nothing
+    row = part.to(tl.int64) * H + h
     i = tl.arange(0, C)
     g = tl.load(log_decay + b * g_b + first * g_t + h * g_h + i * g_t, mask=i < n, other=0.0).to(tl.float32)
     G = tl.cumsum(tl.maximum(g, MIN_LOG_DECAY) * LOG2_E, 0)
-    tl.store(cumulative + (c * H + h) * C + i, G)
+    tl.store(cumulative + row * C + i, G)
     strength = tl.load(beta + b * beta_b + first * beta_t + h * beta_h + i * beta_t, mask=i < n, other=0.0)
     keys_CC = key_products(k + b * k_b + first * k_t + (h // R) * k_h, k_t, n, G, K, C, TK, DOT, PRECISION)
     lower_CC = tl.where(i[:, None] > i[None, :], keys_CC * strength.to(tl.float32)[:, None], 0.0)
     inverse_CC = unit_lower_inverse(lower_CC, C, LOG_C, INVERSE_PRECISION)
-    store_block(inverse + (c * H + h) * (C * C), 0, 0, inverse_CC, C, C, C, C)
+    store_block(inverse + row * (C * C), 0, 0, inverse_CC, C, C, C, C)

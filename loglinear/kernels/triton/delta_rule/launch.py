@@ -21,6 +21,7 @@ from loglinear.kernels.triton.delta_rule.up_sweep import state_sweep_kernel, tra
 from loglinear.kernels.triton.layout import READS, layout
 from loglinear.kernels.triton.scalar_gate.launch import DOT_TYPES, common_dtype, in_rows
 
+ROWS = 64  # tokens of a chunk that one program takes at most, where it holds all pairs of them
 # Warps and stages of the pipeline. Sweeps read what they wrote: nothing may be loaded ahead there.
 LAUNCHES = {
     "chunk_inverse": (4, 1), "transition_sweep": (8, 1), "state_sweep": (8, 1), "carry_transitions": (8, 1),
@@ -41,6 +42,8 @@ class DeltaRule:
         self.B, self.T, self.G, self.K = q.shape
         self.H, self.V = v.shape[2:]
         self.L, self.R, self.scale, self.C = level_scales.shape[3], self.H // self.G, scale, chunk_size
+        self.halves = 2 if self.C > ROWS else 1
+        self.rows = self.C // self.halves
         self.layout = layout(self.B, self.T, self.C, self.L, cu_seqlens, starts, STOREY)
         self.dtype, dot, precision = DOT_TYPES[common_dtype(q, k, v)]
         self.nodes = None if nodes is None else nodes.to(self.dtype).contiguous()
@@ -71,14 +74,14 @@ class DeltaRule:
 
     def build_states(self) -> None:
         """Each chunk's inverse, the Fenwick array, and what is carried to the runs."""
-        y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
-        self.inverse = self.empty(y.chunks, H, C, C, dtype=self.dtype)
-        self.cumulative = self.empty(y.chunks, H, C)
+        y, H, K, V, C = self.layout, self.H, self.K, self.V, self.rows
+        self.inverse = self.empty(y.chunks, self.halves, H, C, C, dtype=self.dtype)
+        self.cumulative = self.empty(y.chunks, self.halves, H, C)
         inverse_precision = "tf32x3" if self.v.dtype == torch.float32 else "tf32"
-        chunk_inverse_kernel[(y.chunks * H,)](
+        chunk_inverse_kernel[(y.chunks * self.halves * H,)](
             self.k, self.beta, self.log_decay, self.inverse, self.cumulative, y.table, *self.sizes, self.R,
             *self.strides("k", "beta", "log_decay"),
-            K=K, C=C, LOG_C=log2(C), TK=self.key_tile, INVERSE_PRECISION=inverse_precision,
+            K=K, C=C, LOG_C=log2(C), HALVES=self.halves, TK=self.key_tile, INVERSE_PRECISION=inverse_precision,
             **self.dots, **self.packed, **self.options("chunk_inverse"),
         )  # fmt: skip
         self.transitions, self.rights = (self.empty(y.chunks, H, K, K, dtype=self.dtype) for _ in range(2))
@@ -87,14 +90,16 @@ class DeltaRule:
             transition_sweep_kernel[(runs * H,)](
                 self.k, self.beta, self.inverse, self.cumulative, self.transitions, self.rights, y.table,
                 y.run_tables[storey], *self.sizes, self.R, y.cap, storey, *self.strides("k", "beta"),
-                K=K, C=C, TK=self.key_tile, OWN=storey == 0, **self.dots, **self.packed, **self.options("transition_sweep"),
+                K=K, C=C, HALVES=self.halves, TK=self.key_tile, OWN=storey == 0, **self.dots, **self.packed,
+                **self.options("transition_sweep"),
             )  # fmt: skip
         for storey, runs in enumerate(y.runs):
             state_sweep_kernel[(runs * H * self.value_tiles,)](
                 self.k, self.v, self.beta, self.inverse, self.cumulative, self.transitions, self.rights, self.slots,
                 self.nodes, y.table, y.run_tables[storey], *self.sizes, self.R, y.cap, storey,
                 *self.strides("k", "v", "beta"),
-                K=K, V=V, C=C, TK=self.key_tile, BV=self.value_tile, OWN=storey == 0, NODES=self.nodes is not None,
+                K=K, V=V, C=C, HALVES=self.halves, TK=self.key_tile, BV=self.value_tile, OWN=storey == 0,
+                NODES=self.nodes is not None,
                 **self.dots, **self.packed, **self.options("state_sweep"),
             )  # fmt: skip
         self.carried = self.carry(y.runs[0], y.run_levels, self.carried_columns, self.dtype, ends=False)[0]
@@ -121,13 +126,13 @@ class DeltaRule:
     def output(self) -> Tensor:
         y = self.layout
         out = self.empty(self.B, self.T, self.H, self.V, dtype=self.v.dtype)
-        output_kernel[(y.chunks * self.H * self.value_tiles,)](
+        output_kernel[(y.chunks * self.halves * self.H * self.value_tiles,)](
             self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, self.transitions,
             self.slots, self.nodes, self.carried, out, y.table, y.first_runs,
             *self.sizes, self.R, self.L, y.cap, self.scale, self.carried_columns,
             *self.strides("q", "k", "v", "beta", "level_scales"),
-            K=self.K, V=self.V, C=self.C, LOG_C=log2(self.C), TK=self.key_tile, BV=self.value_tile,
-            LINEAR=self.L == 1, NODES=self.nodes is not None, **self.dots, **self.packed, **self.options("output"),
+            K=self.K, V=self.V, C=self.rows, LOG_C=log2(self.C), HALVES=self.halves, TK=self.key_tile,
+            BV=self.value_tile, LINEAR=self.L == 1, NODES=self.nodes is not None, **self.dots, **self.packed, **self.options("output"),
         )  # fmt: skip
         return out
 

@@ -1,3 +1,3 @@
 """Sizes of the delta rule's tree that the launches and the kernels share."""
 
-STOREY = 4  # levels of one storey: runs of 16 chunks
+STOREY = 3  # levels of one storey: runs of 8 chunks

@@ -2,15 +2,17 @@
 
     E  = (Q K^T * dec) Ab            O = (E * LAM) V
     X  = diag(exp(G)) Q - E diag(exp(G)) K
-    for each block of the run:       O += diag(lambda_l) X S_block,   X <- X P_block
-    for each carried state:          O += diag(lambda_l) X R
+    from the second half of a chunk to the first, E' = X diag(exp(Gam - G')) K'^T Ab':
+                                     O += diag(lambda) E' V',         X <- exp(Gam) X - E' diag(exp(G')) K'
+    for each block of the run:       O += diag(lambda) X S_block,     X <- X P_block
+    for each carried state:          O += diag(lambda) X R
 """
 
-# C chunk, H heads, K key, V value, L levels
+# C rows of one half (or the whole) of a chunk, H heads, K key, V value, L levels
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule.tiles import BITS, RUN, count_bits, decay, load_write, reads_of
+from loglinear.kernels.triton.delta_rule.tiles import BITS, RUN, count_bits, decay, load_decays, load_write, reads_of
 from loglinear.kernels.triton.levels import far_classes, load_class_scales, load_scale, near_classes, spread_scales
 from loglinear.kernels.triton.tiles import SIZES, arrived, head_program, load_block, load_rows, locate, store_rows
 from loglinear.kernels.triton.walks import READS, nearest, slot_pointer, walk
@@ -73,6 +75,35 @@ def through_transition(x, transition, K: tl.constexpr, TK: tl.constexpr, DOT: tl
 
 
 @triton.jit
+def across_halves(
+    x, k_rows, k_t, G, total, write_CC,
+    K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X diag(exp(Gam - G)) K^T Ab: the coefficients of another half's values for queries that start behind it."""
+    to_end = tl.exp2(total - G)[:, None]
+    scores_CC = tl.zeros([C, C], tl.float32)
+    for t in tl.static_range((K + TK - 1) // TK):
+        outgoing_CT = (load_rows(k_rows, k_t, C, t * TK, C, K, TK).to(tl.float32) * to_end).to(DOT)
+        scores_CC = tl.dot(x[t], tl.trans(outgoing_CT), scores_CC, input_precision=PRECISION)
+    return tl.dot(scores_CC.to(DOT), write_CC, input_precision=PRECISION).to(DOT)
+
+
+@triton.jit
+def through_half(
+    x, k_rows, k_t, G, total, effective_CC,
+    K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """exp(Gam) X - E diag(exp(G)) K."""
+    from_start, across = tl.exp2(G)[:, None], tl.exp2(total)
+    new = ()
+    for t in tl.static_range((K + TK - 1) // TK):
+        incoming_CT = (load_rows(k_rows, k_t, C, t * TK, C, K, TK).to(tl.float32) * from_start).to(DOT)
+        x_CT = x[t].to(tl.float32) * across - tl.dot(effective_CC, incoming_CT, input_precision=PRECISION)
+        new = new + (x_CT.to(DOT),)
+    return new
+
+
+@triton.jit
 def run_row(c, z, z0, sequence, first_runs, N, PACKED: tl.constexpr):
     """The number of the run that chunk z lies in."""
     if PACKED:
@@ -93,26 +124,26 @@ def output_kernel(
     q, k, v, beta, level_scales, inverse, cumulative, transitions, slots, nodes, carried, out, table, first_runs,
     T, N, H, R, L, cap, scale, columns,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, l_b, l_t, l_h,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, HALVES: tl.constexpr,
     TK: tl.constexpr, BV: tl.constexpr, LINEAR: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, one head, one tile of V."""
+    """One half of a chunk, one head, one tile of V. LOG_C: of the whole chunk."""
     TILES: tl.constexpr = (V + BV - 1) // BV
     DTYPE: tl.constexpr = level_scales.dtype.element_ty
-    tile, h, chunk = head_program(TILES, H)
-    c = chunk.to(tl.int64)
-    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
+    tile, h, part = head_program(TILES, H)
+    half, c = part % HALVES, (part // HALVES).to(tl.int64)
+    b, first, end, z, z0, sequence = locate(c, table, T, N, C * HALVES, PACKED)
+    first += half * C
     n = tl.minimum(end - first, C).to(tl.int32)
     if n <= 0:
         return
-    i = tl.arange(0, C)
+    i, row = tl.arange(0, C), part.to(tl.int64) * H + h
     scales = level_scales + b * l_b + first * l_t + h * l_h
     q_rows, k_rows = q + b * q_b + first * q_t + (h // R) * q_h, k + b * k_b + first * k_t + (h // R) * k_h
-    G = tl.load(cumulative + (c * H + h) * C + i)
-    write_CC = load_write(
-        inverse + (c * H + h) * (C * C), beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C, DOT
-    )
+    v_rows, beta_rows = v + b * v_b + first * v_t + h * v_h, beta + b * beta_b + first * beta_t + h * beta_h
+    G, _ = load_decays(cumulative + row * C, C)
+    write_CC = load_write(inverse + row * (C * C), beta_rows, beta_t, n, C, DOT)
     effective_CC = effective_attention(
         q_rows, k_rows, q_t, k_t, n, G, write_CC, scale, K, C, TK, DOT, PRECISION
     )
@@ -121,8 +152,18 @@ def output_kernel(
     near_JC, far_JC = near_classes(C).to(tl.float32).to(DOT), far_classes(C).to(tl.float32).to(DOT)
     weights_CC = effective_CC * spread_scales(lambdas, near_JC, far_JC, i, DTYPE, C, LINEAR, DOT, PRECISION)
     weights_CC = tl.where(i[:, None] >= i[None, :], weights_CC, 0.0)
-    v_CV = load_rows(v + b * v_b + first * v_t + h * v_h, v_t, n, tile * BV, C, V, BV).to(DOT)
+    v_CV = load_rows(v_rows, v_t, n, tile * BV, C, V, BV).to(DOT)
     out_CV = tl.dot(weights_CC.to(DOT), v_CV, input_precision=PRECISION)
+
+    if half > 0:
+        before = row - H
+        G, total = load_decays(cumulative + before * C, C)
+        write_CC = load_write(inverse + before * (C * C), beta_rows - C * beta_t, beta_t, C, C, DOT)
+        effective_CC = across_halves(x, k_rows - C * k_t, k_t, G, total, write_CC, K, C, TK, DOT, PRECISION)
+        weight = arrived(load_scale(scales, l_t, n, LOG_C, L, i), DTYPE)
+        v_CV = load_rows(v_rows - C * v_t, v_t, C, tile * BV, C, V, BV).to(DOT)
+        out_CV += weight[:, None] * tl.dot(effective_CC, v_CV, input_precision=PRECISION)
+        x = through_half(x, k_rows - C * k_t, k_t, G, total, effective_CC, K, C, TK, DOT, PRECISION)
 
     read, end_of_blocks, are_nodes = walk(z, z0, cap, BITS)
     reads = reads_of(read)

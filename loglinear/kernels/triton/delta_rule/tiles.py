@@ -4,7 +4,7 @@ Matrices wider than TK are taken in tiles of TK columns. A transition is K x K: 
 memory, tile by tile, so that any K and dtype fits.
 """
 
-# C chunk, K key, V value, i number of an entry in its run, from 1
+# C rows of one part of a chunk, K key, V value, i number of an entry in its run, from 1
 import triton
 import triton.language as tl
 
@@ -12,7 +12,7 @@ from loglinear.kernels.triton.delta_rule import layout
 from loglinear.kernels.triton.tiles import exponent, load_block, load_rows, store_block
 from loglinear.kernels.triton.walks import READS
 
-# A run is 16 chunks: one program composes them one after the other, and all of them read what lies before the run
+# A run is 8 chunks: one program composes them one after the other, and all of them read what lies before the run
 # through states that were brought to its first token (`carry`).
 BITS = tl.constexpr(layout.STOREY)
 RUN = tl.constexpr(1 << layout.STOREY)
@@ -38,11 +38,19 @@ def decay(G, C: tl.constexpr):
 
 @triton.jit
 def load_write(inverse, beta, beta_t, n, C: tl.constexpr, DOT: tl.constexpr):
-    """A diag(beta) of one chunk and head."""
+    """Ab = A diag(beta)."""
     i = tl.arange(0, C)
     b = tl.load(beta + i * beta_t, mask=i < n, other=0.0).to(tl.float32)
     inverse_CC = load_block(inverse, 0, 0, C, C, C, C)
     return (inverse_CC.to(tl.float32) * b[None, :]).to(DOT)
+
+
+@triton.jit
+def load_decays(cumulative, C: tl.constexpr):
+    """G, and its last value Gam."""
+    i = tl.arange(0, C)
+    G = tl.load(cumulative + i)
+    return G, tl.sum(tl.where(i == C - 1, G, 0.0), 0)
 
 
 @triton.jit

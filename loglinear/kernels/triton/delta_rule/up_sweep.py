@@ -1,25 +1,25 @@
-"""The Fenwick array of transitions and states, one storey (four levels, 16 entries) at a time.
+"""The Fenwick array of transitions and states, one storey (three levels, 8 entries) at a time.
 
-    own:      W = Ab diag(exp(G)) K,  U = Ab V,  Kd = diag(exp(Gam - G)) K
-              P_z = exp(Gam) I - Kd^T W          S_z = Kd^T U
+    own:      Z = [I | 0],  for each half of the chunk:   Z <- exp(Gam) Z + Kd^T ([0 | U] - W Z)
+              W = Ab diag(exp(G)) K,  U = Ab V,  Kd = diag(exp(Gam - G)) K,   in the end [P_z | S_z] = Z
     merge:    P_block = P_right P_left           S_block = P_right S_left + S_right
 
-An entry of storey s is a chunk e with e + 1 a multiple of 16**s; it stands for the 16**s chunks that end there. From the
+An entry of storey s is a chunk e with e + 1 a multiple of 8**s; it stands for the 8**s chunks that end there. From the
 cap on, blocks merge with the prefix of their run. One program takes the entries of a run in order, each with all blocks
 on its left: first the transitions, then, for tiles of V on their own, the states. Each block is the left one of at most
 one merge: `rights`, at its row, keeps P_right of that merge for the states and for the backward.
 """
 
-# C chunk, H heads, K key, V value
+# C rows of one half (or the whole) of a chunk, H heads, K key, V value
 import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.delta_rule.tiles import (
     BITS,
     RUN,
-    copy,
     entry_bits,
     levels_below,
+    load_decays,
     load_write,
     multiply,
     node_row,
@@ -44,21 +44,53 @@ def run_entries(number, count, z0, storey):
 
 
 @triton.jit
-def own_transition(
-    k_rows, k_t, n, G, write_CC, out,
-    K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+def own_block(
+    k, v, beta, inverse, cumulative, table, row, column, h,
+    T, N, H, R, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HALVES: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    TRANSITION: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """P_z into memory."""
-    i, x = tl.arange(0, C), tl.arange(0, TK)
-    total = tl.sum(tl.where(i == C - 1, G, 0.0), 0)
-    for column in range(0, K, TK):
-        incoming_CT = load_rows(k_rows, k_t, n, column, C, K, TK).to(tl.float32) * tl.exp2(G)[:, None]
-        written_CT = tl.dot(write_CC, incoming_CT.to(DOT), input_precision=PRECISION).to(DOT)
-        for row in range(0, K, TK):
-            outgoing_CT = load_rows(k_rows, k_t, n, row, C, K, TK).to(tl.float32) * tl.exp2(total - G)[:, None]
-            tile = -tl.dot(tl.trans(outgoing_CT.to(DOT)), written_CT, input_precision=PRECISION)
-            tile += tl.where((row + x)[:, None] == (column + x)[None, :], tl.exp2(total), 0.0)
-            store_block(out, row, column, tile, K, K, TK, TK)
+    """BV columns of S_z, with TRANSITION of P_z, as tiles of TK rows. The latter are the former of V = -diag(exp(G)) K
+    that start from the identity."""
+    NK: tl.constexpr = (K + TK - 1) // TK
+    b, first, end, z_, z0_, sequence_ = locate(row, table, T, N, C * HALVES, PACKED)
+    k_rows, v_rows = k + b * k_b + first * k_t + (h // R) * k_h, v + b * v_b + first * v_t + h * v_h
+    beta += b * beta_b + first * beta_t + h * beta_h
+    x, j = tl.arange(0, TK), column + tl.arange(0, BV)
+    z = ()
+    for half in tl.static_range(HALVES):
+        n = tl.minimum(end - first - half * C, C).to(tl.int32)
+        part = (row * HALVES + half) * H + h
+        G, total = load_decays(cumulative + part * C, C)
+        write_CC = load_write(inverse + part * (C * C), beta + half * C * beta_t, beta_t, n, C, DOT)
+        k_half = k_rows + half * C * k_t
+        from_start, to_end, across = tl.exp2(G)[:, None], tl.exp2(total - G)[:, None], tl.exp2(total)
+        if not TRANSITION:
+            v_CV = load_rows(v_rows + half * C * v_t, v_t, n, column, C, V, BV).to(DOT)
+            written_CV = tl.dot(write_CC, v_CV, input_precision=PRECISION)
+        elif half == 0:
+            incoming_CV = load_rows(k_half, k_t, n, column, C, K, BV).to(tl.float32) * from_start
+            written_CV = -tl.dot(write_CC, incoming_CV.to(DOT), input_precision=PRECISION)
+        else:
+            written_CV = tl.zeros([C, BV], tl.float32)
+        if half > 0:
+            for t in tl.static_range(NK):
+                incoming_CT = load_rows(k_half, k_t, n, t * TK, C, K, TK).to(tl.float32) * from_start
+                erase_CT = tl.dot(write_CC, incoming_CT.to(DOT), input_precision=PRECISION).to(DOT)
+                written_CV -= tl.dot(erase_CT, z[t].to(DOT), input_precision=PRECISION)
+        written_CV = written_CV.to(DOT)
+        new = ()
+        for t in tl.static_range(NK):
+            outgoing_CT = (load_rows(k_half, k_t, n, t * TK, C, K, TK).to(tl.float32) * to_end).to(DOT)
+            if half > 0:
+                z_TV = z[t] * across
+            elif TRANSITION:
+                z_TV = tl.where((t * TK + x)[:, None] == j[None, :], across, 0.0)
+            else:
+                z_TV = tl.zeros([TK, BV], tl.float32)
+            new = new + (z_TV + tl.dot(tl.trans(outgoing_CT), written_CV, input_precision=PRECISION),)
+        z = new
+    return z
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -66,7 +98,7 @@ def transition_sweep_kernel(
     k, beta, inverse, cumulative, transitions, rights, table, runs,
     T, N, H, R, cap, storey,
     k_b, k_t, k_h, beta_b, beta_t, beta_h,
-    K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, OWN: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, HALVES: tl.constexpr, TK: tl.constexpr, OWN: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One run, one head: transitions [chunk, H, K, K] in place, rights [chunk, H, K, K]. OWN: the chunks' own first."""
@@ -79,28 +111,25 @@ def transition_sweep_kernel(
         z = ((number * RUN + i) << shift) - 1
         row = origin + z
         slot = transitions + (row * H + h) * SIZE
-        merges = num_merges(i, rel)
-        # The first of the merges whose left block is a transition, and not a node: there are `real` of them.
-        real = tl.zeros([], tl.int32)
+        merges = tl.zeros([], tl.int32)  # with blocks that have a transition, and are no nodes
+        for m in range(num_merges(i, rel)):
+            merges += (z - (1 << (shift + m)) >= z0).to(tl.int32)
+        source = tl.where(merges > 0, rights + ((row - (1 << shift)) * H + h) * SIZE, slot)
+        for j in range(0, K, TK):
+            if OWN:
+                own = own_block(
+                    k, k, beta, inverse, cumulative, table, row, j, h,
+                    T, N, H, R, k_b, k_t, k_h, k_b, k_t, k_h, beta_b, beta_t, beta_h,
+                    K, K, C, HALVES, TK, TK, True, DOT, PRECISION, PACKED,
+                )  # fmt: skip
+                for t in tl.static_range((K + TK - 1) // TK):
+                    store_block(source, t * TK, j, own[t], K, K, TK, TK)
+            elif merges > 0:
+                for s in range(0, K, TK):
+                    store_block(source, s, j, load_block(slot, s, j, K, K, TK, TK), K, K, TK, TK)
         for m in range(merges):
-            real += (z - (1 << (shift + m)) >= z0).to(tl.int32)
-        left = row - (1 << shift)
-        source = tl.where(real > 0, rights + (left * H + h) * SIZE, slot)
-        if OWN:
-            b, first, end, z_, z0_, sequence_ = locate(row, table, T, N, C, PACKED)
-            n = tl.minimum(end - first, C).to(tl.int32)
-            G = tl.load(cumulative + (row * H + h) * C + tl.arange(0, C))
-            write_CC = load_write(
-                inverse + (row * H + h) * (C * C), beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C, DOT
-            )
-            k_rows = k + b * k_b + first * k_t + (h // R) * k_h
-            own_transition(k_rows, k_t, n, G, write_CC, source, K, C, TK, DOT, PRECISION)
-        elif real > 0:
-            copy(slot, source, K, TK)
-        for m in range(real):
-            left = row - (1 << (shift + m))
-            farther = row - (1 << (shift + m + 1))
-            target = tl.where(m + 1 < real, rights + (farther * H + h) * SIZE, slot)
+            left, farther = row - (1 << (shift + m)), row - (1 << (shift + m + 1))
+            target = tl.where(m + 1 < merges, rights + (farther * H + h) * SIZE, slot)
             multiply(source, transitions + (left * H + h) * SIZE, target, K, TK, PRECISION)
             source = target
 
@@ -110,8 +139,8 @@ def state_sweep_kernel(
     k, v, beta, inverse, cumulative, transitions, rights, slots, nodes, table, runs,
     T, N, H, R, cap, storey,
     k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, OWN: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HALVES: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    OWN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """One run, one head, one tile of V: slots [chunk, H, K, V] in place. OWN: the chunks' own states first."""
     SIZE: tl.constexpr = K * V
@@ -124,29 +153,20 @@ def state_sweep_kernel(
         z = ((number * RUN + i) << shift) - 1
         row = origin + z
         slot = slots + (row * H + h) * SIZE
-        merges = num_merges(i, rel)
         if OWN:
-            b, first, end, z_, z0_, sequence_ = locate(row, table, T, N, C, PACKED)
-            n = tl.minimum(end - first, C).to(tl.int32)
-            x = tl.arange(0, C)
-            G = tl.load(cumulative + (row * H + h) * C + x)
-            total = tl.sum(tl.where(x == C - 1, G, 0.0), 0)
-            write_CC = load_write(
-                inverse + (row * H + h) * (C * C), beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C, DOT
-            )
-            v_CV = load_rows(v + b * v_b + first * v_t + h * v_h, v_t, n, tile * BV, C, V, BV).to(DOT)
-            written_CV = tl.dot(write_CC, v_CV, input_precision=PRECISION).to(DOT)
-        for kt in range(0, K, TK):
+            own = own_block(
+                k, v, beta, inverse, cumulative, table, row, tile * BV, h,
+                T, N, H, R, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h,
+                K, V, C, HALVES, TK, BV, False, DOT, PRECISION, PACKED,
+            )  # fmt: skip
+        tl.debug_barrier()  # what this program wrote to the left blocks is seen
+        for t in tl.static_range((K + TK - 1) // TK):
             if OWN:
-                k_rows = k + b * k_b + first * k_t + (h // R) * k_h
-                outgoing_CT = load_rows(k_rows, k_t, n, kt, C, K, TK).to(tl.float32) * tl.exp2(total - G)[:, None]
-                state = tl.dot(tl.trans(outgoing_CT.to(DOT)), written_CV, input_precision=PRECISION)
+                state = own[t]
             else:
-                state = load_block(slot, kt, tile * BV, K, V, TK, BV).to(tl.float32)
-            tl.debug_barrier()  # what the left blocks got from this program is seen
-            for m in range(merges):
-                z_left = z - (1 << (shift + m))
-                left = row - (1 << (shift + m))
+                state = load_block(slot, t * TK, tile * BV, K, V, TK, BV).to(tl.float32)
+            for m in range(num_merges(i, rel)):
+                z_left, left = z - (1 << (shift + m)), row - (1 << (shift + m))
                 block, through, exists = slots + (left * H + h) * SIZE, rights + (left * H + h) * (K * K), z_left >= z0
                 if NODES:
                     node = node_row(z_left, z0, sequence, cap)
@@ -155,7 +175,7 @@ def state_sweep_kernel(
                     exists = exists | (node >= 0)
                 if exists:
                     for s in range(0, K, TK):
-                        right_TT = load_block(through, kt, s, K, K, TK, TK)
+                        right_TT = load_block(through, t * TK, s, K, K, TK, TK)
                         left_TV = load_block(block, s, tile * BV, K, V, TK, BV)
                         state = tl.dot(right_TT, left_TV, state, input_precision=PRECISION)
-            store_block(slot, kt, tile * BV, state, K, V, TK, BV)
+            store_block(slot, t * TK, tile * BV, state, K, V, TK, BV)
