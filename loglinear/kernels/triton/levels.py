@@ -102,3 +102,23 @@ def spread_scales(
         near = scales_product(scales, tl.trans(near_JC), DTYPE, DOT, PRECISION)
         far = scales_product(scales, tl.trans(far_JC), DTYPE, DOT, PRECISION)
         return tl.where(is_near(i, J), near, far)
+
+
+@triton.jit
+def level_sums(x, near_JC, far_JC, i, J: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Sums of x [i, j] over the columns of each class [i, c]."""
+    near = tl.where(is_near(i, J), x, 0.0)
+    return tl.dot(
+        near.to(DOT), near_JC, tl.dot(x.to(DOT), far_JC, input_precision=PRECISION), input_precision=PRECISION
+    )
+
+
+@triton.jit
+def by_level(sums, i, L, J: tl.constexpr, LOG_J: tl.constexpr):
+    """[i, level] from sums over classes; levels from the last on are summed into its column."""
+    level_IC, column = class_levels(i), tl.arange(0, 16)[None, :]
+    gradients, past = tl.zeros([J, 16], tl.float32), tl.zeros([J], tl.float32)
+    for level in tl.static_range(LOG_J + 1):
+        past = tl.where(level > L - 1, past, 0.0) + tl.sum(tl.where(level_IC == level, sums, 0.0), 1)
+        gradients = tl.where(column == tl.minimum(level, L - 1), past[:, None], gradients)
+    return gradients

@@ -148,9 +148,11 @@ def store_state(base, first_column, x, K: tl.constexpr, V: tl.constexpr, BK: tl.
 
 
 @triton.jit
-def load_block(base, i0, j0, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The [ROWS, COLUMNS] tile at (i0, j0) of a [HEIGHT, WIDTH] matrix, 0 outside of it."""
-    i, j = i0 + tl.arange(0, ROWS)[:, None], j0 + tl.arange(0, COLUMNS)[None, :]
+def load_block(
+    base, i0, j0, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, turn=0
+):
+    """The [ROWS, COLUMNS] tile at (i0, j0) of a [HEIGHT, WIDTH] matrix, 0 outside of it. `turn`: see `rows_again`."""
+    i, j = i0 + rows_again(turn, 0, ROWS)[:, None], j0 + tl.arange(0, COLUMNS)[None, :]
     if (HEIGHT % ROWS == 0) & (WIDTH % COLUMNS == 0):
         return tl.load(base + (i * WIDTH + j))
     else:
@@ -159,9 +161,9 @@ def load_block(base, i0, j0, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl
 
 @triton.jit
 def store_block(
-    base, i0, j0, x, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    base, i0, j0, x, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, turn=0
 ):
-    i, j = i0 + tl.arange(0, ROWS)[:, None], j0 + tl.arange(0, COLUMNS)[None, :]
+    i, j = i0 + rows_again(turn, 0, ROWS)[:, None], j0 + tl.arange(0, COLUMNS)[None, :]
     if (HEIGHT % ROWS == 0) & (WIDTH % COLUMNS == 0):
         tl.store(base + (i * WIDTH + j), x.to(base.dtype.element_ty))
     else:

@@ -14,18 +14,35 @@ from torch import Tensor
 
 from loglinear.fenwick import log2
 from loglinear.kernels.triton.delta_rule.carry import carry_states_kernel, carry_transitions_kernel
+from loglinear.kernels.triton.delta_rule.carry_backward import (
+    carried_nodes_backward_kernel,
+    carry_backward_kernel,
+    carry_paths_backward_kernel,
+    ends_backward_kernel,
+)
 from loglinear.kernels.triton.delta_rule.chunk_inverse import chunk_inverse_kernel
+from loglinear.kernels.triton.delta_rule.down_sweep import state_down_sweep_kernel, transition_down_sweep_kernel
+from loglinear.kernels.triton.delta_rule.in_chunk_backward import keys_backward_kernel, values_backward_kernel
 from loglinear.kernels.triton.delta_rule.layout import STOREY
 from loglinear.kernels.triton.delta_rule.output import output_kernel
+from loglinear.kernels.triton.delta_rule.state_backward import (
+    carried_backward_kernel,
+    node_backward_kernel,
+    state_backward_kernel,
+)
 from loglinear.kernels.triton.delta_rule.up_sweep import state_sweep_kernel, transition_sweep_kernel
+from loglinear.kernels.triton.delta_rule.walk_backward import MET, walk_backward_kernel
 from loglinear.kernels.triton.layout import READS, layout
-from loglinear.kernels.triton.scalar_gate.launch import DOT_TYPES, common_dtype, in_rows
+from loglinear.kernels.triton.scalar_gate.launch import DOT_TYPES, common_dtype, in_rows, slabs
 
 ROWS = 64  # tokens of a chunk that one program takes at most, where it holds all pairs of them
 # Warps and stages of the pipeline. Sweeps read what they wrote: nothing may be loaded ahead there.
 LAUNCHES = {
     "chunk_inverse": (4, 1), "transition_sweep": (8, 1), "state_sweep": (8, 1), "carry_transitions": (8, 1),
     "carry_states": (8, 1), "output": (4, 1),
+    "walk_backward": (4, 1), "state_backward": (8, 1), "carried_backward": (8, 1), "carry_paths_backward": (8, 1),
+    "carry_backward": (8, 1), "state_down_sweep": (8, 1), "transition_down_sweep": (8, 1),
+    "values_backward": (4, 1), "keys_backward": (4, 1),
 }  # fmt: skip
 
 
@@ -65,6 +82,10 @@ class DeltaRule:
         return self.T, self.layout.chunks_per_row, self.H
 
     @cached_property
+    def shape(self) -> dict[str, int]:
+        return dict(K=self.K, V=self.V, C=self.rows, TK=self.key_tile, BV=self.value_tile)
+
+    @cached_property
     def carried_columns(self) -> int:
         """Columns of the states that each run gets from before it."""
         return min(self.layout.run_levels, max(0, self.layout.cap - STOREY) + 1)
@@ -102,7 +123,9 @@ class DeltaRule:
                 NODES=self.nodes is not None,
                 **self.dots, **self.packed, **self.options("state_sweep"),
             )  # fmt: skip
-        self.carried = self.carry(y.runs[0], y.run_levels, self.carried_columns, self.dtype, ends=False)[0]
+        self.carried, self.paths = self.carry(
+            y.runs[0], y.run_levels, self.carried_columns, self.dtype, ends=False
+        )
 
     def carry(self, carriers: int, candidates: int, columns: int, dtype: torch.dtype, ends: bool) -> tuple[Tensor, Tensor]:
         """States of the blocks on each carrier's walk [carrier, column, H, K, V], and the transitions on the way."""
@@ -139,6 +162,165 @@ class DeltaRule:
     def final_blocks(self) -> Tensor:
         """[N, M, H, K, V]: what each sequence leaves at the start of its unfinished chunk."""
         return self.carry(self.layout.sequences, READS, self.layout.cap + 1, torch.float32, ends=True)[0]
+
+    def backward(
+        self, do: Tensor, dblocks: Tensor | None, dv: Tensor, dlog_decay: Tensor, dbeta: Tensor, dlevel_scales: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Writes the gradients of these heads into views of the whole ones; returns dq and dk [B, T, H, K], and dnodes.
+        """
+        y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
+        self.build_states()
+        met, dmet = (self.empty(y.chunks, H, int(MET), C, K, dtype=self.dtype) for _ in range(2))
+        dseen = self.empty(y.chunks, H, C, K, dtype=self.dtype)
+        o_, tokens = do.stride()[:3], (dv.stride(1), dlevel_scales.stride(1))
+        walk_backward_kernel[(y.chunks * H,)](
+            self.q, self.k, self.beta, self.level_scales, self.inverse, self.cumulative, self.transitions, self.slots,
+            self.nodes, self.carried, do, met, dmet, dseen, dlevel_scales, y.table, y.first_runs,
+            *self.sizes, self.R, self.L, y.cap, self.scale, self.carried_columns,
+            *self.strides("q", "k", "beta", "level_scales"), *o_, tokens[1],
+            LOG_C=log2(C), LEVELS=32, NODES=self.nodes is not None,
+            **self.shape, **self.dots, **self.packed, **self.options("walk_backward"),
+        )  # fmt: skip
+        dslots, dtransitions, dnodes = self.state_gradients(met, dmet, do, dblocks)
+        del met, dmet, self.carried, self.paths, self.slots, self.transitions, self.rights
+        dscores, dwrite = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
+        doutgoing = self.empty(y.chunks, H, C, K, dtype=self.dtype)
+        values_backward_kernel[(y.chunks * H,)](
+            self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, dslots, do,
+            dv, dscores, dwrite, doutgoing, dlevel_scales, y.table, *self.sizes, self.R, self.L, self.scale,
+            *self.strides("q", "k", "v", "beta", "level_scales"), *o_, *tokens,
+            LOG_C=log2(C), LINEAR=self.L == 1,
+            **self.shape, **self.dots, **self.packed, **self.options("values_backward"),
+        )  # fmt: skip
+        dq, dk = (
+            self.empty(self.B, self.T, H, K, dtype=x.dtype if self.R == 1 else torch.float32) for x in (self.q, self.k)
+        )
+        keys_backward_kernel[(y.chunks * H,)](
+            self.q, self.k, self.beta, self.log_decay, self.inverse, self.cumulative, dtransitions, dseen,
+            dscores, dwrite, doutgoing, dq, dk, dbeta, dlog_decay, y.table, *self.sizes, self.R, self.scale,
+            *self.strides("q", "k", "beta", "log_decay"), dbeta.stride(1), dlog_decay.stride(1),
+            K=K, C=C, TK=self.key_tile, **self.dots, **self.packed, **self.options("keys_backward"),
+        )  # fmt: skip
+        return dq, dk, dnodes
+
+    def state_gradients(
+        self, met: Tensor, dmet: Tensor, do: Tensor, dblocks: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of every chunk's own state and transition, and of the nodes."""
+        y, H, K, V, columns = self.layout, self.H, self.K, self.V, self.carried_columns
+        dslots, dtransitions = torch.empty_like(self.slots), torch.empty_like(self.transitions)
+        if columns == 0:  # nobody reads the ends of runs
+            dslots.zero_()
+            dtransitions.zero_()
+        dnodes = None if self.nodes is None else torch.zeros_like(self.nodes, dtype=torch.float32)
+        key_tiles = triton.cdiv(K, self.key_tile)
+        tiles = {True: key_tiles**2, False: key_tiles * self.value_tiles}
+        widths = {True: dict(V=K, BV=self.key_tile), False: dict(V=V, BV=self.value_tile)}
+        gradient = {True: dtransitions, False: dslots}
+        constants = dict(K=K, TK=self.key_tile, **self.dots, **self.packed)
+        strides = (*self.level_scales.stride()[:3], *do.stride()[:3])
+        for kind in (True, False):
+            state_backward_kernel[(y.chunks * H * tiles[kind],)](
+                met, dmet, self.level_scales, do, gradient[kind], y.table, *self.sizes, self.L, y.cap, *strides,
+                C=self.C, LOG_C=log2(self.C), TRANSITION=kind,
+                **widths[kind], **constants, **self.options("state_backward"),
+            )  # fmt: skip
+        if dnodes is not None:
+            node_backward_kernel[(y.sequences * (1 << STOREY) * H * tiles[False],)](
+                met, dmet, self.level_scales, do, dnodes, y.table, y.ends, *self.sizes, self.L, y.cap, *strides,
+                C=self.C, LOG_C=log2(self.C), **widths[False], **constants, **self.options("state_backward"),
+            )  # fmt: skip
+        if columns > 0:
+            dcarried, dpaths = torch.empty_like(self.carried), torch.empty_like(self.paths)
+            carried_backward_kernel[(y.runs[0] * columns * H * tiles[False],)](
+                met, dmet, self.level_scales, do, dcarried, y.table, y.run_tables[0], *self.sizes, self.L, y.cap,
+                columns, *strides,
+                C=self.C, LOG_C=log2(self.C), **widths[False], **constants, **self.options("carried_backward"),
+            )  # fmt: skip
+            counts = (y.cap, columns, y.run_levels)
+            self.paths_backward(dcarried, dpaths, y.runs[0], *counts[1:], ends=False)
+            for kind in (True, False):
+                carry_backward_kernel[(y.runs[0] * H * tiles[kind],)](
+                    self.paths, dpaths, dcarried, gradient[kind], y.run_tables[0], *self.sizes[1:], *counts,
+                    TRANSITION=kind, **widths[kind], **constants, **self.options("carry_backward"),
+                )  # fmt: skip
+            if dnodes is not None:
+                carried_nodes_backward_kernel[(y.sequences * (y.cap + 1) * H * tiles[False],)](
+                    self.paths, dpaths, dcarried, dnodes, y.run_tables[0], y.ends, y.first_runs, *self.sizes[1:],
+                    *counts, **widths[False], **constants, **self.options("carry_backward"),
+                )  # fmt: skip
+        if dblocks is not None:
+            _, paths = self.carry(y.sequences, READS, y.cap + 1, torch.float32, ends=True)
+            dpaths, dblocks = torch.empty_like(paths), dblocks.contiguous()
+            self.paths_backward(dblocks, dpaths, y.sequences, y.cap + 1, READS, ends=True)
+            for kind in (True, False):
+                ends_backward_kernel[(y.sequences * READS * H * tiles[kind],)](
+                    paths, dpaths, dblocks, gradient[kind], dnodes, y.ends, *self.sizes, y.cap, y.cap + 1, READS,
+                    C=self.C, TRANSITION=kind, NODES=self.nodes is not None,
+                    **widths[kind], **constants, **self.options("carry_backward"),
+                )  # fmt: skip
+        nodes = dict(NODES=self.nodes is not None)
+        for storey in reversed(range(len(y.runs))):
+            state_down_sweep_kernel[(y.runs[storey] * H * self.value_tiles,)](
+                self.transitions, self.rights, dslots, dnodes, y.run_tables[storey], *self.sizes[1:], y.cap, storey,
+                **widths[False], **constants, **nodes, **self.options("state_down_sweep"),
+            )  # fmt: skip
+            transition_down_sweep_kernel[(y.runs[storey] * H,)](
+                self.transitions, self.rights, self.slots, self.nodes, dtransitions, dslots, y.run_tables[storey],
+                *self.sizes[1:], y.cap, storey,
+                **widths[False], **constants, **nodes, **self.options("transition_down_sweep"),
+            )  # fmt: skip
+        return dslots, dtransitions, dnodes
+
+    def paths_backward(
+        self, dcarried: Tensor, dpaths: Tensor, carriers: int, columns: int, candidates: int, ends: bool
+    ) -> None:
+        y = self.layout
+        carry_paths_backward_kernel[(carriers * self.H,)](
+            self.transitions, self.slots, self.nodes, dcarried, dpaths, y.run_tables[0], y.ends,
+            *self.sizes, y.cap, columns, candidates,
+            ENDS=ends, NODES=self.nodes is not None,
+            **self.shape, **self.dots, **self.packed, **self.options("carry_paths_backward"),
+        )  # fmt: skip
+
+
+def gradients(
+    do: Tensor, dblocks: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, level_scales: Tensor, nodes: Tensor | None,
+    cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """dq, dk, dv, dlog_decay, dbeta, dlevel_scales, dnodes: slab after slab, so that what is kept of each chunk stays
+    small."""
+    (K, V), H, R, C = (q.shape[3], v.shape[3]), v.shape[2], v.shape[2] // q.shape[2], chunk_size
+    chunks = len(q) * triton.cdiv(q.shape[1], C) + (0 if cu_seqlens is None else len(cu_seqlens))
+    numbers = 3 * K * K + 2 * K * V + 2 * int(MET) * C * K
+    do = in_rows(do)
+
+    def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+    dv, dlog_decay, dbeta = like(v), like(log_decay), like(beta)
+    # Columns that no walk could read stay 0.
+    dlevel_scales = like(level_scales).zero_() if level_scales.shape[3] > 32 else like(level_scales)
+    dnodes = None if nodes is None else like(nodes, torch.float32)
+    dq, dk = (like(x) if R == 1 else like(x, torch.float32).zero_() for x in (q, k))
+    for h in slabs(chunks, q.shape[2], H, numbers * DOT_TYPES[common_dtype(q, k, v)][0].itemsize):
+        g = slice(h.start // R, (h.stop - 1) // R + 1)
+        call = DeltaRule(
+            q[:, :, g], k[:, :, g], v[:, :, h], log_decay[:, :, h], beta[:, :, h], level_scales[:, :, h],
+            None if nodes is None else nodes[:, :, h], cu_seqlens, starts, scale, C,
+        )  # fmt: skip
+        dblocks_h = None if dblocks is None else dblocks[:, :, h]
+        views = (dv[:, :, h], dlog_decay[:, :, h], dbeta[:, :, h], dlevel_scales[:, :, h])
+        dq_h, dk_h, dnodes_h = call.backward(do[:, :, h], dblocks_h, *views)
+        if R == 1:
+            dq[:, :, g], dk[:, :, g] = dq_h, dk_h
+        else:
+            dq[:, :, g] += dq_h.unflatten(2, (g.stop - g.start, -1)).sum(3)
+            dk[:, :, g] += dk_h.unflatten(2, (g.stop - g.start, -1)).sum(3)
+        if dnodes is not None and dnodes_h is not None:
+            dnodes[:, :, h] = dnodes_h
+    return dq.to(q.dtype), dk.to(k.dtype), dv, dlog_decay, dbeta, dlevel_scales, dnodes
 
 
 def at_least_16(size: int) -> int:

@@ -159,11 +159,11 @@ def output_kernel(
         before = row - H
         G, total = load_decays(cumulative + before * C, C)
         write_CC = load_write(inverse + before * (C * C), beta_rows - C * beta_t, beta_t, C, C, DOT)
-        effective_CC = across_halves(x, k_rows - C * k_t, k_t, G, total, write_CC, K, C, TK, DOT, PRECISION)
+        coefficients_CC = across_halves(x, k_rows - C * k_t, k_t, G, total, write_CC, K, C, TK, DOT, PRECISION)
         weight = arrived(load_scale(scales, l_t, n, LOG_C, L, i), DTYPE)
         v_CV = load_rows(v_rows - C * v_t, v_t, C, tile * BV, C, V, BV).to(DOT)
-        out_CV += weight[:, None] * tl.dot(effective_CC, v_CV, input_precision=PRECISION)
-        x = through_half(x, k_rows - C * k_t, k_t, G, total, effective_CC, K, C, TK, DOT, PRECISION)
+        out_CV += weight[:, None] * tl.dot(coefficients_CC, v_CV, input_precision=PRECISION)
+        x = through_half(x, k_rows - C * k_t, k_t, G, total, coefficients_CC, K, C, TK, DOT, PRECISION)
 
     read, end_of_blocks, are_nodes = walk(z, z0, cap, BITS)
     reads = reads_of(read)

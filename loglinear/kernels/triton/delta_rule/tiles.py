@@ -81,16 +81,16 @@ def node_row(z, z0, sequence, cap):
 
 
 @triton.jit
-def multiply(x, y, out, K: tl.constexpr, TK: tl.constexpr, PRECISION: tl.constexpr):
+def multiply(x, y, out, K: tl.constexpr, TK: tl.constexpr, PRECISION: tl.constexpr, turn=0):
     """out = x y of K x K matrices in memory. Everything that this program wrote before is seen; `out` is not."""
     tl.debug_barrier()
     for i in range(0, K, TK):
         for j in range(0, K, TK):
             tile = tl.zeros([TK, TK], tl.float32)
             for s in range(0, K, TK):
-                x_TT, y_TT = load_block(x, i, s, K, K, TK, TK), load_block(y, s, j, K, K, TK, TK)
+                x_TT, y_TT = load_block(x, i, s, K, K, TK, TK, turn), load_block(y, s, j, K, K, TK, TK, turn)
                 tile = tl.dot(x_TT, y_TT, tile, input_precision=PRECISION)
-            store_block(out, i, j, tile, K, K, TK, TK)
+            store_block(out, i, j, tile, K, K, TK, TK, turn)
 
 
 @triton.jit

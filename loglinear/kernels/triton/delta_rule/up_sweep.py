@@ -32,6 +32,7 @@ from loglinear.kernels.triton.tiles import (
     load_rows,
     locate,
     locate_run,
+    rows_again,
     store_block,
 )
 
@@ -45,7 +46,7 @@ def run_entries(number, count, z0, storey):
 
 @triton.jit
 def own_block(
-    k, v, beta, inverse, cumulative, table, row, column, h,
+    k, v, beta, inverse, cumulative, table, row, column, h, turn,
     T, N, H, R, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HALVES: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
     TRANSITION: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
@@ -56,39 +57,33 @@ def own_block(
     b, first, end, z_, z0_, sequence_ = locate(row, table, T, N, C * HALVES, PACKED)
     k_rows, v_rows = k + b * k_b + first * k_t + (h // R) * k_h, v + b * v_b + first * v_t + h * v_h
     beta += b * beta_b + first * beta_t + h * beta_h
-    x, j = tl.arange(0, TK), column + tl.arange(0, BV)
+    x, j = rows_again(turn, 0, TK), column + tl.arange(0, BV)
     z = ()
-    for half in tl.static_range(HALVES):
+    for t in tl.static_range(NK):
+        if TRANSITION:
+            z = z + (tl.where((t * TK + x)[:, None] == j[None, :], 1.0, 0.0),)
+        else:
+            z = z + (tl.zeros([TK, BV], tl.float32),)
+    for half in range(HALVES):
         n = tl.minimum(end - first - half * C, C).to(tl.int32)
         part = (row * HALVES + half) * H + h
         G, total = load_decays(cumulative + part * C, C)
         write_CC = load_write(inverse + part * (C * C), beta + half * C * beta_t, beta_t, n, C, DOT)
         k_half = k_rows + half * C * k_t
         from_start, to_end, across = tl.exp2(G)[:, None], tl.exp2(total - G)[:, None], tl.exp2(total)
+        written_CV = tl.zeros([C, BV], tl.float32)
         if not TRANSITION:
-            v_CV = load_rows(v_rows + half * C * v_t, v_t, n, column, C, V, BV).to(DOT)
+            v_CV = load_rows(v_rows + half * C * v_t, v_t, n, column, C, V, BV, turn).to(DOT)
             written_CV = tl.dot(write_CC, v_CV, input_precision=PRECISION)
-        elif half == 0:
-            incoming_CV = load_rows(k_half, k_t, n, column, C, K, BV).to(tl.float32) * from_start
-            written_CV = -tl.dot(write_CC, incoming_CV.to(DOT), input_precision=PRECISION)
-        else:
-            written_CV = tl.zeros([C, BV], tl.float32)
-        if half > 0:
-            for t in tl.static_range(NK):
-                incoming_CT = load_rows(k_half, k_t, n, t * TK, C, K, TK).to(tl.float32) * from_start
-                erase_CT = tl.dot(write_CC, incoming_CT.to(DOT), input_precision=PRECISION).to(DOT)
-                written_CV -= tl.dot(erase_CT, z[t].to(DOT), input_precision=PRECISION)
+        for t in tl.static_range(NK):
+            incoming_CT = load_rows(k_half, k_t, n, t * TK, C, K, TK, turn).to(tl.float32) * from_start
+            erase_CT = tl.dot(write_CC, incoming_CT.to(DOT), input_precision=PRECISION).to(DOT)
+            written_CV -= tl.dot(erase_CT, z[t].to(DOT), input_precision=PRECISION)
         written_CV = written_CV.to(DOT)
         new = ()
         for t in tl.static_range(NK):
-            outgoing_CT = (load_rows(k_half, k_t, n, t * TK, C, K, TK).to(tl.float32) * to_end).to(DOT)
-            if half > 0:
-                z_TV = z[t] * across
-            elif TRANSITION:
-                z_TV = tl.where((t * TK + x)[:, None] == j[None, :], across, 0.0)
-            else:
-                z_TV = tl.zeros([TK, BV], tl.float32)
-            new = new + (z_TV + tl.dot(tl.trans(outgoing_CT), written_CV, input_precision=PRECISION),)
+            outgoing_CT = (load_rows(k_half, k_t, n, t * TK, C, K, TK, turn).to(tl.float32) * to_end).to(DOT)
+            new = new + (tl.dot(tl.trans(outgoing_CT), written_CV, z[t] * across, input_precision=PRECISION),)
         z = new
     return z
 
@@ -118,19 +113,19 @@ def transition_sweep_kernel(
         for j in range(0, K, TK):
             if OWN:
                 own = own_block(
-                    k, k, beta, inverse, cumulative, table, row, j, h,
+                    k, k, beta, inverse, cumulative, table, row, j, h, z,
                     T, N, H, R, k_b, k_t, k_h, k_b, k_t, k_h, beta_b, beta_t, beta_h,
                     K, K, C, HALVES, TK, TK, True, DOT, PRECISION, PACKED,
                 )  # fmt: skip
                 for t in tl.static_range((K + TK - 1) // TK):
-                    store_block(source, t * TK, j, own[t], K, K, TK, TK)
+                    store_block(source, t * TK, j, own[t], K, K, TK, TK, z)
             elif merges > 0:
                 for s in range(0, K, TK):
                     store_block(source, s, j, load_block(slot, s, j, K, K, TK, TK), K, K, TK, TK)
         for m in range(merges):
             left, farther = row - (1 << (shift + m)), row - (1 << (shift + m + 1))
             target = tl.where(m + 1 < merges, rights + (farther * H + h) * SIZE, slot)
-            multiply(source, transitions + (left * H + h) * SIZE, target, K, TK, PRECISION)
+            multiply(source, transitions + (left * H + h) * SIZE, target, K, TK, PRECISION, z)
             source = target
 
 
@@ -155,7 +150,7 @@ def state_sweep_kernel(
         slot = slots + (row * H + h) * SIZE
         if OWN:
             own = own_block(
-                k, v, beta, inverse, cumulative, table, row, tile * BV, h,
+                k, v, beta, inverse, cumulative, table, row, tile * BV, h, z,
                 T, N, H, R, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h,
                 K, V, C, HALVES, TK, BV, False, DOT, PRECISION, PACKED,
             )  # fmt: skip
@@ -175,7 +170,7 @@ def state_sweep_kernel(
                     exists = exists | (node >= 0)
                 if exists:
                     for s in range(0, K, TK):
-                        right_TT = load_block(through, t * TK, s, K, K, TK, TK)
-                        left_TV = load_block(block, s, tile * BV, K, V, TK, BV)
+                        right_TT = load_block(through, t * TK, s, K, K, TK, TK, z)
+                        left_TV = load_block(block, s, tile * BV, K, V, TK, BV, z)
                         state = tl.dot(right_TT, left_TV, state, input_precision=PRECISION)
-            store_block(slot, t * TK, tile * BV, state, K, V, TK, BV)
+            store_block(slot, t * TK, tile * BV, state, K, V, TK, BV, z)

@@ -1,0 +1,169 @@
+"""The reads between chunks, differentiated on the queries' side.
+
+    back through X <- X P_block:     dX <- dX P_block^T
+    at each read O += diag(lambda) X S:   dX += diag(lambda) dO S^T,   dlambda = rowsum(X * dO S^T)
+
+A first pass keeps the X that each block met, the second goes back from the farthest. Both, X and the gradient dX' of
+what X became, are what the blocks' own gradients are made of (`state_backward`).
+"""
+
+# C chunk, H heads, K key, V value, L levels
+import triton
+import triton.language as tl
+
+from loglinear.kernels.triton.delta_rule.output import (
+    carried_columns,
+    effective_attention,
+    run_row,
+    seen_by_queries,
+    through_transition,
+)
+from loglinear.kernels.triton.delta_rule.tiles import BITS, RUN, count_bits, load_decays, load_write, reads_of
+from loglinear.kernels.triton.levels import load_scale
+from loglinear.kernels.triton.tiles import (
+    SIZES,
+    arrived,
+    exponent,
+    head_program,
+    load_block,
+    load_rows,
+    locate,
+    store_block,
+)
+from loglinear.kernels.triton.walks import nearest, slot_pointer, walk
+
+MET = tl.constexpr(4)  # tiles of X that a chunk keeps: one for each level of a run, and one for what was carried there
+
+
+@triton.jit
+def pull_state(
+    x, dx, weight, do_rows, o_t, n, state,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dX + diag(lambda) dO S^T, and dlambda."""
+    dscale = tl.zeros([C], tl.float32)
+    new = ()
+    for t in tl.static_range((K + TK - 1) // TK):
+        pulled_CT = tl.zeros([C, TK], tl.float32)
+        for column in range(0, V, BV):
+            do_CV = load_rows(do_rows, o_t, n, column, C, V, BV).to(DOT)
+            state_TV = load_block(state, t * TK, column, K, V, TK, BV)
+            pulled_CT = tl.dot(do_CV, tl.trans(state_TV), pulled_CT, input_precision=PRECISION)
+        dscale += tl.sum(pulled_CT * x[t].to(tl.float32), 1)
+        new = new + (dx[t] + pulled_CT * weight[:, None],)
+    return new, dscale
+
+
+@triton.jit
+def back_through_transition(
+    dx, transition, K: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """dX P^T."""
+    new = ()
+    for t in tl.static_range((K + TK - 1) // TK):
+        block = load_block(transition, t * TK, 0, K, K, TK, TK)
+        y_CT = tl.dot(dx[0].to(DOT), tl.trans(block), input_precision=PRECISION)
+        for j in tl.static_range(1, (K + TK - 1) // TK):
+            block = load_block(transition, t * TK, j * TK, K, K, TK, TK)
+            y_CT = tl.dot(dx[j].to(DOT), tl.trans(block), y_CT, input_precision=PRECISION)
+        new = new + (y_CT,)
+    return new
+
+
+@triton.jit
+def store_tiles(out, x, K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr):
+    for t in tl.static_range((K + TK - 1) // TK):
+        store_block(out, 0, t * TK, x[t], C, K, C, TK)
+
+
+@triton.jit
+def load_tiles(base, K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr):
+    x = ()
+    for t in tl.static_range((K + TK - 1) // TK):
+        x = x + (load_block(base, 0, t * TK, C, K, C, TK),)
+    return x
+
+
+@triton.jit(do_not_specialize=SIZES)
+def walk_backward_kernel(
+    q, k, beta, level_scales, inverse, cumulative, transitions, slots, nodes, carried, do,
+    met, dmet, dseen, dlevel_scales, table, first_runs,
+    T, N, H, R, L, cap, scale, columns,
+    q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h, l_b, l_t, l_h, o_b, o_t, o_h, dl_t,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    TK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+):  # fmt: skip
+    """One chunk, one head. Writes met and dmet [chunk, H, MET, C, K] (X at each read, and dX' behind it), dseen
+    [chunk, H, C, K] (the gradient of X where the walk begins), and the columns of dlevel_scales from LOG_C + 1 on; what
+    the walk gives to a last column that the chunk shares is there for `in_chunk_backward` to add to."""
+    DTYPE: tl.constexpr = level_scales.dtype.element_ty
+    TILE: tl.constexpr = C * K
+    _, h, chunk = head_program(1, H)
+    c = chunk.to(tl.int64)
+    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
+    n = tl.minimum(end - first, C).to(tl.int32)
+    if n <= 0:
+        return
+    i, row, last = tl.arange(0, C), c * H + h, L - 1
+    scales = level_scales + b * l_b + first * l_t + h * l_h
+    q_rows, k_rows = q + b * q_b + first * q_t + (h // R) * q_h, k + b * k_b + first * k_t + (h // R) * k_h
+    do_rows = do + b * o_b + first * o_t + h * o_h
+    met += row * MET * TILE
+    dmet += row * MET * TILE
+    G, _ = load_decays(cumulative + row * C, C)
+    write_CC = load_write(
+        inverse + row * (C * C), beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C, DOT
+    )
+    effective_CC = effective_attention(q_rows, k_rows, q_t, k_t, n, G, write_CC, scale, K, C, TK, DOT, PRECISION)
+    x = seen_by_queries(q_rows, k_rows, q_t, k_t, n, G, effective_CC, scale, K, C, TK, DOT, PRECISION)
+    read, end_of_blocks, are_nodes = walk(z, z0, cap, BITS)
+    reads = reads_of(read)
+    low, column_set = reads & (RUN - 1), carried_columns(reads, cap)
+    remaining = low
+    for _ in range(count_bits(low)):
+        l = nearest(remaining)
+        remaining &= remaining - 1
+        store_tiles(met + l * TILE, x, K, C, TK)
+        block_end = (z >> l) << l
+        if (block_end > z0) & ((remaining > 0) | (column_set > 0)):
+            x = through_transition(x, transitions + ((c - z + block_end - 1) * H + h) * (K * K), K, TK, DOT, PRECISION)
+    store_tiles(met + BITS * TILE, x, K, C, TK)
+    tl.debug_barrier()
+
+    dx = ()
+    for t in tl.static_range((K + TK - 1) // TK):
+        dx = dx + (tl.zeros([C, TK], tl.float32),)
+    level = tl.arange(0, LEVELS)[None, :]
+    dscales = tl.zeros([C, LEVELS], tl.float32)
+    carried += run_row(c, z, z0, sequence, first_runs, N, PACKED) * columns * H * (K * V)
+    is_read = column_set > 0  # is there anything beyond?
+    for _ in range(count_bits(column_set)):
+        column = nearest(column_set)
+        column_set &= column_set - 1
+        at = tl.minimum(column + (LOG_C + 1 + BITS), last)
+        weight = arrived(load_scale(scales, l_t, n, at, L, i), DTYPE)
+        dx, dscale = pull_state(
+            x, dx, weight, do_rows, o_t, n, carried + (column * H + h) * (K * V), K, V, C, TK, BV, DOT, PRECISION
+        )
+        dscales += tl.where(level == at, dscale[:, None], 0.0)
+    for _ in range(count_bits(low)):
+        l = exponent(low)  # the farthest
+        low -= 1 << l
+        at = tl.minimum(l + (LOG_C + 1), last)
+        weight = arrived(load_scale(scales, l_t, n, at, L, i), DTYPE)
+        store_tiles(dmet + l * TILE, dx, K, C, TK)
+        x = load_tiles(met + l * TILE, K, C, TK)
+        block_end = (z >> l) << l
+        if (block_end > z0) & is_read:
+            transition = transitions + ((c - z + block_end - 1) * H + h) * (K * K)
+            dx = back_through_transition(dx, transition, K, TK, DOT, PRECISION)
+        is_read = l >= 0
+        slot = slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, K * V, NODES)
+        dx, dscale = pull_state(x, dx, weight, do_rows, o_t, n, slot, K, V, C, TK, BV, DOT, PRECISION)
+        dscales += tl.where(level == at, dscale[:, None], 0.0)
+    store_tiles(dseen + row * TILE, dx, K, C, TK)
+    to = dlevel_scales + (b * T + first) * dl_t + h * L + (i * dl_t)[:, None] + level
+    mine = (level == last) | ((level > LOG_C) & (level < last))
+    tl.store(to, dscales.to(dlevel_scales.dtype.element_ty), mask=(i < n)[:, None] & mine)
