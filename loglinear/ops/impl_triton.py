@@ -1,4 +1,4 @@
-"""impl="triton": the scalar gate on a GPU. Everything here is arithmetic on the device: nothing waits for it.
+"""impl="triton": both operators on a GPU. Everything here is arithmetic on the device: nothing waits for it.
 
 A state goes in front, as in impl="torch": the buffered tokens first, then the new ones, packed without gaps; the
 chunks start where the unfinished one started, and the outputs of the buffered tokens are dropped.
@@ -39,23 +39,24 @@ def unsupported(p: Problem) -> str | None:
         return f"impl='triton' needs CUDA tensors, got {p.v.device.type}; use impl='torch'"
     if is_interpreted and torch.bfloat16 in (p.q.dtype, p.k.dtype, p.v.dtype):
         return "Triton's interpreter cannot multiply bfloat16: use float32, or impl='torch'"
-    if p.beta is not None:
-        return "log_linear_delta_rule has no impl='triton'; use impl='torch'"
     if p.is_float64:
         return "float64 needs impl='torch'"
     K, V = p.q.shape[3], p.v.shape[3]
-    if max(K, V) > MAX_HEAD_DIM:
-        return f"head dims K = {K}, V = {V} need impl='torch': impl='triton' takes up to {MAX_HEAD_DIM}"
+    widest = MAX_HEAD_DIM if p.beta is None else 2 * MAX_HEAD_DIM  # of V: the delta rule's kernels split it anyway
+    if K > MAX_HEAD_DIM or V > widest:
+        return f"head dims K = {K}, V = {V} need impl='torch': impl='triton' takes up to {MAX_HEAD_DIM} and {widest}"
     has_state = p.initial_state is not None or p.output_final_state
     # What fits the shared memory: three tf32 products take eight times the room of one in bfloat16.
     largest = 128 if all(x.dtype == torch.bfloat16 for x in (p.q, p.k, p.v)) else 64
     largest = largest if max(K, V) <= 128 else largest // 2
+    if p.beta is not None:
+        largest = 64
     if has_state and not 16 <= p.chunk_size <= largest:
         return f"a state with chunk_size {p.chunk_size} needs impl='torch': impl='triton' takes 16 to {largest} here"
-    # A plan may choose chunks of 64, or 32 for wide heads and float32.
+    # A plan may choose chunks of 64, for the scalar gate also 32 for wide heads and float32.
     from loglinear.kernels.triton.layout import MAX_CHUNKS
 
-    smallest = p.chunk_size if has_state else largest // 2
+    smallest = p.chunk_size if has_state else 64 if p.beta is not None else largest // 2
     limit = (MAX_CHUNKS - 1) * smallest
     if p.v.shape[1] >= limit:
         return f"T = {p.v.shape[1]} needs impl='torch': impl='triton' takes less than {limit} tokens here"
@@ -63,7 +64,7 @@ def unsupported(p: Problem) -> str | None:
 
 
 def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
-    from loglinear.kernels.triton import scalar_gate
+    from loglinear.kernels.triton import chunkwise
 
     reason = unsupported(p)
     if reason is not None:
@@ -75,8 +76,8 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
         p = replace(p, cu_seqlens=p.cu_seqlens.to(p.v.device, non_blocking=True))
     if p.initial_state is None:
         chunk_size = p.chunk_size if p.output_final_state else 0
-        output, blocks = scalar_gate(
-            p.q, p.k, p.v, log_decay, p.level_scales, None, p.cu_seqlens, None, p.scale, chunk_size,
+        output, blocks = chunkwise(
+            p.q, p.k, p.v, log_decay, p.beta, p.level_scales, None, p.cu_seqlens, None, p.scale, chunk_size,
             p.output_final_state,
         )  # fmt: skip
         if not p.output_final_state:
@@ -84,13 +85,14 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
         B, T = p.v.shape[:2]
         ends = torch.arange(B + 1, device=p.v.device) * T if p.cu_seqlens is None else p.cu_seqlens.long()
         position = ends.diff()
-        tokens = [x.flatten(0, 1) for x in (p.k, p.v, log_decay.clamp(min=MIN_LOG_DECAY))]
-        return output, FenwickState._make([position, blocks, *_tails(tokens, ends, p.chunk_size, blocks.dtype), None])
+        clamped = log_decay.clamp(min=MIN_LOG_DECAY)
+        tokens = [None if x is None else x.flatten(0, 1) for x in (p.k, p.v, clamped, p.beta)]
+        return output, FenwickState._make([position, blocks, *_tails(tokens, ends, p.chunk_size, blocks.dtype)])
     return _continue(p, p.initial_state, log_decay)
 
 
 def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tensor, FenwickState | None]:
-    from loglinear.kernels.triton import scalar_gate
+    from loglinear.kernels.triton import chunkwise
     from loglinear.kernels.triton.layout import MAX_CHUNKS, ragged
 
     N, C, device = p.num_sequences, p.chunk_size, p.v.device
@@ -118,9 +120,10 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
         return torch.where(real.view(-1, *[1] * (new.dim() - 1)), rows, 0.0)
 
     log_decay = log_decay.clamp(min=MIN_LOG_DECAY)
-    tokens = [packed(p.k, state.k), packed(p.v, state.v), packed(log_decay, state.log_decay)]
-    output, blocks = scalar_gate(
-        packed(p.q)[None], *(x[None] for x in tokens), packed(p.level_scales)[None], state.blocks, ends,
+    beta = None if p.beta is None else packed(p.beta, state.beta)
+    tokens = [packed(p.k, state.k), packed(p.v, state.v), packed(log_decay, state.log_decay), beta]
+    output, blocks = chunkwise(
+        packed(p.q)[None], *(None if x is None else x[None] for x in tokens), packed(p.level_scales)[None], state.blocks, ends,
         state.position // C, p.scale, C, p.output_final_state,
     )  # fmt: skip
     owner, number, _ = ragged(lengths, B * T)
@@ -128,17 +131,19 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
     if not p.output_final_state:
         return output, None
     tails = _tails(tokens, ends, C, blocks.dtype)
-    return output, FenwickState._make([state.position + lengths, blocks, *tails, None])
+    return output, FenwickState._make([state.position + lengths, blocks, *tails])
 
 
-def _tails(tokens: list[Tensor], ends: Tensor, C: int, dtype: torch.dtype) -> list[Tensor]:
+def _tails(tokens: list[Tensor | None], ends: Tensor, C: int, dtype: torch.dtype) -> list[Tensor | None]:
     """The unfinished chunk's tokens of sequences that lie between `ends` and begin with a chunk: [N, C, ...]."""
     length = ends.diff()
     row = (ends[:-1] + length // C * C)[:, None] + torch.arange(C, device=ends.device)
     real = row < ends[1:, None]
     row = torch.where(real, row, 0)
 
-    def tail(x: Tensor) -> Tensor:
+    def tail(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
         rows = x.index_select(0, row.flatten()).view(*row.shape, *x.shape[1:])
         return torch.where(real.view(*real.shape, *[1] * (x.dim() - 1)), rows, 0.0).to(dtype)
 

@@ -1,5 +1,5 @@
 """The Fenwick-array algorithm for GPUs. Importing this needs triton; TRITON_INTERPRET=1 runs it without a GPU."""
 
-from loglinear.kernels.triton.scalar_gate.operator import scalar_gate
+from loglinear.kernels.triton.operator import chunkwise
 
-__all__ = ["scalar_gate"]
+__all__ = ["chunkwise"]

@@ -2,4 +2,9 @@
 K x K matrix.
 
 Forward:   chunk_inverse, up_sweep, carry, output.
+Backward:  walk_backward, state_backward, carry_backward, down_sweep, in_chunk_backward.
 """
+
+from loglinear.kernels.triton.delta_rule.launch import DeltaRule, choose_chunk_size, gradients
+
+__all__ = ["DeltaRule", "choose_chunk_size", "gradients"]

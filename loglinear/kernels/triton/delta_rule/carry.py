@@ -11,7 +11,7 @@ are summed into the last column.
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule.tiles import BITS, copy, count_bits, multiply, reads_of
+from loglinear.kernels.triton.delta_rule.tiles import BITS, copy, count_bits, multiply, reads_of, store_identity
 from loglinear.kernels.triton.tiles import SIZES, head_program, load_block, locate_run, store_block
 from loglinear.kernels.triton.walks import nearest, walk
 
@@ -54,8 +54,11 @@ def carry_transitions_kernel(
         target = paths + (nearest(remaining) - LOW).to(tl.int64) * H * SIZE
         end = (z >> l) << l
         block = transitions + ((origin + end - 1) * H + h) * SIZE
-        if end <= z0:  # a node: nothing happened between it and the next
-            copy(path, target, K, TK)
+        if end <= z0:  # a node: nothing happens from it to the next
+            if step == 0:
+                store_identity(target, K, TK)
+            else:
+                copy(path, target, K, TK)
         elif step == 0:
             copy(block, target, K, TK)
         else:

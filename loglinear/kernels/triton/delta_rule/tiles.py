@@ -8,14 +8,14 @@ memory, tile by tile, so that any K and dtype fits.
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule import layout
+from loglinear.kernels.triton.delta_rule.layout import STOREY
 from loglinear.kernels.triton.tiles import exponent, load_block, load_rows, store_block
 from loglinear.kernels.triton.walks import READS
 
 # A run is 8 chunks: one program composes them one after the other, and all of them read what lies before the run
 # through states that were brought to its first token (`carry`).
-BITS = tl.constexpr(layout.STOREY)
-RUN = tl.constexpr(1 << layout.STOREY)
+BITS = tl.constexpr(STOREY)
+RUN = tl.constexpr(1 << STOREY)
 
 
 @triton.jit
@@ -100,6 +100,15 @@ def copy(x, out, K: tl.constexpr, TK: tl.constexpr):
     for i in range(0, K, TK):
         for j in range(0, K, TK):
             store_block(out, i, j, load_block(x, i, j, K, K, TK, TK), K, K, TK, TK)
+
+
+@triton.jit
+def store_identity(out, K: tl.constexpr, TK: tl.constexpr):
+    x = tl.arange(0, TK)
+    for i in range(0, K, TK):
+        for j in range(0, K, TK):
+            tile = ((i + x)[:, None] == (j + x)[None, :]).to(tl.float32)
+            store_block(out, i, j, tile, K, K, TK, TK)
 
 
 @triton.jit

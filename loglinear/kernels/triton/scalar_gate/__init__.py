@@ -3,3 +3,7 @@
 Forward:   chunk_state, sweep (up), output, final_blocks.
 Backward:  walk_backward, in_chunk_backward, state_backward, sweep (down), chunk_state_backward, decay_backward.
 """
+
+from loglinear.kernels.triton.scalar_gate.launch import ScalarGate, gradients
+
+__all__ = ["ScalarGate", "gradients"]

@@ -1,0 +1,98 @@
+"""The operators as torch sees them: one node, registered with fakes and an autograd formula, so that torch.compile,
+checkpointing and CUDA graphs work. Nothing in it waits for the device."""
+
+# B batch, T time, G groups, H heads, K key, V value, L levels, N sequences, M blocks
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loglinear.fenwick import num_blocks
+from loglinear.kernels.triton import delta_rule, scalar_gate
+from loglinear.kernels.triton.config import Plan, choose
+from loglinear.kernels.triton.scalar_gate.launch import common_dtype
+
+
+def _plan(direction: str, q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> Plan:
+    return choose(direction, q.shape[3], v.shape[3], common_dtype(q, k, v), q.shape[1], v.device, chunk_size or None)
+
+
+@torch.library.custom_op("loglinear::chunkwise", mutates_args=())
+def chunkwise(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, level_scales: Tensor,
+    nodes: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int, final: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Outputs [B,T,H,V] and, with `final`, each sequence's block states at the start of its unfinished chunk
+    [N,M,H,K,V] float32 (else an empty tensor). The delta rule with beta, else the scalar gate.
+
+    nodes [N,M,H,K,V], starts [N]: the block states before each packed sequence's first chunk, and that chunk's number.
+    chunk_size 0 leaves the choice to the kernels; with `final` or nodes it is the states' chunk size.
+    """
+    call: delta_rule.DeltaRule | scalar_gate.ScalarGate
+    if beta is None:
+        plan = _plan("forward", q, k, v, chunk_size)
+        call = scalar_gate.ScalarGate(q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, plan)
+    else:
+        C = delta_rule.choose_chunk_size("forward", q, k, v, chunk_size)
+        call = delta_rule.DeltaRule(q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, C)
+    call.build_states()
+    return call.output(), call.final_blocks() if final else call.empty(0)
+
+
+@chunkwise.register_fake
+def _(q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, chunk_size, final):  # type: ignore[no-untyped-def]
+    if not final:
+        return torch.empty_like(v, memory_format=torch.contiguous_format), v.new_empty(0, dtype=torch.float32)
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (rows, num_blocks(level_scales.shape[3], chunk_size), v.shape[2], q.shape[3], v.shape[3])
+    return torch.empty_like(v, memory_format=torch.contiguous_format), v.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("loglinear::chunkwise_backward", mutates_args=())
+def chunkwise_backward(
+    do: Tensor, dblocks: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None,
+    level_scales: Tensor, nodes: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, scale: float,
+    chunk_size: int,
+) -> list[Tensor]:  # fmt: skip
+    """dq, dk, dv, dlog_decay, dbeta where there is beta, dlevel_scales, and dnodes where there are nodes."""
+    grads: tuple[Tensor | None, ...]
+    if beta is None:
+        plan = _plan("backward", q, k, v, chunk_size)
+        grads = scalar_gate.gradients(
+            do, dblocks, q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, plan
+        )
+    else:
+        C = delta_rule.choose_chunk_size("backward", q, k, v, chunk_size)
+        grads = delta_rule.gradients(
+            do, dblocks, q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, C
+        )
+    return [grad for grad in grads if grad is not None]
+
+
+@chunkwise_backward.register_fake
+def _(do, dblocks, q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, chunk_size):  # type: ignore[no-untyped-def]
+    inputs = [x for x in (q, k, v, log_decay, beta, level_scales) if x is not None]
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    if nodes is None:
+        return grads
+    return [*grads, torch.empty_like(nodes, dtype=torch.float32, memory_format=torch.contiguous_format)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, scale, chunk_size, final = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = scale, chunk_size
+    ctx.final = final
+
+
+def _backward(ctx: Any, do: Tensor, dblocks: Tensor):  # type: ignore[no-untyped-def]
+    inputs, beta, nodes = ctx.saved_tensors, ctx.saved_tensors[4], ctx.saved_tensors[6]
+    grads = iter(chunkwise_backward(do, dblocks if ctx.final else None, *inputs, *ctx.options))
+    first, dbeta = [next(grads) for _ in range(4)], None if beta is None else next(grads)
+    dlevel_scales, dnodes = next(grads), None if nodes is None else next(grads).to(nodes.dtype)
+    return *first, dbeta, dlevel_scales, dnodes, None, None, None, None, None
+
+
+chunkwise.register_autograd(_backward, setup_context=_save)
