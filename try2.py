@@ -17,5 +17,5 @@ def check(B,T,G,H,K,V,L,C=16,scale=1.0):
     print((B,T,G,H,K,V,L,C),' '.join(f'{n} {float((p.double()-r).norm()/r.norm()):.0e}' for n,p,r in zip(names,a,e)),f'{time.time()-t:.1f}s',flush=True)
 if __name__=='__main__':
     check(2,1,1,2,16,16,9); check(1,16,1,1,16,16,9);check(1,17,1,1,16,16,9); check(1,33,1,1,16,16,9); check(2,65,1,2,16,16,9); check(1,150,2,2,24,40,20)
-    for L in (1,2,5,6,7,8,9,10,20,40): check(1,400,1,1,16,16,L)
-    check(1,200,1,2,80,72,11); check(1,3000,1,1,16,16,20); check(1,3000,1,1,16,16,7);
+    for L in (1,5,7,8,10,20): check(1,400,1,1,16,16,L)
+    check(1,200,1,2,80,72,11); check(1,1300,1,1,16,16,20)

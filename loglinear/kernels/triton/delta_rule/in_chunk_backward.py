@@ -4,16 +4,17 @@
     O = (E * LAM) V,        X = diag(exp(G)) Q - (Q K^T * dec) W
     S_z = Kd^T U,           P_z = exp(Gam) I - Kd^T W
 
-Two stages. What needs all of V:
+Three stages, each with what fits the registers. What needs all of V:
 
-    dE = dO V^T * LAM,   dU = Kd dS,   dV = (E * LAM)^T dO + Ab^T dU,   dlambda = sums of dO V^T * E
-    kept for the second: dscores = dE Ab^T,  dwrite = (Q K^T * dec)^T dE + dU V^T,  doutgoing = U dS^T
+    dU = Kd dS,   dV = (E * LAM)^T dO + Ab^T dU,   pulled = dO V^T,   dAb = dU V^T,   dKd = U dS^T
 
-and the rest:
+what needs the transition's gradient,
 
-    dW = -Kd dP - (Q K^T * dec)^T dX,    dKd = doutgoing - W dP^T,    d(diag(exp(G)) K) = Ab^T dW
-    d(Q K^T * dec) = dscores - dX W^T,   dAb = dwrite + dW K^T diag(exp(G))
-    Ab = A diag(b),  A = (I + N)^-1:     dN = -tril(A^T dA A^T, -1)
+    dE = pulled * LAM,   dlambda = sums of pulled * E,   dW = -Kd dP - (Q K^T * dec)^T dX
+    d(Q K^T * dec) = dE Ab^T - dX W^T,   dAb += (Q K^T * dec)^T dE + dW K^T diag(exp(G)),   dKd -= W dP^T
+    d(diag(exp(G)) K) = Ab^T dW
+
+and the tokens: Ab = A diag(b), A = (I + N)^-1 gives dN = -tril(A^T dA A^T, -1).
 """
 
 # C chunk, H heads, K key, V value, L levels
@@ -21,7 +22,6 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.delta_rule.tiles import decay, key_products, load_decays, load_write
-from loglinear.kernels.triton.delta_rule.walk_backward import load_tiles
 from loglinear.kernels.triton.levels import (
     by_level,
     far_classes,
@@ -56,17 +56,28 @@ def query_products(
     return scores_CC * (decay(G, C) * scale)
 
 
+@triton.jit
+def chunk_scales(
+    scales, l_t, n, L,
+    DTYPE: tl.constexpr, C: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """LAM of one chunk and head, its lower triangle."""
+    i = tl.arange(0, C)
+    lambdas = load_class_scales(scales, l_t, n, L, 0, i, LINEAR)
+    near_JC, far_JC = near_classes(C).to(tl.float32).to(DOT), far_classes(C).to(tl.float32).to(DOT)
+    scales_CC = spread_scales(lambdas, near_JC, far_JC, i, DTYPE, C, LINEAR, DOT, PRECISION)
+    return tl.where(i[:, None] >= i[None, :], scales_CC, 0.0)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def values_backward_kernel(
-    q, k, v, beta, level_scales, inverse, cumulative, dslots, do, dv, dscores, dwrite, doutgoing, dlevel_scales, table,
+    q, k, v, beta, level_scales, inverse, cumulative, dslots, do, dv, pulled, dwrite, doutgoing, table,
     T, N, H, R, L, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, l_b, l_t, l_h, o_b, o_t, o_h, dv_t, dl_t,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
-    TK: tl.constexpr, BV: tl.constexpr, LINEAR: tl.constexpr,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, l_b, l_t, l_h, o_b, o_t, o_h, dv_t,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, LINEAR: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, one head: dv, dscores and dwrite [chunk, H, C, C], doutgoing [chunk, H, C, K], and the columns of
-    dlevel_scales up to LOG_C, adding to the last one where the walk shares it."""
+    """One chunk, one head: dv, pulled and dwrite [chunk, H, C, C], doutgoing [chunk, H, C, K]."""
     DTYPE: tl.constexpr = level_scales.dtype.element_ty
     _, h, chunk = head_program(1, H)
     c = chunk.to(tl.int64)
@@ -74,7 +85,7 @@ def values_backward_kernel(
     n = tl.minimum(end - first, C).to(tl.int32)
     if n <= 0:
         return
-    i, row, last = tl.arange(0, C), c * H + h, L - 1
+    i, row = tl.arange(0, C), c * H + h
     q_rows, k_rows = q + b * q_b + first * q_t + (h // R) * q_h, k + b * k_b + first * k_t + (h // R) * k_h
     v_rows, do_rows = v + b * v_b + first * v_t + h * v_h, do + b * o_b + first * o_t + h * o_h
     dslot = dslots + row * (K * V)
@@ -85,17 +96,13 @@ def values_backward_kernel(
     )
     scores_CC = query_products(q_rows, k_rows, q_t, k_t, n, G, scale, K, C, TK, DOT, PRECISION).to(DOT)
     effective_CC = tl.dot(scores_CC, write_CC, input_precision=PRECISION)
-    lambdas = load_class_scales(level_scales + b * l_b + first * l_t + h * l_h, l_t, n, L, 0, i, LINEAR)
-    near_JC, far_JC = near_classes(C).to(tl.float32).to(DOT), far_classes(C).to(tl.float32).to(DOT)
-    scales_CC = spread_scales(lambdas, near_JC, far_JC, i, DTYPE, C, LINEAR, DOT, PRECISION)
-    scales_CC = tl.where(i[:, None] >= i[None, :], scales_CC, 0.0)
+    scales = level_scales + b * l_b + first * l_t + h * l_h
+    scales_CC = chunk_scales(scales, l_t, n, L, DTYPE, C, LINEAR, DOT, PRECISION)
     weights_CC = (effective_CC * scales_CC).to(DOT)
     pulled_CC = tl.zeros([C, C], tl.float32)
     dwrite_CC = tl.zeros([C, C], tl.float32)
     for column in range(0, V, BV):
         v_CV = load_rows(v_rows, v_t, n, column, C, V, BV).to(DOT)
-        do_CV = load_rows(do_rows, o_t, n, column, C, V, BV).to(DOT)
-        pulled_CC = tl.dot(do_CV, tl.trans(v_CV), pulled_CC, input_precision=PRECISION)
         dwritten_CV = tl.zeros([C, BV], tl.float32)
         for kt in range(0, K, TK):
             outgoing_CT = (load_rows(k_rows, k_t, n, kt, C, K, TK).to(tl.float32) * to_end).to(DOT)
@@ -103,13 +110,12 @@ def values_backward_kernel(
             dwritten_CV = tl.dot(outgoing_CT, dstate_TV, dwritten_CV, input_precision=PRECISION)
         dwritten_CV = dwritten_CV.to(DOT)
         dwrite_CC = tl.dot(dwritten_CV, tl.trans(v_CV), dwrite_CC, input_precision=PRECISION)
+        do_CV = load_rows(do_rows, o_t, n, column, C, V, BV).to(DOT)
+        pulled_CC = tl.dot(do_CV, tl.trans(v_CV), pulled_CC, input_precision=PRECISION)
         dv_CV = tl.dot(tl.trans(weights_CC), do_CV, input_precision=PRECISION)
         dv_CV = tl.dot(tl.trans(write_CC), dwritten_CV, dv_CV, input_precision=PRECISION)
         store_rows(dv + (b * T + first) * dv_t + h * V, dv_t, n, column, dv_CV, C, V, BV)
-    deffective_CC = (pulled_CC * scales_CC).to(DOT)
-    dscores_CC = tl.dot(deffective_CC, tl.trans(write_CC), input_precision=PRECISION)
-    dwrite_CC = tl.dot(tl.trans(scores_CC), deffective_CC, dwrite_CC, input_precision=PRECISION)
-    store_block(dscores + row * (C * C), 0, 0, dscores_CC, C, C, C, C)
+    store_block(pulled + row * (C * C), 0, 0, pulled_CC, C, C, C, C)
     store_block(dwrite + row * (C * C), 0, 0, dwrite_CC, C, C, C, C)
     for kt in range(0, K, TK):
         doutgoing_CT = tl.zeros([C, TK], tl.float32)
@@ -119,7 +125,39 @@ def values_backward_kernel(
             dstate_TV = load_block(dslot, kt, column, K, V, TK, BV)
             doutgoing_CT = tl.dot(written_CV, tl.trans(dstate_TV), doutgoing_CT, input_precision=PRECISION)
         store_block(doutgoing + row * (C * K), 0, kt, doutgoing_CT, C, K, C, TK)
-    pulled_CC = tl.where(i[:, None] >= i[None, :], pulled_CC * effective_CC, 0.0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def scores_backward_kernel(
+    q, k, beta, level_scales, inverse, cumulative, dtransitions, dseen, pulled,
+    dscores, dwrite, dincoming, doutgoing, dlevel_scales, table,
+    T, N, H, R, L, scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h, l_b, l_t, l_h, dl_t,
+    K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, TK: tl.constexpr, LINEAR: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """One chunk, one head: dscores [chunk, H, C, C] and dincoming [chunk, H, C, K]; adds to dwrite and doutgoing, and
+    the columns of dlevel_scales up to LOG_C, adding to the last one where the walk shares it."""
+    DTYPE: tl.constexpr = level_scales.dtype.element_ty
+    _, h, chunk = head_program(1, H)
+    c = chunk.to(tl.int64)
+    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
+    n = tl.minimum(end - first, C).to(tl.int32)
+    if n <= 0:
+        return
+    i, row, last = tl.arange(0, C), c * H + h, L - 1
+    q_rows, k_rows = q + b * q_b + first * q_t + (h // R) * q_h, k + b * k_b + first * k_t + (h // R) * k_h
+    G, total = load_decays(cumulative + row * C, C)
+    from_start, to_end = tl.exp2(G)[:, None], tl.exp2(total - G)[:, None]
+    write_CC = load_write(
+        inverse + row * (C * C), beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C, DOT
+    )
+    scores_CC = query_products(q_rows, k_rows, q_t, k_t, n, G, scale, K, C, TK, DOT, PRECISION).to(DOT)
+    scales = level_scales + b * l_b + first * l_t + h * l_h
+    pulled_CC = load_block(pulled + row * (C * C), 0, 0, C, C, C, C)
+    deffective_CC = (pulled_CC * chunk_scales(scales, l_t, n, L, DTYPE, C, LINEAR, DOT, PRECISION)).to(DOT)
+    pulled_CC *= tl.dot(scores_CC, write_CC, input_precision=PRECISION)
+    pulled_CC = tl.where(i[:, None] >= i[None, :], pulled_CC, 0.0)
     to = dlevel_scales + (b * T + first) * dl_t + h * L
     if LINEAR:
         held = tl.load(to + i * dl_t, mask=i < n, other=0.0).to(tl.float32)
@@ -127,16 +165,46 @@ def values_backward_kernel(
     else:
         column = tl.arange(0, 16)[None, :]
         to += (i * dl_t)[:, None] + column
+        near_JC, far_JC = near_classes(C).to(tl.float32).to(DOT), far_classes(C).to(tl.float32).to(DOT)
         sums_CL = by_level(level_sums(pulled_CC, near_JC, far_JC, i, C, DOT, PRECISION), i, L, C, LOG_C)
         shared = (i < tl.where(last <= LOG_C, n, 0))[:, None] & (column == last)
         sums_CL += tl.load(to, mask=shared, other=0.0).to(tl.float32)
         mask = (i < n)[:, None] & (column <= tl.minimum(last, LOG_C))
         tl.store(to, sums_CL.to(dlevel_scales.dtype.element_ty), mask=mask)
 
+    dscores_CC = tl.dot(deffective_CC, tl.trans(write_CC), input_precision=PRECISION)
+    dwrite_CC = load_block(dwrite + row * (C * C), 0, 0, C, C, C, C).to(tl.float32)
+    dwrite_CC = tl.dot(tl.trans(scores_CC), deffective_CC, dwrite_CC, input_precision=PRECISION)
+    dtransition, tile = dtransitions + row * (K * K), row * (C * K)
+    for t in range(0, K, TK):
+        dx_CT = load_block(dseen + tile, 0, t, C, K, C, TK)
+        derase_CT = tl.dot(tl.trans(scores_CC), dx_CT, input_precision=PRECISION)
+        incoming_CT = (load_rows(k_rows, k_t, n, t, C, K, TK).to(tl.float32) * from_start).to(DOT)
+        erase_CT = tl.dot(write_CC, incoming_CT, input_precision=PRECISION).to(DOT)
+        dscores_CC -= tl.dot(dx_CT, tl.trans(erase_CT), input_precision=PRECISION)
+        for s in range(0, K, TK):
+            outgoing_CT = (load_rows(k_rows, k_t, n, s, C, K, TK).to(tl.float32) * to_end).to(DOT)
+            block_TT = load_block(dtransition, s, t, K, K, TK, TK)
+            derase_CT = tl.dot(outgoing_CT, block_TT, derase_CT, input_precision=PRECISION)
+        derase_CT = (-derase_CT).to(DOT)
+        dwrite_CC = tl.dot(derase_CT, tl.trans(incoming_CT), dwrite_CC, input_precision=PRECISION)
+        dincoming_CT = tl.dot(tl.trans(write_CC), derase_CT, input_precision=PRECISION)
+        store_block(dincoming + tile, 0, t, dincoming_CT, C, K, C, TK)
+    store_block(dscores + row * (C * C), 0, 0, dscores_CC, C, C, C, C)
+    store_block(dwrite + row * (C * C), 0, 0, dwrite_CC, C, C, C, C)
+    for t in range(0, K, TK):
+        doutgoing_CT = load_block(doutgoing + tile, 0, t, C, K, C, TK).to(tl.float32)
+        for s in range(0, K, TK):
+            incoming_CT = (load_rows(k_rows, k_t, n, s, C, K, TK).to(tl.float32) * from_start).to(DOT)
+            erase_CT = tl.dot(write_CC, incoming_CT, input_precision=PRECISION).to(DOT)
+            block_TT = load_block(dtransition, t, s, K, K, TK, TK)
+            doutgoing_CT -= tl.dot(erase_CT, tl.trans(block_TT), input_precision=PRECISION)
+        store_block(doutgoing + tile, 0, t, doutgoing_CT, C, K, C, TK)
+
 
 @triton.jit(do_not_specialize=SIZES)
 def keys_backward_kernel(
-    q, k, beta, log_decay, inverse, cumulative, dtransitions, dseen, dscores, dwrite, doutgoing,
+    q, k, beta, log_decay, inverse, cumulative, dtransitions, dseen, dscores, dwrite, dincoming, doutgoing,
     dq, dk, dbeta, dlog_decay, table,
     T, N, H, R, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h, g_b, g_t, g_h, db_t, dg_t,
@@ -144,7 +212,6 @@ def keys_backward_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One chunk, one head: dq, dk [B, T, H, K], dbeta, dlog_decay."""
-    TILES: tl.constexpr = (K + TK - 1) // TK
     _, h, chunk = head_program(1, H)
     c = chunk.to(tl.int64)
     b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
@@ -152,75 +219,51 @@ def keys_backward_kernel(
     if n <= 0:
         return
     i, row = tl.arange(0, C), c * H + h
-    inside, lower = i < n, i[:, None] > i[None, :]
+    inside, tile, tile_CC, token = i < n, row * (C * K), row * (C * C), b * T + first
     q_rows, k_rows = q + b * q_b + first * q_t + (h // R) * q_h, k + b * k_b + first * k_t + (h // R) * k_h
     G, total = load_decays(cumulative + row * C, C)
-    from_start, to_end, across = tl.exp2(G)[:, None], tl.exp2(total - G)[:, None], tl.exp2(total)
     strength = tl.load(beta + b * beta_b + first * beta_t + h * beta_h + i * beta_t, mask=inside, other=0.0)
     strength = strength.to(tl.float32)
-    inverse_CC = load_block(inverse + row * (C * C), 0, 0, C, C, C, C)
-    write_CC = (inverse_CC.to(tl.float32) * strength[None, :]).to(DOT)
-    scores_CC = query_products(q_rows, k_rows, q_t, k_t, n, G, scale, K, C, TK, DOT, PRECISION)
-    dscores_CC = load_block(dscores + row * (C * C), 0, 0, C, C, C, C).to(tl.float32)
-    dwrite_CC = load_block(dwrite + row * (C * C), 0, 0, C, C, C, C).to(tl.float32)
-    dx = load_tiles(dseen + row * (C * K), K, C, TK)
-    dtransition = dtransitions + row * (K * K)
-    dincoming = ()  # of diag(exp(G)) K
-    for t in tl.static_range(TILES):
-        derase_CT = -tl.dot(tl.trans(scores_CC.to(DOT)), dx[t], input_precision=PRECISION)
-        for s in tl.static_range(TILES):
-            outgoing_CT = (load_rows(k_rows, k_t, n, s * TK, C, K, TK).to(tl.float32) * to_end).to(DOT)
-            block_TT = load_block(dtransition, s * TK, t * TK, K, K, TK, TK)
-            derase_CT -= tl.dot(outgoing_CT, block_TT, input_precision=PRECISION)
-        derase_CT = derase_CT.to(DOT)
-        incoming_CT = (load_rows(k_rows, k_t, n, t * TK, C, K, TK).to(tl.float32) * from_start).to(DOT)
-        erase_CT = tl.dot(write_CC, incoming_CT, input_precision=PRECISION).to(DOT)
-        dscores_CC -= tl.dot(dx[t], tl.trans(erase_CT), input_precision=PRECISION)
-        dwrite_CC = tl.dot(derase_CT, tl.trans(incoming_CT), dwrite_CC, input_precision=PRECISION)
-        dincoming = dincoming + (tl.dot(tl.trans(write_CC), derase_CT, input_precision=PRECISION).to(DOT),)
-
-    keys_CC = key_products(k_rows, k_t, n, G, K, C, TK, DOT, PRECISION)
+    inverse_CC = load_block(inverse + tile_CC, 0, 0, C, C, C, C)
+    dwrite_CC = load_block(dwrite + tile_CC, 0, 0, C, C, C, C).to(tl.float32)
     dstrength = tl.sum(dwrite_CC * inverse_CC.to(tl.float32), 0)
-    dinverse_CC = (dwrite_CC * strength[None, :]).to(DOT)
-    inverse_CC = inverse_CC.to(DOT)
-    half_CC = tl.dot(tl.trans(inverse_CC), dinverse_CC, input_precision=PRECISION).to(DOT)
-    dlower_CC = tl.where(lower, -tl.dot(half_CC, tl.trans(inverse_CC), input_precision=PRECISION), 0.0)
+    half_CC = tl.dot(tl.trans(inverse_CC), (dwrite_CC * strength[None, :]).to(DOT), input_precision=PRECISION)
+    dlower_CC = -tl.dot(half_CC.to(DOT), tl.trans(inverse_CC), input_precision=PRECISION)
+    dlower_CC = tl.where(i[:, None] > i[None, :], dlower_CC, 0.0)
+    keys_CC = key_products(k_rows, k_t, n, G, K, C, TK, DOT, PRECISION)
     dstrength += tl.sum(dlower_CC * keys_CC, 1)
+    tl.store(dbeta + token * db_t + h + i * db_t, dstrength.to(dbeta.dtype.element_ty), mask=inside)
     dkeys_CC = dlower_CC * strength[:, None]
-    flow_CC = dscores_CC * scores_CC + dkeys_CC * keys_CC
+    flow_CC = dkeys_CC * keys_CC
+    dkeys_CC = (dkeys_CC * decay(G, C)).to(DOT)
+    dscores_CC = load_block(dscores + tile_CC, 0, 0, C, C, C, C).to(tl.float32)
+    flow_CC += dscores_CC * query_products(q_rows, k_rows, q_t, k_t, n, G, scale, K, C, TK, DOT, PRECISION)
+    dscores_CC = (dscores_CC * (decay(G, C) * scale)).to(DOT)
     flow = tl.sum(flow_CC, 1) - tl.sum(flow_CC, 0)
-    decay_CC = decay(G, C)
-    dscores_CC = (dscores_CC * (decay_CC * scale)).to(DOT)
-    dkeys_CC = (dkeys_CC * decay_CC).to(DOT)
+    # exp(Gam) I of the transition: the trace of its gradient.
+    diagonal = dtransitions + row * (K * K)
     flow_total = tl.zeros([], tl.float32)
-    for t in tl.static_range(TILES):
-        q_CT = load_rows(q_rows, q_t, n, t * TK, C, K, TK).to(DOT)
-        k_CT = load_rows(k_rows, k_t, n, t * TK, C, K, TK).to(DOT)
-        dq_CT = dx[t].to(tl.float32) * (from_start * scale)
+    for t in range(0, K, TK):
+        x = t + tl.arange(0, TK)
+        flow_total += tl.sum(tl.load(diagonal + x * (K + 1), mask=x < K, other=0.0).to(tl.float32), 0)
+    flow_total *= tl.exp2(total)
+    from_start, to_end = tl.exp2(G)[:, None], tl.exp2(total - G)[:, None]
+    for t in range(0, K, TK):
+        q_CT = load_rows(q_rows, q_t, n, t, C, K, TK).to(DOT)
+        k_CT = load_rows(k_rows, k_t, n, t, C, K, TK).to(DOT)
+        dq_CT = load_block(dseen + tile, 0, t, C, K, C, TK).to(tl.float32) * (from_start * scale)
         flow += tl.sum(dq_CT * q_CT.to(tl.float32), 1)
         dq_CT = tl.dot(dscores_CC, k_CT, dq_CT, input_precision=PRECISION)
-        store_rows(dq + ((b * T + first) * H + h) * K, H * K, n, t * TK, dq_CT, C, K, TK)
-        doutgoing_CT = load_block(doutgoing + row * (C * K), 0, t * TK, C, K, C, TK).to(tl.float32)
-        for s in tl.static_range(TILES):
-            incoming_CT = (load_rows(k_rows, k_t, n, s * TK, C, K, TK).to(tl.float32) * from_start).to(DOT)
-            erase_CT = tl.dot(write_CC, incoming_CT, input_precision=PRECISION).to(DOT)
-            block_TT = load_block(dtransition, t * TK, s * TK, K, K, TK, TK)
-            doutgoing_CT -= tl.dot(erase_CT, tl.trans(block_TT), input_precision=PRECISION)
-            if s == t:
-                x = tl.arange(0, TK)
-                diagonal = tl.where(x[:, None] == x[None, :], block_TT.to(tl.float32), 0.0)
-                flow_total += across * tl.sum(tl.sum(diagonal, 1), 0)
-        dk_CT = doutgoing_CT * to_end
+        store_rows(dq + (token * H + h) * K, H * K, n, t, dq_CT, C, K, TK)
+        dk_CT = load_block(doutgoing + tile, 0, t, C, K, C, TK).to(tl.float32) * to_end
         given = tl.sum(dk_CT * k_CT.to(tl.float32), 1)
         flow_total += tl.sum(given, 0)
-        dread_CT = dincoming[t].to(tl.float32) * from_start
+        dread_CT = load_block(dincoming + tile, 0, t, C, K, C, TK).to(tl.float32) * from_start
         flow += tl.sum(dread_CT * k_CT.to(tl.float32), 1) - given
         dk_CT = tl.dot(tl.trans(dscores_CC), q_CT, dk_CT + dread_CT, input_precision=PRECISION)
         dk_CT = tl.dot(dkeys_CC, k_CT, dk_CT, input_precision=PRECISION)
         dk_CT = tl.dot(tl.trans(dkeys_CC), k_CT, dk_CT, input_precision=PRECISION)
-        store_rows(dk + ((b * T + first) * H + h) * K, H * K, n, t * TK, dk_CT, C, K, TK)
-    token = b * T + first
-    tl.store(dbeta + token * db_t + h + i * db_t, dstrength.to(dbeta.dtype.element_ty), mask=inside)
+        store_rows(dk + (token * H + h) * K, H * K, n, t, dk_CT, C, K, TK)
     # G_i is a sum over the tokens up to i; what crosses the whole chunk flows across all of them.
     dg = tl.cumsum(tl.where(inside, flow, 0.0), 0, reverse=True) + flow_total
     g = tl.load(log_decay + b * g_b + first * g_t + h * g_h + i * g_t, mask=inside, other=0.0).to(tl.float32)

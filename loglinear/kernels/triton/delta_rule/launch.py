@@ -21,8 +21,13 @@ from loglinear.kernels.triton.delta_rule.carry_backward import (
     ends_backward_kernel,
 )
 from loglinear.kernels.triton.delta_rule.chunk_inverse import chunk_inverse_kernel
+from loglinear.kernels.triton.delta_rule.chunk_state import chunk_state_kernel
 from loglinear.kernels.triton.delta_rule.down_sweep import state_down_sweep_kernel, transition_down_sweep_kernel
-from loglinear.kernels.triton.delta_rule.in_chunk_backward import keys_backward_kernel, values_backward_kernel
+from loglinear.kernels.triton.delta_rule.in_chunk_backward import (
+    keys_backward_kernel,
+    scores_backward_kernel,
+    values_backward_kernel,
+)
 from loglinear.kernels.triton.delta_rule.layout import STOREY
 from loglinear.kernels.triton.delta_rule.output import output_kernel
 from loglinear.kernels.triton.delta_rule.state_backward import (
@@ -38,11 +43,11 @@ from loglinear.kernels.triton.scalar_gate.launch import DOT_TYPES, common_dtype,
 ROWS = 64  # tokens of a chunk that one program takes at most, where it holds all pairs of them
 # Warps and stages of the pipeline. Sweeps read what they wrote: nothing may be loaded ahead there.
 LAUNCHES = {
-    "chunk_inverse": (4, 1), "transition_sweep": (8, 1), "state_sweep": (8, 1), "carry_transitions": (8, 1),
+    "chunk_inverse": (4, 1), "chunk_state": (4, 1), "transition_sweep": (8, 1), "state_sweep": (8, 1), "carry_transitions": (8, 1),
     "carry_states": (8, 1), "output": (4, 1),
     "walk_backward": (4, 1), "state_backward": (8, 1), "carried_backward": (8, 1), "carry_paths_backward": (8, 1),
     "carry_backward": (8, 1), "state_down_sweep": (8, 1), "transition_down_sweep": (8, 1),
-    "values_backward": (4, 1), "keys_backward": (4, 1),
+    "values_backward": (4, 1), "scores_backward": (4, 1), "keys_backward": (4, 1),
 }  # fmt: skip
 
 
@@ -113,21 +118,27 @@ class DeltaRule:
         )  # fmt: skip
         self.transitions, self.rights = (self.empty(y.chunks, H, K, K, dtype=self.dtype) for _ in range(2))
         self.slots = self.empty(y.chunks, H, K, V, dtype=self.dtype)
+        for kind, blocks in ((True, self.transitions), (False, self.slots)):
+            width = dict(V=K, BV=min(64, self.key_tile)) if kind else dict(V=V, BV=min(64, self.value_tile))
+            v = self.k if kind else self.v
+            chunk_state_kernel[(y.chunks * H * triton.cdiv(width["V"], width["BV"]),)](
+                self.k, v, self.beta, self.inverse, self.cumulative, blocks, self.rights, y.table,
+                *self.sizes, self.R, y.cap, *self.k.stride()[:3], *v.stride()[:3], *self.strides("beta"),
+                K=K, C=C, HALVES=self.halves, TK=self.key_tile, TRANSITION=kind,
+                **width, **self.dots, **self.packed, **self.options("chunk_state"),
+            )  # fmt: skip
         for storey, runs in enumerate(y.runs):
             transition_sweep_kernel[(runs * H,)](
-                self.k, self.beta, self.inverse, self.cumulative, self.transitions, self.rights, y.table,
-                y.run_tables[storey], *self.sizes, self.R, y.cap, storey, *self.strides("k", "beta"),
-                K=K, C=C, HALVES=self.halves, TK=self.key_tile, OWN=storey == 0, **self.dots, **self.packed,
-                **self.options("transition_sweep"),
+                self.transitions, self.rights, y.run_tables[storey], *self.sizes[1:], y.cap, storey,
+                K=K, TK=self.key_tile, FIRST=storey == 0,
+                **self.precision, **self.packed, **self.options("transition_sweep"),
             )  # fmt: skip
         for storey, runs in enumerate(y.runs):
             state_sweep_kernel[(runs * H * self.value_tiles,)](
-                self.k, self.v, self.beta, self.inverse, self.cumulative, self.transitions, self.rights, self.slots,
-                self.nodes, y.table, y.run_tables[storey], *self.sizes, self.R, y.cap, storey,
-                *self.strides("k", "v", "beta"),
-                K=K, V=V, C=C, HALVES=self.halves, TK=self.key_tile, BV=self.value_tile, OWN=storey == 0,
-                NODES=self.nodes is not None,
-                **self.dots, **self.packed, **self.options("state_sweep"),
+                self.transitions, self.rights, self.slots, self.nodes, y.run_tables[storey], *self.sizes[1:], y.cap,
+                storey,
+                K=K, V=V, TK=self.key_tile, BV=self.value_tile, NODES=self.nodes is not None,
+                **self.precision, **self.packed, **self.options("state_sweep"),
             )  # fmt: skip
         self.carried, self.paths = self.carry(
             y.runs[0], y.run_levels, self.carried_columns, self.dtype, ends=False
@@ -189,23 +200,30 @@ class DeltaRule:
         )  # fmt: skip
         dslots, dtransitions, dnodes = self.state_gradients(met, dmet, do, dblocks)
         del met, dmet, self.carried, self.paths, self.slots, self.transitions, self.rights
+        pulled = self.empty(y.chunks, H, C, C)
         dscores, dwrite = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
-        doutgoing = self.empty(y.chunks, H, C, K, dtype=self.dtype)
+        dincoming, doutgoing = (self.empty(y.chunks, H, C, K, dtype=self.dtype) for _ in range(2))
         values_backward_kernel[(y.chunks * H,)](
             self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, dslots, do,
-            dv, dscores, dwrite, doutgoing, dlevel_scales, y.table, *self.sizes, self.R, self.L, self.scale,
-            *self.strides("q", "k", "v", "beta", "level_scales"), *o_, *tokens,
-            LOG_C=log2(C), LINEAR=self.L == 1,
-            **self.shape, **self.dots, **self.packed, **self.options("values_backward"),
+            dv, pulled, dwrite, doutgoing, y.table, *self.sizes, self.R, self.L, self.scale,
+            *self.strides("q", "k", "v", "beta", "level_scales"), *o_, tokens[0],
+            LINEAR=self.L == 1, **self.shape, **self.dots, **self.packed, **self.options("values_backward"),
+        )  # fmt: skip
+        keys = dict(K=K, C=C, TK=self.key_tile, **self.dots, **self.packed)
+        scores_backward_kernel[(y.chunks * H,)](
+            self.q, self.k, self.beta, self.level_scales, self.inverse, self.cumulative, dtransitions, dseen, pulled,
+            dscores, dwrite, dincoming, doutgoing, dlevel_scales, y.table, *self.sizes, self.R, self.L, self.scale,
+            *self.strides("q", "k", "beta", "level_scales"), tokens[1],
+            LOG_C=log2(C), LINEAR=self.L == 1, **keys, **self.options("scores_backward"),
         )  # fmt: skip
         dq, dk = (
             self.empty(self.B, self.T, H, K, dtype=x.dtype if self.R == 1 else torch.float32) for x in (self.q, self.k)
         )
         keys_backward_kernel[(y.chunks * H,)](
             self.q, self.k, self.beta, self.log_decay, self.inverse, self.cumulative, dtransitions, dseen,
-            dscores, dwrite, doutgoing, dq, dk, dbeta, dlog_decay, y.table, *self.sizes, self.R, self.scale,
-            *self.strides("q", "k", "beta", "log_decay"), dbeta.stride(1), dlog_decay.stride(1),
-            K=K, C=C, TK=self.key_tile, **self.dots, **self.packed, **self.options("keys_backward"),
+            dscores, dwrite, dincoming, doutgoing, dq, dk, dbeta, dlog_decay, y.table,
+            *self.sizes, self.R, self.scale, *self.strides("q", "k", "beta", "log_decay"),
+            dbeta.stride(1), dlog_decay.stride(1), **keys, **self.options("keys_backward"),
         )  # fmt: skip
         return dq, dk, dnodes
 

@@ -61,6 +61,15 @@ def num_merges(i, rel):
 
 
 @triton.jit
+def real_merges(i, z, z0, rel, shift):
+    """How many of them are with blocks of the sequence's own chunks, from z0 on, and not with nodes: the first ones."""
+    merges = tl.zeros([], tl.int32)
+    for m in range(num_merges(i, rel)):
+        merges += (z - (1 << (shift + m)) >= z0).to(tl.int32)
+    return merges
+
+
+@triton.jit
 def entry_bits(storey):
     """log2 of the chunks that an entry of this storey stands for."""
     return tl.zeros([], tl.int32) + BITS * storey
