@@ -42,8 +42,8 @@ def unsupported(p: Problem) -> str | None:
     if p.is_float64:
         return "float64 needs impl='torch'"
     K, V = p.q.shape[3], p.v.shape[3]
-    widest = MAX_HEAD_DIM if p.beta is None else 2 * MAX_HEAD_DIM  # of V: the delta rule's kernels split it anyway
-    if K > MAX_HEAD_DIM or V > widest:
+    widest = 2 * MAX_HEAD_DIM if p.beta is not None else MAX_HEAD_DIM  # of V: the delta rule's kernels split it anyway
+    if K > MAX_HEAD_DIM or widest < V:
         return f"head dims K = {K}, V = {V} need impl='torch': impl='triton' takes up to {MAX_HEAD_DIM} and {widest}"
     has_state = p.initial_state is not None or p.output_final_state
     # What fits the shared memory: three tf32 products take eight times the room of one in bfloat16.
@@ -123,8 +123,8 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
     beta = None if p.beta is None else packed(p.beta, state.beta)
     tokens = [packed(p.k, state.k), packed(p.v, state.v), packed(log_decay, state.log_decay), beta]
     output, blocks = chunkwise(
-        packed(p.q)[None], *(None if x is None else x[None] for x in tokens), packed(p.level_scales)[None], state.blocks, ends,
-        state.position // C, p.scale, C, p.output_final_state,
+        packed(p.q)[None], *(None if x is None else x[None] for x in tokens), packed(p.level_scales)[None],
+        state.blocks, ends, state.position // C, p.scale, C, p.output_final_state,
     )  # fmt: skip
     owner, number, _ = ragged(lengths, B * T)
     output = output[0].index_select(0, ends[owner] + held[owner] + number).view(p.v.shape)

@@ -9,25 +9,38 @@ import numpy
 import torch
 from torch import Tensor
 
-from tests.ops.operators import OPERATORS, relative_error
-
-OPERATOR = OPERATORS[0]
-NAMES = ["output", *(f"gradient of {name}" for name in OPERATOR.names)]
+from tests.ops.operators import OPERATORS, Operator, relative_error
 
 # The largest of ||x - float64|| / ||float64|| over the head dims below and four seeds, T = 1,111, 12 levels, inputs as
 # on the GPU.
 EMULATED = {
-    "output": 2.96e-3,
-    "gradient of q": 3.32e-3,
-    "gradient of k": 3.37e-3,
-    "gradient of v": 3.31e-3,
-    "gradient of log_decay": 5.19e-3,
-    "gradient of level_scales": 3.03e-3,
+    "scalar_gate": {
+        "output": 2.96e-3,
+        "gradient of q": 3.34e-3,
+        "gradient of k": 3.39e-3,
+        "gradient of v": 3.3e-3,
+        "gradient of log_decay": 5.75e-3,
+        "gradient of level_scales": 2.95e-3,
+    },
+    "delta_rule": {
+        "output": 5.88e-3,
+        "gradient of q": 5.96e-3,
+        "gradient of k": 8.26e-3,
+        "gradient of v": 5.92e-3,
+        "gradient of log_decay": 9.83e-3,
+        "gradient of beta": 8.02e-3,
+        "gradient of level_scales": 5.63e-3,
+    },
 }
 HEADS = [(1, 4, 128, 64), (4, 4, 128, 128), (2, 4, 64, 64), (1, 2, 80, 48)]
 
 
-def make(B, T, G, H, K, V, L, dtype, *, seed=0, device="cuda", float32_scales=False):
+def operator_of(inputs: dict[str, Tensor]) -> Operator:
+    """The delta rule's inputs have beta."""
+    return OPERATORS["beta" in inputs]
+
+
+def make(B, T, G, H, K, V, L, dtype, *, seed=0, device="cuda", float32_scales=False, delta=False):
     """Heads from one that never forgets to one that forgets within ten tokens; lambdas over three orders of magnitude,
     in float32 as the layers make them or in the others' dtype."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -44,6 +57,7 @@ def make(B, T, G, H, K, V, L, dtype, *, seed=0, device="cuda", float32_scales=Fa
         "k": torch.nn.functional.normalize(normal(G, K), dim=-1),
         "v": normal(H, V),
         "log_decay": -rate * uniform(H) * 2,
+        **({"beta": 1.9 * uniform(H)} if delta else {}),
         "level_scales": 10 ** (3 * uniform(H, L) - 2),
     }
     kept = {"log_decay", "level_scales"} if float32_scales else {"log_decay"}
@@ -83,31 +97,38 @@ def teach_bfloat16(setattr_=setattr):
 
 def run_chunks(inputs: dict[str, Tensor], chunk_size: int) -> Tensor:
     """The kernels' output with chunks of that many tokens; 0: as the plans say."""
-    from loglinear.kernels.triton import scalar_gate
+    from loglinear.kernels.triton import chunkwise
 
-    return scalar_gate(*inputs.values(), None, None, None, 1.0, chunk_size, False)[0]
+    x = {"beta": None} | inputs
+    tensors = (x[name] for name in OPERATORS[1].names)
+    return chunkwise(*tensors, None, None, None, 1.0, chunk_size, False)[0]
+
+
+def result_names(inputs: dict[str, Tensor]) -> list[str]:
+    return ["output", *(f"gradient of {name}" for name in inputs)]
 
 
 def errors(inputs: dict[str, Tensor], chunk_size: int = 0) -> dict[str, float]:
     """Of the output and of every gradient, against float64 from the same inputs."""
     exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
     output = run_chunks(inputs, chunk_size)
-    expected = OPERATOR(exact, impl="torch").output
+    expected = operator_of(inputs)(exact, impl="torch").output
     weight = torch.randn_like(output)
     grads = torch.autograd.grad(output, list(inputs.values()), weight)
     exact_grads = torch.autograd.grad(expected, list(exact.values()), weight.double())
     pairs = zip([output, *grads], [expected, *exact_grads], strict=True)
-    return {name: relative_error(a, e) for name, (a, e) in zip(NAMES, pairs, strict=True)}
+    return {name: relative_error(a, e) for name, (a, e) in zip(result_names(inputs), pairs, strict=True)}
 
 
 if __name__ == "__main__":
     teach_bfloat16()
-    largest = dict.fromkeys(NAMES, 0.0)
-    for heads in HEADS:
-        for seed in range(4):
-            torch.manual_seed(seed)
-            inputs = make(1, 1111, *heads, 12, torch.bfloat16, seed=seed, device="cpu", float32_scales=seed % 2 == 1)
-            found = errors(inputs)
-            print(heads, {name: f"{error:.2e}" for name, error in found.items()}, flush=True)
-            largest = {name: max(largest[name], found[name]) for name in NAMES}
-    print({name: float(f"{error:.2e}") for name, error in largest.items()})
+    for operator in OPERATORS:
+        largest: dict[str, float] = {}
+        for heads in HEADS:
+            for seed in range(4):
+                torch.manual_seed(seed)
+                options = dict(seed=seed, device="cpu", float32_scales=seed % 2 == 1, delta=operator.delta)
+                found = errors(make(1, 1111, *heads, 12, torch.bfloat16, **options))
+                print(operator.name, heads, {name: f"{error:.2e}" for name, error in found.items()}, flush=True)
+                largest = {name: max(largest.get(name, 0.0), error) for name, error in found.items()}
+        print(operator.name, {name: float(f"{error:.2e}") for name, error in largest.items()}, flush=True)

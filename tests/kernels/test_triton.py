@@ -7,13 +7,11 @@ of the kernels is checked on a GPU (test_triton_gpu.py).
 import pytest
 import torch
 
-from loglinear.ops import log_linear_attention
-from tests.kernels.emulation import EMULATED, errors, make, run_chunks, teach_bfloat16
+from tests.kernels.emulation import EMULATED, errors, make, operator_of, run_chunks, teach_bfloat16
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreter
-OPERATOR = OPERATORS[0]
 BUDGET = 2e-6
 
 
@@ -21,6 +19,8 @@ def compare(inputs, *, chunk_size=16, initial_state=None, final=True, budget=BUD
     """Output, final state and all gradients of impl="triton" in float32 against impl="torch" in float64.
 
     Without states the kernels choose their chunk; with them it is chunk_size."""
+
+    operator = operator_of(inputs)
 
     def run(dtype, impl):
         x = {n: t.detach().to(dtype).requires_grad_() for n, t in inputs.items()}
@@ -32,7 +32,7 @@ def compare(inputs, *, chunk_size=16, initial_state=None, final=True, budget=BUD
                   state._asdict().items())
             )  # fmt: skip
             leaves += parts(state).values()
-        out = OPERATOR(x, impl=impl, chunk_size=chunk_size, initial_state=state, output_final_state=final, **options)
+        out = operator(x, impl=impl, chunk_size=chunk_size, initial_state=state, output_final_state=final, **options)
         results = [out.output] + (list(parts(out.final_state).values()) if final else [])
         return out, results, leaves
 
@@ -44,7 +44,7 @@ def compare(inputs, *, chunk_size=16, initial_state=None, final=True, budget=BUD
         errors[name] = (a, e)
     grads = gradients(results, tuple(w.float() for w in weights), leaves_32)
     exact_grads = gradients(exact, weights, leaves_64)
-    names = OPERATOR.names + ([] if initial_state is None else [f"state's {name}" for name in parts(initial_state)])
+    names = operator.names + ([] if initial_state is None else [f"state's {name}" for name in parts(initial_state)])
     for name, a, e in zip(names, grads, exact_grads, strict=True):
         if name == "state's blocks":  # blocks that the position has no bit for are 0 by contract, and have no gradient
             e = torch.where(initial_state.blocks != 0, e, 0.0)
@@ -58,118 +58,119 @@ def compare(inputs, *, chunk_size=16, initial_state=None, final=True, budget=BUD
         assert error <= budget * max(scale, flow if "log_decay" in name else 0.0), (name, error, scale)
 
 
+@pytest.fixture(params=OPERATORS, ids=lambda operator: operator.name)
+def operator(request):
+    return request.param
+
+
 @pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 65])
-def test_any_length(T):
-    compare(OPERATOR.inputs(B=2, T=T, G=1, H=2, K=16, V=16, L=9))
+def test_any_length(operator, T):
+    compare(operator.inputs(B=2, T=T, G=1, H=2, K=16, V=16, L=9))
 
 
 @pytest.mark.parametrize("levels", [1, 2, 5, 6, 7, 20, 40])
-def test_any_number_of_levels(levels):
-    compare(OPERATOR.inputs(B=1, T=150, G=1, H=1, K=8, V=8, L=levels))
+def test_any_number_of_levels(operator, levels):
+    compare(operator.inputs(B=1, T=150, G=1, H=1, K=8, V=8, L=levels))
 
 
 @pytest.mark.parametrize("ends", [[0, 0, 20], [0, 20, 20], [0, 0, 0]])
 @pytest.mark.parametrize("positions", [(65 * 16, 3 * 16), (65 * 16, 67 * 16)], ids=str)
-def test_a_continued_sequence_without_new_tokens(positions, ends):
+def test_a_continued_sequence_without_new_tokens(operator, positions, ends):
     """It hands its blocks on, and their gradients; 65 chunks, so that many readers are gathered in runs."""
     states = []
     for position in positions:
-        first = OPERATOR.inputs(B=1, T=position, G=1, H=1, K=4, V=4, L=8)
-        states.append(OPERATOR(first, chunk_size=16, output_final_state=True).final_state)
+        first = operator.inputs(B=1, T=position, G=1, H=1, K=4, V=4, L=8)
+        states.append(operator(first, chunk_size=16, output_final_state=True).final_state)
     state = type(states[0])(*(None if x[0] is None else torch.cat(x).detach() for x in zip(*states, strict=True)))
     T = max(ends[-1], 1)
     cu_seqlens = torch.tensor([*ends[:-1], T])
-    compare(OPERATOR.inputs(B=1, T=T, G=1, H=1, K=4, V=4, L=8), initial_state=state, cu_seqlens=cu_seqlens)
+    compare(operator.inputs(B=1, T=T, G=1, H=1, K=4, V=4, L=8), initial_state=state, cu_seqlens=cu_seqlens)
 
 
-def test_full_resets_leave_the_same_state():
-    inputs = OPERATOR.inputs(B=1, T=21, G=1, H=1, K=4, V=4, L=7, dtype=torch.float32)
+def test_full_resets_leave_the_same_state(operator):
+    inputs = operator.inputs(B=1, T=21, G=1, H=1, K=4, V=4, L=7, dtype=torch.float32)
     with torch.no_grad():
         inputs["log_decay"][0, 18] = -torch.inf
     states = [
-        OPERATOR(inputs, impl=impl, chunk_size=16, output_final_state=True).final_state for impl in ("torch", "triton")
+        operator(inputs, impl=impl, chunk_size=16, output_final_state=True).final_state for impl in ("torch", "triton")
     ]
     assert torch.equal(states[0].log_decay, states[1].log_decay)
     torch.testing.assert_close(states[1].blocks, states[0].blocks)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 5, 3), (2, 4, 16, 40), (2, 2, 24, 16), (1, 4, 48, 20)], ids=str)
-def test_groups_and_head_dims(shape):
+def test_groups_and_head_dims(operator, shape):
     G, H, K, V = shape
-    compare(OPERATOR.inputs(B=1, T=70, G=G, H=H, K=K, V=V, L=8), scale=0.7)
+    compare(operator.inputs(B=1, T=70, G=G, H=H, K=K, V=V, L=8), scale=0.7)
 
 
 @pytest.mark.parametrize("decay", [0.0, 3.0, 40.0])
-def test_decays_from_none_to_strong(decay):
+def test_decays_from_none_to_strong(operator, decay):
     # The exponents' own rounding grows with the sum of a chunk's decays.
-    compare(OPERATOR.inputs(B=1, T=140, G=1, H=2, K=16, V=16, L=9, decay=decay), budget=BUDGET + 1e-7 * decay)
+    compare(operator.inputs(B=1, T=140, G=1, H=2, K=16, V=16, L=9, decay=decay), budget=BUDGET + 1e-7 * decay)
 
 
 @pytest.mark.parametrize("levels", [1, 7, 20])
-def test_packed_sequences(levels):
+def test_packed_sequences(operator, levels):
     cu_seqlens = torch.tensor([0, 1, 40, 40, 72, 200])
-    compare(OPERATOR.inputs(B=1, T=200, G=1, H=2, K=8, V=8, L=levels), cu_seqlens=cu_seqlens)
+    compare(operator.inputs(B=1, T=200, G=1, H=2, K=8, V=8, L=levels), cu_seqlens=cu_seqlens)
 
 
 @pytest.mark.parametrize("levels", [1, 6, 8, 20])
 @pytest.mark.parametrize("start", [1, 16, 37, 100])
-def test_continues_a_state(levels, start):
-    first = OPERATOR.inputs(B=2, T=start, G=1, H=1, K=8, V=8, L=levels)
-    state = OPERATOR(first, chunk_size=16, output_final_state=True).final_state
+def test_continues_a_state(operator, levels, start):
+    first = operator.inputs(B=2, T=start, G=1, H=1, K=8, V=8, L=levels)
+    state = operator(first, chunk_size=16, output_final_state=True).final_state
     state = type(state)(*(None if x is None else x.detach() for x in state))
-    compare(OPERATOR.inputs(B=2, T=70, G=1, H=1, K=8, V=8, L=levels), initial_state=state)
+    compare(operator.inputs(B=2, T=70, G=1, H=1, K=8, V=8, L=levels), initial_state=state)
 
 
-def test_continues_packed_states_at_different_positions():
+def test_continues_packed_states_at_different_positions(operator):
     lengths = [1, 30, 100]
     states = []
     for length in lengths:
-        first = OPERATOR.inputs(B=1, T=length, G=1, H=2, K=8, V=8, L=8)
-        states.append(OPERATOR(first, chunk_size=16, output_final_state=True).final_state)
+        first = operator.inputs(B=1, T=length, G=1, H=2, K=8, V=8, L=8)
+        states.append(operator(first, chunk_size=16, output_final_state=True).final_state)
     state = type(states[0])(*(None if x[0] is None else torch.cat(x).detach() for x in zip(*states, strict=True)))
     cu_seqlens = torch.tensor([0, 50, 50, 90])
-    compare(OPERATOR.inputs(B=1, T=90, G=1, H=2, K=8, V=8, L=8), initial_state=state, cu_seqlens=cu_seqlens)
+    compare(operator.inputs(B=1, T=90, G=1, H=2, K=8, V=8, L=8), initial_state=state, cu_seqlens=cu_seqlens)
 
 
-def test_says_what_it_cannot_do():
-    inputs = OPERATOR.inputs(B=1, T=5, G=1, H=1, K=8, V=8, L=3)
+def test_says_what_it_cannot_do(operator):
+    inputs = operator.inputs(B=1, T=5, G=1, H=1, K=8, V=8, L=3)
     with pytest.raises(ValueError, match="float64 needs impl='torch'"):
-        OPERATOR(inputs, impl="triton")
+        operator(inputs, impl="triton")
     singles = {name: x.float() for name, x in inputs.items()}
     with pytest.raises(ValueError, match="a state with chunk_size 8 needs impl='torch'"):
-        OPERATOR(singles, impl="triton", chunk_size=8, output_final_state=True)
-    wide = {n: x.float() for n, x in OPERATOR.inputs(B=1, T=5, G=1, H=1, K=300, V=8, L=3).items()}
+        operator(singles, impl="triton", chunk_size=8, output_final_state=True)
+    wide = {n: x.float() for n, x in operator.inputs(B=1, T=5, G=1, H=1, K=300, V=8, L=3).items()}
     with pytest.raises(ValueError, match="head dims K = 300, V = 8 need impl='torch'"):
-        OPERATOR(wide, impl="triton")
+        operator(wide, impl="triton")
     with pytest.raises(ValueError, match="interpreter cannot multiply bfloat16"):
-        OPERATOR({name: x.bfloat16() for name, x in inputs.items()}, impl="triton")
-    with pytest.raises(ValueError, match="log_linear_delta_rule has no impl='triton'"):
-        OPERATORS[1](OPERATORS[1].inputs(T=5, dtype=torch.float32), impl="triton")
+        operator({name: x.bfloat16() for name, x in inputs.items()}, impl="triton")
 
 
-def test_is_one_node_for_torch():
-    from loglinear.kernels.triton import scalar_gate
+def test_is_one_node_for_torch(operator):
+    from loglinear.kernels.triton import chunkwise
 
-    x = OPERATOR.inputs(B=1, T=20, G=1, H=1, K=8, V=8, L=6, dtype=torch.float32)
-    torch.library.opcheck(scalar_gate, (*x.values(), None, None, None, 1.0, 16, True))
-    compiled = torch.compile(
-        lambda *x: log_linear_attention(*x, impl="triton").output, fullgraph=True, backend="aot_eager"
-    )
-    expected = log_linear_attention(*x.values(), impl="triton").output
-    assert torch.equal(compiled(*x.values()), expected)
+    x = operator.inputs(B=1, T=20, G=1, H=1, K=8, V=8, L=6, dtype=torch.float32)
+    tensors = [x.get(name) for name in OPERATORS[1].names]
+    torch.library.opcheck(chunkwise, (*tensors, None, None, None, 1.0, 16, True))
+    compiled = torch.compile(lambda x: operator(x, impl="triton").output, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), operator(x, impl="triton").output)
 
 
-def test_two_runs_give_the_same_bits():
-    inputs = OPERATOR.inputs(B=1, T=70, G=1, H=2, K=8, V=8, L=8, dtype=torch.float32)
+def test_two_runs_give_the_same_bits(operator):
+    inputs = operator.inputs(B=1, T=70, G=1, H=2, K=8, V=8, L=8, dtype=torch.float32)
 
     def run():
-        out = OPERATOR(inputs, impl="triton").output
+        out = operator(inputs, impl="triton").output
         return [out, *torch.autograd.grad(out.square().sum(), list(inputs.values()))]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-def test_slabs_of_heads_change_nothing(monkeypatch):
+def test_slabs_of_heads_change_nothing(operator, monkeypatch):
     from loglinear.kernels.triton.scalar_gate import launch
 
     assert launch.slabs(10, 2, 6, 100) == [slice(0, 6)]
@@ -178,34 +179,35 @@ def test_slabs_of_heads_change_nothing(monkeypatch):
     assert launch.slabs(10, 1, 6, 100) == [slice(0, 3), slice(3, 6)]
     assert launch.slabs(40, 1, 6, 100) == [slice(h, h + 1) for h in range(6)]
     for groups in (1, 4):
-        compare(OPERATOR.inputs(B=1, T=70, G=groups, H=4, K=8, V=8, L=9))
+        compare(operator.inputs(B=1, T=70, G=groups, H=4, K=8, V=8, L=9))
 
 
 @pytest.mark.parametrize("float32_scales", [True, False])
-def test_bfloat16_products(monkeypatch, float32_scales):
+def test_bfloat16_products(monkeypatch, operator, float32_scales):
     """The branches for bfloat16, at no more than the errors that its rounding makes."""
     teach_bfloat16(monkeypatch.setattr)
-    inputs = make(1, 300, 1, 2, 64, 64, 9, torch.bfloat16, device="cpu", float32_scales=float32_scales)
-    found = errors(inputs)
-    assert all(found[name] <= limit for name, limit in EMULATED.items()), found
+    options = dict(device="cpu", float32_scales=float32_scales, delta=operator.delta)
+    found = errors(make(1, 300, 1, 2, 64, 64, 9, torch.bfloat16, **options))
+    assert all(found[name] <= limit for name, limit in EMULATED[operator.name].items()), found
 
 
 @pytest.mark.parametrize("levels", [1, 2, 6, 7, 8, 9, 12])
 @pytest.mark.parametrize("T", [300, 190])
-def test_chunks_in_two_halves(T, levels):
+def test_chunks_in_two_halves(operator, T, levels):
     """Chunks of 128, which only bfloat16 chooses, in float32; the last one has less or more than one half."""
-    found = errors(make(1, T, 1, 2, 16, 16, levels, torch.float32, device="cpu"), 128)
+    inputs = make(1, T, 1, 2, 16, 16, levels, torch.float32, device="cpu", delta=operator.delta)
+    found = errors(inputs, 128)
     assert all(error <= BUDGET for error in found.values()), found
 
 
-def test_gradients_have_the_dtype_of_their_inputs():
+def test_gradients_have_the_dtype_of_their_inputs(operator):
     """float16 queries round nothing of the keys' gradient, and overflow nothing."""
-    inputs = make(1, 70, 1, 1, 8, 8, 8, torch.float32, device="cpu")
+    inputs = make(1, 70, 1, 1, 8, 8, 8, torch.float32, device="cpu", delta=operator.delta)
     inputs["q"] = inputs["q"].detach().half().requires_grad_()
     exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
     weight = 1e5 * torch.randn(1, 70, 1, 8)
-    grads = torch.autograd.grad(OPERATOR(inputs, impl="triton").output, list(inputs.values()), weight)
-    expected = torch.autograd.grad(OPERATOR(exact).output, list(exact.values()), weight.double())
+    grads = torch.autograd.grad(operator(inputs, impl="triton").output, list(inputs.values()), weight)
+    expected = torch.autograd.grad(operator(exact).output, list(exact.values()), weight.double())
     for (name, x), a, e in zip(inputs.items(), grads, expected, strict=True):
         assert a.dtype == x.dtype
         assert name == "q" or relative_error(a, e) < BUDGET, name
@@ -213,15 +215,15 @@ def test_gradients_have_the_dtype_of_their_inputs():
 
 @pytest.mark.parametrize("chunk_size", [0, 128])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_lambda_of_levels_that_a_token_does_not_read_does_not_matter(value, chunk_size):
-    inputs = make(1, 200, 1, 1, 8, 8, 12, torch.float32, device="cpu")
+def test_lambda_of_levels_that_a_token_does_not_read_does_not_matter(operator, value, chunk_size):
+    inputs = make(1, 200, 1, 1, 8, 8, 12, torch.float32, device="cpu", delta=operator.delta)
     exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
     reads = torch.tensor([[level == 0 or (t >> (level - 1)) & 1 for level in range(12)] for t in range(200)]).bool()
     with torch.no_grad():
         inputs["level_scales"][0, ~reads[:, None]] = value
     weight = torch.randn(1, 200, 1, 8)
     output = run_chunks(inputs, chunk_size)
-    expected = OPERATOR(exact).output
+    expected = operator(exact).output
     assert relative_error(output, expected) < BUDGET
     grads = torch.autograd.grad(output, list(inputs.values()), weight)
     for a, e in zip(grads, torch.autograd.grad(expected, list(exact.values()), weight.double()), strict=True):

@@ -14,29 +14,34 @@ from torch.utils.checkpoint import checkpoint
 
 from loglinear.fenwick import num_levels
 from loglinear.ops import log_linear_attention
-from tests.kernels.emulation import EMULATED, make
+from tests.kernels.emulation import EMULATED, make, operator_of
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
 
 pytestmark = pytest.mark.gpu
 OPERATOR = OPERATORS[0]
+OUTPUT_LIMIT = {"scalar_gate": 3.5e-3, "delta_rule": 7e-3}
+GRADIENT_LIMIT = {"scalar_gate": 8e-3, "delta_rule": 1.5e-2}
 TF32 = {torch.float16: 1.4e-3, torch.float32: 3e-5}
 TWIN = "torch"
 
 
-def limit_of(name, dtype):
+def limit_of(name, dtype, operator):
     """`name` is the output's, a state's blocks' or a gradient's, of an input or of a state's part."""
     if dtype != torch.bfloat16:
         return TF32[dtype]
+    emulated = EMULATED[operator.name]
     if not name.startswith("gradient"):
-        return 3.5e-3
-    emulated = EMULATED.get(name.replace("state's ", ""), EMULATED["gradient of v"])
-    return min(1.3 * emulated, 8e-3)
+        return OUTPUT_LIMIT[operator.name]
+    own = emulated.get(name.replace("state's ", ""), emulated["gradient of v"])
+    return min(1.3 * own, GRADIENT_LIMIT[operator.name])
 
 
 def check(inputs, dtype, *, initial_state=None, final=False, **options):
+    operator = operator_of(inputs)
+
     def run(x, state, impl):
         leaves = list(x.values()) + ([] if state is None else list(parts(state).values()))
-        out = OPERATOR(x, impl=impl, initial_state=state, output_final_state=final, **options)
+        out = operator(x, impl=impl, initial_state=state, output_final_state=final, **options)
         return [out.output] + ([out.final_state.blocks] if final else []), leaves
 
     doubles = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
@@ -49,11 +54,11 @@ def check(inputs, dtype, *, initial_state=None, final=False, **options):
     results, leaves = run(inputs, state, "triton")
     measured = {}
     for name, a, e in zip(["output", "blocks"], results, exact, strict=False):
-        measured[name] = (relative_error(a, e), limit_of(name, dtype))
+        measured[name] = (relative_error(a, e), limit_of(name, dtype, operator))
     poison()
     grads = gradients(results, tuple(w.to(r.dtype) for w, r in zip(weights, results, strict=True)), leaves)
     exact_grads = gradients(exact, weights, leaves_64)
-    names = OPERATOR.names + ([] if state is None else [f"state's {n}" for n in parts(state)])
+    names = operator.names + ([] if state is None else [f"state's {n}" for n in parts(state)])
     flow = float(exact_grads[3].norm())
     for name, a, e in zip(names, grads, exact_grads, strict=True):
         if name == "state's blocks":  # what the position has no bit for is 0 by contract, and has no gradient
@@ -61,7 +66,7 @@ def check(inputs, dtype, *, initial_state=None, final=False, **options):
         error, size = float((a.double() - e).norm()), float(e.norm())
         size = max(size, flow) if "log_decay" in name else size
         name = f"gradient of {name}"
-        measured[name] = (error / size if size else error, limit_of(name, dtype))
+        measured[name] = (error / size if size else error, limit_of(name, dtype, operator))
     report(dtype, measured)
     assert all(error <= limit for error, limit in measured.values()), measured
 
@@ -88,6 +93,7 @@ def poison():
     del blocks
 
 
+DELTA = pytest.mark.parametrize("delta", [False, True], ids=["scalar_gate", "delta_rule"])
 HEADS = [
     (1, 4, 128, 64),
     (4, 4, 128, 128),
@@ -99,42 +105,70 @@ HEADS = [
 ]
 
 
+@DELTA
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_error_of_every_default_plan(heads, dtype):
+def test_error_of_every_default_plan(delta, heads, dtype):
     G, H, K, V = heads
-    check(make(2, 1111, G, H, K, V, 12, dtype), dtype, scale=0.7)
+    check(make(2, 1111, G, H, K, V, 12, dtype, delta=delta), dtype, scale=0.7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_error_of_the_papers_delta_rule_heads(dtype):
+    check(make(1, 700, 2, 2, 192, 384, 11, dtype, delta=True), dtype)
+
+
+@pytest.mark.parametrize("keys", ["one", "eight", "orthogonal"])
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_error_of_the_delta_rule_with_hard_keys(keys, decay):
+    """The same key all the time with beta near 1, eight keys in turn, and keys that hardly meet."""
+    inputs = make(1, 5000, 2, 2, 64, 64, 14, torch.bfloat16, delta=True)
+    with torch.no_grad():
+        number = torch.arange(5000, device="cuda") % {"one": 1, "eight": 8, "orthogonal": 64}[keys]
+        few = torch.eye(64, device="cuda") if keys == "orthogonal" else torch.nn.functional.normalize(
+            torch.randn(8, 64, generator=torch.Generator("cuda").manual_seed(3), device="cuda"), dim=-1
+        )  # fmt: skip
+        inputs["k"].copy_(few[number][None, :, None, :])
+        inputs["beta"].mul_(0.01).add_(0.98)
+        inputs["log_decay"].mul_(decay)
+    check(inputs, torch.bfloat16)
 
 
 STATE_CHUNKS = [(size, torch.bfloat16) for size in (16, 32, 64, 128)] + [(size, torch.float32) for size in (16, 32, 64)]
 
 
+@DELTA
 @pytest.mark.parametrize(("chunk_size", "dtype"), STATE_CHUNKS, ids=str)
 @pytest.mark.parametrize("heads", [(1, 2, 64, 64), (1, 2, 128, 64)], ids=str)
-def test_error_of_every_state_chunk(heads, chunk_size, dtype):
+def test_error_of_every_state_chunk(delta, heads, chunk_size, dtype):
+    if delta and chunk_size > 64:
+        pytest.skip("the delta rule's states have chunks of 64 tokens at most")
     G, H, K, V = heads
     L, start = 9, chunk_size * 3 + 5
-    first = make(2, start, G, H, K, V, L, dtype, seed=1)
-    state = OPERATOR(first, impl="triton", chunk_size=chunk_size, output_final_state=True).final_state
+    first = make(2, start, G, H, K, V, L, dtype, seed=1, delta=delta)
+    state = OPERATORS[delta](first, impl="triton", chunk_size=chunk_size, output_final_state=True).final_state
     options = dict(initial_state=state, final=True, chunk_size=chunk_size)
-    check(make(2, 700, G, H, K, V, L, dtype), dtype, **options)
+    check(make(2, 700, G, H, K, V, L, dtype, delta=delta), dtype, **options)
 
 
+@DELTA
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 127, 128, 129, 1023, 1025, 4095, 4097, 16384])
-def test_error_at_every_length(T):
+def test_error_at_every_length(delta, T):
     H = 2 if T > 8000 else 4
-    check(make(1, T, 1, H, 128, 64, num_levels(T), torch.bfloat16, float32_scales=True), torch.bfloat16)
+    check(make(1, T, 1, H, 128, 64, num_levels(T), torch.bfloat16, float32_scales=True, delta=delta), torch.bfloat16)
 
 
+@DELTA
 @pytest.mark.parametrize("levels", [1, 4, 8, 9, 11, 20, 40])
-def test_error_at_every_number_of_levels(levels):
-    check(make(1, 9000, 1, 2, 128, 64, levels, torch.bfloat16), torch.bfloat16)
+def test_error_at_every_number_of_levels(delta, levels):
+    check(make(1, 9000, 1, 2, 128, 64, levels, torch.bfloat16, delta=delta), torch.bfloat16)
 
 
+@DELTA
 @pytest.mark.parametrize("levels", [1, 10, 18])
-def test_three_storeys(levels):
+def test_three_storeys(delta, levels):
     """More than 64 * 64 * 2 chunks of 16 tokens."""
-    inputs = make(1, 16 * 8300, 1, 2, 16, 16, levels, torch.float32)
+    inputs = make(1, 16 * 8300, 1, 2, 16, 16, levels, torch.float32, delta=delta)
     check(inputs, torch.float32, final=True, chunk_size=16)
 
 
@@ -156,10 +190,11 @@ def test_head_major_tensors_beyond_32_bits():
         assert torch.equal(OPERATOR(inputs | {"v": head_major}, impl="triton").output, expected)
 
 
+@DELTA
 @pytest.mark.parametrize("levels", [1, 9, 20])
-def test_packed_sequences(levels):
+def test_packed_sequences(delta, levels):
     cu_seqlens = torch.tensor([0, 1, 640, 640, 5001, 9000], device="cuda")
-    check(make(1, 9000, 1, 2, 128, 64, levels, torch.bfloat16), torch.bfloat16, cu_seqlens=cu_seqlens)
+    check(make(1, 9000, 1, 2, 128, 64, levels, torch.bfloat16, delta=delta), torch.bfloat16, cu_seqlens=cu_seqlens)
 
 
 def shipped_plans():
@@ -178,11 +213,12 @@ def test_error_of_every_shipped_plan(key):
     check(make(1, T, 1, 2, K, V, num_levels(T), dtype), dtype)
 
 
-def test_two_runs_give_the_same_bits():
-    inputs = make(2, 5000, 1, 6, 128, 64, 14, torch.bfloat16)
+@DELTA
+def test_two_runs_give_the_same_bits(delta):
+    inputs = make(2, 5000, 1, 6, 128, 64, 14, torch.bfloat16, delta=delta)
 
     def run():
-        out = OPERATOR(inputs, impl="triton").output
+        out = OPERATORS[delta](inputs, impl="triton").output
         return [out, *torch.autograd.grad(out, list(inputs.values()), torch.ones_like(out))]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -196,34 +232,37 @@ def test_strided_inputs_give_the_same_bits():
         assert torch.equal(a, b)
 
 
-def run_all(inputs, function=OPERATOR):
-    out = function(inputs, impl="triton").output
+def run_all(inputs, function=None):
+    out = (function or operator_of(inputs))(inputs, impl="triton").output
     return [out, *torch.autograd.grad(out.float().square().sum(), list(inputs.values()))]
 
 
-def test_compiles_as_one_graph():
-    inputs = make(1, 500, 1, 2, 64, 64, 10, torch.bfloat16)
-    compiled = torch.compile(lambda x: OPERATOR(x), fullgraph=True)
-    assert torch.equal(compiled(inputs).output, OPERATOR(inputs, impl="triton").output)
+@DELTA
+def test_compiles_as_one_graph(delta):
+    inputs = make(1, 500, 1, 2, 64, 64, 10, torch.bfloat16, delta=delta)
+    compiled = torch.compile(lambda x: OPERATORS[delta](x), fullgraph=True)
+    assert torch.equal(compiled(inputs).output, OPERATORS[delta](inputs, impl="triton").output)
 
 
-def test_passes_opcheck():
-    from loglinear.kernels.triton import scalar_gate
+@DELTA
+def test_passes_opcheck(delta):
+    from loglinear.kernels.triton import chunkwise
 
-    x = make(1, 200, 1, 2, 64, 64, 10, torch.bfloat16)
-    torch.library.opcheck(scalar_gate, (*x.values(), None, None, None, 1.0, 64, True))
+    x = make(1, 200, 1, 2, 64, 64, 10, torch.bfloat16, delta=delta)
+    tensors = [x.get(name) for name in OPERATORS[1].names]
+    torch.library.opcheck(chunkwise, (*tensors, None, None, None, 1.0, 64, True))
 
 
+@DELTA
 @pytest.mark.parametrize("ends", [None, [0, 100, 2000]], ids=["dense", "packed"])
-def test_never_waits_for_the_device(ends):
-    inputs = make(1, 2000, 1, 2, 64, 64, 12, torch.bfloat16)
+def test_never_waits_for_the_device(delta, ends):
+    inputs = make(1, 2000, 1, 2, 64, 64, 12, torch.bfloat16, delta=delta)
+    function = OPERATORS[delta]
     cu_seqlens = None if ends is None else torch.tensor(ends, device="cuda")
 
     def run():
-        out = log_linear_attention(*inputs.values(), cu_seqlens=cu_seqlens, output_final_state=True, impl="triton")
-        more = log_linear_attention(
-            *inputs.values(), cu_seqlens=cu_seqlens, initial_state=out.final_state, impl="triton"
-        )
+        out = function(inputs, cu_seqlens=cu_seqlens, output_final_state=True, impl="triton")
+        more = function(inputs, cu_seqlens=cu_seqlens, initial_state=out.final_state, impl="triton")
         return torch.autograd.grad(more.output.sum(), list(inputs.values()))
 
     run()
@@ -234,14 +273,15 @@ def test_never_waits_for_the_device(ends):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_runs_in_a_cuda_graph():
-    inputs = make(1, 2000, 1, 2, 64, 64, 12, torch.bfloat16)
+@DELTA
+def test_runs_in_a_cuda_graph(delta):
+    inputs = make(1, 2000, 1, 2, 64, 64, 12, torch.bfloat16, delta=delta)
     run_all(inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run_all(inputs)
-    fresh = make(1, 2000, 1, 2, 64, 64, 12, torch.bfloat16, seed=5)
+    fresh = make(1, 2000, 1, 2, 64, 64, 12, torch.bfloat16, seed=5, delta=delta)
     with torch.no_grad():
         for n, x in inputs.items():
             x.copy_(fresh[n])

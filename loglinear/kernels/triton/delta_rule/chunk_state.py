@@ -1,7 +1,7 @@
 """Each chunk's own transition and state.
 
-    Z = [I | 0],  for each half of the chunk:   Z <- exp(Gam) Z + Kd^T ([0 | U] - W Z),  in the end Z = [P_z | S_z]
-    W = Ab diag(exp(G)) K,   U = Ab V,   Kd = diag(exp(Gam - G)) K
+Z = [I | 0],  for each half of the chunk:   Z <- exp(Gam) Z + Kd^T ([0 | U] - W Z),  in the end Z = [P_z | S_z]
+W = Ab diag(exp(G)) K,   U = Ab V,   Kd = diag(exp(Gam - G)) K
 """
 
 # C rows of one half (or the whole) of a chunk, H heads, K key, V value
@@ -20,8 +20,8 @@ def chunk_state_kernel(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HALVES: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
     TRANSITION: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, one head, BV columns of its state, blocks [chunk, H, K, V]. TRANSITION: of its transition, V is K then;
-    it goes where the sweep begins, into rights where the chunk merges with a block on its left."""
+    """One chunk, one head, BV columns of its state, blocks [chunk, H, K, V]. TRANSITION: of its transition, V is K
+    then; it goes where the sweep begins, into rights where the chunk merges with a block on its left."""
     NK: tl.constexpr = (K + TK - 1) // TK
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile, h, chunk = head_program(TILES, H)

@@ -124,9 +124,7 @@ def transition_down_sweep_kernel(
                 block, state = transitions + (left * H + h) * SIZE, slots + (left * H + h) * (K * V)
                 for t in range(0, K, TK):
                     for j in range(0, K, TK):
-                        total = add_states(
-                            tl.zeros([TK, TK], tl.float32), dstate, state, t, j, K, V, TK, BV, PRECISION
-                        )
+                        total = add_states(tl.zeros([TK, TK], tl.float32), dstate, state, t, j, K, V, TK, BV, PRECISION)
                         for s in range(0, K, TK):
                             source_TT = load_block(source, t, s, K, K, TK, TK)
                             block_TT = load_block(block, j, s, K, K, TK, TK)

@@ -23,12 +23,11 @@ import triton.language as tl
 
 from loglinear.kernels.triton.delta_rule.tiles import decay, key_products, load_decays, load_write
 from loglinear.kernels.triton.levels import (
-    by_level,
     far_classes,
-    level_sums,
     load_class_scales,
     near_classes,
     spread_scales,
+    sums_by_level,
 )
 from loglinear.kernels.triton.tiles import (
     MIN_LOG_DECAY,
@@ -85,15 +84,13 @@ def values_backward_kernel(
     n = tl.minimum(end - first, C).to(tl.int32)
     if n <= 0:
         return
-    i, row = tl.arange(0, C), c * H + h
+    row = c * H + h
     q_rows, k_rows = q + b * q_b + first * q_t + (h // R) * q_h, k + b * k_b + first * k_t + (h // R) * k_h
     v_rows, do_rows = v + b * v_b + first * v_t + h * v_h, do + b * o_b + first * o_t + h * o_h
     dslot = dslots + row * (K * V)
     G, total = load_decays(cumulative + row * C, C)
     to_end = tl.exp2(total - G)[:, None]
-    write_CC = load_write(
-        inverse + row * (C * C), beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C, DOT
-    )
+    write_CC = load_write(inverse + row * (C * C), beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C, DOT)
     scores_CC = query_products(q_rows, k_rows, q_t, k_t, n, G, scale, K, C, TK, DOT, PRECISION).to(DOT)
     effective_CC = tl.dot(scores_CC, write_CC, input_precision=PRECISION)
     scales = level_scales + b * l_b + first * l_t + h * l_h
@@ -149,9 +146,7 @@ def scores_backward_kernel(
     q_rows, k_rows = q + b * q_b + first * q_t + (h // R) * q_h, k + b * k_b + first * k_t + (h // R) * k_h
     G, total = load_decays(cumulative + row * C, C)
     from_start, to_end = tl.exp2(G)[:, None], tl.exp2(total - G)[:, None]
-    write_CC = load_write(
-        inverse + row * (C * C), beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C, DOT
-    )
+    write_CC = load_write(inverse + row * (C * C), beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C, DOT)
     scores_CC = query_products(q_rows, k_rows, q_t, k_t, n, G, scale, K, C, TK, DOT, PRECISION).to(DOT)
     scales = level_scales + b * l_b + first * l_t + h * l_h
     pulled_CC = load_block(pulled + row * (C * C), 0, 0, C, C, C, C)
@@ -165,8 +160,7 @@ def scores_backward_kernel(
     else:
         column = tl.arange(0, 16)[None, :]
         to += (i * dl_t)[:, None] + column
-        near_JC, far_JC = near_classes(C).to(tl.float32).to(DOT), far_classes(C).to(tl.float32).to(DOT)
-        sums_CL = by_level(level_sums(pulled_CC, near_JC, far_JC, i, C, DOT, PRECISION), i, L, C, LOG_C)
+        sums_CL = sums_by_level(pulled_CC, i, L, C, LOG_C)
         shared = (i < tl.where(last <= LOG_C, n, 0))[:, None] & (column == last)
         sums_CL += tl.load(to, mask=shared, other=0.0).to(tl.float32)
         mask = (i < n)[:, None] & (column <= tl.minimum(last, LOG_C))

@@ -41,10 +41,11 @@ from loglinear.kernels.triton.layout import READS, layout
 from loglinear.kernels.triton.scalar_gate.launch import DOT_TYPES, common_dtype, in_rows, slabs
 
 ROWS = 64  # tokens of a chunk that one program takes at most, where it holds all pairs of them
-# Warps and stages of the pipeline. Sweeps read what they wrote: nothing may be loaded ahead there.
+# Warps, where tiles are wider than 64, and stages of the pipeline. Sweeps read what they wrote: nothing may be loaded
+# ahead there.
 LAUNCHES = {
-    "chunk_inverse": (4, 1), "chunk_state": (4, 1), "transition_sweep": (8, 1), "state_sweep": (8, 1), "carry_transitions": (8, 1),
-    "carry_states": (8, 1), "output": (4, 1),
+    "chunk_inverse": (4, 1), "chunk_state": (4, 1), "transition_sweep": (8, 1), "state_sweep": (8, 1),
+    "carry_transitions": (8, 1), "carry_states": (8, 1), "output": (4, 1),
     "walk_backward": (4, 1), "state_backward": (8, 1), "carried_backward": (8, 1), "carry_paths_backward": (8, 1),
     "carry_backward": (8, 1), "state_down_sweep": (8, 1), "transition_down_sweep": (8, 1),
     "values_backward": (4, 1), "scores_backward": (4, 1), "keys_backward": (4, 1),
@@ -52,9 +53,11 @@ LAUNCHES = {
 
 
 def choose_chunk_size(direction: str, q: Tensor, k: Tensor, v: Tensor, prescribed: int) -> int:
-    """States prescribe theirs (0: none does)."""
+    """States prescribe theirs (0: none does). The backward has no halves."""
     narrow = max(q.shape[3], v.shape[3]) <= 128 and common_dtype(q, k, v) == torch.bfloat16
-    return prescribed or (2 * ROWS if narrow and direction == "forward" else ROWS)
+    if direction == "backward":
+        return min(prescribed or ROWS, ROWS)
+    return prescribed or (2 * ROWS if narrow else ROWS)
 
 
 class DeltaRule:
@@ -140,11 +143,11 @@ class DeltaRule:
                 K=K, V=V, TK=self.key_tile, BV=self.value_tile, NODES=self.nodes is not None,
                 **self.precision, **self.packed, **self.options("state_sweep"),
             )  # fmt: skip
-        self.carried, self.paths = self.carry(
-            y.runs[0], y.run_levels, self.carried_columns, self.dtype, ends=False
-        )
+        self.carried, self.paths = self.carry(y.runs[0], y.run_levels, self.carried_columns, self.dtype, ends=False)
 
-    def carry(self, carriers: int, candidates: int, columns: int, dtype: torch.dtype, ends: bool) -> tuple[Tensor, Tensor]:
+    def carry(
+        self, carriers: int, candidates: int, columns: int, dtype: torch.dtype, ends: bool
+    ) -> tuple[Tensor, Tensor]:
         """States of the blocks on each carrier's walk [carrier, column, H, K, V], and the transitions on the way."""
         y, H, K, V = self.layout, self.H, self.K, self.V
         paths = self.empty(carriers, candidates, H, K, K, dtype=self.dtype)
@@ -154,7 +157,8 @@ class DeltaRule:
         table = y.run_tables[0]
         carry_transitions_kernel[(carriers * H,)](
             self.transitions, paths, table, y.ends, *self.sizes, y.cap, candidates,
-            K=K, C=self.C, TK=self.key_tile, ENDS=ends, **self.precision, **self.packed, **self.options("carry_transitions"),
+            K=K, C=self.C, TK=self.key_tile, ENDS=ends,
+            **self.precision, **self.packed, **self.options("carry_transitions"),
         )  # fmt: skip
         carry_states_kernel[(carriers * columns * H * self.value_tiles,)](
             self.slots, self.nodes, paths, carried, table, y.ends, *self.sizes, y.cap, columns, candidates,
@@ -172,7 +176,8 @@ class DeltaRule:
             *self.sizes, self.R, self.L, y.cap, self.scale, self.carried_columns,
             *self.strides("q", "k", "v", "beta", "level_scales"),
             K=self.K, V=self.V, C=self.rows, LOG_C=log2(self.C), HALVES=self.halves, TK=self.key_tile,
-            BV=self.value_tile, LINEAR=self.L == 1, NODES=self.nodes is not None, **self.dots, **self.packed, **self.options("output"),
+            BV=self.value_tile, LINEAR=self.L == 1, NODES=self.nodes is not None,
+            **self.dots, **self.packed, **self.options("output"),
         )  # fmt: skip
         return out
 
@@ -183,9 +188,8 @@ class DeltaRule:
     def backward(
         self, do: Tensor, dblocks: Tensor | None, dv: Tensor, dlog_decay: Tensor, dbeta: Tensor, dlevel_scales: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Writes the gradients of these heads into views of the whole ones; returns dq and dk [B, T, H, K], and dnodes.
-        """
-        y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
+        """Writes the gradients of these heads into views of the whole ones; returns dq, dk [B, T, H, K] and dnodes."""
+        y, H, K, C = self.layout, self.H, self.K, self.C
         self.build_states()
         met, dmet = (self.empty(y.chunks, H, int(MET), C, K, dtype=self.dtype) for _ in range(2))
         dseen = self.empty(y.chunks, H, C, K, dtype=self.dtype)
@@ -348,4 +352,5 @@ def gradients(
 
 
 def at_least_16(size: int) -> int:
+    """The width of a tile for `size` columns."""
     return max(16, triton.next_power_of_2(size))

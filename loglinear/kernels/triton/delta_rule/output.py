@@ -1,11 +1,11 @@
 """What the queries of a chunk read: their own chunk, the blocks of their run, and what was carried to the run.
 
-    E  = (Q K^T * dec) Ab            O = (E * LAM) V
-    X  = diag(exp(G)) Q - E diag(exp(G)) K
-    from the second half of a chunk to the first, E' = X diag(exp(Gam - G')) K'^T Ab':
-                                     O += diag(lambda) E' V',         X <- exp(Gam) X - E' diag(exp(G')) K'
-    for each block of the run:       O += diag(lambda) X S_block,     X <- X P_block
-    for each carried state:          O += diag(lambda) X R
+E  = (Q K^T * dec) Ab            O = (E * LAM) V
+X  = diag(exp(G)) Q - E diag(exp(G)) K
+from the second half of a chunk to the first, E' = X diag(exp(Gam - G')) K'^T Ab':
+                                 O += diag(lambda) E' V',         X <- exp(Gam) X - E' diag(exp(G')) K'
+for each block of the run:       O += diag(lambda) X S_block,     X <- X P_block
+for each carried state:          O += diag(lambda) X R
 """
 
 # C rows of one half (or the whole) of a chunk, H heads, K key, V value, L levels
@@ -67,9 +67,7 @@ def through_transition(x, transition, K: tl.constexpr, TK: tl.constexpr, DOT: tl
     for j in tl.static_range((K + TK - 1) // TK):
         y_CT = tl.dot(x[0], load_block(transition, 0, j * TK, K, K, TK, TK), input_precision=PRECISION)
         for t in tl.static_range(1, (K + TK - 1) // TK):
-            y_CT = tl.dot(
-                x[t], load_block(transition, t * TK, j * TK, K, K, TK, TK), y_CT, input_precision=PRECISION
-            )
+            y_CT = tl.dot(x[t], load_block(transition, t * TK, j * TK, K, K, TK, TK), y_CT, input_precision=PRECISION)
         new = new + (y_CT.to(DOT),)
     return new
 
@@ -144,9 +142,7 @@ def output_kernel(
     v_rows, beta_rows = v + b * v_b + first * v_t + h * v_h, beta + b * beta_b + first * beta_t + h * beta_h
     G, _ = load_decays(cumulative + row * C, C)
     write_CC = load_write(inverse + row * (C * C), beta_rows, beta_t, n, C, DOT)
-    effective_CC = effective_attention(
-        q_rows, k_rows, q_t, k_t, n, G, write_CC, scale, K, C, TK, DOT, PRECISION
-    )
+    effective_CC = effective_attention(q_rows, k_rows, q_t, k_t, n, G, write_CC, scale, K, C, TK, DOT, PRECISION)
     x = seen_by_queries(q_rows, k_rows, q_t, k_t, n, G, effective_CC, scale, K, C, TK, DOT, PRECISION)
     lambdas = load_class_scales(scales, l_t, n, L, 0, i, LINEAR)
     near_JC, far_JC = near_classes(C).to(tl.float32).to(DOT), far_classes(C).to(tl.float32).to(DOT)
@@ -183,6 +179,7 @@ def output_kernel(
         column = nearest(column_set)
         column_set &= column_set - 1
         weight = arrived(load_scale(scales, l_t, n, LOG_C + 1 + BITS + column, L, i), DTYPE)
-        out_CV += weight[:, None] * through_state(x, carried + (column * H + h) * (K * V), tile, K, V, TK, BV, PRECISION)
+        state = carried + (column * H + h) * (K * V)
+        out_CV += weight[:, None] * through_state(x, state, tile, K, V, TK, BV, PRECISION)
     token = b * T + first
     store_rows(out + (token * H + h) * V, H * V, n, tile * BV, out_CV, C, V, BV)

@@ -39,7 +39,7 @@ def gather(
     total = tl.zeros([TK, BV], tl.float32)
     readers = tl.minimum(readers, ((end - first + C - 1) // C).to(tl.int32))
     i = tl.arange(0, C)
-    for reader in range(readers):
+    for _ in range(readers):
         n = tl.minimum(end - first, C).to(tl.int32)
         tile = ((c * H + h) * MET + place) * (C * K)
         x_CT = load_block(met + tile, 0, row, C, K, C, TK)
@@ -104,8 +104,9 @@ def carried_backward_kernel(
     c = origin + z_first
     b, first, end, z, z0_, sequence_ = locate(c, table, T, N, C, PACKED)
     total = gather(
-        met, dmet, level_scales + b * l_b + h * l_h, do + b * o_b + h * o_h, c, number * RUN + RUN - z_first, first, end,
-        BITS, column + (LOG_C + 1 + BITS), tile // TILES * TK, tile % TILES * BV, h, H, L, l_t, o_t,
+        met, dmet, level_scales + b * l_b + h * l_h, do + b * o_b + h * o_h,
+        c, number * RUN + RUN - z_first, first, end, BITS, column + (LOG_C + 1 + BITS),
+        tile // TILES * TK, tile % TILES * BV, h, H, L, l_t, o_t,
         K, V, C, TK, BV, False, DOT, PRECISION,
     )  # fmt: skip
     out = dcarried + ((run.to(tl.int64) * columns + column) * H + h) * (K * V)

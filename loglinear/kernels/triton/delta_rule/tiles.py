@@ -55,7 +55,7 @@ def load_decays(cumulative, C: tl.constexpr):
 
 @triton.jit
 def num_merges(i, rel):
-    """With how many blocks on its left an entry's merges: those of 1, 2, 4 .. entries, and from 2**rel on the prefix."""
+    """With how many blocks on its left an entry merges: those of 1, 2, 4 .. entries, and from 2**rel on the prefix."""
     t = exponent((i & -i) + tl.zeros([], tl.int32))
     return tl.minimum(t, rel) + ((t >= rel) & (i > (1 << rel))).to(tl.int32)
 

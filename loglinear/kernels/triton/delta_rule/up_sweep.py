@@ -52,9 +52,8 @@ def transition_sweep_kernel(
         slot = transitions + (row * H + h) * SIZE
         merges = real_merges(i, z, z0, rel, shift)
         source = rights + ((row - (1 << shift)) * H + h) * SIZE
-        if not FIRST:
-            if merges > 0:
-                copy(slot, source, K, TK)
+        if (not FIRST) & (merges > 0):
+            copy(slot, source, K, TK)
         for m in range(merges):
             left, farther = row - (1 << (shift + m)), row - (1 << (shift + m + 1))
             target = tl.where(m + 1 < merges, rights + (farther * H + h) * SIZE, slot)

@@ -113,9 +113,7 @@ def walk_backward_kernel(
     met += row * MET * TILE
     dmet += row * MET * TILE
     G, _ = load_decays(cumulative + row * C, C)
-    write_CC = load_write(
-        inverse + row * (C * C), beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C, DOT
-    )
+    write_CC = load_write(inverse + row * (C * C), beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C, DOT)
     effective_CC = effective_attention(q_rows, k_rows, q_t, k_t, n, G, write_CC, scale, K, C, TK, DOT, PRECISION)
     x = seen_by_queries(q_rows, k_rows, q_t, k_t, n, G, effective_CC, scale, K, C, TK, DOT, PRECISION)
     read, end_of_blocks, are_nodes = walk(z, z0, cap, BITS)
@@ -133,7 +131,7 @@ def walk_backward_kernel(
     tl.debug_barrier()
 
     dx = ()
-    for t in tl.static_range((K + TK - 1) // TK):
+    for _ in tl.static_range((K + TK - 1) // TK):
         dx = dx + (tl.zeros([C, TK], tl.float32),)
     level = tl.arange(0, LEVELS)[None, :]
     dscales = tl.zeros([C, LEVELS], tl.float32)
