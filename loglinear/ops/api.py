@@ -72,9 +72,10 @@ def log_linear_attention(
         output_final_state: also return the state after the last token.
         cu_seqlens: [N + 1] integers from 0 to T, non-decreasing: packed sequences (B = 1), each with its own tree.
         chunk_size: tokens per chunk, a power of two. Results do not depend on it; the layout of a state does.
-        impl: "auto", "triton" (the Fenwick-array algorithm on a GPU; "auto" takes it there), "torch" (the same
-            algorithm anywhere) or "reference" (token by token). A call that it cannot serve raises. triton continues
-            states at positions below 65,536 chunks; beyond, the device's check ends the process: use torch there.
+        impl: "auto", "triton" (the Fenwick-array algorithm on a GPU; "auto" takes it there for the scalar gate),
+            "torch" (the same algorithm anywhere) or "reference" (token by token). A call that it cannot serve raises.
+            triton continues states at positions below 65,536 chunks; beyond, the device's check ends the process: use
+            torch there.
 
     Returns:
         `LogLinearOutput(output, final_state)`: output [B, T, H, V] in v's dtype; final_state is None unless asked
@@ -163,9 +164,12 @@ def _dispatch(
 
 
 def _automatic(problem: Problem) -> str:
-    """triton where it can serve on a GPU; single tokens from a state are decoding, which torch has a step for."""
+    """triton where it can serve on a GPU; single tokens from a state are decoding, which torch has a step for.
+
+    The delta rule's kernels are for those who ask, until all of their configurations have been checked on a GPU."""
     is_step = problem.initial_state is not None and problem.v.shape[1] == 1
-    if problem.v.device.type == "cuda" and not is_step and impl_triton.unsupported(problem) is None:
+    is_checked = problem.beta is None
+    if problem.v.device.type == "cuda" and is_checked and not is_step and impl_triton.unsupported(problem) is None:
         return "triton"
     return "torch"
 

@@ -178,7 +178,7 @@ def output_kernel(
     for _ in range(count_bits(column_set)):
         column = nearest(column_set)
         column_set &= column_set - 1
-        weight = arrived(load_scale(scales, l_t, n, LOG_C + 1 + BITS + column, L, i), DTYPE)
+        weight = arrived(load_scale(scales, l_t, n, column + (LOG_C + 1 + BITS), L, i), DTYPE)
         state = carried + (column * H + h) * (K * V)
         out_CV += weight[:, None] * through_state(x, state, tile, K, V, TK, BV, PRECISION)
     token = b * T + first
