@@ -20,11 +20,12 @@ from rich.table import Table
 from torch import Tensor
 
 from loglinear.fenwick import num_levels
-from loglinear.ops import log_linear_attention
+from loglinear.ops import log_linear_attention, log_linear_delta_rule
 
 SECONDS = 0.25  # of device time for one figure, at least MIN_RUNS runs
 MIN_RUNS = 5
-BF16_BUDGET = 3.5e-3
+BF16_BUDGET = {False: 3.5e-3, True: 7e-3}  # of the scalar gate, of the delta rule
+LENGTHS = (2048, 4096, 8192, 16384, 32768, 131072)
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,22 @@ class Shape:
     V: int
     lengths: tuple[int, ...]
     with_peers: bool = True
+    delta: bool = False
 
 
 SHAPES = [
-    Shape("paper", 2, 48, 1, 128, 64, (2048, 4096, 8192, 16384, 32768, 131072)),
+    Shape("paper", 2, 48, 1, 128, 64, LENGTHS),
     Shape("one group per head", 2, 16, 16, 128, 128, (8192, 16384, 131072)),
     Shape("a million tokens", 1, 48, 1, 128, 64, (1 << 20,), with_peers=False),
+    Shape("delta rule", 2, 16, 16, 128, 128, LENGTHS, delta=True),
+    Shape("delta rule, the paper's heads", 2, 6, 6, 192, 384, LENGTHS, delta=True),
+    Shape("delta rule, one sequence", 1, 8, 8, 128, 128, (131072,), delta=True),
 ]
 
 
 def make_inputs(s: Shape, T: int, levels: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """q, k, v, log_decay, level_scales as a Mamba-2 layer makes them: v = x dt, log_decay = A dt."""
+    """q, k, v, log_decay, level_scales as a Mamba-2 layer makes them: v = x dt, log_decay = A dt. For the delta rule as
+    Gated DeltaNet's: unit q and k, and beta between 0 and 1 before level_scales."""
     generator = torch.Generator("cuda").manual_seed(T)
 
     def normal(*shape: int) -> Tensor:
@@ -55,28 +61,38 @@ def make_inputs(s: Shape, T: int, levels: int, dtype: torch.dtype = torch.bfloat
 
     dt = F.softplus(normal(s.H) - 4)
     A = -torch.exp(torch.rand(s.H, generator=generator, device="cuda") * 2)
-    v = normal(s.H, s.V).mul_(dt[..., None])
+    v = normal(s.H, s.V)
+    if not s.delta:
+        v.mul_(dt[..., None])
     scales = torch.empty(s.B, T, s.H, levels, dtype=dtype, device="cuda")
     for b in range(s.B):  # no float32 copy of all of it
         scales[b] = F.softplus(torch.randn(T, s.H, levels, generator=generator, device="cuda", dtype=dtype))
+    if s.delta:
+        q, k = (F.normalize(normal(s.G, s.K), dim=-1).to(dtype) for _ in range(2))
+        return [q, k, v.to(dtype), A * dt, torch.sigmoid(normal(s.H)), scales]
     q, k = (normal(s.G, s.K) / s.K**0.5).to(dtype), normal(s.G, s.K).to(dtype)
     return [q, k, v.to(dtype), A * dt, scales]
 
 
-def ours(inputs: list[Tensor]) -> Callable[..., Tensor]:
-    return lambda *leaves: log_linear_attention(*leaves, impl="triton").output
+def operator(s: Shape, impl: str) -> Callable[..., Tensor]:
+    function = log_linear_delta_rule if s.delta else log_linear_attention
+    scale = s.K**-0.5 if s.delta else 1.0
+    return lambda *leaves: function(*leaves, scale=scale, impl=impl).output
 
 
 def candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
     """name -> (function of leaves, leaves). A peer that cannot be imported is left out."""
     inputs = make_inputs(s, T, num_levels(T))
-    q, k, v, log_decay, scales = inputs
+    ours, scales = operator(s, "triton"), inputs[-1]
     found: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
-        "loglinear": (ours(inputs), inputs),
-        "loglinear, L = 1": (ours(inputs), [*inputs[:4], scales[..., :1].contiguous()]),
+        "loglinear": (ours, inputs),
+        "loglinear, L = 1": (ours, [*inputs[:-1], scales[..., :1].contiguous()]),
     }
     if not s.with_peers:
         return found
+    if s.delta:
+        return found | delta_rule_peers(inputs)
+    q, k, v, log_decay, scales = inputs
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
@@ -106,6 +122,21 @@ def candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[
         except ImportError as error:
             print("fla is left out:", error)
     return found
+
+
+def delta_rule_peers(inputs: list[Tensor]) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    """fla's linear Gated DeltaNet. Its backward refuses Triton 3.4 to 3.7.0 on Hopper, where it is wrong: it is let run
+    here for its time alone."""
+    try:
+        import fla.ops.common.chunk_o as stages
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    except ImportError as error:
+        print("fla is left out:", error)
+        return {}
+    stages.TRITON_ABOVE_3_7_1 = True
+    q, k, v, log_decay, beta, _ = inputs
+    leaves = [q, k, v, log_decay, beta.to(q.dtype)]
+    return {"fla Gated DeltaNet (linear)": (lambda *leaves: chunk_gated_delta_rule(*leaves)[0], leaves)}
 
 
 def median_ms(run: Callable[[], Any]) -> float:
@@ -156,11 +187,11 @@ def figures(function: Callable[..., Tensor], leaves: list[Tensor], graph: bool) 
 
 def check(s: Shape) -> float:
     """||output - float64|| / ||float64|| at T 2,048, four heads (one group) at most."""
-    few = Shape(s.name, 1, min(4, s.H), min(4, s.G), s.K, s.V, ())
+    few = Shape(s.name, 1, min(4, s.H), min(4, s.G), s.K, s.V, (), delta=s.delta)
     inputs = make_inputs(few, 2048, 12)
-    exact = log_linear_attention(*(x.double() for x in inputs), impl="torch").output
-    error = float((ours(inputs)(*inputs).double() - exact).norm() / exact.norm())
-    if not error < BF16_BUDGET:
+    exact = operator(s, "torch")(*(x.double() for x in inputs))
+    error = float((operator(s, "triton")(*inputs).double() - exact).norm() / exact.norm())
+    if not error < BF16_BUDGET[s.delta]:
         raise SystemExit(f"{s.name} is wrong: relative error {error:.1e}; nothing was timed")
     return error
 

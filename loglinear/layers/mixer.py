@@ -115,5 +115,6 @@ class Mixer(nn.Module):
         q, k, v, log_decay, beta = operands
         if self.variant.transition == "delta_rule":
             assert beta is not None
+            options |= dict(l2_normalize=self.variant.l2_normalize)
             return log_linear_delta_rule(q, k, v, log_decay, beta, level_scales, **options)
         return log_linear_attention(q, k, v, log_decay, level_scales, **options)

@@ -104,6 +104,7 @@ def log_linear_delta_rule(
     level_scales: Tensor,
     *,
     scale: float = 1.0,
+    l2_normalize: bool = False,
     initial_state: FenwickState | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -117,15 +118,26 @@ def log_linear_delta_rule(
 
     Args:
         beta: [B, T, H], the write strength. States stay bounded when 0 <= beta * |k|^2 <= 2: use unit keys.
+        l2_normalize: first bring q and k to length 1, x / sqrt(|x|^2 + 1e-6), as Gated DeltaNet does.
         the others, the result and the errors: as in `log_linear_attention`.
 
     Source: arXiv 2506.04761, equation 8; Yang, Kautz, Hatamizadeh, arXiv 2412.06464 (the linear Gated DeltaNet).
     """
+    if l2_normalize:
+        q, k = (_unit_length(name, x) for name, x in (("q", q), ("k", k)))
     return _dispatch(
         "log_linear_delta_rule",
         dict(q=q, k=k, v=v, log_decay=log_decay, beta=beta, level_scales=level_scales),
         scale, initial_state, output_final_state, cu_seqlens, chunk_size, impl,
     )  # fmt: skip
+
+
+def _unit_length(name: str, x: Tensor) -> Tensor:
+    """x / sqrt(|x|^2 + 1e-6) along the last dimension, in at least float32 (eps as in flash-linear-attention)."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def _dispatch(

@@ -54,6 +54,8 @@ class Variant(Undecayed):
     """
 
     transition: ClassVar[Literal["scalar_gate", "delta_rule"]] = "scalar_gate"
+    l2_normalize: ClassVar[bool] = False
+    """does the operator bring q and k to length 1? (delta rule only)"""
     gates_per_head: ClassVar[int] = 0
     """how many gate logits each head gets from the hidden states"""
     conv_bias: ClassVar[bool] = False
@@ -95,12 +97,6 @@ class Variant(Undecayed):
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32, or in float64 if it already is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def l2_normalize(x: Tensor) -> Tensor:
-    """x / |x| along the last dimension, in at least float32 (eps as in flash-linear-attention)."""
-    wide = at_least_float32(x)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def exponential_decay_rates(heads: int) -> Tensor:

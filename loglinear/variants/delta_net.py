@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from loglinear.variants.base import HeadSizes, Operands, Variant, l2_normalize
+from loglinear.variants.base import HeadSizes, Operands, Variant
 
 
 class DeltaNet(Variant):
@@ -12,9 +12,10 @@ class DeltaNet(Variant):
     """
 
     transition = "delta_rule"
+    l2_normalize = True
     gates_per_head = 1
     paper_heads = HeadSizes(num_heads=12, num_groups=12, key_dim=128, head_dim=128)
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Operands:
         (beta,) = self.gate_logits(x)
-        return Operands(l2_normalize(q), l2_normalize(k), v, None, beta.sigmoid())
+        return Operands(q, k, v, None, beta.sigmoid())

@@ -8,7 +8,6 @@ from loglinear.variants.base import (
     at_least_float32,
     exponential_decay_rates,
     inverse_softplus_time_steps,
-    l2_normalize,
 )
 
 
@@ -22,6 +21,7 @@ class GatedDeltaNet(Variant):
     """
 
     transition = "delta_rule"
+    l2_normalize = True
     gates_per_head = 2
     paper_heads = HeadSizes(num_heads=6, num_groups=6, key_dim=192, head_dim=384)
     no_weight_decay = ("A_log", "dt_bias")
@@ -35,4 +35,4 @@ class GatedDeltaNet(Variant):
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Operands:
         gate, beta = self.gate_logits(x)
         log_decay = -at_least_float32(self.A_log).exp() * F.softplus(gate + self.dt_bias)
-        return Operands(l2_normalize(q), l2_normalize(k), v, log_decay, beta.sigmoid())
+        return Operands(q, k, v, log_decay, beta.sigmoid())

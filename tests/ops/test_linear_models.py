@@ -59,3 +59,18 @@ def test_unused_levels_change_nothing(operator):
     more = torch.cat([inputs["level_scales"], torch.full((2, 33, 4, 5), 7.0, dtype=torch.float64)], -1)
     wide = operator({**inputs, "level_scales": more}, chunk_size=4).output
     assert relative_error(wide, operator(inputs, chunk_size=4).output) < 1e-12
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_the_delta_rule_brings_keys_to_length_one(impl):
+    operator = OPERATORS[1]
+    inputs = operator.inputs(B=1, T=21, G=1, H=2, K=5, V=3, L=6)
+    longer = {n: (3 * x if n in "qk" else x).detach().requires_grad_() for n, x in inputs.items()}
+    unit = {n: x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() if n in "qk" else x for n, x in longer.items()}
+    actual = operator(longer, impl=impl, l2_normalize=True).output
+    expected = operator(unit, impl=impl).output
+    torch.testing.assert_close(actual, expected)
+    weight = torch.randn_like(actual)
+    grads = [torch.autograd.grad(output, list(longer.values()), weight) for output in (actual, expected)]
+    for a, e in zip(*grads, strict=True):
+        torch.testing.assert_close(a, e)
