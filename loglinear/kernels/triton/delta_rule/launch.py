@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from loglinear.fenwick import log2
+from loglinear.kernels.triton.config import Launch
 from loglinear.kernels.triton.delta_rule.carry import carry_states_kernel, carry_transitions_kernel
 from loglinear.kernels.triton.delta_rule.carry_backward import (
     carried_nodes_backward_kernel,
@@ -41,14 +42,16 @@ from loglinear.kernels.triton.layout import READS, layout
 from loglinear.kernels.triton.scalar_gate.launch import DOT_TYPES, common_dtype, in_rows, slabs
 
 ROWS = 64  # tokens of a chunk that one program takes at most, where it holds all pairs of them
-# Warps, where tiles are wider than 64, and stages of the pipeline. Sweeps read what they wrote: nothing may be loaded
-# ahead there.
+# Columns of a tile at most, warps for tiles wider than 64, stages of the pipeline. Sweeps read what they wrote: nothing
+# may be loaded ahead there.
 LAUNCHES = {
-    "chunk_inverse": (4, 1), "chunk_state": (4, 1), "transition_sweep": (8, 1), "state_sweep": (8, 1),
-    "carry_transitions": (8, 1), "carry_states": (8, 1), "output": (4, 1),
-    "walk_backward": (4, 1), "state_backward": (8, 1), "carried_backward": (8, 1), "carry_paths_backward": (8, 1),
-    "carry_backward": (8, 1), "state_down_sweep": (8, 1), "transition_down_sweep": (8, 1),
-    "values_backward": (4, 1), "scores_backward": (4, 1), "keys_backward": (4, 1),
+    "chunk_inverse": Launch(128, 4, 1), "chunk_state": Launch(128, 4, 1),
+    "transition_sweep": Launch(128, 8, 1), "state_sweep": Launch(128, 8, 1),
+    "carry_transitions": Launch(128, 8, 1), "carry_states": Launch(128, 8, 1), "output": Launch(128, 4, 1),
+    "walk_backward": Launch(128, 4, 1), "state_backward": Launch(128, 8, 1), "carried_backward": Launch(128, 8, 1),
+    "carry_paths_backward": Launch(128, 8, 1), "carry_backward": Launch(128, 8, 1),
+    "state_down_sweep": Launch(128, 8, 1), "transition_down_sweep": Launch(128, 8, 1),
+    "values_backward": Launch(64, 4, 1), "scores_backward": Launch(64, 4, 1), "keys_backward": Launch(64, 4, 1),
 }  # fmt: skip
 
 
@@ -80,24 +83,39 @@ class DeltaRule:
         self.nodes = None if nodes is None else nodes.to(self.dtype).contiguous()
         self.dots, self.precision = dict(DOT=dot, PRECISION=precision), dict(PRECISION=precision)
         self.packed = dict(PACKED=self.layout.packed)
-        self.key_tile = min(128 if self.dtype == torch.bfloat16 and self.K <= 128 else 64, at_least_16(self.K))
-        self.value_tile = min(128 if self.dtype == torch.bfloat16 and self.K <= 128 else 64, at_least_16(self.V))
-        self.value_tiles = triton.cdiv(self.V, self.value_tile)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.v.device)
 
+    def tile(self, stage: str, size: int) -> int:
+        """Columns of one tile of matrices that have `size` of them."""
+        narrow = self.dtype == torch.bfloat16 and self.K <= 128
+        return min(LAUNCHES[stage].tile if narrow else 64, max(16, triton.next_power_of_2(size)))
+
     def options(self, stage: str) -> dict[str, int]:
-        warps, stages = LAUNCHES[stage]
-        return dict(num_warps=warps if self.key_tile > 64 else 4, num_stages=stages)
+        """The tile of the keys' columns, and the compiler's."""
+        launch, TK = LAUNCHES[stage], self.tile(stage, self.K)
+        return dict(TK=TK, num_warps=launch.num_warps if TK > 64 else 4, num_stages=launch.num_stages)
+
+    def columns(self, stage: str, transition: bool = False) -> dict[str, int]:
+        """What is right of the K rows of a state, or of a transition, and its tile."""
+        width = self.K if transition else self.V
+        return dict(V=width, BV=self.tile(stage, width))
+
+    def wide(self, stage: str, transition: bool = False) -> dict[str, int]:
+        return self.columns(stage, transition) | self.options(stage)
+
+    def tiles(self, stage: str, transition: bool = False) -> int:
+        """How many tiles a state, or a transition, has across."""
+        columns = self.columns(stage, transition)
+        return triton.cdiv(columns["V"], columns["BV"])
+
+    def all_tiles(self, stage: str, transition: bool = False) -> int:
+        return triton.cdiv(self.K, self.tile(stage, self.K)) * self.tiles(stage, transition)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         return self.T, self.layout.chunks_per_row, self.H
-
-    @cached_property
-    def shape(self) -> dict[str, int]:
-        return dict(K=self.K, V=self.V, C=self.rows, TK=self.key_tile, BV=self.value_tile)
 
     @cached_property
     def carried_columns(self) -> int:
@@ -116,32 +134,33 @@ class DeltaRule:
         chunk_inverse_kernel[(y.chunks * self.halves * H,)](
             self.k, self.beta, self.log_decay, self.inverse, self.cumulative, y.table, *self.sizes, self.R,
             *self.strides("k", "beta", "log_decay"),
-            K=K, C=C, LOG_C=log2(C), HALVES=self.halves, TK=self.key_tile, INVERSE_PRECISION=inverse_precision,
+            K=K, C=C, LOG_C=log2(C), HALVES=self.halves, INVERSE_PRECISION=inverse_precision,
             **self.dots, **self.packed, **self.options("chunk_inverse"),
         )  # fmt: skip
         self.transitions, self.rights = (self.empty(y.chunks, H, K, K, dtype=self.dtype) for _ in range(2))
         self.slots = self.empty(y.chunks, H, K, V, dtype=self.dtype)
         for kind, blocks in ((True, self.transitions), (False, self.slots)):
-            width = dict(V=K, BV=min(64, self.key_tile)) if kind else dict(V=V, BV=min(64, self.value_tile))
             v = self.k if kind else self.v
-            chunk_state_kernel[(y.chunks * H * triton.cdiv(width["V"], width["BV"]),)](
+            width = K if kind else V
+            columns = dict(V=width, BV=min(64, self.tile("chunk_state", width)))
+            chunk_state_kernel[(y.chunks * H * triton.cdiv(width, columns["BV"]),)](
                 self.k, v, self.beta, self.inverse, self.cumulative, blocks, self.rights, y.table,
                 *self.sizes, self.R, y.cap, *self.k.stride()[:3], *v.stride()[:3], *self.strides("beta"),
-                K=K, C=C, HALVES=self.halves, TK=self.key_tile, TRANSITION=kind,
-                **width, **self.dots, **self.packed, **self.options("chunk_state"),
+                K=K, C=C, HALVES=self.halves, TRANSITION=kind,
+                **columns, **self.dots, **self.packed, **self.options("chunk_state"),
             )  # fmt: skip
         for storey, runs in enumerate(y.runs):
             transition_sweep_kernel[(runs * H,)](
                 self.transitions, self.rights, y.run_tables[storey], *self.sizes[1:], y.cap, storey,
-                K=K, TK=self.key_tile, FIRST=storey == 0,
+                K=K, FIRST=storey == 0,
                 **self.precision, **self.packed, **self.options("transition_sweep"),
             )  # fmt: skip
         for storey, runs in enumerate(y.runs):
-            state_sweep_kernel[(runs * H * self.value_tiles,)](
+            state_sweep_kernel[(runs * H * self.tiles("state_sweep"),)](
                 self.transitions, self.rights, self.slots, self.nodes, y.run_tables[storey], *self.sizes[1:], y.cap,
                 storey,
-                K=K, V=V, TK=self.key_tile, BV=self.value_tile, NODES=self.nodes is not None,
-                **self.precision, **self.packed, **self.options("state_sweep"),
+                K=K, NODES=self.nodes is not None,
+                **self.precision, **self.packed, **self.wide("state_sweep"),
             )  # fmt: skip
         self.carried, self.paths = self.carry(y.runs[0], y.run_levels, self.carried_columns, self.dtype, ends=False)
 
@@ -157,27 +176,27 @@ class DeltaRule:
         table = y.run_tables[0]
         carry_transitions_kernel[(carriers * H,)](
             self.transitions, paths, table, y.ends, *self.sizes, y.cap, candidates,
-            K=K, C=self.C, TK=self.key_tile, ENDS=ends,
+            K=K, C=self.C, ENDS=ends,
             **self.precision, **self.packed, **self.options("carry_transitions"),
         )  # fmt: skip
-        carry_states_kernel[(carriers * columns * H * self.value_tiles,)](
+        carry_states_kernel[(carriers * columns * H * self.tiles("carry_states"),)](
             self.slots, self.nodes, paths, carried, table, y.ends, *self.sizes, y.cap, columns, candidates,
-            K=K, V=V, C=self.C, TK=self.key_tile, BV=self.value_tile, ENDS=ends, NODES=self.nodes is not None,
-            **self.precision, **self.packed, **self.options("carry_states"),
+            K=K, C=self.C, ENDS=ends, NODES=self.nodes is not None,
+            **self.precision, **self.packed, **self.wide("carry_states"),
         )  # fmt: skip
         return carried, paths
 
     def output(self) -> Tensor:
         y = self.layout
         out = self.empty(self.B, self.T, self.H, self.V, dtype=self.v.dtype)
-        output_kernel[(y.chunks * self.halves * self.H * self.value_tiles,)](
+        output_kernel[(y.chunks * self.halves * self.H * self.tiles("output"),)](
             self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, self.transitions,
             self.slots, self.nodes, self.carried, out, y.table, y.first_runs,
             *self.sizes, self.R, self.L, y.cap, self.scale, self.carried_columns,
             *self.strides("q", "k", "v", "beta", "level_scales"),
-            K=self.K, V=self.V, C=self.rows, LOG_C=log2(self.C), HALVES=self.halves, TK=self.key_tile,
-            BV=self.value_tile, LINEAR=self.L == 1, NODES=self.nodes is not None,
-            **self.dots, **self.packed, **self.options("output"),
+            K=self.K, C=self.rows, LOG_C=log2(self.C), HALVES=self.halves, LINEAR=self.L == 1,
+            NODES=self.nodes is not None,
+            **self.dots, **self.packed, **self.wide("output"),
         )  # fmt: skip
         return out
 
@@ -200,7 +219,8 @@ class DeltaRule:
             *self.sizes, self.R, self.L, y.cap, self.scale, self.carried_columns,
             *self.strides("q", "k", "beta", "level_scales"), *o_, tokens[1],
             LOG_C=log2(C), LEVELS=32, NODES=self.nodes is not None,
-            **self.shape, **self.dots, **self.packed, **self.options("walk_backward"),
+            K=K, C=C,
+            **self.dots, **self.packed, **self.wide("walk_backward"),
         )  # fmt: skip
         dslots, dtransitions, dnodes = self.state_gradients(met, dmet, do, dblocks)
         del met, dmet, self.carried, self.paths, self.slots, self.transitions, self.rights
@@ -211,9 +231,10 @@ class DeltaRule:
             self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, dslots, do,
             dv, pulled, dwrite, doutgoing, y.table, *self.sizes, self.R, self.L, self.scale,
             *self.strides("q", "k", "v", "beta", "level_scales"), *o_, tokens[0],
-            LINEAR=self.L == 1, **self.shape, **self.dots, **self.packed, **self.options("values_backward"),
+            K=K, C=C, LINEAR=self.L == 1,
+            **self.dots, **self.packed, **self.wide("values_backward"),
         )  # fmt: skip
-        keys = dict(K=K, C=C, TK=self.key_tile, **self.dots, **self.packed)
+        keys = dict(K=K, C=C, **self.dots, **self.packed)
         scores_backward_kernel[(y.chunks * H,)](
             self.q, self.k, self.beta, self.level_scales, self.inverse, self.cumulative, dtransitions, dseen, pulled,
             dscores, dwrite, dincoming, doutgoing, dlevel_scales, y.table, *self.sizes, self.R, self.L, self.scale,
@@ -235,68 +256,65 @@ class DeltaRule:
         self, met: Tensor, dmet: Tensor, do: Tensor, dblocks: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of every chunk's own state and transition, and of the nodes."""
-        y, H, K, V, columns = self.layout, self.H, self.K, self.V, self.carried_columns
+        y, H, K, columns = self.layout, self.H, self.K, self.carried_columns
         dslots, dtransitions = torch.empty_like(self.slots), torch.empty_like(self.transitions)
         if columns == 0:  # nobody reads the ends of runs
             dslots.zero_()
             dtransitions.zero_()
         dnodes = None if self.nodes is None else torch.zeros_like(self.nodes, dtype=torch.float32)
-        key_tiles = triton.cdiv(K, self.key_tile)
-        tiles = {True: key_tiles**2, False: key_tiles * self.value_tiles}
-        widths = {True: dict(V=K, BV=self.key_tile), False: dict(V=V, BV=self.value_tile)}
         gradient = {True: dtransitions, False: dslots}
-        constants = dict(K=K, TK=self.key_tile, **self.dots, **self.packed)
+        constants = dict(K=K, **self.dots, **self.packed)
         strides = (*self.level_scales.stride()[:3], *do.stride()[:3])
         for kind in (True, False):
-            state_backward_kernel[(y.chunks * H * tiles[kind],)](
+            state_backward_kernel[(y.chunks * H * self.all_tiles("state_backward", kind),)](
                 met, dmet, self.level_scales, do, gradient[kind], y.table, *self.sizes, self.L, y.cap, *strides,
                 C=self.C, LOG_C=log2(self.C), TRANSITION=kind,
-                **widths[kind], **constants, **self.options("state_backward"),
+                **constants, **self.wide("state_backward", kind),
             )  # fmt: skip
         if dnodes is not None:
-            node_backward_kernel[(y.sequences * (1 << STOREY) * H * tiles[False],)](
+            node_backward_kernel[(y.sequences * (1 << STOREY) * H * self.all_tiles("state_backward"),)](
                 met, dmet, self.level_scales, do, dnodes, y.table, y.ends, *self.sizes, self.L, y.cap, *strides,
-                C=self.C, LOG_C=log2(self.C), **widths[False], **constants, **self.options("state_backward"),
+                C=self.C, LOG_C=log2(self.C), **constants, **self.wide("state_backward"),
             )  # fmt: skip
         if columns > 0:
             dcarried, dpaths = torch.empty_like(self.carried), torch.empty_like(self.paths)
-            carried_backward_kernel[(y.runs[0] * columns * H * tiles[False],)](
+            carried_backward_kernel[(y.runs[0] * columns * H * self.all_tiles("carried_backward"),)](
                 met, dmet, self.level_scales, do, dcarried, y.table, y.run_tables[0], *self.sizes, self.L, y.cap,
                 columns, *strides,
-                C=self.C, LOG_C=log2(self.C), **widths[False], **constants, **self.options("carried_backward"),
+                C=self.C, LOG_C=log2(self.C), **constants, **self.wide("carried_backward"),
             )  # fmt: skip
             counts = (y.cap, columns, y.run_levels)
             self.paths_backward(dcarried, dpaths, y.runs[0], *counts[1:], ends=False)
             for kind in (True, False):
-                carry_backward_kernel[(y.runs[0] * H * tiles[kind],)](
+                carry_backward_kernel[(y.runs[0] * H * self.all_tiles("carry_backward", kind),)](
                     self.paths, dpaths, dcarried, gradient[kind], y.run_tables[0], *self.sizes[1:], *counts,
-                    TRANSITION=kind, **widths[kind], **constants, **self.options("carry_backward"),
+                    TRANSITION=kind, **constants, **self.wide("carry_backward", kind),
                 )  # fmt: skip
             if dnodes is not None:
-                carried_nodes_backward_kernel[(y.sequences * (y.cap + 1) * H * tiles[False],)](
+                carried_nodes_backward_kernel[(y.sequences * (y.cap + 1) * H * self.all_tiles("carry_backward"),)](
                     self.paths, dpaths, dcarried, dnodes, y.run_tables[0], y.ends, y.first_runs, *self.sizes[1:],
-                    *counts, **widths[False], **constants, **self.options("carry_backward"),
+                    *counts, **constants, **self.wide("carry_backward"),
                 )  # fmt: skip
         if dblocks is not None:
             _, paths = self.carry(y.sequences, READS, y.cap + 1, torch.float32, ends=True)
             dpaths, dblocks = torch.empty_like(paths), dblocks.contiguous()
             self.paths_backward(dblocks, dpaths, y.sequences, y.cap + 1, READS, ends=True)
             for kind in (True, False):
-                ends_backward_kernel[(y.sequences * READS * H * tiles[kind],)](
+                ends_backward_kernel[(y.sequences * READS * H * self.all_tiles("carry_backward", kind),)](
                     paths, dpaths, dblocks, gradient[kind], dnodes, y.ends, *self.sizes, y.cap, y.cap + 1, READS,
                     C=self.C, TRANSITION=kind, NODES=self.nodes is not None,
-                    **widths[kind], **constants, **self.options("carry_backward"),
+                    **constants, **self.wide("carry_backward", kind),
                 )  # fmt: skip
         nodes = dict(NODES=self.nodes is not None)
         for storey in reversed(range(len(y.runs))):
-            state_down_sweep_kernel[(y.runs[storey] * H * self.value_tiles,)](
+            state_down_sweep_kernel[(y.runs[storey] * H * self.tiles("state_down_sweep"),)](
                 self.transitions, self.rights, dslots, dnodes, y.run_tables[storey], *self.sizes[1:], y.cap, storey,
-                **widths[False], **constants, **nodes, **self.options("state_down_sweep"),
+                **constants, **nodes, **self.wide("state_down_sweep"),
             )  # fmt: skip
             transition_down_sweep_kernel[(y.runs[storey] * H,)](
                 self.transitions, self.rights, self.slots, self.nodes, dtransitions, dslots, y.run_tables[storey],
                 *self.sizes[1:], y.cap, storey,
-                **widths[False], **constants, **nodes, **self.options("transition_down_sweep"),
+                **constants, **nodes, **self.wide("transition_down_sweep"),
             )  # fmt: skip
         return dslots, dtransitions, dnodes
 
@@ -308,7 +326,8 @@ class DeltaRule:
             self.transitions, self.slots, self.nodes, dcarried, dpaths, y.run_tables[0], y.ends,
             *self.sizes, y.cap, columns, candidates,
             ENDS=ends, NODES=self.nodes is not None,
-            **self.shape, **self.dots, **self.packed, **self.options("carry_paths_backward"),
+            K=self.K, C=self.C,
+            **self.dots, **self.packed, **self.wide("carry_paths_backward"),
         )  # fmt: skip
 
 
@@ -349,8 +368,3 @@ def gradients(
         if dnodes is not None and dnodes_h is not None:
             dnodes[:, :, h] = dnodes_h
     return dq.to(q.dtype), dk.to(k.dtype), dv, dlog_decay, dbeta, dlevel_scales, dnodes
-
-
-def at_least_16(size: int) -> int:
-    """The width of a tile for `size` columns."""
-    return max(16, triton.next_power_of_2(size))

@@ -83,7 +83,7 @@ def across_halves(
     for t in tl.static_range((K + TK - 1) // TK):
         outgoing_CT = (load_rows(k_rows, k_t, C, t * TK, C, K, TK).to(tl.float32) * to_end).to(DOT)
         scores_CC = tl.dot(x[t], tl.trans(outgoing_CT), scores_CC, input_precision=PRECISION)
-    return tl.dot(scores_CC.to(DOT), write_CC, input_precision=PRECISION).to(DOT)
+    return tl.dot(scores_CC.to(DOT), write_CC, input_precision=PRECISION)
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def through_half(
     K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """exp(Gam) X - E diag(exp(G)) K."""
-    from_start, across = tl.exp2(G)[:, None], tl.exp2(total)
+    from_start, across, effective_CC = tl.exp2(G)[:, None], tl.exp2(total), effective_CC.to(DOT)
     new = ()
     for t in tl.static_range((K + TK - 1) // TK):
         incoming_CT = (load_rows(k_rows, k_t, C, t * TK, C, K, TK).to(tl.float32) * from_start).to(DOT)
@@ -158,7 +158,8 @@ def output_kernel(
         coefficients_CC = across_halves(x, k_rows - C * k_t, k_t, G, total, write_CC, K, C, TK, DOT, PRECISION)
         weight = arrived(load_scale(scales, l_t, n, LOG_C, L, i), DTYPE)
         v_CV = load_rows(v_rows - C * v_t, v_t, C, tile * BV, C, V, BV).to(DOT)
-        out_CV += weight[:, None] * tl.dot(coefficients_CC, v_CV, input_precision=PRECISION)
+        weighted_CC = (coefficients_CC * weight[:, None]).to(DOT)
+        out_CV = tl.dot(weighted_CC, v_CV, out_CV, input_precision=PRECISION)
         x = through_half(x, k_rows - C * k_t, k_t, G, total, coefficients_CC, K, C, TK, DOT, PRECISION)
 
     read, end_of_blocks, are_nodes = walk(z, z0, cap, BITS)
