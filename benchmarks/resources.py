@@ -1,6 +1,7 @@
-"""What the compiler makes of every scalar-gate kernel, without a GPU: registers, spilled bytes, shared memory.
+"""What the compiler makes of every kernel, without a GPU: registers, spilled bytes, shared memory.
 
     python -m benchmarks.resources --key-dim 128 --value-dim 64      # the default plans, compute capability 9.0
+    python -m benchmarks.resources --delta --value-dim 128           # the delta rule's
 
 A program on an H100 has at most 255 registers a thread and 227 KiB of shared memory; "stack" is what did not fit. Needs
 triton (any build: its own assembler comes with it). TRITON_INTERPRET must not be set.
@@ -27,11 +28,12 @@ from triton.compiler import ASTSource
 
 from loglinear.fenwick import log2
 from loglinear.kernels.triton.config import STAGES, Launch, default_plan
+from loglinear.kernels.triton.delta_rule import launch as delta_stages
 from loglinear.kernels.triton.scalar_gate import launch as stages
 from loglinear.kernels.triton.tiles import SIZES
 from loglinear.ops.impl_triton import MAX_HEAD_DIM
 
-ABSENT = {"table", "runs", "ends", "nodes", "dnodes"}  # dense batches that begin at 0
+ABSENT = {"table", "runs", "ends", "nodes", "dnodes", "first_runs"}  # dense batches that begin at 0
 WORKING = {
     "q",
     "k",
@@ -44,12 +46,31 @@ WORKING = {
     "dscores",
     "dq",
     "dk",
+    "inverse",
+    "blocks",
+    "transitions",
+    "rights",
+    "paths",
+    "carried",
+    "met",
+    "dmet",
+    "dseen",
+    "dtransitions",
+    "dcarried",
+    "dpaths",
+    "dwrite",
+    "dincoming",
+    "doutgoing",
 }  # in the inputs' dtype, the other arrays in float32
 POINTERS = WORKING | {
     "log_decay", "level_scales", "totals", "next_totals", "cumulative", "log_p", "dlevel_scales", "cross_scales",
     "walk_flow", "row_flow", "column_flow", "state_flow", "read_paths", "beyond", "dlog_p", "dtotals",
+    "beta", "pulled", "dbeta", "dlog_decay",
 }  # fmt: skip
-UNALIGNED = {"g_b", "g_t", "g_h", "l_b", "l_t", "l_h", "dl_t"}  # strides of H and of L numbers
+UNALIGNED = {  # strides of H and of L numbers, and counts
+    "g_b", "g_t", "g_h", "l_b", "l_t", "l_h", "dl_t", "beta_b", "beta_t", "beta_h", "db_t", "dg_t",
+    "columns", "candidates",
+}  # fmt: skip
 
 
 def compiled(kernel: Any, constants: dict[str, Any], launch: Launch, dtype: torch.dtype) -> Any:
@@ -100,11 +121,48 @@ def constants(stage: str, direction: str, K: int, V: int, C: int, tile: int, dty
     )  # fmt: skip
 
 
+def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, dict[str, Any], Launch]]:
+    """Direction, stage, chunk, constants and launch of the delta rule's kernels."""
+    x = torch.empty(1, 128, 1, K, dtype=dtype), torch.empty(1, 128, 1, V, dtype=dtype)
+    jobs = []
+    for direction, names in delta_stages.STAGES.items():
+        C = delta_stages.choose_chunk_size(direction, x[0], x[0], x[1], 0)
+        gates = torch.empty(1, 128, 1)
+        call = delta_stages.DeltaRule(
+            x[0], x[0], x[1], gates, gates, gates[..., None], None, None, None, 1.0, C
+        )  # fmt: skip
+        for stage in names:
+            options = call.wide(stage)
+            launch = Launch(options["TK"], options.pop("num_warps"), options.pop("num_stages"))
+            values = dict(
+                K=K, C=call.rows, HALVES=call.halves, LOG_C=log2(C), PACKED=False, NODES=False, LINEAR=False,
+                ENDS=False, FIRST=True, TRANSITION=False, LEVELS=32, **options, **call.dots,
+                INVERSE_PRECISION=delta_stages.INVERSE_PRECISION[dtype],
+            )  # fmt: skip
+            jobs.append((direction, stage, C, values, launch))
+    return jobs
+
+
+def scalar_jobs(
+    K: int, V: int, dtype: torch.dtype, chunk_size: int | None
+) -> list[tuple[str, str, int, dict[str, Any], Launch]]:
+    """The same of the scalar gate's."""
+    jobs = []
+    for direction, names in STAGES.items():
+        plan = default_plan(direction, K, V, dtype, chunk_size)
+        for stage in names:
+            launch = plan.stages[stage]
+            values = constants(stage, direction, K, V, plan.chunk_size, launch.tile, dtype)
+            jobs.append((direction, stage, plan.chunk_size, values, launch))
+    return jobs
+
+
 def main(
     key_dim: Annotated[int, typer.Option()] = 128,
     value_dim: Annotated[int, typer.Option()] = 64,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
-    chunk_size: Annotated[int | None, typer.Option(help="as a state would prescribe it")] = None,
+    chunk_size: Annotated[int | None, typer.Option(help="as a state would prescribe it (scalar gate)")] = None,
+    delta: Annotated[bool, typer.Option("--delta", help="the delta rule's kernels")] = False,
 ) -> None:
     """Registers, stack and shared memory of the default plans' kernels."""
     if dtype not in ("bfloat16", "float16", "float32"):
@@ -116,14 +174,12 @@ def main(
     table = Table(title=f"K {key_dim}, V {value_dim}, {dtype}, sm_90, triton {triton.__version__}")
     for column in ("direction", "stage", "chunk", "tile, warps, stages", "registers", "stack", "shared KiB"):
         table.add_column(column)
-    jobs = [(direction, stage) for direction, names in STAGES.items() for stage in names]
-    for direction, stage in track(jobs, console=Console(stderr=True), transient=True):
-        plan = default_plan(direction, key_dim, value_dim, of, chunk_size)
-        launch = plan.stages[stage]
-        values = constants(stage, direction, key_dim, value_dim, plan.chunk_size, launch.tile, of)
-        registers, stack, shared = resources(compiled(getattr(stages, f"{stage}_kernel"), values, launch, of))
+    jobs = delta_jobs(key_dim, value_dim, of) if delta else scalar_jobs(key_dim, value_dim, of, chunk_size)
+    for direction, stage, chunk, values, launch in track(jobs, console=Console(stderr=True), transient=True):
+        kernel = getattr(delta_stages if delta else stages, f"{stage}_kernel")
+        registers, stack, shared = resources(compiled(kernel, values, launch, of))
         options = f"{launch.tile}, {launch.num_warps}, {launch.num_stages}"
-        row = [direction, stage, plan.chunk_size, options, registers, stack, f"{shared / 1024:.0f}"]
+        row = [direction, stage, chunk, options, registers, stack, f"{shared / 1024:.0f}"]
         table.add_row(*map(str, row))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 

@@ -171,10 +171,13 @@ def test_two_runs_give_the_same_bits(operator):
 
 
 def test_slabs_of_heads_change_nothing(operator, monkeypatch):
+    from loglinear.kernels.triton.delta_rule import launch as delta_launch
     from loglinear.kernels.triton.scalar_gate import launch
 
     assert launch.slabs(10, 2, 6, 100) == [slice(0, 6)]
+    assert launch.slabs(10, 6, 6, 100, 5000) == [slice(0, 3), slice(3, 6)]
     monkeypatch.setattr(launch, "SLAB_BYTES", 4000)
+    monkeypatch.setattr(delta_launch, "SLAB_BYTES", 4000)
     assert launch.slabs(10, 2, 6, 100) == [slice(0, 3), slice(3, 6)]
     assert launch.slabs(10, 1, 6, 100) == [slice(0, 3), slice(3, 6)]
     assert launch.slabs(40, 1, 6, 100) == [slice(h, h + 1) for h in range(6)]

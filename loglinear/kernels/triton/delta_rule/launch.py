@@ -41,6 +41,19 @@ from loglinear.kernels.triton.delta_rule.walk_backward import MET, walk_backward
 from loglinear.kernels.triton.layout import READS, layout
 from loglinear.kernels.triton.scalar_gate.launch import DOT_TYPES, common_dtype, in_rows, slabs
 
+BUILD = (
+    "chunk_inverse", "chunk_state", "transition_sweep", "state_sweep", "carry_transitions", "carry_states",
+)  # fmt: skip
+STAGES = {
+    "forward": (*BUILD, "output"),
+    "backward": (
+        *BUILD, "walk_backward", "state_backward", "carried_backward", "carry_paths_backward", "carry_backward",
+        "state_down_sweep", "transition_down_sweep", "values_backward", "scores_backward", "keys_backward",
+    ),
+}  # fmt: skip
+# The inverse is rounded once it is there; on the way to it single tf32 products of float32 are good enough for 16 bits.
+INVERSE_PRECISION = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "tf32"}
+SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for long inputs 1.5 times their size
 ROWS = 64  # tokens of a chunk that one program takes at most, where it holds all pairs of them
 # Columns of a tile at most, warps for tiles wider than 64, stages of the pipeline. Sweeps read what they wrote: nothing
 # may be loaded ahead there.
@@ -53,6 +66,7 @@ LAUNCHES = {
     "state_down_sweep": Launch(128, 8, 1), "transition_down_sweep": Launch(128, 8, 1),
     "values_backward": Launch(64, 4, 1), "scores_backward": Launch(64, 4, 1), "keys_backward": Launch(64, 4, 1),
 }  # fmt: skip
+VALUE_TILES = {"chunk_state": 64}  # columns of the right side at most, where that is less than the keys'
 
 
 def choose_chunk_size(direction: str, q: Tensor, k: Tensor, v: Tensor, prescribed: int) -> int:
@@ -79,7 +93,9 @@ class DeltaRule:
         self.halves = 2 if self.C > ROWS else 1
         self.rows = self.C // self.halves
         self.layout = layout(self.B, self.T, self.C, self.L, cu_seqlens, starts, STOREY)
-        self.dtype, dot, precision = DOT_TYPES[common_dtype(q, k, v)]
+        inputs = common_dtype(q, k, v)
+        self.inverse_precision = INVERSE_PRECISION[inputs]
+        self.dtype, dot, precision = DOT_TYPES[inputs]
         self.nodes = None if nodes is None else nodes.to(self.dtype).contiguous()
         self.dots, self.precision = dict(DOT=dot, PRECISION=precision), dict(PRECISION=precision)
         self.packed = dict(PACKED=self.layout.packed)
@@ -100,7 +116,7 @@ class DeltaRule:
     def columns(self, stage: str, transition: bool = False) -> dict[str, int]:
         """What is right of the K rows of a state, or of a transition, and its tile."""
         width = self.K if transition else self.V
-        return dict(V=width, BV=self.tile(stage, width))
+        return dict(V=width, BV=min(self.tile(stage, width), VALUE_TILES.get(stage, 128)))
 
     def wide(self, stage: str, transition: bool = False) -> dict[str, int]:
         return self.columns(stage, transition) | self.options(stage)
@@ -130,24 +146,21 @@ class DeltaRule:
         y, H, K, V, C = self.layout, self.H, self.K, self.V, self.rows
         self.inverse = self.empty(y.chunks, self.halves, H, C, C, dtype=self.dtype)
         self.cumulative = self.empty(y.chunks, self.halves, H, C)
-        inverse_precision = "tf32x3" if self.v.dtype == torch.float32 else "tf32"
         chunk_inverse_kernel[(y.chunks * self.halves * H,)](
             self.k, self.beta, self.log_decay, self.inverse, self.cumulative, y.table, *self.sizes, self.R,
             *self.strides("k", "beta", "log_decay"),
-            K=K, C=C, LOG_C=log2(C), HALVES=self.halves, INVERSE_PRECISION=inverse_precision,
+            K=K, C=C, LOG_C=log2(C), HALVES=self.halves, INVERSE_PRECISION=self.inverse_precision,
             **self.dots, **self.packed, **self.options("chunk_inverse"),
         )  # fmt: skip
         self.transitions, self.rights = (self.empty(y.chunks, H, K, K, dtype=self.dtype) for _ in range(2))
         self.slots = self.empty(y.chunks, H, K, V, dtype=self.dtype)
         for kind, blocks in ((True, self.transitions), (False, self.slots)):
             v = self.k if kind else self.v
-            width = K if kind else V
-            columns = dict(V=width, BV=min(64, self.tile("chunk_state", width)))
-            chunk_state_kernel[(y.chunks * H * triton.cdiv(width, columns["BV"]),)](
+            chunk_state_kernel[(y.chunks * H * self.tiles("chunk_state", kind),)](
                 self.k, v, self.beta, self.inverse, self.cumulative, blocks, self.rights, y.table,
                 *self.sizes, self.R, y.cap, *self.k.stride()[:3], *v.stride()[:3], *self.strides("beta"),
                 K=K, C=C, HALVES=self.halves, TRANSITION=kind,
-                **columns, **self.dots, **self.packed, **self.options("chunk_state"),
+                **self.dots, **self.packed, **self.wide("chunk_state", kind),
             )  # fmt: skip
         for storey, runs in enumerate(y.runs):
             transition_sweep_kernel[(runs * H,)](
@@ -351,7 +364,8 @@ def gradients(
     dlevel_scales = like(level_scales).zero_() if level_scales.shape[3] > 32 else like(level_scales)
     dnodes = None if nodes is None else like(nodes, torch.float32)
     dq, dk = (like(x) if R == 1 else like(x, torch.float32).zero_() for x in (q, k))
-    for h in slabs(chunks, q.shape[2], H, numbers * DOT_TYPES[common_dtype(q, k, v)][0].itemsize):
+    limit = max(SLAB_BYTES, 3 * sum(x.numel() * x.element_size() for x in (q, k, v, do)) // 2)
+    for h in slabs(chunks, q.shape[2], H, numbers * DOT_TYPES[common_dtype(q, k, v)][0].itemsize, limit):
         g = slice(h.start // R, (h.stop - 1) // R + 1)
         call = DeltaRule(
             q[:, :, g], k[:, :, g], v[:, :, h], log_decay[:, :, h], beta[:, :, h], level_scales[:, :, h],

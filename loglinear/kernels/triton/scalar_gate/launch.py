@@ -262,11 +262,15 @@ class ScalarGate:
         return dslots, dnodes, dtotals
 
 
-def slabs(chunks: int, groups: int, heads: int, state_bytes: int) -> list[slice]:
-    """Ranges of heads whose states fit SLAB_BYTES: whole groups, or equal shares of one."""
+def slabs(chunks: int, groups: int, heads: int, state_bytes: int, limit: int | None = None) -> list[slice]:
+    """Ranges of heads whose states fit `limit` bytes (SLAB_BYTES): whole groups, as even as can be, or equal shares of
+    one."""
     R = heads // groups
-    fits = max(1, SLAB_BYTES // (chunks * state_bytes))
-    step = min(heads, fits // R * R) if fits >= R else max(d for d in range(1, fits + 1) if R % d == 0)
+    fits = max(1, (limit or SLAB_BYTES) // (chunks * state_bytes))
+    if fits >= R:
+        step = -(-groups // -(-groups // (fits // R))) * R
+    else:
+        step = max(d for d in range(1, fits + 1) if R % d == 0)
     return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
 
 
