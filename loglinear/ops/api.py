@@ -219,7 +219,8 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
     for name, (axes, shape) in expected.items():
         x = tensors.get(name)
         if x is not None and tuple(x.shape) != shape:
-            raise ValueError(f"{name} must have shape {axes} = {list(shape)}, got {list(x.shape)}")
+            expected_text = ", ".join(map(str, shape))
+            raise ValueError(f"{name} must have shape {axes} = [{expected_text}], got {list(x.shape)}")
     if L == 0:
         raise ValueError("level_scales must have at least one level, got L = 0")
     devices = {x.device for x in tensors.values() if x is not None}

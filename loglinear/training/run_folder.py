@@ -104,13 +104,20 @@ def write_run(out: Path, recipe: TrainingRecipe, data: dict[str, Any], parameter
 def check_same_run(out: Path, recipe: TrainingRecipe, data: dict[str, Any]) -> None:
     """Raise ValueError, naming what differs, unless the folder's run has this recipe and this data."""
     stored = read_run(out)
-    old, new = stored["recipe"], recipe.to_dict()
-    changed = [name for name in new if old.get(name) != new[name]]
+    old, new = _flat(stored["recipe"]), _flat(recipe.to_dict())
+    changed = [name for name in old | new if old.get(name) != new.get(name)]
     if changed:
         name = changed[0]
-        raise ValueError(f"{out} holds a run with {name} = {old.get(name)!r}, which cannot resume with {new[name]!r}")
+        had, has = old.get(name), new.get(name)
+        raise ValueError(f"{out} holds a run with {name} = {had!r}, which cannot resume with {has!r}")
     if stored["data"] != data:
         raise ValueError(f"the data of the run in {out} has changed since it started, so it cannot resume exactly")
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The model's own fields as `model.name`."""
+    model = {f"model.{name}": value for name, value in recipe["model"].items()}
+    return {name: value for name, value in recipe.items() if name != "model"} | model
 
 
 def versions() -> dict[str, str]:

@@ -314,6 +314,12 @@ def test_resume_with_another_recipe_names_the_difference(uninterrupted, data):
         train(tiny_recipe(data, learning_rate=2e-2), uninterrupted, resume=True, progress=False)
 
 
+def test_resume_with_another_model_names_the_field(uninterrupted, data):
+    recipe = tiny_recipe(data, model=tiny_recipe(data).model | {"num_levels": 3})
+    with pytest.raises(ValueError, match=r"run with model.num_levels = 6, which cannot resume with 3$"):
+        train(recipe, uninterrupted, resume=True, progress=False)
+
+
 def test_resume_with_changed_text_is_refused(tmp_path):
     text = write_text(tmp_path / "text")
     train(tiny_recipe(text, steps=2), tmp_path / "run", progress=False)
