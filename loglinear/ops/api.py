@@ -244,7 +244,7 @@ def _check_cu_seqlens(v: Tensor, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens.is_cuda:
         torch._assert_async(cu_seqlens[0] == 0, "cu_seqlens must start at 0")
         torch._assert_async(cu_seqlens[-1] == T, f"cu_seqlens must end at T = {T}")
-        torch._assert_async((cu_seqlens.diff() >= 0).all(), "cu_seqlens must not decrease")
+        torch._assert_async((cu_seqlens.long().diff() >= 0).all(), "cu_seqlens must not decrease")
         return
     ends = cu_seqlens.tolist()
     if ends[0] != 0:

@@ -58,7 +58,12 @@ def unsupported(p: Problem) -> str | None:
 
     smallest = p.chunk_size if has_state else 64 if p.beta is not None else largest // 2
     limit = (MAX_CHUNKS - 1) * smallest
-    if p.v.shape[1] >= limit:
+    if p.initial_state is not None:  # they lie in one packed row, behind their states' tokens
+        limit -= p.num_sequences * p.chunk_size
+        tokens = p.v.shape[0] * p.v.shape[1]
+        if tokens >= limit:
+            return f"B T = {tokens} tokens need impl='torch': impl='triton' continues less than {limit} at a time here"
+    elif p.v.shape[1] >= limit:
         return f"T = {p.v.shape[1]} needs impl='torch': impl='triton' takes less than {limit} tokens here"
     return None
 
@@ -73,7 +78,7 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
     if log_decay is None:
         log_decay = p.v.new_zeros(p.v.shape[:3], dtype=torch.float32)
     if p.cu_seqlens is not None:
-        p = replace(p, cu_seqlens=p.cu_seqlens.to(p.v.device, non_blocking=True))
+        p = replace(p, cu_seqlens=p.cu_seqlens.to(p.v.device, torch.int64, non_blocking=True))
     if p.initial_state is None:
         chunk_size = p.chunk_size if p.output_final_state else 0
         output, blocks = chunkwise(

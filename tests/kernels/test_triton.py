@@ -116,6 +116,22 @@ def test_packed_sequences(operator, levels):
     compare(operator.inputs(B=1, T=200, G=1, H=2, K=8, V=8, L=levels), cu_seqlens=cu_seqlens)
 
 
+def test_narrow_integers_as_cu_seqlens(operator):
+    inputs = operator.inputs(B=1, T=250, G=1, H=1, K=4, V=4, L=9, dtype=torch.float32)
+    ends = torch.tensor([0, 200, 250])
+    outputs = [operator(inputs, impl="triton", cu_seqlens=x).output for x in (ends, ends.to(torch.uint8))]
+    assert torch.equal(*outputs)
+
+
+def test_a_backward_without_halves_says_so():
+    from loglinear.kernels.triton import chunkwise
+
+    inputs = make(1, 300, 1, 1, 8, 8, 12, torch.float32, device="cpu", delta=True)
+    _, blocks = chunkwise(*inputs.values(), None, None, None, 1.0, 128, True)
+    with pytest.raises(ValueError, match="states with chunks of at most 64 tokens"):
+        blocks.sum().backward()
+
+
 @pytest.mark.parametrize("levels", [1, 6, 8, 20])
 @pytest.mark.parametrize("start", [1, 16, 37, 100])
 def test_continues_a_state(operator, levels, start):

@@ -83,11 +83,12 @@ def carry_states_kernel(
     reads = reads_of(read)
     nearest_read = nearest(reads)
     last = tl.maximum(cap, LOW)  # from this candidate on they share the last column
-    mine = (reads >> (column + LOW)) & tl.where(column + LOW < last, 1, -1)
+    at = tl.minimum(column + LOW, 31)
+    mine = (reads >> at) & tl.where(at < last, 1, -1)
     out = carried + ((number.to(tl.int64) * columns + column) * H + h) * (K * V)
     for kt in range(0, K, TK):
         state = tl.zeros([TK, BV], tl.float32)
-        remaining = mine << (column + LOW)
+        remaining = mine << at
         for _ in range(count_bits(mine)):
             l = nearest(remaining)
             remaining &= remaining - 1

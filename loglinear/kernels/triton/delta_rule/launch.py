@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from loglinear.fenwick import log2
+from loglinear.fenwick import block_cap, log2
 from loglinear.kernels.triton.config import Launch
 from loglinear.kernels.triton.delta_rule.carry import carry_states_kernel, carry_transitions_kernel
 from loglinear.kernels.triton.delta_rule.carry_backward import (
@@ -354,6 +354,8 @@ def gradients(
     (K, V), H, R, C = (q.shape[3], v.shape[3]), v.shape[2], v.shape[2] // q.shape[2], chunk_size
     chunks = len(q) * triton.cdiv(q.shape[1], C) + (0 if cu_seqlens is None else len(cu_seqlens))
     numbers = 3 * K * K + 2 * K * V + 2 * int(MET) * C * K
+    if C > ROWS or (dblocks is not None and dblocks.shape[1] != block_cap(level_scales.shape[3], C) + 1):
+        raise ValueError(f"the delta rule's backward takes states with chunks of at most {ROWS} tokens")
     do = in_rows(do)
 
     def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
