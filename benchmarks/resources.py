@@ -61,11 +61,20 @@ WORKING = {
     "dwrite",
     "dincoming",
     "doutgoing",
+    "erased",
+    "written",
+    "kept",
+    "scores",
+    "effective",
+    "seen",
+    "dwritten",
+    "deffective",
+    "derased",
 }  # in the inputs' dtype, the other arrays in float32
 POINTERS = WORKING | {
     "log_decay", "level_scales", "totals", "next_totals", "cumulative", "log_p", "dlevel_scales", "cross_scales",
     "walk_flow", "row_flow", "column_flow", "state_flow", "read_paths", "beyond", "dlog_p", "dtotals",
-    "beta", "pulled", "dbeta", "dlog_decay",
+    "beta", "dbeta", "dlog_decay",
 }  # fmt: skip
 UNALIGNED = {  # strides of H and of L numbers, and counts
     "g_b", "g_t", "g_h", "l_b", "l_t", "l_h", "dl_t", "beta_b", "beta_t", "beta_h", "db_t", "dg_t",
@@ -125,8 +134,8 @@ def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, 
     """Direction, stage, chunk, constants and launch of the delta rule's kernels."""
     x = torch.empty(1, 128, 1, K, dtype=dtype), torch.empty(1, 128, 1, V, dtype=dtype)
     jobs = []
+    C = delta_stages.choose_chunk_size(x[0], x[0], x[1], 0)
     for direction, names in delta_stages.STAGES.items():
-        C = delta_stages.choose_chunk_size(direction, x[0], x[0], x[1], 0)
         gates = torch.empty(1, 128, 1)
         call = delta_stages.DeltaRule(
             x[0], x[0], x[1], gates, gates, gates[..., None], None, None, None, 1.0, C
@@ -135,8 +144,9 @@ def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, 
             options = call.wide(stage)
             launch = Launch(options["TK"], options.pop("num_warps"), options.pop("num_stages"))
             values = dict(
-                K=K, C=call.rows, HALVES=call.halves, LOG_C=log2(C), PACKED=False, NODES=False, LINEAR=False,
-                ENDS=False, FIRST=True, TRANSITION=False, LEVELS=32, **options, **call.dots,
+                K=K, C=C, J=min(C, 64), LOG_J=log2(min(C, 64)), LOG_C=log2(C), PACKED=False, NODES=False, LINEAR=False,
+                ENDS=False, FIRST=True, TRANSITION=False, KEEP=direction == "backward",
+                PARTS=call.parts(stage) if stage in delta_stages.PARTS else 1, **options, **call.dots,
                 INVERSE_PRECISION=delta_stages.INVERSE_PRECISION[dtype],
             )  # fmt: skip
             jobs.append((direction, stage, C, values, launch))

@@ -1,4 +1,4 @@
-"""bfloat16 in Triton's interpreter as the GPU has it, and the errors that its rounding alone makes in the kernels.
+"""bfloat16 and tf32 in Triton's interpreter as the GPU has them, and the errors that this rounding makes in the kernels.
 
 TRITON_INTERPRET=1 python -m tests.kernels.emulation          (a few minutes; prints EMULATED below)
 """
@@ -64,9 +64,11 @@ def make(B, T, G, H, K, V, L, dtype, *, seed=0, device="cuda", float32_scales=Fa
     return {n: (x if n in kept else x.to(dtype)).requires_grad_() for n, x in inputs.items()}
 
 
-def teach_bfloat16(setattr_=setattr):
+def teach_rounding(setattr_=setattr):
     """The interpreter multiplies bfloat16's bits as integers and rounds towards zero: it is taught the product of the
-    numbers, and rounding to the nearest."""
+    numbers, and rounding to the nearest. Its tf32 products are float32's: it is taught to drop 13 bits of the factors.
+    """
+    from triton._C.libtriton.ir import INPUT_PRECISION
     from triton import language as tl
     from triton.runtime import interpreter
 
@@ -88,8 +90,14 @@ def teach_bfloat16(setattr_=setattr):
             return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
         return cast(self, source, dtype)
 
-    def create_dot(self, a, b, *rest):
-        return multiply(self, to_float32(a), to_float32(b), *rest)
+    def to_tf32(x):
+        bits = numpy.ascontiguousarray(x.data).view(numpy.uint32) & numpy.uint32(0xFFFFE000)
+        return interpreter.TensorHandle(bits.view(numpy.float32), tl.float32)
+
+    def create_dot(self, a, b, c, precision, *rest):
+        if a.data.dtype == numpy.float32 and precision == INPUT_PRECISION.TF32:
+            a, b = to_tf32(a), to_tf32(b)
+        return multiply(self, to_float32(a), to_float32(b), c, precision, *rest)
 
     setattr_(builder, "create_dot", create_dot)
     setattr_(builder, "cast_impl", cast_impl)
@@ -121,14 +129,15 @@ def errors(inputs: dict[str, Tensor], chunk_size: int = 0) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    teach_bfloat16()
+    teach_rounding()
     for operator in OPERATORS:
-        largest: dict[str, float] = {}
-        for heads in HEADS:
-            for seed in range(4):
-                torch.manual_seed(seed)
-                options = dict(seed=seed, device="cpu", float32_scales=seed % 2 == 1, delta=operator.delta)
-                found = errors(make(1, 1111, *heads, 12, torch.bfloat16, **options))
-                print(operator.name, heads, {name: f"{error:.2e}" for name, error in found.items()}, flush=True)
-                largest = {name: max(largest.get(name, 0.0), error) for name, error in found.items()}
-        print(operator.name, {name: float(f"{error:.2e}") for name, error in largest.items()}, flush=True)
+        for dtype in (torch.bfloat16, torch.float16):
+            largest: dict[str, float] = {}
+            for heads in HEADS:
+                for seed in range(4):
+                    torch.manual_seed(seed)
+                    options = dict(seed=seed, device="cpu", float32_scales=seed % 2 == 1, delta=operator.delta)
+                    found = errors(make(1, 1111, *heads, 12, dtype, **options))
+                    print(operator.name, heads, {name: f"{error:.2e}" for name, error in found.items()}, flush=True)
+                    largest = {name: max(largest.get(name, 0.0), error) for name, error in found.items()}
+            print(operator.name, dtype, {name: float(f"{error:.2e}") for name, error in largest.items()}, flush=True)

@@ -7,7 +7,8 @@ of the kernels is checked on a GPU (test_triton_gpu.py).
 import pytest
 import torch
 
-from tests.kernels.emulation import EMULATED, errors, make, operator_of, run_chunks, teach_bfloat16
+from tests.kernels.bounds import teach_bounds
+from tests.kernels.emulation import EMULATED, errors, make, operator_of, run_chunks, teach_rounding
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
 
 triton = pytest.importorskip("triton")
@@ -56,6 +57,11 @@ def compare(inputs, *, chunk_size=16, initial_state=None, final=True, budget=BUD
     for name, (a, e) in errors.items():
         error, scale = float((a.double() - e).norm()), float(e.norm())
         assert error <= budget * max(scale, flow if "log_decay" in name else 0.0), (name, error, scale)
+
+
+@pytest.fixture(autouse=True)
+def _bounds(monkeypatch):
+    teach_bounds(monkeypatch.setattr)
 
 
 @pytest.fixture(params=OPERATORS, ids=lambda operator: operator.name)
@@ -204,7 +210,7 @@ def test_slabs_of_heads_change_nothing(operator, monkeypatch):
 @pytest.mark.parametrize("float32_scales", [True, False])
 def test_bfloat16_products(monkeypatch, operator, float32_scales):
     """The branches for bfloat16, at no more than the errors that its rounding makes."""
-    teach_bfloat16(monkeypatch.setattr)
+    teach_rounding(monkeypatch.setattr)
     options = dict(device="cpu", float32_scales=float32_scales, delta=operator.delta)
     found = errors(make(1, 300, 1, 2, 64, 64, 9, torch.bfloat16, **options))
     assert all(found[name] <= limit for name, limit in EMULATED[operator.name].items()), found

@@ -41,7 +41,7 @@ def column_of(x, l):
 # level(i, j) = bit_length(i XOR j) over a tile would take a comparison and a choice for each level and place. But in a
 # row levels up to 3, inside aligned blocks of 8, depend on j mod 8 alone, and farther ones on j's block of 8. So a row
 # needs 16 classes of columns, 8 near and 8 far ones. Products with their indicators spread a [row, class] tile to all
-# columns, and fold sums over columns into one.
+# columns, and fold sums over columns into one. In tiles of more than 64 columns that serves each 64 on the diagonal.
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def class_levels(i):
     """[i, c]: the level of class c for row i; -1 for the block of 8 that i itself lies in."""
     c = tl.arange(0, 16)[None, :]
     near = tl.maximum(exponent((i % 8)[:, None] ^ c) + 1, 0)
-    far = tl.maximum(exponent((i // 8)[:, None] ^ (c - 8)) + 4, -1)
+    far = tl.maximum(exponent((i // 8 % 8)[:, None] ^ (c - 8)) + 4, -1)
     return tl.where(c < 8, near, far)
 
 
@@ -57,7 +57,7 @@ def class_levels(i):
 def reads_class(i):
     """[i, c]: does row i read a column of class c? Others lie behind it, and their lambda is not its own."""
     c = tl.arange(0, 16)[None, :]
-    return tl.where(c < 8, c <= (i % 8)[:, None], c - 8 < (i // 8)[:, None])
+    return tl.where(c < 8, c <= (i % 8)[:, None], c - 8 < (i // 8 % 8)[:, None])
 
 
 @triton.jit
@@ -68,8 +68,8 @@ def near_classes(COLUMNS: tl.constexpr):
 
 @triton.jit
 def far_classes(COLUMNS: tl.constexpr):
-    """[j, c]: is j in block c - 8?"""
-    return (tl.arange(0, COLUMNS) // 8)[:, None] == (tl.arange(0, 16) - 8)[None, :]
+    """[j, c]: is j in block c - 8 of its 64?"""
+    return (tl.arange(0, COLUMNS) // 8 % 8)[:, None] == (tl.arange(0, 16) - 8)[None, :]
 
 
 @triton.jit

@@ -35,7 +35,7 @@ def chunkwise(
         plan = _plan("forward", q, k, v, chunk_size)
         call = scalar_gate.ScalarGate(q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, plan)
     else:
-        C = delta_rule.choose_chunk_size("forward", q, k, v, chunk_size)
+        C = delta_rule.choose_chunk_size(q, k, v, chunk_size)
         call = delta_rule.DeltaRule(q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, C)
     call.build_states()
     return call.output(), call.final_blocks() if final else call.empty(0)
@@ -64,7 +64,7 @@ def chunkwise_backward(
             do, dblocks, q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, plan
         )
     else:
-        C = delta_rule.choose_chunk_size("backward", q, k, v, chunk_size)
+        C = delta_rule.choose_chunk_size(q, k, v, chunk_size)
         grads = delta_rule.gradients(
             do, dblocks, q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, C
         )

@@ -24,6 +24,7 @@ from loglinear.kernels.triton.delta_rule.carry_backward import (
 from loglinear.kernels.triton.delta_rule.chunk_inverse import chunk_inverse_kernel
 from loglinear.kernels.triton.delta_rule.chunk_state import chunk_state_kernel
 from loglinear.kernels.triton.delta_rule.down_sweep import state_down_sweep_kernel, transition_down_sweep_kernel
+from loglinear.kernels.triton.delta_rule.in_chunk import in_chunk_kernel
 from loglinear.kernels.triton.delta_rule.in_chunk_backward import (
     keys_backward_kernel,
     scores_backward_kernel,
@@ -47,34 +48,38 @@ BUILD = (
 STAGES = {
     "forward": (*BUILD, "output"),
     "backward": (
-        *BUILD, "walk_backward", "state_backward", "carried_backward", "carry_paths_backward", "carry_backward",
+        *BUILD, "in_chunk", "walk_backward", "state_backward", "carried_backward", "carry_paths_backward", "carry_backward",
         "state_down_sweep", "transition_down_sweep", "values_backward", "scores_backward", "keys_backward",
     ),
 }  # fmt: skip
 # The inverse is rounded once it is there; on the way to it single tf32 products of float32 are good enough for 16 bits.
 INVERSE_PRECISION = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "tf32"}
 SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for long inputs 1.5 times their size
-ROWS = 64  # tokens of a chunk that one program takes at most, where it holds all pairs of them
-# Columns of a tile at most, warps for tiles wider than 64, stages of the pipeline. Sweeps read what they wrote: nothing
-# may be loaded ahead there.
+# Columns of a tile at most, warps for tiles of more than 64 rows, stages of the pipeline. Sweeps read what they wrote:
+# nothing may be loaded ahead there.
 LAUNCHES = {
-    "chunk_inverse": Launch(128, 4, 1), "chunk_state": Launch(128, 4, 1),
+    "chunk_inverse": Launch(128, 4, 1), "chunk_state": Launch(128, 8, 1),
     "transition_sweep": Launch(128, 8, 1), "state_sweep": Launch(128, 8, 1),
-    "carry_transitions": Launch(128, 8, 1), "carry_states": Launch(128, 8, 1), "output": Launch(128, 4, 1),
-    "walk_backward": Launch(128, 4, 1), "state_backward": Launch(128, 8, 1), "carried_backward": Launch(128, 8, 1),
+    "carry_transitions": Launch(128, 8, 1), "carry_states": Launch(128, 8, 1), "output": Launch(128, 8, 1),
+    "in_chunk": Launch(128, 8, 1), "walk_backward": Launch(128, 8, 1), "state_backward": Launch(128, 8, 1), "carried_backward": Launch(128, 8, 1),
     "carry_paths_backward": Launch(128, 8, 1), "carry_backward": Launch(128, 8, 1),
     "state_down_sweep": Launch(128, 8, 1), "transition_down_sweep": Launch(128, 8, 1),
-    "values_backward": Launch(64, 4, 1), "scores_backward": Launch(64, 4, 1), "keys_backward": Launch(64, 4, 1),
+    "values_backward": Launch(128, 8, 1), "scores_backward": Launch(128, 8, 1), "keys_backward": Launch(64, 8, 1),
 }  # fmt: skip
-VALUE_TILES = {"chunk_state": 64}  # columns of the right side at most, where that is less than the keys'
+# Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
+PARTS = {
+    "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "values_backward": 1, "scores_backward": 1,
+    "keys_backward": 1,
+}  # fmt: skip
 
 
-def choose_chunk_size(direction: str, q: Tensor, k: Tensor, v: Tensor, prescribed: int) -> int:
-    """States prescribe theirs (0: none does). The backward has no halves."""
+VALUE_TILES = {"walk_backward": 64, "values_backward": 64}  # columns of V at most, where that is less
+
+
+def choose_chunk_size(q: Tensor, k: Tensor, v: Tensor, prescribed: int) -> int:
+    """States prescribe theirs (0: none does)."""
     narrow = max(q.shape[3], v.shape[3]) <= 128 and common_dtype(q, k, v) == torch.bfloat16
-    if direction == "backward":
-        return min(prescribed or ROWS, ROWS)
-    return prescribed or (2 * ROWS if narrow else ROWS)
+    return prescribed or (128 if narrow else 64)
 
 
 class DeltaRule:
@@ -90,8 +95,6 @@ class DeltaRule:
         self.B, self.T, self.G, self.K = q.shape
         self.H, self.V = v.shape[2:]
         self.L, self.R, self.scale, self.C = level_scales.shape[3], self.H // self.G, scale, chunk_size
-        self.halves = 2 if self.C > ROWS else 1
-        self.rows = self.C // self.halves
         self.layout = layout(self.B, self.T, self.C, self.L, cu_seqlens, starts, STOREY)
         inputs = common_dtype(q, k, v)
         self.inverse_precision = INVERSE_PRECISION[inputs]
@@ -108,10 +111,14 @@ class DeltaRule:
         narrow = self.dtype == torch.bfloat16 and self.K <= 128
         return min(LAUNCHES[stage].tile if narrow else 64, max(16, triton.next_power_of_2(size)))
 
+    def parts(self, stage: str) -> int:
+        return PARTS[stage] if self.C > 64 else 1
+
     def options(self, stage: str) -> dict[str, int]:
         """The tile of the keys' columns, and the compiler's."""
         launch, TK = LAUNCHES[stage], self.tile(stage, self.K)
-        return dict(TK=TK, num_warps=launch.num_warps if TK > 64 else 4, num_stages=launch.num_stages)
+        rows = self.C // self.parts(stage) if stage in PARTS else TK
+        return dict(TK=TK, num_warps=launch.num_warps if rows > 64 else 4, num_stages=launch.num_stages)
 
     def columns(self, stage: str, transition: bool = False) -> dict[str, int]:
         """What is right of the K rows of a state, or of a transition, and its tile."""
@@ -141,25 +148,29 @@ class DeltaRule:
     def strides(self, *names: str) -> tuple[int, ...]:
         return tuple(stride for name in names for stride in getattr(self, name).stride()[:3])
 
-    def build_states(self) -> None:
-        """Each chunk's inverse, the Fenwick array, and what is carried to the runs."""
-        y, H, K, V, C = self.layout, self.H, self.K, self.V, self.rows
-        self.inverse = self.empty(y.chunks, self.halves, H, C, C, dtype=self.dtype)
-        self.cumulative = self.empty(y.chunks, self.halves, H, C)
-        chunk_inverse_kernel[(y.chunks * self.halves * H,)](
+    def build_states(self, keep: bool = False) -> None:
+        """Each chunk's inverse, the Fenwick array, and what is carried to the runs. keep: and each chunk's Er and U."""
+        y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
+        self.inverse = self.empty(y.chunks, H, C, C, dtype=self.dtype)
+        self.cumulative = self.empty(y.chunks, H, C)
+        J = min(C, 64)
+        chunk_inverse_kernel[(y.chunks * H,)](
             self.k, self.beta, self.log_decay, self.inverse, self.cumulative, y.table, *self.sizes, self.R,
             *self.strides("k", "beta", "log_decay"),
-            K=K, C=C, LOG_C=log2(C), HALVES=self.halves, INVERSE_PRECISION=self.inverse_precision,
+            K=K, C=C, J=J, LOG_J=log2(J), INVERSE_PRECISION=self.inverse_precision,
             **self.dots, **self.packed, **self.options("chunk_inverse"),
         )  # fmt: skip
         self.transitions, self.rights = (self.empty(y.chunks, H, K, K, dtype=self.dtype) for _ in range(2))
         self.slots = self.empty(y.chunks, H, K, V, dtype=self.dtype)
-        for kind, blocks in ((True, self.transitions), (False, self.slots)):
+        self.erased = self.empty(y.chunks, H, C, K, dtype=self.dtype) if keep else None
+        self.written = self.empty(y.chunks, H, C, V, dtype=self.dtype) if keep else None
+        for kind, blocks, kept in ((True, self.transitions, self.erased), (False, self.slots, self.written)):
             v = self.k if kind else self.v
             chunk_state_kernel[(y.chunks * H * self.tiles("chunk_state", kind),)](
-                self.k, v, self.beta, self.inverse, self.cumulative, blocks, self.rights, y.table,
+                self.k, v, self.beta, self.inverse, self.cumulative, blocks, self.rights, kept,
+                y.table,
                 *self.sizes, self.R, y.cap, *self.k.stride()[:3], *v.stride()[:3], *self.strides("beta"),
-                K=K, C=C, HALVES=self.halves, TRANSITION=kind,
+                K=K, C=C, TRANSITION=kind, KEEP=keep,
                 **self.dots, **self.packed, **self.wide("chunk_state", kind),
             )  # fmt: skip
         for storey, runs in enumerate(y.runs):
@@ -202,12 +213,12 @@ class DeltaRule:
     def output(self) -> Tensor:
         y = self.layout
         out = self.empty(self.B, self.T, self.H, self.V, dtype=self.v.dtype)
-        output_kernel[(y.chunks * self.halves * self.H * self.tiles("output"),)](
+        output_kernel[(y.chunks * self.parts("output") * self.H * self.tiles("output"),)](
             self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, self.transitions,
             self.slots, self.nodes, self.carried, out, y.table, y.first_runs,
             *self.sizes, self.R, self.L, y.cap, self.scale, self.carried_columns,
             *self.strides("q", "k", "v", "beta", "level_scales"),
-            K=self.K, C=self.rows, LOG_C=log2(self.C), HALVES=self.halves, LINEAR=self.L == 1,
+            K=self.K, C=self.C, LOG_C=log2(self.C), J=self.C // self.parts("output"), LINEAR=self.L == 1,
             NODES=self.nodes is not None,
             **self.dots, **self.packed, **self.wide("output"),
         )  # fmt: skip
@@ -218,52 +229,56 @@ class DeltaRule:
         return self.carry(self.layout.sequences, READS, self.layout.cap + 1, torch.float32, ends=True)[0]
 
     def backward(
-        self, do: Tensor, dblocks: Tensor | None, dv: Tensor, dlog_decay: Tensor, dbeta: Tensor, dlevel_scales: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Writes the gradients of these heads into views of the whole ones; returns dq, dk [B, T, H, K] and dnodes."""
-        y, H, K, C = self.layout, self.H, self.K, self.C
-        self.build_states()
+        self, do: Tensor, dblocks: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, dlog_decay: Tensor, dbeta: Tensor,
+        dlevel_scales: Tensor,
+    ) -> Tensor | None:  # fmt: skip
+        """Writes the gradients of these heads, dq and dk [B, T, H, K] of each by itself; returns dnodes."""
+        y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
+        self.build_states(keep=True)
+        scores, effective = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
+        seen = self.empty(y.chunks, H, C, K, dtype=self.dtype)
+        in_chunk_kernel[(y.chunks * self.parts("in_chunk") * H,)](
+            self.q, self.k, self.beta, self.inverse, self.cumulative, self.erased, scores, effective, seen, y.table,
+            *self.sizes, self.R, self.scale, *self.strides("q", "k", "beta"),
+            K=K, C=C, PARTS=self.parts("in_chunk"), **self.dots, **self.packed, **self.options("in_chunk"),
+        )  # fmt: skip
         met, dmet = (self.empty(y.chunks, H, int(MET), C, K, dtype=self.dtype) for _ in range(2))
-        dseen = self.empty(y.chunks, H, C, K, dtype=self.dtype)
-        o_, tokens = do.stride()[:3], (dv.stride(1), dlevel_scales.stride(1))
-        walk_backward_kernel[(y.chunks * H,)](
-            self.q, self.k, self.beta, self.level_scales, self.inverse, self.cumulative, self.transitions, self.slots,
-            self.nodes, self.carried, do, met, dmet, dseen, dlevel_scales, y.table, y.first_runs,
-            *self.sizes, self.R, self.L, y.cap, self.scale, self.carried_columns,
-            *self.strides("q", "k", "beta", "level_scales"), *o_, tokens[1],
-            LOG_C=log2(C), LEVELS=32, NODES=self.nodes is not None,
-            K=K, C=C,
+        o_ = do.stride()[:3]
+        walk_backward_kernel[(y.chunks * self.parts("walk_backward") * H,)](
+            self.level_scales, seen, self.transitions, self.slots, self.nodes, self.carried, do, met, dmet,
+            dlevel_scales, y.table, y.first_runs,
+            *self.sizes, self.L, y.cap, self.carried_columns,
+            *self.strides("level_scales"), *o_, dlevel_scales.stride(1),
+            C=C, K=K, LOG_C=log2(C), PARTS=self.parts("walk_backward"), NODES=self.nodes is not None,
             **self.dots, **self.packed, **self.wide("walk_backward"),
         )  # fmt: skip
+        dseen = seen
         dslots, dtransitions, dnodes = self.state_gradients(met, dmet, do, dblocks)
         del met, dmet, self.carried, self.paths, self.slots, self.transitions, self.rights
-        pulled = self.empty(y.chunks, H, C, C)
-        dscores, dwrite = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
-        dincoming, doutgoing = (self.empty(y.chunks, H, C, K, dtype=self.dtype) for _ in range(2))
+        deffective, dscores, dwrite = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(3))
+        derased, dincoming, doutgoing = (self.empty(y.chunks, H, C, K, dtype=self.dtype) for _ in range(3))
+        dwritten = self.empty(y.chunks, H, C, V, dtype=self.dtype)
+        constants = dict(K=K, C=C, **self.dots, **self.packed)
         values_backward_kernel[(y.chunks * H,)](
-            self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, dslots, do,
-            dv, pulled, dwrite, doutgoing, y.table, *self.sizes, self.R, self.L, self.scale,
-            *self.strides("q", "k", "v", "beta", "level_scales"), *o_, tokens[0],
-            K=K, C=C, LINEAR=self.L == 1,
-            **self.dots, **self.packed, **self.wide("values_backward"),
+            self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, effective, self.written,
+            dslots, do, dv, dwritten, deffective, dwrite, doutgoing, dlevel_scales, y.table,
+            *self.sizes, self.R, self.L,
+            *self.strides("k", "v", "beta", "level_scales"), *o_, dv.stride(1), dlevel_scales.stride(1),
+            LOG_C=log2(C), LINEAR=self.L == 1, **constants, **self.columns("values_backward"),
+            **self.options("values_backward"),
         )  # fmt: skip
-        keys = dict(K=K, C=C, **self.dots, **self.packed)
         scores_backward_kernel[(y.chunks * H,)](
-            self.q, self.k, self.beta, self.level_scales, self.inverse, self.cumulative, dtransitions, dseen, pulled,
-            dscores, dwrite, dincoming, doutgoing, dlevel_scales, y.table, *self.sizes, self.R, self.L, self.scale,
-            *self.strides("q", "k", "beta", "level_scales"), tokens[1],
-            LOG_C=log2(C), LINEAR=self.L == 1, **keys, **self.options("scores_backward"),
+            self.k, self.beta, self.inverse, self.cumulative, scores, self.erased, dtransitions, dseen, deffective,
+            dscores, dwrite, derased, dincoming, doutgoing, y.table, *self.sizes, self.R, *self.strides("k", "beta"),
+            **constants, **self.options("scores_backward"),
         )  # fmt: skip
-        dq, dk = (
-            self.empty(self.B, self.T, H, K, dtype=x.dtype if self.R == 1 else torch.float32) for x in (self.q, self.k)
-        )
         keys_backward_kernel[(y.chunks * H,)](
-            self.q, self.k, self.beta, self.log_decay, self.inverse, self.cumulative, dtransitions, dseen,
+            self.q, self.k, self.beta, self.log_decay, self.inverse, self.cumulative, scores, dtransitions, dseen,
             dscores, dwrite, dincoming, doutgoing, dq, dk, dbeta, dlog_decay, y.table,
             *self.sizes, self.R, self.scale, *self.strides("q", "k", "beta", "log_decay"),
-            dbeta.stride(1), dlog_decay.stride(1), **keys, **self.options("keys_backward"),
+            *(x.stride(1) for x in (dq, dk, dbeta, dlog_decay)), **constants, **self.options("keys_backward"),
         )  # fmt: skip
-        return dq, dk, dnodes
+        return dnodes
 
     def state_gradients(
         self, met: Tensor, dmet: Tensor, do: Tensor, dblocks: Tensor | None
@@ -354,16 +369,15 @@ def gradients(
     (K, V), H, R, C = (q.shape[3], v.shape[3]), v.shape[2], v.shape[2] // q.shape[2], chunk_size
     chunks = len(q) * triton.cdiv(q.shape[1], C) + (0 if cu_seqlens is None else len(cu_seqlens))
     numbers = 3 * K * K + 2 * K * V + 2 * int(MET) * C * K
-    if C > ROWS or (dblocks is not None and dblocks.shape[1] != block_cap(level_scales.shape[3], C) + 1):
-        raise ValueError(f"the delta rule's backward takes states with chunks of at most {ROWS} tokens")
+    if dblocks is not None and dblocks.shape[1] != block_cap(level_scales.shape[3], C) + 1:
+        raise ValueError(f"the gradient of states with chunks of {C} tokens was expected")
     do = in_rows(do)
 
     def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
     dv, dlog_decay, dbeta = like(v), like(log_decay), like(beta)
-    # Columns that no walk could read stay 0.
-    dlevel_scales = like(level_scales).zero_() if level_scales.shape[3] > 32 else like(level_scales)
+    dlevel_scales = like(level_scales).zero_()  # of what is not read
     dnodes = None if nodes is None else like(nodes, torch.float32)
     dq, dk = (like(x) if R == 1 else like(x, torch.float32).zero_() for x in (q, k))
     limit = max(SLAB_BYTES, 3 * sum(x.numel() * x.element_size() for x in (q, k, v, do)) // 2)
@@ -375,10 +389,9 @@ def gradients(
         )  # fmt: skip
         dblocks_h = None if dblocks is None else dblocks[:, :, h]
         views = (dv[:, :, h], dlog_decay[:, :, h], dbeta[:, :, h], dlevel_scales[:, :, h])
-        dq_h, dk_h, dnodes_h = call.backward(do[:, :, h], dblocks_h, *views)
-        if R == 1:
-            dq[:, :, g], dk[:, :, g] = dq_h, dk_h
-        else:
+        dq_h, dk_h = (x[:, :, g] if R == 1 else call.empty(*x.shape[:2], call.H, K) for x in (dq, dk))
+        dnodes_h = call.backward(do[:, :, h], dblocks_h, dq_h, dk_h, *views)
+        if R > 1:
             dq[:, :, g] += dq_h.unflatten(2, (g.stop - g.start, -1)).sum(3)
             dk[:, :, g] += dk_h.unflatten(2, (g.stop - g.start, -1)).sum(3)
         if dnodes is not None and dnodes_h is not None:

@@ -4,12 +4,13 @@ Matrices wider than TK are taken in tiles of TK columns. A transition is K x K: 
 memory, tile by tile, so that any K and dtype fits.
 """
 
-# C rows of one part of a chunk, K key, V value, i number of an entry in its run, from 1
+# C chunk, K key, V value, i number of an entry in its run, from 1
 import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.delta_rule.layout import STOREY
-from loglinear.kernels.triton.tiles import exponent, load_block, load_rows, store_block
+from loglinear.kernels.triton.levels import far_classes, load_class_scales, load_scale, near_classes, spread_scales
+from loglinear.kernels.triton.tiles import arrived, exponent, load_block, load_rows, store_block
 from loglinear.kernels.triton.walks import READS
 
 # A run is 8 chunks: one program composes them one after the other, and all of them read what lies before the run
@@ -19,30 +20,60 @@ RUN = tl.constexpr(1 << STOREY)
 
 
 @triton.jit
-def key_products(k_rows, k_t, n, G, K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
-    """K K^T * dec, its lower triangle."""
+def key_products(
+    k_rows, k_t, n, others, others_n,
+    K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """K K'^T of C tokens each."""
     keys_CC = tl.zeros([C, C], tl.float32)
     for kt in tl.static_range(0, K, TK):
         k_CT = load_rows(k_rows, k_t, n, kt, C, K, TK).to(DOT)
-        keys_CC = tl.dot(k_CT, tl.trans(k_CT), keys_CC, input_precision=PRECISION)
-    return keys_CC * decay(G, C)
+        others_CT = load_rows(others, k_t, others_n, kt, C, K, TK).to(DOT)
+        keys_CC = tl.dot(k_CT, tl.trans(others_CT), keys_CC, input_precision=PRECISION)
+    return keys_CC
 
 
 @triton.jit
-def decay(G, C: tl.constexpr):
+def query_products(
+    q_rows, k_rows, q_t, k_t, n, n_keys,
+    K: tl.constexpr, I: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Q K^T of I rows of queries and a chunk's keys."""
+    scores_IC = tl.zeros([I, C], tl.float32)
+    for kt in tl.static_range(0, K, TK):
+        q_IT = load_rows(q_rows, q_t, n, kt, I, K, TK).to(DOT)
+        k_CT = load_rows(k_rows, k_t, n_keys, kt, C, K, TK).to(DOT)
+        scores_IC = tl.dot(q_IT, tl.trans(k_CT), scores_IC, input_precision=PRECISION)
+    return scores_IC
+
+
+@triton.jit
+def chunk_scales(
+    scales, l_t, n, L, i,
+    DTYPE: tl.constexpr, C: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """LAM of the rows i of one chunk and head, its lower triangle; scales: of the chunk's first token, which has n."""
+    j = tl.arange(0, C)
+    lambdas = load_class_scales(scales, l_t, n, L, 0, i, LINEAR)
+    near_JC, far_JC = near_classes(C).to(tl.float32).to(DOT), far_classes(C).to(tl.float32).to(DOT)
+    scales_IC = spread_scales(lambdas, near_JC, far_JC, i, DTYPE, C, LINEAR, DOT, PRECISION)
+    if C > 64:  # the second half of the chunk reads the first at one level
+        across = arrived(load_scale(scales, l_t, n, 7, L, i), DTYPE)
+        scales_IC = tl.where((i >= 64)[:, None] & (j < 64)[None, :], across[:, None], scales_IC)
+    return tl.where(i[:, None] >= j[None, :], scales_IC, 0.0)
+
+
+@triton.jit
+def decay(G_rows, G, i, C: tl.constexpr):
     """dec[i, j] = exp(G_i - G_j) for i >= j, else 0; G in base 2."""
-    i = tl.arange(0, C)
-    return tl.where(i[:, None] >= i[None, :], tl.exp2(G[:, None] - G[None, :]), 0.0)
+    return tl.where(i[:, None] >= tl.arange(0, C)[None, :], tl.exp2(G_rows[:, None] - G[None, :]), 0.0)
 
 
 @triton.jit
-def load_write(inverse, beta, beta_t, n, C: tl.constexpr, DOT: tl.constexpr):
-    """Ab = A diag(beta)."""
+def load_strength(beta, beta_t, n, C: tl.constexpr):
+    """beta of a chunk's tokens, 0 behind them."""
     i = tl.arange(0, C)
-    b = tl.load(beta + i * beta_t, mask=i < n, other=0.0).to(tl.float32)
-    inverse_CC = load_block(inverse, 0, 0, C, C, C, C)
-    return (inverse_CC.to(tl.float32) * b[None, :]).to(DOT)
+    return tl.load(beta + i * beta_t, mask=i < n, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -7,18 +7,12 @@ A first pass keeps the X that each block met, the second goes back from the fart
 what X became, are what the blocks' own gradients are made of (`state_backward`).
 """
 
-# C chunk, H heads, K key, V value, L levels
+# C chunk, I of its rows, H heads, K key, V value, L levels
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule.output import (
-    carried_columns,
-    effective_attention,
-    run_row,
-    seen_by_queries,
-    through_transition,
-)
-from loglinear.kernels.triton.delta_rule.tiles import BITS, RUN, count_bits, load_decays, load_write, reads_of
+from loglinear.kernels.triton.delta_rule.output import carried_columns, run_row, through_transition
+from loglinear.kernels.triton.delta_rule.tiles import BITS, RUN, count_bits, reads_of
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.tiles import (
     SIZES,
@@ -38,20 +32,20 @@ MET = tl.constexpr(4)  # tiles of X that a chunk keeps: one for each level of a 
 @triton.jit
 def pull_state(
     x, dx, weight, do_rows, o_t, n, state,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, I: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dX + diag(lambda) dO S^T, and dlambda."""
-    dscale = tl.zeros([C], tl.float32)
+    dscale = tl.zeros([I], tl.float32)
     new = ()
     for t in tl.static_range((K + TK - 1) // TK):
-        pulled_CT = tl.zeros([C, TK], tl.float32)
+        pulled_IT = tl.zeros([I, TK], tl.float32)
         for column in range(0, V, BV):
-            do_CV = load_rows(do_rows, o_t, n, column, C, V, BV).to(DOT)
+            do_IV = load_rows(do_rows, o_t, n, column, I, V, BV).to(DOT)
             state_TV = load_block(state, t * TK, column, K, V, TK, BV)
-            pulled_CT = tl.dot(do_CV, tl.trans(state_TV), pulled_CT, input_precision=PRECISION)
-        dscale += tl.sum(pulled_CT * x[t].to(tl.float32), 1)
-        new = new + (dx[t] + pulled_CT * weight[:, None],)
+            pulled_IT = tl.dot(do_IV, tl.trans(state_TV), pulled_IT, input_precision=PRECISION)
+        dscale += tl.sum(pulled_IT * x[t].to(tl.float32), 1)
+        new = new + (dx[t] + pulled_IT * weight[:, None],)
     return new, dscale
 
 
@@ -63,59 +57,58 @@ def back_through_transition(
     new = ()
     for t in tl.static_range((K + TK - 1) // TK):
         block = load_block(transition, t * TK, 0, K, K, TK, TK)
-        y_CT = tl.dot(dx[0].to(DOT), tl.trans(block), input_precision=PRECISION)
+        y_IT = tl.dot(dx[0].to(DOT), tl.trans(block), input_precision=PRECISION)
         for j in tl.static_range(1, (K + TK - 1) // TK):
             block = load_block(transition, t * TK, j * TK, K, K, TK, TK)
-            y_CT = tl.dot(dx[j].to(DOT), tl.trans(block), y_CT, input_precision=PRECISION)
-        new = new + (y_CT,)
+            y_IT = tl.dot(dx[j].to(DOT), tl.trans(block), y_IT, input_precision=PRECISION)
+        new = new + (y_IT,)
     return new
 
 
 @triton.jit
-def store_tiles(out, x, K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr):
+def store_tiles(out, x, K: tl.constexpr, I: tl.constexpr, TK: tl.constexpr):
     for t in tl.static_range((K + TK - 1) // TK):
-        store_block(out, 0, t * TK, x[t], C, K, C, TK)
+        store_block(out, 0, t * TK, x[t], I, K, I, TK)
 
 
 @triton.jit
-def load_tiles(base, K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr):
+def load_tiles(base, K: tl.constexpr, I: tl.constexpr, TK: tl.constexpr):
     x = ()
     for t in tl.static_range((K + TK - 1) // TK):
-        x = x + (load_block(base, 0, t * TK, C, K, C, TK),)
+        x = x + (load_block(base, 0, t * TK, I, K, I, TK),)
     return x
 
 
 @triton.jit(do_not_specialize=SIZES)
 def walk_backward_kernel(
-    q, k, beta, level_scales, inverse, cumulative, transitions, slots, nodes, carried, do,
-    met, dmet, dseen, dlevel_scales, table, first_runs,
-    T, N, H, R, L, cap, scale, columns,
-    q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h, l_b, l_t, l_h, o_b, o_t, o_h, dl_t,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
-    TK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
+    level_scales, seen, transitions, slots, nodes, carried, do, met, dmet, dlevel_scales, table, first_runs,
+    T, N, H, L, cap, columns,
+    l_b, l_t, l_h, o_b, o_t, o_h, dl_t,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, PARTS: tl.constexpr,
+    TK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, one head. Writes met and dmet [chunk, H, MET, C, K] (X at each read, and dX' behind it), dseen
-    [chunk, H, C, K] (the gradient of X where the walk begins), and the columns of dlevel_scales from LOG_C + 1 on; what
-    the walk gives to a last column that the chunk shares is there for `in_chunk_backward` to add to."""
+    """C / PARTS rows of one chunk, one head. Writes met and dmet [chunk, H, MET, C, K] (X at each read, and dX' behind
+    it), the gradient of X where the walk begins in the place of X, seen [chunk, H, C, K], and the columns of
+    dlevel_scales that it reads, others it leaves; what the walk gives to a last column that the chunk shares is there for
+    `values_backward` to add to."""
     DTYPE: tl.constexpr = level_scales.dtype.element_ty
+    I: tl.constexpr = C // PARTS
     TILE: tl.constexpr = C * K
-    _, h, chunk = head_program(1, H)
-    c = chunk.to(tl.int64)
+    _, h, number = head_program(1, H)
+    part, c = number % PARTS, (number // PARTS).to(tl.int64)
     b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
-    n = tl.minimum(end - first, C).to(tl.int32)
-    if n <= 0:
+    if end <= first:
         return
-    i, row, last = tl.arange(0, C), c * H + h, L - 1
+    first += part * I
+    n = tl.maximum(tl.minimum(end - first, I), 0).to(tl.int32)
+    i, row, last = tl.arange(0, I), c * H + h, L - 1
     scales = level_scales + b * l_b + first * l_t + h * l_h
-    q_rows, k_rows = q + b * q_b + first * q_t + (h // R) * q_h, k + b * k_b + first * k_t + (h // R) * k_h
     do_rows = do + b * o_b + first * o_t + h * o_h
-    met += row * MET * TILE
-    dmet += row * MET * TILE
-    G, _ = load_decays(cumulative + row * C, C)
-    write_CC = load_write(inverse + row * (C * C), beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C, DOT)
-    effective_CC = effective_attention(q_rows, k_rows, q_t, k_t, n, G, write_CC, scale, K, C, TK, DOT, PRECISION)
-    x = seen_by_queries(q_rows, k_rows, q_t, k_t, n, G, effective_CC, scale, K, C, TK, DOT, PRECISION)
+    met += row * MET * TILE + part * I * K
+    dmet += row * MET * TILE + part * I * K
+    seen += row * TILE + part * I * K
+    x = load_tiles(seen, K, I, TK)
     read, end_of_blocks, are_nodes = walk(z, z0, cap, BITS)
     reads = reads_of(read)
     low, column_set = reads & (RUN - 1), carried_columns(reads, cap)
@@ -123,18 +116,19 @@ def walk_backward_kernel(
     for _ in range(count_bits(low)):
         l = nearest(remaining)
         remaining &= remaining - 1
-        store_tiles(met + l * TILE, x, K, C, TK)
+        store_tiles(met + l * TILE, x, K, I, TK)
         block_end = (z >> l) << l
         if (block_end > z0) & ((remaining > 0) | (column_set > 0)):
             x = through_transition(x, transitions + ((c - z + block_end - 1) * H + h) * (K * K), K, TK, DOT, PRECISION)
-    store_tiles(met + BITS * TILE, x, K, C, TK)
+    store_tiles(met + BITS * TILE, x, K, I, TK)
     tl.debug_barrier()
 
     dx = ()
     for _ in tl.static_range((K + TK - 1) // TK):
-        dx = dx + (tl.zeros([C, TK], tl.float32),)
-    level = tl.arange(0, LEVELS)[None, :]
-    dscales = tl.zeros([C, LEVELS], tl.float32)
+        dx = dx + (tl.zeros([I, TK], tl.float32),)
+    inside = i < n
+    to = dlevel_scales + (b * T + first) * dl_t + h * L + i * dl_t
+    shared = tl.zeros([I], tl.float32)  # of the last column
     carried += run_row(c, z, z0, sequence, first_runs, N, PACKED) * columns * H * (K * V)
     is_read = column_set > 0  # is there anything beyond?
     for _ in range(count_bits(column_set)):
@@ -143,25 +137,25 @@ def walk_backward_kernel(
         at = tl.minimum(column + (LOG_C + 1 + BITS), last)
         weight = arrived(load_scale(scales, l_t, n, at, L, i), DTYPE)
         dx, dscale = pull_state(
-            x, dx, weight, do_rows, o_t, n, carried + (column * H + h) * (K * V), K, V, C, TK, BV, DOT, PRECISION
+            x, dx, weight, do_rows, o_t, n, carried + (column * H + h) * (K * V), K, V, I, TK, BV, DOT, PRECISION
         )
-        dscales += tl.where(level == at, dscale[:, None], 0.0)
+        tl.store(to + at, dscale.to(dlevel_scales.dtype.element_ty), mask=inside & (at < last))
+        shared += tl.where(at < last, 0.0, dscale)
     for _ in range(count_bits(low)):
         l = exponent(low)  # the farthest
         low -= 1 << l
         at = tl.minimum(l + (LOG_C + 1), last)
         weight = arrived(load_scale(scales, l_t, n, at, L, i), DTYPE)
-        store_tiles(dmet + l * TILE, dx, K, C, TK)
-        x = load_tiles(met + l * TILE, K, C, TK)
+        store_tiles(dmet + l * TILE, dx, K, I, TK)
+        x = load_tiles(met + l * TILE, K, I, TK)
         block_end = (z >> l) << l
         if (block_end > z0) & is_read:
             transition = transitions + ((c - z + block_end - 1) * H + h) * (K * K)
             dx = back_through_transition(dx, transition, K, TK, DOT, PRECISION)
         is_read = l >= 0
         slot = slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, K * V, NODES)
-        dx, dscale = pull_state(x, dx, weight, do_rows, o_t, n, slot, K, V, C, TK, BV, DOT, PRECISION)
-        dscales += tl.where(level == at, dscale[:, None], 0.0)
-    store_tiles(dseen + row * TILE, dx, K, C, TK)
-    to = dlevel_scales + (b * T + first) * dl_t + h * L + (i * dl_t)[:, None] + level
-    mine = (level == last) | ((level > LOG_C) & (level < last))
-    tl.store(to, dscales.to(dlevel_scales.dtype.element_ty), mask=(i < n)[:, None] & mine)
+        dx, dscale = pull_state(x, dx, weight, do_rows, o_t, n, slot, K, V, I, TK, BV, DOT, PRECISION)
+        tl.store(to + at, dscale.to(dlevel_scales.dtype.element_ty), mask=inside & (at < last))
+        shared += tl.where(at < last, 0.0, dscale)
+    store_tiles(seen, dx, K, I, TK)
+    tl.store(to + last, shared.to(dlevel_scales.dtype.element_ty), mask=inside)
