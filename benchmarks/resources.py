@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from loglinear.fenwick import log2
+from loglinear.kernels.triton.call import DOT_TYPES
 from loglinear.kernels.triton.config import STAGES, Launch, default_plan
 from loglinear.kernels.triton.delta_rule import launch as delta_stages
 from loglinear.kernels.triton.scalar_gate import launch as stages
@@ -58,7 +59,6 @@ WORKING = {
     "dtransitions",
     "dcarried",
     "dpaths",
-    "dwrite",
     "dincoming",
     "doutgoing",
     "erased",
@@ -74,7 +74,7 @@ WORKING = {
 POINTERS = WORKING | {
     "log_decay", "level_scales", "totals", "next_totals", "cumulative", "log_p", "dlevel_scales", "cross_scales",
     "walk_flow", "row_flow", "column_flow", "state_flow", "read_paths", "beyond", "dlog_p", "dtotals",
-    "beta", "dbeta", "dlog_decay",
+    "beta", "flow", "dwrite", "dbeta", "dlog_decay",
 }  # fmt: skip
 UNALIGNED = {  # strides of H and of L numbers, and counts
     "g_b", "g_t", "g_h", "l_b", "l_t", "l_h", "dl_t", "beta_b", "beta_t", "beta_h", "db_t", "dg_t",
@@ -121,7 +121,7 @@ def resources(binary: Any) -> tuple[int, int, int]:
 
 
 def constants(stage: str, direction: str, K: int, V: int, C: int, tile: int, dtype: torch.dtype) -> dict[str, Any]:
-    _, dot, precision = stages.DOT_TYPES[dtype]
+    _, dot, precision = DOT_TYPES[dtype]
     return dict(
         K=K, V=V, C=C, BK=max(16, triton.next_power_of_2(K)), BV=min(tile, max(16, triton.next_power_of_2(V))),
         DOT=dot, PRECISION=precision, PACKED=False, NODES=False, LOG_C=log2(C), HALVES=2 if C > stages.ROWS else 1,
@@ -147,7 +147,6 @@ def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, 
                 K=K, C=C, J=min(C, 64), LOG_J=log2(min(C, 64)), LOG_C=log2(C), PACKED=False, NODES=False, LINEAR=False,
                 ENDS=False, FIRST=True, TRANSITION=False, KEEP=direction == "backward",
                 PARTS=call.parts(stage) if stage in delta_stages.PARTS else 1, **options, **call.dots,
-                INVERSE_PRECISION=delta_stages.INVERSE_PRECISION[dtype],
             )  # fmt: skip
             jobs.append((direction, stage, C, values, launch))
     return jobs

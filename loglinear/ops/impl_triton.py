@@ -50,13 +50,13 @@ def unsupported(p: Problem) -> str | None:
     largest = 128 if all(x.dtype == torch.bfloat16 for x in (p.q, p.k, p.v)) else 64
     largest = largest if max(K, V) <= 128 else largest // 2
     if p.beta is not None:
-        largest = 64
+        largest = max(largest, 64)
     if has_state and not 16 <= p.chunk_size <= largest:
         return f"a state with chunk_size {p.chunk_size} needs impl='torch': impl='triton' takes 16 to {largest} here"
-    # A plan may choose chunks of 64, for the scalar gate also 32 for wide heads and float32.
+    # The scalar gate's plans may choose half as much.
     from loglinear.kernels.triton.layout import MAX_CHUNKS
 
-    smallest = p.chunk_size if has_state else 64 if p.beta is not None else largest // 2
+    smallest = p.chunk_size if has_state else largest if p.beta is not None else largest // 2
     limit = (MAX_CHUNKS - 1) * smallest
     if p.initial_state is not None:  # they lie in one packed row, behind their states' tokens
         limit -= p.num_sequences * p.chunk_size

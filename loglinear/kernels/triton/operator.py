@@ -11,8 +11,8 @@ from torch import Tensor
 
 from loglinear.fenwick import num_blocks
 from loglinear.kernels.triton import delta_rule, scalar_gate
+from loglinear.kernels.triton.call import common_dtype
 from loglinear.kernels.triton.config import Plan, choose
-from loglinear.kernels.triton.scalar_gate.launch import common_dtype
 
 
 def _plan(direction: str, q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> Plan:

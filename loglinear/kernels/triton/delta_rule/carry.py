@@ -11,9 +11,17 @@ are summed into the last column.
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule.tiles import BITS, copy, count_bits, multiply, reads_of, store_identity
+from loglinear.kernels.triton.delta_rule.tiles import (
+    BITS,
+    copy,
+    count_bits,
+    multiply,
+    reads_of,
+    reads_of_column,
+    store_identity,
+)
 from loglinear.kernels.triton.tiles import SIZES, head_program, load_block, locate_run, store_block
-from loglinear.kernels.triton.walks import nearest, walk
+from loglinear.kernels.triton.walks import nearest, slot_pointer
 
 
 @triton.jit
@@ -44,8 +52,7 @@ def carry_transitions_kernel(
     LOW: tl.constexpr = 0 if ENDS else BITS
     _, h, number = head_program(1, H)
     origin, z, z0, sequence = carrier(number, runs, ends, T, N, C, PACKED, ENDS)
-    read, end_of_blocks, are_nodes = walk(z, z0, cap, BITS)
-    remaining = reads_of(read)
+    remaining = reads_of(z, z0, cap)
     paths += (number.to(tl.int64) * candidates * H + h) * SIZE
     path = paths
     for step in range(count_bits(remaining) - 1):
@@ -79,24 +86,16 @@ def carry_states_kernel(
     tile, h, part = head_program(TILES, H)
     column, number = part % columns, part // columns
     origin, z, z0, sequence = carrier(number, runs, ends, T, N, C, PACKED, ENDS)
-    read, end_of_blocks, are_nodes = walk(z, z0, cap, BITS)
-    reads = reads_of(read)
-    nearest_read = nearest(reads)
-    last = tl.maximum(cap, LOW)  # from this candidate on they share the last column
-    at = tl.minimum(column + LOW, 31)
-    mine = (reads >> at) & tl.where(at < last, 1, -1)
+    reads = reads_of(z, z0, cap)
+    nearest_read, mine = nearest(reads), reads_of_column(reads, column, cap, LOW)
     out = carried + ((number.to(tl.int64) * columns + column) * H + h) * (K * V)
     for kt in range(0, K, TK):
         state = tl.zeros([TK, BV], tl.float32)
-        remaining = mine << at
+        remaining = mine
         for _ in range(count_bits(mine)):
             l = nearest(remaining)
             remaining &= remaining - 1
-            end = (z >> l) << l
-            block = slots + ((origin + end - 1) * H + h) * (K * V)
-            if NODES:
-                node = nodes + ((sequence.to(tl.int64) * (cap + 1) + tl.minimum(l, cap)) * H + h) * (K * V)
-                block = tl.where(end <= z0, node, block)
+            block = slot_pointer(slots, nodes, origin + z, z, z0, sequence, l, cap, h, H, K * V, NODES)
             if l == nearest_read:
                 state += load_block(block, kt, tile * BV, K, V, TK, BV).to(tl.float32)
             else:

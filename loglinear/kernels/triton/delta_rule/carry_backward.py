@@ -12,15 +12,9 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.delta_rule.carry import carrier
-from loglinear.kernels.triton.delta_rule.tiles import BITS, RUN, count_bits, reads_of
+from loglinear.kernels.triton.delta_rule.tiles import BITS, RUN, column_of_read, count_bits, reads_of
 from loglinear.kernels.triton.tiles import SIZES, exponent, head_program, load_block, locate_run, store_block
-from loglinear.kernels.triton.walks import nearest, reader_level, slot_pointer, walk
-
-
-@triton.jit
-def column_of_read(l, cap, LOW: tl.constexpr):
-    """The column of carried states that candidate l is summed into."""
-    return tl.minimum(l, tl.maximum(cap, LOW)) - LOW
+from loglinear.kernels.triton.walks import nearest, reader_level, slot_pointer
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -34,8 +28,7 @@ def carry_paths_backward_kernel(
     LOW: tl.constexpr = 0 if ENDS else BITS
     _, h, number = head_program(1, H)
     origin, z, z0, sequence = carrier(number, runs, ends, T, N, C, PACKED, ENDS)
-    read, end_of_blocks, are_nodes = walk(z, z0, cap, BITS)
-    remaining = reads_of(read)
+    remaining = reads_of(z, z0, cap)
     dpaths += (number.to(tl.int64) * candidates * H + h) * (K * K)
     dcarried += (number.to(tl.int64) * columns * H + h) * (K * V)
     beyond = dpaths
@@ -113,9 +106,9 @@ def carry_backward_kernel(
     readers = tl.minimum(1 << (tl.minimum(l, 30) - BITS), (count + RUN - 1) // RUN - 1 - number)
     total = tl.zeros([TK, BV], tl.float32)
     for reader in range(1, readers + 1):
-        read, _, _ = walk((number + reader) * RUN, z0, cap, BITS)
+        reads = reads_of((number + reader) * RUN, z0, cap)
         total = from_carrier(
-            total, paths, dpaths, dcarried, run + reader, reads_of(read), l, cap, h, H, columns, candidates,
+            total, paths, dpaths, dcarried, run + reader, reads, l, cap, h, H, columns, candidates,
             tile // TILES * TK, tile % TILES * BV, K, V, TK, BV, BITS, TRANSITION, DOT, PRECISION,
         )  # fmt: skip
     out = dslots + ((origin + z) * H + h) * (K * V)
@@ -147,9 +140,9 @@ def carried_nodes_backward_kernel(
     last = tl.minimum((node_end + (1 << tl.minimum(l, 30))) >> BITS, (count + RUN - 1) // RUN)
     total = tl.zeros([TK, BV], tl.float32)
     for reader in range(last - number):
-        read, _, _ = walk((number + reader) * RUN, z0, cap, BITS)
+        reads = reads_of((number + reader) * RUN, z0, cap)
         total = from_carrier(
-            total, paths, dpaths, dcarried, run + reader, reads_of(read), l, cap, h, H, columns, candidates,
+            total, paths, dpaths, dcarried, run + reader, reads, l, cap, h, H, columns, candidates,
             tile // TILES * TK, tile % TILES * BV, K, V, TK, BV, BITS, False, DOT, PRECISION,
         )  # fmt: skip
     out = dnodes + ((sequence.to(tl.int64) * (cap + 1) + m) * H + h) * (K * V)
@@ -170,8 +163,7 @@ def ends_backward_kernel(
     tile, h, part = head_program(ROWS * TILES, H)
     l, number = part % candidates, part // candidates
     origin, z, z0, sequence = carrier(number, ends, ends, T, N, C, PACKED, True)
-    read, end_of_blocks, are_nodes = walk(z, z0, cap, BITS)
-    reads = reads_of(read)
+    reads = reads_of(z, z0, cap)
     block_end = (z >> l) << l
     is_node = block_end <= z0
     if ((reads >> l) & 1 == 0) | (is_node & TRANSITION):

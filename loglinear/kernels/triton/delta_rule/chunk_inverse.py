@@ -7,8 +7,9 @@ inverse inside blocks of 2**l,
 
     X_{l+1} = X_l - X_l N_l X_l,   X_0 = I
 
-which is substitution, block by block: nothing is ever summed that could cancel, as in the powers of N. The two halves of
-a longer chunk take the same step once more, on the one block that is not 0.
+which is substitution, block by block: nothing is ever summed that could cancel, as in the powers of N. The factors may
+be bfloat16 rounded to nearest; tf32, which cuts digits off, gathers an error of 2 % where a key comes again and again.
+The two halves of a longer chunk take the same step once more, on the one block that is not 0.
 """
 
 # C chunk, J a half of it (or all of it), H heads, K key
@@ -29,15 +30,15 @@ from loglinear.kernels.triton.tiles import (
 
 
 @triton.jit
-def unit_lower_inverse(lower_JJ, J: tl.constexpr, LOG_J: tl.constexpr, PRECISION: tl.constexpr):
+def unit_lower_inverse(lower_JJ, J: tl.constexpr, LOG_J: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """(I + lower)^-1 of a strictly lower triangular matrix."""
     i = tl.arange(0, J)
     level = exponent(i[:, None] ^ i[None, :])
     x_JJ = tl.where(i[:, None] == i[None, :], 1.0, tl.where(level == 0, -lower_JJ, 0.0))
     for l in tl.static_range(1, LOG_J):
         between_JJ = tl.where(level == l, lower_JJ, 0.0)
-        product_JJ = tl.dot(between_JJ, x_JJ, input_precision=PRECISION)
-        x_JJ -= tl.dot(x_JJ, product_JJ, input_precision=PRECISION)
+        product_JJ = tl.dot(between_JJ.to(DOT), x_JJ.to(DOT), input_precision=PRECISION)
+        x_JJ -= tl.dot(x_JJ.to(DOT), product_JJ.to(DOT), input_precision=PRECISION)
     return x_JJ
 
 
@@ -47,7 +48,7 @@ def chunk_inverse_kernel(
     T, N, H, R,
     k_b, k_t, k_h, beta_b, beta_t, beta_h, g_b, g_t, g_h,
     K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, LOG_J: tl.constexpr, TK: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, INVERSE_PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One chunk, one head: A [chunk, H, C, C] and the cumulative log decay G [chunk, H, C], in base 2."""
     _, h, chunk = head_program(1, H)
@@ -72,7 +73,7 @@ def chunk_inverse_kernel(
         k_half = k_rows + half * J * k_t
         lower_JJ = key_products(k_half, k_t, n, k_half, n, K, J, TK, DOT, PRECISION) * strength[:, None]
         lower_JJ = tl.where(i[:, None] > i[None, :], lower_JJ * decay(G, G, i, J), 0.0)
-        inverse_JJ = unit_lower_inverse(lower_JJ, J, LOG_J, INVERSE_PRECISION)
+        inverse_JJ = unit_lower_inverse(lower_JJ, J, LOG_J, DOT, PRECISION)
         store_block(inverse, half * J, half * J, inverse_JJ, C, C, J, J)
         before = tl.sum(tl.where(i == J - 1, G, 0.0), 0)
     if C > J:

@@ -11,17 +11,24 @@ block's own merge into its parent is behind it then. First the states, then the 
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule.tiles import (
-    BITS,
-    RUN,
-    copy,
-    entry_bits,
-    levels_below,
-    node_row,
-    num_merges,
-)
+from loglinear.kernels.triton.delta_rule.tiles import copy, node_row, num_merges
 from loglinear.kernels.triton.delta_rule.up_sweep import run_entries
-from loglinear.kernels.triton.tiles import SIZES, head_program, load_block, locate_run, store_block
+from loglinear.kernels.triton.tiles import SIZES, head_program, load_block, store_block
+
+
+@triton.jit
+def add_through(
+    out, transition, dstate, column, K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out += P^T dS, one tile of columns, in memory."""
+    for t in range(0, K, TK):
+        total = load_block(out, t, column, K, V, TK, BV).to(tl.float32)
+        for s in range(0, K, TK):
+            block_TT = load_block(transition, s, t, K, K, TK, TK)
+            dstate_TV = load_block(dstate, s, column, K, V, TK, BV)
+            total = tl.dot(tl.trans(block_TT), dstate_TV, total, input_precision=PRECISION)
+        store_block(out, t, column, total, K, V, TK, BV)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -29,44 +36,29 @@ def state_down_sweep_kernel(
     transitions, rights, dslots, dnodes, runs,
     N, H, cap, storey,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """One run, one head, one tile of V: dslots [chunk, H, K, V] in place; adds to dnodes."""
     SIZE: tl.constexpr = K * V
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile, h, run = head_program(TILES, H)
-    origin, count, number, z0, sequence = locate_run(run, runs, N, storey, PACKED, BITS)
-    rel, shift = levels_below(cap, storey), entry_bits(storey)
-    start, stop = run_entries(number, count, z0, storey)
+    origin, before, start, stop, shift, rel, z0, sequence = run_entries(run, runs, N, cap, storey, PACKED)
     for step in range(stop - start):
         i = stop - 1 - step
-        z = ((number * RUN + i) << shift) - 1
+        z = ((before + i) << shift) - 1
         row = origin + z
         dstate = dslots + (row * H + h) * SIZE
         tl.debug_barrier()
         for m in range(num_merges(i, rel)):
             z_left, left = z - (1 << (shift + m)), row - (1 << (shift + m))
-            exists = z_left >= z0
+            out, through, exists = dslots + (left * H + h) * SIZE, rights + (left * H + h) * (K * K), z_left >= z0
             if exists:
-                for t in range(0, K, TK):
-                    out = dslots + (left * H + h) * SIZE
-                    total = load_block(out, t, tile * BV, K, V, TK, BV).to(tl.float32)
-                    for s in range(0, K, TK):
-                        right_TT = load_block(rights + (left * H + h) * (K * K), s, t, K, K, TK, TK)
-                        dstate_TV = load_block(dstate, s, tile * BV, K, V, TK, BV)
-                        total = tl.dot(tl.trans(right_TT), dstate_TV, total, input_precision=PRECISION)
-                    store_block(out, t, tile * BV, total, K, V, TK, BV)
+                add_through(out, through, dstate, tile * BV, K, V, TK, BV, PRECISION)
             elif NODES:
                 node = node_row(z_left, z0, sequence, cap)
                 if node >= 0:
-                    for t in range(0, K, TK):
-                        out = dnodes + (node * H + h) * SIZE
-                        total = load_block(out, t, tile * BV, K, V, TK, BV)
-                        for s in range(0, K, TK):
-                            right_TT = load_block(transitions + (row * H + h) * (K * K), s, t, K, K, TK, TK)
-                            dstate_TV = load_block(dstate, s, tile * BV, K, V, TK, BV)
-                            total = tl.dot(tl.trans(right_TT), dstate_TV, total, input_precision=PRECISION)
-                        store_block(out, t, tile * BV, total, K, V, TK, BV)
+                    out, through = dnodes + (node * H + h) * SIZE, transitions + (row * H + h) * (K * K)
+                    add_through(out, through, dstate, tile * BV, K, V, TK, BV, PRECISION)
 
 
 @triton.jit
@@ -87,18 +79,16 @@ def transition_down_sweep_kernel(
     transitions, rights, slots, nodes, dtransitions, dslots, runs,
     N, H, cap, storey,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """One run, one head: dtransitions [chunk, H, K, K] in place, with the dslots that `state_down_sweep` left; uses up
     rights."""
     SIZE: tl.constexpr = K * K
     _, h, run = head_program(1, H)
-    origin, count, number, z0, sequence = locate_run(run, runs, N, storey, PACKED, BITS)
-    rel, shift = levels_below(cap, storey), entry_bits(storey)
-    start, stop = run_entries(number, count, z0, storey)
+    origin, before, start, stop, shift, rel, z0, sequence = run_entries(run, runs, N, cap, storey, PACKED)
     for step in range(stop - start):
         i = stop - 1 - step
-        z = ((number * RUN + i) << shift) - 1
+        z = ((before + i) << shift) - 1
         row = origin + z
         own = dtransitions + (row * H + h) * SIZE
         dstate = dslots + (row * H + h) * (K * V)

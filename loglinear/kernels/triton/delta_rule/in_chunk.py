@@ -1,6 +1,6 @@
 """What the backward needs again of the forward's inside of a chunk, computed once.
 
-    S = Q K^T * dec,   E = S Ab,   X = diag(exp(G)) Q + S Er          (Er: see chunk_state.py)
+S = Q K^T * dec,   E = S Ab,   X = diag(exp(G)) Q + S Er          (Er: see chunk_state.py)
 """
 
 # C chunk, I of its rows, H heads, K key

@@ -5,15 +5,16 @@
 
 Three stages, one matrix product after the other, so that few tiles live at a time. What needs all of V:
 
-    dU = Kd dS_z,   dV = (E * LAM)^T dO + Ab^T dU,   dAb = dU V^T,   dKd = U dS_z^T
+    dU = Kd dS_z,   dV = (E * LAM)^T dO + Ab^T dU,   dKd = U dS_z^T
     dE = (dO V^T) * LAM,   dlambda = sums of (dO V^T) * E
 
 what needs the transition's gradient,
 
+    dS = dE Ab^T + dX Er^T,   dQ = (dS * dec) K + diag(exp(G)) dX
     dEr = Kd dP_z + S^T dX,   d(diag(exp(G)) K) = -Ab^T dEr,   dKd += Er dP_z^T
-    dS = dE Ab^T + dX Er^T,   dAb += S^T dE - dEr K^T diag(exp(G))
+    dAb = dU V^T - dEr K^T diag(exp(G)) + S^T dE
 
-and the tokens: Ab = A diag(b), A = (I + N)^-1 gives dN = -tril(A^T dA A^T, -1).
+and the keys: Ab = A diag(b), A = (I + N)^-1 gives dN = -tril(A^T dA A^T, -1).
 """
 
 # C chunk, H heads, K key, V value, L levels
@@ -37,14 +38,14 @@ from loglinear.kernels.triton.tiles import (
 @triton.jit(do_not_specialize=SIZES)
 def values_backward_kernel(
     k, v, beta, level_scales, inverse, cumulative, effective, written, dslots, do,
-    dv, dwritten, deffective, dwrite, doutgoing, dlevel_scales, table,
+    dv, dwritten, deffective, doutgoing, dlevel_scales, table,
     T, N, H, R, L,
     k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, l_b, l_t, l_h, o_b, o_t, o_h, dv_t, dl_t,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
     LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, one head: dv, deffective and dwrite [chunk, H, C, C], doutgoing [chunk, H, C, K], and the columns of
-    dlevel_scales up to LOG_C, adding to the last one where the walk shares it; dwritten [chunk, H, C, V] on the way."""
+    """One chunk, one head: dv, dwritten [chunk, H, C, V], deffective [chunk, H, C, C], doutgoing [chunk, H, C, K], and
+    the columns of dlevel_scales up to LOG_C, adding to the last one where the walk shares it."""
     DTYPE: tl.constexpr = level_scales.dtype.element_ty
     _, h, chunk = head_program(1, H)
     c = chunk.to(tl.int64)
@@ -97,13 +98,6 @@ def values_backward_kernel(
         do_CV = load_rows(do_rows, o_t, n, column, C, V, BV).to(DOT)
         dv_CV = tl.dot(weights_CC, do_CV, dv_CV, input_precision=PRECISION)
         store_rows(dv + (b * T + first) * dv_t + h * V, dv_t, n, column, dv_CV, C, V, BV)
-    tl.debug_barrier()
-    dwrite_CC = tl.zeros([C, C], tl.float32)
-    for column in range(0, V, BV):
-        v_CV = load_rows(v_rows, v_t, n, column, C, V, BV).to(DOT)
-        dwritten_CV = load_block(dwritten + tile_CV, 0, column, C, V, C, BV)
-        dwrite_CC = tl.dot(dwritten_CV, tl.trans(v_CV), dwrite_CC, input_precision=PRECISION)
-    store_block(dwrite + tile_CC, 0, 0, dwrite_CC, C, C, C, C)
     for t in range(0, K, TK):
         doutgoing_CT = tl.zeros([C, TK], tl.float32)
         for column in range(0, V, BV):
@@ -115,24 +109,25 @@ def values_backward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def scores_backward_kernel(
-    k, beta, inverse, cumulative, scores, erased, dtransitions, dseen, deffective,
-    dscores, dwrite, derased, dincoming, doutgoing, table,
-    T, N, H, R,
-    k_b, k_t, k_h, beta_b, beta_t, beta_h,
-    K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr,
+    q, k, v, beta, inverse, cumulative, scores, erased, dtransitions, dseen, dwritten, deffective,
+    dq, flow, dscores, dwrite, derased, dincoming, doutgoing, table,
+    T, N, H, R, scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, dq_t,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, one head: dscores [chunk, H, C, C] and dincoming [chunk, H, C, K]; adds to dwrite and doutgoing;
-    derased [chunk, H, C, K] on the way."""
+    """One chunk, one head: dq [B, T, H, K], the decays' share of it, flow [chunk, H, C], dscores and dwrite [chunk, H,
+    C, C], dincoming [chunk, H, C, K]; adds to doutgoing; derased [chunk, H, C, K] on the way."""
     _, h, chunk = head_program(1, H)
     c = chunk.to(tl.int64)
     b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
     n = tl.minimum(end - first, C).to(tl.int32)
     if n <= 0:
         return
-    row = c * H + h
+    i, row, token = tl.arange(0, C), c * H + h, b * T + first
     tile_CC, tile_CK, tile_KK = row * (C * C), row * (C * K), row * (K * K)
-    k_rows = k + b * k_b + first * k_t + (h // R) * k_h
+    q_rows, k_rows = q + b * q_b + first * q_t + (h // R) * q_h, k + b * k_b + first * k_t + (h // R) * k_h
+    v_rows = v + b * v_b + first * v_t + h * v_h
     G, total = load_decays(cumulative + row * C, C)
     to_end = tl.exp2(total - G)[:, None]
     strength = load_strength(beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C)
@@ -143,7 +138,18 @@ def scores_backward_kernel(
         dx_CT = load_block(dseen + tile_CK, 0, t, C, K, C, TK)
         erased_CT = load_block(erased + tile_CK, 0, t, C, K, C, TK)
         dscores_CC = tl.dot(dx_CT, tl.trans(erased_CT), dscores_CC, input_precision=PRECISION)
+    flow_CC = dscores_CC * load_block(scores + tile_CC, 0, 0, C, C, C, C).to(tl.float32)
+    flows = tl.sum(flow_CC, 1) - tl.sum(flow_CC, 0)
+    dscores_CC = (dscores_CC * (decay(G, G, i, C) * scale)).to(DOT)
     store_block(dscores + tile_CC, 0, 0, dscores_CC, C, C, C, C)
+    for t in range(0, K, TK):
+        k_CT = load_rows(k_rows, k_t, n, t, C, K, TK).to(DOT)
+        dq_CT = load_block(dseen + tile_CK, 0, t, C, K, C, TK).to(tl.float32) * (tl.exp2(G) * scale)[:, None]
+        flows += tl.sum(dq_CT * load_rows(q_rows, q_t, n, t, C, K, TK).to(tl.float32), 1)
+        dq_CT = tl.dot(dscores_CC, k_CT, dq_CT, input_precision=PRECISION)
+        store_rows(dq + token * dq_t + h * K, dq_t, n, t, dq_CT, C, K, TK)
+    tl.store(flow + row * C + i, flows)
+    tl.debug_barrier()
     scores_CC = tl.trans(load_block(scores + tile_CC, 0, 0, C, C, C, C))
     for t in range(0, K, TK):
         derased_CT = tl.zeros([C, TK], tl.float32)
@@ -162,7 +168,11 @@ def scores_backward_kernel(
         k_CT = load_rows(k_rows, k_t, n, t, C, K, TK).to(DOT)
         derased_CT = load_block(derased + tile_CK, 0, t, C, K, C, TK)
         dwrite_CC = tl.dot(derased_CT, tl.trans(k_CT), dwrite_CC, input_precision=PRECISION)
-    dwrite_CC = load_block(dwrite + tile_CC, 0, 0, C, C, C, C).to(tl.float32) - dwrite_CC * tl.exp2(G)[None, :]
+    dwrite_CC *= -tl.exp2(G)[None, :]
+    for column in range(0, V, BV):
+        v_CV = load_rows(v_rows, v_t, n, column, C, V, BV).to(DOT)
+        dwritten_CV = load_block(dwritten + row * (C * V), 0, column, C, V, C, BV)
+        dwrite_CC = tl.dot(dwritten_CV, tl.trans(v_CV), dwrite_CC, input_precision=PRECISION)
     deffective_CC = load_block(deffective + tile_CC, 0, 0, C, C, C, C)
     dwrite_CC = tl.dot(scores_CC, deffective_CC, dwrite_CC, input_precision=PRECISION)
     store_block(dwrite + tile_CC, 0, 0, dwrite_CC, C, C, C, C)
@@ -177,14 +187,14 @@ def scores_backward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def keys_backward_kernel(
-    q, k, beta, log_decay, inverse, cumulative, scores, dtransitions, dseen, dscores, dwrite, dincoming, doutgoing,
-    dq, dk, dbeta, dlog_decay, table,
-    T, N, H, R, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h, g_b, g_t, g_h, dq_t, dk_t, db_t, dg_t,
+    q, k, beta, log_decay, inverse, cumulative, dtransitions, flow, dscores, dwrite, dincoming, doutgoing,
+    dk, dbeta, dlog_decay, table,
+    T, N, H, R,
+    q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h, g_b, g_t, g_h, dk_t, db_t, dg_t,
     K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, one head: dq, dk [B, T, H, K], dbeta, dlog_decay."""
+    """One chunk, one head: dk [B, T, H, K], dbeta, dlog_decay."""
     _, h, chunk = head_program(1, H)
     c = chunk.to(tl.int64)
     b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
@@ -197,7 +207,7 @@ def keys_backward_kernel(
     G, total = load_decays(cumulative + row * C, C)
     strength = load_strength(beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C)
     inverse_CC = load_block(inverse + tile_CC, 0, 0, C, C, C, C)
-    dwrite_CC = load_block(dwrite + tile_CC, 0, 0, C, C, C, C).to(tl.float32)
+    dwrite_CC = load_block(dwrite + tile_CC, 0, 0, C, C, C, C)
     dstrength = tl.sum(dwrite_CC * inverse_CC.to(tl.float32), 0)
     dwrite_CC = (dwrite_CC * strength[None, :]).to(DOT)
     half_CC = tl.dot(tl.trans(inverse_CC), dwrite_CC, input_precision=PRECISION).to(DOT)
@@ -207,12 +217,10 @@ def keys_backward_kernel(
     dstrength += tl.sum(keys_CC, 1)
     tl.store(dbeta + token * db_t + h + i * db_t, dstrength.to(dbeta.dtype.element_ty), mask=inside)
     keys_CC *= strength[:, None]
-    flow = tl.sum(keys_CC, 1) - tl.sum(keys_CC, 0)
+    flows = tl.load(flow + row * C + i) + tl.sum(keys_CC, 1) - tl.sum(keys_CC, 0)
     dkeys_CC = (dlower_CC * strength[:, None]).to(DOT)
-    dscores_CC = load_block(dscores + tile_CC, 0, 0, C, C, C, C).to(tl.float32)
-    flow_CC = dscores_CC * load_block(scores + tile_CC, 0, 0, C, C, C, C).to(tl.float32)
-    flow += tl.sum(flow_CC, 1) - tl.sum(flow_CC, 0)
-    dscores_CC = (dscores_CC * (decay(G, G, i, C) * scale)).to(DOT)
+    tl.debug_barrier()
+    dscores_CC = tl.trans(load_block(dscores + tile_CC, 0, 0, C, C, C, C))
     # exp(Gam) I of the transition: the trace of its gradient.
     diagonal = dtransitions + row * (K * K)
     flow_total = tl.zeros([], tl.float32)
@@ -224,21 +232,17 @@ def keys_backward_kernel(
     for t in range(0, K, TK):
         q_CT = load_rows(q_rows, q_t, n, t, C, K, TK).to(DOT)
         k_CT = load_rows(k_rows, k_t, n, t, C, K, TK).to(DOT)
-        dq_CT = load_block(dseen + tile_CK, 0, t, C, K, C, TK).to(tl.float32) * (from_start * scale)
-        flow += tl.sum(dq_CT * q_CT.to(tl.float32), 1)
-        dq_CT = tl.dot(dscores_CC, k_CT, dq_CT, input_precision=PRECISION)
-        store_rows(dq + token * dq_t + h * K, dq_t, n, t, dq_CT, C, K, TK)
         dk_CT = load_block(doutgoing + tile_CK, 0, t, C, K, C, TK).to(tl.float32) * to_end
         given = tl.sum(dk_CT * k_CT.to(tl.float32), 1)
         flow_total += tl.sum(given, 0)
         dread_CT = load_block(dincoming + tile_CK, 0, t, C, K, C, TK).to(tl.float32) * from_start
-        flow += tl.sum(dread_CT * k_CT.to(tl.float32), 1) - given
-        dk_CT = tl.dot(tl.trans(dscores_CC), q_CT, dk_CT + dread_CT, input_precision=PRECISION)
+        flows += tl.sum(dread_CT * k_CT.to(tl.float32), 1) - given
+        dk_CT = tl.dot(dscores_CC, q_CT, dk_CT + dread_CT, input_precision=PRECISION)
         dk_CT = tl.dot(dkeys_CC, k_CT, dk_CT, input_precision=PRECISION)
         dk_CT = tl.dot(tl.trans(dkeys_CC), k_CT, dk_CT, input_precision=PRECISION)
         store_rows(dk + token * dk_t + h * K, dk_t, n, t, dk_CT, C, K, TK)
     # G_i is a sum over the tokens up to i; what crosses the whole chunk flows across all of them.
-    dg = tl.cumsum(tl.where(inside, flow, 0.0), 0, reverse=True) + flow_total
+    dg = tl.cumsum(tl.where(inside, flows, 0.0), 0, reverse=True) + flow_total
     g = tl.load(log_decay + b * g_b + first * g_t + h * g_h + i * g_t, mask=inside, other=0.0).to(tl.float32)
     dg = tl.where(g < MIN_LOG_DECAY, 0.0, dg)
     tl.store(dlog_decay + token * dg_t + h + i * dg_t, dg.to(dlog_decay.dtype.element_ty), mask=inside)

@@ -12,7 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from loglinear.fenwick import block_cap, log2
+from loglinear.fenwick import log2
+from loglinear.kernels.triton.call import DOT_TYPES, Call, common_dtype, in_rows, like, slabs
 from loglinear.kernels.triton.config import Launch
 from loglinear.kernels.triton.delta_rule.carry import carry_states_kernel, carry_transitions_kernel
 from loglinear.kernels.triton.delta_rule.carry_backward import (
@@ -39,8 +40,7 @@ from loglinear.kernels.triton.delta_rule.state_backward import (
 )
 from loglinear.kernels.triton.delta_rule.up_sweep import state_sweep_kernel, transition_sweep_kernel
 from loglinear.kernels.triton.delta_rule.walk_backward import MET, walk_backward_kernel
-from loglinear.kernels.triton.layout import READS, layout
-from loglinear.kernels.triton.scalar_gate.launch import DOT_TYPES, common_dtype, in_rows, slabs
+from loglinear.kernels.triton.layout import READS
 
 BUILD = (
     "chunk_inverse", "chunk_state", "transition_sweep", "state_sweep", "carry_transitions", "carry_states",
@@ -48,32 +48,33 @@ BUILD = (
 STAGES = {
     "forward": (*BUILD, "output"),
     "backward": (
-        *BUILD, "in_chunk", "walk_backward", "state_backward", "carried_backward", "carry_paths_backward", "carry_backward",
-        "state_down_sweep", "transition_down_sweep", "values_backward", "scores_backward", "keys_backward",
+        *BUILD, "in_chunk", "walk_backward", "state_backward", "carried_backward", "carry_paths_backward",
+        "carry_backward", "state_down_sweep", "transition_down_sweep", "values_backward", "scores_backward",
+        "keys_backward",
     ),
 }  # fmt: skip
-# The inverse is rounded once it is there; on the way to it single tf32 products of float32 are good enough for 16 bits.
-INVERSE_PRECISION = {torch.float32: "tf32x3", torch.float16: "tf32", torch.bfloat16: "tf32"}
 SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for long inputs 1.5 times their size
 # Columns of a tile at most, warps for tiles of more than 64 rows, stages of the pipeline. Sweeps read what they wrote:
 # nothing may be loaded ahead there.
 LAUNCHES = {
-    "chunk_inverse": Launch(128, 4, 1), "chunk_state": Launch(128, 8, 1),
+    "chunk_inverse": Launch(128, 4, 1), "chunk_state": Launch(64, 4, 1),
     "transition_sweep": Launch(128, 8, 1), "state_sweep": Launch(128, 8, 1),
     "carry_transitions": Launch(128, 8, 1), "carry_states": Launch(128, 8, 1), "output": Launch(128, 8, 1),
-    "in_chunk": Launch(128, 8, 1), "walk_backward": Launch(128, 8, 1), "state_backward": Launch(128, 8, 1), "carried_backward": Launch(128, 8, 1),
-    "carry_paths_backward": Launch(128, 8, 1), "carry_backward": Launch(128, 8, 1),
-    "state_down_sweep": Launch(128, 8, 1), "transition_down_sweep": Launch(128, 8, 1),
-    "values_backward": Launch(128, 8, 1), "scores_backward": Launch(128, 8, 1), "keys_backward": Launch(64, 8, 1),
+    "in_chunk": Launch(128, 8, 1), "walk_backward": Launch(128, 8, 1), "state_backward": Launch(128, 8, 1),
+    "carried_backward": Launch(128, 8, 1), "carry_paths_backward": Launch(128, 8, 1),
+    "carry_backward": Launch(128, 8, 1), "state_down_sweep": Launch(128, 8, 1),
+    "transition_down_sweep": Launch(128, 8, 1), "values_backward": Launch(128, 8, 1),
+    "scores_backward": Launch(64, 8, 1), "keys_backward": Launch(64, 8, 1),
 }  # fmt: skip
+# Columns of V at most, where that is less.
+VALUE_TILES = dict.fromkeys(
+    ("state_backward", "carried_backward", "carry_backward", "state_down_sweep", "state_sweep"), 64
+)
 # Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
 PARTS = {
     "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "values_backward": 1, "scores_backward": 1,
     "keys_backward": 1,
 }  # fmt: skip
-
-
-VALUE_TILES = {"walk_backward": 64, "values_backward": 64}  # columns of V at most, where that is less
 
 
 def choose_chunk_size(q: Tensor, k: Tensor, v: Tensor, prescribed: int) -> int:
@@ -82,29 +83,16 @@ def choose_chunk_size(q: Tensor, k: Tensor, v: Tensor, prescribed: int) -> int:
     return prescribed or (128 if narrow else 64)
 
 
-class DeltaRule:
-    """One call: its inputs, sizes and the arrays between the stages."""
+class DeltaRule(Call):
+    """One call, with the arrays between the stages."""
 
     def __init__(
         self,
         q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, level_scales: Tensor, nodes: Tensor | None,
         cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int,
     ) -> None:  # fmt: skip
-        self.q, self.k, self.v, self.level_scales = in_rows(q), in_rows(k), in_rows(v), in_rows(level_scales)
-        self.log_decay, self.beta = log_decay, beta
-        self.B, self.T, self.G, self.K = q.shape
-        self.H, self.V = v.shape[2:]
-        self.L, self.R, self.scale, self.C = level_scales.shape[3], self.H // self.G, scale, chunk_size
-        self.layout = layout(self.B, self.T, self.C, self.L, cu_seqlens, starts, STOREY)
-        inputs = common_dtype(q, k, v)
-        self.inverse_precision = INVERSE_PRECISION[inputs]
-        self.dtype, dot, precision = DOT_TYPES[inputs]
-        self.nodes = None if nodes is None else nodes.to(self.dtype).contiguous()
-        self.dots, self.precision = dict(DOT=dot, PRECISION=precision), dict(PRECISION=precision)
-        self.packed = dict(PACKED=self.layout.packed)
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.v.device)
+        super().__init__(q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, chunk_size, STOREY)
+        self.beta, self.precision = beta, dict(PRECISION=self.dots["PRECISION"])
 
     def tile(self, stage: str, size: int) -> int:
         """Columns of one tile of matrices that have `size` of them."""
@@ -137,16 +125,9 @@ class DeltaRule:
         return triton.cdiv(self.K, self.tile(stage, self.K)) * self.tiles(stage, transition)
 
     @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        return self.T, self.layout.chunks_per_row, self.H
-
-    @cached_property
     def carried_columns(self) -> int:
         """Columns of the states that each run gets from before it."""
         return min(self.layout.run_levels, max(0, self.layout.cap - STOREY) + 1)
-
-    def strides(self, *names: str) -> tuple[int, ...]:
-        return tuple(stride for name in names for stride in getattr(self, name).stride()[:3])
 
     def build_states(self, keep: bool = False) -> None:
         """Each chunk's inverse, the Fenwick array, and what is carried to the runs. keep: and each chunk's Er and U."""
@@ -157,22 +138,19 @@ class DeltaRule:
         chunk_inverse_kernel[(y.chunks * H,)](
             self.k, self.beta, self.log_decay, self.inverse, self.cumulative, y.table, *self.sizes, self.R,
             *self.strides("k", "beta", "log_decay"),
-            K=K, C=C, J=J, LOG_J=log2(J), INVERSE_PRECISION=self.inverse_precision,
-            **self.dots, **self.packed, **self.options("chunk_inverse"),
+            K=K, C=C, J=J, LOG_J=log2(J), DOT=self.dots["DOT"], PRECISION="tf32x3",
+            **self.packed, **self.options("chunk_inverse"),
         )  # fmt: skip
         self.transitions, self.rights = (self.empty(y.chunks, H, K, K, dtype=self.dtype) for _ in range(2))
         self.slots = self.empty(y.chunks, H, K, V, dtype=self.dtype)
-        self.erased = self.empty(y.chunks, H, C, K, dtype=self.dtype) if keep else None
-        self.written = self.empty(y.chunks, H, C, V, dtype=self.dtype) if keep else None
-        for kind, blocks, kept in ((True, self.transitions, self.erased), (False, self.slots, self.written)):
-            v = self.k if kind else self.v
-            chunk_state_kernel[(y.chunks * H * self.tiles("chunk_state", kind),)](
-                self.k, v, self.beta, self.inverse, self.cumulative, blocks, self.rights, kept,
-                y.table,
-                *self.sizes, self.R, y.cap, *self.k.stride()[:3], *v.stride()[:3], *self.strides("beta"),
-                K=K, C=C, TRANSITION=kind, KEEP=keep,
-                **self.dots, **self.packed, **self.wide("chunk_state", kind),
-            )  # fmt: skip
+        kept = y.chunks if keep else 0
+        self.erased = self.empty(kept, H, C, K, dtype=self.dtype)
+        self.written = self.empty(kept, H, C, V, dtype=self.dtype)
+        chunk_state_kernel[(y.chunks * H,)](
+            self.k, self.v, self.beta, self.inverse, self.cumulative, self.transitions, self.rights, self.slots,
+            self.erased, self.written, y.table, *self.sizes, self.R, y.cap, *self.strides("k", "v", "beta"),
+            K=K, C=C, KEEP=keep, **self.dots, **self.packed, **self.wide("chunk_state"),
+        )  # fmt: skip
         for storey, runs in enumerate(y.runs):
             transition_sweep_kernel[(runs * H,)](
                 self.transitions, self.rights, y.run_tables[storey], *self.sizes[1:], y.cap, storey,
@@ -183,7 +161,7 @@ class DeltaRule:
             state_sweep_kernel[(runs * H * self.tiles("state_sweep"),)](
                 self.transitions, self.rights, self.slots, self.nodes, y.run_tables[storey], *self.sizes[1:], y.cap,
                 storey,
-                K=K, NODES=self.nodes is not None,
+                K=K, NODES=self.has_nodes,
                 **self.precision, **self.packed, **self.wide("state_sweep"),
             )  # fmt: skip
         self.carried, self.paths = self.carry(y.runs[0], y.run_levels, self.carried_columns, self.dtype, ends=False)
@@ -205,7 +183,7 @@ class DeltaRule:
         )  # fmt: skip
         carry_states_kernel[(carriers * columns * H * self.tiles("carry_states"),)](
             self.slots, self.nodes, paths, carried, table, y.ends, *self.sizes, y.cap, columns, candidates,
-            K=K, C=self.C, ENDS=ends, NODES=self.nodes is not None,
+            K=K, C=self.C, ENDS=ends, NODES=self.has_nodes,
             **self.precision, **self.packed, **self.wide("carry_states"),
         )  # fmt: skip
         return carried, paths
@@ -219,7 +197,7 @@ class DeltaRule:
             *self.sizes, self.R, self.L, y.cap, self.scale, self.carried_columns,
             *self.strides("q", "k", "v", "beta", "level_scales"),
             K=self.K, C=self.C, LOG_C=log2(self.C), J=self.C // self.parts("output"), LINEAR=self.L == 1,
-            NODES=self.nodes is not None,
+            NODES=self.has_nodes,
             **self.dots, **self.packed, **self.wide("output"),
         )  # fmt: skip
         return out
@@ -249,34 +227,37 @@ class DeltaRule:
             dlevel_scales, y.table, y.first_runs,
             *self.sizes, self.L, y.cap, self.carried_columns,
             *self.strides("level_scales"), *o_, dlevel_scales.stride(1),
-            C=C, K=K, LOG_C=log2(C), PARTS=self.parts("walk_backward"), NODES=self.nodes is not None,
+            C=C, K=K, LOG_C=log2(C), PARTS=self.parts("walk_backward"), NODES=self.has_nodes,
             **self.dots, **self.packed, **self.wide("walk_backward"),
         )  # fmt: skip
         dseen = seen
         dslots, dtransitions, dnodes = self.state_gradients(met, dmet, do, dblocks)
         del met, dmet, self.carried, self.paths, self.slots, self.transitions, self.rights
-        deffective, dscores, dwrite = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(3))
+        deffective, dscores = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
+        dwrite = self.empty(y.chunks, H, C, C)
         derased, dincoming, doutgoing = (self.empty(y.chunks, H, C, K, dtype=self.dtype) for _ in range(3))
         dwritten = self.empty(y.chunks, H, C, V, dtype=self.dtype)
         constants = dict(K=K, C=C, **self.dots, **self.packed)
         values_backward_kernel[(y.chunks * H,)](
             self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, effective, self.written,
-            dslots, do, dv, dwritten, deffective, dwrite, doutgoing, dlevel_scales, y.table,
+            dslots, do, dv, dwritten, deffective, doutgoing, dlevel_scales, y.table,
             *self.sizes, self.R, self.L,
             *self.strides("k", "v", "beta", "level_scales"), *o_, dv.stride(1), dlevel_scales.stride(1),
             LOG_C=log2(C), LINEAR=self.L == 1, **constants, **self.columns("values_backward"),
             **self.options("values_backward"),
         )  # fmt: skip
+        flow = self.empty(y.chunks, H, C)
         scores_backward_kernel[(y.chunks * H,)](
-            self.k, self.beta, self.inverse, self.cumulative, scores, self.erased, dtransitions, dseen, deffective,
-            dscores, dwrite, derased, dincoming, doutgoing, y.table, *self.sizes, self.R, *self.strides("k", "beta"),
-            **constants, **self.options("scores_backward"),
+            self.q, self.k, self.v, self.beta, self.inverse, self.cumulative, scores, self.erased, dtransitions, dseen,
+            dwritten, deffective, dq, flow, dscores, dwrite, derased, dincoming, doutgoing, y.table,
+            *self.sizes, self.R, self.scale, *self.strides("q", "k", "v", "beta"), dq.stride(1),
+            **constants, **self.columns("scores_backward"), **self.options("scores_backward"),
         )  # fmt: skip
         keys_backward_kernel[(y.chunks * H,)](
-            self.q, self.k, self.beta, self.log_decay, self.inverse, self.cumulative, scores, dtransitions, dseen,
-            dscores, dwrite, dincoming, doutgoing, dq, dk, dbeta, dlog_decay, y.table,
-            *self.sizes, self.R, self.scale, *self.strides("q", "k", "beta", "log_decay"),
-            *(x.stride(1) for x in (dq, dk, dbeta, dlog_decay)), **constants, **self.options("keys_backward"),
+            self.q, self.k, self.beta, self.log_decay, self.inverse, self.cumulative, dtransitions, flow,
+            dscores, dwrite, dincoming, doutgoing, dk, dbeta, dlog_decay, y.table,
+            *self.sizes, self.R, *self.strides("q", "k", "beta", "log_decay"),
+            *(x.stride(1) for x in (dk, dbeta, dlog_decay)), **constants, **self.options("keys_backward"),
         )  # fmt: skip
         return dnodes
 
@@ -330,19 +311,19 @@ class DeltaRule:
             for kind in (True, False):
                 ends_backward_kernel[(y.sequences * READS * H * self.all_tiles("carry_backward", kind),)](
                     paths, dpaths, dblocks, gradient[kind], dnodes, y.ends, *self.sizes, y.cap, y.cap + 1, READS,
-                    C=self.C, TRANSITION=kind, NODES=self.nodes is not None,
+                    C=self.C, TRANSITION=kind, NODES=self.has_nodes,
                     **constants, **self.wide("carry_backward", kind),
                 )  # fmt: skip
-        nodes = dict(NODES=self.nodes is not None)
+        nodes = dict(NODES=self.has_nodes)
         for storey in reversed(range(len(y.runs))):
             state_down_sweep_kernel[(y.runs[storey] * H * self.tiles("state_down_sweep"),)](
                 self.transitions, self.rights, dslots, dnodes, y.run_tables[storey], *self.sizes[1:], y.cap, storey,
-                **constants, **nodes, **self.wide("state_down_sweep"),
+                K=K, **nodes, **self.precision, **self.packed, **self.wide("state_down_sweep"),
             )  # fmt: skip
             transition_down_sweep_kernel[(y.runs[storey] * H,)](
                 self.transitions, self.rights, self.slots, self.nodes, dtransitions, dslots, y.run_tables[storey],
                 *self.sizes[1:], y.cap, storey,
-                **constants, **nodes, **self.wide("transition_down_sweep"),
+                K=K, **nodes, **self.precision, **self.packed, **self.wide("transition_down_sweep"),
             )  # fmt: skip
         return dslots, dtransitions, dnodes
 
@@ -353,7 +334,7 @@ class DeltaRule:
         carry_paths_backward_kernel[(carriers * self.H,)](
             self.transitions, self.slots, self.nodes, dcarried, dpaths, y.run_tables[0], y.ends,
             *self.sizes, y.cap, columns, candidates,
-            ENDS=ends, NODES=self.nodes is not None,
+            ENDS=ends, NODES=self.has_nodes,
             K=self.K, C=self.C,
             **self.dots, **self.packed, **self.wide("carry_paths_backward"),
         )  # fmt: skip
@@ -369,12 +350,7 @@ def gradients(
     (K, V), H, R, C = (q.shape[3], v.shape[3]), v.shape[2], v.shape[2] // q.shape[2], chunk_size
     chunks = len(q) * triton.cdiv(q.shape[1], C) + (0 if cu_seqlens is None else len(cu_seqlens))
     numbers = 3 * K * K + 2 * K * V + 2 * int(MET) * C * K
-    if dblocks is not None and dblocks.shape[1] != block_cap(level_scales.shape[3], C) + 1:
-        raise ValueError(f"the gradient of states with chunks of {C} tokens was expected")
     do = in_rows(do)
-
-    def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
     dv, dlog_decay, dbeta = like(v), like(log_decay), like(beta)
     dlevel_scales = like(level_scales).zero_()  # of what is not read

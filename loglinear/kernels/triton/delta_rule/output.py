@@ -16,6 +16,7 @@ from loglinear.kernels.triton.delta_rule.tiles import (
     BITS,
     RUN,
     chunk_scales,
+    columns_of,
     count_bits,
     decay,
     load_decays,
@@ -25,7 +26,7 @@ from loglinear.kernels.triton.delta_rule.tiles import (
 )
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.tiles import SIZES, arrived, head_program, load_block, load_rows, locate, store_rows
-from loglinear.kernels.triton.walks import READS, nearest, slot_pointer, walk
+from loglinear.kernels.triton.walks import nearest, slot_pointer
 
 
 @triton.jit
@@ -69,13 +70,6 @@ def run_row(c, z, z0, sequence, first_runs, N, PACKED: tl.constexpr):
         return tl.load(first_runs + sequence) + (z >> BITS) - (z0 >> BITS)
     else:
         return sequence.to(tl.int64) * tl.maximum((N + RUN - 1) >> BITS, 1) + (z >> BITS)
-
-
-@triton.jit
-def carried_columns(reads, cap):
-    """The columns of carried states that are read, as bits: candidates from BITS on, all from the cap on in one."""
-    high, last = reads >> BITS, tl.minimum(tl.maximum(cap - BITS, 0), READS)
-    return (high & ((1 << last) - 1)) | ((high >> last) > 0).to(tl.int32) << last
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -136,9 +130,8 @@ def output_kernel(
         weights_JJ = (effective_JJ * tl.exp2(G)[None, :]).to(DOT)
         x = minus_keys(x, tl.exp2(total), weights_JJ, k_rows, k_t, J, K, J, TK, PRECISION)
 
-    read, end_of_blocks, are_nodes = walk(z, z0, cap, BITS)
-    reads = reads_of(read)
-    remaining, column_set = reads & (RUN - 1), carried_columns(reads, cap)
+    reads = reads_of(z, z0, cap)
+    remaining, column_set = reads & (RUN - 1), columns_of(reads, cap, BITS)
     for _ in range(count_bits(remaining)):
         l = nearest(remaining)
         remaining &= remaining - 1

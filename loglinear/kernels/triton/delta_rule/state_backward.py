@@ -10,8 +10,7 @@ run. X and dX' were kept by `walk_backward`.
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule.output import carried_columns
-from loglinear.kernels.triton.delta_rule.tiles import BITS, RUN, node_row, reads_of
+from loglinear.kernels.triton.delta_rule.tiles import BITS, RUN, columns_of, node_row, reads_of
 from loglinear.kernels.triton.delta_rule.walk_backward import MET
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.tiles import (
@@ -24,7 +23,7 @@ from loglinear.kernels.triton.tiles import (
     locate_run,
     store_block,
 )
-from loglinear.kernels.triton.walks import reader_level, walk
+from loglinear.kernels.triton.walks import reader_level
 
 
 @triton.jit
@@ -97,8 +96,7 @@ def carried_backward_kernel(
     origin, count, number, z0, sequence = locate_run(run, runs, N, 0, PACKED, BITS)
     if number * RUN >= count:
         return
-    read, _, _ = walk(number * RUN, z0, cap, BITS)
-    if (carried_columns(reads_of(read), cap) >> column) & 1 == 0:
+    if (columns_of(reads_of(number * RUN, z0, cap), cap, BITS) >> column) & 1 == 0:
         return
     z_first = tl.maximum(number * RUN, z0)
     c = origin + z_first

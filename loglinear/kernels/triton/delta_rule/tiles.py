@@ -11,7 +11,7 @@ import triton.language as tl
 from loglinear.kernels.triton.delta_rule.layout import STOREY
 from loglinear.kernels.triton.levels import far_classes, load_class_scales, load_scale, near_classes, spread_scales
 from loglinear.kernels.triton.tiles import arrived, exponent, load_block, load_rows, store_block
-from loglinear.kernels.triton.walks import READS
+from loglinear.kernels.triton.walks import READS, walk
 
 # A run is 8 chunks: one program composes them one after the other, and all of them read what lies before the run
 # through states that were brought to its first token (`carry`).
@@ -101,12 +101,6 @@ def real_merges(i, z, z0, rel, shift):
 
 
 @triton.jit
-def entry_bits(storey):
-    """log2 of the chunks that an entry of this storey stands for."""
-    return tl.zeros([], tl.int32) + BITS * storey
-
-
-@triton.jit
 def levels_below(cap, storey):
     """How many levels of a storey lie below the cap."""
     return tl.minimum(tl.maximum(cap - BITS * storey, 0), BITS)
@@ -121,16 +115,16 @@ def node_row(z, z0, sequence, cap):
 
 
 @triton.jit
-def multiply(x, y, out, K: tl.constexpr, TK: tl.constexpr, PRECISION: tl.constexpr, turn=0):
+def multiply(x, y, out, K: tl.constexpr, TK: tl.constexpr, PRECISION: tl.constexpr):
     """out = x y of K x K matrices in memory. Everything that this program wrote before is seen; `out` is not."""
     tl.debug_barrier()
     for i in range(0, K, TK):
         for j in range(0, K, TK):
             tile = tl.zeros([TK, TK], tl.float32)
             for s in range(0, K, TK):
-                x_TT, y_TT = load_block(x, i, s, K, K, TK, TK, turn), load_block(y, s, j, K, K, TK, TK, turn)
+                x_TT, y_TT = load_block(x, i, s, K, K, TK, TK), load_block(y, s, j, K, K, TK, TK)
                 tile = tl.dot(x_TT, y_TT, tile, input_precision=PRECISION)
-            store_block(out, i, j, tile, K, K, TK, TK, turn)
+            store_block(out, i, j, tile, K, K, TK, TK)
 
 
 @triton.jit
@@ -152,9 +146,30 @@ def store_identity(out, K: tl.constexpr, TK: tl.constexpr):
 
 
 @triton.jit
-def reads_of(read):
-    """The set of candidates that are read, as bits."""
+def reads_of(z, z0, cap):
+    """The candidates that chunk z reads, as bits."""
+    read, _, _ = walk(z, z0, cap, BITS)
     return tl.sum(tl.where(read, 1 << tl.arange(0, READS), 0), 0)
+
+
+@triton.jit
+def column_of_read(l, cap, LOW: tl.constexpr):
+    """The column of carried states, of candidates from LOW on, that candidate l is summed into."""
+    return tl.minimum(l, tl.maximum(cap, LOW)) - LOW
+
+
+@triton.jit
+def reads_of_column(reads, column, cap, LOW: tl.constexpr):
+    """The candidates among `reads` that are summed into a column: all from the cap on in one."""
+    at = tl.minimum(column + LOW, 31)
+    return (reads >> at & tl.where(at < tl.maximum(cap, LOW), 1, -1)) << at
+
+
+@triton.jit
+def columns_of(reads, cap, LOW: tl.constexpr):
+    """The columns of carried states that are read, as bits."""
+    high, last = reads >> LOW, tl.minimum(tl.maximum(cap - LOW, 0), READS)
+    return (high & ((1 << last) - 1)) | ((high >> last) > 0).to(tl.int32) << last
 
 
 @triton.jit

@@ -16,7 +16,6 @@ from loglinear.kernels.triton.delta_rule.tiles import (
     BITS,
     RUN,
     copy,
-    entry_bits,
     levels_below,
     multiply,
     node_row,
@@ -27,10 +26,14 @@ from loglinear.kernels.triton.tiles import SIZES, head_program, load_block, loca
 
 
 @triton.jit
-def run_entries(number, count, z0, storey):
-    """The first and the last + 1 entry, from 1, of a run that exist: their chunks lie in z0 .. count - 1."""
-    before, shift = number * RUN, entry_bits(storey)
-    return tl.maximum((z0 >> shift) - before, 0) + 1, tl.minimum((count >> shift) - before, RUN) + 1
+def run_entries(run, table, N, cap, storey, PACKED: tl.constexpr):
+    """A run's entries start .. stop - 1, from 1; entry i is chunk (before + i << shift) - 1 of its sequence, which
+    begins at row `origin`. rel: how many levels of the storey lie below the cap."""
+    origin, count, number, z0, sequence = locate_run(run, table, N, storey, PACKED, BITS)
+    before, shift = number * RUN, tl.zeros([], tl.int32) + BITS * storey
+    start = tl.maximum((z0 >> shift) - before, 0) + 1
+    stop = tl.minimum((count >> shift) - before, RUN) + 1
+    return origin, before, start, stop, shift, levels_below(cap, storey), z0, sequence
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -43,11 +46,9 @@ def transition_sweep_kernel(
     merges is in rights already."""
     SIZE: tl.constexpr = K * K
     _, h, run = head_program(1, H)
-    origin, count, number, z0, sequence = locate_run(run, runs, N, storey, PACKED, BITS)
-    rel, shift = levels_below(cap, storey), entry_bits(storey)
-    start, stop = run_entries(number, count, z0, storey)
+    origin, before, start, stop, shift, rel, z0, sequence = run_entries(run, runs, N, cap, storey, PACKED)
     for i in range(start, stop):
-        z = ((number * RUN + i) << shift) - 1
+        z = ((before + i) << shift) - 1
         row = origin + z
         slot = transitions + (row * H + h) * SIZE
         merges = real_merges(i, z, z0, rel, shift)
@@ -72,11 +73,9 @@ def state_sweep_kernel(
     SIZE: tl.constexpr = K * V
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile, h, run = head_program(TILES, H)
-    origin, count, number, z0, sequence = locate_run(run, runs, N, storey, PACKED, BITS)
-    rel, shift = levels_below(cap, storey), entry_bits(storey)
-    start, stop = run_entries(number, count, z0, storey)
+    origin, before, start, stop, shift, rel, z0, sequence = run_entries(run, runs, N, cap, storey, PACKED)
     for i in range(start, stop):
-        z = ((number * RUN + i) << shift) - 1
+        z = ((before + i) << shift) - 1
         row = origin + z
         slot = slots + (row * H + h) * SIZE
         merges = num_merges(i, rel)

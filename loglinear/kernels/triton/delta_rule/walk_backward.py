@@ -11,8 +11,8 @@ what X became, are what the blocks' own gradients are made of (`state_backward`)
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule.output import carried_columns, run_row, through_transition
-from loglinear.kernels.triton.delta_rule.tiles import BITS, RUN, count_bits, reads_of
+from loglinear.kernels.triton.delta_rule.output import run_row, through_transition
+from loglinear.kernels.triton.delta_rule.tiles import BITS, RUN, columns_of, count_bits, reads_of
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.tiles import (
     SIZES,
@@ -24,7 +24,7 @@ from loglinear.kernels.triton.tiles import (
     locate,
     store_block,
 )
-from loglinear.kernels.triton.walks import nearest, slot_pointer, walk
+from loglinear.kernels.triton.walks import nearest, slot_pointer
 
 MET = tl.constexpr(4)  # tiles of X that a chunk keeps: one for each level of a run, and one for what was carried there
 
@@ -90,8 +90,8 @@ def walk_backward_kernel(
 ):  # fmt: skip
     """C / PARTS rows of one chunk, one head. Writes met and dmet [chunk, H, MET, C, K] (X at each read, and dX' behind
     it), the gradient of X where the walk begins in the place of X, seen [chunk, H, C, K], and the columns of
-    dlevel_scales that it reads, others it leaves; what the walk gives to a last column that the chunk shares is there for
-    `values_backward` to add to."""
+    dlevel_scales that it reads, others it leaves; what the walk gives to a last column that the chunk shares is there
+    for `values_backward` to add to."""
     DTYPE: tl.constexpr = level_scales.dtype.element_ty
     I: tl.constexpr = C // PARTS
     TILE: tl.constexpr = C * K
@@ -109,9 +109,8 @@ def walk_backward_kernel(
     dmet += row * MET * TILE + part * I * K
     seen += row * TILE + part * I * K
     x = load_tiles(seen, K, I, TK)
-    read, end_of_blocks, are_nodes = walk(z, z0, cap, BITS)
-    reads = reads_of(read)
-    low, column_set = reads & (RUN - 1), carried_columns(reads, cap)
+    reads = reads_of(z, z0, cap)
+    low, column_set = reads & (RUN - 1), columns_of(reads, cap, BITS)
     remaining = low
     for _ in range(count_bits(low)):
         l = nearest(remaining)

@@ -11,12 +11,12 @@ from functools import cached_property
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from loglinear.fenwick import log2
+from loglinear.kernels.triton.call import DOT_TYPES, Call, common_dtype, in_rows, like, slabs
 from loglinear.kernels.triton.config import Plan
-from loglinear.kernels.triton.layout import READS, layout
+from loglinear.kernels.triton.layout import READS
 from loglinear.kernels.triton.scalar_gate.chunk_state import chunk_state_kernel
 from loglinear.kernels.triton.scalar_gate.chunk_state_backward import chunk_state_backward_kernel
 from loglinear.kernels.triton.scalar_gate.decay_backward import decay_backward_kernel
@@ -37,55 +37,21 @@ SLAB_BYTES = 1 << 30  # of the states that a backward builds at once; their grad
 ROWS = 64  # tokens of a chunk that one program takes at most, where it holds all pairs of them
 ELEMENTS = 1024  # numbers of a state that one program of the elementwise stages takes
 
-# What the matrix units multiply, what states are kept in, and how. float16 has the mantissa of tf32 but not the range
-# that a sum over a long past needs, so its products are single tf32 products of float32 states.
-DOT_TYPES = {
-    torch.float32: (torch.float32, tl.float32, "tf32x3"),
-    torch.float16: (torch.float32, tl.float32, "tf32"),
-    torch.bfloat16: (torch.bfloat16, tl.bfloat16, "tf32"),
-}
 
-
-def common_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of all tensors, or float32."""
-    dtypes = {x.dtype for x in tensors}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-
-def in_rows(x: Tensor) -> Tensor:
-    """x [B, T, heads, D] with rows of neighbouring numbers, and heads within 32 bits of one another; else a copy."""
-    is_near = abs(x.stride(2)) * x.shape[2] < 1 << 31
-    return x if x.stride(3) == 1 and is_near else x.contiguous()
-
-
-class ScalarGate:
-    """One call: its inputs, sizes and the arrays between the stages."""
+class ScalarGate(Call):
+    """One call, with the arrays between the stages."""
 
     def __init__(
         self,
         q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor, nodes: Tensor | None,
         cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, plan: Plan,
     ) -> None:  # fmt: skip
-        self.q, self.k, self.v, self.level_scales = in_rows(q), in_rows(k), in_rows(v), in_rows(level_scales)
-        self.log_decay = log_decay
-        self.B, self.T, self.G, self.K = q.shape
-        self.H, self.V = v.shape[2:]
-        self.L, self.R, self.scale, self.plan = level_scales.shape[3], self.H // self.G, scale, plan
-        self.C = plan.chunk_size
-        self.layout = layout(self.B, self.T, self.C, self.L, cu_seqlens, starts)
-        self.dtype, dot, precision = DOT_TYPES[common_dtype(q, k, v)]
-        self.nodes = None if nodes is None else nodes.to(self.dtype).contiguous()
-        self.size = self.K * self.V
-        self.has_nodes = nodes is not None
+        super().__init__(q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, plan.chunk_size)
+        self.plan, self.size = plan, self.K * self.V
         self.shape = dict(K=self.K, V=self.V, C=self.C, BK=max(16, triton.next_power_of_2(self.K)))
-        self.dots = dict(DOT=dot, PRECISION=precision)
-        self.packed = dict(PACKED=self.layout.packed)
         self.log_c = log2(self.C)
         # Stages that work on tokens take a long chunk in halves: two C / 2 tiles on the diagonal and one below it.
         self.halves = 2 if self.C > ROWS else 1
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.v.device)
 
     def options(self, stage: str) -> dict[str, int]:
         launch = self.plan.stages[stage]
@@ -99,10 +65,6 @@ class ScalarGate:
 
     def sweep_parts(self, stage: str) -> int:
         return triton.cdiv(self.size, self.plan.stages[stage].tile * SWEEP_STEPS)
-
-    @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        return self.T, self.layout.chunks_per_row, self.H
 
     @cached_property
     def splits(self) -> int:
@@ -262,18 +224,6 @@ class ScalarGate:
         return dslots, dnodes, dtotals
 
 
-def slabs(chunks: int, groups: int, heads: int, state_bytes: int, limit: int | None = None) -> list[slice]:
-    """Ranges of heads whose states fit `limit` bytes (SLAB_BYTES): whole groups, as even as can be, or equal shares of
-    one."""
-    R = heads // groups
-    fits = max(1, (limit or SLAB_BYTES) // (chunks * state_bytes))
-    if fits >= R:
-        step = -(-groups // -(-groups // (fits // R))) * R
-    else:
-        step = max(d for d in range(1, fits + 1) if R % d == 0)
-    return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
-
-
 def gradients(
     do: Tensor, dblocks: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor, nodes: Tensor | None,
@@ -285,15 +235,12 @@ def gradients(
     state_bytes = q.shape[3] * v.shape[3] * DOT_TYPES[common_dtype(q, k, v)][0].itemsize
     do = in_rows(do)
 
-    def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-
     dv, dlog_decay = like(v), like(log_decay)
     # Columns that no walk could read stay 0.
     unread = level_scales.shape[3] > log2(C) + 1 + READS
     dlevel_scales = like(level_scales).zero_() if unread else like(level_scales)
     dnodes = None if nodes is None else like(nodes, torch.float32)
-    parts = slabs(chunks, q.shape[2], H, state_bytes)
+    parts = slabs(chunks, q.shape[2], H, state_bytes, SLAB_BYTES)
     partial = parts[0].stop - parts[0].start < R
     if len(parts) > 1:
         dq, dk = (like(x, torch.float32 if partial else None) for x in (q, k))
