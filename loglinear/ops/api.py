@@ -176,12 +176,9 @@ def _dispatch(
 
 
 def _automatic(problem: Problem) -> str:
-    """triton where it can serve on a GPU; single tokens from a state are decoding, which torch has a step for.
-
-    The delta rule's kernels are for those who ask, until all of their configurations have been checked on a GPU."""
+    """triton where it can serve on a GPU; single tokens from a state are decoding, which torch has a step for."""
     is_step = problem.initial_state is not None and problem.v.shape[1] == 1
-    is_checked = problem.beta is None
-    if problem.v.device.type == "cuda" and is_checked and not is_step and impl_triton.unsupported(problem) is None:
+    if problem.v.device.type == "cuda" and not is_step and impl_triton.unsupported(problem) is None:
         return "triton"
     return "torch"
 

@@ -60,7 +60,9 @@ def check(inputs, dtype, *, initial_state=None, final=False, emulated=None, **op
     grads = gradients(results, tuple(w.to(r.dtype) for w, r in zip(weights, results, strict=True)), leaves)
     exact_grads = gradients(exact, weights, leaves_64)
     names = operator.names + ([] if state is None else [f"state's {n}" for n in parts(state)])
-    flow = flows(doubles, *exact_grads[:2]) if emulated else float(exact_grads[3].norm())
+    flow = float(exact_grads[3].norm())
+    if emulated is not None:
+        flow = max(flow, flows(doubles, *exact_grads[:2]))
     for name, a, e in zip(names, grads, exact_grads, strict=True):
         if name == "state's blocks":  # what the position has no bit for is 0 by contract, and has no gradient
             e = torch.where((state.blocks != 0).any(dim=(3, 4), keepdim=True), e, 0.0)
@@ -124,7 +126,7 @@ def test_error_of_the_papers_delta_rule_heads(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_error_of_the_delta_rule_with_hard_keys(keys, decay, dtype):
     """The same key all the time with beta near 1, eight keys in turn, and keys that hardly meet."""
-    inputs = repeat_keys(make(1, 5000, 2, 2, 64, 64, 14, dtype, delta=True), keys, decay)
+    inputs = repeat_keys(make(1, 700, 2, 2, 64, 64, 14, dtype, delta=True), keys, decay)
     check(inputs, dtype, emulated=KEYS[keys])
 
 
@@ -232,8 +234,9 @@ def run_all(inputs, function=None):
 @DELTA
 def test_compiles_as_one_graph(delta):
     inputs = make(1, 500, 1, 2, 64, 64, 10, torch.bfloat16, delta=delta)
-    compiled = torch.compile(lambda x: OPERATORS[delta](x), fullgraph=True)
-    assert torch.equal(compiled(inputs).output, OPERATORS[delta](inputs, impl="triton").output)
+    operator = operator_of(inputs)
+    compiled = torch.compile(lambda x: operator(x, impl="triton"), fullgraph=True)
+    assert torch.equal(compiled(inputs).output, operator(inputs, impl="triton").output)
 
 
 @DELTA
@@ -282,11 +285,13 @@ def test_runs_in_a_cuda_graph(delta):
     assert all(torch.equal(a, b) for a, b in zip(captured, run_all(fresh), strict=True))
 
 
-def test_autocast_and_checkpointing_change_nothing():
-    inputs = make(1, 400, 1, 2, 64, 64, 10, torch.bfloat16)
+@DELTA
+def test_autocast_and_checkpointing_change_nothing(delta):
+    inputs = make(1, 400, 1, 2, 64, 64, 10, torch.bfloat16, delta=delta)
+    operator = operator_of(inputs)
     with torch.autocast("cuda", dtype=torch.float16):
         cast = run_all(inputs)
-    kept = run_all(inputs, lambda x, impl: checkpoint(lambda: OPERATOR(x, impl=impl), use_reentrant=False))
+    kept = run_all(inputs, lambda x, impl: checkpoint(lambda: operator(x, impl=impl), use_reentrant=False))
     for a, b, c in zip(run_all(inputs), cast, kept, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
 

@@ -88,7 +88,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, do: Tensor, dblocks: Tensor):  # type: ignore[no-untyped-def]
-    inputs, beta, nodes = ctx.saved_tensors, ctx.saved_tensors[4], ctx.saved_tensors[6]
+    inputs = ctx.saved_tensors  # once: checkpointing refuses to give them twice
+    beta, nodes = inputs[4], inputs[6]
     grads = iter(chunkwise_backward(do, dblocks if ctx.final else None, *inputs, *ctx.options))
     first, dbeta = [next(grads) for _ in range(4)], None if beta is None else next(grads)
     dlevel_scales, dnodes = next(grads), None if nodes is None else next(grads).to(nodes.dtype)

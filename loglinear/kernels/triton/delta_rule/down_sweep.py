@@ -57,8 +57,8 @@ def state_down_sweep_kernel(
             elif NODES:
                 node = node_row(z_left, z0, sequence, cap)
                 if node >= 0:
-                    out, through = dnodes + (node * H + h) * SIZE, transitions + (row * H + h) * (K * K)
-                    add_through(out, through, dstate, tile * BV, K, V, TK, BV, PRECISION)
+                    own = transitions + (row * H + h) * (K * K)
+                    add_through(dnodes + (node * H + h) * SIZE, own, dstate, tile * BV, K, V, TK, BV, PRECISION)
 
 
 @triton.jit

@@ -95,9 +95,11 @@ class DeltaRule(Call):
         self.beta, self.precision = beta, dict(PRECISION=self.dots["PRECISION"])
 
     def tile(self, stage: str, size: int) -> int:
-        """Columns of one tile of matrices that have `size` of them."""
+        """Columns of one tile of matrices that have `size` of them. In bfloat16 64 at least: narrower ones come out wrong
+        on Hopper (triton 3.6; docs/performance.md)."""
         narrow = self.dtype == torch.bfloat16 and self.K <= 128
-        return min(LAUNCHES[stage].tile if narrow else 64, max(16, triton.next_power_of_2(size)))
+        smallest = 64 if self.dtype == torch.bfloat16 else 16
+        return min(LAUNCHES[stage].tile if narrow else 64, max(smallest, triton.next_power_of_2(size)))
 
     def parts(self, stage: str) -> int:
         return PARTS[stage] if self.C > 64 else 1
