@@ -43,17 +43,18 @@ EMULATED = {
             "gradient of level_scales": 6.9e-3,
         },
         torch.float16: {
-            "output": 2.77e-3,
-            "gradient of q": 2.58e-3,
-            "gradient of k": 4.66e-3,
-            "gradient of v": 3.12e-3,
+            "output": 3.67e-3,
+            "gradient of q": 3.44e-3,
+            "gradient of k": 5.48e-3,
+            "gradient of v": 4.0e-3,
             "gradient of log_decay": 6.25e-3,
-            "gradient of beta": 4.29e-3,
-            "gradient of level_scales": 2.52e-3,
+            "gradient of beta": 5.19e-3,
+            "gradient of level_scales": 3.33e-3,
         },
     },
 }
-# The same of the delta rule in bfloat16 where keys come again (`repeat_keys`), the decay's as a share of `flows` where they are larger.
+# The same of the delta rule in bfloat16 where keys come again (`repeat_keys`, T = 700), the decay's as a share of
+# `flows` where they are larger.
 KEYS = {
     "one": {
         "output": 5.31e-3,
@@ -84,6 +85,7 @@ KEYS = {
     },
 }
 HEADS = [(1, 4, 128, 64), (4, 4, 128, 128), (2, 4, 64, 64), (1, 2, 80, 48)]
+WIDE = [(2, 2, 256, 256)]  # where tf32's error is largest: it cuts digits off, which adds up
 
 
 def operator_of(inputs: dict[str, Tensor]) -> Operator:
@@ -217,8 +219,8 @@ if __name__ == "__main__":
     for operator in OPERATORS:
         for dtype in (torch.bfloat16, torch.float16):
             all_found = []
-            for heads in HEADS:
-                for seed in range(4):
+            for heads in HEADS + (WIDE if dtype == torch.float16 else []):
+                for seed in range(1 if heads in WIDE else 4):
                     torch.manual_seed(seed)
                     options = dict(seed=seed, device="cpu", float32_scales=seed % 2 == 1, delta=operator.delta)
                     all_found.append(errors(make(1, 1111, *heads, 12, dtype, **options)))

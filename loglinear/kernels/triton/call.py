@@ -49,12 +49,13 @@ def slabs(chunks: int, groups: int, heads: int, state_bytes: int, limit: int) ->
 
 
 class Call:
-    """One call: its inputs and sizes."""
+    """One call: its inputs and sizes. products: which of DOT_TYPES."""
 
     def __init__(
         self,
         q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor, nodes: Tensor | None,
-        cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int, storey_bits: int = STOREY,
+        cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int, products: torch.dtype,
+        storey_bits: int = STOREY,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.level_scales = in_rows(q), in_rows(k), in_rows(v), in_rows(level_scales)
         self.log_decay = log_decay
@@ -62,7 +63,7 @@ class Call:
         self.H, self.V = v.shape[2:]
         self.L, self.R, self.scale, self.C = level_scales.shape[3], self.H // self.G, scale, chunk_size
         self.layout = layout(self.B, self.T, self.C, self.L, cu_seqlens, starts, storey_bits)
-        self.dtype, dot, precision = DOT_TYPES[common_dtype(q, k, v)]
+        self.dtype, dot, precision = DOT_TYPES[products]
         self.nodes = None if nodes is None else nodes.to(self.dtype).contiguous()
         self.has_nodes = nodes is not None
         self.dots, self.packed = dict(DOT=dot, PRECISION=precision), dict(PACKED=self.layout.packed)

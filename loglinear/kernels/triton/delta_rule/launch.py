@@ -79,8 +79,16 @@ PARTS = {
 
 def choose_chunk_size(q: Tensor, k: Tensor, v: Tensor, prescribed: int) -> int:
     """States prescribe theirs (0: none does)."""
-    narrow = max(q.shape[3], v.shape[3]) <= 128 and common_dtype(q, k, v) == torch.bfloat16
+    narrow = max(q.shape[3], v.shape[3]) <= 128 and products_of(q, k, v) == torch.bfloat16
     return prescribed or (128 if narrow else 64)
+
+
+def products_of(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """The key of DOT_TYPES. Heads of up to 32 numbers are multiplied as float16's are: bfloat16 products of tiles as
+    narrow as that came out wrong on Hopper (triton 3.6; docs/performance.md)."""
+    dtype = common_dtype(q, k, v)
+    is_narrow = min(q.shape[3], v.shape[3]) <= 32
+    return torch.float16 if is_narrow and dtype == torch.bfloat16 else dtype
 
 
 class DeltaRule(Call):
@@ -91,15 +99,15 @@ class DeltaRule(Call):
         q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, level_scales: Tensor, nodes: Tensor | None,
         cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int,
     ) -> None:  # fmt: skip
-        super().__init__(q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, chunk_size, STOREY)
+        super().__init__(
+            q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, chunk_size, products_of(q, k, v), STOREY
+        )  # fmt: skip
         self.beta, self.precision = beta, dict(PRECISION=self.dots["PRECISION"])
 
     def tile(self, stage: str, size: int) -> int:
-        """Columns of one tile of matrices that have `size` of them. In bfloat16 64 at least: narrower ones come out wrong
-        on Hopper (triton 3.6; docs/performance.md)."""
+        """Columns of one tile of matrices that have `size` of them."""
         narrow = self.dtype == torch.bfloat16 and self.K <= 128
-        smallest = 64 if self.dtype == torch.bfloat16 else 16
-        return min(LAUNCHES[stage].tile if narrow else 64, max(smallest, triton.next_power_of_2(size)))
+        return min(LAUNCHES[stage].tile if narrow else 64, max(16, triton.next_power_of_2(size)))
 
     def parts(self, stage: str) -> int:
         return PARTS[stage] if self.C > 64 else 1
@@ -351,7 +359,7 @@ def gradients(
     small."""
     (K, V), H, R, C = (q.shape[3], v.shape[3]), v.shape[2], v.shape[2] // q.shape[2], chunk_size
     chunks = len(q) * triton.cdiv(q.shape[1], C) + (0 if cu_seqlens is None else len(cu_seqlens))
-    numbers = 3 * K * K + 2 * K * V + 2 * int(MET) * C * K
+    numbers = 3 * K * K + 2 * K * V + (2 * int(MET) + 3) * C * K + C * V + 3 * C * C
     do = in_rows(do)
 
     dv, dlog_decay, dbeta = like(v), like(log_decay), like(beta)
@@ -359,7 +367,7 @@ def gradients(
     dnodes = None if nodes is None else like(nodes, torch.float32)
     dq, dk = (like(x) if R == 1 else like(x, torch.float32).zero_() for x in (q, k))
     limit = max(SLAB_BYTES, 3 * sum(x.numel() * x.element_size() for x in (q, k, v, do)) // 2)
-    for h in slabs(chunks, q.shape[2], H, numbers * DOT_TYPES[common_dtype(q, k, v)][0].itemsize, limit):
+    for h in slabs(chunks, q.shape[2], H, numbers * DOT_TYPES[products_of(q, k, v)][0].itemsize, limit):
         g = slice(h.start // R, (h.stop - 1) // R + 1)
         call = DeltaRule(
             q[:, :, g], k[:, :, g], v[:, :, h], log_decay[:, :, h], beta[:, :, h], level_scales[:, :, h],

@@ -46,7 +46,9 @@ class ScalarGate(Call):
         q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor, nodes: Tensor | None,
         cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, plan: Plan,
     ) -> None:  # fmt: skip
-        super().__init__(q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, plan.chunk_size)
+        super().__init__(
+            q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, plan.chunk_size, common_dtype(q, k, v)
+        )  # fmt: skip
         self.plan, self.size = plan, self.K * self.V
         self.shape = dict(K=self.K, V=self.V, C=self.C, BK=max(16, triton.next_power_of_2(self.K)))
         self.log_c = log2(self.C)
