@@ -47,7 +47,10 @@ def unsupported(p: Problem) -> str | None:
         return f"head dims K = {K}, V = {V} need impl='torch': impl='triton' takes up to {MAX_HEAD_DIM} and {widest}"
     has_state = p.initial_state is not None or p.output_final_state
     # What fits the shared memory: three tf32 products take eight times the room of one in bfloat16.
-    largest = 128 if all(x.dtype == torch.bfloat16 for x in (p.q, p.k, p.v)) else 64
+    is_bfloat16 = all(x.dtype == torch.bfloat16 for x in (p.q, p.k, p.v))
+    if p.beta is not None and min(K, V) <= 32:
+        is_bfloat16 = False  # multiplied as float16 is (`products_of` of the delta rule)
+    largest = 128 if is_bfloat16 else 64
     largest = largest if max(K, V) <= 128 else largest // 2
     if p.beta is not None:
         largest = max(largest, 64)
