@@ -1,25 +1,25 @@
 """What the backward needs again of the forward's inside of a chunk, computed once.
 
-S = Q K^T * dec,   E = S Ab,   X = diag(exp(G)) Q + S Er          (Er: see chunk_state.py)
+S = Q K^T * dec,   T = S A,   X = diag(exp(G)) Q + S Er          (Er: see chunk_state.py)
 """
 
 # C chunk, I of its rows, H heads, K key
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule.tiles import decay, load_decays, load_strength, query_products
+from loglinear.kernels.triton.delta_rule.tiles import decay, load_decays, query_products
 from loglinear.kernels.triton.tiles import SIZES, head_program, load_block, load_rows, locate, store_block
 
 
 @triton.jit(do_not_specialize=SIZES)
 def in_chunk_kernel(
-    q, k, beta, inverse, cumulative, erased, scores, effective, seen, table,
+    q, k, inverse, cumulative, erased, effective, seen, table,
     T, N, H, R, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h,
+    q_b, q_t, q_h, k_b, k_t, k_h,
     K: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """C / PARTS rows of one chunk, one head: S and E [chunk, H, C, C], X [chunk, H, C, K]."""
+    """C / PARTS rows of one chunk, one head: T [chunk, H, C, C] and X [chunk, H, C, K]."""
     I: tl.constexpr = C // PARTS
     _, h, number = head_program(1, H)
     part, c = number % PARTS, (number // PARTS).to(tl.int64)
@@ -34,11 +34,8 @@ def in_chunk_kernel(
     G_rows = tl.load(cumulative + row * C + skipped + i)
     scores_IC = query_products(q_rows, k_rows, q_t, k_t, n, n_keys, K, I, C, TK, DOT, PRECISION)
     scores_IC = (scores_IC * (decay(G_rows, G, skipped + i, C) * scale)).to(DOT)
-    store_block(scores + row * (C * C), skipped, 0, scores_IC, C, C, I, C)
-    beta += b * beta_b + first * beta_t + h * beta_h
     inverse_CC = load_block(inverse + row * (C * C), 0, 0, C, C, C, C)
     effective_IC = tl.dot(scores_IC, inverse_CC, input_precision=PRECISION)
-    effective_IC *= load_strength(beta, beta_t, n_keys, C)[None, :]
     store_block(effective + row * (C * C), skipped, 0, effective_IC, C, C, I, C)
     for t in tl.static_range(0, K, TK):
         x_IT = load_rows(q_rows, q_t, n, t, I, K, TK).to(tl.float32) * (tl.exp2(G_rows)[:, None] * scale)

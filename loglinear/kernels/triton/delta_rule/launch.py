@@ -29,7 +29,7 @@ from loglinear.kernels.triton.delta_rule.in_chunk import in_chunk_kernel
 from loglinear.kernels.triton.delta_rule.in_chunk_backward import (
     keys_backward_kernel,
     scores_backward_kernel,
-    values_backward_kernel,
+    writes_backward_kernel,
 )
 from loglinear.kernels.triton.delta_rule.layout import STOREY
 from loglinear.kernels.triton.delta_rule.output import output_kernel
@@ -49,7 +49,7 @@ STAGES = {
     "forward": (*BUILD, "output"),
     "backward": (
         *BUILD, "in_chunk", "walk_backward", "state_backward", "carried_backward", "carry_paths_backward",
-        "carry_backward", "state_down_sweep", "transition_down_sweep", "values_backward", "scores_backward",
+        "carry_backward", "state_down_sweep", "transition_down_sweep", "scores_backward", "writes_backward",
         "keys_backward",
     ),
 }  # fmt: skip
@@ -63,24 +63,25 @@ LAUNCHES = {
     "in_chunk": Launch(128, 8, 1), "walk_backward": Launch(128, 8, 1), "state_backward": Launch(128, 8, 1),
     "carried_backward": Launch(128, 8, 1), "carry_paths_backward": Launch(128, 8, 1),
     "carry_backward": Launch(128, 8, 1), "state_down_sweep": Launch(128, 8, 1),
-    "transition_down_sweep": Launch(128, 8, 1), "values_backward": Launch(128, 8, 1),
-    "scores_backward": Launch(64, 8, 1), "keys_backward": Launch(64, 8, 1),
+    "transition_down_sweep": Launch(128, 8, 1), "scores_backward": Launch(64, 8, 1),
+    "writes_backward": Launch(64, 8, 1), "keys_backward": Launch(64, 8, 1),
 }  # fmt: skip
 # Columns of V at most, where that is less.
 VALUE_TILES = dict.fromkeys(
     ("state_backward", "carried_backward", "carry_backward", "state_down_sweep", "state_sweep"), 64
 )
+# Products of transitions, from memory to memory: their tiles need not be narrower where K is larger.
+TRANSITIONS = ("transition_sweep", "carry_transitions", "carry_paths_backward", "transition_down_sweep")
 # Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
 PARTS = {
-    "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "values_backward": 1, "scores_backward": 1,
-    "keys_backward": 1,
+    "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "scores_backward": 2,
+    "writes_backward": 1, "keys_backward": 1,
 }  # fmt: skip
 
 
 def choose_chunk_size(q: Tensor, k: Tensor, v: Tensor, prescribed: int) -> int:
     """States prescribe theirs (0: none does)."""
-    narrow = max(q.shape[3], v.shape[3]) <= 128 and products_of(q, k, v) == torch.bfloat16
-    return prescribed or (128 if narrow else 64)
+    return prescribed or (128 if products_of(q, k, v) == torch.bfloat16 else 64)
 
 
 def products_of(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
@@ -106,8 +107,8 @@ class DeltaRule(Call):
 
     def tile(self, stage: str, size: int) -> int:
         """Columns of one tile of matrices that have `size` of them."""
-        narrow = self.dtype == torch.bfloat16 and self.K <= 128
-        return min(LAUNCHES[stage].tile if narrow else 64, max(16, triton.next_power_of_2(size)))
+        wide = self.dtype == torch.bfloat16 and (self.K <= 128 or stage in TRANSITIONS)
+        return min(LAUNCHES[stage].tile if wide else 64, max(16, triton.next_power_of_2(size)))
 
     def parts(self, stage: str) -> int:
         return PARTS[stage] if self.C > 64 else 1
@@ -223,11 +224,11 @@ class DeltaRule(Call):
         """Writes the gradients of these heads, dq and dk [B, T, H, K] of each by itself; returns dnodes."""
         y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
         self.build_states(keep=True)
-        scores, effective = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
+        effective, weights, dscores = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(3))
         seen = self.empty(y.chunks, H, C, K, dtype=self.dtype)
         in_chunk_kernel[(y.chunks * self.parts("in_chunk") * H,)](
-            self.q, self.k, self.beta, self.inverse, self.cumulative, self.erased, scores, effective, seen, y.table,
-            *self.sizes, self.R, self.scale, *self.strides("q", "k", "beta"),
+            self.q, self.k, self.inverse, self.cumulative, self.erased, effective, seen, y.table,
+            *self.sizes, self.R, self.scale, *self.strides("q", "k"),
             K=K, C=C, PARTS=self.parts("in_chunk"), **self.dots, **self.packed, **self.options("in_chunk"),
         )  # fmt: skip
         met, dmet = (self.empty(y.chunks, H, int(MET), C, K, dtype=self.dtype) for _ in range(2))
@@ -243,31 +244,30 @@ class DeltaRule(Call):
         dseen = seen
         dslots, dtransitions, dnodes = self.state_gradients(met, dmet, do, dblocks)
         del met, dmet, self.carried, self.paths, self.slots, self.transitions, self.rights
-        deffective, dscores = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
-        dwrite = self.empty(y.chunks, H, C, C)
-        derased, dincoming, doutgoing = (self.empty(y.chunks, H, C, K, dtype=self.dtype) for _ in range(3))
-        dwritten = self.empty(y.chunks, H, C, V, dtype=self.dtype)
-        constants = dict(K=K, C=C, **self.dots, **self.packed)
-        values_backward_kernel[(y.chunks * H,)](
-            self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, effective, self.written,
-            dslots, do, dv, dwritten, deffective, doutgoing, dlevel_scales, y.table,
-            *self.sizes, self.R, self.L,
-            *self.strides("k", "v", "beta", "level_scales"), *o_, dv.stride(1), dlevel_scales.stride(1),
-            LOG_C=log2(C), LINEAR=self.L == 1, **constants, **self.columns("values_backward"),
-            **self.options("values_backward"),
+        parts, tiles = self.parts("scores_backward"), self.tiles("writes_backward")
+        constants = dict(C=C, **self.dots, **self.packed)
+        flow, query_shares = self.empty(y.chunks, H, C), self.empty(y.chunks, H, parts, 2, C)
+        scores_backward_kernel[(y.chunks * parts * H,)](
+            self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, effective,
+            self.erased, dseen, do, dq, dscores, weights, flow, query_shares, dlevel_scales, y.table,
+            *self.sizes, self.R, self.L, self.scale,
+            *self.strides("q", "k", "v", "beta", "level_scales"), *o_, dq.stride(1), dlevel_scales.stride(1),
+            K=K, LOG_C=log2(C), PARTS=parts, LINEAR=self.L == 1, **constants, **self.wide("scores_backward"),
         )  # fmt: skip
-        flow = self.empty(y.chunks, H, C)
-        scores_backward_kernel[(y.chunks * H,)](
-            self.q, self.k, self.v, self.beta, self.inverse, self.cumulative, scores, self.erased, dtransitions, dseen,
-            dwritten, deffective, dq, flow, dscores, dwrite, derased, dincoming, doutgoing, y.table,
-            *self.sizes, self.R, self.scale, *self.strides("q", "k", "v", "beta"), dq.stride(1),
-            **constants, **self.columns("scores_backward"), **self.options("scores_backward"),
-        )  # fmt: skip
+        dwritten, dincoming = (self.empty(y.chunks, H, C, width, dtype=self.dtype) for width in (V, K))
+        value_shares = self.empty(y.chunks, H, tiles, C)
+        for kind, dstates, dwrites in ((False, dslots, dwritten), (True, dtransitions, dincoming)):
+            writes_backward_kernel[(y.chunks * self.tiles("writes_backward", kind) * H,)](
+                self.k, self.v, self.beta, self.inverse, self.cumulative, weights, dstates, do, dwrites, dv,
+                value_shares, y.table, *self.sizes, self.R, *self.strides("k", "v", "beta"), *o_, dv.stride(1),
+                K=K, TRANSITION=kind, **constants, **self.wide("writes_backward", kind),
+            )  # fmt: skip
         keys_backward_kernel[(y.chunks * H,)](
-            self.q, self.k, self.beta, self.log_decay, self.inverse, self.cumulative, dtransitions, flow,
-            dscores, dwrite, dincoming, doutgoing, dk, dbeta, dlog_decay, y.table,
-            *self.sizes, self.R, *self.strides("q", "k", "beta", "log_decay"),
-            *(x.stride(1) for x in (dk, dbeta, dlog_decay)), **constants, **self.options("keys_backward"),
+            self.q, self.k, self.beta, self.log_decay, self.cumulative, effective, self.written, self.erased,
+            dslots, dtransitions, dseen, dscores, dwritten, dincoming, flow, query_shares, value_shares,
+            dk, dbeta, dlog_decay, y.table, *self.sizes, self.R, self.scale,
+            *self.strides("q", "k", "beta", "log_decay"), *(x.stride(1) for x in (dk, dbeta, dlog_decay)),
+            K=K, PARTS=parts, VALUE_TILES=tiles, **constants, **self.wide("keys_backward"),
         )  # fmt: skip
         return dnodes
 
@@ -359,7 +359,7 @@ def gradients(
     small."""
     (K, V), H, R, C = (q.shape[3], v.shape[3]), v.shape[2], v.shape[2] // q.shape[2], chunk_size
     chunks = len(q) * triton.cdiv(q.shape[1], C) + (0 if cu_seqlens is None else len(cu_seqlens))
-    numbers = 3 * K * K + 2 * K * V + (2 * int(MET) + 3) * C * K + C * V + 3 * C * C
+    numbers = 3 * K * K + 2 * K * V + (2 * int(MET) + 3) * C * K + 2 * C * V + 4 * C * C
     do = in_rows(do)
 
     dv, dlog_decay, dbeta = like(v), like(log_decay), like(beta)
