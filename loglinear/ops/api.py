@@ -176,14 +176,9 @@ def _dispatch(
 
 
 def _automatic(problem: Problem) -> str:
-    """triton where it can serve on a GPU; single tokens from a state are decoding, which torch has a step for.
-
-    The delta rule's kernels are for those who ask where a GPU has not checked all of them yet: continued states, and
-    heads of up to 32 numbers."""
+    """triton where it can serve on a GPU; single tokens from a state are decoding, which torch has a step for."""
     is_step = problem.initial_state is not None and problem.v.shape[1] == 1
-    is_wide = min(problem.q.shape[3], problem.v.shape[3]) > 32
-    is_checked = problem.beta is None or (problem.initial_state is None and is_wide)
-    if problem.v.device.type == "cuda" and is_checked and not is_step and impl_triton.unsupported(problem) is None:
+    if problem.v.device.type == "cuda" and not is_step and impl_triton.unsupported(problem) is None:
         return "triton"
     return "torch"
 
