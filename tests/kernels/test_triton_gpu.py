@@ -34,7 +34,7 @@ def limit_of(name, dtype, operator, emulated=None, by_flows=False):
     if not name.startswith("gradient"):
         limit = 1.3 * own.get(name, own["output"])
         return limit if emulated else min(limit, OUTPUT_LIMIT[operator.name])
-    limit = 1.3 * own.get(name.replace("state's ", ""), own["gradient of v"])
+    limit = 1.3 * own.get(name, own.get(name.replace("state's ", ""), own["gradient of v"]))
     return limit if by_flows else min(limit, GRADIENT_LIMIT[operator.name])
 
 
