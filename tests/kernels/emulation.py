@@ -86,7 +86,12 @@ KEYS = {
 }
 # The same where a state prescribes the chunks: those of 16 tokens merge most often (T = 777, 12 levels), and the blocks
 # of a final state are read by themselves. The beta of a few raw tokens, as few numbers, varies from seed to seed.
-STATES = {"output": 7.16e-3, "blocks": 7.6e-3, "gradient of state's beta": 1.56e-2}
+STATES = {
+    "output": 7.16e-3,
+    "blocks": 7.6e-3,
+    "gradient of log_decay": 1.25e-2,
+    "gradient of state's beta": 1.56e-2,
+}
 HEADS = [(1, 4, 128, 64), (4, 4, 128, 128), (2, 4, 64, 64), (1, 2, 80, 48)]
 WIDE = [(2, 2, 256, 256)]  # where tf32's error is largest: it cuts digits off, which adds up
 
