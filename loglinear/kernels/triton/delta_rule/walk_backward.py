@@ -91,7 +91,7 @@ def walk_backward_kernel(
     """C / PARTS rows of one chunk, one head. Writes met and dmet [chunk, H, MET, C, K] (X at each read, and dX' behind
     it), the gradient of X where the walk begins in the place of X, seen [chunk, H, C, K], and the columns of
     dlevel_scales that it reads, others it leaves; what the walk gives to a last column that the chunk shares is there
-    for `values_backward` to add to."""
+    for `scores_backward` to add to."""
     DTYPE: tl.constexpr = level_scales.dtype.element_ty
     I: tl.constexpr = C // PARTS
     TILE: tl.constexpr = C * K
