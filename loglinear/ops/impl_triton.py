@@ -45,20 +45,20 @@ def unsupported(p: Problem) -> str | None:
     widest = 2 * MAX_HEAD_DIM if p.beta is not None else MAX_HEAD_DIM  # of V: the delta rule's kernels split it anyway
     if K > MAX_HEAD_DIM or widest < V:
         return f"head dims K = {K}, V = {V} need impl='torch': impl='triton' takes up to {MAX_HEAD_DIM} and {widest}"
+    from loglinear.kernels.triton.call import common_dtype
+    from loglinear.kernels.triton.delta_rule.launch import products_of
+    from loglinear.kernels.triton.layout import MAX_CHUNKS
+
     has_state = p.initial_state is not None or p.output_final_state
     # What fits the shared memory: three tf32 products take eight times the room of one in bfloat16.
-    is_bfloat16 = all(x.dtype == torch.bfloat16 for x in (p.q, p.k, p.v))
-    if p.beta is not None and min(K, V) <= 32:
-        is_bfloat16 = False  # multiplied as float16 is (`products_of` of the delta rule)
-    largest = 128 if is_bfloat16 else 64
+    products = common_dtype if p.beta is None else products_of
+    largest = 128 if products(p.q, p.k, p.v) == torch.bfloat16 else 64
     largest = largest if max(K, V) <= 128 else largest // 2
     if p.beta is not None:
         largest = max(largest, 64)
     if has_state and not 16 <= p.chunk_size <= largest:
         return f"a state with chunk_size {p.chunk_size} needs impl='torch': impl='triton' takes 16 to {largest} here"
     # The scalar gate's plans may choose half as much.
-    from loglinear.kernels.triton.layout import MAX_CHUNKS
-
     smallest = p.chunk_size if has_state else largest if p.beta is not None else largest // 2
     limit = (MAX_CHUNKS - 1) * smallest
     if p.initial_state is not None:  # they lie in one packed row, behind their states' tokens

@@ -7,8 +7,8 @@ S = Q K^T * dec,   T = S A,   X = diag(exp(G)) Q + S Er          (Er: see chunk_
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule.tiles import decay, load_decays, query_products
-from loglinear.kernels.triton.tiles import SIZES, head_program, load_block, load_rows, locate, store_block
+from loglinear.kernels.triton.delta_rule.tiles import decay, load_decays, part_program, query_products
+from loglinear.kernels.triton.tiles import SIZES, load_block, load_rows, store_block
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -21,13 +21,10 @@ def in_chunk_kernel(
 ):  # fmt: skip
     """C / PARTS rows of one chunk, one head: T [chunk, H, C, C] and X [chunk, H, C, K]."""
     I: tl.constexpr = C // PARTS
-    _, h, number = head_program(1, H)
-    part, c = number % PARTS, (number // PARTS).to(tl.int64)
-    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
-    n_keys, skipped = tl.minimum(end - first, C).to(tl.int32), part * I
+    h, c, b, first, z, z0, sequence, n_keys, skipped, n = part_program(table, T, N, H, C, PARTS, PACKED)
     if n_keys <= 0:
         return
-    n, row, i = tl.maximum(tl.minimum(n_keys - skipped, I), 0), c * H + h, tl.arange(0, I)
+    row, i = c * H + h, tl.arange(0, I)
     k_rows = k + b * k_b + first * k_t + (h // R) * k_h
     q_rows = q + b * q_b + (first + skipped) * q_t + (h // R) * q_h
     G, _ = load_decays(cumulative + row * C, C)

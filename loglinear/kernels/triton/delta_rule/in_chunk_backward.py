@@ -27,6 +27,7 @@ from loglinear.kernels.triton.delta_rule.tiles import (
     key_products,
     load_decays,
     load_strength,
+    part_program,
     query_products,
 )
 from loglinear.kernels.triton.levels import sums_by_level
@@ -57,13 +58,10 @@ def scores_backward_kernel(
     rows' share, flow [chunk, H, C], and the columns'; of beta's the columns' share: shares [chunk, H, part, 2, C]."""
     DTYPE: tl.constexpr = level_scales.dtype.element_ty
     I: tl.constexpr = C // PARTS
-    _, h, number = head_program(1, H)
-    part, c = number % PARTS, (number // PARTS).to(tl.int64)
-    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
-    n_keys, skipped = tl.minimum(end - first, C).to(tl.int32), part * I
+    h, c, b, first, z, z0, sequence, n_keys, skipped, n = part_program(table, T, N, H, C, PARTS, PACKED)
     if n_keys <= 0:
         return
-    n, row, last = tl.maximum(tl.minimum(n_keys - skipped, I), 0), c * H + h, L - 1
+    row, part, last = c * H + h, skipped // I, L - 1
     i, j, token = skipped + tl.arange(0, I), tl.arange(0, C), b * T + first + skipped
     k_rows, v_rows = k + b * k_b + first * k_t + (h // R) * k_h, v + b * v_b + first * v_t + h * v_h
     q_rows = q + b * q_b + (first + skipped) * q_t + (h // R) * q_h
@@ -209,7 +207,7 @@ def keys_backward_kernel(
     keys_CC *= strength[:, None]
     flows += tl.sum(keys_CC, 1) - tl.sum(keys_CC, 0)
     dkeys_CC = (dlower_CC * strength[:, None]).to(DOT)
-    tl.debug_barrier()
+    tl.debug_barrier()  # nothing to wait for, but dS is loaded behind it and not kept from its product above
     dscores_CC = load_block(dscores + tile_CC, 0, 0, C, C, C, C).to(tl.float32)
     dscores_CC = tl.trans((dscores_CC * (decay(G, G, i, C) * scale)).to(DOT))
     # exp(Gam) I of the transition: the trace of its gradient.

@@ -224,7 +224,7 @@ class DeltaRule(Call):
         """Writes the gradients of these heads, dq and dk [B, T, H, K] of each by itself; returns dnodes."""
         y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
         self.build_states(keep=True)
-        effective, weights, dscores = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(3))
+        effective = self.empty(y.chunks, H, C, C, dtype=self.dtype)
         seen = self.empty(y.chunks, H, C, K, dtype=self.dtype)
         in_chunk_kernel[(y.chunks * self.parts("in_chunk") * H,)](
             self.q, self.k, self.inverse, self.cumulative, self.erased, effective, seen, y.table,
@@ -246,6 +246,7 @@ class DeltaRule(Call):
         del met, dmet, self.carried, self.paths, self.slots, self.transitions, self.rights
         parts, tiles = self.parts("scores_backward"), self.tiles("writes_backward")
         constants = dict(C=C, **self.dots, **self.packed)
+        weights, dscores = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
         flow, query_shares = self.empty(y.chunks, H, C), self.empty(y.chunks, H, parts, 2, C)
         scores_backward_kernel[(y.chunks * parts * H,)](
             self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, effective,

@@ -10,13 +10,26 @@ import triton.language as tl
 
 from loglinear.kernels.triton.delta_rule.layout import STOREY
 from loglinear.kernels.triton.levels import far_classes, load_class_scales, load_scale, near_classes, spread_scales
-from loglinear.kernels.triton.tiles import arrived, exponent, load_block, load_rows, store_block
+from loglinear.kernels.triton.tiles import arrived, exponent, head_program, load_block, load_rows, locate, store_block
 from loglinear.kernels.triton.walks import READS, walk
 
 # A run is 8 chunks: one program composes them one after the other, and all of them read what lies before the run
 # through states that were brought to its first token (`carry`).
 BITS = tl.constexpr(STOREY)
 RUN = tl.constexpr(1 << STOREY)
+
+
+@triton.jit
+def part_program(table, T, N, H, C: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr):
+    """A program of C / PARTS rows of a chunk and one head: the head and the chunk, what `locate` says of it (without
+    the end), how many tokens the chunk has, the part's first row, and how many tokens the part has: 0 perhaps, of a
+    chunk that has some."""
+    _, h, number = head_program(1, H)
+    part, c = number % PARTS, (number // PARTS).to(tl.int64)
+    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
+    n_keys, skipped = tl.minimum(end - first, C).to(tl.int32), part * (C // PARTS)
+    n = tl.maximum(tl.minimum(n_keys - skipped, C // PARTS), 0)
+    return h, c, b, first, z, z0, sequence, n_keys, skipped, n
 
 
 @triton.jit

@@ -12,16 +12,14 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.delta_rule.output import run_row, through_transition
-from loglinear.kernels.triton.delta_rule.tiles import BITS, RUN, columns_of, count_bits, reads_of
+from loglinear.kernels.triton.delta_rule.tiles import BITS, RUN, columns_of, count_bits, part_program, reads_of
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.tiles import (
     SIZES,
     arrived,
     exponent,
-    head_program,
     load_block,
     load_rows,
-    locate,
     store_block,
 )
 from loglinear.kernels.triton.walks import nearest, slot_pointer
@@ -95,19 +93,16 @@ def walk_backward_kernel(
     DTYPE: tl.constexpr = level_scales.dtype.element_ty
     I: tl.constexpr = C // PARTS
     TILE: tl.constexpr = C * K
-    _, h, number = head_program(1, H)
-    part, c = number % PARTS, (number // PARTS).to(tl.int64)
-    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
-    if end <= first:
+    h, c, b, first, z, z0, sequence, n_keys, skipped, n = part_program(table, T, N, H, C, PARTS, PACKED)
+    if n_keys <= 0:
         return
-    first += part * I
-    n = tl.maximum(tl.minimum(end - first, I), 0).to(tl.int32)
+    first += skipped
     i, row, last = tl.arange(0, I), c * H + h, L - 1
     scales = level_scales + b * l_b + first * l_t + h * l_h
     do_rows = do + b * o_b + first * o_t + h * o_h
-    met += row * MET * TILE + part * I * K
-    dmet += row * MET * TILE + part * I * K
-    seen += row * TILE + part * I * K
+    met += row * MET * TILE + skipped * K
+    dmet += row * MET * TILE + skipped * K
+    seen += row * TILE + skipped * K
     x = load_tiles(seen, K, I, TK)
     reads = reads_of(z, z0, cap)
     low, column_set = reads & (RUN - 1), columns_of(reads, cap, BITS)
