@@ -209,11 +209,36 @@ def test_bfloat16_products(monkeypatch, operator, float32_scales):
     assert all(found[name] <= limit for name, limit in EMULATED[operator.name][torch.bfloat16].items()), found
 
 
+def test_delta_rule_that_reflects():
+    """No decay, beta 2 (the eigenvalue of a key is -1), queries and keys of any length."""
+    operator = OPERATORS[1]
+    inputs = operator.inputs(B=1, T=150, G=1, H=2, K=16, V=16, L=9, dtype=torch.float32)
+    inputs |= {"k": (3 * inputs["k"]).detach().requires_grad_()}
+    inputs["beta"] = torch.full_like(inputs["beta"], 2.0).requires_grad_()
+    exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
+    weight = torch.randn(1, 150, 2, 16)
+    results = {}
+    for impl, x in (("triton", inputs), ("reference", exact)):
+        output = operator({**x, "log_decay": None}, impl=impl, l2_normalize=True).output
+        leaves = [leaf for name, leaf in x.items() if name != "log_decay"]
+        results[impl] = [output, *torch.autograd.grad(output, leaves, weight.to(output.dtype))]
+    for actual, expected in zip(*results.values(), strict=True):
+        assert relative_error(actual, expected) < BUDGET
+
+
 @pytest.mark.parametrize("levels", [1, 2, 6, 7, 8, 9, 12])
 @pytest.mark.parametrize("T", [300, 190])
 def test_chunks_of_128(operator, T, levels):
     """Chunks of 128, which only bfloat16 chooses, in float32; the last one has less or more than one half."""
     inputs = make(1, T, 1, 2, 16, 16, levels, torch.float32, device="cpu", delta=operator.delta)
+    found = errors(inputs, 128, by_flows=operator.delta)
+    found["gradient of log_decay"] /= FLOWS if operator.delta else 1
+    assert all(error <= BUDGET for error in found.values()), found
+
+
+def test_chunks_of_128_of_wide_heads(operator):
+    """Several tiles of V, a last tile of K and of V that is not full, and heads that share queries and keys."""
+    inputs = make(1, 300, 1, 2, 80, 144, 9, torch.float32, device="cpu", delta=operator.delta)
     found = errors(inputs, 128, by_flows=operator.delta)
     found["gradient of log_decay"] /= FLOWS if operator.delta else 1
     assert all(error <= BUDGET for error in found.values()), found
