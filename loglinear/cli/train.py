@@ -14,9 +14,14 @@ from loglinear.recipes import TrainingRecipe, get_recipe
 def run(out: Path, recipe_name: str | None, *, resume: bool, tensorboard: bool, **overrides: Any) -> None:
     """Train, and say where the result is or how to go on."""
     recipe = _recipe(out, recipe_name, resume, overrides)
+    from accelerate import PartialState
+
     from loglinear.training import train
 
-    result = train(recipe, out, resume=resume, tensorboard=tensorboard)
+    try:
+        result = train(recipe, out, resume=resume, tensorboard=tensorboard)
+    finally:
+        PartialState().destroy_process_group()  # a process that exits with its group's threads running may abort
     if result.interrupted:
         raise Interrupted(
             f"stopped at step {result.step} of {recipe.steps}, checkpoint saved; continue with: "

@@ -28,12 +28,14 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 import torch
+from accelerate import PartialState
 torch.set_num_threads(1)
 from loglinear.training import callbacks, train
 from tests.training.tiny import tiny_recipe
 data, out = map(Path, sys.argv[1:3])
 {sabotage}
 result = train(tiny_recipe(data), out, progress=False)
+PartialState().destroy_process_group()
 sys.exit(130 if result.interrupted else 0)
 """
 AT_STEP_5 = """
