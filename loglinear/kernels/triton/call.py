@@ -3,13 +3,10 @@
 # B batch, T time, G groups, H heads, K key, V value, L levels
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.kernels.triton.layout import STOREY, layout
 
 # What the matrix units multiply, what states are kept in, and how. float16 has the mantissa of tf32 but not the range
 # that a sum over a long past needs, so its products are single tf32 products of float32 states.
@@ -54,26 +51,20 @@ class Call:
     def __init__(
         self,
         q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor, nodes: Tensor | None,
-        cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int, products: torch.dtype,
-        storey_bits: int = STOREY,
+        scale: float, chunk_size: int, products: torch.dtype,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.level_scales = in_rows(q), in_rows(k), in_rows(v), in_rows(level_scales)
         self.log_decay = log_decay
         self.B, self.T, self.G, self.K = q.shape
         self.H, self.V = v.shape[2:]
         self.L, self.R, self.scale, self.C = level_scales.shape[3], self.H // self.G, scale, chunk_size
-        self.layout = layout(self.B, self.T, self.C, self.L, cu_seqlens, starts, storey_bits)
         self.dtype, dot, precision = DOT_TYPES[products]
         self.nodes = None if nodes is None else nodes.to(self.dtype).contiguous()
         self.has_nodes = nodes is not None
-        self.dots, self.packed = dict(DOT=dot, PRECISION=precision), dict(PACKED=self.layout.packed)
+        self.dots = dict(DOT=dot, PRECISION=precision)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.v.device)
 
     def strides(self, *names: str) -> tuple[int, ...]:
         return tuple(stride for name in names for stride in getattr(self, name).stride()[:3])
-
-    @cached_property
-    def sizes(self) -> tuple[int, ...]:
-        return self.T, self.layout.chunks_per_row, self.H

@@ -25,7 +25,7 @@ class Layout:
     tokens: int  # per row of the batch
     chunks_per_row: int
     chunks: int  # rows of every per-chunk array
-    runs: tuple[int, ...]  # runs of 2**storey_bits entries, for each storey of the sweeps
+    runs: tuple[int, ...]  # runs of 2**STOREY entries, for each storey of the sweeps
     run_levels: int  # levels of blocks that as many chunks or more read
     cap: int
     sequences: int
@@ -46,23 +46,21 @@ def layout(
     num_levels: int,
     cu_seqlens: Tensor | None,
     starts: Tensor | None,
-    storey_bits: int = STOREY,
 ) -> Layout:
     """The layout of a [rows, tokens] batch, or of one row that packs the sequences of cu_seqlens [N + 1].
 
-    starts [N]: the chunk with which each packed sequence begins, for sequences that continue. A storey has
-    `storey_bits` levels of the tree, and its runs 2**storey_bits entries.
+    starts [N]: the chunk with which each packed sequence begins, for sequences that continue.
     """
     C, cap = chunk_size, block_cap(num_levels, chunk_size)
     per_row = -(-tokens // C)
     if tokens // C >= MAX_CHUNKS:
         raise ValueError(f"impl='triton' takes sequences below {MAX_CHUNKS * C} tokens at chunk size {C}, got {tokens}")
-    run = 1 << storey_bits
-    storeys = -(-(READS if starts is not None else max(1, per_row.bit_length() - 1)) // storey_bits)
+    run = 1 << STOREY
+    storeys = -(-(READS if starts is not None else max(1, per_row.bit_length() - 1)) // STOREY)
     if cu_seqlens is None:
-        entries = [per_row >> (storey_bits * s) for s in range(storeys)]
+        entries = [per_row >> (STOREY * s) for s in range(storeys)]
         runs = tuple(rows * max(1, -(-n // run)) for n in entries)
-        levels = max(0, (per_row - 1).bit_length() - storey_bits)
+        levels = max(0, (per_row - 1).bit_length() - STOREY)
         no_tables = (None,) * storeys
         return Layout(C, tokens, per_row, rows * per_row, runs, levels, cap, rows, None, no_tables, None, None)
     N = len(cu_seqlens) - 1
@@ -78,15 +76,15 @@ def layout(
     origin, count = own.cumsum(0) - own - z0, own + z0
     run_tables = []
     for s in range(storeys):
-        skipped = z0 >> (storey_bits * (s + 1))
-        runs_of = (((count >> (storey_bits * s)) + run - 1) // run - skipped).clamp(min=0)
+        skipped = z0 >> (STOREY * (s + 1))
+        runs_of = (((count >> (STOREY * s)) + run - 1) // run - skipped).clamp(min=0)
         runs_of = torch.where(own > 0, runs_of, 0)  # without chunks of its own a sequence only hands its nodes on
         if s == 0:
             first_runs = runs_of.cumsum(0) - runs_of
-        sequence, number, is_real = ragged(runs_of, (chunks >> (storey_bits * (s + 1))) + 2 * N)
+        sequence, number, is_real = ragged(runs_of, (chunks >> (STOREY * (s + 1))) + 2 * N)
         columns = [origin[sequence], torch.where(is_real, count[sequence], 0), number + skipped[sequence]]
         run_tables.append(torch.stack([*columns, z0[sequence], sequence], 1).int())
-    levels = READS - storey_bits if starts is not None else max(0, (per_row - 1).bit_length() - storey_bits)
+    levels = READS - STOREY if starts is not None else max(0, (per_row - 1).bit_length() - STOREY)
     ends = torch.stack([origin, z0 + lengths // C, z0], 1).int()
     return Layout(
         C,

@@ -36,7 +36,7 @@ def chunkwise(
         call = scalar_gate.ScalarGate(q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, plan)
     else:
         C = delta_rule.choose_chunk_size(q, k, v, chunk_size)
-        call = delta_rule.DeltaRule(q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, C)
+        call = delta_rule.DeltaRule(q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, C, final)
     call.build_states()
     return call.output(), call.final_blocks() if final else call.empty(0)
 

@@ -70,15 +70,14 @@ def locate(c, table, T, N, C: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def locate_run(run, table, N, storey, PACKED: tl.constexpr, BITS: tl.constexpr = STOREY):
-    """Row of the sequence's chunk 0, its number of chunks, the number of the run of 2**BITS entries in it, z0,
-    sequence."""
+def locate_run(run, table, N, storey, PACKED: tl.constexpr):
+    """Row of the sequence's chunk 0, its number of chunks, the run's number in it, z0, sequence."""
     if PACKED:
         row = table + run * 5
         origin, count, number = tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2)
         z0, sequence = tl.load(row + 3), tl.load(row + 4)
     else:
-        runs = tl.maximum(((N >> (BITS * storey)) + 2**BITS - 1) // 2**BITS, 1)
+        runs = tl.maximum(((N >> (STOREY * storey)) + RUN - 1) // RUN, 1)
         origin, count, number = (run // runs).to(tl.int64) * N, N, run % runs
         z0, sequence = tl.full([], 0, tl.int32), run // runs
     return origin, count, number, z0, sequence

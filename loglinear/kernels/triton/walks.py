@@ -11,16 +11,16 @@ READS = tl.constexpr(layout.READS)  # candidate reads of a walk: levels between 
 
 
 @triton.jit
-def walk(z, z0, cap, BITS: tl.constexpr = STOREY):
+def walk(z, z0, cap):
     """The reads of chunk z as vectors over READS candidates: is it read, exclusive end of the block, is it a node.
 
     Below the cap candidate l is the block of 2**l chunks, read where bit l of z is set. The older past is one slot for
-    each storey: candidate max(cap, BITS s) stands for the rest of storey s. Blocks that end at or before z0, where a
+    each storey: candidate max(cap, STOREY s) stands for the rest of storey s. Blocks that end at or before z0, where a
     continued sequence begins, are nodes: they come from the initial state, the oldest with the whole prefix in it.
     """
     l, oldest = tl.arange(0, READS), tl.minimum(cap, 31)
-    digit = tl.where(l < cap, 1, (1 << ((l // BITS + 1) * BITS - l)) - 1) & (z >> l)
-    is_first = (l <= cap) | (l % BITS == 0)
+    digit = tl.where(l < cap, 1, (1 << ((l // STOREY + 1) * STOREY - l)) - 1) & (z >> l)
+    is_first = (l <= cap) | (l % STOREY == 0)
     end = (z >> l) << l
     is_node = end <= z0
     read = is_first & (digit > 0) & ((end > z0) | (l < cap) | (end == (z0 >> oldest) << oldest))
@@ -28,10 +28,10 @@ def walk(z, z0, cap, BITS: tl.constexpr = STOREY):
 
 
 @triton.jit
-def reader_level(e, cap, BITS: tl.constexpr = STOREY):
+def reader_level(e, cap):
     """The candidate through which the readers of the slot of chunk e see it; they are the 2**l chunks behind it."""
     t = exponent((e + 1) & -(e + 1))
-    return tl.where(t < cap, t, tl.maximum(cap, t // BITS * BITS))
+    return tl.where(t < cap, t, tl.maximum(cap, t // STOREY * STOREY))
 
 
 @triton.jit

@@ -1,107 +1,130 @@
-"""States of older blocks, brought to where they are needed: a walk with X = I.
+"""What is older than a run, carried to its start.
 
-    for each block on the walk, nearest first:   R = Y S_block,   Y <- Y P_block,   from Y = I
+What entry i of a run of the next storey reads is what the run of its chunks is carried: what was brought to the entry,
+and what had been carried to the start of the run that the entry is in, brought on by F:
 
-A carrier is the first token of a run, for the blocks of 8 and more chunks (all chunks of the run read R, and none of
-them the blocks), or the end of a sequence, for all of its blocks (they become its final state). Blocks from the cap on
-are summed into the last column.
+    R[column] = Y[slot]   or   F R'[column']
+
+and for a sequence's end, the start of its unfinished chunk, the same is its final state.
 """
 
-# H heads, K key, V value, l candidate read
+# H heads, K key, V value, M blocks of a state
 import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.delta_rule.tiles import (
-    BITS,
-    copy,
-    count_bits,
-    multiply,
-    reads_of,
-    reads_of_column,
-    store_identity,
+    RUN,
+    SIZES,
+    columns_read,
+    locate_entries,
+    locate_in_run,
+    slots_read,
 )
-from loglinear.kernels.triton.tiles import SIZES, head_program, load_block, locate_run, store_block
-from loglinear.kernels.triton.walks import nearest, slot_pointer
+from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 
 
 @triton.jit
-def carrier(number, runs, ends, T, N, C: tl.constexpr, PACKED: tl.constexpr, ENDS: tl.constexpr):
-    """Row of the sequence's chunk 0, the carrier's chunk, first chunk and sequence. It need not exist: z is 0 then."""
-    if ENDS:
-        if PACKED:
-            origin = tl.load(ends + number * 3).to(tl.int64)
-            z, z0 = tl.load(ends + number * 3 + 1), tl.load(ends + number * 3 + 2)
-        else:
-            origin, z, z0 = number.to(tl.int64) * N, T // C, tl.full([], 0, tl.int32)
-        sequence = number
+def older_column(column, num_slots, columns, collapsed):
+    """The carried column that is brought on into a column, or -1."""
+    older = column - num_slots + collapsed
+    return tl.where(older < columns, older, -1)
+
+
+@triton.jit
+def add_through(
+    total, prefix, log_decay, state, is_first, row, column,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total + F R, one [TK, BV] tile; the first entry of a run has no F."""
+    state_TV = load_block(state, row, column, K, V, TK, BV).to(tl.float32)
+    if is_first:
+        total += state_TV
     else:
-        origin, count, run, z0, sequence = locate_run(number, runs, N, 0, PACKED, BITS)
-        z = tl.where((run << BITS) < count, run << BITS, 0)
-    return origin, z, z0, sequence
+        total += state_TV * tl.exp2(log_decay)
+        for s in range(0, K, TK):
+            prefix_TT = load_block(prefix, row, s, K, K, TK, TK)
+            source_TV = load_block(state, s, column, K, V, TK, BV).to(DOT)
+            total = tl.dot(prefix_TT, source_TV, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def read_at(
+    kept, prefixes, prefix_totals, carried, out, row, i, start, run, number, place, h, H, column,
+    num_slots, columns, collapsed,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, NODES: tl.constexpr,
+):  # fmt: skip
+    """out = what entry i, in `row`, reads in column `place`, one tile of V."""
+    SIZE: tl.constexpr = K * V
+    entry, older = row * H + h, older_column(place, num_slots, columns, collapsed)
+    is_kept = (slots_read(i, num_slots) >> tl.minimum(place, 31)) & 1
+    is_carried = (older >= 0) & (((columns_read(number, columns, NODES) >> tl.maximum(older, 0)) & 1) > 0)
+    for a in range(0, K, TK):
+        state_TV = tl.zeros([TK, BV], tl.float32)
+        if is_kept:
+            block = kept + ((row * num_slots + place) * H + h) * SIZE
+            state_TV += load_block(block, a, column, K, V, TK, BV).to(tl.float32)
+        if is_carried:
+            block = carried + ((run.to(tl.int64) * columns + older) * H + h) * SIZE
+            log_decay = tl.load(prefix_totals + entry, mask=i > start, other=0.0)
+            state_TV = add_through(
+                state_TV, prefixes + entry * (K * K), log_decay, block, i == start, a, column,
+                K, V, TK, BV, DOT, PRECISION,
+            )  # fmt: skip
+        store_block(out, a, column, state_TV, K, V, TK, BV)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def carry_transitions_kernel(
-    transitions, paths, runs, ends,
-    T, N, H, cap, candidates,
-    K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, ENDS: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr,
+def carry_kernel(
+    kept, prefixes, prefix_totals, carried, out, table,
+    per_row, H, num_slots, columns, collapsed, places,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
-    """One carrier, one head: Y of each candidate from the second read on, paths [carrier, candidate, H, K, K]."""
-    SIZE: tl.constexpr = K * K
-    LOW: tl.constexpr = 0 if ENDS else BITS
-    _, h, number = head_program(1, H)
-    origin, z, z0, sequence = carrier(number, runs, ends, T, N, C, PACKED, ENDS)
-    remaining = reads_of(z, z0, cap)
-    paths += (number.to(tl.int64) * candidates * H + h) * SIZE
-    path = paths
-    for step in range(count_bits(remaining) - 1):
-        l = nearest(remaining)
-        remaining &= remaining - 1
-        target = paths + (nearest(remaining) - LOW).to(tl.int64) * H * SIZE
-        end = (z >> l) << l
-        block = transitions + ((origin + end - 1) * H + h) * SIZE
-        if end <= z0:  # a node: nothing happens from it to the next
-            if step == 0:
-                store_identity(target, K, TK)
-            else:
-                copy(path, target, K, TK)
-        elif step == 0:
-            copy(block, target, K, TK)
-        else:
-            multiply(path, block, target, K, TK, PRECISION)
-        path = target
-
-
-@triton.jit(do_not_specialize=SIZES)
-def carry_states_kernel(
-    slots, nodes, paths, carried, runs, ends,
-    T, N, H, cap, columns, candidates,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, ENDS: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
-):  # fmt: skip
-    """One carrier, one column, one head, one tile of V: carried [carrier, column, H, K, V], 0 where nothing is read."""
-    LOW: tl.constexpr = 0 if ENDS else BITS
+    """One entry of a run, one column of what it is carried, one head, one tile of V: out [entry, place, H, K, V]."""
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile, h, part = head_program(TILES, H)
-    column, number = part % columns, part // columns
-    origin, z, z0, sequence = carrier(number, runs, ends, T, N, C, PACKED, ENDS)
-    reads = reads_of(z, z0, cap)
-    nearest_read, mine = nearest(reads), reads_of_column(reads, column, cap, LOW)
-    out = carried + ((number.to(tl.int64) * columns + column) * H + h) * (K * V)
-    for kt in range(0, K, TK):
-        state = tl.zeros([TK, BV], tl.float32)
-        remaining = mine
-        for _ in range(count_bits(mine)):
-            l = nearest(remaining)
-            remaining &= remaining - 1
-            block = slot_pointer(slots, nodes, origin + z, z, z0, sequence, l, cap, h, H, K * V, NODES)
-            if l == nearest_read:
-                state += load_block(block, kt, tile * BV, K, V, TK, BV).to(tl.float32)
-            else:
-                path = paths + ((number.to(tl.int64) * candidates + l - LOW) * H + h) * (K * K)
-                for s in range(0, K, TK):
-                    path_TT = load_block(path, kt, s, K, K, TK, TK)
-                    state_TV = load_block(block, s, tile * BV, K, V, TK, BV)
-                    state = tl.dot(path_TT, state_TV, state, input_precision=PRECISION)
-        store_block(out, kt, tile * BV, state, K, V, TK, BV)
+    place, i, run = part % places, part // places % RUN, part // places // RUN
+    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
+    if (i < start) | (i >= stop):
+        return
+    row = base + i
+    read_at(
+        kept, prefixes, prefix_totals, carried, out + ((row * places + place) * H + h) * (K * V),
+        row, i, start, run, number, place, h, H, tile * BV, num_slots, columns, collapsed,
+        K, V, TK, BV, DOT, PRECISION, NODES,
+    )  # fmt: skip
+
+
+@triton.jit
+def locate_end(sequence, ends, first_runs, N, PACKED: tl.constexpr):
+    """A sequence's unfinished chunk: its row, number in its run, the first chunk's there, the run's row and number."""
+    if PACKED:
+        row = tl.load(ends + sequence * 3).to(tl.int64)
+        z, z0 = tl.load(ends + sequence * 3 + 1), tl.load(ends + sequence * 3 + 2)
+    else:
+        row = (sequence + 1).to(tl.int64) * N - 1
+        z, z0 = N - tl.full([], 1, tl.int32), tl.zeros([], tl.int32)
+    i, start, run = locate_in_run(z, z0, sequence, first_runs, N, PACKED)
+    return row, i, start, run, z // RUN
+
+
+@triton.jit(do_not_specialize=SIZES)
+def final_blocks_kernel(
+    kept, prefixes, prefix_totals, carried, out, ends, first_runs,
+    N, H, num_slots, columns, collapsed, places,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+):  # fmt: skip
+    """One block of a sequence's final state, one head, one tile of V: out [N, M, H, K, V]."""
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    tile, h, part = head_program(TILES, H)
+    place, sequence = part % places, part // places
+    row, i, start, run, number = locate_end(sequence, ends, first_runs, N, PACKED)
+    read_at(
+        kept, prefixes, prefix_totals, carried, out + ((sequence.to(tl.int64) * places + place) * H + h) * (K * V),
+        row, i, start, run, number, place, h, H, tile * BV, num_slots, columns, collapsed,
+        K, V, TK, BV, DOT, PRECISION, NODES,
+    )  # fmt: skip

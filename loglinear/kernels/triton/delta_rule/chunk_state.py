@@ -1,6 +1,6 @@
 """Each chunk's own transition and state.
 
-P_z = exp(Gam) I + Kd^T Er,   S_z = Kd^T U
+P_z = exp(Gam) I + D_z,   D_z = Kd^T Er,   S_z = Kd^T U
 Er = -Ab diag(exp(G)) K,   U = Ab V,   Kd = diag(exp(Gam - G)) K
 """
 
@@ -8,20 +8,18 @@ Er = -Ab diag(exp(G)) K,   U = Ab V,   Kd = diag(exp(Gam - G)) K
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule.tiles import RUN, levels_below, load_decays, load_strength, real_merges
-from loglinear.kernels.triton.tiles import SIZES, head_program, load_block, load_rows, locate, store_block
+from loglinear.kernels.triton.delta_rule.tiles import SIZES, load_decays, load_strength
+from loglinear.kernels.triton.tiles import head_program, load_block, load_rows, locate, store_block
 
 
 @triton.jit
 def own_block(
-    inverse, weight, to_end, v_rows, v_t, k_rows, k_t, n, diagonal, kept, out,
+    inverse, weight, to_end, v_rows, v_t, k_rows, k_t, n, kept, out,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
     KEEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = diagonal I + Kd^T A diag(weight) V; kept, where asked for, what Kd^T is multiplied with."""
-    x = tl.arange(0, TK)
+    """out = Kd^T A diag(weight) V; kept, where asked for, what Kd^T is multiplied with."""
     for column in range(0, V, BV):
-        j = column + tl.arange(0, BV)
         weights_CC = (load_block(inverse, 0, 0, C, C, C, C).to(tl.float32) * weight[None, :]).to(DOT)
         v_CV = load_rows(v_rows, v_t, n, column, C, V, BV).to(DOT)
         written_CV = tl.dot(weights_CC, v_CV, input_precision=PRECISION)
@@ -31,20 +29,19 @@ def own_block(
         for t in range(0, K, TK):
             k_CT = load_rows(k_rows, k_t, n, t, C, K, TK).to(DOT)
             own_TV = tl.dot(tl.trans(k_CT), written_CV, input_precision=PRECISION)
-            own_TV += tl.where((t + x)[:, None] == j[None, :], diagonal, 0.0)
             store_block(out, t, column, own_TV, K, V, TK, BV)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def chunk_state_kernel(
-    k, v, beta, inverse, cumulative, transitions, rights, slots, erased, written, table,
-    T, N, H, R, cap,
+    k, v, beta, inverse, cumulative, transitions, states, erased, written, table,
+    T, N, H, R,
     k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
     KEEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, one head: its state, slots [chunk, H, K, V], and its transition where the sweep begins, in rights
-    [chunk, H, K, K] where the chunk merges with a block on its left. KEEP: and Er and U, [chunk, H, C, K] and V."""
+    """One chunk, one head: its state [chunk, H, K, V] and transition [chunk, H, K, K]. KEEP: and Er and U, [chunk, H,
+    C, K] and V."""
     _, h, chunk = head_program(1, H)
     c = chunk.to(tl.int64)
     b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
@@ -57,15 +54,13 @@ def chunk_state_kernel(
     G, total = load_decays(cumulative + row * C, C)
     to_end = tl.exp2(total - G)
     inverse += row * (C * C)
-    merges = real_merges(z % RUN + 1, z, z0, levels_below(cap, 0), 0)
-    out = tl.where(merges > 0, rights + (row - H) * (K * K), transitions + row * (K * K))
     own_block(
-        inverse, -strength * tl.exp2(G), to_end, k_rows, k_t, k_rows, k_t, n, tl.exp2(total),
-        erased + row * (C * K), out,
+        inverse, -strength * tl.exp2(G), to_end, k_rows, k_t, k_rows, k_t, n,
+        erased + row * (C * K), transitions + row * (K * K),
         K, K, C, TK, BV, KEEP, DOT, PRECISION,
     )  # fmt: skip
     own_block(
-        inverse, strength, to_end, v + b * v_b + first * v_t + h * v_h, v_t, k_rows, k_t, n, 0.0,
-        written + row * (C * V), slots + row * (K * V),
+        inverse, strength, to_end, v + b * v_b + first * v_t + h * v_h, v_t, k_rows, k_t, n,
+        written + row * (C * V), states + row * (K * V),
         K, V, C, TK, BV, KEEP, DOT, PRECISION,
     )  # fmt: skip

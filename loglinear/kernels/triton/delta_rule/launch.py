@@ -6,7 +6,7 @@ Forward: triangular inverses, transitions, states, what is carried to the runs, 
 # B batch, T time, H heads, G groups, K key, V value, L levels
 from __future__ import annotations
 
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,67 +15,65 @@ from torch import Tensor
 from loglinear.fenwick import log2
 from loglinear.kernels.triton.call import DOT_TYPES, Call, common_dtype, in_rows, like, slabs
 from loglinear.kernels.triton.config import Launch
-from loglinear.kernels.triton.delta_rule.carry import carry_states_kernel, carry_transitions_kernel
+from loglinear.kernels.triton.delta_rule.carry import carry_kernel, final_blocks_kernel
 from loglinear.kernels.triton.delta_rule.carry_backward import (
-    carried_nodes_backward_kernel,
-    carry_backward_kernel,
-    carry_paths_backward_kernel,
-    ends_backward_kernel,
+    carry_prefixes_backward_kernel,
+    carry_states_backward_kernel,
+    final_prefixes_backward_kernel,
+    final_states_backward_kernel,
 )
 from loglinear.kernels.triton.delta_rule.chunk_inverse import chunk_inverse_kernel
 from loglinear.kernels.triton.delta_rule.chunk_state import chunk_state_kernel
-from loglinear.kernels.triton.delta_rule.down_sweep import state_down_sweep_kernel, transition_down_sweep_kernel
 from loglinear.kernels.triton.delta_rule.in_chunk import in_chunk_kernel
 from loglinear.kernels.triton.delta_rule.in_chunk_backward import (
     keys_backward_kernel,
     scores_backward_kernel,
     writes_backward_kernel,
 )
-from loglinear.kernels.triton.delta_rule.layout import STOREY
+from loglinear.kernels.triton.delta_rule.layout import RUN, Storey, layout
 from loglinear.kernels.triton.delta_rule.output import output_kernel
 from loglinear.kernels.triton.delta_rule.state_backward import (
     carried_backward_kernel,
-    node_backward_kernel,
+    prefix_backward_kernel,
     state_backward_kernel,
 )
-from loglinear.kernels.triton.delta_rule.up_sweep import state_sweep_kernel, transition_sweep_kernel
-from loglinear.kernels.triton.delta_rule.walk_backward import MET, walk_backward_kernel
-from loglinear.kernels.triton.layout import READS
+from loglinear.kernels.triton.delta_rule.transport import transport_states_kernel, transport_transitions_kernel
+from loglinear.kernels.triton.delta_rule.transport_backward import (
+    transition_backward_kernel,
+    transport_prefixes_backward_kernel,
+    transport_states_backward_kernel,
+)
+from loglinear.kernels.triton.delta_rule.walk_backward import walk_backward_kernel
 
-BUILD = (
-    "chunk_inverse", "chunk_state", "transition_sweep", "state_sweep", "carry_transitions", "carry_states",
-)  # fmt: skip
+BUILD = ("chunk_inverse", "chunk_state", "transport_states", "transport_transitions", "carry")
 STAGES = {
     "forward": (*BUILD, "output"),
     "backward": (
-        *BUILD, "in_chunk", "walk_backward", "state_backward", "carried_backward", "carry_paths_backward",
-        "carry_backward", "state_down_sweep", "transition_down_sweep", "scores_backward", "writes_backward",
-        "keys_backward",
+        *BUILD, "in_chunk", "walk_backward", "state_backward", "prefix_backward", "carried_backward",
+        "carry_states_backward", "carry_prefixes_backward", "transport_states_backward", "transport_prefixes_backward",
+        "transition_backward", "scores_backward", "writes_backward", "keys_backward",
     ),
 }  # fmt: skip
 SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for long inputs 1.5 times their size
-# Columns of a tile at most, warps for tiles of more than 64 rows, stages of the pipeline. Sweeps read what they wrote:
-# nothing may be loaded ahead there.
-LAUNCHES = {
+# Columns of a tile at most, warps for tiles of more than 64 rows, stages of the pipeline. What reads what it wrote may
+# not load anything ahead.
+LAUNCHES = dict.fromkeys((*STAGES["forward"], *STAGES["backward"]), Launch(128, 8, 1)) | {
     "chunk_inverse": Launch(128, 4, 1), "chunk_state": Launch(64, 4, 1),
-    "transition_sweep": Launch(128, 8, 1), "state_sweep": Launch(128, 8, 1),
-    "carry_transitions": Launch(128, 8, 1), "carry_states": Launch(128, 8, 1), "output": Launch(128, 8, 1),
-    "in_chunk": Launch(128, 8, 1), "walk_backward": Launch(128, 8, 1), "state_backward": Launch(128, 8, 1),
-    "carried_backward": Launch(128, 8, 1), "carry_paths_backward": Launch(128, 8, 1),
-    "carry_backward": Launch(128, 8, 1), "state_down_sweep": Launch(128, 8, 1),
-    "transition_down_sweep": Launch(128, 8, 1), "scores_backward": Launch(64, 8, 1),
-    "writes_backward": Launch(64, 8, 1), "keys_backward": Launch(64, 8, 1),
+    "transport_states": Launch(128, 4, 1), "transport_transitions": Launch(128, 4, 1),
+    "transport_states_backward": Launch(128, 4, 1), "transport_prefixes_backward": Launch(128, 4, 1),
+    "scores_backward": Launch(64, 8, 1), "writes_backward": Launch(64, 8, 1), "keys_backward": Launch(64, 8, 1),
 }  # fmt: skip
-# Columns of V at most, where that is less.
+# Columns of V, or of a transition, at most, where that is less.
 VALUE_TILES = dict.fromkeys(
-    ("state_backward", "carried_backward", "carry_backward", "state_down_sweep", "state_sweep"), 64
-)
-# Products of transitions, from memory to memory: their tiles need not be narrower where K is larger.
-TRANSITIONS = ("transition_sweep", "carry_transitions", "carry_paths_backward", "transition_down_sweep")
+    (
+        "transport_states", "transport_transitions", "transport_states_backward", "transport_prefixes_backward",
+        "carry", "carried_backward", "carry_states_backward", "transition_backward",
+    ), 64,
+)  # fmt: skip
 # Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
 PARTS = {
-    "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "scores_backward": 2,
-    "writes_backward": 1, "keys_backward": 1,
+    "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "state_backward": 1, "prefix_backward": 1,
+    "carried_backward": 1, "scores_backward": 2, "writes_backward": 1, "keys_backward": 1,
 }  # fmt: skip
 
 
@@ -92,22 +90,36 @@ def products_of(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     return torch.float16 if is_narrow and dtype == torch.bfloat16 else dtype
 
 
+@dataclass
+class Entries:
+    """What one storey's entries are, [entry, H, ...], and what they read: of their run `kept`, from its start through
+    `prefixes`, what was carried there; transitions with log2 of their decay apart."""
+
+    storey: Storey
+    transitions: Tensor
+    totals: Tensor
+    kept: Tensor
+    prefixes: Tensor
+    prefix_totals: Tensor
+    carried: Tensor
+
+
 class DeltaRule(Call):
     """One call, with the arrays between the stages."""
 
     def __init__(
         self,
         q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, level_scales: Tensor, nodes: Tensor | None,
-        cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int,
+        cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int, final: bool,
     ) -> None:  # fmt: skip
-        super().__init__(
-            q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, chunk_size, products_of(q, k, v), STOREY
-        )  # fmt: skip
-        self.beta, self.precision = beta, dict(PRECISION=self.dots["PRECISION"])
+        super().__init__(q, k, v, log_decay, level_scales, nodes, scale, chunk_size, products_of(q, k, v))
+        self.layout = layout(self.B, self.T, self.C, self.L, cu_seqlens, starts, final)
+        self.packed, self.sizes = dict(PACKED=self.layout.packed), (self.T, self.layout.chunks_per_row, self.H)
+        self.beta, self.starts, self.precision = beta, starts, dict(PRECISION=self.dots["PRECISION"])
 
     def tile(self, stage: str, size: int) -> int:
         """Columns of one tile of matrices that have `size` of them."""
-        wide = self.dtype == torch.bfloat16 and (self.K <= 128 or stage in TRANSITIONS)
+        wide = self.dtype == torch.bfloat16 and self.K <= 128
         return min(LAUNCHES[stage].tile if wide else 64, max(16, triton.next_power_of_2(size)))
 
     def parts(self, stage: str) -> int:
@@ -135,77 +147,74 @@ class DeltaRule(Call):
     def all_tiles(self, stage: str, transition: bool = False) -> int:
         return triton.cdiv(self.K, self.tile(stage, self.K)) * self.tiles(stage, transition)
 
-    @cached_property
-    def carried_columns(self) -> int:
-        """Columns of the states that each run gets from before it."""
-        return min(self.layout.run_levels, max(0, self.layout.cap - STOREY) + 1)
-
     def build_states(self, keep: bool = False) -> None:
-        """Each chunk's inverse, the Fenwick array, and what is carried to the runs. keep: and each chunk's Er and U."""
+        """Each chunk's inverse, and all that chunks read. keep: and each chunk's Er and U."""
         y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
         self.inverse = self.empty(y.chunks, H, C, C, dtype=self.dtype)
-        self.cumulative = self.empty(y.chunks, H, C)
+        self.cumulative, totals = self.empty(y.chunks, H, C), self.empty(y.chunks, H)
         J = min(C, 64)
         chunk_inverse_kernel[(y.chunks * H,)](
-            self.k, self.beta, self.log_decay, self.inverse, self.cumulative, y.table, *self.sizes, self.R,
+            self.k, self.beta, self.log_decay, self.inverse, self.cumulative, totals, y.table, *self.sizes, self.R,
             *self.strides("k", "beta", "log_decay"),
             K=K, C=C, J=J, LOG_J=log2(J), DOT=self.dots["DOT"], PRECISION="tf32x3",
             **self.packed, **self.options("chunk_inverse"),
         )  # fmt: skip
-        self.transitions, self.rights = (self.empty(y.chunks, H, K, K, dtype=self.dtype) for _ in range(2))
-        self.slots = self.empty(y.chunks, H, K, V, dtype=self.dtype)
+        transitions, states = (self.empty(y.chunks, H, K, width, dtype=self.dtype) for width in (K, V))
         kept = y.chunks if keep else 0
         self.erased = self.empty(kept, H, C, K, dtype=self.dtype)
         self.written = self.empty(kept, H, C, V, dtype=self.dtype)
         chunk_state_kernel[(y.chunks * H,)](
-            self.k, self.v, self.beta, self.inverse, self.cumulative, self.transitions, self.rights, self.slots,
-            self.erased, self.written, y.table, *self.sizes, self.R, y.cap, *self.strides("k", "v", "beta"),
+            self.k, self.v, self.beta, self.inverse, self.cumulative, transitions, states, self.erased, self.written,
+            y.table, *self.sizes, self.R, *self.strides("k", "v", "beta"),
             K=K, C=C, KEEP=keep, **self.dots, **self.packed, **self.wide("chunk_state"),
         )  # fmt: skip
-        for storey, runs in enumerate(y.runs):
-            transition_sweep_kernel[(runs * H,)](
-                self.transitions, self.rights, y.run_tables[storey], *self.sizes[1:], y.cap, storey,
-                K=K, FIRST=storey == 0,
-                **self.precision, **self.packed, **self.options("transition_sweep"),
+        self.storeys: list[Entries] = []
+        for storey in y.storeys:
+            entries, transitions, totals, states = self.transport(storey, transitions, totals, states)
+            self.storeys.append(entries)
+        if self.nodes is not None:
+            self.storeys[-1].carried = self.nodes[:, -1:].contiguous()
+        for below, entries in zip(reversed(self.storeys[:-1]), reversed(self.storeys[1:]), strict=True):
+            s, places = entries.storey, below.storey.columns
+            below.carried = self.empty(s.entries, places, H, K, V, dtype=self.dtype)
+            carry_kernel[(s.runs * RUN * places * H * self.tiles("carry"),)](
+                entries.kept, entries.prefixes, entries.prefix_totals, entries.carried, below.carried, s.table,
+                s.per_row, H, *s.older, places,
+                K=K, NODES=self.has_nodes, **self.dots, **self.packed, **self.wide("carry"),
             )  # fmt: skip
-        for storey, runs in enumerate(y.runs):
-            state_sweep_kernel[(runs * H * self.tiles("state_sweep"),)](
-                self.transitions, self.rights, self.slots, self.nodes, y.run_tables[storey], *self.sizes[1:], y.cap,
-                storey,
-                K=K, NODES=self.has_nodes,
-                **self.precision, **self.packed, **self.wide("state_sweep"),
-            )  # fmt: skip
-        self.carried, self.paths = self.carry(y.runs[0], y.run_levels, self.carried_columns, self.dtype, ends=False)
 
-    def carry(
-        self, carriers: int, candidates: int, columns: int, dtype: torch.dtype, ends: bool
-    ) -> tuple[Tensor, Tensor]:
-        """States of the blocks on each carrier's walk [carrier, column, H, K, V], and the transitions on the way."""
-        y, H, K, V = self.layout, self.H, self.K, self.V
-        paths = self.empty(carriers, candidates, H, K, K, dtype=self.dtype)
-        carried = self.empty(carriers, columns, H, K, V, dtype=dtype)
-        if columns == 0:
-            return carried, paths
-        table = y.run_tables[0]
-        carry_transitions_kernel[(carriers * H,)](
-            self.transitions, paths, table, y.ends, *self.sizes, y.cap, candidates,
-            K=K, C=self.C, ENDS=ends,
-            **self.precision, **self.packed, **self.options("carry_transitions"),
+    def transport(
+        self, storey: Storey, transitions: Tensor, totals: Tensor, states: Tensor
+    ) -> tuple[Entries, Tensor, Tensor, Tensor]:
+        """What the entries read, and the next storey's transitions, their decays, and states."""
+        H, K, V = self.H, self.K, self.V
+        is_last = storey is self.layout.storeys[-1]
+        runs = 0 if is_last else storey.runs
+        kept = self.empty(storey.entries, storey.slots, H, K, V, dtype=self.dtype)
+        prefixes, prefix_totals = torch.empty_like(transitions), torch.empty_like(totals)
+        ends, end_transitions = (self.empty(runs, H, K, width, dtype=self.dtype) for width in (V, K))
+        end_totals = self.empty(runs, H)
+        constants = dict(K=K, ENDS=not is_last, **self.precision, **self.packed)
+        transport_states_kernel[(storey.runs * H * self.tiles("transport_states"),)](
+            transitions, totals, states, self.nodes, kept, ends, storey.table,
+            storey.per_row, H, self.layout.cap, storey.slots, storey.first_level,
+            NODES=self.has_nodes, **constants, **self.wide("transport_states"),
         )  # fmt: skip
-        carry_states_kernel[(carriers * columns * H * self.tiles("carry_states"),)](
-            self.slots, self.nodes, paths, carried, table, y.ends, *self.sizes, y.cap, columns, candidates,
-            K=K, C=self.C, ENDS=ends, NODES=self.has_nodes,
-            **self.precision, **self.packed, **self.wide("carry_states"),
+        transport_transitions_kernel[(storey.runs * H * self.tiles("transport_transitions", True),)](
+            transitions, totals, prefixes, prefix_totals, end_transitions, end_totals, storey.table,
+            storey.per_row, H,
+            **constants, **self.wide("transport_transitions", True),
         )  # fmt: skip
-        return carried, paths
+        entries = Entries(storey, transitions, totals, kept, prefixes, prefix_totals, self.empty(0, dtype=self.dtype))
+        return entries, end_transitions, end_totals, ends
 
     def output(self) -> Tensor:
-        y = self.layout
+        y, own = self.layout, self.storeys[0]
         out = self.empty(self.B, self.T, self.H, self.V, dtype=self.v.dtype)
         output_kernel[(y.chunks * self.parts("output") * self.H * self.tiles("output"),)](
-            self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, self.transitions,
-            self.slots, self.nodes, self.carried, out, y.table, y.first_runs,
-            *self.sizes, self.R, self.L, y.cap, self.scale, self.carried_columns,
+            self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, own.kept,
+            own.prefixes, own.prefix_totals, own.carried, out, y.table, y.first_runs,
+            *self.sizes, self.R, self.L, self.scale, own.storey.slots, own.storey.columns,
             *self.strides("q", "k", "v", "beta", "level_scales"),
             K=self.K, C=self.C, LOG_C=log2(self.C), J=self.C // self.parts("output"), LINEAR=self.L == 1,
             NODES=self.has_nodes,
@@ -215,7 +224,14 @@ class DeltaRule(Call):
 
     def final_blocks(self) -> Tensor:
         """[N, M, H, K, V]: what each sequence leaves at the start of its unfinished chunk."""
-        return self.carry(self.layout.sequences, READS, self.layout.cap + 1, torch.float32, ends=True)[0]
+        y, own, blocks = self.layout, self.storeys[0], self.layout.cap + 1
+        out = self.empty(y.sequences, blocks, self.H, self.K, self.V)
+        final_blocks_kernel[(y.sequences * blocks * self.H * self.tiles("carry"),)](
+            own.kept, own.prefixes, own.prefix_totals, own.carried, out, y.ends, y.first_runs,
+            *self.sizes[1:], *own.storey.older, blocks,
+            K=self.K, NODES=self.has_nodes, **self.dots, **self.packed, **self.wide("carry"),
+        )  # fmt: skip
+        return out
 
     def backward(
         self, do: Tensor, dblocks: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, dlog_decay: Tensor, dbeta: Tensor,
@@ -231,19 +247,19 @@ class DeltaRule(Call):
             *self.sizes, self.R, self.scale, *self.strides("q", "k"),
             K=K, C=C, PARTS=self.parts("in_chunk"), **self.dots, **self.packed, **self.options("in_chunk"),
         )  # fmt: skip
-        met, dmet = (self.empty(y.chunks, H, int(MET), C, K, dtype=self.dtype) for _ in range(2))
+        own = self.storeys[0]
+        dseen, brought, dbrought = (torch.empty_like(seen) for _ in range(3))
         o_ = do.stride()[:3]
         walk_backward_kernel[(y.chunks * self.parts("walk_backward") * H,)](
-            self.level_scales, seen, self.transitions, self.slots, self.nodes, self.carried, do, met, dmet,
-            dlevel_scales, y.table, y.first_runs,
-            *self.sizes, self.L, y.cap, self.carried_columns,
+            self.level_scales, seen, own.kept, own.prefixes, own.prefix_totals, own.carried, do, dseen, brought,
+            dbrought, dlevel_scales, y.table, y.first_runs,
+            *self.sizes, self.L, own.storey.slots, own.storey.columns,
             *self.strides("level_scales"), *o_, dlevel_scales.stride(1),
-            C=C, K=K, LOG_C=log2(C), PARTS=self.parts("walk_backward"), NODES=self.has_nodes,
+            K=K, C=C, LOG_C=log2(C), PARTS=self.parts("walk_backward"), NODES=self.has_nodes,
             **self.dots, **self.packed, **self.wide("walk_backward"),
         )  # fmt: skip
-        dseen = seen
-        dslots, dtransitions, dnodes = self.state_gradients(met, dmet, do, dblocks)
-        del met, dmet, self.carried, self.paths, self.slots, self.transitions, self.rights
+        dslots, dtransitions, dnodes = self.state_gradients(seen, brought, dbrought, do, dblocks)
+        del seen, brought, dbrought, own, self.storeys
         parts, tiles = self.parts("scores_backward"), self.tiles("writes_backward")
         constants = dict(C=C, **self.dots, **self.packed)
         weights, dscores = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
@@ -273,82 +289,92 @@ class DeltaRule(Call):
         return dnodes
 
     def state_gradients(
-        self, met: Tensor, dmet: Tensor, do: Tensor, dblocks: Tensor | None
+        self, seen: Tensor, brought: Tensor, dbrought: Tensor, do: Tensor, dblocks: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of every chunk's own state and transition, and of the nodes."""
-        y, H, K, columns = self.layout, self.H, self.K, self.carried_columns
-        dslots, dtransitions = torch.empty_like(self.slots), torch.empty_like(self.transitions)
-        if columns == 0:  # nobody reads the ends of runs
-            dslots.zero_()
-            dtransitions.zero_()
-        dnodes = None if self.nodes is None else torch.zeros_like(self.nodes, dtype=torch.float32)
-        gradient = {True: dtransitions, False: dslots}
-        constants = dict(K=K, **self.dots, **self.packed)
+        y, H, K, C, own = self.layout, self.H, self.K, self.C, self.storeys[0]
+        s, constants = own.storey, dict(K=K, **self.dots, **self.packed)
+        nodes, of_chunks = dict(NODES=self.has_nodes), dict(C=C, LOG_C=log2(C))
         strides = (*self.level_scales.stride()[:3], *do.stride()[:3])
-        for kind in (True, False):
-            state_backward_kernel[(y.chunks * H * self.all_tiles("state_backward", kind),)](
-                met, dmet, self.level_scales, do, gradient[kind], y.table, *self.sizes, self.L, y.cap, *strides,
-                C=self.C, LOG_C=log2(self.C), TRANSITION=kind,
-                **constants, **self.wide("state_backward", kind),
-            )  # fmt: skip
-        if dnodes is not None:
-            node_backward_kernel[(y.sequences * (1 << STOREY) * H * self.all_tiles("state_backward"),)](
-                met, dmet, self.level_scales, do, dnodes, y.table, y.ends, *self.sizes, self.L, y.cap, *strides,
-                C=self.C, LOG_C=log2(self.C), **constants, **self.wide("state_backward"),
-            )  # fmt: skip
-        if columns > 0:
-            dcarried, dpaths = torch.empty_like(self.carried), torch.empty_like(self.paths)
-            carried_backward_kernel[(y.runs[0] * columns * H * self.all_tiles("carried_backward"),)](
-                met, dmet, self.level_scales, do, dcarried, y.table, y.run_tables[0], *self.sizes, self.L, y.cap,
-                columns, *strides,
-                C=self.C, LOG_C=log2(self.C), **constants, **self.wide("carried_backward"),
-            )  # fmt: skip
-            counts = (y.cap, columns, y.run_levels)
-            self.paths_backward(dcarried, dpaths, y.runs[0], *counts[1:], ends=False)
-            for kind in (True, False):
-                carry_backward_kernel[(y.runs[0] * H * self.all_tiles("carry_backward", kind),)](
-                    self.paths, dpaths, dcarried, gradient[kind], y.run_tables[0], *self.sizes[1:], *counts,
-                    TRANSITION=kind, **constants, **self.wide("carry_backward", kind),
-                )  # fmt: skip
-            if dnodes is not None:
-                carried_nodes_backward_kernel[(y.sequences * (y.cap + 1) * H * self.all_tiles("carry_backward"),)](
-                    self.paths, dpaths, dcarried, dnodes, y.run_tables[0], y.ends, y.first_runs, *self.sizes[1:],
-                    *counts, **constants, **self.wide("carry_backward"),
-                )  # fmt: skip
-        if dblocks is not None:
-            _, paths = self.carry(y.sequences, READS, y.cap + 1, torch.float32, ends=True)
-            dpaths, dblocks = torch.empty_like(paths), dblocks.contiguous()
-            self.paths_backward(dblocks, dpaths, y.sequences, y.cap + 1, READS, ends=True)
-            for kind in (True, False):
-                ends_backward_kernel[(y.sequences * READS * H * self.all_tiles("carry_backward", kind),)](
-                    paths, dpaths, dblocks, gradient[kind], dnodes, y.ends, *self.sizes, y.cap, y.cap + 1, READS,
-                    C=self.C, TRANSITION=kind, NODES=self.has_nodes,
-                    **constants, **self.wide("carry_backward", kind),
-                )  # fmt: skip
-        nodes = dict(NODES=self.has_nodes)
-        for storey in reversed(range(len(y.runs))):
-            state_down_sweep_kernel[(y.runs[storey] * H * self.tiles("state_down_sweep"),)](
-                self.transitions, self.rights, dslots, dnodes, y.run_tables[storey], *self.sizes[1:], y.cap, storey,
-                K=K, **nodes, **self.precision, **self.packed, **self.wide("state_down_sweep"),
-            )  # fmt: skip
-            transition_down_sweep_kernel[(y.runs[storey] * H,)](
-                self.transitions, self.rights, self.slots, self.nodes, dtransitions, dslots, y.run_tables[storey],
-                *self.sizes[1:], y.cap, storey,
-                K=K, **nodes, **self.precision, **self.packed, **self.wide("transition_down_sweep"),
-            )  # fmt: skip
-        return dslots, dtransitions, dnodes
-
-    def paths_backward(
-        self, dcarried: Tensor, dpaths: Tensor, carriers: int, columns: int, candidates: int, ends: bool
-    ) -> None:
-        y = self.layout
-        carry_paths_backward_kernel[(carriers * self.H,)](
-            self.transitions, self.slots, self.nodes, dcarried, dpaths, y.run_tables[0], y.ends,
-            *self.sizes, y.cap, columns, candidates,
-            ENDS=ends, NODES=self.has_nodes,
-            K=self.K, C=self.C,
-            **self.dots, **self.packed, **self.wide("carry_paths_backward"),
+        dkept, dprefixes, dcarried = (torch.empty_like(x) for x in (own.kept, own.prefixes, own.carried))
+        state_backward_kernel[(y.chunks * H * self.all_tiles("state_backward"),)](
+            seen, self.level_scales, do, dkept, y.table, *self.sizes, self.L, s.slots, *strides,
+            **of_chunks, **constants, **self.wide("state_backward"),
         )  # fmt: skip
+        prefix_backward_kernel[(y.chunks * H * self.all_tiles("prefix_backward", True),)](
+            seen, dbrought, dprefixes, y.table, y.first_runs, *self.sizes, s.columns,
+            K=K, C=C, **self.precision, **self.packed, **nodes, **self.options("prefix_backward"),
+        )  # fmt: skip
+        if s.columns > 0:
+            carried_backward_kernel[(s.runs * s.columns * H * self.all_tiles("carried_backward"),)](
+                brought, self.level_scales, do, dcarried, y.table, s.table, *self.sizes, self.L, s.columns, *strides,
+                **of_chunks, **constants, **nodes, **self.wide("carried_backward"),
+            )  # fmt: skip
+        if dblocks is not None:
+            blocks, dblocks = y.cap + 1, dblocks.contiguous()
+            sizes = (y.ends, y.first_runs, *self.sizes[1:], *s.older, blocks)
+            final_states_backward_kernel[(y.sequences * blocks * H * self.all_tiles("carry_states_backward"),)](
+                own.prefixes, own.prefix_totals, dblocks, dkept, dcarried, *sizes,
+                **constants, **nodes, **self.wide("carry_states_backward"),
+            )  # fmt: skip
+            final_prefixes_backward_kernel[(y.sequences * H * self.all_tiles("carry_prefixes_backward", True),)](
+                dblocks, own.carried, dprefixes, *sizes,
+                **constants, **nodes, **self.wide("carry_prefixes_backward"),
+            )  # fmt: skip
+        gradients = [(dkept, s.slots, dkept, dprefixes)]
+        for entries in self.storeys[1:]:
+            dreads, places = dcarried, self.storeys[len(gradients) - 1].storey.columns
+            s, dprefixes = entries.storey, torch.empty_like(entries.prefixes)
+            dcarried = torch.empty_like(entries.carried)
+            sizes = (s.table, s.per_row, H, *s.older, places)
+            if s.columns > 0:
+                carry_states_backward_kernel[(s.runs * s.columns * H * self.all_tiles("carry_states_backward"),)](
+                    entries.prefixes, entries.prefix_totals, dreads, dcarried, *sizes,
+                    **constants, **nodes, **self.wide("carry_states_backward"),
+                )  # fmt: skip
+            carry_prefixes_backward_kernel[(s.runs * RUN * H * self.all_tiles("carry_prefixes_backward", True),)](
+                dreads, entries.carried, dprefixes, *sizes,
+                **constants, **nodes, **self.wide("carry_prefixes_backward"),
+            )  # fmt: skip
+            gradients.append((dreads, places, torch.empty_like(entries.kept), dprefixes))
+        dnodes = None
+        if self.nodes is not None and self.starts is not None:
+            dnodes = torch.zeros_like(self.nodes, dtype=torch.float32)
+            has_prefix = (self.starts >> min(y.cap, 31)) > 0
+            dnodes[:, -1] = torch.where(has_prefix[:, None, None, None], dcarried[:, 0], 0.0)
+        dends = dend_transitions = None
+        for entries, (dreads, places, dkept, dprefixes) in zip(
+            reversed(self.storeys), reversed(gradients), strict=True
+        ):
+            dends, dend_transitions = self.transport_backward(
+                entries, dreads, places, dkept, dprefixes, dends, dend_transitions, dnodes
+            )
+        return dends, dend_transitions, dnodes
+
+    def transport_backward(
+        self, entries: Entries, dreads: Tensor, places: int, dkept: Tensor, dprefixes: Tensor, dends: Tensor | None,
+        dend_transitions: Tensor | None, dnodes: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Gradients of the entries' states and transitions, from those of the next storey's."""
+        s, H, K = entries.storey, self.H, self.K
+        dstates = self.empty(s.entries, H, K, self.V, dtype=self.dtype)
+        dtransitions = torch.empty_like(entries.transitions)
+        constants = dict(K=K, ENDS=dends is not None, **self.dots, **self.packed)
+        transport_states_backward_kernel[(s.runs * H * self.tiles("transport_states_backward"),)](
+            entries.transitions, entries.totals, dreads, dkept, dends, dstates, dnodes, s.table,
+            s.per_row, H, self.layout.cap, s.slots, s.first_level, places,
+            NODES=self.has_nodes, **constants, **self.wide("transport_states_backward"),
+        )  # fmt: skip
+        transport_prefixes_backward_kernel[(s.runs * H * self.tiles("transport_prefixes_backward", True),)](
+            entries.transitions, entries.totals, dprefixes, dend_transitions, s.table, s.per_row, H,
+            **constants, **self.wide("transport_prefixes_backward", True),
+        )  # fmt: skip
+        transition_backward_kernel[(s.runs * RUN * H * self.all_tiles("transition_backward", True),)](
+            entries.kept, entries.prefixes, entries.prefix_totals, dkept, dends, dprefixes, dend_transitions,
+            dtransitions, s.table, s.per_row, H, s.slots,
+            **constants, **self.wide("transition_backward"),
+        )  # fmt: skip
+        return dstates, dtransitions
 
 
 def gradients(
@@ -360,7 +386,7 @@ def gradients(
     small."""
     (K, V), H, R, C = (q.shape[3], v.shape[3]), v.shape[2], v.shape[2] // q.shape[2], chunk_size
     chunks = len(q) * triton.cdiv(q.shape[1], C) + (0 if cu_seqlens is None else len(cu_seqlens))
-    numbers = 3 * K * K + 2 * K * V + (2 * int(MET) + 3) * C * K + 2 * C * V + 4 * C * C
+    numbers = 4 * K * K + 8 * K * V + 6 * C * K + 2 * C * V + 4 * C * C
     do = in_rows(do)
 
     dv, dlog_decay, dbeta = like(v), like(log_decay), like(beta)
@@ -372,7 +398,7 @@ def gradients(
         g = slice(h.start // R, (h.stop - 1) // R + 1)
         call = DeltaRule(
             q[:, :, g], k[:, :, g], v[:, :, h], log_decay[:, :, h], beta[:, :, h], level_scales[:, :, h],
-            None if nodes is None else nodes[:, :, h], cu_seqlens, starts, scale, C,
+            None if nodes is None else nodes[:, :, h], cu_seqlens, starts, scale, C, dblocks is not None,
         )  # fmt: skip
         dblocks_h = None if dblocks is None else dblocks[:, :, h]
         views = (dv[:, :, h], dlog_decay[:, :, h], dbeta[:, :, h], dlevel_scales[:, :, h])

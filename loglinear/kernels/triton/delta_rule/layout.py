@@ -1,3 +1,128 @@
-"""Sizes of the delta rule's tree that the launches and the kernels share."""
+"""The tree over a sequence's chunks, eight children to a node: who lies where, on the host and for packed batches in
+small tables on the device.
 
-STOREY = 3  # levels of one storey: runs of 8 chunks
+An entry of storey s stands for 8**s chunks, the entries of storey 0 are the chunks; 8 entries are a run, and a run is an
+entry of the next storey. A sequence has the entries that hold its chunks from the first one (chunk z0 where it continues
+a state) to the unfinished one. Each entry reads at most one state for each of three levels of its run (`slots`), and
+what lies before the run through states that were carried to the run's start (`columns`, one for each level).
+"""
+
+# N sequences, C chunk
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loglinear.fenwick import block_cap
+from loglinear.kernels.triton.layout import MAX_CHUNKS, READS, ragged
+
+STOREY = 3  # levels of one storey: runs of 8 entries
+RUN = 1 << STOREY
+STOREYS = -(-READS // STOREY)  # of the longest sequence
+
+
+@dataclass(frozen=True)
+class Storey:
+    entries: int  # rows of every array of entries
+    runs: int
+    per_row: int  # entries of one sequence of a dense batch
+    first_level: int  # the level, counted from blocks of one chunk, of the smallest blocks here
+    slots: int
+    columns: int
+    collapsed: bool  # is what lies before the run at the level of the last slot?
+    table: Tensor | None  # [runs, 5] int32: row of entry 0, first and behind the last entry, run's number, sequence
+
+    @property
+    def older(self) -> tuple[int, int, int]:
+        """What a kernel has to know to find them: slots, columns, and is the last slot's level shared?"""
+        return self.slots, self.columns, int(self.collapsed)
+
+
+@dataclass(frozen=True)
+class Layout:
+    cap: int
+    sequences: int
+    storeys: tuple[Storey, ...]
+    table: Tensor | None  # [chunks, 5] int32: chunk number, first token, end of its sequence, first chunk, sequence
+    ends: Tensor | None  # [N, 3] int32: row of the unfinished chunk, its number, the first chunk's
+    first_runs: Tensor | None  # [N] int64: each sequence's first run of chunks
+
+    @property
+    def packed(self) -> bool:
+        return self.table is not None
+
+    @property
+    def chunks(self) -> int:
+        return self.storeys[0].entries
+
+    @property
+    def chunks_per_row(self) -> int:
+        return self.storeys[0].per_row
+
+
+def layout(
+    rows: int, tokens: int, chunk_size: int, num_levels: int, cu_seqlens: Tensor | None, starts: Tensor | None,
+    final: bool,
+) -> Layout:  # fmt: skip
+    """The layout of a [rows, tokens] batch, or of one row that packs the sequences of cu_seqlens [N + 1].
+
+    starts [N]: the chunk with which each packed sequence begins, for sequences that continue. final: the unfinished
+    chunk has a place even where it has no tokens; packed sequences always have it."""
+    C, cap = chunk_size, block_cap(num_levels, chunk_size)
+    if tokens // C >= MAX_CHUNKS:
+        raise ValueError(f"impl='triton' takes sequences below {MAX_CHUNKS * C} tokens at chunk size {C}, got {tokens}")
+    if cu_seqlens is None:
+        per_row = tokens // C + (1 if final or tokens % C else 0)
+        levels, sizes, no_tables = (per_row - 1).bit_length(), [], []
+        for _ in range(max(1, -(-levels // STOREY))):
+            runs = -(-per_row // RUN)
+            sizes.append((rows * per_row, rows * runs, per_row))
+            no_tables.append(None)
+            per_row = runs
+        return Layout(cap, rows, _storeys(cap, levels, sizes, no_tables, 0), None, None, None)
+
+    N, lengths = len(cu_seqlens) - 1, cu_seqlens.diff()
+    z0 = torch.zeros_like(lengths) if starts is None else starts
+    z_end = z0 + lengths // C
+    own = z_end - z0 + 1
+    chunks = tokens // C + N
+    sequence, number, is_real = ragged(own, chunks)
+    end = torch.where(is_real, cu_seqlens[sequence + 1], 0)
+    z = torch.where(is_real, number, 0) + z0[sequence]
+    table = torch.stack([z, cu_seqlens[sequence] + number * C, end, z0[sequence], sequence], 1).int()
+    row = own.cumsum(0) - own
+    ends = torch.stack([row + own - 1, z_end, z0], 1).int()
+
+    levels = STOREYS * STOREY if starts is not None else (tokens // C).bit_length()
+    sizes, tables, first_runs = [], [], None
+    entries, first, last = chunks, z0, z_end
+    for s in range(max(1, -(-levels // STOREY))):
+        runs_of = (last >> STOREY) - (first >> STOREY) + 1
+        runs = (tokens // C >> (STOREY * (s + 1))) + (N if starts is None else 2 * N)
+        sequence, number, is_real = ragged(runs_of, runs)
+        number += (first >> STOREY)[sequence]
+        begin = number * RUN
+        start, stop = (first[sequence] - begin).clamp(min=0), (last[sequence] + 1 - begin).clamp(max=RUN)
+        columns = [(row - first)[sequence] + begin, start, torch.where(is_real, stop, 0), number, sequence]
+        tables.append(torch.stack(columns, 1).int())
+        sizes.append((entries, runs, 0))
+        row, entries, first, last = runs_of.cumsum(0) - runs_of, runs, first >> STOREY, last >> STOREY
+        first_runs = row if s == 0 else first_runs
+    storeys = _storeys(cap, levels, sizes, tables, 0 if starts is None else 1)
+    return Layout(cap, N, storeys, table, ends, first_runs)
+
+
+def _storeys(
+    cap: int, levels: int, sizes: list[tuple[int, int, int]], tables: list[Tensor | None], columns: int
+) -> tuple[Storey, ...]:
+    """From the last, to whose runs so many columns are carried, to the first."""
+    storeys: list[Storey] = []
+    for s in reversed(range(len(sizes))):
+        first_level = STOREY * s
+        own, here = max(0, cap - first_level), min(STOREY, max(1, levels - first_level))
+        slots, collapsed = min(own + 1, here), own < STOREY
+        storeys.append(Storey(*sizes[s], first_level, slots, columns, collapsed, tables[s]))
+        columns = slots + columns - (min(columns, 1) if collapsed else 0)
+    return tuple(reversed(storeys))

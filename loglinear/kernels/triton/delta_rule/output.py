@@ -4,8 +4,8 @@ E  = (Q K^T * dec) Ab            O = (E * LAM) V
 X  = diag(exp(G)) Q - E diag(exp(G)) K
 from the second half of a chunk to the first, E' = X diag(exp(Gam - G')) K'^T Ab':
                                  O += diag(lambda) E' V',         X <- exp(Gam) X - E' diag(exp(G')) K'
-for each block of the run:       O += diag(lambda) X S_block,     X <- X P_block
-for each carried state:          O += diag(lambda) X R
+for each older state of the run: O += diag(lambda) X Y[slot]
+for each carried state:          O += diag(lambda) X' R[column],  X' = X F
 """
 
 # C chunk, J a half of it (or all of it), H heads, K key, V value, L levels
@@ -14,19 +14,20 @@ import triton.language as tl
 
 from loglinear.kernels.triton.delta_rule.tiles import (
     BITS,
-    RUN,
+    SIZES,
     chunk_scales,
-    columns_of,
+    columns_read,
     count_bits,
     decay,
     load_decays,
     load_strength,
+    locate_in_run,
     query_products,
-    reads_of,
+    slots_read,
 )
 from loglinear.kernels.triton.levels import load_scale
-from loglinear.kernels.triton.tiles import SIZES, arrived, head_program, load_block, load_rows, locate, store_rows
-from loglinear.kernels.triton.walks import nearest, slot_pointer
+from loglinear.kernels.triton.tiles import arrived, head_program, load_block, load_rows, locate, store_rows
+from loglinear.kernels.triton.walks import nearest
 
 
 @triton.jit
@@ -52,30 +53,23 @@ def through_state(x, state, tile, K: tl.constexpr, V: tl.constexpr, TK: tl.const
 
 
 @triton.jit
-def through_transition(x, transition, K: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """X P."""
+def through_prefix(
+    x, prefix, log_decay, K: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """X F."""
     new = ()
     for j in tl.static_range((K + TK - 1) // TK):
-        y_JT = tl.dot(x[0], load_block(transition, 0, j * TK, K, K, TK, TK), input_precision=PRECISION)
-        for t in tl.static_range(1, (K + TK - 1) // TK):
-            y_JT = tl.dot(x[t], load_block(transition, t * TK, j * TK, K, K, TK, TK), y_JT, input_precision=PRECISION)
+        y_JT = x[j].to(tl.float32) * tl.exp2(log_decay)
+        for t in tl.static_range((K + TK - 1) // TK):
+            y_JT = tl.dot(x[t], load_block(prefix, t * TK, j * TK, K, K, TK, TK), y_JT, input_precision=PRECISION)
         new = new + (y_JT.to(DOT),)
     return new
 
 
-@triton.jit
-def run_row(c, z, z0, sequence, first_runs, N, PACKED: tl.constexpr):
-    """The number of the run that chunk z lies in."""
-    if PACKED:
-        return tl.load(first_runs + sequence) + (z >> BITS) - (z0 >> BITS)
-    else:
-        return sequence.to(tl.int64) * tl.maximum((N + RUN - 1) >> BITS, 1) + (z >> BITS)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def output_kernel(
-    q, k, v, beta, level_scales, inverse, cumulative, transitions, slots, nodes, carried, out, table, first_runs,
-    T, N, H, R, L, cap, scale, columns,
+    q, k, v, beta, level_scales, inverse, cumulative, kept, prefixes, prefix_totals, carried, out, table, first_runs,
+    T, N, H, R, L, scale, num_slots, columns,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, l_b, l_t, l_h,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, J: tl.constexpr, TK: tl.constexpr,
     BV: tl.constexpr, LINEAR: tl.constexpr,
@@ -130,24 +124,26 @@ def output_kernel(
         weights_JJ = (effective_JJ * tl.exp2(G)[None, :]).to(DOT)
         x = minus_keys(x, tl.exp2(total), weights_JJ, k_rows, k_t, J, K, J, TK, PRECISION)
 
-    reads = reads_of(z, z0, cap)
-    remaining, column_set = reads & (RUN - 1), columns_of(reads, cap, BITS)
-    for _ in range(count_bits(remaining)):
-        l = nearest(remaining)
-        remaining &= remaining - 1
-        weight = arrived(load_scale(scales, l_t, n, LOG_C + 1 + l, L, i), DTYPE)
-        slot = slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, K * V, NODES)
-        out_JV += weight[:, None] * through_state(x, slot, tile, K, V, TK, BV, PRECISION)
-        block_end = (z >> l) << l
-        if (block_end > z0) & ((remaining > 0) | (column_set > 0)):
-            transition = transitions + (((c - z) + block_end - 1) * H + h) * (K * K)
-            x = through_transition(x, transition, K, TK, DOT, PRECISION)
-    carried += run_row(c, z, z0, sequence, first_runs, N, PACKED) * columns * H * (K * V)
-    for _ in range(count_bits(column_set)):
-        column = nearest(column_set)
-        column_set &= column_set - 1
+    place, start, run = locate_in_run(z, z0, sequence, first_runs, N, PACKED)
+    reads = slots_read(place, num_slots)
+    kept += (c * num_slots * H + h) * (K * V)
+    for _ in range(count_bits(reads)):
+        slot = nearest(reads)
+        reads &= reads - 1
+        weight = arrived(load_scale(scales, l_t, n, slot + (LOG_C + 1), L, i), DTYPE)
+        out_JV += weight[:, None] * through_state(
+            x, kept + slot.to(tl.int64) * H * (K * V), tile, K, V, TK, BV, PRECISION
+        )
+    reads = columns_read(z >> BITS, columns, NODES)
+    if (reads > 0) & (place > start):
+        x = through_prefix(x, prefixes + row * (K * K), tl.load(prefix_totals + row), K, TK, DOT, PRECISION)
+    carried += (run * columns * H + h) * (K * V)
+    for _ in range(count_bits(reads)):
+        column = nearest(reads)
+        reads &= reads - 1
         weight = arrived(load_scale(scales, l_t, n, column + (LOG_C + 1 + BITS), L, i), DTYPE)
-        state = carried + (column * H + h) * (K * V)
-        out_JV += weight[:, None] * through_state(x, state, tile, K, V, TK, BV, PRECISION)
+        out_JV += weight[:, None] * through_state(
+            x, carried + column.to(tl.int64) * H * (K * V), tile, K, V, TK, BV, PRECISION
+        )
     token = b * T + first
     store_rows(out + (token * H + h) * V, H * V, n, tile * BV, out_JV, J, V, BV)

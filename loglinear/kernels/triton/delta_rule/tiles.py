@@ -1,22 +1,21 @@
-"""What the delta rule's stages share on the device: a chunk's own matrices, products of blocks, who merges with whom.
+"""What the delta rule's stages share on the device: a chunk's own matrices, entries and what they read.
 
-Matrices wider than TK are taken in tiles of TK columns. A transition is K x K: products of them go from memory to
-memory, tile by tile, so that any K and dtype fits.
+A transition is P = exp(Gam) I + D, of which D [K, K] is kept, and log2 of exp(Gam) in float32: where keys come again P
+is close to I, and D is rounded to 16 bits as what it is, small. Matrices wider than TK are taken in tiles of TK columns.
 """
 
-# C chunk, K key, V value, i number of an entry in its run, from 1
+# C chunk, K key, V value, i number of an entry in its run
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule.layout import STOREY
+from loglinear.kernels.triton.delta_rule import layout
 from loglinear.kernels.triton.levels import far_classes, load_class_scales, load_scale, near_classes, spread_scales
-from loglinear.kernels.triton.tiles import arrived, exponent, head_program, load_block, load_rows, locate, store_block
-from loglinear.kernels.triton.walks import READS, walk
+from loglinear.kernels.triton.tiles import SIZES, arrived, exponent, head_program, load_rows, locate
+from loglinear.kernels.triton.walks import READS
 
-# A run is 8 chunks: one program composes them one after the other, and all of them read what lies before the run
-# through states that were brought to its first token (`carry`).
-BITS = tl.constexpr(STOREY)
-RUN = tl.constexpr(1 << STOREY)
+BITS = tl.constexpr(layout.STOREY)
+RUN = tl.constexpr(layout.RUN)
+SIZES = SIZES + ["per_row", "num_slots", "columns", "collapsed", "first_level", "places"]
 
 
 @triton.jit
@@ -98,91 +97,51 @@ def load_decays(cumulative, C: tl.constexpr):
 
 
 @triton.jit
-def num_merges(i, rel):
-    """With how many blocks on its left an entry merges: those of 1, 2, 4 .. entries, and from 2**rel on the prefix."""
-    t = exponent((i & -i) + tl.zeros([], tl.int32))
-    return tl.minimum(t, rel) + ((t >= rel) & (i > (1 << rel))).to(tl.int32)
+def locate_entries(run, table, per_row, PACKED: tl.constexpr):
+    """The row of a run's entry 0, its entries start .. stop - 1, its number in its sequence, the sequence."""
+    if PACKED:
+        row = table + run * 5
+        base, start, stop = tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2)
+        number, sequence = tl.load(row + 3), tl.load(row + 4)
+    else:
+        runs = (per_row + RUN - 1) // RUN
+        sequence, number = run // runs, run % runs
+        base, start = sequence.to(tl.int64) * per_row + number * RUN, tl.zeros([], tl.int32)
+        stop = tl.minimum(per_row - number * RUN, RUN)
+    return base, start, stop, number, sequence
 
 
 @triton.jit
-def real_merges(i, z, z0, rel, shift):
-    """How many of them are with blocks of the sequence's own chunks, from z0 on, and not with nodes: the first ones."""
-    merges = tl.zeros([], tl.int32)
-    for m in range(num_merges(i, rel)):
-        merges += (z - (1 << (shift + m)) >= z0).to(tl.int32)
-    return merges
+def locate_in_run(z, z0, sequence, first_runs, N, PACKED: tl.constexpr):
+    """Chunk z's number in its run, the first one's there, and the run's row."""
+    start = tl.where(z0 >> BITS == z >> BITS, z0 & (RUN - 1), 0)
+    if PACKED:
+        run = tl.load(first_runs + sequence) + (z >> BITS) - (z0 >> BITS)
+    else:
+        run = sequence.to(tl.int64) * ((N + RUN - 1) // RUN) + (z >> BITS)
+    return z & (RUN - 1), start, run
 
 
 @triton.jit
-def levels_below(cap, storey):
-    """How many levels of a storey lie below the cap."""
-    return tl.minimum(tl.maximum(cap - BITS * storey, 0), BITS)
+def slots_read(i, num_slots):
+    """The slots that entry i of a run reads, as bits: one for each bit of i, the last for all bits from it on."""
+    last = num_slots - 1
+    return (i & ((1 << last) - 1)) | ((i >> last) > 0).to(tl.int32) << last
 
 
 @triton.jit
-def node_row(z, z0, sequence, cap):
-    """The node that ends with chunk z < z0 of a continued sequence; -1 where none does."""
-    m = tl.minimum(exponent((z + 1) & -(z + 1)), cap)
-    is_node = (z >= 0) & (((z0 >> m) << m) == z + 1)
-    return tl.where(is_node, sequence.to(tl.int64) * (cap + 1) + m, -1)
+def slot_of_next(i, num_slots):
+    """The slot of entry i + 1 that entry i is in, with all that entry i has in slots up to it."""
+    after = i + tl.full([], 1, tl.int32)
+    return tl.minimum(exponent(after & -after), num_slots - 1)
 
 
 @triton.jit
-def multiply(x, y, out, K: tl.constexpr, TK: tl.constexpr, PRECISION: tl.constexpr):
-    """out = x y of K x K matrices in memory. Everything that this program wrote before is seen; `out` is not."""
-    tl.debug_barrier()
-    for i in range(0, K, TK):
-        for j in range(0, K, TK):
-            tile = tl.zeros([TK, TK], tl.float32)
-            for s in range(0, K, TK):
-                x_TT, y_TT = load_block(x, i, s, K, K, TK, TK), load_block(y, s, j, K, K, TK, TK)
-                tile = tl.dot(x_TT, y_TT, tile, input_precision=PRECISION)
-            store_block(out, i, j, tile, K, K, TK, TK)
-
-
-@triton.jit
-def copy(x, out, K: tl.constexpr, TK: tl.constexpr):
-    """out = x of K x K matrices in memory."""
-    tl.debug_barrier()
-    for i in range(0, K, TK):
-        for j in range(0, K, TK):
-            store_block(out, i, j, load_block(x, i, j, K, K, TK, TK), K, K, TK, TK)
-
-
-@triton.jit
-def store_identity(out, K: tl.constexpr, TK: tl.constexpr):
-    x = tl.arange(0, TK)
-    for i in range(0, K, TK):
-        for j in range(0, K, TK):
-            tile = ((i + x)[:, None] == (j + x)[None, :]).to(tl.float32)
-            store_block(out, i, j, tile, K, K, TK, TK)
-
-
-@triton.jit
-def reads_of(z, z0, cap):
-    """The candidates that chunk z reads, as bits."""
-    read, _, _ = walk(z, z0, cap, BITS)
-    return tl.sum(tl.where(read, 1 << tl.arange(0, READS), 0), 0)
-
-
-@triton.jit
-def column_of_read(l, cap, LOW: tl.constexpr):
-    """The column of carried states, of candidates from LOW on, that candidate l is summed into."""
-    return tl.minimum(l, tl.maximum(cap, LOW)) - LOW
-
-
-@triton.jit
-def reads_of_column(reads, column, cap, LOW: tl.constexpr):
-    """The candidates among `reads` that are summed into a column: all from the cap on in one."""
-    at = tl.minimum(column + LOW, 31)
-    return (reads >> at & tl.where(at < tl.maximum(cap, LOW), 1, -1)) << at
-
-
-@triton.jit
-def columns_of(reads, cap, LOW: tl.constexpr):
-    """The columns of carried states that are read, as bits."""
-    high, last = reads >> LOW, tl.minimum(tl.maximum(cap - LOW, 0), READS)
-    return (high & ((1 << last) - 1)) | ((high >> last) > 0).to(tl.int32) << last
+def columns_read(number, columns, NODES: tl.constexpr):
+    """The carried states that a run reads, as bits. A state's prefix may be in the last one."""
+    last = columns - 1
+    bits = (number & ((1 << last) - 1)) | (((number >> last) > 0) | NODES).to(tl.int32) << last
+    return tl.where(columns > 0, bits, 0)
 
 
 @triton.jit

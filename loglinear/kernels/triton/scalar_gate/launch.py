@@ -16,7 +16,7 @@ from torch import Tensor
 from loglinear.fenwick import log2
 from loglinear.kernels.triton.call import DOT_TYPES, Call, common_dtype, in_rows, like, slabs
 from loglinear.kernels.triton.config import Plan
-from loglinear.kernels.triton.layout import READS
+from loglinear.kernels.triton.layout import READS, layout
 from loglinear.kernels.triton.scalar_gate.chunk_state import chunk_state_kernel
 from loglinear.kernels.triton.scalar_gate.chunk_state_backward import chunk_state_backward_kernel
 from loglinear.kernels.triton.scalar_gate.decay_backward import decay_backward_kernel
@@ -47,8 +47,10 @@ class ScalarGate(Call):
         cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, plan: Plan,
     ) -> None:  # fmt: skip
         super().__init__(
-            q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, plan.chunk_size, common_dtype(q, k, v)
+            q, k, v, log_decay, level_scales, nodes, scale, plan.chunk_size, common_dtype(q, k, v)
         )  # fmt: skip
+        self.layout = layout(self.B, self.T, self.C, self.L, cu_seqlens, starts)
+        self.packed, self.sizes = dict(PACKED=self.layout.packed), (self.T, self.layout.chunks_per_row, self.H)
         self.plan, self.size = plan, self.K * self.V
         self.shape = dict(K=self.K, V=self.V, C=self.C, BK=max(16, triton.next_power_of_2(self.K)))
         self.log_c = log2(self.C)

@@ -1,0 +1,152 @@
+"""What is older inside a run, brought to the start of each of its entries.
+
+Entry i of a run reads one state for each bit of i, the block of as many entries before it (those from the last slot on
+in one), and what is older than the run through the transition from its start. With P_i = exp(Gam_i) I + D_i and S_i of
+the entries themselves, and Y_i what entry i reads,
+
+    Y_{i+1}[t] = P_i sum(Y_i[j], j <= t) + S_i,  t = ctz(i + 1)      entry i, with the blocks that it merges with
+    Y_{i+1}[j] = P_i Y_i[j],  j > t
+    F_{i+1} = P_i F_i                                               from the run's start
+
+which behind the last entry is the run as one entry of the next storey. Transported states are read by one entry each:
+their gradients need no gathering, and what keys that come again have erased of them is no longer in them to be rounded.
+"""
+
+# H heads, K key, V value, i number of an entry in its run, j slot
+import triton
+import triton.language as tl
+
+from loglinear.kernels.triton.delta_rule.tiles import (
+    RUN,
+    SIZES,
+    count_bits,
+    locate_entries,
+    slot_of_next,
+    slots_read,
+)
+from loglinear.kernels.triton.tiles import head_program, load_block, store_block
+from loglinear.kernels.triton.walks import nearest
+
+
+@triton.jit
+def last_step(stop, ENDS: tl.constexpr):
+    """Behind the last entry that is to be multiplied with: a whole run has an end, if there is a next storey."""
+    if ENDS:
+        return tl.where(stop == RUN, stop, stop - 1)
+    else:
+        return stop - 1
+
+
+@triton.jit
+def sum_of_slots(states, members, row, column, H,
+                 K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
+    """A [TK, BV] tile of the sum of an entry's states [slot, H, K, V] that are members, given as bits."""
+    total = tl.zeros([TK, BV], tl.float32)
+    for _ in range(count_bits(members)):
+        total += load_block(states + nearest(members).to(tl.int64) * H * (K * V), row, column, K, V, TK, BV)
+        members &= members - 1
+    return total
+
+
+@triton.jit
+def add_moved(
+    total, states, members, transition, decay, row, column, H,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total + P times the sum of the members, one [TK, BV] tile."""
+    for s in range(0, K, TK):
+        sum_TV = sum_of_slots(states, members, s, column, H, K, V, TK, BV)
+        total += tl.where(s == row, decay, 0.0) * sum_TV
+        transition_TT = load_block(transition, row, s, K, K, TK, TK)
+        total = tl.dot(transition_TT, sum_TV.to(transition_TT.dtype), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit(do_not_specialize=SIZES)
+def transport_states_kernel(
+    transitions, totals, states, nodes, kept, ends, table,
+    per_row, H, cap, num_slots, first_level,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    ENDS: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+):  # fmt: skip
+    """One run, one head, one tile of V: kept [entry, slot, H, K, V], where it is read, and the run's S, ends [run, H, K,
+    V]. A continued sequence begins with nodes."""
+    SIZE: tl.constexpr = K * V
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    tile, h, run = head_program(TILES, H)
+    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
+    column = tile * BV
+    if NODES:
+        reads = tl.where(start < stop, slots_read(start, num_slots), 0)
+        for _ in range(count_bits(reads)):
+            j = nearest(reads)
+            reads &= reads - 1
+            node = nodes + ((sequence.to(tl.int64) * (cap + 1) + tl.minimum(first_level + j, cap)) * H + h) * SIZE
+            # The prefix is carried.
+            is_block = (first_level + j < cap).to(tl.float32)
+            for a in range(0, K, TK):
+                state_TV = load_block(node, a, column, K, V, TK, BV) * is_block
+                store_block(kept + (((base + start) * num_slots + j) * H + h) * SIZE, a, column, state_TV, K, V, TK, BV)
+    for i in range(start, last_step(stop, ENDS)):
+        row = base + i
+        entry, kept_here = row * H + h, kept + (row * num_slots * H + h) * SIZE
+        decay = tl.exp2(tl.load(totals + entry))
+        t, reads = slot_of_next(i, num_slots), slots_read(i, num_slots)
+        merged = reads & ((2 << t) - 1)
+        reads -= merged
+        target = kept + (((row + 1) * num_slots + t) * H + h) * SIZE
+        if ENDS:
+            target = tl.where(i == RUN - 1, ends + (run.to(tl.int64) * H + h) * SIZE, target)
+        tl.debug_barrier()  # what this program wrote for entry i is seen
+        for a in range(0, K, TK):
+            state_TV = load_block(states + entry * SIZE, a, column, K, V, TK, BV).to(tl.float32)
+            if merged > 0:
+                state_TV = add_moved(
+                    state_TV, kept_here, merged, transitions + entry * (K * K), decay, a, column, H,
+                    K, V, TK, BV, PRECISION,
+                )  # fmt: skip
+            store_block(target, a, column, state_TV, K, V, TK, BV)
+        for _ in range(count_bits(reads)):
+            j = nearest(reads)
+            reads &= reads - 1
+            target = kept + (((row + 1) * num_slots + j) * H + h) * SIZE
+            for a in range(0, K, TK):
+                state_TV = add_moved(
+                    tl.zeros([TK, BV], tl.float32), kept_here, 1 << j, transitions + entry * (K * K), decay, a, column,
+                    H, K, V, TK, BV, PRECISION,
+                )  # fmt: skip
+                store_block(target, a, column, state_TV, K, V, TK, BV)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def transport_transitions_kernel(
+    transitions, totals, prefixes, prefix_totals, ends, end_totals, table,
+    per_row, H,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    ENDS: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """One run, one head, one tile of columns (V is K): of F, from the run's second entry on, D [entry, H, K, K] and
+    log2 of the decay [entry, H]; and of the run's P. With P = g I + D and F = f I + E:  P F = g f I + g E + f D + D E."""
+    SIZE: tl.constexpr = K * K
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    tile, h, run = head_program(TILES, H)
+    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
+    column, total, one = tile * BV, tl.zeros([], tl.float32), tl.full([], 1, tl.int32)
+    for i in range(start, last_step(stop, ENDS)):
+        entry = (base + i) * H + h
+        own, transition, before = tl.load(totals + entry), transitions + entry * SIZE, prefixes + entry * SIZE
+        target, total_target = prefixes + (entry + H) * SIZE, prefix_totals + entry + H
+        if ENDS:
+            end = run.to(tl.int64) * H + h
+            target = tl.where(i == RUN - 1, ends + end * SIZE, target)
+            total_target = tl.where(i == RUN - 1, end_totals + end, total_target)
+        tl.debug_barrier()
+        for a in range(0, K, TK):
+            path_TV = load_block(transition, a, column, K, V, TK, BV) * tl.exp2(total)
+            if i > start:
+                path_TV = add_moved(
+                    path_TV, before, one, transition, tl.exp2(own), a, column, H, K, V, TK, BV, PRECISION
+                )
+            store_block(target, a, column, path_TV, K, V, TK, BV)
+        total += own
+        tl.store(total_target, total)

@@ -1,0 +1,175 @@
+"""What is older inside a run, differentiated: from each entry's reads back to the entries themselves.
+
+    Y_{i+1}[t] = P_i sum(Y_i[j], j <= t) + S_i:   dS_i = dY_{i+1}[t],   dY_i[j] += P_i^T dY_{i+1}[t]
+    Y_{i+1}[j] = P_i Y_i[j],  j > t:              dY_i[j] += P_i^T dY_{i+1}[j]
+    F_{i+1} = P_i F_i:                            dF_i += P_i^T dF_{i+1}
+
+and then, every entry by itself, dP_i = sum(dY_{i+1} (what P_i was multiplied with)^T) + dF_{i+1} F_i^T.
+"""
+
+# H heads, K key, V value, i number of an entry in its run, j slot
+import triton
+import triton.language as tl
+
+from loglinear.kernels.triton.delta_rule.tiles import (
+    RUN,
+    SIZES,
+    count_bits,
+    locate_entries,
+    slot_of_next,
+    slots_read,
+)
+from loglinear.kernels.triton.delta_rule.transport import sum_of_slots
+from loglinear.kernels.triton.tiles import head_program, load_block, store_block
+from loglinear.kernels.triton.walks import nearest
+
+
+@triton.jit
+def moved_back(
+    transition, decay, dstate, row, column,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P^T dS, one [TK, BV] tile."""
+    total = load_block(dstate, row, column, K, V, TK, BV).to(tl.float32) * decay
+    for s in range(0, K, TK):
+        transition_TT = load_block(transition, s, row, K, K, TK, TK)
+        dstate_TV = load_block(dstate, s, column, K, V, TK, BV).to(DOT)
+        total = tl.dot(tl.trans(transition_TT), dstate_TV, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit(do_not_specialize=SIZES)
+def transport_states_backward_kernel(
+    transitions, totals, dreads, dkept, dends, dstates, dnodes, table,
+    per_row, H, cap, num_slots, first_level, places,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+):  # fmt: skip
+    """One run, one head, one tile of V. dreads [entry, place, H, K, V], the reads' own gradients, of which the first
+    places are the num_slots', become dkept [entry, slot, H, K, V] (which may be the same), and dstates [entry, H, K, V];
+    dends [run, H, K, V] are the next storey's."""
+    SIZE: tl.constexpr = K * V
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    tile, h, run = head_program(TILES, H)
+    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
+    column = tile * BV
+    for step in range(stop - start):
+        i = stop - 1 - step
+        row = base + i
+        entry = row * H + h
+        transition, decay = transitions + entry * (K * K), tl.exp2(tl.load(totals + entry))
+        t, reads = slot_of_next(i, num_slots), slots_read(i, num_slots)
+        merged = reads & ((2 << t) - 1)
+        next_kept, has_next = dkept + ((row + 1) * num_slots * H + h) * SIZE, i + 1 < stop
+        dstate = next_kept + t.to(tl.int64) * H * SIZE
+        if ENDS:
+            dstate = tl.where(i == RUN - 1, dends + (run.to(tl.int64) * H + h) * SIZE, dstate)
+            has_next = has_next | (i == RUN - 1)
+        tl.debug_barrier()  # what this program wrote for entry i + 1 is seen
+        for a in range(0, K, TK):
+            own_TV = tl.zeros([TK, BV], tl.float32)
+            if has_next:
+                own_TV += load_block(dstate, a, column, K, V, TK, BV).to(tl.float32)
+            store_block(dstates + entry * SIZE, a, column, own_TV, K, V, TK, BV)
+        for _ in range(count_bits(reads)):
+            j = nearest(reads)
+            source = tl.where(((merged >> j) & 1) > 0, dstate, next_kept + j.to(tl.int64) * H * SIZE)
+            reads &= reads - 1
+            for a in range(0, K, TK):
+                place = dreads + ((row * places + j) * H + h) * SIZE
+                total = load_block(place, a, column, K, V, TK, BV).to(tl.float32)
+                if has_next:
+                    total += moved_back(transition, decay, source, a, column, K, V, TK, BV, DOT, PRECISION)
+                store_block(dkept + ((row * num_slots + j) * H + h) * SIZE, a, column, total, K, V, TK, BV)
+    if NODES:
+        reads = tl.where(start < stop, slots_read(start, num_slots), 0)
+        tl.debug_barrier()
+        for _ in range(count_bits(reads)):
+            j = nearest(reads)
+            reads &= reads - 1
+            if first_level + j < cap:
+                node = dnodes + ((sequence.to(tl.int64) * (cap + 1) + first_level + j) * H + h) * SIZE
+                for a in range(0, K, TK):
+                    total = load_block(dkept + (((base + start) * num_slots + j) * H + h) * SIZE, a, column, K, V, TK, BV)
+                    store_block(node, a, column, total, K, V, TK, BV)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def transport_prefixes_backward_kernel(
+    transitions, totals, dprefixes, dends, table,
+    per_row, H,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """One run, one head, one tile of columns (V is K): dprefixes [entry, H, K, K] in place, for all entries but the
+    first; dends [run, H, K, K] are the next storey's."""
+    SIZE: tl.constexpr = K * K
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    tile, h, run = head_program(TILES, H)
+    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
+    column = tile * BV
+    for step in range(stop - start - 1):
+        i = stop - 1 - step
+        entry = (base + i) * H + h
+        dprefix, has_next = dprefixes + (entry + H) * SIZE, i + 1 < stop
+        if ENDS:
+            dprefix = tl.where(i == RUN - 1, dends + (run.to(tl.int64) * H + h) * SIZE, dprefix)
+            has_next = has_next | (i == RUN - 1)
+        tl.debug_barrier()
+        if has_next:
+            decay = tl.exp2(tl.load(totals + entry))
+            for a in range(0, K, TK):
+                total = load_block(dprefixes + entry * SIZE, a, column, K, V, TK, BV).to(tl.float32)
+                total += moved_back(
+                    transitions + entry * SIZE, decay, dprefix, a, column, K, V, TK, BV, DOT, PRECISION
+                )
+                store_block(dprefixes + entry * SIZE, a, column, total, K, V, TK, BV)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def transition_backward_kernel(
+    kept, prefixes, prefix_totals, dkept, dends, dprefixes, dend_transitions, dtransitions, table,
+    per_row, H, num_slots,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """One entry of a run, one head, one [TK, TK] tile: dtransitions [entry, H, K, K], 0 of the last one."""
+    TILES: tl.constexpr = (K + TK - 1) // TK
+    tile, h, part = head_program(TILES * TILES, H)
+    i, run = part % RUN, part // RUN
+    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
+    if (i < start) | (i >= stop):
+        return
+    a, column = tile // TILES * TK, tile % TILES * TK
+    row = base + i
+    entry, end = row * H + h, run.to(tl.int64) * H + h
+    total = tl.zeros([TK, TK], tl.float32)
+    t, reads = slot_of_next(i, num_slots), slots_read(i, num_slots)
+    merged = reads & ((2 << t) - 1)
+    later = reads - merged
+    next_kept, has_next = dkept + ((row + 1) * num_slots * H + h) * (K * V), i + 1 < stop
+    dstate, dprefix = next_kept + t.to(tl.int64) * H * (K * V), dprefixes + (entry + H) * (K * K)
+    if ENDS:
+        dstate = tl.where(i == RUN - 1, dends + end * (K * V), dstate)
+        dprefix = tl.where(i == RUN - 1, dend_transitions + end * (K * K), dprefix)
+        has_next = has_next | (i == RUN - 1)
+    if has_next:
+        for _ in range(count_bits(later) + (merged > 0).to(tl.int32)):
+            members = tl.where(merged > 0, merged, later & -later)
+            source = tl.where(merged > 0, dstate, next_kept + nearest(later).to(tl.int64) * H * (K * V))
+            later = tl.where(merged > 0, later, later & (later - 1))
+            merged = merged - merged
+            for x in range(0, V, BV):
+                dstate_TV = load_block(source, a, x, K, V, TK, BV).to(DOT)
+                sum_TV = sum_of_slots(
+                    kept + (row * num_slots * H + h) * (K * V), members, column, x, H, K, V, TK, BV
+                )
+                total = tl.dot(dstate_TV, tl.trans(sum_TV.to(DOT)), total, input_precision=PRECISION)
+        log_decay = tl.load(prefix_totals + entry, mask=i > start, other=0.0)
+        total += load_block(dprefix, a, column, K, K, TK, TK).to(tl.float32) * tl.exp2(log_decay)
+        if i > start:
+            for s in range(0, K, TK):
+                dprefix_TT = load_block(dprefix, a, s, K, K, TK, TK)
+                prefix_TT = load_block(prefixes + entry * (K * K), column, s, K, K, TK, TK)
+                total = tl.dot(dprefix_TT, tl.trans(prefix_TT), total, input_precision=PRECISION)
+    store_block(dtransitions + entry * (K * K), a, column, total, K, K, TK, TK)
