@@ -53,9 +53,7 @@ def through_state(x, state, tile, K: tl.constexpr, V: tl.constexpr, TK: tl.const
 
 
 @triton.jit
-def through_prefix(
-    x, prefix, log_decay, K: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
-):
+def through_prefix(x, prefix, log_decay, K: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """X F."""
     new = ()
     for j in tl.static_range((K + TK - 1) // TK):

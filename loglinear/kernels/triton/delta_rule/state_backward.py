@@ -1,7 +1,7 @@
 """The reads between chunks, differentiated on the side of what is read.
 
-    dY[slot] = X^T diag(lambda) dO,   dF = X^T dX'           read by one chunk each
-    dR[column] = sum over the chunks of the run of X'^T diag(lambda) dO
+dY[slot] = X^T diag(lambda) dO,   dF = X^T dX'           read by one chunk each
+dR[column] = sum over the chunks of the run of X'^T diag(lambda) dO
 """
 
 # C chunk, H heads, K key, V value, L levels

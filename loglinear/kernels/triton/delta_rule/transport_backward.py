@@ -90,7 +90,9 @@ def transport_states_backward_kernel(
             if first_level + j < cap:
                 node = dnodes + ((sequence.to(tl.int64) * (cap + 1) + first_level + j) * H + h) * SIZE
                 for a in range(0, K, TK):
-                    total = load_block(dkept + (((base + start) * num_slots + j) * H + h) * SIZE, a, column, K, V, TK, BV)
+                    total = load_block(
+                        dkept + (((base + start) * num_slots + j) * H + h) * SIZE, a, column, K, V, TK, BV
+                    )
                     store_block(node, a, column, total, K, V, TK, BV)
 
 
@@ -120,9 +122,7 @@ def transport_prefixes_backward_kernel(
             decay = tl.exp2(tl.load(totals + entry))
             for a in range(0, K, TK):
                 total = load_block(dprefixes + entry * SIZE, a, column, K, V, TK, BV).to(tl.float32)
-                total += moved_back(
-                    transitions + entry * SIZE, decay, dprefix, a, column, K, V, TK, BV, DOT, PRECISION
-                )
+                total += moved_back(transitions + entry * SIZE, decay, dprefix, a, column, K, V, TK, BV, DOT, PRECISION)
                 store_block(dprefixes + entry * SIZE, a, column, total, K, V, TK, BV)
 
 
@@ -161,9 +161,7 @@ def transition_backward_kernel(
             merged = merged - merged
             for x in range(0, V, BV):
                 dstate_TV = load_block(source, a, x, K, V, TK, BV).to(DOT)
-                sum_TV = sum_of_slots(
-                    kept + (row * num_slots * H + h) * (K * V), members, column, x, H, K, V, TK, BV
-                )
+                sum_TV = sum_of_slots(kept + (row * num_slots * H + h) * (K * V), members, column, x, H, K, V, TK, BV)
                 total = tl.dot(dstate_TV, tl.trans(sum_TV.to(DOT)), total, input_precision=PRECISION)
         log_decay = tl.load(prefix_totals + entry, mask=i > start, other=0.0)
         total += load_block(dprefix, a, column, K, K, TK, TK).to(tl.float32) * tl.exp2(log_decay)
