@@ -144,9 +144,13 @@ class DeltaRule(Call):
         columns = self.columns(stage, transition)
         return triton.cdiv(columns["V"], columns["BV"])
 
-    def rows(self, stage: str) -> int:
-        """How many tiles it has down: as many as a transition has across, where a stage tiles it evenly."""
-        return triton.cdiv(self.K, self.tile(stage, self.K))
+    def all_tiles(self, stage: str) -> int:
+        """How many tiles a state has."""
+        return triton.cdiv(self.K, self.tile(stage, self.K)) * self.tiles(stage)
+
+    def square_tiles(self, stage: str) -> int:
+        """How many tiles a transition has, where they are square."""
+        return triton.cdiv(self.K, self.tile(stage, self.K)) ** 2
 
     def build_states(self, keep: bool = False) -> None:
         """Each chunk's inverse, and all that chunks read. keep: and each chunk's Er and U."""
@@ -298,27 +302,27 @@ class DeltaRule(Call):
         nodes, of_chunks = dict(NODES=self.has_nodes), dict(C=C, LOG_C=log2(C))
         strides = (*self.level_scales.stride()[:3], *do.stride()[:3])
         dkept, dprefixes, dcarried = (torch.empty_like(x) for x in (own.kept, own.prefixes, own.carried))
-        state_backward_kernel[(y.chunks * H * self.rows("state_backward") * self.tiles("state_backward"),)](
+        state_backward_kernel[(y.chunks * H * self.all_tiles("state_backward"),)](
             seen, self.level_scales, do, dkept, y.table, *self.sizes, self.L, s.slots, *strides,
             **of_chunks, **constants, **self.wide("state_backward"),
         )  # fmt: skip
-        prefix_backward_kernel[(y.chunks * H * self.rows("prefix_backward") ** 2,)](
+        prefix_backward_kernel[(y.chunks * H * self.square_tiles("prefix_backward"),)](
             seen, dbrought, dprefixes, y.table, y.first_runs, *self.sizes, s.columns,
             K=K, C=C, **self.precision, **self.packed, **nodes, **self.options("prefix_backward"),
         )  # fmt: skip
         if s.columns > 0:
-            carried_backward_kernel[(s.runs * s.columns * H * self.rows("carried_backward") * self.tiles("carried_backward"),)](
+            carried_backward_kernel[(s.runs * s.columns * H * self.all_tiles("carried_backward"),)](
                 brought, self.level_scales, do, dcarried, y.table, s.table, *self.sizes, self.L, s.columns, *strides,
                 **of_chunks, **constants, **nodes, **self.wide("carried_backward"),
             )  # fmt: skip
         if dblocks is not None:
             blocks, dblocks = y.cap + 1, dblocks.contiguous()
             sizes = (y.ends, y.first_runs, *self.sizes[1:], *s.older, blocks)
-            final_states_backward_kernel[(y.sequences * blocks * H * self.rows("carry_states_backward") * self.tiles("carry_states_backward"),)](
+            final_states_backward_kernel[(y.sequences * blocks * H * self.all_tiles("carry_states_backward"),)](
                 own.prefixes, own.prefix_totals, dblocks, dkept, dcarried, *sizes,
                 **constants, **nodes, **self.wide("carry_states_backward"),
             )  # fmt: skip
-            final_prefixes_backward_kernel[(y.sequences * H * self.rows("carry_prefixes_backward") ** 2,)](
+            final_prefixes_backward_kernel[(y.sequences * H * self.square_tiles("carry_prefixes_backward"),)](
                 dblocks, own.carried, dprefixes, *sizes,
                 **constants, **nodes, **self.wide("carry_prefixes_backward"),
             )  # fmt: skip
@@ -329,11 +333,11 @@ class DeltaRule(Call):
             dcarried = torch.empty_like(entries.carried)
             sizes = (s.table, s.per_row, H, *s.older, places)
             if s.columns > 0:
-                carry_states_backward_kernel[(s.runs * s.columns * H * self.rows("carry_states_backward") * self.tiles("carry_states_backward"),)](
+                carry_states_backward_kernel[(s.runs * s.columns * H * self.all_tiles("carry_states_backward"),)](
                     entries.prefixes, entries.prefix_totals, dreads, dcarried, *sizes,
                     **constants, **nodes, **self.wide("carry_states_backward"),
                 )  # fmt: skip
-            carry_prefixes_backward_kernel[(s.runs * RUN * H * self.rows("carry_prefixes_backward") ** 2,)](
+            carry_prefixes_backward_kernel[(s.runs * RUN * H * self.square_tiles("carry_prefixes_backward"),)](
                 dreads, entries.carried, dprefixes, *sizes,
                 **constants, **nodes, **self.wide("carry_prefixes_backward"),
             )  # fmt: skip
@@ -370,7 +374,7 @@ class DeltaRule(Call):
             entries.transitions, entries.totals, dprefixes, dend_transitions, s.table, s.per_row, H,
             **constants, **self.wide("transport_prefixes_backward", True),
         )  # fmt: skip
-        transition_backward_kernel[(s.runs * RUN * H * self.rows("transition_backward") ** 2,)](
+        transition_backward_kernel[(s.runs * RUN * H * self.square_tiles("transition_backward"),)](
             entries.kept, entries.prefixes, entries.prefix_totals, dkept, dends, dprefixes, dend_transitions,
             dtransitions, s.table, s.per_row, H, s.slots,
             **constants, **self.wide("transition_backward"),
