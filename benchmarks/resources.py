@@ -59,21 +59,14 @@ WORKING = {
     "dtransitions",
     "dcarried",
     "dpaths",
-    "dincoming",
-    "erased",
-    "written",
-    "kept",
     "weights",
     "effective",
     "seen",
-    "dwritten",
-    "dwrites",
-    "dstates",
 }  # in the inputs' dtype, the other arrays in float32
 POINTERS = WORKING | {
     "log_decay", "level_scales", "totals", "next_totals", "cumulative", "log_p", "dlevel_scales", "cross_scales",
     "walk_flow", "row_flow", "column_flow", "state_flow", "read_paths", "beyond", "dlog_p", "dtotals",
-    "beta", "flow", "shares", "query_shares", "value_shares", "dbeta", "dlog_decay",
+    "beta", "flow", "kept", "shares", "dbeta", "dlog_decay",
 }  # fmt: skip
 UNALIGNED = {  # strides of H and of L numbers, and counts
     "g_b", "g_t", "g_h", "l_b", "l_t", "l_h", "dl_t", "beta_b", "beta_t", "beta_h", "db_t", "dg_t",
@@ -144,9 +137,8 @@ def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, 
             launch = Launch(options["TK"], options.pop("num_warps"), options.pop("num_stages"))
             values = dict(
                 K=K, C=C, J=min(C, 64), LOG_J=log2(min(C, 64)), LOG_C=log2(C), PACKED=False, NODES=False, LINEAR=False,
-                ENDS=False, FIRST=True, TRANSITION=False, KEEP=direction == "backward",
-                PARTS=call.parts(stage) if stage in delta_stages.PARTS else 1,
-                VALUE_TILES=call.tiles("writes_backward"), **options, **call.dots,
+                ENDS=False, FIRST=True, TRANSITION=False,
+                PARTS=call.parts(stage) if stage in delta_stages.PARTS else 1, **options, **call.dots,
             )  # fmt: skip
             jobs.append((direction, stage, C, values, launch))
     return jobs

@@ -14,19 +14,17 @@ from loglinear.kernels.triton.tiles import SIZES, head_program, load_block, load
 
 @triton.jit
 def own_block(
-    inverse, weight, to_end, v_rows, v_t, k_rows, k_t, n, diagonal, kept, out,
+    inverse, weight, to_end, v_rows, v_t, k_rows, k_t, n, diagonal, out,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    KEEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = diagonal I + Kd^T A diag(weight) V; kept, where asked for, what Kd^T is multiplied with."""
+    """out = diagonal I + Kd^T A diag(weight) V."""
     x = tl.arange(0, TK)
     for column in range(0, V, BV):
         j = column + tl.arange(0, BV)
         weights_CC = (load_block(inverse, 0, 0, C, C, C, C).to(tl.float32) * weight[None, :]).to(DOT)
         v_CV = load_rows(v_rows, v_t, n, column, C, V, BV).to(DOT)
         written_CV = tl.dot(weights_CC, v_CV, input_precision=PRECISION)
-        if KEEP:
-            store_block(kept, 0, column, written_CV, C, V, C, BV)
         written_CV = (written_CV * to_end[:, None]).to(DOT)
         for t in range(0, K, TK):
             k_CT = load_rows(k_rows, k_t, n, t, C, K, TK).to(DOT)
@@ -37,14 +35,14 @@ def own_block(
 
 @triton.jit(do_not_specialize=SIZES)
 def chunk_state_kernel(
-    k, v, beta, inverse, cumulative, transitions, rights, slots, erased, written, table,
+    k, v, beta, inverse, cumulative, transitions, rights, slots, table,
     T, N, H, R, cap,
     k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    KEEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One chunk, one head: its state, slots [chunk, H, K, V], and its transition where the sweep begins, in rights
-    [chunk, H, K, K] where the chunk merges with a block on its left. KEEP: and Er and U, [chunk, H, C, K] and V."""
+    [chunk, H, K, K] where the chunk merges with a block on its left."""
     _, h, chunk = head_program(1, H)
     c = chunk.to(tl.int64)
     b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
@@ -61,11 +59,11 @@ def chunk_state_kernel(
     out = tl.where(merges > 0, rights + (row - H) * (K * K), transitions + row * (K * K))
     own_block(
         inverse, -strength * tl.exp2(G), to_end, k_rows, k_t, k_rows, k_t, n, tl.exp2(total),
-        erased + row * (C * K), out,
-        K, K, C, TK, BV, KEEP, DOT, PRECISION,
+        out,
+        K, K, C, TK, BV, DOT, PRECISION,
     )  # fmt: skip
     own_block(
         inverse, strength, to_end, v + b * v_b + first * v_t + h * v_h, v_t, k_rows, k_t, n, 0.0,
-        written + row * (C * V), slots + row * (K * V),
-        K, V, C, TK, BV, KEEP, DOT, PRECISION,
+        slots + row * (K * V),
+        K, V, C, TK, BV, DOT, PRECISION,
     )  # fmt: skip

@@ -27,9 +27,9 @@ from loglinear.kernels.triton.delta_rule.chunk_state import chunk_state_kernel
 from loglinear.kernels.triton.delta_rule.down_sweep import state_down_sweep_kernel, transition_down_sweep_kernel
 from loglinear.kernels.triton.delta_rule.in_chunk import in_chunk_kernel
 from loglinear.kernels.triton.delta_rule.in_chunk_backward import (
+    decay_backward_kernel,
     keys_backward_kernel,
     scores_backward_kernel,
-    writes_backward_kernel,
 )
 from loglinear.kernels.triton.delta_rule.layout import STOREY
 from loglinear.kernels.triton.delta_rule.output import output_kernel
@@ -49,8 +49,8 @@ STAGES = {
     "forward": (*BUILD, "output"),
     "backward": (
         *BUILD, "in_chunk", "walk_backward", "state_backward", "carried_backward", "carry_paths_backward",
-        "carry_backward", "state_down_sweep", "transition_down_sweep", "scores_backward", "writes_backward",
-        "keys_backward",
+        "carry_backward", "state_down_sweep", "transition_down_sweep", "scores_backward", "keys_backward",
+        "decay_backward",
     ),
 }  # fmt: skip
 SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for long inputs 1.5 times their size
@@ -63,8 +63,8 @@ LAUNCHES = {
     "in_chunk": Launch(128, 8, 1), "walk_backward": Launch(128, 8, 1), "state_backward": Launch(128, 8, 1),
     "carried_backward": Launch(128, 8, 1), "carry_paths_backward": Launch(128, 8, 1),
     "carry_backward": Launch(128, 8, 1), "state_down_sweep": Launch(128, 8, 1),
-    "transition_down_sweep": Launch(128, 8, 1), "scores_backward": Launch(64, 8, 1),
-    "writes_backward": Launch(64, 8, 1), "keys_backward": Launch(64, 8, 1),
+    "transition_down_sweep": Launch(128, 8, 1), "scores_backward": Launch(64, 4, 1),
+    "keys_backward": Launch(64, 4, 1), "decay_backward": Launch(128, 4, 1),
 }  # fmt: skip
 # Columns of V at most, where that is less.
 VALUE_TILES = dict.fromkeys(
@@ -74,8 +74,7 @@ VALUE_TILES = dict.fromkeys(
 TRANSITIONS = ("transition_sweep", "carry_transitions", "carry_paths_backward", "transition_down_sweep")
 # Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
 PARTS = {
-    "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "scores_backward": 2,
-    "writes_backward": 1, "keys_backward": 1,
+    "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "scores_backward": 2, "keys_backward": 2,
 }  # fmt: skip
 
 
@@ -140,8 +139,8 @@ class DeltaRule(Call):
         """Columns of the states that each run gets from before it."""
         return min(self.layout.run_levels, max(0, self.layout.cap - STOREY) + 1)
 
-    def build_states(self, keep: bool = False) -> None:
-        """Each chunk's inverse, the Fenwick array, and what is carried to the runs. keep: and each chunk's Er and U."""
+    def build_states(self) -> None:
+        """Each chunk's inverse, the Fenwick array, and what is carried to the runs."""
         y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
         self.inverse = self.empty(y.chunks, H, C, C, dtype=self.dtype)
         self.cumulative = self.empty(y.chunks, H, C)
@@ -154,13 +153,10 @@ class DeltaRule(Call):
         )  # fmt: skip
         self.transitions, self.rights = (self.empty(y.chunks, H, K, K, dtype=self.dtype) for _ in range(2))
         self.slots = self.empty(y.chunks, H, K, V, dtype=self.dtype)
-        kept = y.chunks if keep else 0
-        self.erased = self.empty(kept, H, C, K, dtype=self.dtype)
-        self.written = self.empty(kept, H, C, V, dtype=self.dtype)
         chunk_state_kernel[(y.chunks * H,)](
             self.k, self.v, self.beta, self.inverse, self.cumulative, self.transitions, self.rights, self.slots,
-            self.erased, self.written, y.table, *self.sizes, self.R, y.cap, *self.strides("k", "v", "beta"),
-            K=K, C=C, KEEP=keep, **self.dots, **self.packed, **self.wide("chunk_state"),
+            y.table, *self.sizes, self.R, y.cap, *self.strides("k", "v", "beta"),
+            K=K, C=C, **self.dots, **self.packed, **self.wide("chunk_state"),
         )  # fmt: skip
         for storey, runs in enumerate(y.runs):
             transition_sweep_kernel[(runs * H,)](
@@ -223,12 +219,12 @@ class DeltaRule(Call):
     ) -> Tensor | None:  # fmt: skip
         """Writes the gradients of these heads, dq and dk [B, T, H, K] of each by itself; returns dnodes."""
         y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
-        self.build_states(keep=True)
+        self.build_states()
         effective = self.empty(y.chunks, H, C, C, dtype=self.dtype)
         seen = self.empty(y.chunks, H, C, K, dtype=self.dtype)
         in_chunk_kernel[(y.chunks * self.parts("in_chunk") * H,)](
-            self.q, self.k, self.inverse, self.cumulative, self.erased, effective, seen, y.table,
-            *self.sizes, self.R, self.scale, *self.strides("q", "k"),
+            self.q, self.k, self.beta, self.inverse, self.cumulative, effective, seen, y.table,
+            *self.sizes, self.R, self.scale, *self.strides("q", "k", "beta"),
             K=K, C=C, PARTS=self.parts("in_chunk"), **self.dots, **self.packed, **self.options("in_chunk"),
         )  # fmt: skip
         met, dmet = (self.empty(y.chunks, H, int(MET), C, K, dtype=self.dtype) for _ in range(2))
@@ -244,31 +240,27 @@ class DeltaRule(Call):
         dseen = seen
         dslots, dtransitions, dnodes = self.state_gradients(met, dmet, do, dblocks)
         del met, dmet, self.carried, self.paths, self.slots, self.transitions, self.rights
-        parts, tiles = self.parts("scores_backward"), self.tiles("writes_backward")
-        constants = dict(C=C, **self.dots, **self.packed)
+        parts, constants = self.parts("scores_backward"), dict(K=K, C=C, **self.packed)
         weights, dscores = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
-        flow, query_shares = self.empty(y.chunks, H, C), self.empty(y.chunks, H, parts, 2, C)
+        flow, kept, shares = *(self.empty(y.chunks, H, C) for _ in range(2)), self.empty(y.chunks, H, parts, C)
         scores_backward_kernel[(y.chunks * parts * H,)](
-            self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, effective,
-            self.erased, dseen, do, dq, dscores, weights, flow, query_shares, dlevel_scales, y.table,
+            self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, effective, dseen, do,
+            dq, dscores, weights, flow, shares, dlevel_scales, y.table,
             *self.sizes, self.R, self.L, self.scale,
             *self.strides("q", "k", "v", "beta", "level_scales"), *o_, dq.stride(1), dlevel_scales.stride(1),
-            K=K, LOG_C=log2(C), PARTS=parts, LINEAR=self.L == 1, **constants, **self.wide("scores_backward"),
+            LOG_C=log2(C), PARTS=parts, LINEAR=self.L == 1,
+            **constants, **self.dots, **self.wide("scores_backward"),
         )  # fmt: skip
-        dwritten, dincoming = (self.empty(y.chunks, H, C, width, dtype=self.dtype) for width in (V, K))
-        value_shares = self.empty(y.chunks, H, tiles, C)
-        for kind, dstates, dwrites in ((False, dslots, dwritten), (True, dtransitions, dincoming)):
-            writes_backward_kernel[(y.chunks * self.tiles("writes_backward", kind) * H,)](
-                self.k, self.v, self.beta, self.inverse, self.cumulative, weights, dstates, do, dwrites, dv,
-                value_shares, y.table, *self.sizes, self.R, *self.strides("k", "v", "beta"), *o_, dv.stride(1),
-                K=K, TRANSITION=kind, **constants, **self.wide("writes_backward", kind),
-            )  # fmt: skip
-        keys_backward_kernel[(y.chunks * H,)](
-            self.q, self.k, self.beta, self.log_decay, self.cumulative, effective, self.written, self.erased,
-            dslots, dtransitions, dseen, dscores, dwritten, dincoming, flow, query_shares, value_shares,
-            dk, dbeta, dlog_decay, y.table, *self.sizes, self.R, self.scale,
-            *self.strides("q", "k", "beta", "log_decay"), *(x.stride(1) for x in (dk, dbeta, dlog_decay)),
-            K=K, PARTS=parts, VALUE_TILES=tiles, **constants, **self.wide("keys_backward"),
+        keys_backward_kernel[(y.chunks * parts * H,)](
+            self.q, self.k, self.v, self.beta, self.cumulative, self.inverse, effective, weights, dscores,
+            dslots, dtransitions, dseen, do, flow, kept, shares, dk, dv, dbeta, y.table,
+            *self.sizes, self.R, self.scale,
+            *self.strides("q", "k", "v", "beta"), *o_, *(x.stride(1) for x in (dk, dv, dbeta)),
+            PARTS=parts, **constants, **self.dots, **self.wide("keys_backward"),
+        )  # fmt: skip
+        decay_backward_kernel[(y.chunks * H,)](
+            self.log_decay, self.cumulative, dtransitions, flow, kept, dlog_decay, y.table, *self.sizes,
+            *self.strides("log_decay"), dlog_decay.stride(1), **constants, **self.options("decay_backward"),
         )  # fmt: skip
         return dnodes
 
@@ -360,7 +352,7 @@ def gradients(
     small."""
     (K, V), H, R, C = (q.shape[3], v.shape[3]), v.shape[2], v.shape[2] // q.shape[2], chunk_size
     chunks = len(q) * triton.cdiv(q.shape[1], C) + (0 if cu_seqlens is None else len(cu_seqlens))
-    numbers = 3 * K * K + 2 * K * V + (2 * int(MET) + 3) * C * K + 2 * C * V + 4 * C * C
+    numbers = 3 * K * K + 2 * K * V + (2 * int(MET) + 1) * C * K + 4 * C * C
     do = in_rows(do)
 
     dv, dlog_decay, dbeta = like(v), like(log_decay), like(beta)
