@@ -220,12 +220,13 @@ class DeltaRule(Call):
         """Writes the gradients of these heads, dq and dk [B, T, H, K] of each by itself; returns dnodes."""
         y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
         self.build_states()
-        effective = self.empty(y.chunks, H, C, C, dtype=self.dtype)
+        effective, weights = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
         seen = self.empty(y.chunks, H, C, K, dtype=self.dtype)
         in_chunk_kernel[(y.chunks * self.parts("in_chunk") * H,)](
-            self.q, self.k, self.beta, self.inverse, self.cumulative, effective, seen, y.table,
-            *self.sizes, self.R, self.scale, *self.strides("q", "k", "beta"),
-            K=K, C=C, PARTS=self.parts("in_chunk"), **self.dots, **self.packed, **self.options("in_chunk"),
+            self.q, self.k, self.beta, self.level_scales, self.inverse, self.cumulative, effective, weights, seen,
+            y.table, *self.sizes, self.R, self.L, self.scale, *self.strides("q", "k", "beta", "level_scales"),
+            K=K, C=C, LOG_C=log2(C), PARTS=self.parts("in_chunk"), LINEAR=self.L == 1,
+            **self.dots, **self.packed, **self.options("in_chunk"),
         )  # fmt: skip
         met, dmet = (self.empty(y.chunks, H, int(MET), C, K, dtype=self.dtype) for _ in range(2))
         o_ = do.stride()[:3]
@@ -241,11 +242,11 @@ class DeltaRule(Call):
         dslots, dtransitions, dnodes = self.state_gradients(met, dmet, do, dblocks)
         del met, dmet, self.carried, self.paths, self.slots, self.transitions, self.rights
         parts, constants = self.parts("scores_backward"), dict(K=K, C=C, **self.packed)
-        weights, dscores = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
+        dscores = torch.empty_like(effective)
         flow, kept, shares = *(self.empty(y.chunks, H, C) for _ in range(2)), self.empty(y.chunks, H, parts, C)
         scores_backward_kernel[(y.chunks * parts * H,)](
             self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, effective, dseen, do,
-            dq, dscores, weights, flow, shares, dlevel_scales, y.table,
+            dq, dscores, flow, shares, dlevel_scales, y.table,
             *self.sizes, self.R, self.L, self.scale,
             *self.strides("q", "k", "v", "beta", "level_scales"), *o_, dq.stride(1), dlevel_scales.stride(1),
             LOG_C=log2(C), PARTS=parts, LINEAR=self.L == 1,
