@@ -14,17 +14,15 @@ from loglinear.kernels.triton.tiles import head_program, load_block, load_rows, 
 
 @triton.jit
 def own_block(
-    inverse, weight, to_end, v_rows, v_t, k_rows, k_t, n, kept, out,
+    inverse, weight, to_end, v_rows, v_t, k_rows, k_t, n, out,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    KEEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = Kd^T A diag(weight) V; kept, where asked for, what Kd^T is multiplied with."""
+    """out = Kd^T A diag(weight) V."""
     for column in range(0, V, BV):
         weights_CC = (load_block(inverse, 0, 0, C, C, C, C).to(tl.float32) * weight[None, :]).to(DOT)
         v_CV = load_rows(v_rows, v_t, n, column, C, V, BV).to(DOT)
         written_CV = tl.dot(weights_CC, v_CV, input_precision=PRECISION)
-        if KEEP:
-            store_block(kept, 0, column, written_CV, C, V, C, BV)
         written_CV = (written_CV * to_end[:, None]).to(DOT)
         for t in range(0, K, TK):
             k_CT = load_rows(k_rows, k_t, n, t, C, K, TK).to(DOT)
@@ -34,14 +32,13 @@ def own_block(
 
 @triton.jit(do_not_specialize=SIZES)
 def chunk_state_kernel(
-    k, v, beta, inverse, cumulative, transitions, states, erased, written, table,
+    k, v, beta, inverse, cumulative, transitions, states, table,
     T, N, H, R,
     k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    KEEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, one head: its state [chunk, H, K, V] and transition [chunk, H, K, K]. KEEP: and Er and U, [chunk, H,
-    C, K] and V."""
+    """One chunk, one head: its state [chunk, H, K, V] and transition [chunk, H, K, K]."""
     _, h, chunk = head_program(1, H)
     c = chunk.to(tl.int64)
     b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
@@ -56,11 +53,11 @@ def chunk_state_kernel(
     inverse += row * (C * C)
     own_block(
         inverse, -strength * tl.exp2(G), to_end, k_rows, k_t, k_rows, k_t, n,
-        erased + row * (C * K), transitions + row * (K * K),
-        K, K, C, TK, BV, KEEP, DOT, PRECISION,
+        transitions + row * (K * K),
+        K, K, C, TK, BV, DOT, PRECISION,
     )  # fmt: skip
     own_block(
         inverse, strength, to_end, v + b * v_b + first * v_t + h * v_h, v_t, k_rows, k_t, n,
-        written + row * (C * V), states + row * (K * V),
-        K, V, C, TK, BV, KEEP, DOT, PRECISION,
+        states + row * (K * V),
+        K, V, C, TK, BV, DOT, PRECISION,
     )  # fmt: skip

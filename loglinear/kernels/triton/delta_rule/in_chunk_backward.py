@@ -1,39 +1,41 @@
 """Everything that stays inside a chunk, differentiated.
 
-    S = Q K^T * dec,   T = S A,   [U | W] = A diag(b) [V | diag(exp(G)) K],   Er = -W,   Kd = diag(exp(Gam - G)) K
-    O = (T diag(b) * LAM) V,   X = diag(exp(G)) Q + S Er,   S_z = Kd^T U,   P_z = exp(Gam) I + Kd^T Er
+    S = Q K^T * dec,   T = S A,   A = (I + N)^-1,   N = tril(diag(b) K K^T * dec, -1),   Kd = diag(exp(Gam - G)) K
+    M = [V | -diag(exp(G)) K],   R = diag(b) M,   U = A R
+    O = (T * LAM) R_V,   X = diag(exp(G)) Q + T R_K,   [S_z | P_z] = Kd^T U + [0 | exp(Gam) I]
 
 The queries' side, in rows of the chunk,
 
-    dT = (dO V^T) * LAM diag(b),   dS = dT A^T + dX Er^T,   dQ = (dS * dec) K + diag(exp(G)) dX
+    dT = (dO V^T * LAM - dX K^T diag(exp(G))) diag(b),   dS = dT A^T,   dQ = (dS * dec) K + diag(exp(G)) dX
 
-what was written, in columns of [V | K], of which the transition's part lacks T^T dX, what the queries saw,
+and the writes', in tiles of columns of [V | K], which are all treated alike:
 
-    [dY | dZ] = A^T Kd [dS_z | dP_z],   dV = diag(b) dY + (T diag(b) * LAM)^T dO
+    dU = Kd [dS_z | dP_z],   dY = A^T dU,   dR = dY + [(T * LAM)^T dO | T^T dX],   dM = diag(b) dR,   db = rowsum(dR * M)
 
-and the keys. A = (I + N)^-1 gives dN = -A^T dA A^T, and all that A is multiplied with is there already:
+What A is multiplied with gives dN = -A^T dA A^T, and the keys get
 
-    dN = -tril(T^T dS + dY U^T + dZ Er^T, -1)
-    d(diag(exp(G)) K) = -diag(b) (dZ + T^T dX),   dKd = U dS_z^T + Er dP_z^T
+    dN = -tril(T^T dS + dY U^T, -1),   dKd = U [dS_z | dP_z]^T,   rowsum(dKd * Kd) = rowsum(U * dU)
+
+A chunk of 128 is two parts of 64 tokens; tiles above the diagonal are neither computed nor read.
 """
 
-# C chunk, I of its rows, H heads, K key, V value, L levels
+# C chunk, J tokens of a part, H heads, K key, V value, L levels
 import triton
 import triton.language as tl
 
+from loglinear.kernels.triton.delta_rule.in_chunk import is_level, load_part, load_tile, multiply_rows, own_scales
 from loglinear.kernels.triton.delta_rule.tiles import (
-    chunk_scales,
     decay,
-    key_products,
     load_decays,
     load_strength,
     part_program,
-    query_products,
 )
-from loglinear.kernels.triton.levels import sums_by_level
+from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.tiles import (
     MIN_LOG_DECAY,
     SIZES,
+    arrived,
+    exponent,
     head_program,
     load_block,
     load_rows,
@@ -43,134 +45,391 @@ from loglinear.kernels.triton.tiles import (
 )
 
 
+@triton.jit
+def level_sums(x_JJ, last, J: tl.constexpr, LOG_J: tl.constexpr):
+    """Sums of x over the columns of each level [J, level], those from the last on in its column. (A choice for each
+    level and place: triton 3.6 makes wrong code of products with indicators of the levels where registers are few.)"""
+    column, sums_JL = tl.arange(0, 16)[None, :], tl.zeros([J, 16], tl.float32)
+    for level in tl.static_range(LOG_J + 1):
+        total = tl.sum(tl.where(is_level(tl.arange(0, J), level, J), x_JJ, 0.0), 1)
+        sums_JL += tl.where(column == tl.minimum(level, last), total[:, None], 0.0)
+    return sums_JL
+
+
+@triton.jit
+def scores_part(
+    arguments, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, J: tl.constexpr, LOG_C: tl.constexpr,
+    TK: tl.constexpr, BV: tl.constexpr, EARLIER: tl.constexpr,
+    LINEAR: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A part of n tokens, in a chunk of n_keys. EARLIER: there is one before it."""
+    (
+        q_rows, q_t, k_rows, k_t, v_rows, v_t, do_rows, o_t, dseen_rows, n, n_keys, beta, beta_t, scales, l_t, L, G,
+        inverse, effective, dscores, dq_rows, dq_t, flow, shares, to_dscales, dl_t, scale,
+    ) = arguments  # fmt: skip
+    own: tl.constexpr = J if EARLIER else 0
+    i, last = tl.arange(0, J), L - 1
+    own_rows, own_values = k_rows + own * k_t, v_rows + own * v_t
+    G_own, n_first = load_part(G, own, J), tl.minimum(n_keys, J)
+    across, flows = tl.zeros([J], tl.float32), tl.zeros([J], tl.float32)
+    dscores_own = tl.zeros([J, J], tl.float32)
+    if EARLIER:  # all of the earlier part is read at one level
+        G_first, strength = load_part(G, 0, J), load_strength(beta, beta_t, n_first, J)
+        pulled_JJ = multiply_rows(do_rows, v_rows, o_t, v_t, n, n_first, V, J, BV, DOT, PRECISION)
+        pulled_JJ *= strength[None, :]
+        across = tl.sum(pulled_JJ * load_tile(effective, own, 0, C, J).to(tl.float32), 1)
+        pulled_JJ *= arrived(load_scale(scales, l_t, n, LOG_C, L, i), DTYPE)[:, None]
+        read_JJ = multiply_rows(dseen_rows, k_rows, K, k_t, n, n_first, K, J, TK, DOT, PRECISION)
+        deffective_JJ = (pulled_JJ - read_JJ * (strength * tl.exp2(G_first))[None, :]).to(DOT)
+        inverse_JJ = tl.trans(load_tile(inverse, own, 0, C, J))
+        dscores_own = tl.dot(deffective_JJ, inverse_JJ, dscores_own, input_precision=PRECISION)
+        inverse_JJ = tl.trans(load_tile(inverse, 0, 0, C, J))
+        dscores_JJ = tl.dot(deffective_JJ, inverse_JJ, input_precision=PRECISION)
+        store_block(dscores, own, 0, dscores_JJ, C, C, J, J)
+        flow_JJ = dscores_JJ * (tl.exp2(G_own[:, None] - G_first[None, :]) * scale)
+        flow_JJ *= multiply_rows(q_rows, k_rows, q_t, k_t, n, n_first, K, J, TK, DOT, PRECISION)
+        tl.store(shares + i, tl.sum(flow_JJ, 0))
+        flows += tl.sum(flow_JJ, 1)
+
+    strength = load_strength(beta + own * beta_t, beta_t, n, J)
+    pulled_JJ = multiply_rows(do_rows, own_values, o_t, v_t, n, n, V, J, BV, DOT, PRECISION) * strength[None, :]
+    given_JJ = pulled_JJ * load_tile(effective, own, own, C, J).to(tl.float32)
+    # The walk has stored what it gives to a last column that the chunk shares.
+    column, inside = tl.arange(0, 1 if LINEAR else 16)[None, :], (i < n)[:, None]
+    to = to_dscales + (i * dl_t)[:, None] + column
+    sums_JL = tl.sum(given_JJ, 1)[:, None] if LINEAR else level_sums(given_JJ, last, J, LOG_C - EARLIER)
+    sums_JL += tl.where(column == tl.minimum(last, LOG_C), across[:, None], 0.0)
+    sums_JL += tl.load(to, mask=inside & (column == last) & (last <= LOG_C), other=0.0).to(tl.float32)
+    tl.store(to, sums_JL.to(to_dscales.dtype.element_ty), mask=inside & (column <= tl.minimum(last, LOG_C)))
+    # Columns j > i of dT are not 0 here; dS takes no part of them to j <= i.
+    pulled_JJ *= own_scales(scales, l_t, n, L, J, LOG_C - EARLIER, LINEAR, DTYPE)
+    pulled_JJ = tl.where(i[:, None] >= i[None, :], pulled_JJ, 0.0)
+    read_JJ = multiply_rows(dseen_rows, own_rows, K, k_t, n, n, K, J, TK, DOT, PRECISION)
+    deffective_JJ = (pulled_JJ - read_JJ * (strength * tl.exp2(G_own))[None, :]).to(DOT)
+    inverse_JJ = tl.trans(load_tile(inverse, own, own, C, J))
+    dscores_own = tl.dot(deffective_JJ, inverse_JJ, dscores_own, input_precision=PRECISION)
+    store_block(dscores, own, own, dscores_own, C, C, J, J)
+    flow_JJ = dscores_own * (decay(G_own, G_own, i, J) * scale)
+    flow_JJ *= multiply_rows(q_rows, own_rows, q_t, k_t, n, n, K, J, TK, DOT, PRECISION)
+    tl.store(shares + own + i, tl.sum(flow_JJ, 0))
+    flows += tl.sum(flow_JJ, 1)
+
+    tl.debug_barrier()  # dS as it was stored
+    dscores_own = load_tile(dscores, own, own, C, J).to(tl.float32) * (decay(G_own, G_own, i, J) * scale)
+    dscores_own = dscores_own.to(DOT)
+    if EARLIER:
+        dscores_first = load_tile(dscores, own, 0, C, J).to(tl.float32)
+        dscores_first = (dscores_first * (tl.exp2(G_own[:, None] - G_first[None, :]) * scale)).to(DOT)
+    for t in range(0, K, TK):
+        dq_JT = load_rows(dseen_rows, K, n, t, J, K, TK).to(tl.float32) * (tl.exp2(G_own) * scale)[:, None]
+        flows += tl.sum(dq_JT * load_rows(q_rows, q_t, n, t, J, K, TK).to(tl.float32), 1)
+        k_JT = load_rows(own_rows, k_t, n, t, J, K, TK).to(DOT)
+        dq_JT = tl.dot(dscores_own, k_JT, dq_JT, input_precision=PRECISION)
+        if EARLIER:
+            k_JT = load_rows(k_rows, k_t, n_first, t, J, K, TK).to(DOT)
+            dq_JT = tl.dot(dscores_first, k_JT, dq_JT, input_precision=PRECISION)
+        store_rows(dq_rows, dq_t, n, t, dq_JT, J, K, TK)
+    tl.store(flow + own + i, flows)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def scores_backward_kernel(
-    q, k, v, beta, level_scales, inverse, cumulative, effective, erased, dseen, do,
-    dq, dscores, weights, flow, shares, dlevel_scales, table,
+    q, k, v, beta, level_scales, inverse, cumulative, effective, dseen, do,
+    dq, dscores, flow, shares, dlevel_scales, table,
     T, N, H, R, L, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, l_b, l_t, l_h, o_b, o_t, o_h, dq_t, dl_t,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, PARTS: tl.constexpr,
     TK: tl.constexpr, BV: tl.constexpr,
     LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """C / PARTS rows of one chunk, one head: dq [B, T, H, K]; dS and the weights of V in O [chunk, H, C, C]; the
-    columns of dlevel_scales up to LOG_C, adding to the last one where the walk shares it. Of the decays' gradient the
-    rows' share, flow [chunk, H, C], and the columns'; of beta's the columns' share: shares [chunk, H, part, 2, C]."""
+    """C / PARTS rows of one chunk, one head: dq [B, T, H, K]; dS [chunk, H, C, C]; the columns of dlevel_scales
+    up to LOG_C, adding to the last one where the walk shares it. Of the decays' gradient the rows' share,
+    flow [chunk, H, C], and the columns', shares [chunk, H, part, C]: of those that the part reads."""
     DTYPE: tl.constexpr = level_scales.dtype.element_ty
-    I: tl.constexpr = C // PARTS
-    h, c, b, first, z, z0, sequence, n_keys, skipped, n = part_program(table, T, N, H, C, PARTS, PACKED)
+    J: tl.constexpr = C // PARTS
+    h, c, b, first, z, z0, sequence, n_keys, own, n = part_program(table, T, N, H, C, PARTS, PACKED)
     if n_keys <= 0:
         return
-    row, part, last = c * H + h, skipped // I, L - 1
-    i, j, token = skipped + tl.arange(0, I), tl.arange(0, C), b * T + first + skipped
+    row, token = c * H + h, b * T + first + own
     k_rows, v_rows = k + b * k_b + first * k_t + (h // R) * k_h, v + b * v_b + first * v_t + h * v_h
-    q_rows = q + b * q_b + (first + skipped) * q_t + (h // R) * q_h
-    do_rows = do + b * o_b + (first + skipped) * o_t + h * o_h
-    tile_CC, tile_CK = row * (C * C), row * (C * K)
-
-    pulled_IC = tl.zeros([I, C], tl.float32)
-    for column in range(0, V, BV):
-        do_IV = load_rows(do_rows, o_t, n, column, I, V, BV).to(DOT)
-        v_CV = load_rows(v_rows, v_t, n_keys, column, C, V, BV).to(DOT)
-        pulled_IC = tl.dot(do_IV, tl.trans(v_CV), pulled_IC, input_precision=PRECISION)
-    scales = level_scales + b * l_b + first * l_t + h * l_h
-    scales_IC = chunk_scales(scales, l_t, n_keys, L, i, DTYPE, C, LINEAR, DOT, PRECISION)
-    strength = load_strength(beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n_keys, C)
-    effective_IC = load_block(effective + tile_CC, skipped, 0, C, C, I, C).to(tl.float32)
-    given_IC = pulled_IC * effective_IC
-    shares += (row * PARTS + part) * (2 * C) + j
-    tl.store(shares + C, tl.sum(given_IC * scales_IC, 0))
-    given_IC *= strength[None, :]
-    scales_IC *= strength[None, :]
-    store_block(weights + tile_CC, skipped, 0, effective_IC * scales_IC, C, C, I, C)
-    deffective_IC = (pulled_IC * scales_IC).to(DOT)
-    to, inside = dlevel_scales + token * dl_t + h * L, tl.arange(0, I) < n
-    if LINEAR:
-        to += tl.arange(0, I) * dl_t
-        held = tl.load(to, mask=inside, other=0.0).to(tl.float32)
-        tl.store(to, (held + tl.sum(given_IC, 1)).to(dlevel_scales.dtype.element_ty), mask=inside)
-    else:
-        column = tl.arange(0, 16)[None, :]
-        to += (tl.arange(0, I) * dl_t)[:, None] + column
-        sums_IL = sums_by_level(given_IC, i, L, I, C, LOG_C)
-        shared = (inside & (last <= LOG_C))[:, None] & (column == last)
-        sums_IL += tl.load(to, mask=shared, other=0.0).to(tl.float32)
-        mask = inside[:, None] & (column <= tl.minimum(last, LOG_C))
-        tl.store(to, sums_IL.to(dlevel_scales.dtype.element_ty), mask=mask)
-
-    inverse_CC = tl.trans(load_block(inverse + tile_CC, 0, 0, C, C, C, C))
-    dscores_IC = tl.dot(deffective_IC, inverse_CC, input_precision=PRECISION)
-    for t in range(0, K, TK):
-        dx_IT = load_block(dseen + tile_CK, skipped, t, C, K, I, TK)
-        erased_CT = load_block(erased + tile_CK, 0, t, C, K, C, TK)
-        dscores_IC = tl.dot(dx_IT, tl.trans(erased_CT), dscores_IC, input_precision=PRECISION)
-    store_block(dscores + tile_CC, skipped, 0, dscores_IC, C, C, I, C)
-    G, _ = load_decays(cumulative + row * C, C)
-    G_rows = tl.load(cumulative + row * C + i)
-    dscores_IC *= decay(G_rows, G, i, C) * scale
-    flow_IC = dscores_IC * query_products(q_rows, k_rows, q_t, k_t, n, n_keys, K, I, C, TK, DOT, PRECISION)
-    tl.store(shares, tl.sum(flow_IC, 0))
-    flows = tl.sum(flow_IC, 1)
-    dscores_IC = dscores_IC.to(DOT)
-    for t in range(0, K, TK):
-        dq_IT = load_block(dseen + tile_CK, skipped, t, C, K, I, TK).to(tl.float32) * (tl.exp2(G_rows) * scale)[:, None]
-        flows += tl.sum(dq_IT * load_rows(q_rows, q_t, n, t, I, K, TK).to(tl.float32), 1)
-        k_CT = load_rows(k_rows, k_t, n_keys, t, C, K, TK).to(DOT)
-        dq_IT = tl.dot(dscores_IC, k_CT, dq_IT, input_precision=PRECISION)
-        store_rows(dq + token * dq_t + h * K, dq_t, n, t, dq_IT, I, K, TK)
-    tl.store(flow + row * C + i, flows)
+    q_rows = q + b * q_b + (first + own) * q_t + (h // R) * q_h
+    do_rows = do + b * o_b + (first + own) * o_t + h * o_h
+    beta += b * beta_b + first * beta_t + h * beta_h
+    scales = level_scales + b * l_b + (first + own) * l_t + h * l_h
+    dq_rows, to_dscales = dq + token * dq_t + h * K, dlevel_scales + token * dl_t + h * L
+    inverse, effective = inverse + row * (C * C), effective + row * (C * C)
+    dscores, dseen_rows = dscores + row * (C * C), dseen + (row * C + own) * K
+    G, flow, shares = cumulative + row * C, flow + row * C, shares + (row * PARTS + own // J) * C
+    arguments = (
+        q_rows, q_t, k_rows, k_t, v_rows, v_t, do_rows, o_t, dseen_rows, n, n_keys, beta, beta_t, scales, l_t, L, G,
+        inverse, effective, dscores, dq_rows, dq_t, flow, shares, to_dscales, dl_t, scale,
+    )  # fmt: skip
+    if own == 0:
+        scores_part(arguments, K, V, C, J, LOG_C, TK, BV, False, LINEAR, DTYPE, DOT, PRECISION)
+    elif PARTS > 1:
+        scores_part(arguments, K, V, C, J, LOG_C, TK, BV, True, LINEAR, DTYPE, DOT, PRECISION)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def writes_backward_kernel(
-    k, v, beta, inverse, cumulative, weights, dstates, do, dwrites, dv, shares, table,
-    T, N, H, R,
-    k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, o_b, o_t, o_h, dv_t,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    TRANSITION: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+@triton.jit
+def write_tile(
+    inverse, m_rows, m_t, n, n_first, weight, column, turn,
+    WIDTH: tl.constexpr, C: tl.constexpr, J: tl.constexpr, BV: tl.constexpr,
+    EARLIER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, one head, one tile of columns: dY = A^T Kd dS_z, dwrites [chunk, H, C, V], with dv, and its share of
-    beta's gradient, shares [chunk, H, tile, C]. TRANSITION: dZ, from the transition's gradient; V is K then."""
-    TILES: tl.constexpr = (V + BV - 1) // BV
-    tile, h, chunk = head_program(TILES, H)
-    c, column = chunk.to(tl.int64), tile * BV
-    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
-    n = tl.minimum(end - first, C).to(tl.int32)
-    if n <= 0:
-        return
-    row = c * H + h
-    k_rows = k + b * k_b + first * k_t + (h // R) * k_h
-    dwritten_CV = tl.zeros([C, BV], tl.float32)
+    """U = A R, R = diag(weight) m, of a part's own rows and a tile of columns; then the earlier part's, or nothing."""
+    own: tl.constexpr = J if EARLIER else 0
+    r_JV = load_rows(m_rows + own * m_t, m_t, n, column, J, WIDTH, BV, turn).to(tl.float32) * weight[0][:, None]
+    write_JV = tl.dot(load_tile(inverse, own, own, C, J, turn), r_JV.to(DOT), input_precision=PRECISION)
+    if EARLIER:
+        r_JV = load_rows(m_rows, m_t, n_first, column, J, WIDTH, BV, turn).to(tl.float32) * weight[1][:, None]
+        r_JV = r_JV.to(DOT)
+        write_JV = tl.dot(load_tile(inverse, own, 0, C, J, turn), r_JV, write_JV, input_precision=PRECISION)
+        return write_JV, tl.dot(load_tile(inverse, 0, 0, C, J, turn), r_JV, input_precision=PRECISION).to(DOT)
+    else:
+        return write_JV, write_JV
+
+
+@triton.jit
+def dwrite_tile(
+    k_rows, k_t, n, to_end, dstate, column, turn,
+    K: tl.constexpr, WIDTH: tl.constexpr, J: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dU = Kd dstate, of J rows and a tile of columns."""
+    dwrite_JV = tl.zeros([J, BV], tl.float32)
     for t in range(0, K, TK):
-        k_CT = load_rows(k_rows, k_t, n, t, C, K, TK).to(DOT)
-        dstate_TV = load_block(dstates + row * (K * V), t, column, K, V, TK, BV)
-        dwritten_CV = tl.dot(k_CT, dstate_TV, dwritten_CV, input_precision=PRECISION)
-    G, total = load_decays(cumulative + row * C, C)
-    dwritten_CV = (dwritten_CV * tl.exp2(total - G)[:, None]).to(DOT)
-    inverse_CC = tl.trans(load_block(inverse + row * (C * C), 0, 0, C, C, C, C))
-    dwrites_CV = tl.dot(inverse_CC, dwritten_CV, input_precision=PRECISION)
-    store_block(dwrites + row * (C * V), 0, column, dwrites_CV, C, V, C, BV)
-    if not TRANSITION:
-        v_CV = load_rows(v + b * v_b + first * v_t + h * v_h, v_t, n, column, C, V, BV).to(tl.float32)
-        tl.store(shares + (row * TILES + tile) * C + tl.arange(0, C), tl.sum(dwrites_CV * v_CV, 1))
-        strength = load_strength(beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C)
-        weights_CC = tl.trans(load_block(weights + row * (C * C), 0, 0, C, C, C, C))
-        do_CV = load_rows(do + b * o_b + first * o_t + h * o_h, o_t, n, column, C, V, BV).to(DOT)
-        dv_CV = tl.dot(weights_CC, do_CV, dwrites_CV * strength[:, None], input_precision=PRECISION)
-        store_rows(dv + (b * T + first) * dv_t + h * V, dv_t, n, column, dv_CV, C, V, BV)
+        k_JT = load_rows(k_rows, k_t, n, t, J, K, TK, turn).to(DOT)
+        dstate_TV = load_block(dstate, t, column, K, WIDTH, TK, BV, turn)
+        dwrite_JV = tl.dot(k_JT, dstate_TV, dwrite_JV, input_precision=PRECISION)
+    return dwrite_JV * to_end[:, None]
+
+
+@triton.jit
+def writes_backward(
+    dlower, dacross, kept, k_rows, k_t, to_end, n, n_first, n_keys, inverse,
+    m_rows, m_t, weight, dstate, weights, g_rows, g_t, out, out_t, H,
+    WIDTH: tl.constexpr, K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    EARLIER: tl.constexpr, LATER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One kind of columns, m = V or K: stores diag(weight) dR in `out`, adds dY U^T to the parts of dlower and dacross,
+    rowsum(U * dU) to kept, and returns them with rowsum(dR * m). g: dO or dX, what `weights` are multiplied with."""
+    own: tl.constexpr = J if EARLIER else 0
+    met = tl.zeros([J], tl.float32)
+    for column in range(0, WIDTH, BV):
+        turn = column + H  # of which the compiler knows nothing: see `rows_again`
+        if LATER:
+            later_rows = k_rows + J * k_t
+            dlater_JV = dwrite_tile(
+                later_rows, k_t, n_keys - J, to_end[1], dstate, column, turn, K, WIDTH, J, TK, BV, DOT, PRECISION
+            ).to(DOT)
+            dy_JV = tl.dot(tl.trans(load_tile(inverse, J, J, C, J, turn)), dlater_JV, input_precision=PRECISION).to(DOT)
+        write_JV, first_JV = write_tile(
+            inverse, m_rows, m_t, n, n_first, weight, column, turn, WIDTH, C, J, BV, EARLIER, DOT, PRECISION
+        )
+        dwrite_JV = dwrite_tile(
+            k_rows + own * k_t, k_t, n, to_end[0], dstate, column, turn, K, WIDTH, J, TK, BV, DOT, PRECISION
+        )
+        kept += tl.sum(write_JV * dwrite_JV, 1)
+        write_JV = write_JV.to(DOT)
+        if LATER:
+            dacross = tl.dot(dy_JV, tl.trans(write_JV), dacross, input_precision=PRECISION)
+        inverse_own = tl.trans(load_tile(inverse, own, own, C, J, turn))
+        dr_JV = tl.dot(inverse_own, dwrite_JV.to(DOT), input_precision=PRECISION)
+        if LATER:
+            dr_JV = tl.dot(tl.trans(load_tile(inverse, J, 0, C, J, turn)), dlater_JV, dr_JV, input_precision=PRECISION)
+        dy_JV = dr_JV.to(DOT)
+        dlower = tl.dot(dy_JV, tl.trans(write_JV), dlower, input_precision=PRECISION)
+        if EARLIER:
+            dacross = tl.dot(dy_JV, tl.trans(first_JV), dacross, input_precision=PRECISION)
+        weights_own = tl.trans(load_tile(weights, own, own, C, J, turn))
+        g_JV = load_rows(g_rows + own * g_t, g_t, n, column, J, WIDTH, BV, turn).to(DOT)
+        dr_JV = tl.dot(weights_own, g_JV, dr_JV, input_precision=PRECISION)
+        if LATER:
+            g_JV = load_rows(g_rows + J * g_t, g_t, n_keys - J, column, J, WIDTH, BV, turn).to(DOT)
+            dr_JV = tl.dot(tl.trans(load_tile(weights, J, 0, C, J, turn)), g_JV, dr_JV, input_precision=PRECISION)
+        tl.debug_barrier()  # nothing to wait for, but m is loaded behind it and not kept from the product above
+        m_JV = load_rows(m_rows + own * m_t, m_t, n, column, J, WIDTH, BV, turn).to(tl.float32)
+        met += tl.sum(dr_JV * m_JV, 1)
+        store_rows(out, out_t, n, column, dr_JV * weight[0][:, None], J, WIDTH, BV, turn)
+    return dlower, dacross, kept, met
+
+
+@triton.jit
+def add_products(
+    dk, x_JJ, rows, stride, n,
+    K: tl.constexpr, J: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk + x rows, in tiles of TK columns."""
+    new = ()
+    for t in tl.static_range((K + TK - 1) // TK):
+        y_JT = load_rows(rows, stride, n, t * TK, J, K, TK).to(DOT)
+        new = new + (tl.dot(x_JJ, y_JT, dk[t], input_precision=PRECISION),)
+    return new
+
+
+@triton.jit
+def through_writes(
+    dk, inverse, m_rows, m_t, n, n_first, weight, to_end, dstate, H,
+    WIDTH: tl.constexpr, K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    EARLIER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk + diag(to_end) U dstate^T, in tiles of TK columns."""
+    for column in range(0, WIDTH, BV):
+        turn = column + H
+        write_JV, _ = write_tile(
+            inverse, m_rows, m_t, n, n_first, weight, column, turn, WIDTH, C, J, BV, EARLIER, DOT, PRECISION
+        )
+        write_JV = (write_JV * to_end[:, None]).to(DOT)
+        new = ()
+        for t in tl.static_range((K + TK - 1) // TK):
+            dstate_TV = load_block(dstate, t * TK, column, K, WIDTH, TK, BV, turn)
+            new = new + (tl.dot(write_JV, tl.trans(dstate_TV), dk[t], input_precision=PRECISION),)
+        dk = new
+    return dk
+
+
+@triton.jit
+def keys_part(
+    arguments, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, J: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    EARLIER: tl.constexpr, LATER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A part of n tokens, in a chunk of n_keys. EARLIER, LATER: there is one before it, behind it."""
+    (
+        q_rows, q_t, k_rows, k_t, v_rows, v_t, do_rows, o_t, dseen_rows, n, n_keys, beta, beta_t, cumulative,
+        inverse, effective, weights, dscores, dslots, dtransitions, flow, held, shares, dk_rows, dk_t, dv_rows, dv_t,
+        dbeta_rows, db_t, H, scale,
+    ) = arguments  # fmt: skip
+    own: tl.constexpr = J if EARLIER else 0
+    i, own_rows, n_first, n_later = tl.arange(0, J), k_rows + own * k_t, tl.minimum(n_keys, J), n_keys - J
+    later_rows = k_rows + J * k_t
+    G, total = load_part(cumulative, own, J), tl.load(cumulative + (C - 1))
+    strength, to_end = load_strength(beta + own * beta_t, beta_t, n, J), (tl.exp2(total - G),)
+    values, keys = (strength,), (-strength * tl.exp2(G),)  # R = diag(values) V and diag(keys) K
+    if EARLIER:
+        G_first, strength_first = load_part(cumulative, 0, J), load_strength(beta, beta_t, n_first, J)
+        values, keys = values + (strength_first,), keys + (-strength_first * tl.exp2(G_first),)
+    if LATER:
+        G_later = load_part(cumulative, J, J)
+        to_end = to_end + (tl.exp2(total - G_later),)
+
+    # Of dN the own part's tile, and the one that its tokens share with the other part's.
+    dscores_own, effective_own = load_tile(dscores, own, own, C, J), load_tile(effective, own, own, C, J)
+    dlower_JJ = tl.dot(tl.trans(effective_own), dscores_own, input_precision=PRECISION)
+    dacross_JJ = tl.zeros([J, J], tl.float32)
+    if LATER:
+        dscores_later, effective_across = load_tile(dscores, J, 0, C, J), load_tile(effective, J, 0, C, J)
+        dlower_JJ = tl.dot(tl.trans(effective_across), dscores_later, dlower_JJ, input_precision=PRECISION)
+        effective_later = load_tile(effective, J, J, C, J)
+        dacross_JJ = tl.dot(tl.trans(effective_later), dscores_later, dacross_JJ, input_precision=PRECISION)
+    if EARLIER:
+        dscores_across = load_tile(dscores, own, 0, C, J)
+        dacross_JJ = tl.dot(tl.trans(effective_own), dscores_across, dacross_JJ, input_precision=PRECISION)
+    dlower_JJ, dacross_JJ, kept, met = writes_backward(
+        dlower_JJ, dacross_JJ, tl.zeros([J], tl.float32), k_rows, k_t, to_end, n, n_first, n_keys, inverse,
+        v_rows, v_t, values, dslots, weights, do_rows, o_t, dv_rows, dv_t, H,
+        V, K, C, J, TK, BV, EARLIER, LATER, DOT, PRECISION,
+    )  # fmt: skip
+    dlower_JJ, dacross_JJ, kept, read = writes_backward(
+        dlower_JJ, dacross_JJ, kept, k_rows, k_t, to_end, n, n_first, n_keys, inverse,
+        k_rows, k_t, keys, dtransitions, effective, dseen_rows, K, dk_rows, dk_t, H,
+        K, K, C, J, TK, BV, EARLIER, LATER, DOT, PRECISION,
+    )  # fmt: skip
+    tl.store(held + own + i, kept)
+    dstrength = met - tl.exp2(G) * read
+    flows = tl.load(flow + own + i) + keys[0] * read - tl.load(shares + own // J * C + own + i)
+
+    tl.debug_barrier()  # what this program stored in dk is seen
+    dk = ()
+    for t in tl.static_range(0, K, TK):
+        dk = dk + (load_rows(dk_rows, dk_t, n, t, J, K, TK).to(tl.float32),)
+
+    # dN, and the flow through its decays; then dS, tile by tile
+    if LATER:
+        flows -= tl.load(shares + C + i)
+        strength_later = load_strength(beta + J * beta_t, beta_t, n_later, J)
+        dacross_JJ *= -tl.exp2(G_later[:, None] - G[None, :]) * strength_later[:, None]
+        dk = add_products(dk, tl.trans(dacross_JJ.to(DOT)), later_rows, k_t, n_later, K, J, TK, DOT, PRECISION)
+        products_JJ = multiply_rows(later_rows, own_rows, k_t, k_t, n_later, n, K, J, TK, DOT, PRECISION)
+        flows -= tl.sum(dacross_JJ * products_JJ, 0)
+    if EARLIER:
+        dacross_JJ *= -tl.exp2(G[:, None] - G_first[None, :])
+        dk = add_products(dk, (dacross_JJ * strength[:, None]).to(DOT), k_rows, k_t, n_first, K, J, TK, DOT, PRECISION)
+        products_JJ = multiply_rows(own_rows, k_rows, k_t, k_t, n, n_first, K, J, TK, DOT, PRECISION)
+        products = tl.sum(dacross_JJ * products_JJ, 1)
+        dstrength += products
+        flows += products * strength
+    dlower_JJ *= -tl.where(i[:, None] > i[None, :], decay(G, G, i, J), 0.0)
+    dkeys_JJ = dlower_JJ * strength[:, None]
+    dk = add_products(dk, (dkeys_JJ + tl.trans(dkeys_JJ)).to(DOT), own_rows, k_t, n, K, J, TK, DOT, PRECISION)
+    products_JJ = dlower_JJ * multiply_rows(own_rows, own_rows, k_t, k_t, n, n, K, J, TK, DOT, PRECISION)
+    dstrength += tl.sum(products_JJ, 1)
+    products_JJ *= strength[:, None]
+    flows += tl.sum(products_JJ, 1) - tl.sum(products_JJ, 0)
+    tl.store(flow + own + i, flows)
+    tl.store(dbeta_rows + i * db_t, dstrength.to(dbeta_rows.dtype.element_ty), mask=i < n)
+    dscores_JJ = load_tile(dscores, own, own, C, J).to(tl.float32) * (decay(G, G, i, J) * scale)
+    dscores_JJ = tl.trans(dscores_JJ.to(DOT))
+    dk = add_products(dk, dscores_JJ, q_rows + own * q_t, q_t, n, K, J, TK, DOT, PRECISION)
+    if LATER:
+        dscores_JJ = load_tile(dscores, J, 0, C, J).to(tl.float32)
+        dscores_JJ = tl.trans((dscores_JJ * (tl.exp2(G_later[:, None] - G[None, :]) * scale)).to(DOT))
+        dk = add_products(dk, dscores_JJ, q_rows + J * q_t, q_t, n_later, K, J, TK, DOT, PRECISION)
+    dk = through_writes(
+        dk, inverse, v_rows, v_t, n, n_first, values, to_end[0], dslots, H,
+        V, K, C, J, TK, BV, EARLIER, DOT, PRECISION,
+    )  # fmt: skip
+    dk = through_writes(
+        dk, inverse, k_rows, k_t, n, n_first, keys, to_end[0], dtransitions, H,
+        K, K, C, J, TK, BV, EARLIER, DOT, PRECISION,
+    )  # fmt: skip
+    for t in tl.static_range((K + TK - 1) // TK):
+        store_rows(dk_rows, dk_t, n, t * TK, dk[t], J, K, TK)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def keys_backward_kernel(
-    q, k, beta, log_decay, cumulative, effective, written, erased, dslots, dtransitions, dseen, dscores, dwritten,
-    dincoming, flow, query_shares, value_shares, dk, dbeta, dlog_decay, table,
+    q, k, v, beta, cumulative, inverse, effective, weights, dscores, dslots, dtransitions, dseen, do,
+    flow, held, shares, dk, dv, dbeta, table,
     T, N, H, R, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h, g_b, g_t, g_h, dk_t, db_t, dg_t,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, VALUE_TILES: tl.constexpr,
-    TK: tl.constexpr, BV: tl.constexpr,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, o_b, o_t, o_h, dk_t, dv_t, db_t,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, one head: dk [B, T, H, K], dbeta, dlog_decay. dwritten is dY, dincoming dZ."""
+    """C / PARTS tokens of one chunk, one head: dk [B, T, H, K], dv, dbeta; adds to the decays' flow [chunk, H, C], and
+    held [chunk, H, C] is what flows from each token's write to the chunk's end."""
+    J: tl.constexpr = C // PARTS
+    h, c, b, first, z, z0, sequence, n_keys, own, n = part_program(table, T, N, H, C, PARTS, PACKED)
+    if n <= 0:
+        return
+    row, token = c * H + h, b * T + first + own
+    k_rows, q_rows = k + b * k_b + first * k_t + (h // R) * k_h, q + b * q_b + first * q_t + (h // R) * q_h
+    v_rows, do_rows = v + b * v_b + first * v_t + h * v_h, do + b * o_b + first * o_t + h * o_h
+    beta += b * beta_b + first * beta_t + h * beta_h
+    dk_rows, dv_rows, dbeta_rows = dk + token * dk_t + h * K, dv + token * dv_t + h * V, dbeta + token * db_t + h
+    inverse, effective = inverse + row * (C * C), effective + row * (C * C)
+    weights, dscores, dseen_rows = weights + row * (C * C), dscores + row * (C * C), dseen + row * (C * K)
+    dslots, dtransitions = dslots + row * (K * V), dtransitions + row * (K * K)
+    cumulative, flow, held, shares = cumulative + row * C, flow + row * C, held + row * C, shares + row * (PARTS * C)
+    arguments = (
+        q_rows, q_t, k_rows, k_t, v_rows, v_t, do_rows, o_t, dseen_rows, n, n_keys, beta, beta_t, cumulative,
+        inverse, effective, weights, dscores, dslots, dtransitions, flow, held, shares, dk_rows, dk_t, dv_rows, dv_t,
+        dbeta_rows, db_t, H, scale,
+    )  # fmt: skip
+    if own == 0:
+        keys_part(arguments, K, V, C, J, TK, BV, False, PARTS > 1, DOT, PRECISION)
+    elif PARTS > 1:
+        keys_part(arguments, K, V, C, J, TK, BV, True, False, DOT, PRECISION)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def decay_backward_kernel(
+    log_decay, cumulative, dtransitions, flow, held, dlog_decay, table,
+    T, N, H,
+    g_b, g_t, g_h, dg_t,
+    K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """One chunk, one head: dlog_decay [B, T, H]. G_i is a sum over the tokens up to i: a token decays what flows into
+    it and into later ones, what earlier ones have written until the chunk's end, and exp(Gam) I of the transition."""
     _, h, chunk = head_program(1, H)
     c = chunk.to(tl.int64)
     b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
@@ -178,74 +437,16 @@ def keys_backward_kernel(
     if n <= 0:
         return
     i, row = tl.arange(0, C), c * H + h
-    inside, token = i < n, b * T + first
-    tile_CK, tile_CV, tile_CC = row * (C * K), row * (C * V), row * (C * C)
-    q_rows, k_rows = q + b * q_b + first * q_t + (h // R) * q_h, k + b * k_b + first * k_t + (h // R) * k_h
-    G, total = load_decays(cumulative + row * C, C)
-    strength = load_strength(beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C)
-    flows, dstrength = tl.load(flow + row * C + i), tl.zeros([C], tl.float32)
-    for part in tl.static_range(PARTS):
-        share = query_shares + (row * PARTS + part) * (2 * C) + i
-        flows -= tl.load(share)
-        dstrength += tl.load(share + C)
-    for tile in tl.static_range(VALUE_TILES):
-        dstrength += tl.load(value_shares + (row * VALUE_TILES + tile) * C + i)
-
-    effective_CC = tl.trans(load_block(effective + tile_CC, 0, 0, C, C, C, C))
-    dlower_CC = tl.dot(effective_CC, load_block(dscores + tile_CC, 0, 0, C, C, C, C), input_precision=PRECISION)
-    for column in range(0, V, BV):
-        dwritten_CV = load_block(dwritten + tile_CV, 0, column, C, V, C, BV)
-        written_CV = load_block(written + tile_CV, 0, column, C, V, C, BV)
-        dlower_CC = tl.dot(dwritten_CV, tl.trans(written_CV), dlower_CC, input_precision=PRECISION)
-    for t in range(0, K, TK):
-        dincoming_CT = load_block(dincoming + tile_CK, 0, t, C, K, C, TK)
-        erased_CT = load_block(erased + tile_CK, 0, t, C, K, C, TK)
-        dlower_CC = tl.dot(dincoming_CT, tl.trans(erased_CT), dlower_CC, input_precision=PRECISION)
-    dlower_CC *= -tl.where(i[:, None] > i[None, :], decay(G, G, i, C), 0.0)
-    keys_CC = dlower_CC * key_products(k_rows, k_t, n, k_rows, n, K, C, TK, DOT, PRECISION)
-    dstrength += tl.sum(keys_CC, 1)
-    keys_CC *= strength[:, None]
-    flows += tl.sum(keys_CC, 1) - tl.sum(keys_CC, 0)
-    dkeys_CC = (dlower_CC * strength[:, None]).to(DOT)
-    tl.debug_barrier()  # nothing to wait for, but dS is loaded behind it and not kept from its product above
-    dscores_CC = load_block(dscores + tile_CC, 0, 0, C, C, C, C).to(tl.float32)
-    dscores_CC = tl.trans((dscores_CC * (decay(G, G, i, C) * scale)).to(DOT))
-    # exp(Gam) I of the transition: the trace of its gradient.
-    diagonal = dtransitions + row * (K * K)
-    flow_total = tl.zeros([], tl.float32)
+    inside = i < n
+    _, total = load_decays(cumulative + row * C, C)
+    crossing = tl.zeros([], tl.float32)
     for t in range(0, K, TK):
         x = t + tl.arange(0, TK)
-        flow_total += tl.sum(tl.load(diagonal + x * (K + 1), mask=x < K, other=0.0).to(tl.float32), 0)
-    flow_total *= tl.exp2(total)
-    for t in range(0, K, TK):
-        k_CT = load_rows(k_rows, k_t, n, t, C, K, TK).to(DOT)
-        dk_CT = tl.zeros([C, TK], tl.float32)
-        for column in range(0, V, BV):
-            written_CV = load_block(written + tile_CV, 0, column, C, V, C, BV)
-            dstate_TV = load_block(dslots + row * (K * V), t, column, K, V, TK, BV)
-            dk_CT = tl.dot(written_CV, tl.trans(dstate_TV), dk_CT, input_precision=PRECISION)
-        for s in range(0, K, TK):
-            erased_CT = load_block(erased + tile_CK, 0, s, C, K, C, TK)
-            dblock_TT = load_block(dtransitions + row * (K * K), t, s, K, K, TK, TK)
-            dk_CT = tl.dot(erased_CT, tl.trans(dblock_TT), dk_CT, input_precision=PRECISION)
-        dk_CT *= tl.exp2(total - G)[:, None]
-        given = tl.sum(dk_CT * k_CT.to(tl.float32), 1)
-        flow_total += tl.sum(given, 0)
-        dread_CT = load_block(dincoming + tile_CK, 0, t, C, K, C, TK).to(tl.float32)
-        dx_CT = load_block(dseen + tile_CK, 0, t, C, K, C, TK)
-        dread_CT = tl.dot(effective_CC, dx_CT, dread_CT, input_precision=PRECISION) * -tl.exp2(G)[:, None]
-        read = tl.sum(dread_CT * k_CT.to(tl.float32), 1)
-        dstrength += read
-        flows += read * strength - given
-        dk_CT += dread_CT * strength[:, None]
-        q_CT = load_rows(q_rows, q_t, n, t, C, K, TK).to(DOT)
-        dk_CT = tl.dot(dscores_CC, q_CT, dk_CT, input_precision=PRECISION)
-        dk_CT = tl.dot(dkeys_CC, k_CT, dk_CT, input_precision=PRECISION)
-        dk_CT = tl.dot(tl.trans(dkeys_CC), k_CT, dk_CT, input_precision=PRECISION)
-        store_rows(dk + token * dk_t + h * K, dk_t, n, t, dk_CT, C, K, TK)
-    tl.store(dbeta + token * db_t + h + i * db_t, dstrength.to(dbeta.dtype.element_ty), mask=inside)
-    # G_i is a sum over the tokens up to i; what crosses the whole chunk flows across all of them.
-    dg = tl.cumsum(tl.where(inside, flows, 0.0), 0, reverse=True) + flow_total
+        diagonal = dtransitions + row * (K * K) + x * (K + 1)
+        crossing += tl.sum(tl.load(diagonal, mask=x < K, other=0.0).to(tl.float32), 0)
+    flows = tl.load(flow + row * C + i, mask=inside, other=0.0)
+    kept = tl.load(held + row * C + i, mask=inside, other=0.0)
+    dg = tl.cumsum(flows, 0, reverse=True) + (tl.cumsum(kept, 0) - kept) + crossing * tl.exp2(total)
     g = tl.load(log_decay + b * g_b + first * g_t + h * g_h + i * g_t, mask=inside, other=0.0).to(tl.float32)
     dg = tl.where(g < MIN_LOG_DECAY, 0.0, dg)
-    tl.store(dlog_decay + token * dg_t + h + i * dg_t, dg.to(dlog_decay.dtype.element_ty), mask=inside)
+    tl.store(dlog_decay + (b * T + first) * dg_t + h + i * dg_t, dg.to(dlog_decay.dtype.element_ty), mask=inside)

@@ -26,9 +26,9 @@ from loglinear.kernels.triton.delta_rule.chunk_inverse import chunk_inverse_kern
 from loglinear.kernels.triton.delta_rule.chunk_state import chunk_state_kernel
 from loglinear.kernels.triton.delta_rule.in_chunk import in_chunk_kernel
 from loglinear.kernels.triton.delta_rule.in_chunk_backward import (
+    decay_backward_kernel,
     keys_backward_kernel,
     scores_backward_kernel,
-    writes_backward_kernel,
 )
 from loglinear.kernels.triton.delta_rule.layout import RUN, Storey, layout
 from loglinear.kernels.triton.delta_rule.output import output_kernel
@@ -51,7 +51,7 @@ STAGES = {
     "backward": (
         *BUILD, "in_chunk", "walk_backward", "state_backward", "prefix_backward", "carried_backward",
         "carry_states_backward", "carry_prefixes_backward", "transport_states_backward", "transport_prefixes_backward",
-        "transition_backward", "scores_backward", "writes_backward", "keys_backward",
+        "transition_backward", "scores_backward", "keys_backward", "decay_backward",
     ),
 }  # fmt: skip
 SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for long inputs 1.5 times their size
@@ -61,7 +61,7 @@ LAUNCHES = dict.fromkeys((*STAGES["forward"], *STAGES["backward"]), Launch(128, 
     "chunk_inverse": Launch(128, 4, 1), "chunk_state": Launch(64, 4, 1),
     "transport_states": Launch(128, 4, 1), "transport_transitions": Launch(128, 4, 1),
     "transport_states_backward": Launch(128, 4, 1), "transport_prefixes_backward": Launch(128, 4, 1),
-    "scores_backward": Launch(64, 8, 1), "writes_backward": Launch(64, 8, 1), "keys_backward": Launch(64, 8, 1),
+    "scores_backward": Launch(64, 4, 1), "keys_backward": Launch(64, 4, 1), "decay_backward": Launch(128, 4, 1),
 }  # fmt: skip
 # Columns of V, or of a transition, at most, where that is less.
 VALUE_TILES = dict.fromkeys(
@@ -73,7 +73,7 @@ VALUE_TILES = dict.fromkeys(
 # Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
 PARTS = {
     "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "state_backward": 1, "prefix_backward": 1,
-    "carried_backward": 1, "scores_backward": 2, "writes_backward": 1, "keys_backward": 1,
+    "carried_backward": 1, "scores_backward": 2, "keys_backward": 2,
 }  # fmt: skip
 
 
@@ -152,8 +152,8 @@ class DeltaRule(Call):
         """How many tiles a transition has, where they are square."""
         return triton.cdiv(self.K, self.tile(stage, self.K)) ** 2
 
-    def build_states(self, keep: bool = False) -> None:
-        """Each chunk's inverse, and all that chunks read. keep: and each chunk's Er and U."""
+    def build_states(self) -> None:
+        """Each chunk's inverse, and all that chunks read."""
         y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
         self.inverse = self.empty(y.chunks, H, C, C, dtype=self.dtype)
         self.cumulative, totals = self.empty(y.chunks, H, C), self.empty(y.chunks, H)
@@ -165,13 +165,10 @@ class DeltaRule(Call):
             **self.packed, **self.options("chunk_inverse"),
         )  # fmt: skip
         transitions, states = (self.empty(y.chunks, H, K, width, dtype=self.dtype) for width in (K, V))
-        kept = y.chunks if keep else 0
-        self.erased = self.empty(kept, H, C, K, dtype=self.dtype)
-        self.written = self.empty(kept, H, C, V, dtype=self.dtype)
         chunk_state_kernel[(y.chunks * H,)](
-            self.k, self.v, self.beta, self.inverse, self.cumulative, transitions, states, self.erased, self.written,
+            self.k, self.v, self.beta, self.inverse, self.cumulative, transitions, states,
             y.table, *self.sizes, self.R, *self.strides("k", "v", "beta"),
-            K=K, C=C, KEEP=keep, **self.dots, **self.packed, **self.wide("chunk_state"),
+            K=K, C=C, **self.dots, **self.packed, **self.wide("chunk_state"),
         )  # fmt: skip
         self.storeys: list[Entries] = []
         for storey in y.storeys:
@@ -244,13 +241,14 @@ class DeltaRule(Call):
     ) -> Tensor | None:  # fmt: skip
         """Writes the gradients of these heads, dq and dk [B, T, H, K] of each by itself; returns dnodes."""
         y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
-        self.build_states(keep=True)
-        effective = self.empty(y.chunks, H, C, C, dtype=self.dtype)
+        self.build_states()
+        effective, weights = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
         seen = self.empty(y.chunks, H, C, K, dtype=self.dtype)
         in_chunk_kernel[(y.chunks * self.parts("in_chunk") * H,)](
-            self.q, self.k, self.inverse, self.cumulative, self.erased, effective, seen, y.table,
-            *self.sizes, self.R, self.scale, *self.strides("q", "k"),
-            K=K, C=C, PARTS=self.parts("in_chunk"), **self.dots, **self.packed, **self.options("in_chunk"),
+            self.q, self.k, self.beta, self.level_scales, self.inverse, self.cumulative, effective, weights, seen,
+            y.table, *self.sizes, self.R, self.L, self.scale, *self.strides("q", "k", "beta", "level_scales"),
+            K=K, C=C, LOG_C=log2(C), PARTS=self.parts("in_chunk"), LINEAR=self.L == 1,
+            **self.dots, **self.packed, **self.options("in_chunk"),
         )  # fmt: skip
         own = self.storeys[0]
         dseen, brought, dbrought = (torch.empty_like(seen) for _ in range(3))
@@ -265,31 +263,27 @@ class DeltaRule(Call):
         )  # fmt: skip
         dslots, dtransitions, dnodes = self.state_gradients(seen, brought, dbrought, do, dblocks)
         del seen, brought, dbrought, own, self.storeys
-        parts, tiles = self.parts("scores_backward"), self.tiles("writes_backward")
-        constants = dict(C=C, **self.dots, **self.packed)
-        weights, dscores = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
-        flow, query_shares = self.empty(y.chunks, H, C), self.empty(y.chunks, H, parts, 2, C)
+        parts, constants = self.parts("scores_backward"), dict(K=K, C=C, **self.packed)
+        dscores = torch.empty_like(effective)
+        flow, held, shares = *(self.empty(y.chunks, H, C) for _ in range(2)), self.empty(y.chunks, H, parts, C)
         scores_backward_kernel[(y.chunks * parts * H,)](
-            self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, effective,
-            self.erased, dseen, do, dq, dscores, weights, flow, query_shares, dlevel_scales, y.table,
+            self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, effective, dseen, do,
+            dq, dscores, flow, shares, dlevel_scales, y.table,
             *self.sizes, self.R, self.L, self.scale,
             *self.strides("q", "k", "v", "beta", "level_scales"), *o_, dq.stride(1), dlevel_scales.stride(1),
-            K=K, LOG_C=log2(C), PARTS=parts, LINEAR=self.L == 1, **constants, **self.wide("scores_backward"),
+            LOG_C=log2(C), PARTS=parts, LINEAR=self.L == 1,
+            **constants, **self.dots, **self.wide("scores_backward"),
         )  # fmt: skip
-        dwritten, dincoming = (self.empty(y.chunks, H, C, width, dtype=self.dtype) for width in (V, K))
-        value_shares = self.empty(y.chunks, H, tiles, C)
-        for kind, dstates, dwrites in ((False, dslots, dwritten), (True, dtransitions, dincoming)):
-            writes_backward_kernel[(y.chunks * self.tiles("writes_backward", kind) * H,)](
-                self.k, self.v, self.beta, self.inverse, self.cumulative, weights, dstates, do, dwrites, dv,
-                value_shares, y.table, *self.sizes, self.R, *self.strides("k", "v", "beta"), *o_, dv.stride(1),
-                K=K, TRANSITION=kind, **constants, **self.wide("writes_backward", kind),
-            )  # fmt: skip
-        keys_backward_kernel[(y.chunks * H,)](
-            self.q, self.k, self.beta, self.log_decay, self.cumulative, effective, self.written, self.erased,
-            dslots, dtransitions, dseen, dscores, dwritten, dincoming, flow, query_shares, value_shares,
-            dk, dbeta, dlog_decay, y.table, *self.sizes, self.R, self.scale,
-            *self.strides("q", "k", "beta", "log_decay"), *(x.stride(1) for x in (dk, dbeta, dlog_decay)),
-            K=K, PARTS=parts, VALUE_TILES=tiles, **constants, **self.wide("keys_backward"),
+        keys_backward_kernel[(y.chunks * parts * H,)](
+            self.q, self.k, self.v, self.beta, self.cumulative, self.inverse, effective, weights, dscores,
+            dslots, dtransitions, dseen, do, flow, held, shares, dk, dv, dbeta, y.table,
+            *self.sizes, self.R, self.scale,
+            *self.strides("q", "k", "v", "beta"), *o_, *(x.stride(1) for x in (dk, dv, dbeta)),
+            PARTS=parts, **constants, **self.dots, **self.wide("keys_backward"),
+        )  # fmt: skip
+        decay_backward_kernel[(y.chunks * H,)](
+            self.log_decay, self.cumulative, dtransitions, flow, held, dlog_decay, y.table, *self.sizes,
+            *self.strides("log_decay"), dlog_decay.stride(1), **constants, **self.options("decay_backward"),
         )  # fmt: skip
         return dnodes
 
@@ -391,7 +385,7 @@ def gradients(
     small."""
     (K, V), H, R, C = (q.shape[3], v.shape[3]), v.shape[2], v.shape[2] // q.shape[2], chunk_size
     chunks = len(q) * triton.cdiv(q.shape[1], C) + (0 if cu_seqlens is None else len(cu_seqlens))
-    numbers = 4 * K * K + 8 * K * V + 6 * C * K + 2 * C * V + 4 * C * C
+    numbers = 4 * K * K + 8 * K * V + 4 * C * K + 4 * C * C
     do = in_rows(do)
 
     dv, dlog_decay, dbeta = like(v), like(log_decay), like(beta)
