@@ -34,11 +34,11 @@ from loglinear.kernels.triton.scalar_gate import launch as stages
 from loglinear.kernels.triton.tiles import SIZES
 from loglinear.ops.impl_triton import MAX_HEAD_DIM
 
-ABSENT = {"table", "runs", "nodes", "dnodes", "first_runs"}  # dense batches that begin at 0
+ABSENT = {"table", "chunk_table", "runs", "nodes", "dnodes", "first_runs"}  # dense batches that begin at 0
 WORKING = {  # in the inputs' dtype, the other arrays in float32
     "q", "k", "v", "do", "out", "dv", "slots", "dslots", "dscores", "dq", "dk", "inverse", "blocks", "transitions",
     "states", "kept", "ends", "prefixes", "carried", "brought", "dbrought", "dreads", "dkept", "dends", "dprefixes",
-    "dend_transitions", "dseen", "dtransitions", "dcarried", "weights", "effective",
+    "end_transitions", "dend_transitions", "dseen", "dtransitions", "dcarried", "weights", "effective",
     "seen", "dstates",
 }  # fmt: skip
 POINTERS = WORKING | {
@@ -115,7 +115,7 @@ def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, 
             launch = Launch(options["TK"], options.pop("num_warps"), options.pop("num_stages"))
             values = dict(
                 K=K, C=C, J=min(C, 64), LOG_J=log2(min(C, 64)), LOG_C=log2(C), PACKED=False, NODES=False, LINEAR=False,
-                ENDS=True, PARTS=call.parts(stage) if stage in delta_stages.PARTS else 1, **options, **call.dots,
+                ENDS=True, CHUNKS=True, PARTS=call.parts(stage) if stage in delta_stages.PARTS else 1, **options, **call.dots,
             )  # fmt: skip
             jobs.append((direction, stage, C, values, launch))
     return jobs
