@@ -23,6 +23,7 @@ from loglinear.kernels.triton.delta_rule.carry_backward import (
     final_states_backward_kernel,
 )
 from loglinear.kernels.triton.delta_rule.chunk_inverse import chunk_inverse_kernel
+from loglinear.kernels.triton.delta_rule.chunk_state import chunk_state_kernel
 from loglinear.kernels.triton.delta_rule.in_chunk import in_chunk_kernel
 from loglinear.kernels.triton.delta_rule.in_chunk_backward import (
     decay_backward_kernel,
@@ -36,7 +37,7 @@ from loglinear.kernels.triton.delta_rule.state_backward import (
     prefix_backward_kernel,
     state_backward_kernel,
 )
-from loglinear.kernels.triton.delta_rule.transport import transport_kernel
+from loglinear.kernels.triton.delta_rule.transport import transport_states_kernel, transport_transitions_kernel
 from loglinear.kernels.triton.delta_rule.transport_backward import (
     transition_backward_kernel,
     transport_prefixes_backward_kernel,
@@ -44,7 +45,7 @@ from loglinear.kernels.triton.delta_rule.transport_backward import (
 )
 from loglinear.kernels.triton.delta_rule.walk_backward import walk_backward_kernel
 
-BUILD = ("chunk_inverse", "transport", "carry")
+BUILD = ("chunk_inverse", "chunk_state", "transport_states", "transport_transitions", "carry")
 STAGES = {
     "forward": (*BUILD, "output"),
     "backward": (
@@ -58,19 +59,19 @@ SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for lo
 # not load anything ahead.
 LAUNCHES = dict.fromkeys((*STAGES["forward"], *STAGES["backward"]), Launch(128, 8, 1)) | {
     "chunk_inverse": Launch(128, 4, 1),
-    "transport_states_backward": Launch(128, 4, 1), "transport_prefixes_backward": Launch(128, 4, 1),
+    
     "scores_backward": Launch(64, 4, 1), "keys_backward": Launch(64, 4, 1), "decay_backward": Launch(128, 4, 1),
 }  # fmt: skip
 # Columns of V, or of a transition, at most, where that is less.
 VALUE_TILES = dict.fromkeys(
     (
-        "transport_states_backward", "transport_prefixes_backward",
+        "chunk_state", "transport_states", "transport_transitions", "transport_states_backward", "transport_prefixes_backward",
         "carry", "carried_backward", "carry_states_backward", "transition_backward",
     ), 64,
 )  # fmt: skip
 # Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
 PARTS = {
-    "transport": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "state_backward": 1, "prefix_backward": 1,
+    "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "state_backward": 1, "prefix_backward": 1,
     "carried_backward": 1, "scores_backward": 2, "keys_backward": 2,
 }  # fmt: skip
 
@@ -163,6 +164,12 @@ class DeltaRule(Call):
             **self.packed, **self.options("chunk_inverse"),
         )  # fmt: skip
         transitions, states = (self.empty(y.chunks, H, K, width, dtype=self.dtype) for width in (K, V))
+        for v, out, kind in ((self.v, states, False), (self.k, transitions, True)):
+            chunk_state_kernel[(y.chunks * H * self.tiles("chunk_state", kind),)](
+                self.k, v, self.beta, self.inverse, self.cumulative, out, y.table, *self.sizes, self.R,
+                *self.strides("k"), *v.stride()[:3], *self.strides("beta"),
+                C=C, TRANSITION=kind, **self.dots, **self.packed, **self.wide("chunk_state", kind), K=K,
+            )  # fmt: skip
         self.storeys: list[Entries] = []
         for storey in y.storeys:
             entries, transitions, totals, states = self.transport(storey, transitions, totals, states)
@@ -189,13 +196,16 @@ class DeltaRule(Call):
         prefixes, prefix_totals = torch.empty_like(transitions), torch.empty_like(totals)
         ends, end_transitions = (self.empty(runs, H, K, width, dtype=self.dtype) for width in (V, K))
         end_totals = self.empty(runs, H)
-        transport_kernel[(storey.runs * H,)](
-            self.k, self.v, self.beta, self.inverse, self.cumulative, self.layout.table, transitions, totals, states,
-            self.nodes, kept, prefixes, prefix_totals, ends, end_transitions, end_totals, storey.table,
-            self.T, storey.per_row, H, self.R, self.layout.cap, storey.slots, storey.first_level,
-            *self.strides("k", "v", "beta"),
-            K=K, C=self.C, CHUNKS=storey is self.layout.storeys[0], ENDS=not is_last, NODES=self.has_nodes,
-            **self.dots, **self.packed, **self.wide("transport"),
+        constants = dict(K=K, ENDS=not is_last, **self.dots, **self.packed)
+        transport_states_kernel[(storey.runs * H * self.tiles("transport_states"),)](
+            transitions, totals, states, self.nodes, kept, ends, storey.table,
+            storey.per_row, H, self.layout.cap, storey.slots, storey.first_level,
+            NODES=self.has_nodes, **constants, **self.wide("transport_states"),
+        )  # fmt: skip
+        transport_transitions_kernel[(storey.runs * H * self.tiles("transport_transitions", True),)](
+            transitions, totals, prefixes, prefix_totals, end_transitions, end_totals, storey.table,
+            storey.per_row, H,
+            **constants, **self.wide("transport_transitions", True),
         )  # fmt: skip
         entries = Entries(storey, transitions, totals, kept, prefixes, prefix_totals, self.empty(0, dtype=self.dtype))
         return entries, end_transitions, end_totals, ends

@@ -16,17 +16,10 @@ their gradients need no gathering, and what keys that come again have erased of 
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule.chunk_state import chunk_blocks
-from loglinear.kernels.triton.delta_rule.tiles import (
-    RUN,
-    SIZES,
-    count_bits,
-    locate_entries,
-    slot_of_next,
-    slots_read,
-)
-from loglinear.kernels.triton.tiles import head_program, load_block, locate, store_block
-from loglinear.kernels.triton.walks import nearest
+from loglinear.kernels.triton.delta_rule.tiles import RUN, SIZES, locate_entries, slot_of_next, slots_read
+from loglinear.kernels.triton.tiles import head_program, load_block, store_block
+
+SLOTS = tl.constexpr(3)  # at most
 
 
 @triton.jit
@@ -39,140 +32,152 @@ def last_step(stop, ENDS: tl.constexpr):
 
 
 @triton.jit
-def sum_of_slots(states, members, row, column, H,
-                 K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
-    """A [TK, BV] tile of the sum of an entry's states [slot, H, K, V] that are members, given as bits."""
-    total = tl.zeros([TK, BV], tl.float32)
-    for _ in range(count_bits(members)):
-        total += load_block(states + nearest(members).to(tl.int64) * H * (K * V), row, column, K, V, TK, BV)
-        members &= members - 1
-    return total
+def zero_tiles(COUNT: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr):
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros([TK, BV], DOT),)
+    return tiles
 
 
 @triton.jit
-def add_moved(
-    total, states, members, transition, decay, row, column, H,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """total + P times the sum of the members, one [TK, BV] tile."""
-    for s in range(0, K, TK):
-        sum_TV = sum_of_slots(states, members, s, column, H, K, V, TK, BV)
-        total += tl.where(s == row, decay, 0.0) * sum_TV
-        transition_TT = load_block(transition, row, s, K, K, TK, TK)
-        total = tl.dot(transition_TT, sum_TV.to(transition_TT.dtype), total, input_precision=PRECISION)
-    return total
+def load_column(base, column, K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr):
+    """All K rows of BV columns, in tiles of TK rows."""
+    tiles = ()
+    for a in tl.static_range(0, K, TK):
+        tiles = tiles + (load_block(base, a, column, K, V, TK, BV),)
+    return tiles
 
 
 @triton.jit
-def first_states(
-    nodes, kept, slots, first_level, cap, sequence, h, H,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """What a continued sequence's first entry reads: its slots' nodes. The prefix is carried."""
-    for _ in range(count_bits(slots)):
-        j = nearest(slots)
-        slots &= slots - 1
-        node = nodes + ((sequence.to(tl.int64) * (cap + 1) + tl.minimum(first_level + j, cap)) * H + h) * (K * V)
-        is_block = (first_level + j < cap).to(tl.float32)
-        for a in range(0, K, TK):
-            for column in range(0, V, BV):
-                state_TV = load_block(node, a, column, K, V, TK, BV) * is_block
-                store_block(kept + j.to(tl.int64) * H * (K * V), a, column, state_TV, K, V, TK, BV)
+def store_column(base, tiles, column, K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr):
+    for a in tl.static_range((K + TK - 1) // TK):
+        store_block(base, a * TK, column, tiles[a], K, V, TK, BV)
 
 
 @triton.jit
-def next_states(
-    transition, decay, state, kept, next_kept, next_state, merged, others, H,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What the next entry reads, next_kept, from what this one does: next_state of the merged, and of each other."""
-    for column in range(0, V, BV):
-        for a in range(0, K, TK):
-            state_TV = load_block(state, a, column, K, V, TK, BV).to(tl.float32)
-            if merged > 0:
-                state_TV = add_moved(state_TV, kept, merged, transition, decay, a, column, H, K, V, TK, BV, PRECISION)
-            store_block(next_state, a, column, state_TV, K, V, TK, BV)
-    for _ in range(count_bits(others)):
-        j = nearest(others)
-        others &= others - 1
-        for column in range(0, V, BV):
-            for a in range(0, K, TK):
-                state_TV = add_moved(
-                    tl.zeros([TK, BV], tl.float32), kept, 1 << j, transition, decay, a, column, H,
-                    K, V, TK, BV, PRECISION,
-                )  # fmt: skip
-                store_block(next_kept + j.to(tl.int64) * H * (K * V), a, column, state_TV, K, V, TK, BV)
+def moved(transition, decay, tiles, K: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """P times a column of tiles."""
+    new = ()
+    for a in tl.static_range((K + TK - 1) // TK):
+        total_TV = tiles[a].to(tl.float32) * decay
+        for s in tl.static_range((K + TK - 1) // TK):
+            transition_TT = load_block(transition, a * TK, s * TK, K, K, TK, TK)
+            total_TV = tl.dot(transition_TT, tiles[s].to(DOT), total_TV, input_precision=PRECISION)
+        new = new + (total_TV,)
+    return new
 
 
 @triton.jit
-def next_prefix(
-    transition, decay, prefix, log_decay, is_first, target, H,
-    K: tl.constexpr, TK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """D of P F, with P = g I + D and F = f I + E:  g E + f D + D E."""
-    one = tl.full([], 1, tl.int32)
-    for column in range(0, K, TK):
-        for a in range(0, K, TK):
-            path_TT = load_block(transition, a, column, K, K, TK, TK) * tl.exp2(log_decay)
-            if not is_first:
-                path_TT = add_moved(path_TT, prefix, one, transition, decay, a, column, H, K, K, TK, TK, PRECISION)
-            store_block(target, a, column, path_TT, K, K, TK, TK)
+def add_tiles(x, y, DTYPE: tl.constexpr):
+    """x + y, column by column, in DTYPE."""
+    new = ()
+    for a in tl.static_range(len(x)):
+        new = new + ((x[a].to(tl.float32) + y[a].to(tl.float32)).to(DTYPE),)
+    return new
+
+
+@triton.jit
+def choose(condition, x, y):
+    """x where the condition holds, else y, of y's dtype."""
+    new = ()
+    for a in tl.static_range(len(x)):
+        new = new + (tl.where(condition, x[a].to(y[a].dtype), y[a]),)
+    return new
+
+
+@triton.jit
+def part(tiles, j: tl.constexpr, COUNT: tl.constexpr):
+    """The tiles of slot j."""
+    new = ()
+    for a in tl.static_range(COUNT):
+        new = new + (tiles[j * COUNT + a],)
+    return new
 
 
 @triton.jit(do_not_specialize=SIZES)
-def transport_kernel(
-    k, v, beta, inverse, cumulative, chunk_table, transitions, totals, states, nodes, kept, prefixes, prefix_totals,
-    ends, end_transitions, end_totals, table,
-    T, per_row, H, R, cap, num_slots, first_level,
-    k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    CHUNKS: tl.constexpr, ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    PACKED: tl.constexpr, NODES: tl.constexpr,
+def transport_states_kernel(
+    transitions, totals, states, nodes, kept, ends, table,
+    per_row, H, cap, num_slots, first_level,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
-    """One run, one head. Of its entries, transitions [entry, H, K, K], log2 of their decays, totals [entry, H], and
-    states [entry, H, K, V] (with CHUNKS made here): where they are read kept [entry, slot, H, K, V], and prefixes
-    [entry, H, K, K] with prefix_totals [entry, H]. The run itself is an entry of the next storey: ends, end_*."""
-    _, h, run = head_program(1, H)
+    """One run, one head, one tile of V: kept [entry, slot, H, K, V], where it is read, and the run's S, ends [run, H, K,
+    V]. A continued sequence begins with nodes."""
+    SIZE: tl.constexpr = K * V
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    COUNT: tl.constexpr = (K + TK - 1) // TK
+    tile, h, run = head_program(TILES, H)
     base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
-    if NODES:
-        reads = tl.where(start < stop, slots_read(start, num_slots), 0)
-        first_states(
-            nodes, kept + ((base + start) * num_slots * H + h) * (K * V), reads, first_level, cap, sequence, h, H,
-            K, V, TK, BV,
-        )  # fmt: skip
-    log_decay = tl.zeros([], tl.float32)  # from the run's start
+    column = tile * BV
+    held = ()  # what the entry reads
+    for j in tl.static_range(SLOTS):
+        state = zero_tiles(COUNT, TK, BV, DOT)
+        if NODES:
+            if ((slots_read(start, num_slots) >> j) & 1 > 0) & (start < stop):
+                if first_level + j < cap:  # the prefix is carried
+                    node = (sequence.to(tl.int64) * (cap + 1) + first_level + j) * H + h
+                    state = load_column(nodes + node * SIZE, column, K, V, TK, BV)
+                store_column(kept + (((base + start) * num_slots + j) * H + h) * SIZE, state, column, K, V, TK, BV)
+        held = held + state
     for i in range(start, last_step(stop, ENDS)):
         row = base + i
-        entry, next_entry = row * H + h, (row + 1) * H + h
-        transition, state = transitions + entry * (K * K), states + entry * (K * V)
-        t, reads = slot_of_next(i, num_slots), slots_read(i, num_slots)
-        merged = reads & ((2 << t) - 1)
-        next_kept = kept + ((row + 1) * num_slots * H + h) * (K * V)
-        next_state, next_path = next_kept + t.to(tl.int64) * H * (K * V), prefixes + next_entry * (K * K)
-        next_total = prefix_totals + next_entry
+        entry, next_kept = row * H + h, kept + ((row + 1) * num_slots * H + h) * SIZE
+        t, reads, transition = slot_of_next(i, num_slots), slots_read(i, num_slots), transitions + entry * (K * K)
+        target = next_kept + t.to(tl.int64) * H * SIZE
+        if ENDS:
+            target = tl.where(i == RUN - 1, ends + (run.to(tl.int64) * H + h) * SIZE, target)
+        decay = tl.exp2(tl.load(totals + entry))
+        own = load_column(states + entry * SIZE, column, K, V, TK, BV)
+        merged = zero_tiles(COUNT, TK, BV, tl.float32)
+        for j in tl.static_range(SLOTS):
+            is_merged = (j <= t) & ((reads >> j) & 1 > 0)
+            merged = add_tiles(
+                merged, choose(is_merged, part(held, j, COUNT), zero_tiles(COUNT, TK, BV, DOT)), tl.float32
+            )
+        new = add_tiles(moved(transition, decay, merged, K, TK, DOT, PRECISION), own, DOT)
+        store_column(target, new, column, K, V, TK, BV)
+        later = choose(t == 0, new, part(held, 0, COUNT))
+        for j in tl.static_range(1, SLOTS):
+            state = choose(t == j, new, part(held, j, COUNT))
+            if (j > t) & ((reads >> j) & 1 > 0):
+                state = add_tiles(
+                    moved(transition, decay, state, K, TK, DOT, PRECISION),
+                    zero_tiles(COUNT, TK, BV, tl.float32), DOT,
+                )  # fmt: skip
+                store_column(next_kept + tl.full([], j, tl.int64) * H * SIZE, state, column, K, V, TK, BV)
+            later = later + state
+        held = later
+
+
+@triton.jit(do_not_specialize=SIZES)
+def transport_transitions_kernel(
+    transitions, totals, prefixes, prefix_totals, ends, end_totals, table,
+    per_row, H,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """One run, one head, one tile of columns (V is K): of F, from the run's second entry on, D [entry, H, K, K] and
+    log2 of the decay [entry, H]; and of the run's P. With P = g I + D and F = f I + E:  P F = g f I + g E + D E + f D."""
+    SIZE: tl.constexpr = K * K
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    COUNT: tl.constexpr = (K + TK - 1) // TK
+    tile, h, run = head_program(TILES, H)
+    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
+    column, log_decay = tile * BV, tl.zeros([], tl.float32)
+    path = zero_tiles(COUNT, TK, BV, DOT)
+    for i in range(start, last_step(stop, ENDS)):
+        entry = (base + i) * H + h
+        transition, target_total = transitions + entry * SIZE, prefix_totals + entry + H
+        target = prefixes + (entry + H) * SIZE
         if ENDS:
             end = run.to(tl.int64) * H + h
-            next_state = tl.where(i == RUN - 1, ends + end * (K * V), next_state)
-            next_path = tl.where(i == RUN - 1, end_transitions + end * (K * K), next_path)
-            next_total = tl.where(i == RUN - 1, end_totals + end, next_total)
-        if CHUNKS:
-            b, first, end_, z, z0, sequence_ = locate(row, chunk_table, T, per_row, C, PACKED)
-            chunk_blocks(
-                k + b * k_b + first * k_t + (h // R) * k_h, v + b * v_b + first * v_t + h * v_h,
-                beta + b * beta_b + first * beta_t + h * beta_h, inverse + entry * (C * C), cumulative + entry * C,
-                transition, state, k_t, v_t, beta_t,
-                K, V, C, TK, BV, DOT, PRECISION,
-            )  # fmt: skip
-        total = tl.load(totals + entry)
-        tl.debug_barrier()  # what this program wrote is seen
-        next_states(
-            transition, tl.exp2(total), state, kept + (row * num_slots * H + h) * (K * V), next_kept, next_state,
-            merged, reads - merged, H,
-            K, V, TK, BV, PRECISION,
-        )  # fmt: skip
-        next_prefix(
-            transition, tl.exp2(total), prefixes + entry * (K * K), log_decay, i == start, next_path, H,
-            K, TK, PRECISION,
-        )  # fmt: skip
+            target = tl.where(i == RUN - 1, ends + end * SIZE, target)
+            target_total = tl.where(i == RUN - 1, end_totals + end, target_total)
+        own, total = load_column(transition, column, K, K, TK, BV), tl.load(totals + entry)
+        new = moved(transition, tl.exp2(total), path, K, TK, DOT, PRECISION)
+        path = ()
+        for a in tl.static_range(COUNT):
+            path = path + ((new[a] + own[a].to(tl.float32) * tl.exp2(log_decay)).to(DOT),)
+        store_column(target, path, column, K, K, TK, BV)
         log_decay += total
-        tl.store(next_total, log_decay)
+        tl.store(target_total, log_decay)
