@@ -84,7 +84,7 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
         p = replace(p, cu_seqlens=p.cu_seqlens.to(p.v.device, torch.int64, non_blocking=True))
     if p.initial_state is None:
         chunk_size = p.chunk_size if p.output_final_state else 0
-        output, blocks = chunkwise(
+        output, blocks, *_ = chunkwise(
             p.q, p.k, p.v, log_decay, p.beta, p.level_scales, None, p.cu_seqlens, None, p.scale, chunk_size,
             p.output_final_state,
         )  # fmt: skip
@@ -130,7 +130,7 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
     log_decay = log_decay.clamp(min=MIN_LOG_DECAY)
     beta = None if p.beta is None else packed(p.beta, state.beta)
     tokens = [packed(p.k, state.k), packed(p.v, state.v), packed(log_decay, state.log_decay), beta]
-    output, blocks = chunkwise(
+    output, blocks, *_ = chunkwise(
         packed(p.q)[None], *(None if x is None else x[None] for x in tokens), packed(p.level_scales)[None],
         state.blocks, ends, state.position // C, p.scale, C, p.output_final_state,
     )  # fmt: skip

@@ -7,7 +7,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-
 # What the matrix units multiply, what states are kept in, and how. float16 has the mantissa of tf32 but not the range
 # that a sum over a long past needs, so its products are single tf32 products of float32 states.
 DOT_TYPES = {

@@ -23,9 +23,10 @@ def _plan(direction: str, q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> P
 def chunkwise(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, level_scales: Tensor,
     nodes: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int, final: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Outputs [B,T,H,V] and, with `final`, each sequence's block states at the start of its unfinished chunk
-    [N,M,H,K,V] float32 (else an empty tensor). The delta rule with beta, else the scalar gate.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Outputs [B,T,H,V]; with `final`, each sequence's block states at the start of its unfinished chunk [N,M,H,K,V]
+    float32; of the delta rule what the backward takes from the forward, each chunk's inverse [chunk,H,C,C] and its
+    cumulative log decay [chunk,H,C]; else empty tensors. The delta rule with beta, else the scalar gate.
 
     nodes [N,M,H,K,V], starts [N]: the block states before each packed sequence's first chunk, and that chunk's number.
     chunk_size 0 leaves the choice to the kernels; with `final` or nodes it is the states' chunk size.
@@ -37,24 +38,32 @@ def chunkwise(
     else:
         C = delta_rule.choose_chunk_size(q, k, v, chunk_size)
         call = delta_rule.DeltaRule(q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, C, final)
+    inverse, cumulative = call.invert() if isinstance(call, delta_rule.DeltaRule) else (call.empty(0), call.empty(0))
     call.build_states()
-    return call.output(), call.final_blocks() if final else call.empty(0)
+    return call.output(), call.final_blocks() if final else call.empty(0), inverse, cumulative
 
 
 @chunkwise.register_fake
 def _(q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, chunk_size, final):  # type: ignore[no-untyped-def]
-    if not final:
-        return torch.empty_like(v, memory_format=torch.contiguous_format), v.new_empty(0, dtype=torch.float32)
-    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = (rows, num_blocks(level_scales.shape[3], chunk_size), v.shape[2], q.shape[3], v.shape[3])
-    return torch.empty_like(v, memory_format=torch.contiguous_format), v.new_empty(shape, dtype=torch.float32)
+    H, rows = v.shape[2], q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    output = torch.empty_like(v, memory_format=torch.contiguous_format)
+    blocks, inverse, cumulative = (v.new_empty(0, dtype=torch.float32) for _ in range(3))
+    if final:
+        M = num_blocks(level_scales.shape[3], chunk_size)
+        blocks = v.new_empty((rows, M, H, q.shape[3], v.shape[3]), dtype=torch.float32)
+    if beta is not None:
+        C = delta_rule.choose_chunk_size(q, k, v, chunk_size)
+        chunks = delta_rule.count_chunks(q.shape[0], q.shape[1], C, None if cu_seqlens is None else rows, final)
+        inverse = v.new_empty((chunks, H, C, C), dtype=delta_rule.state_dtype(q, k, v))
+        cumulative = v.new_empty((chunks, H, C), dtype=torch.float32)
+    return output, blocks, inverse, cumulative
 
 
 @torch.library.custom_op("loglinear::chunkwise_backward", mutates_args=())
 def chunkwise_backward(
     do: Tensor, dblocks: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None,
-    level_scales: Tensor, nodes: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, scale: float,
-    chunk_size: int,
+    level_scales: Tensor, nodes: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, inverse: Tensor,
+    cumulative: Tensor, scale: float, chunk_size: int,
 ) -> list[Tensor]:  # fmt: skip
     """dq, dk, dv, dlog_decay, dbeta where there is beta, dlevel_scales, and dnodes where there are nodes."""
     grads: tuple[Tensor | None, ...]
@@ -66,13 +75,43 @@ def chunkwise_backward(
     else:
         C = delta_rule.choose_chunk_size(q, k, v, chunk_size)
         grads = delta_rule.gradients(
-            do, dblocks, q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, C
+            do,
+            dblocks,
+            inverse,
+            cumulative,
+            q,
+            k,
+            v,
+            log_decay,
+            beta,
+            level_scales,
+            nodes,
+            cu_seqlens,
+            starts,
+            scale,
+            C,
         )
     return [grad for grad in grads if grad is not None]
 
 
 @chunkwise_backward.register_fake
-def _(do, dblocks, q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, chunk_size):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    do,
+    dblocks,
+    q,
+    k,
+    v,
+    log_decay,
+    beta,
+    level_scales,
+    nodes,
+    cu_seqlens,
+    starts,
+    inverse,
+    cumulative,
+    scale,
+    chunk_size,
+):
     inputs = [x for x in (q, k, v, log_decay, beta, level_scales) if x is not None]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
     if nodes is None:
@@ -80,14 +119,15 @@ def _(do, dblocks, q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, st
     return [*grads, torch.empty_like(nodes, dtype=torch.float32, memory_format=torch.contiguous_format)]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, scale, chunk_size, final = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.options = scale, chunk_size
     ctx.final = final
 
 
-def _backward(ctx: Any, do: Tensor, dblocks: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, do: Tensor, dblocks: Tensor, *unused: Tensor):  # type: ignore[no-untyped-def]
     inputs = ctx.saved_tensors  # once: checkpointing refuses to give them twice
     beta, nodes = inputs[4], inputs[6]
     grads = iter(chunkwise_backward(do, dblocks if ctx.final else None, *inputs, *ctx.options))

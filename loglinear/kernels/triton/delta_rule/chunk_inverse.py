@@ -43,14 +43,13 @@ def unit_lower_inverse(lower_JJ, J: tl.constexpr, LOG_J: tl.constexpr, DOT: tl.c
 
 @triton.jit(do_not_specialize=SIZES)
 def chunk_inverse_kernel(
-    k, beta, log_decay, inverse, cumulative, totals, table,
+    k, beta, log_decay, inverse, cumulative, table,
     T, N, H, R,
     k_b, k_t, k_h, beta_b, beta_t, beta_h, g_b, g_t, g_h,
     K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, LOG_J: tl.constexpr, TK: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, one head: A [chunk, H, C, C], the cumulative log decay G [chunk, H, C], in base 2, and its last
-    value, totals [chunk, H]."""
+    """One chunk, one head: A [chunk, H, C, C] and the cumulative log decay G [chunk, H, C], in base 2."""
     _, h, chunk = head_program(1, H)
     c = chunk.to(tl.int64)
     b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
@@ -76,7 +75,6 @@ def chunk_inverse_kernel(
         inverse_JJ = unit_lower_inverse(lower_JJ, J, LOG_J, DOT, PRECISION)
         store_block(inverse, half * J, half * J, inverse_JJ, C, C, J, J)
         before = tl.sum(tl.where(i == J - 1, G, 0.0), 0)
-    tl.store(totals + row, before)
     if C > J:
         tl.debug_barrier()
         n = tl.minimum(end - first, J).to(tl.int32)

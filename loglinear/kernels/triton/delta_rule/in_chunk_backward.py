@@ -10,7 +10,7 @@ The queries' side, in rows of the chunk,
 
 and the writes', in tiles of columns of [V | K], which are all treated alike:
 
-    dU = Kd [dS_z | dP_z],   dY = A^T dU,   dR = dY + [(T * LAM)^T dO | T^T dX],   dM = diag(b) dR,   db = rowsum(dR * M)
+    dU = Kd [dS_z | dP_z],   dY = A^T dU,   dR = dY + [(T * LAM)^T dO | T^T dX],  dM = diag(b) dR,  db = rowsum(dR * M)
 
 What A is multiplied with gives dN = -A^T dA A^T, and the keys get
 
@@ -35,7 +35,6 @@ from loglinear.kernels.triton.tiles import (
     MIN_LOG_DECAY,
     SIZES,
     arrived,
-    exponent,
     head_program,
     load_block,
     load_rows,

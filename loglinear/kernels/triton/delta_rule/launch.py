@@ -1,6 +1,7 @@
 """The stages in order: what `run_delta_rule` computes, and its gradients.
 
-Forward: triangular inverses, transitions, states, what is carried to the runs, output. It keeps nothing but its inputs.
+Forward: triangular inverses, transitions, states, what is carried to the runs, output. It keeps its inputs and the
+inverses.
 """
 
 # B batch, T time, H heads, G groups, K key, V value, L levels
@@ -58,15 +59,15 @@ SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for lo
 # Columns of a tile at most, warps for tiles of more than 64 rows, stages of the pipeline. What reads what it wrote may
 # not load anything ahead.
 LAUNCHES = dict.fromkeys((*STAGES["forward"], *STAGES["backward"]), Launch(128, 8, 1)) | {
-    "chunk_inverse": Launch(128, 4, 1),
-    
-    "scores_backward": Launch(64, 4, 1), "keys_backward": Launch(64, 4, 1), "decay_backward": Launch(128, 4, 1),
+    "chunk_inverse": Launch(128, 4, 1), "state_backward": Launch(128, 4, 1), "carried_backward": Launch(128, 4, 1),
+    "transition_backward": Launch(128, 4, 1), "scores_backward": Launch(64, 4, 1), "keys_backward": Launch(64, 4, 1),
+    "decay_backward": Launch(128, 4, 1),
 }  # fmt: skip
 # Columns of V, or of a transition, at most, where that is less.
 VALUE_TILES = dict.fromkeys(
     (
-        "chunk_state", "transport_states", "transport_transitions", "transport_states_backward", "transport_prefixes_backward",
-        "carry", "carried_backward", "carry_states_backward", "transition_backward",
+        "chunk_state", "transport_states", "transport_transitions", "carry", "state_backward", "carried_backward",
+        "carry_states_backward", "transport_states_backward", "transport_prefixes_backward", "transition_backward",
     ), 64,
 )  # fmt: skip
 # Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
@@ -87,6 +88,11 @@ def products_of(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     dtype = common_dtype(q, k, v)
     is_narrow = min(q.shape[3], v.shape[3]) <= 32
     return torch.float16 if is_narrow and dtype == torch.bfloat16 else dtype
+
+
+def state_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """Of what is kept of each chunk."""
+    return DOT_TYPES[products_of(q, k, v)][0]
 
 
 @dataclass
@@ -151,19 +157,25 @@ class DeltaRule(Call):
         """How many tiles a transition has, where they are square."""
         return triton.cdiv(self.K, self.tile(stage, self.K)) ** 2
 
-    def build_states(self) -> None:
-        """Each chunk's inverse, and all that chunks read."""
-        y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
+    def invert(self) -> tuple[Tensor, Tensor]:
+        """Each chunk's inverse, and its cumulative log decay."""
+        y, H, K, C = self.layout, self.H, self.K, self.C
         self.inverse = self.empty(y.chunks, H, C, C, dtype=self.dtype)
-        self.cumulative, totals = self.empty(y.chunks, H, C), self.empty(y.chunks, H)
+        self.cumulative = self.empty(y.chunks, H, C)
         J = min(C, 64)
         chunk_inverse_kernel[(y.chunks * H,)](
-            self.k, self.beta, self.log_decay, self.inverse, self.cumulative, totals, y.table, *self.sizes, self.R,
+            self.k, self.beta, self.log_decay, self.inverse, self.cumulative, y.table, *self.sizes, self.R,
             *self.strides("k", "beta", "log_decay"),
             K=K, C=C, J=J, LOG_J=log2(J), DOT=self.dots["DOT"], PRECISION="tf32x3",
             **self.packed, **self.options("chunk_inverse"),
         )  # fmt: skip
+        return self.inverse, self.cumulative
+
+    def build_states(self) -> None:
+        """All that chunks read."""
+        y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
         transitions, states = (self.empty(y.chunks, H, K, width, dtype=self.dtype) for width in (K, V))
+        totals = self.cumulative[:, :, -1].contiguous()
         for v, out, kind in ((self.v, states, False), (self.k, transitions, True)):
             chunk_state_kernel[(y.chunks * H * self.tiles("chunk_state", kind),)](
                 self.k, v, self.beta, self.inverse, self.cumulative, out, y.table, *self.sizes, self.R,
@@ -196,16 +208,16 @@ class DeltaRule(Call):
         prefixes, prefix_totals = torch.empty_like(transitions), torch.empty_like(totals)
         ends, end_transitions = (self.empty(runs, H, K, width, dtype=self.dtype) for width in (V, K))
         end_totals = self.empty(runs, H)
-        constants = dict(K=K, ENDS=not is_last, **self.dots, **self.packed)
         transport_states_kernel[(storey.runs * H * self.tiles("transport_states"),)](
             transitions, totals, states, self.nodes, kept, ends, storey.table,
             storey.per_row, H, self.layout.cap, storey.slots, storey.first_level,
-            NODES=self.has_nodes, **constants, **self.wide("transport_states"),
+            K=K, ENDS=not is_last, NODES=self.has_nodes,
+            **self.precision, **self.packed, **self.wide("transport_states"),
         )  # fmt: skip
         transport_transitions_kernel[(storey.runs * H * self.tiles("transport_transitions", True),)](
             transitions, totals, prefixes, prefix_totals, end_transitions, end_totals, storey.table,
             storey.per_row, H,
-            **constants, **self.wide("transport_transitions", True),
+            K=K, ENDS=not is_last, **self.dots, **self.packed, **self.wide("transport_transitions", True),
         )  # fmt: skip
         entries = Entries(storey, transitions, totals, kept, prefixes, prefix_totals, self.empty(0, dtype=self.dtype))
         return entries, end_transitions, end_totals, ends
@@ -236,11 +248,13 @@ class DeltaRule(Call):
         return out
 
     def backward(
-        self, do: Tensor, dblocks: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, dlog_decay: Tensor, dbeta: Tensor,
-        dlevel_scales: Tensor,
+        self, inverse: Tensor, cumulative: Tensor, do: Tensor, dblocks: Tensor | None,
+        dq: Tensor, dk: Tensor, dv: Tensor, dlog_decay: Tensor, dbeta: Tensor, dlevel_scales: Tensor,
     ) -> Tensor | None:  # fmt: skip
-        """Writes the gradients of these heads, dq and dk [B, T, H, K] of each by itself; returns dnodes."""
-        y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
+        """Writes the gradients of these heads, dq and dk [B, T, H, K] of each by itself; returns dnodes. inverse and
+        cumulative are the forward's."""
+        y, H, K, C = self.layout, self.H, self.K, self.C
+        self.inverse, self.cumulative = inverse.contiguous(), cumulative.contiguous()
         self.build_states()
         effective, weights = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
         seen = self.empty(y.chunks, H, C, K, dtype=self.dtype)
@@ -341,13 +355,15 @@ class DeltaRule(Call):
             dnodes = torch.zeros_like(self.nodes, dtype=torch.float32)
             has_prefix = (self.starts >> min(y.cap, 31)) > 0
             dnodes[:, -1] = torch.where(has_prefix[:, None, None, None], dcarried[:, 0], 0.0)
-        dends = dend_transitions = None
+        dends: Tensor | None = None
+        dend_transitions: Tensor | None = None
         for entries, (dreads, places, dkept, dprefixes) in zip(
             reversed(self.storeys), reversed(gradients), strict=True
         ):
             dends, dend_transitions = self.transport_backward(
                 entries, dreads, places, dkept, dprefixes, dends, dend_transitions, dnodes
             )
+        assert dends is not None and dend_transitions is not None
         return dends, dend_transitions, dnodes
 
     def transport_backward(
@@ -377,14 +393,14 @@ class DeltaRule(Call):
 
 
 def gradients(
-    do: Tensor, dblocks: Tensor | None,
+    do: Tensor, dblocks: Tensor | None, inverse: Tensor, cumulative: Tensor,
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, level_scales: Tensor, nodes: Tensor | None,
     cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """dq, dk, dv, dlog_decay, dbeta, dlevel_scales, dnodes: slab after slab, so that what is kept of each chunk stays
     small."""
     (K, V), H, R, C = (q.shape[3], v.shape[3]), v.shape[2], v.shape[2] // q.shape[2], chunk_size
-    chunks = len(q) * triton.cdiv(q.shape[1], C) + (0 if cu_seqlens is None else len(cu_seqlens))
+    chunks = len(inverse)
     numbers = 4 * K * K + 8 * K * V + 4 * C * K + 4 * C * C
     do = in_rows(do)
 
@@ -393,7 +409,7 @@ def gradients(
     dnodes = None if nodes is None else like(nodes, torch.float32)
     dq, dk = (like(x) if R == 1 else like(x, torch.float32).zero_() for x in (q, k))
     limit = max(SLAB_BYTES, 3 * sum(x.numel() * x.element_size() for x in (q, k, v, do)) // 2)
-    for h in slabs(chunks, q.shape[2], H, numbers * DOT_TYPES[products_of(q, k, v)][0].itemsize, limit):
+    for h in slabs(chunks, q.shape[2], H, numbers * state_dtype(q, k, v).itemsize, limit):
         g = slice(h.start // R, (h.stop - 1) // R + 1)
         call = DeltaRule(
             q[:, :, g], k[:, :, g], v[:, :, h], log_decay[:, :, h], beta[:, :, h], level_scales[:, :, h],
@@ -402,7 +418,7 @@ def gradients(
         dblocks_h = None if dblocks is None else dblocks[:, :, h]
         views = (dv[:, :, h], dlog_decay[:, :, h], dbeta[:, :, h], dlevel_scales[:, :, h])
         dq_h, dk_h = (x[:, :, g] if R == 1 else call.empty(*x.shape[:2], call.H, K) for x in (dq, dk))
-        dnodes_h = call.backward(do[:, :, h], dblocks_h, dq_h, dk_h, *views)
+        dnodes_h = call.backward(inverse[:, h], cumulative[:, h], do[:, :, h], dblocks_h, dq_h, dk_h, *views)
         if R > 1:
             dq[:, :, g] += dq_h.unflatten(2, (g.stop - g.start, -1)).sum(3)
             dk[:, :, g] += dk_h.unflatten(2, (g.stop - g.start, -1)).sum(3)

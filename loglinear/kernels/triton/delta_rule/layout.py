@@ -1,15 +1,16 @@
 """The tree over a sequence's chunks, eight children to a node: who lies where, on the host and for packed batches in
 small tables on the device.
 
-An entry of storey s stands for 8**s chunks, the entries of storey 0 are the chunks; 8 entries are a run, and a run is an
-entry of the next storey. A sequence has the entries that hold its chunks from the first one (chunk z0 where it continues
-a state) to the unfinished one. Each entry reads at most one state for each of three levels of its run (`slots`), and
-what lies before the run through states that were carried to the run's start (`columns`, one for each level).
+An entry of storey s stands for 8**s chunks, the entries of storey 0 are the chunks; 8 entries are a run, and a run is
+an entry of the next storey. A sequence has the entries that hold its chunks from the first one (chunk z0 where it
+continues a state) to the unfinished one. Each entry reads at most one state for each of three levels of its run
+(`slots`), and what lies before the run through states that were carried to the run's start (`columns`, one a level).
 """
 
 # N sequences, C chunk
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,13 @@ class Layout:
         return self.storeys[0].per_row
 
 
+def count_chunks(rows: int, tokens: int, chunk_size: int, sequences: int | None, final: bool) -> int:
+    """Rows of every array of chunks: of a [rows, tokens] batch, or of one row that packs so many sequences."""
+    if sequences is not None:
+        return tokens // chunk_size + sequences
+    return rows * (tokens // chunk_size + (1 if final or tokens % chunk_size else 0))
+
+
 def layout(
     rows: int, tokens: int, chunk_size: int, num_levels: int, cu_seqlens: Tensor | None, starts: Tensor | None,
     final: bool,
@@ -74,20 +82,19 @@ def layout(
     if tokens // C >= MAX_CHUNKS:
         raise ValueError(f"impl='triton' takes sequences below {MAX_CHUNKS * C} tokens at chunk size {C}, got {tokens}")
     if cu_seqlens is None:
-        per_row = tokens // C + (1 if final or tokens % C else 0)
-        levels, sizes, no_tables = (per_row - 1).bit_length(), [], []
+        per_row = count_chunks(1, tokens, C, None, final)
+        levels, sizes = (per_row - 1).bit_length(), []
         for _ in range(max(1, -(-levels // STOREY))):
             runs = -(-per_row // RUN)
             sizes.append((rows * per_row, rows * runs, per_row))
-            no_tables.append(None)
             per_row = runs
-        return Layout(cap, rows, _storeys(cap, levels, sizes, no_tables, 0), None, None, None)
+        return Layout(cap, rows, _storeys(cap, levels, sizes, [None] * len(sizes), 0), None, None, None)
 
     N, lengths = len(cu_seqlens) - 1, cu_seqlens.diff()
     z0 = torch.zeros_like(lengths) if starts is None else starts
     z_end = z0 + lengths // C
     own = z_end - z0 + 1
-    chunks = tokens // C + N
+    chunks = count_chunks(1, tokens, C, N, final)
     sequence, number, is_real = ragged(own, chunks)
     end = torch.where(is_real, cu_seqlens[sequence + 1], 0)
     z = torch.where(is_real, number, 0) + z0[sequence]
@@ -115,7 +122,7 @@ def layout(
 
 
 def _storeys(
-    cap: int, levels: int, sizes: list[tuple[int, int, int]], tables: list[Tensor | None], columns: int
+    cap: int, levels: int, sizes: list[tuple[int, int, int]], tables: Sequence[Tensor | None], columns: int
 ) -> tuple[Storey, ...]:
     """From the last, to whose runs so many columns are carried, to the first."""
     storeys: list[Storey] = []

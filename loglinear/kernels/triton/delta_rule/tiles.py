@@ -1,7 +1,8 @@
 """What the delta rule's stages share on the device: a chunk's own matrices, entries and what they read.
 
-A transition is P = exp(Gam) I + D, of which D [K, K] is kept, and log2 of exp(Gam) in float32: where keys come again P
-is close to I, and D is rounded to 16 bits as what it is, small. Matrices wider than TK are taken in tiles of TK columns.
+A transition is P = exp(Gam) I + D, of which D [K, K] is kept, and log2 of exp(Gam) in float32: where keys come again
+P is close to I, and D is rounded to 16 bits as what it is, small. Matrices wider than TK are taken in tiles of TK
+columns.
 """
 
 # C chunk, K key, V value, i number of an entry in its run

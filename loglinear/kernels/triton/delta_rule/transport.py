@@ -16,10 +16,16 @@ their gradients need no gathering, and what keys that come again have erased of 
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule.tiles import RUN, SIZES, locate_entries, slot_of_next, slots_read
+from loglinear.kernels.triton.delta_rule.tiles import (
+    RUN,
+    SIZES,
+    count_bits,
+    locate_entries,
+    slot_of_next,
+    slots_read,
+)
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
-
-SLOTS = tl.constexpr(3)  # at most
+from loglinear.kernels.triton.walks import nearest
 
 
 @triton.jit
@@ -32,66 +38,28 @@ def last_step(stop, ENDS: tl.constexpr):
 
 
 @triton.jit
-def zero_tiles(COUNT: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr):
-    tiles = ()
-    for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros([TK, BV], DOT),)
-    return tiles
+def sum_of_slots(states, members, row, column, H,
+                 K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
+    """A [TK, BV] tile of the sum of an entry's states [slot, H, K, V] that are members, given as bits."""
+    total = tl.zeros([TK, BV], tl.float32)
+    for _ in range(count_bits(members)):
+        total += load_block(states + nearest(members).to(tl.int64) * H * (K * V), row, column, K, V, TK, BV)
+        members &= members - 1
+    return total
 
 
 @triton.jit
-def load_column(base, column, K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr):
-    """All K rows of BV columns, in tiles of TK rows."""
-    tiles = ()
-    for a in tl.static_range(0, K, TK):
-        tiles = tiles + (load_block(base, a, column, K, V, TK, BV),)
-    return tiles
-
-
-@triton.jit
-def store_column(base, tiles, column, K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr):
-    for a in tl.static_range((K + TK - 1) // TK):
-        store_block(base, a * TK, column, tiles[a], K, V, TK, BV)
-
-
-@triton.jit
-def moved(transition, decay, tiles, K: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """P times a column of tiles."""
-    new = ()
-    for a in tl.static_range((K + TK - 1) // TK):
-        total_TV = tiles[a].to(tl.float32) * decay
-        for s in tl.static_range((K + TK - 1) // TK):
-            transition_TT = load_block(transition, a * TK, s * TK, K, K, TK, TK)
-            total_TV = tl.dot(transition_TT, tiles[s].to(DOT), total_TV, input_precision=PRECISION)
-        new = new + (total_TV,)
-    return new
-
-
-@triton.jit
-def add_tiles(x, y, DTYPE: tl.constexpr):
-    """x + y, column by column, in DTYPE."""
-    new = ()
-    for a in tl.static_range(len(x)):
-        new = new + ((x[a].to(tl.float32) + y[a].to(tl.float32)).to(DTYPE),)
-    return new
-
-
-@triton.jit
-def choose(condition, x, y):
-    """x where the condition holds, else y, of y's dtype."""
-    new = ()
-    for a in tl.static_range(len(x)):
-        new = new + (tl.where(condition, x[a].to(y[a].dtype), y[a]),)
-    return new
-
-
-@triton.jit
-def part(tiles, j: tl.constexpr, COUNT: tl.constexpr):
-    """The tiles of slot j."""
-    new = ()
-    for a in tl.static_range(COUNT):
-        new = new + (tiles[j * COUNT + a],)
-    return new
+def add_moved(
+    total, states, members, transition, decay, row, column, H,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total + P times the sum of the members, one [TK, BV] tile."""
+    for s in range(0, K, TK):
+        sum_TV = sum_of_slots(states, members, s, column, H, K, V, TK, BV)
+        total += tl.where(s == row, decay, 0.0) * sum_TV
+        transition_TT = load_block(transition, row, s, K, K, TK, TK)
+        total = tl.dot(transition_TT, sum_TV.to(transition_TT.dtype), total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -99,54 +67,55 @@ def transport_states_kernel(
     transitions, totals, states, nodes, kept, ends, table,
     per_row, H, cap, num_slots, first_level,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+    ENDS: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
-    """One run, one head, one tile of V: kept [entry, slot, H, K, V], where it is read, and the run's S, ends [run, H, K,
-    V]. A continued sequence begins with nodes."""
+    """One run, one head, one tile of V: kept [entry, slot, H, K, V], where it is read, and the run's S, ends [run, H,
+    K, V]. A continued sequence begins with nodes."""
     SIZE: tl.constexpr = K * V
     TILES: tl.constexpr = (V + BV - 1) // BV
-    COUNT: tl.constexpr = (K + TK - 1) // TK
     tile, h, run = head_program(TILES, H)
     base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
     column = tile * BV
-    held = ()  # what the entry reads
-    for j in tl.static_range(SLOTS):
-        state = zero_tiles(COUNT, TK, BV, DOT)
-        if NODES:
-            if ((slots_read(start, num_slots) >> j) & 1 > 0) & (start < stop):
-                if first_level + j < cap:  # the prefix is carried
-                    node = (sequence.to(tl.int64) * (cap + 1) + first_level + j) * H + h
-                    state = load_column(nodes + node * SIZE, column, K, V, TK, BV)
-                store_column(kept + (((base + start) * num_slots + j) * H + h) * SIZE, state, column, K, V, TK, BV)
-        held = held + state
+    if NODES:
+        reads = tl.where(start < stop, slots_read(start, num_slots), 0)
+        for _ in range(count_bits(reads)):
+            j = nearest(reads)
+            reads &= reads - 1
+            node = nodes + ((sequence.to(tl.int64) * (cap + 1) + tl.minimum(first_level + j, cap)) * H + h) * SIZE
+            # The prefix is carried.
+            is_block = (first_level + j < cap).to(tl.float32)
+            for a in range(0, K, TK):
+                state_TV = load_block(node, a, column, K, V, TK, BV) * is_block
+                store_block(kept + (((base + start) * num_slots + j) * H + h) * SIZE, a, column, state_TV, K, V, TK, BV)
     for i in range(start, last_step(stop, ENDS)):
         row = base + i
-        entry, next_kept = row * H + h, kept + ((row + 1) * num_slots * H + h) * SIZE
-        t, reads, transition = slot_of_next(i, num_slots), slots_read(i, num_slots), transitions + entry * (K * K)
-        target = next_kept + t.to(tl.int64) * H * SIZE
+        entry, kept_here = row * H + h, kept + (row * num_slots * H + h) * SIZE
+        decay = tl.exp2(tl.load(totals + entry))
+        t, reads = slot_of_next(i, num_slots), slots_read(i, num_slots)
+        merged = reads & ((2 << t) - 1)
+        reads -= merged
+        target = kept + (((row + 1) * num_slots + t) * H + h) * SIZE
         if ENDS:
             target = tl.where(i == RUN - 1, ends + (run.to(tl.int64) * H + h) * SIZE, target)
-        decay = tl.exp2(tl.load(totals + entry))
-        own = load_column(states + entry * SIZE, column, K, V, TK, BV)
-        merged = zero_tiles(COUNT, TK, BV, tl.float32)
-        for j in tl.static_range(SLOTS):
-            is_merged = (j <= t) & ((reads >> j) & 1 > 0)
-            merged = add_tiles(
-                merged, choose(is_merged, part(held, j, COUNT), zero_tiles(COUNT, TK, BV, DOT)), tl.float32
-            )
-        new = add_tiles(moved(transition, decay, merged, K, TK, DOT, PRECISION), own, DOT)
-        store_column(target, new, column, K, V, TK, BV)
-        later = choose(t == 0, new, part(held, 0, COUNT))
-        for j in tl.static_range(1, SLOTS):
-            state = choose(t == j, new, part(held, j, COUNT))
-            if (j > t) & ((reads >> j) & 1 > 0):
-                state = add_tiles(
-                    moved(transition, decay, state, K, TK, DOT, PRECISION),
-                    zero_tiles(COUNT, TK, BV, tl.float32), DOT,
+        tl.debug_barrier()  # what this program wrote for entry i is seen
+        for a in range(0, K, TK):
+            state_TV = load_block(states + entry * SIZE, a, column, K, V, TK, BV).to(tl.float32)
+            if merged > 0:
+                state_TV = add_moved(
+                    state_TV, kept_here, merged, transitions + entry * (K * K), decay, a, column, H,
+                    K, V, TK, BV, PRECISION,
                 )  # fmt: skip
-                store_column(next_kept + tl.full([], j, tl.int64) * H * SIZE, state, column, K, V, TK, BV)
-            later = later + state
-        held = later
+            store_block(target, a, column, state_TV, K, V, TK, BV)
+        for _ in range(count_bits(reads)):
+            j = nearest(reads)
+            reads &= reads - 1
+            target = kept + (((row + 1) * num_slots + j) * H + h) * SIZE
+            for a in range(0, K, TK):
+                state_TV = add_moved(
+                    tl.zeros([TK, BV], tl.float32), kept_here, 1 << j, transitions + entry * (K * K), decay, a, column,
+                    H, K, V, TK, BV, PRECISION,
+                )  # fmt: skip
+                store_block(target, a, column, state_TV, K, V, TK, BV)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -157,27 +126,33 @@ def transport_transitions_kernel(
     ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One run, one head, one tile of columns (V is K): of F, from the run's second entry on, D [entry, H, K, K] and
-    log2 of the decay [entry, H]; and of the run's P. With P = g I + D and F = f I + E:  P F = g f I + g E + D E + f D."""
+    log2 of the decay [entry, H]; and of the run's P. With P = g I + D, F = f I + E:  P F = g f I + g E + D E + f D."""
     SIZE: tl.constexpr = K * K
     TILES: tl.constexpr = (V + BV - 1) // BV
     COUNT: tl.constexpr = (K + TK - 1) // TK
     tile, h, run = head_program(TILES, H)
     base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
     column, log_decay = tile * BV, tl.zeros([], tl.float32)
-    path = zero_tiles(COUNT, TK, BV, DOT)
+    path = ()
+    for _ in tl.static_range(COUNT):
+        path = path + (tl.zeros([TK, BV], DOT),)
     for i in range(start, last_step(stop, ENDS)):
         entry = (base + i) * H + h
-        transition, target_total = transitions + entry * SIZE, prefix_totals + entry + H
-        target = prefixes + (entry + H) * SIZE
+        transition, total = transitions + entry * SIZE, tl.load(totals + entry)
+        target, target_total = prefixes + (entry + H) * SIZE, prefix_totals + entry + H
         if ENDS:
             end = run.to(tl.int64) * H + h
             target = tl.where(i == RUN - 1, ends + end * SIZE, target)
             target_total = tl.where(i == RUN - 1, end_totals + end, target_total)
-        own, total = load_column(transition, column, K, K, TK, BV), tl.load(totals + entry)
-        new = moved(transition, tl.exp2(total), path, K, TK, DOT, PRECISION)
-        path = ()
+        new = ()
         for a in tl.static_range(COUNT):
-            path = path + ((new[a] + own[a].to(tl.float32) * tl.exp2(log_decay)).to(DOT),)
-        store_column(target, path, column, K, K, TK, BV)
+            path_TV = load_block(transition, a * TK, column, K, K, TK, BV).to(tl.float32) * tl.exp2(log_decay)
+            path_TV += path[a].to(tl.float32) * tl.exp2(total)
+            for s in tl.static_range(COUNT):
+                transition_TT = load_block(transition, a * TK, s * TK, K, K, TK, TK)
+                path_TV = tl.dot(transition_TT, path[s], path_TV, input_precision=PRECISION)
+            store_block(target, a * TK, column, path_TV, K, K, TK, BV)
+            new = new + (path_TV.to(DOT),)
+        path = new
         log_decay += total
         tl.store(target_total, log_decay)

@@ -19,30 +19,23 @@ from loglinear.kernels.triton.delta_rule.tiles import (
     slot_of_next,
     slots_read,
 )
-from loglinear.kernels.triton.delta_rule.transport import (
-    SLOTS,
-    add_tiles,
-    choose,
-    load_column,
-    part,
-    store_column,
-    zero_tiles,
-)
+from loglinear.kernels.triton.delta_rule.transport import sum_of_slots
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 from loglinear.kernels.triton.walks import nearest
 
 
 @triton.jit
-def moved_back(transition, decay, tiles, K: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """P^T times a column of tiles."""
-    new = ()
-    for a in tl.static_range((K + TK - 1) // TK):
-        total_TV = tiles[a].to(tl.float32) * decay
-        for s in tl.static_range((K + TK - 1) // TK):
-            transition_TT = load_block(transition, s * TK, a * TK, K, K, TK, TK)
-            total_TV = tl.dot(tl.trans(transition_TT), tiles[s].to(DOT), total_TV, input_precision=PRECISION)
-        new = new + (total_TV,)
-    return new
+def moved_back(
+    transition, decay, dstate, row, column,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P^T dS, one [TK, BV] tile."""
+    total = load_block(dstate, row, column, K, V, TK, BV).to(tl.float32) * decay
+    for s in range(0, K, TK):
+        transition_TT = load_block(transition, s, row, K, K, TK, TK)
+        dstate_TV = load_block(dstate, s, column, K, V, TK, BV).to(DOT)
+        total = tl.dot(tl.trans(transition_TT), dstate_TV, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -57,46 +50,50 @@ def transport_states_backward_kernel(
     dends [run, H, K, V] are the next storey's."""
     SIZE: tl.constexpr = K * V
     TILES: tl.constexpr = (V + BV - 1) // BV
-    COUNT: tl.constexpr = (K + TK - 1) // TK
     tile, h, run = head_program(TILES, H)
     base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
     column = tile * BV
-    end = zero_tiles(COUNT, TK, BV, DOT)
-    if ENDS:
-        if stop == RUN:
-            end = choose(True, load_column(dends + (run.to(tl.int64) * H + h) * SIZE, column, K, V, TK, BV), end)
-    held = ()  # the gradient of what the next entry reads
-    for j in tl.static_range(SLOTS):
-        held = held + end
     for step in range(stop - start):
         i = stop - 1 - step
         row = base + i
         entry = row * H + h
         transition, decay = transitions + entry * (K * K), tl.exp2(tl.load(totals + entry))
         t, reads = slot_of_next(i, num_slots), slots_read(i, num_slots)
-        own = choose(t == 0, part(held, 0, COUNT), part(held, 1, COUNT))
-        own = choose(t == 2, part(held, 2, COUNT), own)
-        store_column(dstates + entry * SIZE, own, column, K, V, TK, BV)
-        merged = zero_tiles(COUNT, TK, BV, tl.float32)
-        if reads & ((2 << t) - 1) > 0:
-            merged = moved_back(transition, decay, own, K, TK, DOT, PRECISION)
-        earlier = ()
-        for j in tl.static_range(SLOTS):
-            state = part(held, j, COUNT)
-            if (reads >> j) & 1 > 0:
-                total = merged
-                if j > t:
-                    total = moved_back(transition, decay, state, K, TK, DOT, PRECISION)
-                dread = load_column(dreads + ((row * places + j) * H + h) * SIZE, column, K, V, TK, BV)
-                state = add_tiles(total, dread, DOT)
-                store_column(dkept + ((row * num_slots + j) * H + h) * SIZE, state, column, K, V, TK, BV)
-            earlier = earlier + state
-        held = earlier
+        merged = reads & ((2 << t) - 1)
+        next_kept, has_next = dkept + ((row + 1) * num_slots * H + h) * SIZE, i + 1 < stop
+        dstate = next_kept + t.to(tl.int64) * H * SIZE
+        if ENDS:
+            dstate = tl.where(i == RUN - 1, dends + (run.to(tl.int64) * H + h) * SIZE, dstate)
+            has_next = has_next | (i == RUN - 1)
+        tl.debug_barrier()  # what this program wrote for entry i + 1 is seen
+        for a in range(0, K, TK):
+            own_TV = tl.zeros([TK, BV], tl.float32)
+            if has_next:
+                own_TV += load_block(dstate, a, column, K, V, TK, BV).to(tl.float32)
+            store_block(dstates + entry * SIZE, a, column, own_TV, K, V, TK, BV)
+        for _ in range(count_bits(reads)):
+            j = nearest(reads)
+            source = tl.where(((merged >> j) & 1) > 0, dstate, next_kept + j.to(tl.int64) * H * SIZE)
+            reads &= reads - 1
+            for a in range(0, K, TK):
+                place = dreads + ((row * places + j) * H + h) * SIZE
+                total = load_block(place, a, column, K, V, TK, BV).to(tl.float32)
+                if has_next:
+                    total += moved_back(transition, decay, source, a, column, K, V, TK, BV, DOT, PRECISION)
+                store_block(dkept + ((row * num_slots + j) * H + h) * SIZE, a, column, total, K, V, TK, BV)
     if NODES:
-        for j in tl.static_range(SLOTS):
-            if ((slots_read(start, num_slots) >> j) & 1 > 0) & (start < stop) & (first_level + j < cap):
-                node = (sequence.to(tl.int64) * (cap + 1) + first_level + j) * H + h
-                store_column(dnodes + node * SIZE, part(held, j, COUNT), column, K, V, TK, BV)
+        reads = tl.where(start < stop, slots_read(start, num_slots), 0)
+        tl.debug_barrier()
+        for _ in range(count_bits(reads)):
+            j = nearest(reads)
+            reads &= reads - 1
+            if first_level + j < cap:
+                node = dnodes + ((sequence.to(tl.int64) * (cap + 1) + first_level + j) * H + h) * SIZE
+                for a in range(0, K, TK):
+                    total = load_block(
+                        dkept + (((base + start) * num_slots + j) * H + h) * SIZE, a, column, K, V, TK, BV
+                    )
+                    store_block(node, a, column, total, K, V, TK, BV)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -114,27 +111,26 @@ def transport_prefixes_backward_kernel(
     tile, h, run = head_program(TILES, H)
     base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
     column = tile * BV
-    path = zero_tiles(COUNT, TK, BV, DOT)
-    if ENDS:
-        if stop == RUN:
-            path = choose(True, load_column(dends + (run.to(tl.int64) * H + h) * SIZE, column, K, K, TK, BV), path)
+    path = ()
+    for a in tl.static_range(COUNT):
+        end_TV = tl.zeros([TK, BV], DOT)
+        if ENDS:  # noqa: SIM102 (a constant)
+            if stop == RUN:
+                end_TV = load_block(dends + (run.to(tl.int64) * H + h) * SIZE, a * TK, column, K, K, TK, BV)
+        path = path + (end_TV,)
     for step in range(stop - start - 1):
         entry = (base + stop - 1 - step) * H + h
-        own = load_column(dprefixes + entry * SIZE, column, K, K, TK, BV)
-        decay = tl.exp2(tl.load(totals + entry))
-        path = add_tiles(moved_back(transitions + entry * SIZE, decay, path, K, TK, DOT, PRECISION), own, DOT)
-        store_column(dprefixes + entry * SIZE, path, column, K, K, TK, BV)
-
-
-@triton.jit
-def sum_of_slots(states, members, row, column, H,
-                 K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
-    """A [TK, BV] tile of the sum of an entry's states [slot, H, K, V] that are members, given as bits."""
-    total = tl.zeros([TK, BV], tl.float32)
-    for _ in range(count_bits(members)):
-        total += load_block(states + nearest(members).to(tl.int64) * H * (K * V), row, column, K, V, TK, BV)
-        members &= members - 1
-    return total
+        transition, decay = transitions + entry * SIZE, tl.exp2(tl.load(totals + entry))
+        new = ()
+        for a in tl.static_range(COUNT):
+            path_TV = load_block(dprefixes + entry * SIZE, a * TK, column, K, K, TK, BV).to(tl.float32)
+            path_TV += path[a].to(tl.float32) * decay
+            for s in tl.static_range(COUNT):
+                transition_TT = load_block(transition, s * TK, a * TK, K, K, TK, TK)
+                path_TV = tl.dot(tl.trans(transition_TT), path[s], path_TV, input_precision=PRECISION)
+            store_block(dprefixes + entry * SIZE, a * TK, column, path_TV, K, K, TK, BV)
+            new = new + (path_TV.to(DOT),)
+        path = new
 
 
 @triton.jit(do_not_specialize=SIZES)

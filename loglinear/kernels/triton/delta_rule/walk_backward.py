@@ -103,7 +103,7 @@ def walk_backward_kernel(
     place, start, run = locate_in_run(z, z0, sequence, first_runs, N, PACKED)
 
     dx = ()
-    for t in tl.static_range((K + TK - 1) // TK):
+    for _t in tl.static_range((K + TK - 1) // TK):
         dx = dx + (tl.zeros([I, TK], tl.float32),)
     reads = columns_read(z >> BITS, columns, NODES)
     if reads > 0:
