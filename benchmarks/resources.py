@@ -115,7 +115,8 @@ def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, 
             launch = Launch(options["TK"], options.pop("num_warps"), options.pop("num_stages"))
             values = dict(
                 K=K, C=C, J=min(C, 64), LOG_J=log2(min(C, 64)), LOG_C=log2(C), PACKED=False, NODES=False, LINEAR=False,
-                ENDS=True, TRANSITION=False, PARTS=call.parts(stage) if stage in delta_stages.PARTS else 1, **options, **call.dots,
+                ENDS=True, TRANSITION=False, PARTS=call.parts(stage) if stage in delta_stages.PARTS else 1,
+                **options, **call.dots,
             )  # fmt: skip
             jobs.append((direction, stage, C, values, launch))
     return jobs

@@ -13,7 +13,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from loglinear.fenwick import num_levels
-from loglinear.ops import log_linear_attention
 from tests.kernels.emulation import EMULATED, KEYS, STATES, make, measure, operator_of, repeat_keys, tokens_before
 from tests.ops.operators import OPERATORS
 
@@ -111,7 +110,7 @@ def test_error_of_every_state_chunk(delta, heads, chunk_size, dtype):
 
 
 @DELTA
-@pytest.mark.parametrize("T", [1, 63, 64, 65, 127, 128, 129, 1023, 1025, 4095, 4097, 16384])
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 127, 128, 129, 1023, 1025, 4095, 4097, 16384, 65536])
 def test_error_at_every_length(delta, T):
     H = 2 if T > 8000 else 4
     check(make(1, T, 1, H, 128, 64, num_levels(T), torch.bfloat16, float32_scales=True, delta=delta), torch.bfloat16)
@@ -273,16 +272,17 @@ def test_auto_takes_triton_and_says_no_clearly():
         OPERATOR(make(1, 8, 1, 2, 64, 64, 4, torch.float32), impl="triton", chunk_size=128, output_final_state=True)
 
 
-def test_offsets_beyond_32_bits():
+@DELTA
+def test_offsets_beyond_32_bits(delta):
     """v has more than 2**31 elements; its last sequence must equal the same sequence by itself."""
-    T, H, V = 1 << 19, 65, 64
-    inputs = make(1, 300, 1, H, 16, V, 4, torch.bfloat16)
+    T, H, V, operator = 1 << 19, 65, 64, OPERATORS[delta]
+    inputs = make(1, 300, 1, H, 16, V, 4, torch.bfloat16, delta=delta)
     with torch.no_grad():
         big = {n: torch.zeros(1, T, *x.shape[2:], dtype=x.dtype, device="cuda") for n, x in inputs.items()}
         for n, x in inputs.items():
             big[n][:, -300:] = x
         ends = torch.tensor([0, T - 300, T], device="cuda", dtype=torch.int32)
         assert big["v"].numel() > 1 << 31
-        out = log_linear_attention(*big.values(), cu_seqlens=ends, impl="triton").output
-        alone = OPERATOR(inputs, impl="triton", chunk_size=64).output
+        out = operator(big, cu_seqlens=ends, impl="triton").output
+        alone = operator(inputs, impl="triton", chunk_size=64).output
         assert torch.equal(out[:, -300:], alone)
