@@ -52,7 +52,9 @@ UNALIGNED = {  # strides of H and of L numbers, and counts
 }  # fmt: skip
 
 
-def compiled(kernel: Any, constants: dict[str, Any], launch: Launch, dtype: torch.dtype) -> Any:
+def compiled(
+    kernel: Any, constants: dict[str, Any], launch: Launch, dtype: torch.dtype, maxnreg: int | None = None
+) -> Any:
     """The kernel as `launch.py` would compile it for a dense batch."""
     types: dict[str, str] = {}
     values: dict[tuple[int], Any] = {}
@@ -72,7 +74,7 @@ def compiled(kernel: Any, constants: dict[str, Any], launch: Launch, dtype: torc
             if name not in SIZES and name not in UNALIGNED:
                 hints[(place,)] = aligned
     source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=hints)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": maxnreg}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -156,7 +158,7 @@ def main(
     jobs = delta_jobs(key_dim, value_dim, of) if delta else scalar_jobs(key_dim, value_dim, of, chunk_size)
     for direction, stage, chunk, values, launch in track(jobs, console=Console(stderr=True), transient=True):
         kernel = getattr(delta_stages if delta else stages, f"{stage}_kernel")
-        registers, stack, shared = resources(compiled(kernel, values, launch, of))
+        registers, stack, shared = resources(compiled(kernel, values, launch, of, values.pop("maxnreg", None)))
         options = f"{launch.tile}, {launch.num_warps}, {launch.num_stages}"
         row = [direction, stage, chunk, options, registers, stack, f"{shared / 1024:.0f}"]
         table.add_row(*map(str, row))

@@ -38,21 +38,20 @@ from loglinear.kernels.triton.delta_rule.state_backward import (
     prefix_backward_kernel,
     state_backward_kernel,
 )
-from loglinear.kernels.triton.delta_rule.transport import transport_states_kernel, transport_transitions_kernel
+from loglinear.kernels.triton.delta_rule.transport import transport_kernel
 from loglinear.kernels.triton.delta_rule.transport_backward import (
     transition_backward_kernel,
-    transport_prefixes_backward_kernel,
-    transport_states_backward_kernel,
+    transport_backward_kernel,
 )
 from loglinear.kernels.triton.delta_rule.walk_backward import walk_backward_kernel
 
-BUILD = ("chunk_inverse", "chunk_state", "transport_states", "transport_transitions", "carry")
+BUILD = ("chunk_inverse", "chunk_state", "transport", "carry")
 STAGES = {
     "forward": (*BUILD, "output"),
     "backward": (
         *BUILD, "in_chunk", "walk_backward", "state_backward", "prefix_backward", "carried_backward",
-        "carry_states_backward", "carry_prefixes_backward", "transport_states_backward", "transport_prefixes_backward",
-        "transition_backward", "scores_backward", "keys_backward", "decay_backward",
+        "carry_states_backward", "carry_prefixes_backward", "transport_backward", "transition_backward",
+        "scores_backward", "keys_backward", "decay_backward",
     ),
 }  # fmt: skip
 SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for long inputs 1.5 times their size
@@ -66,10 +65,12 @@ LAUNCHES = dict.fromkeys((*STAGES["forward"], *STAGES["backward"]), Launch(128, 
 # Columns of V, or of a transition, at most, where that is less.
 VALUE_TILES = dict.fromkeys(
     (
-        "chunk_state", "transport_states", "transport_transitions", "carry", "state_backward", "carried_backward",
-        "carry_states_backward", "transport_states_backward", "transport_prefixes_backward", "transition_backward",
+        "chunk_state", "transport", "carry", "state_backward", "carried_backward", "carry_states_backward",
+        "transport_backward", "transition_backward",
     ), 64,
 )  # fmt: skip
+# Registers of a thread at most, where a few less let two programs share a multiprocessor.
+REGISTERS = {"transport": 128}
 # Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
 PARTS = {
     "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "state_backward": 1, "prefix_backward": 1,
@@ -130,24 +131,31 @@ class DeltaRule(Call):
     def parts(self, stage: str) -> int:
         return PARTS[stage] if self.C > 64 else 1
 
-    def options(self, stage: str) -> dict[str, int]:
+    def options(self, stage: str) -> dict[str, int | None]:
         """The tile of the keys' columns, and the compiler's."""
         launch, TK = LAUNCHES[stage], self.tile(stage, self.K)
         rows = self.C // self.parts(stage) if stage in PARTS else TK
-        return dict(TK=TK, num_warps=launch.num_warps if rows > 64 else 4, num_stages=launch.num_stages)
+        registers = REGISTERS.get(stage)  # None: as many as the compiler likes
+        num_warps = launch.num_warps if rows > 64 else 4
+        return dict(TK=TK, num_warps=num_warps, num_stages=launch.num_stages, maxnreg=registers)
 
     def columns(self, stage: str, transition: bool = False) -> dict[str, int]:
         """What is right of the K rows of a state, or of a transition, and its tile."""
         width = self.K if transition else self.V
         return dict(V=width, BV=min(self.tile(stage, width), VALUE_TILES.get(stage, 128)))
 
-    def wide(self, stage: str, transition: bool = False) -> dict[str, int]:
+    def wide(self, stage: str, transition: bool = False) -> dict[str, int | None]:
         return self.columns(stage, transition) | self.options(stage)
 
     def tiles(self, stage: str, transition: bool = False) -> int:
         """How many tiles a state, or a transition, has across."""
         columns = self.columns(stage, transition)
         return triton.cdiv(columns["V"], columns["BV"])
+
+    def column_tiles(self, stage: str) -> int:
+        """How many tiles [states | transitions] have across."""
+        BV = self.columns(stage)["BV"]
+        return triton.cdiv(self.V, BV) + triton.cdiv(self.K, BV)
 
     def all_tiles(self, stage: str) -> int:
         """How many tiles a state has."""
@@ -208,16 +216,10 @@ class DeltaRule(Call):
         prefixes, prefix_totals = torch.empty_like(transitions), torch.empty_like(totals)
         ends, end_transitions = (self.empty(runs, H, K, width, dtype=self.dtype) for width in (V, K))
         end_totals = self.empty(runs, H)
-        transport_states_kernel[(storey.runs * H * self.tiles("transport_states"),)](
-            transitions, totals, states, self.nodes, kept, ends, storey.table,
-            storey.per_row, H, self.layout.cap, storey.slots, storey.first_level,
-            K=K, ENDS=not is_last, NODES=self.has_nodes,
-            **self.precision, **self.packed, **self.wide("transport_states"),
-        )  # fmt: skip
-        transport_transitions_kernel[(storey.runs * H * self.tiles("transport_transitions", True),)](
-            transitions, totals, prefixes, prefix_totals, end_transitions, end_totals, storey.table,
-            storey.per_row, H,
-            K=K, ENDS=not is_last, **self.dots, **self.packed, **self.wide("transport_transitions", True),
+        transport_kernel[(storey.runs * H * self.column_tiles("transport"),)](
+            transitions, totals, states, self.nodes, kept, prefixes, prefix_totals, ends, end_transitions, end_totals,
+            storey.table, storey.per_row, H, self.layout.cap, storey.slots, storey.first_level,
+            K=K, ENDS=not is_last, NODES=self.has_nodes, **self.dots, **self.packed, **self.wide("transport"),
         )  # fmt: skip
         entries = Entries(storey, transitions, totals, kept, prefixes, prefix_totals, self.empty(0, dtype=self.dtype))
         return entries, end_transitions, end_totals, ends
@@ -375,14 +377,10 @@ class DeltaRule(Call):
         dstates = self.empty(s.entries, H, K, self.V, dtype=self.dtype)
         dtransitions = torch.empty_like(entries.transitions)
         constants = dict(K=K, ENDS=dends is not None, **self.dots, **self.packed)
-        transport_states_backward_kernel[(s.runs * H * self.tiles("transport_states_backward"),)](
-            entries.transitions, entries.totals, dreads, dkept, dends, dstates, dnodes, s.table,
-            s.per_row, H, self.layout.cap, s.slots, s.first_level, places,
-            NODES=self.has_nodes, **constants, **self.wide("transport_states_backward"),
-        )  # fmt: skip
-        transport_prefixes_backward_kernel[(s.runs * H * self.tiles("transport_prefixes_backward", True),)](
-            entries.transitions, entries.totals, dprefixes, dend_transitions, s.table, s.per_row, H,
-            **constants, **self.wide("transport_prefixes_backward", True),
+        transport_backward_kernel[(s.runs * H * self.column_tiles("transport_backward"),)](
+            entries.transitions, entries.totals, dreads, dkept, dprefixes, dends, dend_transitions, dstates, dnodes,
+            s.table, s.per_row, H, self.layout.cap, s.slots, s.first_level, places,
+            NODES=self.has_nodes, **constants, **self.wide("transport_backward"),
         )  # fmt: skip
         transition_backward_kernel[(s.runs * RUN * H * self.square_tiles("transition_backward"),)](
             entries.kept, entries.prefixes, entries.prefix_totals, dkept, dends, dprefixes, dend_transitions,

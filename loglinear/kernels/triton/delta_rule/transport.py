@@ -62,20 +62,15 @@ def add_moved(
     return total
 
 
-@triton.jit(do_not_specialize=SIZES)
-def transport_states_kernel(
-    transitions, totals, states, nodes, kept, ends, table,
-    per_row, H, cap, num_slots, first_level,
+@triton.jit
+def transport_states(
+    transitions, totals, states, nodes, kept, ends,
+    base, start, stop, run, sequence, h, column, H, cap, num_slots, first_level,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    ENDS: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+    ENDS: tl.constexpr, PRECISION: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
-    """One run, one head, one tile of V: kept [entry, slot, H, K, V], where it is read, and the run's S, ends [run, H,
-    K, V]. A continued sequence begins with nodes."""
+    """One tile of V: kept, and the run's S, ends [run, H, K, V]. A continued sequence begins with nodes."""
     SIZE: tl.constexpr = K * V
-    TILES: tl.constexpr = (V + BV - 1) // BV
-    tile, h, run = head_program(TILES, H)
-    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
-    column = tile * BV
     if NODES:
         reads = tl.where(start < stop, slots_read(start, num_slots), 0)
         for _ in range(count_bits(reads)):
@@ -118,22 +113,17 @@ def transport_states_kernel(
                 store_block(target, a, column, state_TV, K, V, TK, BV)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def transport_transitions_kernel(
-    transitions, totals, prefixes, prefix_totals, ends, end_totals, table,
-    per_row, H,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+@triton.jit
+def transport_transitions(
+    transitions, totals, prefixes, prefix_totals, ends, end_totals,
+    base, start, stop, run, h, column, H,
+    K: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One run, one head, one tile of columns (V is K): of F, from the run's second entry on, D [entry, H, K, K] and
-    log2 of the decay [entry, H]; and of the run's P. With P = g I + D, F = f I + E:  P F = g f I + g E + D E + f D."""
+    """One tile of columns of F, kept in registers: prefixes and prefix_totals, and the run's P, ends and end_totals.
+    With P = g I + D, F = f I + E:  P F = g f I + g E + D E + f D."""
     SIZE: tl.constexpr = K * K
-    TILES: tl.constexpr = (V + BV - 1) // BV
     COUNT: tl.constexpr = (K + TK - 1) // TK
-    tile, h, run = head_program(TILES, H)
-    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
-    column, log_decay = tile * BV, tl.zeros([], tl.float32)
-    path = ()
+    log_decay, path = tl.zeros([], tl.float32), ()
     for _ in tl.static_range(COUNT):
         path = path + (tl.zeros([TK, BV], DOT),)
     for i in range(start, last_step(stop, ENDS)):
@@ -156,3 +146,31 @@ def transport_transitions_kernel(
         path = new
         log_decay += total
         tl.store(target_total, log_decay)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def transport_kernel(
+    transitions, totals, states, nodes, kept, prefixes, prefix_totals, ends, end_transitions, end_totals, table,
+    per_row, H, cap, num_slots, first_level,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+):  # fmt: skip
+    """One run, one head, BV columns of states or of transitions. Where they are read: kept [entry, slot, H, K, V];
+    prefixes, D of F from each run's second entry on [entry, H, K, K], and log2 of its decay, prefix_totals [entry, H];
+    and the runs as entries."""
+    VALUES: tl.constexpr = (V + BV - 1) // BV
+    KEYS: tl.constexpr = (K + BV - 1) // BV
+    tile, h, run = head_program(VALUES + KEYS, H)
+    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
+    if tile < VALUES:
+        transport_states(
+            transitions, totals, states, nodes, kept, ends,
+            base, start, stop, run, sequence, h, tile * BV, H, cap, num_slots, first_level,
+            K, V, TK, BV, ENDS, PRECISION, NODES,
+        )  # fmt: skip
+    else:
+        transport_transitions(
+            transitions, totals, prefixes, prefix_totals, end_transitions, end_totals,
+            base, start, stop, run, h, (tile - VALUES) * BV, H,
+            K, TK, BV, ENDS, DOT, PRECISION,
+        )  # fmt: skip

@@ -38,21 +38,33 @@ def moved_back(
     return total
 
 
-@triton.jit(do_not_specialize=SIZES)
-def transport_states_backward_kernel(
-    transitions, totals, dreads, dkept, dends, dstates, dnodes, table,
-    per_row, H, cap, num_slots, first_level, places,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+@triton.jit
+def add_moved_back(
+    transition, decay, dstate, has_next, members, dreads, dkept, column, H,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One run, one head, one tile of V. dreads [entry, place, H, K, V], the reads' own gradients, of which the first
-    places are the slots', become dkept [entry, slot, H, K, V] (which may be the same), and dstates [entry, H, K, V];
-    dends [run, H, K, V] are the next storey's."""
+    """dkept = dreads + P^T dstate of the members, given as bits, which all moved into dstate's block."""
+    for a in range(0, K, TK):
+        moved_TV = tl.zeros([TK, BV], tl.float32)
+        if has_next:
+            moved_TV = moved_back(transition, decay, dstate, a, column, K, V, TK, BV, DOT, PRECISION)
+        remaining = members
+        for _ in range(count_bits(members)):
+            place = nearest(remaining).to(tl.int64) * H * (K * V)
+            remaining &= remaining - 1
+            total_TV = moved_TV + load_block(dreads + place, a, column, K, V, TK, BV).to(tl.float32)
+            store_block(dkept + place, a, column, total_TV, K, V, TK, BV)
+
+
+@triton.jit
+def transport_states_backward(
+    transitions, totals, dreads, dkept, dends, dstates, dnodes,
+    base, start, stop, run, sequence, h, column, H, cap, num_slots, first_level, places,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, NODES: tl.constexpr,
+):  # fmt: skip
+    """One tile of V."""
     SIZE: tl.constexpr = K * V
-    TILES: tl.constexpr = (V + BV - 1) // BV
-    tile, h, run = head_program(TILES, H)
-    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
-    column = tile * BV
     for step in range(stop - start):
         i = stop - 1 - step
         row = base + i
@@ -60,27 +72,32 @@ def transport_states_backward_kernel(
         transition, decay = transitions + entry * (K * K), tl.exp2(tl.load(totals + entry))
         t, reads = slot_of_next(i, num_slots), slots_read(i, num_slots)
         merged = reads & ((2 << t) - 1)
+        reads -= merged
         next_kept, has_next = dkept + ((row + 1) * num_slots * H + h) * SIZE, i + 1 < stop
         dstate = next_kept + t.to(tl.int64) * H * SIZE
         if ENDS:
             dstate = tl.where(i == RUN - 1, dends + (run.to(tl.int64) * H + h) * SIZE, dstate)
             has_next = has_next | (i == RUN - 1)
+        dreads_here, dkept_here = dreads + (row * places * H + h) * SIZE, dkept + (row * num_slots * H + h) * SIZE
         tl.debug_barrier()  # what this program wrote for entry i + 1 is seen
         for a in range(0, K, TK):
             own_TV = tl.zeros([TK, BV], tl.float32)
             if has_next:
                 own_TV += load_block(dstate, a, column, K, V, TK, BV).to(tl.float32)
             store_block(dstates + entry * SIZE, a, column, own_TV, K, V, TK, BV)
+        if merged > 0:
+            add_moved_back(
+                transition, decay, dstate, has_next, merged, dreads_here, dkept_here, column, H,
+                K, V, TK, BV, DOT, PRECISION,
+            )  # fmt: skip
         for _ in range(count_bits(reads)):
             j = nearest(reads)
-            source = tl.where(((merged >> j) & 1) > 0, dstate, next_kept + j.to(tl.int64) * H * SIZE)
             reads &= reads - 1
-            for a in range(0, K, TK):
-                place = dreads + ((row * places + j) * H + h) * SIZE
-                total = load_block(place, a, column, K, V, TK, BV).to(tl.float32)
-                if has_next:
-                    total += moved_back(transition, decay, source, a, column, K, V, TK, BV, DOT, PRECISION)
-                store_block(dkept + ((row * num_slots + j) * H + h) * SIZE, a, column, total, K, V, TK, BV)
+            add_moved_back(
+                transition, decay, next_kept + j.to(tl.int64) * H * SIZE, has_next, 1 << j, dreads_here, dkept_here,
+                column, H,
+                K, V, TK, BV, DOT, PRECISION,
+            )  # fmt: skip
     if NODES:
         reads = tl.where(start < stop, slots_read(start, num_slots), 0)
         tl.debug_barrier()
@@ -89,28 +106,19 @@ def transport_states_backward_kernel(
             reads &= reads - 1
             if first_level + j < cap:
                 node = dnodes + ((sequence.to(tl.int64) * (cap + 1) + first_level + j) * H + h) * SIZE
+                first = dkept + (((base + start) * num_slots + j) * H + h) * SIZE
                 for a in range(0, K, TK):
-                    total = load_block(
-                        dkept + (((base + start) * num_slots + j) * H + h) * SIZE, a, column, K, V, TK, BV
-                    )
-                    store_block(node, a, column, total, K, V, TK, BV)
+                    store_block(node, a, column, load_block(first, a, column, K, V, TK, BV), K, V, TK, BV)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def transport_prefixes_backward_kernel(
-    transitions, totals, dprefixes, dends, table,
-    per_row, H,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+@triton.jit
+def transport_prefixes_backward(
+    transitions, totals, dprefixes, dends, base, start, stop, run, h, column, H,
+    K: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One run, one head, one tile of columns (V is K): dprefixes [entry, H, K, K] in place, for all entries but the
-    first; dends [run, H, K, K] are the next storey's."""
+    """One tile of columns, kept in registers."""
     SIZE: tl.constexpr = K * K
-    TILES: tl.constexpr = (V + BV - 1) // BV
     COUNT: tl.constexpr = (K + TK - 1) // TK
-    tile, h, run = head_program(TILES, H)
-    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
-    column = tile * BV
     path = ()
     for a in tl.static_range(COUNT):
         end_TV = tl.zeros([TK, BV], DOT)
@@ -131,6 +139,34 @@ def transport_prefixes_backward_kernel(
             store_block(dprefixes + entry * SIZE, a * TK, column, path_TV, K, K, TK, BV)
             new = new + (path_TV.to(DOT),)
         path = new
+
+
+@triton.jit(do_not_specialize=SIZES)
+def transport_backward_kernel(
+    transitions, totals, dreads, dkept, dprefixes, dends, dend_transitions, dstates, dnodes, table,
+    per_row, H, cap, num_slots, first_level, places,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+):  # fmt: skip
+    """One run, one head, BV columns of states or of transitions. dreads [entry, place, H, K, V], the reads' own
+    gradients, of which the first places are the slots', become dkept [entry, slot, H, K, V] (which may be the same) and
+    dstates [entry, H, K, V]; dprefixes [entry, H, K, K] change in place, but for a run's first entry. dends and
+    dend_transitions are the next storey's."""
+    VALUES: tl.constexpr = (V + BV - 1) // BV
+    KEYS: tl.constexpr = (K + BV - 1) // BV
+    tile, h, run = head_program(VALUES + KEYS, H)
+    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
+    if tile < VALUES:
+        transport_states_backward(
+            transitions, totals, dreads, dkept, dends, dstates, dnodes,
+            base, start, stop, run, sequence, h, tile * BV, H, cap, num_slots, first_level, places,
+            K, V, TK, BV, ENDS, DOT, PRECISION, NODES,
+        )  # fmt: skip
+    else:
+        transport_prefixes_backward(
+            transitions, totals, dprefixes, dend_transitions, base, start, stop, run, h, (tile - VALUES) * BV, H,
+            K, TK, BV, ENDS, DOT, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
