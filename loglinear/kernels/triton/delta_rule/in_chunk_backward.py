@@ -8,9 +8,10 @@ The queries' side, in rows of the chunk,
 
     dT = (dO V^T * LAM - dX K^T diag(exp(G))) diag(b),   dS = dT A^T,   dQ = (dS * dec) K + diag(exp(G)) dX
 
-and the writes', in tiles of columns of [V | K], which are all treated alike:
+and the writes', in tiles of columns of [V | K], which are all treated alike,
 
-    dU = Kd [dS_z | dP_z],   dY = A^T dU,   dR = dY + [(T * LAM)^T dO | T^T dX],   dM = diag(b) dR,   db = rowsum(dR * M)
+    dU = Kd [dS_z | dP_z],   dY = A^T dU,   dR = dY + [(T * LAM)^T dO | T^T dX],   dM = diag(b) dR
+    db = rowsum(dR * M)
 
 What A is multiplied with gives dN = -A^T dA A^T, and the keys get
 
@@ -35,7 +36,6 @@ from loglinear.kernels.triton.tiles import (
     MIN_LOG_DECAY,
     SIZES,
     arrived,
-    exponent,
     head_program,
     load_block,
     load_rows,
@@ -46,7 +46,7 @@ from loglinear.kernels.triton.tiles import (
 
 
 @triton.jit
-def level_sums(x_JJ, last, J: tl.constexpr, LOG_J: tl.constexpr):
+def sums_by_level(x_JJ, last, J: tl.constexpr, LOG_J: tl.constexpr):
     """Sums of x over the columns of each level [J, level], those from the last on in its column. (A choice for each
     level and place: triton 3.6 makes wrong code of products with indicators of the levels where registers are few.)"""
     column, sums_JL = tl.arange(0, 16)[None, :], tl.zeros([J, 16], tl.float32)
@@ -97,7 +97,7 @@ def scores_part(
     # The walk has stored what it gives to a last column that the chunk shares.
     column, inside = tl.arange(0, 1 if LINEAR else 16)[None, :], (i < n)[:, None]
     to = to_dscales + (i * dl_t)[:, None] + column
-    sums_JL = tl.sum(given_JJ, 1)[:, None] if LINEAR else level_sums(given_JJ, last, J, LOG_C - EARLIER)
+    sums_JL = tl.sum(given_JJ, 1)[:, None] if LINEAR else sums_by_level(given_JJ, last, J, LOG_C - EARLIER)
     sums_JL += tl.where(column == tl.minimum(last, LOG_C), across[:, None], 0.0)
     sums_JL += tl.load(to, mask=inside & (column == last) & (last <= LOG_C), other=0.0).to(tl.float32)
     tl.store(to, sums_JL.to(to_dscales.dtype.element_ty), mask=inside & (column <= tl.minimum(last, LOG_C)))

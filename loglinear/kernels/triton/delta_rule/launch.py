@@ -60,7 +60,7 @@ LAUNCHES = {
     "chunk_inverse": Launch(128, 4, 1), "chunk_state": Launch(64, 4, 1),
     "transition_sweep": Launch(128, 8, 1), "state_sweep": Launch(128, 8, 1),
     "carry_transitions": Launch(128, 8, 1), "carry_states": Launch(128, 8, 1), "output": Launch(128, 8, 1),
-    "in_chunk": Launch(128, 8, 1), "walk_backward": Launch(128, 8, 1), "state_backward": Launch(128, 8, 1),
+    "in_chunk": Launch(64, 4, 1), "walk_backward": Launch(128, 8, 1), "state_backward": Launch(128, 8, 1),
     "carried_backward": Launch(128, 8, 1), "carry_paths_backward": Launch(128, 8, 1),
     "carry_backward": Launch(128, 8, 1), "state_down_sweep": Launch(128, 8, 1),
     "transition_down_sweep": Launch(128, 8, 1), "scores_backward": Launch(64, 4, 1),
@@ -218,7 +218,7 @@ class DeltaRule(Call):
         dlevel_scales: Tensor,
     ) -> Tensor | None:  # fmt: skip
         """Writes the gradients of these heads, dq and dk [B, T, H, K] of each by itself; returns dnodes."""
-        y, H, K, V, C = self.layout, self.H, self.K, self.V, self.C
+        y, H, K, C = self.layout, self.H, self.K, self.C
         self.build_states()
         effective, weights = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
         seen = self.empty(y.chunks, H, C, K, dtype=self.dtype)
