@@ -63,8 +63,8 @@ LAUNCHES = {
     "in_chunk": Launch(64, 4, 1), "walk_backward": Launch(128, 8, 1), "state_backward": Launch(128, 8, 1),
     "carried_backward": Launch(128, 8, 1), "carry_paths_backward": Launch(128, 8, 1),
     "carry_backward": Launch(128, 8, 1), "state_down_sweep": Launch(128, 8, 1),
-    "transition_down_sweep": Launch(128, 8, 1), "scores_backward": Launch(64, 4, 1),
-    "keys_backward": Launch(64, 4, 1), "decay_backward": Launch(128, 4, 1),
+    "transition_down_sweep": Launch(128, 8, 1), "scores_backward": Launch(64, 4, 2),
+    "keys_backward": Launch(64, 4, 2), "decay_backward": Launch(128, 4, 1),
 }  # fmt: skip
 # Columns of V at most, where that is less.
 VALUE_TILES = dict.fromkeys(
@@ -116,7 +116,8 @@ class DeltaRule(Call):
         """The tile of the keys' columns, and the compiler's."""
         launch, TK = LAUNCHES[stage], self.tile(stage, self.K)
         rows = self.C // self.parts(stage) if stage in PARTS else TK
-        return dict(TK=TK, num_warps=launch.num_warps if rows > 64 else 4, num_stages=launch.num_stages)
+        stages = launch.num_stages if self.dtype == torch.bfloat16 else 1  # more of float32 do not fit
+        return dict(TK=TK, num_warps=launch.num_warps if rows > 64 else 4, num_stages=stages)
 
     def columns(self, stage: str, transition: bool = False) -> dict[str, int]:
         """What is right of the K rows of a state, or of a transition, and its tile."""
