@@ -62,11 +62,13 @@ WORKING = {
     "weights",
     "effective",
     "seen",
+    "dkeys",
+    "dlower",
 }  # in the inputs' dtype, the other arrays in float32
 POINTERS = WORKING | {
     "log_decay", "level_scales", "totals", "next_totals", "cumulative", "log_p", "dlevel_scales", "cross_scales",
     "walk_flow", "row_flow", "column_flow", "state_flow", "read_paths", "beyond", "dlog_p", "dtotals",
-    "beta", "flow", "kept", "shares", "dbeta", "dlog_decay",
+    "beta", "flow", "held", "shares", "sums", "dbeta", "dlog_decay",
 }  # fmt: skip
 UNALIGNED = {  # strides of H and of L numbers, and counts
     "g_b", "g_t", "g_h", "l_b", "l_t", "l_h", "dl_t", "beta_b", "beta_t", "beta_h", "db_t", "dg_t",
@@ -138,6 +140,7 @@ def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, 
             values = dict(
                 K=K, C=C, J=min(C, 64), LOG_J=log2(min(C, 64)), LOG_C=log2(C), PACKED=False, NODES=False, LINEAR=False,
                 ENDS=False, FIRST=True, TRANSITION=False,
+                KEY_TILES=call.tiles("writes_backward", True), VALUE_TILES=call.tiles("writes_backward"),
                 PARTS=call.parts(stage) if stage in delta_stages.PARTS else 1, **options, **call.dots,
             )  # fmt: skip
             jobs.append((direction, stage, C, values, launch))

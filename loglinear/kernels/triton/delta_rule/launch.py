@@ -29,7 +29,9 @@ from loglinear.kernels.triton.delta_rule.in_chunk import in_chunk_kernel
 from loglinear.kernels.triton.delta_rule.in_chunk_backward import (
     decay_backward_kernel,
     keys_backward_kernel,
+    lower_backward_kernel,
     scores_backward_kernel,
+    writes_backward_kernel,
 )
 from loglinear.kernels.triton.delta_rule.layout import STOREY
 from loglinear.kernels.triton.delta_rule.output import output_kernel
@@ -49,8 +51,8 @@ STAGES = {
     "forward": (*BUILD, "output"),
     "backward": (
         *BUILD, "in_chunk", "walk_backward", "state_backward", "carried_backward", "carry_paths_backward",
-        "carry_backward", "state_down_sweep", "transition_down_sweep", "scores_backward", "keys_backward",
-        "decay_backward",
+        "carry_backward", "state_down_sweep", "transition_down_sweep", "scores_backward", "writes_backward",
+        "lower_backward", "keys_backward", "decay_backward",
     ),
 }  # fmt: skip
 SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for long inputs 1.5 times their size
@@ -63,8 +65,9 @@ LAUNCHES = {
     "in_chunk": Launch(64, 4, 1), "walk_backward": Launch(128, 8, 1), "state_backward": Launch(128, 8, 1),
     "carried_backward": Launch(128, 8, 1), "carry_paths_backward": Launch(128, 8, 1),
     "carry_backward": Launch(128, 8, 1), "state_down_sweep": Launch(128, 8, 1),
-    "transition_down_sweep": Launch(128, 8, 1), "scores_backward": Launch(64, 4, 2),
-    "keys_backward": Launch(64, 4, 2), "decay_backward": Launch(128, 4, 1),
+    "transition_down_sweep": Launch(128, 8, 1), "scores_backward": Launch(64, 4, 1),
+    "writes_backward": Launch(64, 8, 1), "lower_backward": Launch(64, 4, 1), "keys_backward": Launch(64, 4, 1),
+    "decay_backward": Launch(128, 4, 1),
 }  # fmt: skip
 # Columns of V at most, where that is less.
 VALUE_TILES = dict.fromkeys(
@@ -74,7 +77,8 @@ VALUE_TILES = dict.fromkeys(
 TRANSITIONS = ("transition_sweep", "carry_transitions", "carry_paths_backward", "transition_down_sweep")
 # Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
 PARTS = {
-    "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "scores_backward": 2, "keys_backward": 2,
+    "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "scores_backward": 2, "writes_backward": 1,
+    "lower_backward": 2, "keys_backward": 2,
 }  # fmt: skip
 
 
@@ -116,8 +120,7 @@ class DeltaRule(Call):
         """The tile of the keys' columns, and the compiler's."""
         launch, TK = LAUNCHES[stage], self.tile(stage, self.K)
         rows = self.C // self.parts(stage) if stage in PARTS else TK
-        stages = launch.num_stages if self.dtype == torch.bfloat16 else 1  # more of float32 do not fit
-        return dict(TK=TK, num_warps=launch.num_warps if rows > 64 else 4, num_stages=stages)
+        return dict(TK=TK, num_warps=launch.num_warps if rows > 64 else 4, num_stages=launch.num_stages)
 
     def columns(self, stage: str, transition: bool = False) -> dict[str, int]:
         """What is right of the K rows of a state, or of a transition, and its tile."""
@@ -244,7 +247,7 @@ class DeltaRule(Call):
         del met, dmet, self.carried, self.paths, self.slots, self.transitions, self.rights
         parts, constants = self.parts("scores_backward"), dict(K=K, C=C, **self.packed)
         dscores = torch.empty_like(effective)
-        flow, kept, shares = *(self.empty(y.chunks, H, C) for _ in range(2)), self.empty(y.chunks, H, parts, C)
+        flow, held, shares = *(self.empty(y.chunks, H, C) for _ in range(2)), self.empty(y.chunks, H, 2, parts, C)
         scores_backward_kernel[(y.chunks * parts * H,)](
             self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, effective, dseen, do,
             dq, dscores, flow, shares, dlevel_scales, y.table,
@@ -253,16 +256,31 @@ class DeltaRule(Call):
             LOG_C=log2(C), PARTS=parts, LINEAR=self.L == 1,
             **constants, **self.dots, **self.wide("scores_backward"),
         )  # fmt: skip
-        keys_backward_kernel[(y.chunks * parts * H,)](
-            self.q, self.k, self.v, self.beta, self.cumulative, self.inverse, effective, weights, dscores,
-            dslots, dtransitions, dseen, do, flow, kept, shares, dk, dv, dbeta, y.table,
-            *self.sizes, self.R, self.scale,
-            *self.strides("q", "k", "v", "beta"), *o_, *(x.stride(1) for x in (dk, dv, dbeta)),
-            PARTS=parts, **constants, **self.dots, **self.wide("keys_backward"),
+        key_tiles, value_tiles = (self.tiles("writes_backward", kind) for kind in (True, False))
+        dkeys, sums = torch.empty_like(seen), self.empty(y.chunks, H, key_tiles + value_tiles, C)
+        writes_backward_kernel[(y.chunks * (key_tiles + value_tiles) * H,)](
+            self.k, self.v, self.beta, self.cumulative, self.inverse, effective, weights, dslots, dtransitions, dseen,
+            do, dkeys, dk, dv, sums, y.table,
+            *self.sizes, self.R, *self.strides("k", "v", "beta"), *o_, dk.stride(1), dv.stride(1),
+            **constants, **self.dots, **self.wide("writes_backward"),
+        )  # fmt: skip
+        dlower = weights
+        lower_backward_kernel[(y.chunks * parts * H,)](
+            self.k, self.beta, self.cumulative, self.inverse, effective, dscores, dkeys, sums,
+            dlower, flow, held, shares, dbeta, y.table,
+            *self.sizes, self.R, *self.strides("k", "beta"), dbeta.stride(1),
+            PARTS=parts, KEY_TILES=key_tiles, VALUE_TILES=value_tiles,
+            **constants, **self.dots, **self.options("lower_backward"),
+        )  # fmt: skip
+        keys_backward_kernel[(y.chunks * parts * H * triton.cdiv(K, self.tile("keys_backward", K)),)](
+            self.q, self.k, self.cumulative, dscores, dlower, dk, y.table,
+            *self.sizes, self.R, self.scale, *self.strides("q", "k"), dk.stride(1),
+            PARTS=parts, **constants, **self.dots, **self.options("keys_backward"),
         )  # fmt: skip
         decay_backward_kernel[(y.chunks * H,)](
-            self.log_decay, self.cumulative, dtransitions, flow, kept, dlog_decay, y.table, *self.sizes,
-            *self.strides("log_decay"), dlog_decay.stride(1), **constants, **self.options("decay_backward"),
+            self.log_decay, self.cumulative, dtransitions, flow, held, shares, dlog_decay, y.table, *self.sizes,
+            *self.strides("log_decay"), dlog_decay.stride(1),
+            PARTS=parts, **constants, **self.options("decay_backward"),
         )  # fmt: skip
         return dnodes
 
