@@ -222,11 +222,11 @@ def writes_backward_kernel(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, one head, one tile of columns of [K | V], and its share of beta's gradient, sums [chunk, H, tile, C].
-    Of V: dv [B, T, H, V]. Of K: dKd, dkeys [chunk, H, C, K], and what it and R_K give to dk [B, T, H, K]."""
+    """One chunk, one head, one tile of columns: of [R_K | R_V], or of dKd, dkeys [chunk, H, C, K]. R_V gives dv
+    [B, T, H, V], R_K its part of dk [B, T, H, K], and each tile its share of beta's gradient, sums [chunk, H, tile, C]."""
     KEY_TILES: tl.constexpr = (K + TK - 1) // TK
     TILES: tl.constexpr = KEY_TILES + (V + BV - 1) // BV
-    tile, h, chunk = head_program(TILES, H)
+    tile, h, chunk = head_program(TILES + KEY_TILES, H)
     c = chunk.to(tl.int64)
     b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
     n = tl.minimum(end - first, C).to(tl.int32)
@@ -242,23 +242,14 @@ def writes_backward_kernel(
     sums += (row * TILES + tile) * C + tl.arange(0, C)
     if tile < KEY_TILES:
         t = tile * TK
-        weight = -tl.exp2(G)
-        dkeys_CT = tl.zeros([C, TK], tl.float32)
-        dkeys_CT = add_products(dkeys_CT, k_rows, k_t, n, dtransitions, t, K, K, C, TK, TK, DOT, PRECISION)
-        dkeys_CT *= weight[:, None]
-        dkeys_CT = add_products(dkeys_CT, v_rows, v_t, n, dslots, t, V, K, C, TK, BV, DOT, PRECISION)
-        dkeys_CT = (dkeys_CT * strength[:, None]).to(DOT)
-        dkeys_CT = tl.dot(load_lower(inverse, C), dkeys_CT, input_precision=PRECISION)
-        store_block(dkeys + row * (C * K), 0, t, dkeys_CT, C, K, C, TK)
-        dkeys_CT *= to_end[:, None]
         dr_CT = dwrites_tile(
             k_rows, k_t, n, to_end, inverse, dtransitions, effective, dseen + row * (C * K), K, t,
             K, K, C, TK, TK, DOT, PRECISION,
-        ) * weight[:, None]  # fmt: skip
+        ) * -tl.exp2(G)[:, None]  # fmt: skip
         k_CT = load_rows(k_rows, k_t, n, t, C, K, TK).to(tl.float32)
         tl.store(sums, tl.sum(dr_CT * k_CT, 1))
-        store_rows(dk + token * dk_t + h * K, dk_t, n, t, dkeys_CT + dr_CT * strength[:, None], C, K, TK)
-    else:
+        store_rows(dk + token * dk_t + h * K, dk_t, n, t, dr_CT * strength[:, None], C, K, TK)
+    elif tile < TILES:
         column = (tile - KEY_TILES) * BV
         dr_CV = dwrites_tile(
             k_rows, k_t, n, to_end, inverse, dslots, weights, do + b * o_b + first * o_t + h * o_h, o_t, column,
@@ -267,6 +258,15 @@ def writes_backward_kernel(
         v_CV = load_rows(v_rows, v_t, n, column, C, V, BV).to(tl.float32)
         tl.store(sums, tl.sum(dr_CV * v_CV, 1))
         store_rows(dv + token * dv_t + h * V, dv_t, n, column, dr_CV * strength[:, None], C, V, BV)
+    else:
+        t = (tile - TILES) * TK
+        dkeys_CT = tl.zeros([C, TK], tl.float32)
+        dkeys_CT = add_products(dkeys_CT, k_rows, k_t, n, dtransitions, t, K, K, C, TK, TK, DOT, PRECISION)
+        dkeys_CT *= -tl.exp2(G)[:, None]
+        dkeys_CT = add_products(dkeys_CT, v_rows, v_t, n, dslots, t, V, K, C, TK, BV, DOT, PRECISION)
+        dkeys_CT = (dkeys_CT * strength[:, None]).to(DOT)
+        dkeys_CT = tl.dot(load_lower(inverse, C), dkeys_CT, input_precision=PRECISION)
+        store_block(dkeys + row * (C * K), 0, t, dkeys_CT, C, K, C, TK)
 
 
 @triton.jit
@@ -371,11 +371,13 @@ def keys_part(
     EARLIER: tl.constexpr, LATER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A part of n tokens, in a chunk of n_keys. EARLIER, LATER: there is one before it, behind it."""
-    q_rows, q_t, k_rows, k_t, n, n_keys, cumulative, dscores, dlower, dk_rows, dk_t, t, scale = arguments
+    q_rows, q_t, k_rows, k_t, n, n_keys, cumulative, dscores, dkeys, dlower, dk_rows, dk_t, t, scale = arguments
     own: tl.constexpr = J if EARLIER else 0
     i, n_first, n_later = tl.arange(0, J), tl.minimum(n_keys, J), n_keys - J
     G = load_part(cumulative, own, J)
-    dk_JT = load_rows(dk_rows, dk_t, n, t, J, K, TK).to(tl.float32)
+    to_end = tl.exp2(tl.load(cumulative + (C - 1)) - G)
+    dk_JT = load_block(dkeys, own, t, C, K, J, TK).to(tl.float32) * to_end[:, None]
+    dk_JT += load_rows(dk_rows, dk_t, n, t, J, K, TK).to(tl.float32)
     k_JT, dlower_JJ = load_rows(k_rows + own * k_t, k_t, n, t, J, K, TK).to(DOT), load_tile(dlower, own, own, C, J)
     dk_JT = tl.dot(dlower_JJ, k_JT, dk_JT, input_precision=PRECISION)
     dk_JT = tl.dot(tl.trans(dlower_JJ), k_JT, dk_JT, input_precision=PRECISION)
@@ -397,13 +399,14 @@ def keys_part(
 
 @triton.jit(do_not_specialize=SIZES)
 def keys_backward_kernel(
-    q, k, cumulative, dscores, dlower, dk, table,
+    q, k, cumulative, dscores, dkeys, dlower, dk, table,
     T, N, H, R, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, dk_t,
     K: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """C / PARTS tokens of one chunk, one head, one tile of columns: adds to dk [B, T, H, K] what dN' and dS give."""
+    """C / PARTS tokens of one chunk, one head, one tile of columns: adds to dk [B, T, H, K] what dKd, dN' and dS
+    give."""
     J: tl.constexpr = C // PARTS
     TILES: tl.constexpr = (K + TK - 1) // TK
     tile, h, number = head_program(TILES * PARTS, H)
@@ -416,7 +419,8 @@ def keys_backward_kernel(
     row = c * H + h
     q_rows, k_rows = q + b * q_b + first * q_t + (h // R) * q_h, k + b * k_b + first * k_t + (h // R) * k_h
     arguments = (
-        q_rows, q_t, k_rows, k_t, n, n_keys, cumulative + row * C, dscores + row * (C * C), dlower + row * (C * C),
+        q_rows, q_t, k_rows, k_t, n, n_keys, cumulative + row * C,
+        dscores + row * (C * C), dkeys + row * (C * K), dlower + row * (C * C),
         dk + (b * T + first + own) * dk_t + h * K, dk_t, t, scale,
     )  # fmt: skip
     if own == 0:

@@ -258,7 +258,7 @@ class DeltaRule(Call):
         )  # fmt: skip
         key_tiles, value_tiles = (self.tiles("writes_backward", kind) for kind in (True, False))
         dkeys, sums = torch.empty_like(seen), self.empty(y.chunks, H, key_tiles + value_tiles, C)
-        writes_backward_kernel[(y.chunks * (key_tiles + value_tiles) * H,)](
+        writes_backward_kernel[(y.chunks * (2 * key_tiles + value_tiles) * H,)](
             self.k, self.v, self.beta, self.cumulative, self.inverse, effective, weights, dslots, dtransitions, dseen,
             do, dkeys, dk, dv, sums, y.table,
             *self.sizes, self.R, *self.strides("k", "v", "beta"), *o_, dk.stride(1), dv.stride(1),
@@ -273,7 +273,7 @@ class DeltaRule(Call):
             **constants, **self.dots, **self.options("lower_backward"),
         )  # fmt: skip
         keys_backward_kernel[(y.chunks * parts * H * triton.cdiv(K, self.tile("keys_backward", K)),)](
-            self.q, self.k, self.cumulative, dscores, dlower, dk, y.table,
+            self.q, self.k, self.cumulative, dscores, dkeys, dlower, dk, y.table,
             *self.sizes, self.R, self.scale, *self.strides("q", "k"), dk.stride(1),
             PARTS=parts, **constants, **self.dots, **self.options("keys_backward"),
         )  # fmt: skip
