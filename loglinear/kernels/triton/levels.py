@@ -122,18 +122,3 @@ def by_level(sums, i, L, J: tl.constexpr, LOG_J: tl.constexpr):
         past = tl.where(level > L - 1, past, 0.0) + tl.sum(tl.where(level_IC == level, sums, 0.0), 1)
         gradients = tl.where(column == tl.minimum(level, L - 1), past[:, None], gradients)
     return gradients
-
-
-@triton.jit
-def sums_by_level(x, i, L, I: tl.constexpr, J: tl.constexpr, LOG_J: tl.constexpr):
-    """[i, level]: the sums of x [i, j] over the columns of each level, those from the last on in its column. A choice
-    for each level and place: where registers are few, triton 3.6 makes wrong code of the products in `level_sums` on
-    Hopper (the rows of all warps but the first became 0)."""
-    j, column = tl.arange(0, J)[None, :], tl.arange(0, 16)[None, :]
-    level_IJ = tl.where(i[:, None] == j, 0, exponent(i[:, None] ^ j) + 1)
-    level_IJ = tl.minimum(level_IJ, L - 1)
-    sums = tl.zeros([I, 16], tl.float32)
-    for level in tl.static_range(LOG_J + 1):
-        total = tl.sum(tl.where(level_IJ == level, x, 0.0), 1)
-        sums += tl.where(column == level, total[:, None], 0.0)
-    return sums

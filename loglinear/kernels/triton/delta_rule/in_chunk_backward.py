@@ -8,13 +8,15 @@ The queries' side, in rows of the chunk,
 
     dT = (dO V^T * LAM - dX K^T diag(exp(G))) diag(b),   dS = dT A^T,   dQ = (dS * dec) K + diag(exp(G)) dX
 
-and the writes', in tiles of columns of [V | K], which are all treated alike:
+the writes', in tiles of columns of [V | K], which are treated alike, and what the chunk's end gives to its keys,
 
-    dU = Kd [dS_z | dP_z],   dY = A^T dU,   dR = dY + [(T * LAM)^T dO | T^T dX],  dM = diag(b) dR,  db = rowsum(dR * M)
+    dR = A^T Kd [dS_z | dP_z] + [(T * LAM)^T dO | T^T dX],   dM = diag(b) dR,   db = rowsum(dR * M)
+    dKd = U [dS_z | dP_z]^T = A (R [dS_z | dP_z]^T)
 
-What A is multiplied with gives dN = -A^T dA A^T, and the keys get
+What A is multiplied with gives dN = -A^T dA A^T, which has A^T (Kd [dS_z | dP_z]) U^T = A^T (Kd dKd^T) in it,
 
-    dN = -tril(T^T dS + dY U^T, -1),   dKd = U [dS_z | dP_z]^T,   rowsum(dKd * Kd) = rowsum(U * dU)
+    dN = -tril(T^T dS + A^T (Kd dKd^T), -1)
+    dK = diag(exp(Gam - G)) dKd - diag(b exp(G)) dR_K + (dN' + dN'^T) K + (dS * dec)^T Q,   dN' = diag(b) dN * dec
 
 A chunk of 128 is two parts of 64 tokens; tiles above the diagonal are neither computed nor read.
 """
@@ -45,7 +47,7 @@ from loglinear.kernels.triton.tiles import (
 
 
 @triton.jit
-def level_sums(x_JJ, last, J: tl.constexpr, LOG_J: tl.constexpr):
+def sums_by_level(x_JJ, last, J: tl.constexpr, LOG_J: tl.constexpr):
     """Sums of x over the columns of each level [J, level], those from the last on in its column. (A choice for each
     level and place: triton 3.6 makes wrong code of products with indicators of the levels where registers are few.)"""
     column, sums_JL = tl.arange(0, 16)[None, :], tl.zeros([J, 16], tl.float32)
@@ -96,7 +98,7 @@ def scores_part(
     # The walk has stored what it gives to a last column that the chunk shares.
     column, inside = tl.arange(0, 1 if LINEAR else 16)[None, :], (i < n)[:, None]
     to = to_dscales + (i * dl_t)[:, None] + column
-    sums_JL = tl.sum(given_JJ, 1)[:, None] if LINEAR else level_sums(given_JJ, last, J, LOG_C - EARLIER)
+    sums_JL = tl.sum(given_JJ, 1)[:, None] if LINEAR else sums_by_level(given_JJ, last, J, LOG_C - EARLIER)
     sums_JL += tl.where(column == tl.minimum(last, LOG_C), across[:, None], 0.0)
     sums_JL += tl.load(to, mask=inside & (column == last) & (last <= LOG_C), other=0.0).to(tl.float32)
     tl.store(to, sums_JL.to(to_dscales.dtype.element_ty), mask=inside & (column <= tl.minimum(last, LOG_C)))
@@ -143,7 +145,7 @@ def scores_backward_kernel(
 ):  # fmt: skip
     """C / PARTS rows of one chunk, one head: dq [B, T, H, K]; dS [chunk, H, C, C]; the columns of dlevel_scales
     up to LOG_C, adding to the last one where the walk shares it. Of the decays' gradient the rows' share,
-    flow [chunk, H, C], and the columns', shares [chunk, H, part, C]: of those that the part reads."""
+    flow [chunk, H, C], and the columns', shares [chunk, H, 0, part, C]: of those that the part reads."""
     DTYPE: tl.constexpr = level_scales.dtype.element_ty
     J: tl.constexpr = C // PARTS
     h, c, b, first, z, z0, sequence, n_keys, own, n = part_program(table, T, N, H, C, PARTS, PACKED)
@@ -158,7 +160,7 @@ def scores_backward_kernel(
     dq_rows, to_dscales = dq + token * dq_t + h * K, dlevel_scales + token * dl_t + h * L
     inverse, effective = inverse + row * (C * C), effective + row * (C * C)
     dscores, dseen_rows = dscores + row * (C * C), dseen + (row * C + own) * K
-    G, flow, shares = cumulative + row * C, flow + row * C, shares + (row * PARTS + own // J) * C
+    G, flow, shares = cumulative + row * C, flow + row * C, shares + (row * (2 * PARTS) + own // J) * C
     arguments = (
         q_rows, q_t, k_rows, k_t, v_rows, v_t, do_rows, o_t, dseen_rows, n, n_keys, beta, beta_t, scales, l_t, L, G,
         inverse, effective, dscores, dq_rows, dq_t, flow, shares, to_dscales, dl_t, scale,
@@ -170,262 +172,269 @@ def scores_backward_kernel(
 
 
 @triton.jit
-def write_tile(
-    inverse, m_rows, m_t, n, n_first, weight, column, turn,
-    WIDTH: tl.constexpr, C: tl.constexpr, J: tl.constexpr, BV: tl.constexpr,
-    EARLIER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """U = A R, R = diag(weight) m, of a part's own rows and a tile of columns; then the earlier part's, or nothing."""
-    own: tl.constexpr = J if EARLIER else 0
-    r_JV = load_rows(m_rows + own * m_t, m_t, n, column, J, WIDTH, BV, turn).to(tl.float32) * weight[0][:, None]
-    write_JV = tl.dot(load_tile(inverse, own, own, C, J, turn), r_JV.to(DOT), input_precision=PRECISION)
-    if EARLIER:
-        r_JV = load_rows(m_rows, m_t, n_first, column, J, WIDTH, BV, turn).to(tl.float32) * weight[1][:, None]
-        r_JV = r_JV.to(DOT)
-        write_JV = tl.dot(load_tile(inverse, own, 0, C, J, turn), r_JV, write_JV, input_precision=PRECISION)
-        return write_JV, tl.dot(load_tile(inverse, 0, 0, C, J, turn), r_JV, input_precision=PRECISION).to(DOT)
+def load_lower(matrix, C: tl.constexpr):
+    """A lower triangular [C, C] matrix, of which nothing is read in the tile of 64 above the diagonal."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    if C <= 64:
+        return tl.load(matrix + (i * C + j))
     else:
-        return write_JV, write_JV
+        return tl.load(matrix + (i * C + j), mask=i // 64 >= j // 64, other=0.0)
 
 
 @triton.jit
-def dwrite_tile(
-    k_rows, k_t, n, to_end, dstate, column, turn,
-    K: tl.constexpr, WIDTH: tl.constexpr, J: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+def dwrites_tile(
+    k_rows, k_t, n, to_end, inverse, dstate, weights, g_rows, g_t, column,
+    WIDTH: tl.constexpr, K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dU = Kd dstate, of J rows and a tile of columns."""
-    dwrite_JV = tl.zeros([J, BV], tl.float32)
+    """dR = A^T Kd dstate + weights^T g of one tile of columns."""
+    dwrite_CV = tl.zeros([C, BV], tl.float32)
     for t in range(0, K, TK):
-        k_JT = load_rows(k_rows, k_t, n, t, J, K, TK, turn).to(DOT)
-        dstate_TV = load_block(dstate, t, column, K, WIDTH, TK, BV, turn)
-        dwrite_JV = tl.dot(k_JT, dstate_TV, dwrite_JV, input_precision=PRECISION)
-    return dwrite_JV * to_end[:, None]
-
-
-@triton.jit
-def writes_backward(
-    dlower, dacross, kept, k_rows, k_t, to_end, n, n_first, n_keys, inverse,
-    m_rows, m_t, weight, dstate, weights, g_rows, g_t, out, out_t, H,
-    WIDTH: tl.constexpr, K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    EARLIER: tl.constexpr, LATER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One kind of columns, m = V or K: stores diag(weight) dR in `out`, adds dY U^T to the parts of dlower and dacross,
-    rowsum(U * dU) to kept, and returns them with rowsum(dR * m). g: dO or dX, what `weights` are multiplied with."""
-    own: tl.constexpr = J if EARLIER else 0
-    met = tl.zeros([J], tl.float32)
-    for column in range(0, WIDTH, BV):
-        turn = column + H  # of which the compiler knows nothing: see `rows_again`
-        if LATER:
-            later_rows = k_rows + J * k_t
-            dlater_JV = dwrite_tile(
-                later_rows, k_t, n_keys - J, to_end[1], dstate, column, turn, K, WIDTH, J, TK, BV, DOT, PRECISION
-            ).to(DOT)
-            dy_JV = tl.dot(tl.trans(load_tile(inverse, J, J, C, J, turn)), dlater_JV, input_precision=PRECISION).to(DOT)
-        write_JV, first_JV = write_tile(
-            inverse, m_rows, m_t, n, n_first, weight, column, turn, WIDTH, C, J, BV, EARLIER, DOT, PRECISION
-        )
-        dwrite_JV = dwrite_tile(
-            k_rows + own * k_t, k_t, n, to_end[0], dstate, column, turn, K, WIDTH, J, TK, BV, DOT, PRECISION
-        )
-        kept += tl.sum(write_JV * dwrite_JV, 1)
-        write_JV = write_JV.to(DOT)
-        if LATER:
-            dacross = tl.dot(dy_JV, tl.trans(write_JV), dacross, input_precision=PRECISION)
-        inverse_own = tl.trans(load_tile(inverse, own, own, C, J, turn))
-        dr_JV = tl.dot(inverse_own, dwrite_JV.to(DOT), input_precision=PRECISION)
-        if LATER:
-            dr_JV = tl.dot(tl.trans(load_tile(inverse, J, 0, C, J, turn)), dlater_JV, dr_JV, input_precision=PRECISION)
-        dy_JV = dr_JV.to(DOT)
-        dlower = tl.dot(dy_JV, tl.trans(write_JV), dlower, input_precision=PRECISION)
-        if EARLIER:
-            dacross = tl.dot(dy_JV, tl.trans(first_JV), dacross, input_precision=PRECISION)
-        weights_own = tl.trans(load_tile(weights, own, own, C, J, turn))
-        g_JV = load_rows(g_rows + own * g_t, g_t, n, column, J, WIDTH, BV, turn).to(DOT)
-        dr_JV = tl.dot(weights_own, g_JV, dr_JV, input_precision=PRECISION)
-        if LATER:
-            g_JV = load_rows(g_rows + J * g_t, g_t, n_keys - J, column, J, WIDTH, BV, turn).to(DOT)
-            dr_JV = tl.dot(tl.trans(load_tile(weights, J, 0, C, J, turn)), g_JV, dr_JV, input_precision=PRECISION)
-        tl.debug_barrier()  # nothing to wait for, but m is loaded behind it and not kept from the product above
-        m_JV = load_rows(m_rows + own * m_t, m_t, n, column, J, WIDTH, BV, turn).to(tl.float32)
-        met += tl.sum(dr_JV * m_JV, 1)
-        store_rows(out, out_t, n, column, dr_JV * weight[0][:, None], J, WIDTH, BV, turn)
-    return dlower, dacross, kept, met
+        k_CT = load_rows(k_rows, k_t, n, t, C, K, TK).to(DOT)
+        dstate_TV = load_block(dstate, t, column, K, WIDTH, TK, BV)
+        dwrite_CV = tl.dot(k_CT, dstate_TV, dwrite_CV, input_precision=PRECISION)
+    dwrite_CV = (dwrite_CV * to_end[:, None]).to(DOT)
+    dr_CV = tl.dot(tl.trans(load_lower(inverse, C)), dwrite_CV, input_precision=PRECISION)
+    g_CV = load_rows(g_rows, g_t, n, column, C, WIDTH, BV).to(DOT)
+    return tl.dot(tl.trans(load_lower(weights, C)), g_CV, dr_CV, input_precision=PRECISION)
 
 
 @triton.jit
 def add_products(
-    dk, x_JJ, rows, stride, n,
-    K: tl.constexpr, J: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    product_CT, m_rows, m_t, n, dstate, t,
+    WIDTH: tl.constexpr, K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk + x rows, in tiles of TK columns."""
-    new = ()
-    for t in tl.static_range((K + TK - 1) // TK):
-        y_JT = load_rows(rows, stride, n, t * TK, J, K, TK).to(DOT)
-        new = new + (tl.dot(x_JJ, y_JT, dk[t], input_precision=PRECISION),)
-    return new
-
-
-@triton.jit
-def through_writes(
-    dk, inverse, m_rows, m_t, n, n_first, weight, to_end, dstate, H,
-    WIDTH: tl.constexpr, K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    EARLIER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dk + diag(to_end) U dstate^T, in tiles of TK columns."""
+    """product + m dstate^T of one tile of the keys' columns."""
     for column in range(0, WIDTH, BV):
-        turn = column + H
-        write_JV, _ = write_tile(
-            inverse, m_rows, m_t, n, n_first, weight, column, turn, WIDTH, C, J, BV, EARLIER, DOT, PRECISION
-        )
-        write_JV = (write_JV * to_end[:, None]).to(DOT)
-        new = ()
-        for t in tl.static_range((K + TK - 1) // TK):
-            dstate_TV = load_block(dstate, t * TK, column, K, WIDTH, TK, BV, turn)
-            new = new + (tl.dot(write_JV, tl.trans(dstate_TV), dk[t], input_precision=PRECISION),)
-        dk = new
-    return dk
+        m_CV = load_rows(m_rows, m_t, n, column, C, WIDTH, BV).to(DOT)
+        dstate_TV = load_block(dstate, t, column, K, WIDTH, TK, BV)
+        product_CT = tl.dot(m_CV, tl.trans(dstate_TV), product_CT, input_precision=PRECISION)
+    return product_CT
+
+
+@triton.jit(do_not_specialize=SIZES)
+def writes_backward_kernel(
+    k, v, beta, cumulative, inverse, effective, weights, dslots, dtransitions, dseen, do,
+    dkeys, dk, dv, sums, table,
+    T, N, H, R,
+    k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, o_b, o_t, o_h, dk_t, dv_t,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """One chunk, one head, one tile of columns: of [R_K | R_V], or of dKd, dkeys [chunk, H, C, K]. R_V gives dv
+    [B, T, H, V], R_K its part of dk [B, T, H, K], and each tile its share of beta's gradient, sums [chunk, H, tile, C]."""
+    KEY_TILES: tl.constexpr = (K + TK - 1) // TK
+    TILES: tl.constexpr = KEY_TILES + (V + BV - 1) // BV
+    tile, h, chunk = head_program(TILES + KEY_TILES, H)
+    c = chunk.to(tl.int64)
+    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
+    n = tl.minimum(end - first, C).to(tl.int32)
+    if n <= 0:
+        return
+    row, token = c * H + h, b * T + first
+    k_rows, v_rows = k + b * k_b + first * k_t + (h // R) * k_h, v + b * v_b + first * v_t + h * v_h
+    strength = load_strength(beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C)
+    G, total = load_decays(cumulative + row * C, C)
+    to_end = tl.exp2(total - G)
+    inverse, effective, weights = inverse + row * (C * C), effective + row * (C * C), weights + row * (C * C)
+    dslots, dtransitions = dslots + row * (K * V), dtransitions + row * (K * K)
+    sums += (row * TILES + tile) * C + tl.arange(0, C)
+    if tile < KEY_TILES:
+        t = tile * TK
+        dr_CT = dwrites_tile(
+            k_rows, k_t, n, to_end, inverse, dtransitions, effective, dseen + row * (C * K), K, t,
+            K, K, C, TK, TK, DOT, PRECISION,
+        ) * -tl.exp2(G)[:, None]  # fmt: skip
+        k_CT = load_rows(k_rows, k_t, n, t, C, K, TK).to(tl.float32)
+        tl.store(sums, tl.sum(dr_CT * k_CT, 1))
+        store_rows(dk + token * dk_t + h * K, dk_t, n, t, dr_CT * strength[:, None], C, K, TK)
+    elif tile < TILES:
+        column = (tile - KEY_TILES) * BV
+        dr_CV = dwrites_tile(
+            k_rows, k_t, n, to_end, inverse, dslots, weights, do + b * o_b + first * o_t + h * o_h, o_t, column,
+            V, K, C, TK, BV, DOT, PRECISION,
+        )  # fmt: skip
+        v_CV = load_rows(v_rows, v_t, n, column, C, V, BV).to(tl.float32)
+        tl.store(sums, tl.sum(dr_CV * v_CV, 1))
+        store_rows(dv + token * dv_t + h * V, dv_t, n, column, dr_CV * strength[:, None], C, V, BV)
+    else:
+        t = (tile - TILES) * TK
+        dkeys_CT = tl.zeros([C, TK], tl.float32)
+        dkeys_CT = add_products(dkeys_CT, k_rows, k_t, n, dtransitions, t, K, K, C, TK, TK, DOT, PRECISION)
+        dkeys_CT *= -tl.exp2(G)[:, None]
+        dkeys_CT = add_products(dkeys_CT, v_rows, v_t, n, dslots, t, V, K, C, TK, BV, DOT, PRECISION)
+        dkeys_CT = (dkeys_CT * strength[:, None]).to(DOT)
+        dkeys_CT = tl.dot(load_lower(inverse, C), dkeys_CT, input_precision=PRECISION)
+        store_block(dkeys + row * (C * K), 0, t, dkeys_CT, C, K, C, TK)
 
 
 @triton.jit
-def keys_part(
-    arguments, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, J: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+def lower_part(
+    arguments, K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, TK: tl.constexpr,
+    KEY_TILES: tl.constexpr, VALUE_TILES: tl.constexpr,
     EARLIER: tl.constexpr, LATER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A part of n tokens, in a chunk of n_keys. EARLIER, LATER: there is one before it, behind it."""
     (
-        q_rows, q_t, k_rows, k_t, v_rows, v_t, do_rows, o_t, dseen_rows, n, n_keys, beta, beta_t, cumulative,
-        inverse, effective, weights, dscores, dslots, dtransitions, flow, held, shares, dk_rows, dk_t, dv_rows, dv_t,
-        dbeta_rows, db_t, H, scale,
+        k_rows, k_t, n, n_keys, beta, beta_t, cumulative, inverse, effective, dscores, dkeys, dlower, sums,
+        flow, held, shares, dbeta_rows, db_t,
     ) = arguments  # fmt: skip
     own: tl.constexpr = J if EARLIER else 0
-    i, own_rows, n_first, n_later = tl.arange(0, J), k_rows + own * k_t, tl.minimum(n_keys, J), n_keys - J
-    later_rows = k_rows + J * k_t
+    i, own_rows = tl.arange(0, J), k_rows + own * k_t
     G, total = load_part(cumulative, own, J), tl.load(cumulative + (C - 1))
-    strength, to_end = load_strength(beta + own * beta_t, beta_t, n, J), (tl.exp2(total - G),)
-    values, keys = (strength,), (-strength * tl.exp2(G),)  # R = diag(values) V and diag(keys) K
-    if EARLIER:
-        G_first, strength_first = load_part(cumulative, 0, J), load_strength(beta, beta_t, n_first, J)
-        values, keys = values + (strength_first,), keys + (-strength_first * tl.exp2(G_first),)
-    if LATER:
-        G_later = load_part(cumulative, J, J)
-        to_end = to_end + (tl.exp2(total - G_later),)
+    strength, to_end = load_strength(beta + own * beta_t, beta_t, n, J), tl.exp2(total - G)
 
-    # Of dN the own part's tile, and the one that its tokens share with the other part's.
-    dscores_own, effective_own = load_tile(dscores, own, own, C, J), load_tile(effective, own, own, C, J)
-    dlower_JJ = tl.dot(tl.trans(effective_own), dscores_own, input_precision=PRECISION)
-    dacross_JJ = tl.zeros([J, J], tl.float32)
-    if LATER:
-        dscores_later, effective_across = load_tile(dscores, J, 0, C, J), load_tile(effective, J, 0, C, J)
-        dlower_JJ = tl.dot(tl.trans(effective_across), dscores_later, dlower_JJ, input_precision=PRECISION)
-        effective_later = load_tile(effective, J, J, C, J)
-        dacross_JJ = tl.dot(tl.trans(effective_later), dscores_later, dacross_JJ, input_precision=PRECISION)
-    if EARLIER:
-        dscores_across = load_tile(dscores, own, 0, C, J)
-        dacross_JJ = tl.dot(tl.trans(effective_own), dscores_across, dacross_JJ, input_precision=PRECISION)
-    dlower_JJ, dacross_JJ, kept, met = writes_backward(
-        dlower_JJ, dacross_JJ, tl.zeros([J], tl.float32), k_rows, k_t, to_end, n, n_first, n_keys, inverse,
-        v_rows, v_t, values, dslots, weights, do_rows, o_t, dv_rows, dv_t, H,
-        V, K, C, J, TK, BV, EARLIER, LATER, DOT, PRECISION,
-    )  # fmt: skip
-    dlower_JJ, dacross_JJ, kept, read = writes_backward(
-        dlower_JJ, dacross_JJ, kept, k_rows, k_t, to_end, n, n_first, n_keys, inverse,
-        k_rows, k_t, keys, dtransitions, effective, dseen_rows, K, dk_rows, dk_t, H,
-        K, K, C, J, TK, BV, EARLIER, LATER, DOT, PRECISION,
-    )  # fmt: skip
-    tl.store(held + own + i, kept)
-    dstrength = met - tl.exp2(G) * read
-    flows = tl.load(flow + own + i) + keys[0] * read - tl.load(shares + own // J * C + own + i)
+    dstrength, flows = tl.zeros([J], tl.float32), tl.load(flow + own + i)
+    for tile in tl.static_range(KEY_TILES):
+        dstrength += tl.load(sums + tile * C + own + i)
+    flows += dstrength * strength
+    for tile in tl.static_range(VALUE_TILES):
+        dstrength += tl.load(sums + (KEY_TILES + tile) * C + own + i)
 
-    tl.debug_barrier()  # what this program stored in dk is seen
-    dk = ()
-    for t in tl.static_range(0, K, TK):
-        dk = dk + (load_rows(dk_rows, dk_t, n, t, J, K, TK).to(tl.float32),)
-
-    # dN, and the flow through its decays; then dS, tile by tile
+    # The tile of dN on the diagonal; of products of all the keys in it, only what is below the diagonal is good.
+    products_JJ = multiply_rows(own_rows, dkeys + own * K, k_t, K, n, J, K, J, TK, DOT, PRECISION) * to_end[:, None]
+    tl.store(held + own + i, tl.sum(tl.where(i[:, None] == i[None, :], products_JJ, 0.0), 1))
+    products_JJ = tl.where(i[:, None] >= i[None, :], products_JJ, 0.0).to(DOT)
+    dlower_JJ = tl.dot(tl.trans(load_tile(inverse, own, own, C, J)), products_JJ, input_precision=PRECISION)
+    effective_JJ, dscores_JJ = load_tile(effective, own, own, C, J), load_tile(dscores, own, own, C, J)
+    dlower_JJ = tl.dot(tl.trans(effective_JJ), dscores_JJ, dlower_JJ, input_precision=PRECISION)
     if LATER:
-        flows -= tl.load(shares + C + i)
-        strength_later = load_strength(beta + J * beta_t, beta_t, n_later, J)
-        dacross_JJ *= -tl.exp2(G_later[:, None] - G[None, :]) * strength_later[:, None]
-        dk = add_products(dk, tl.trans(dacross_JJ.to(DOT)), later_rows, k_t, n_later, K, J, TK, DOT, PRECISION)
-        products_JJ = multiply_rows(later_rows, own_rows, k_t, k_t, n_later, n, K, J, TK, DOT, PRECISION)
-        flows -= tl.sum(dacross_JJ * products_JJ, 0)
-    if EARLIER:
-        dacross_JJ *= -tl.exp2(G[:, None] - G_first[None, :])
-        dk = add_products(dk, (dacross_JJ * strength[:, None]).to(DOT), k_rows, k_t, n_first, K, J, TK, DOT, PRECISION)
-        products_JJ = multiply_rows(own_rows, k_rows, k_t, k_t, n, n_first, K, J, TK, DOT, PRECISION)
-        products = tl.sum(dacross_JJ * products_JJ, 1)
-        dstrength += products
-        flows += products * strength
+        later_rows, n_later = k_rows + J * k_t, n_keys - J
+        to_end = tl.exp2(total - load_part(cumulative, J, J))
+        products_JJ = multiply_rows(later_rows, dkeys, k_t, K, n_later, J, K, J, TK, DOT, PRECISION) * to_end[:, None]
+        inverse_JJ = tl.trans(load_tile(inverse, J, 0, C, J))
+        dlower_JJ = tl.dot(inverse_JJ, products_JJ.to(DOT), dlower_JJ, input_precision=PRECISION)
+        effective_JJ, dscores_JJ = load_tile(effective, J, 0, C, J), load_tile(dscores, J, 0, C, J)
+        dlower_JJ = tl.dot(tl.trans(effective_JJ), dscores_JJ, dlower_JJ, input_precision=PRECISION)
     dlower_JJ *= -tl.where(i[:, None] > i[None, :], decay(G, G, i, J), 0.0)
-    dkeys_JJ = dlower_JJ * strength[:, None]
-    dk = add_products(dk, (dkeys_JJ + tl.trans(dkeys_JJ)).to(DOT), own_rows, k_t, n, K, J, TK, DOT, PRECISION)
-    products_JJ = dlower_JJ * multiply_rows(own_rows, own_rows, k_t, k_t, n, n, K, J, TK, DOT, PRECISION)
-    dstrength += tl.sum(products_JJ, 1)
-    products_JJ *= strength[:, None]
-    flows += tl.sum(products_JJ, 1) - tl.sum(products_JJ, 0)
+    store_block(dlower, own, own, dlower_JJ * strength[:, None], C, C, J, J)
+    dlower_JJ *= multiply_rows(own_rows, own_rows, k_t, k_t, n, n, K, J, TK, DOT, PRECISION)
+    dstrength += tl.sum(dlower_JJ, 1)
+    dlower_JJ *= strength[:, None]
+    flows += tl.sum(dlower_JJ, 1)
+    tl.store(shares + own + i, tl.sum(dlower_JJ, 0))
+
+    if EARLIER:  # the tile on its left
+        n_first = tl.minimum(n_keys, J)
+        products_JJ = multiply_rows(own_rows, dkeys, k_t, K, n, J, K, J, TK, DOT, PRECISION) * to_end[:, None]
+        inverse_JJ = tl.trans(load_tile(inverse, own, own, C, J))
+        dlower_JJ = tl.dot(inverse_JJ, products_JJ.to(DOT), input_precision=PRECISION)
+        effective_JJ, dscores_JJ = load_tile(effective, own, own, C, J), load_tile(dscores, own, 0, C, J)
+        dlower_JJ = tl.dot(tl.trans(effective_JJ), dscores_JJ, dlower_JJ, input_precision=PRECISION)
+        dlower_JJ *= -tl.exp2(G[:, None] - load_part(cumulative, 0, J)[None, :])
+        store_block(dlower, own, 0, dlower_JJ * strength[:, None], C, C, J, J)
+        dlower_JJ *= multiply_rows(own_rows, k_rows, k_t, k_t, n, n_first, K, J, TK, DOT, PRECISION)
+        dstrength += tl.sum(dlower_JJ, 1)
+        dlower_JJ *= strength[:, None]
+        flows += tl.sum(dlower_JJ, 1)
+        tl.store(shares + i, tl.sum(dlower_JJ, 0))
     tl.store(flow + own + i, flows)
     tl.store(dbeta_rows + i * db_t, dstrength.to(dbeta_rows.dtype.element_ty), mask=i < n)
-    dscores_JJ = load_tile(dscores, own, own, C, J).to(tl.float32) * (decay(G, G, i, J) * scale)
-    dscores_JJ = tl.trans(dscores_JJ.to(DOT))
-    dk = add_products(dk, dscores_JJ, q_rows + own * q_t, q_t, n, K, J, TK, DOT, PRECISION)
-    if LATER:
-        dscores_JJ = load_tile(dscores, J, 0, C, J).to(tl.float32)
-        dscores_JJ = tl.trans((dscores_JJ * (tl.exp2(G_later[:, None] - G[None, :]) * scale)).to(DOT))
-        dk = add_products(dk, dscores_JJ, q_rows + J * q_t, q_t, n_later, K, J, TK, DOT, PRECISION)
-    dk = through_writes(
-        dk, inverse, v_rows, v_t, n, n_first, values, to_end[0], dslots, H,
-        V, K, C, J, TK, BV, EARLIER, DOT, PRECISION,
-    )  # fmt: skip
-    dk = through_writes(
-        dk, inverse, k_rows, k_t, n, n_first, keys, to_end[0], dtransitions, H,
-        K, K, C, J, TK, BV, EARLIER, DOT, PRECISION,
-    )  # fmt: skip
-    for t in tl.static_range((K + TK - 1) // TK):
-        store_rows(dk_rows, dk_t, n, t * TK, dk[t], J, K, TK)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def keys_backward_kernel(
-    q, k, v, beta, cumulative, inverse, effective, weights, dscores, dslots, dtransitions, dseen, do,
-    flow, held, shares, dk, dv, dbeta, table,
-    T, N, H, R, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, o_b, o_t, o_h, dk_t, dv_t, db_t,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+def lower_backward_kernel(
+    k, beta, cumulative, inverse, effective, dscores, dkeys, sums,
+    dlower, flow, held, shares, dbeta, table,
+    T, N, H, R,
+    k_b, k_t, k_h, beta_b, beta_t, beta_h, db_t,
+    K: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr,
+    KEY_TILES: tl.constexpr, VALUE_TILES: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """C / PARTS tokens of one chunk, one head: dk [B, T, H, K], dv, dbeta; adds to the decays' flow [chunk, H, C], and
-    held [chunk, H, C] is what flows from each token's write to the chunk's end."""
+    """C / PARTS rows of one chunk, one head: dN' [chunk, H, C, C], dbeta; adds to the decays' flow [chunk, H, C]; the
+    columns' shares [chunk, H, 1, part, C]; held [chunk, H, C] is what flows from each token's key to the chunk's end."""
     J: tl.constexpr = C // PARTS
     h, c, b, first, z, z0, sequence, n_keys, own, n = part_program(table, T, N, H, C, PARTS, PACKED)
     if n <= 0:
         return
-    row, token = c * H + h, b * T + first + own
-    k_rows, q_rows = k + b * k_b + first * k_t + (h // R) * k_h, q + b * q_b + first * q_t + (h // R) * q_h
-    v_rows, do_rows = v + b * v_b + first * v_t + h * v_h, do + b * o_b + first * o_t + h * o_h
-    beta += b * beta_b + first * beta_t + h * beta_h
-    dk_rows, dv_rows, dbeta_rows = dk + token * dk_t + h * K, dv + token * dv_t + h * V, dbeta + token * db_t + h
+    row = c * H + h
+    k_rows, beta = k + b * k_b + first * k_t + (h // R) * k_h, beta + b * beta_b + first * beta_t + h * beta_h
     inverse, effective = inverse + row * (C * C), effective + row * (C * C)
-    weights, dscores, dseen_rows = weights + row * (C * C), dscores + row * (C * C), dseen + row * (C * K)
-    dslots, dtransitions = dslots + row * (K * V), dtransitions + row * (K * K)
-    cumulative, flow, held, shares = cumulative + row * C, flow + row * C, held + row * C, shares + row * (PARTS * C)
+    dscores, dlower, dkeys = dscores + row * (C * C), dlower + row * (C * C), dkeys + row * (C * K)
+    cumulative, flow, held = cumulative + row * C, flow + row * C, held + row * C
+    shares, sums = shares + (row * (2 * PARTS) + PARTS + own // J) * C, sums + row * ((KEY_TILES + VALUE_TILES) * C)
     arguments = (
-        q_rows, q_t, k_rows, k_t, v_rows, v_t, do_rows, o_t, dseen_rows, n, n_keys, beta, beta_t, cumulative,
-        inverse, effective, weights, dscores, dslots, dtransitions, flow, held, shares, dk_rows, dk_t, dv_rows, dv_t,
-        dbeta_rows, db_t, H, scale,
+        k_rows, k_t, n, n_keys, beta, beta_t, cumulative, inverse, effective, dscores, dkeys, dlower, sums,
+        flow, held, shares, dbeta + (b * T + first + own) * db_t + h, db_t,
     )  # fmt: skip
     if own == 0:
-        keys_part(arguments, K, V, C, J, TK, BV, False, PARTS > 1, DOT, PRECISION)
+        lower_part(arguments, K, C, J, TK, KEY_TILES, VALUE_TILES, False, PARTS > 1, DOT, PRECISION)
     elif PARTS > 1:
-        keys_part(arguments, K, V, C, J, TK, BV, True, False, DOT, PRECISION)
+        lower_part(arguments, K, C, J, TK, KEY_TILES, VALUE_TILES, True, False, DOT, PRECISION)
+
+
+@triton.jit
+def keys_part(
+    arguments, K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, TK: tl.constexpr,
+    EARLIER: tl.constexpr, LATER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A part of n tokens, in a chunk of n_keys. EARLIER, LATER: there is one before it, behind it."""
+    q_rows, q_t, k_rows, k_t, n, n_keys, cumulative, dscores, dkeys, dlower, dk_rows, dk_t, t, scale = arguments
+    own: tl.constexpr = J if EARLIER else 0
+    i, n_first, n_later = tl.arange(0, J), tl.minimum(n_keys, J), n_keys - J
+    G = load_part(cumulative, own, J)
+    to_end = tl.exp2(tl.load(cumulative + (C - 1)) - G)
+    dk_JT = load_block(dkeys, own, t, C, K, J, TK).to(tl.float32) * to_end[:, None]
+    dk_JT += load_rows(dk_rows, dk_t, n, t, J, K, TK).to(tl.float32)
+    k_JT, dlower_JJ = load_rows(k_rows + own * k_t, k_t, n, t, J, K, TK).to(DOT), load_tile(dlower, own, own, C, J)
+    dk_JT = tl.dot(dlower_JJ, k_JT, dk_JT, input_precision=PRECISION)
+    dk_JT = tl.dot(tl.trans(dlower_JJ), k_JT, dk_JT, input_precision=PRECISION)
+    dscores_JJ = load_tile(dscores, own, own, C, J).to(tl.float32) * (decay(G, G, i, J) * scale)
+    q_JT = load_rows(q_rows + own * q_t, q_t, n, t, J, K, TK).to(DOT)
+    dk_JT = tl.dot(tl.trans(dscores_JJ.to(DOT)), q_JT, dk_JT, input_precision=PRECISION)
+    if EARLIER:
+        k_JT = load_rows(k_rows, k_t, n_first, t, J, K, TK).to(DOT)
+        dk_JT = tl.dot(load_tile(dlower, own, 0, C, J), k_JT, dk_JT, input_precision=PRECISION)
+    if LATER:
+        k_JT = load_rows(k_rows + J * k_t, k_t, n_later, t, J, K, TK).to(DOT)
+        dk_JT = tl.dot(tl.trans(load_tile(dlower, J, 0, C, J)), k_JT, dk_JT, input_precision=PRECISION)
+        crossing = tl.exp2(load_part(cumulative, J, J)[:, None] - G[None, :]) * scale
+        dscores_JJ = load_tile(dscores, J, 0, C, J).to(tl.float32) * crossing
+        q_JT = load_rows(q_rows + J * q_t, q_t, n_later, t, J, K, TK).to(DOT)
+        dk_JT = tl.dot(tl.trans(dscores_JJ.to(DOT)), q_JT, dk_JT, input_precision=PRECISION)
+    store_rows(dk_rows, dk_t, n, t, dk_JT, J, K, TK)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def keys_backward_kernel(
+    q, k, cumulative, dscores, dkeys, dlower, dk, table,
+    T, N, H, R, scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, dk_t,
+    K: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """C / PARTS tokens of one chunk, one head, one tile of columns: adds to dk [B, T, H, K] what dKd, dN' and dS
+    give."""
+    J: tl.constexpr = C // PARTS
+    TILES: tl.constexpr = (K + TK - 1) // TK
+    tile, h, number = head_program(TILES * PARTS, H)
+    part, c = tile // TILES, number.to(tl.int64)
+    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
+    n_keys, own, t = tl.minimum(end - first, C).to(tl.int32), part * J, tile % TILES * TK
+    n = tl.minimum(n_keys - own, J)
+    if n <= 0:
+        return
+    row = c * H + h
+    q_rows, k_rows = q + b * q_b + first * q_t + (h // R) * q_h, k + b * k_b + first * k_t + (h // R) * k_h
+    arguments = (
+        q_rows, q_t, k_rows, k_t, n, n_keys, cumulative + row * C,
+        dscores + row * (C * C), dkeys + row * (C * K), dlower + row * (C * C),
+        dk + (b * T + first + own) * dk_t + h * K, dk_t, t, scale,
+    )  # fmt: skip
+    if own == 0:
+        keys_part(arguments, K, C, J, TK, False, PARTS > 1, DOT, PRECISION)
+    elif PARTS > 1:
+        keys_part(arguments, K, C, J, TK, True, False, DOT, PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def decay_backward_kernel(
-    log_decay, cumulative, dtransitions, flow, held, dlog_decay, table,
+    log_decay, cumulative, dtransitions, flow, held, shares, dlog_decay, table,
     T, N, H,
     g_b, g_t, g_h, dg_t,
-    K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, PACKED: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One chunk, one head: dlog_decay [B, T, H]. G_i is a sum over the tokens up to i: a token decays what flows into
     it and into later ones, what earlier ones have written until the chunk's end, and exp(Gam) I of the transition."""
@@ -444,8 +453,11 @@ def decay_backward_kernel(
         diagonal = dtransitions + row * (K * K) + x * (K + 1)
         crossing += tl.sum(tl.load(diagonal, mask=x < K, other=0.0).to(tl.float32), 0)
     flows = tl.load(flow + row * C + i, mask=inside, other=0.0)
-    kept = tl.load(held + row * C + i, mask=inside, other=0.0)
-    dg = tl.cumsum(flows, 0, reverse=True) + (tl.cumsum(kept, 0) - kept) + crossing * tl.exp2(total)
+    for plane in tl.static_range(2 * PARTS):  # of a part that has tokens, of those up to its last one
+        is_read = inside & (n > plane % PARTS * (C // PARTS)) & (i < (plane % PARTS + 1) * (C // PARTS))
+        flows -= tl.load(shares + (row * (2 * PARTS) + plane) * C + i, mask=is_read, other=0.0)
+    given = tl.load(held + row * C + i, mask=inside, other=0.0)
+    dg = tl.cumsum(flows, 0, reverse=True) + (tl.cumsum(given, 0) - given) + crossing * tl.exp2(total)
     g = tl.load(log_decay + b * g_b + first * g_t + h * g_h + i * g_t, mask=inside, other=0.0).to(tl.float32)
     dg = tl.where(g < MIN_LOG_DECAY, 0.0, dg)
     tl.store(dlog_decay + (b * T + first) * dg_t + h + i * dg_t, dg.to(dlog_decay.dtype.element_ty), mask=inside)

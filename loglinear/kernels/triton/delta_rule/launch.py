@@ -29,7 +29,9 @@ from loglinear.kernels.triton.delta_rule.in_chunk import in_chunk_kernel
 from loglinear.kernels.triton.delta_rule.in_chunk_backward import (
     decay_backward_kernel,
     keys_backward_kernel,
+    lower_backward_kernel,
     scores_backward_kernel,
+    writes_backward_kernel,
 )
 from loglinear.kernels.triton.delta_rule.layout import RUN, Storey, layout
 from loglinear.kernels.triton.delta_rule.output import output_kernel
@@ -51,7 +53,7 @@ STAGES = {
     "backward": (
         *BUILD, "in_chunk", "walk_backward", "state_backward", "prefix_backward", "carried_backward",
         "carry_states_backward", "carry_prefixes_backward", "transport_backward", "transition_backward",
-        "scores_backward", "keys_backward", "decay_backward",
+        "scores_backward", "writes_backward", "lower_backward", "keys_backward", "decay_backward",
     ),
 }  # fmt: skip
 SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for long inputs 1.5 times their size
@@ -59,7 +61,8 @@ SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for lo
 # not load anything ahead.
 LAUNCHES = dict.fromkeys((*STAGES["forward"], *STAGES["backward"]), Launch(128, 8, 1)) | {
     "chunk_inverse": Launch(128, 4, 1), "state_backward": Launch(128, 4, 1), "carried_backward": Launch(128, 4, 1),
-    "transition_backward": Launch(128, 4, 1), "scores_backward": Launch(64, 4, 1), "keys_backward": Launch(64, 4, 1),
+    "transition_backward": Launch(128, 4, 1), "in_chunk": Launch(64, 4, 1), "scores_backward": Launch(64, 4, 1),
+    "writes_backward": Launch(64, 8, 1), "lower_backward": Launch(64, 4, 1), "keys_backward": Launch(64, 4, 1),
     "decay_backward": Launch(128, 4, 1),
 }  # fmt: skip
 # Columns of V, or of a transition, at most, where that is less.
@@ -74,7 +77,8 @@ REGISTERS = {"transport": 128}
 # Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
 PARTS = {
     "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "state_backward": 1, "prefix_backward": 1,
-    "carried_backward": 1, "scores_backward": 2, "keys_backward": 2,
+    "carried_backward": 1, "scores_backward": 2, "writes_backward": 1, "lower_backward": 2,
+    "keys_backward": 2,
 }  # fmt: skip
 
 
@@ -281,7 +285,7 @@ class DeltaRule(Call):
         del seen, brought, dbrought, own, self.storeys
         parts, constants = self.parts("scores_backward"), dict(K=K, C=C, **self.packed)
         dscores = torch.empty_like(effective)
-        flow, held, shares = *(self.empty(y.chunks, H, C) for _ in range(2)), self.empty(y.chunks, H, parts, C)
+        flow, held, shares = *(self.empty(y.chunks, H, C) for _ in range(2)), self.empty(y.chunks, H, 2, parts, C)
         scores_backward_kernel[(y.chunks * parts * H,)](
             self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, effective, dseen, do,
             dq, dscores, flow, shares, dlevel_scales, y.table,
@@ -290,16 +294,31 @@ class DeltaRule(Call):
             LOG_C=log2(C), PARTS=parts, LINEAR=self.L == 1,
             **constants, **self.dots, **self.wide("scores_backward"),
         )  # fmt: skip
-        keys_backward_kernel[(y.chunks * parts * H,)](
-            self.q, self.k, self.v, self.beta, self.cumulative, self.inverse, effective, weights, dscores,
-            dslots, dtransitions, dseen, do, flow, held, shares, dk, dv, dbeta, y.table,
-            *self.sizes, self.R, self.scale,
-            *self.strides("q", "k", "v", "beta"), *o_, *(x.stride(1) for x in (dk, dv, dbeta)),
-            PARTS=parts, **constants, **self.dots, **self.wide("keys_backward"),
+        key_tiles, value_tiles = (self.tiles("writes_backward", kind) for kind in (True, False))
+        dkeys, sums = torch.empty_like(dseen), self.empty(y.chunks, H, key_tiles + value_tiles, C)
+        writes_backward_kernel[(y.chunks * (2 * key_tiles + value_tiles) * H,)](
+            self.k, self.v, self.beta, self.cumulative, self.inverse, effective, weights, dslots, dtransitions, dseen,
+            do, dkeys, dk, dv, sums, y.table,
+            *self.sizes, self.R, *self.strides("k", "v", "beta"), *o_, dk.stride(1), dv.stride(1),
+            **constants, **self.dots, **self.wide("writes_backward"),
+        )  # fmt: skip
+        dlower = weights
+        lower_backward_kernel[(y.chunks * parts * H,)](
+            self.k, self.beta, self.cumulative, self.inverse, effective, dscores, dkeys, sums,
+            dlower, flow, held, shares, dbeta, y.table,
+            *self.sizes, self.R, *self.strides("k", "beta"), dbeta.stride(1),
+            PARTS=parts, KEY_TILES=key_tiles, VALUE_TILES=value_tiles,
+            **constants, **self.dots, **self.options("lower_backward"),
+        )  # fmt: skip
+        keys_backward_kernel[(y.chunks * parts * H * triton.cdiv(K, self.tile("keys_backward", K)),)](
+            self.q, self.k, self.cumulative, dscores, dkeys, dlower, dk, y.table,
+            *self.sizes, self.R, self.scale, *self.strides("q", "k"), dk.stride(1),
+            PARTS=parts, **constants, **self.dots, **self.options("keys_backward"),
         )  # fmt: skip
         decay_backward_kernel[(y.chunks * H,)](
-            self.log_decay, self.cumulative, dtransitions, flow, held, dlog_decay, y.table, *self.sizes,
-            *self.strides("log_decay"), dlog_decay.stride(1), **constants, **self.options("decay_backward"),
+            self.log_decay, self.cumulative, dtransitions, flow, held, shares, dlog_decay, y.table, *self.sizes,
+            *self.strides("log_decay"), dlog_decay.stride(1),
+            PARTS=parts, **constants, **self.options("decay_backward"),
         )  # fmt: skip
         return dnodes
 
