@@ -113,7 +113,7 @@ def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, 
             x[0], x[0], x[1], gates, gates, gates[..., None], None, None, None, 1.0, C, False
         )  # fmt: skip
         for stage in names:
-            options = call.wide(stage)
+            options: dict[str, Any] = dict(call.wide(stage))
             launch = Launch(options["TK"], options.pop("num_warps"), options.pop("num_stages"))
             values = dict(
                 K=K, C=C, J=min(C, 64), LOG_J=log2(min(C, 64)), LOG_C=log2(C), PACKED=False, NODES=False, LINEAR=False,

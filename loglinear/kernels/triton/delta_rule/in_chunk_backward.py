@@ -223,7 +223,8 @@ def writes_backward_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One chunk, one head, one tile of columns: of [R_K | R_V], or of dKd, dkeys [chunk, H, C, K]. R_V gives dv
-    [B, T, H, V], R_K its part of dk [B, T, H, K], and each tile its share of beta's gradient, sums [chunk, H, tile, C]."""
+    [B, T, H, V], R_K its part of dk [B, T, H, K], and each tile its share of beta's gradient, sums [chunk, H, tile,
+    C]."""
     KEY_TILES: tl.constexpr = (K + TK - 1) // TK
     TILES: tl.constexpr = KEY_TILES + (V + BV - 1) // BV
     tile, h, chunk = head_program(TILES + KEY_TILES, H)
@@ -344,7 +345,8 @@ def lower_backward_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """C / PARTS rows of one chunk, one head: dN' [chunk, H, C, C], dbeta; adds to the decays' flow [chunk, H, C]; the
-    columns' shares [chunk, H, 1, part, C]; held [chunk, H, C] is what flows from each token's key to the chunk's end."""
+    columns' shares [chunk, H, 1, part, C]; held [chunk, H, C] is what flows from each token's key to the chunk's
+    end."""
     J: tl.constexpr = C // PARTS
     h, c, b, first, z, z0, sequence, n_keys, own, n = part_program(table, T, N, H, C, PARTS, PACKED)
     if n <= 0:

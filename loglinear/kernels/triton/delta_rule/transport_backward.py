@@ -119,7 +119,7 @@ def transport_prefixes_backward(
     """One tile of columns, kept in registers."""
     SIZE: tl.constexpr = K * K
     COUNT: tl.constexpr = (K + TK - 1) // TK
-    path = ()
+    path, has_end = (), (stop == RUN) & ENDS
     for a in tl.static_range(COUNT):
         end_TV = tl.zeros([TK, BV], DOT)
         if ENDS:  # noqa: SIM102 (a constant)
@@ -132,10 +132,11 @@ def transport_prefixes_backward(
         new = ()
         for a in tl.static_range(COUNT):
             path_TV = load_block(dprefixes + entry * SIZE, a * TK, column, K, K, TK, BV).to(tl.float32)
-            path_TV += path[a].to(tl.float32) * decay
-            for s in tl.static_range(COUNT):
-                transition_TT = load_block(transition, s * TK, a * TK, K, K, TK, TK)
-                path_TV = tl.dot(tl.trans(transition_TT), path[s], path_TV, input_precision=PRECISION)
+            if (step > 0) | has_end:  # else the entry is its sequence's last, of which there may be no transition
+                path_TV += path[a].to(tl.float32) * decay
+                for s in tl.static_range(COUNT):
+                    transition_TT = load_block(transition, s * TK, a * TK, K, K, TK, TK)
+                    path_TV = tl.dot(tl.trans(transition_TT), path[s], path_TV, input_precision=PRECISION)
             store_block(dprefixes + entry * SIZE, a * TK, column, path_TV, K, K, TK, BV)
             new = new + (path_TV.to(DOT),)
         path = new
