@@ -293,11 +293,12 @@ def lower_part(
     for tile in tl.static_range(VALUE_TILES):
         dstrength += tl.load(sums + (KEY_TILES + tile) * C + own + i)
 
-    # The tile of dN on the diagonal: what is above the diagonal of the products gives nothing below it.
+    # The tile of dN on the diagonal. What is above the diagonal of the products would give nothing below it; without it
+    # the compiler finds 25 registers fewer.
     products_JJ = multiply_rows(own_rows, dkeys + own * K, k_t, K, n, J, K, J, TK, DOT, PRECISION) * to_end[:, None]
     tl.store(held + own + i, tl.sum(tl.where(i[:, None] == i[None, :], products_JJ, 0.0), 1))
-    inverse_JJ = tl.trans(load_tile(inverse, own, own, C, J))
-    dlower_JJ = tl.dot(inverse_JJ, products_JJ.to(DOT), input_precision=PRECISION)
+    products_JJ = tl.where(i[:, None] >= i[None, :], products_JJ, 0.0).to(DOT)
+    dlower_JJ = tl.dot(tl.trans(load_tile(inverse, own, own, C, J)), products_JJ, input_precision=PRECISION)
     effective_JJ, dscores_JJ = load_tile(effective, own, own, C, J), load_tile(dscores, own, own, C, J)
     dlower_JJ = tl.dot(tl.trans(effective_JJ), dscores_JJ, dlower_JJ, input_precision=PRECISION)
     if LATER:
@@ -345,7 +346,7 @@ def lower_backward_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """C / PARTS rows of one chunk, one head: dN' [chunk, H, C, C], dbeta; adds to the decays' flow [chunk, H, C], of
-    which shares [chunk, H, 1, part, C] are the columns'; held [chunk, H, C] flows from each token to the chunk's end."""
+    which shares [chunk, H, 1, part, C] are the columns'; held [chunk, H, C] flows from a token to the chunk's end."""
     J: tl.constexpr = C // PARTS
     h, c, b, first, z, z0, sequence, n_keys, own, n = part_program(table, T, N, H, C, PARTS, PACKED)
     if n <= 0:
