@@ -316,7 +316,7 @@ class DeltaRule(Call):
             *self.sizes, self.R, *self.strides("k", "v", "beta"), *o_, dk.stride(1), dv.stride(1),
             **constants, **self.dots, **self.wide("writes_backward"),
         )  # fmt: skip
-        dlower = weights
+        dlower = weights  # which nobody reads any more
         lower_backward_kernel[(y.chunks * parts * H,)](
             self.k, self.beta, self.cumulative, self.inverse, effective, dscores, dkeys, sums,
             dlower, flow, held, shares, dbeta, y.table,
