@@ -174,6 +174,24 @@ def test_is_one_node_for_torch(operator):
     assert torch.equal(compiled(x), operator(x, impl="triton").output)
 
 
+@pytest.mark.parametrize(("T", "chunk_size"), [(245, 16), (260, 128)])
+def test_what_was_not_written_is_not_read(operator, T, chunk_size, monkeypatch):
+    """The last of 16 chunks is unfinished, at the end of a run; the last of chunks of 128 has less than one half."""
+
+    def poisoned(empty):
+        def full_of_nan(*args, **kwargs):
+            x = empty(*args, **kwargs)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        return full_of_nan
+
+    inputs = make(1, T, 1, 1, 8, 8, 9, torch.float32, device="cpu", delta=operator.delta)
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    found = errors(inputs, chunk_size, by_flows=operator.delta)
+    assert all(error <= FLOWS * BUDGET for error in found.values()), found
+
+
 def test_two_runs_give_the_same_bits(operator):
     inputs = operator.inputs(B=1, T=70, G=1, H=2, K=8, V=8, L=8, dtype=torch.float32)
 

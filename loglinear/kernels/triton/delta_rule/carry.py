@@ -87,7 +87,7 @@ def carry_kernel(
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile, h, part = head_program(TILES, H)
     place, i, run = part % places, part // places % RUN, part // places // RUN
-    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
+    base, start, stop, number, sequence, has_end = locate_entries(run, table, per_row, PACKED)
     if (i < start) | (i >= stop):
         return
     row = base + i

@@ -63,7 +63,7 @@ def carry_states_backward_kernel(
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile, h, part = head_program(ROWS * TILES, H)
     older, run = part % columns, part // columns
-    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
+    base, start, stop, number, sequence, has_end = locate_entries(run, table, per_row, PACKED)
     if (stop <= start) | ((columns_read(number, columns, NODES) >> older) & 1 == 0):
         return
     row, column = tile // TILES * TK, tile % TILES * BV
@@ -90,7 +90,7 @@ def carry_prefixes_backward_kernel(
     """One entry of a run but the first, one head, one [TK, TK] tile: dprefixes [entry, H, K, K]."""
     TILES: tl.constexpr = (K + TK - 1) // TK
     tile, h, part = head_program(TILES * TILES, H)
-    base, start, stop, number, sequence = locate_entries(part // RUN, table, per_row, PACKED)
+    base, start, stop, number, sequence, has_end = locate_entries(part // RUN, table, per_row, PACKED)
     i = part % RUN
     if (i <= start) | (i >= stop):
         return

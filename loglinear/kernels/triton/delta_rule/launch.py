@@ -45,17 +45,13 @@ from loglinear.kernels.triton.delta_rule.transport_backward import (
     transition_backward_kernel,
     transport_backward_kernel,
 )
-from loglinear.kernels.triton.delta_rule.walk_backward import (
-    carried_walk_backward_kernel,
-    scales_backward_kernel,
-    walk_backward_kernel,
-)
+from loglinear.kernels.triton.delta_rule.walk_backward import walk_backward_kernel
 
 BUILD = ("chunk_inverse", "chunk_state", "transport", "carry")
 STAGES = {
     "forward": (*BUILD, "output"),
     "backward": (
-        *BUILD, "in_chunk", "carried_walk_backward", "walk_backward", "state_backward", "prefix_backward",
+        *BUILD, "in_chunk", "walk_backward", "state_backward", "prefix_backward",
         "carried_backward", "carry_states_backward", "carry_prefixes_backward", "transport_backward",
         "transition_backward", "scores_backward", "writes_backward", "lower_backward", "keys_backward",
         "decay_backward",
@@ -65,8 +61,8 @@ SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for lo
 # Columns of a tile at most, warps for tiles of more than 64 rows, stages of the pipeline. What reads what it wrote may
 # not load anything ahead.
 LAUNCHES = dict.fromkeys((*STAGES["forward"], *STAGES["backward"]), Launch(128, 8, 1)) | {
-    "chunk_inverse": Launch(128, 4, 1), "in_chunk": Launch(64, 4, 1), "carried_walk_backward": Launch(64, 8, 1),
-    "walk_backward": Launch(64, 8, 1), "state_backward": Launch(128, 4, 1), "carried_backward": Launch(128, 4, 1),
+    "chunk_inverse": Launch(128, 4, 1), "in_chunk": Launch(64, 4, 1),
+    "state_backward": Launch(128, 4, 1), "carried_backward": Launch(128, 4, 1),
     "transition_backward": Launch(128, 4, 1), "scores_backward": Launch(64, 4, 1), "writes_backward": Launch(64, 8, 1),
     "lower_backward": Launch(64, 4, 1), "keys_backward": Launch(64, 4, 1), "decay_backward": Launch(128, 4, 1),
 }  # fmt: skip
@@ -81,7 +77,7 @@ VALUE_TILES = dict.fromkeys(
 REGISTERS = {"transport": 128}
 # Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
 PARTS = {
-    "chunk_state": 1, "output": 2, "in_chunk": 2, "carried_walk_backward": 1, "walk_backward": 1, "state_backward": 1,
+    "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "state_backward": 1,
     "prefix_backward": 1, "carried_backward": 1, "scores_backward": 2, "writes_backward": 1, "lower_backward": 2,
     "keys_backward": 2,
 }  # fmt: skip
@@ -277,26 +273,17 @@ class DeltaRule(Call):
         )  # fmt: skip
         own = self.storeys[0]
         dseen, brought, dbrought = (torch.empty_like(seen) for _ in range(3))
-        o_, slots, columns = do.stride()[:3], own.storey.slots, own.storey.columns
-        key_tiles = triton.cdiv(K, self.tile("walk_backward", K))
-        level_shares = self.empty(y.chunks, H, key_tiles, slots + columns, C)
-        walked = (*self.sizes, self.L, slots, columns)
-        constants = dict(C=C, LOG_C=log2(C), NODES=self.has_nodes, **self.packed)
-        options = constants | self.dots | self.wide("walk_backward")
-        if columns > 0:
-            carried_walk_backward_kernel[(y.chunks * key_tiles * H,)](
-                self.level_scales, seen, own.prefixes, own.prefix_totals, own.carried, do, brought, dbrought,
-                level_shares, y.table, y.first_runs, *walked, *self.strides("level_scales"), *o_, K=K, **options,
-            )  # fmt: skip
-        walk_backward_kernel[(y.chunks * key_tiles * H,)](
-            self.level_scales, seen, own.kept, own.prefixes, own.prefix_totals, do, dbrought, dseen,
-            level_shares, y.table, y.first_runs, *walked, *self.strides("level_scales"), *o_, K=K, **options,
+        o_ = do.stride()[:3]
+        walk_backward_kernel[(y.chunks * self.parts("walk_backward") * H,)](
+            self.level_scales, seen, own.kept, own.prefixes, own.prefix_totals, own.carried, do, dseen, brought,
+            dbrought, dlevel_scales, y.table, y.first_runs,
+            *self.sizes, self.L, own.storey.slots, own.storey.columns,
+            *self.strides("level_scales"), *o_, dlevel_scales.stride(1),
+            K=K, C=C, LOG_C=log2(C), PARTS=self.parts("walk_backward"), NODES=self.has_nodes,
+            **self.dots, **self.packed, **self.wide("walk_backward"),
         )  # fmt: skip
-        scales_backward_kernel[(y.chunks * H,)](
-            level_shares, dlevel_scales, y.table, *walked, dlevel_scales.stride(1), TILES=key_tiles, **constants
-        )
         dslots, dtransitions, dnodes = self.state_gradients(seen, brought, dbrought, do, dblocks)
-        del seen, brought, dbrought, level_shares, own, self.storeys
+        del seen, brought, dbrought, own, self.storeys
         parts, constants = self.parts("scores_backward"), dict(K=K, C=C, **self.packed)
         dscores = torch.empty_like(effective)
         flow, held, shares = *(self.empty(y.chunks, H, C) for _ in range(2)), self.empty(y.chunks, H, 2, parts, C)

@@ -33,7 +33,8 @@ class Storey:
     slots: int
     columns: int
     collapsed: bool  # is what lies before the run at the level of the last slot?
-    table: Tensor | None  # [runs, 5] int32: row of entry 0, first and behind the last entry, run's number, sequence
+    table: Tensor | None  # [runs, 6] int32: row of entry 0, first and behind the last entry, run's number,
+    # sequence, is there a later run?
 
     @property
     def older(self) -> tuple[int, int, int]:
@@ -109,10 +110,11 @@ def layout(
         runs_of = (last >> STOREY) - (first >> STOREY) + 1
         runs = (tokens // C >> (STOREY * (s + 1))) + (N if starts is None else 2 * N)
         sequence, number, is_real = ragged(runs_of, runs)
-        number += (first >> STOREY)[sequence]
+        is_last = number + 1 >= runs_of[sequence]
+        number = number + (first >> STOREY)[sequence]
         begin = number * RUN
         start, stop = (first[sequence] - begin).clamp(min=0), (last[sequence] + 1 - begin).clamp(max=RUN)
-        columns = [(row - first)[sequence] + begin, start, torch.where(is_real, stop, 0), number, sequence]
+        columns = [(row - first)[sequence] + begin, start, torch.where(is_real, stop, 0), number, sequence, ~is_last]
         tables.append(torch.stack(columns, 1).int())
         sizes.append((entries, runs, 0))
         row, entries, first, last = runs_of.cumsum(0) - runs_of, runs, first >> STOREY, last >> STOREY

@@ -100,7 +100,7 @@ def carried_backward_kernel(
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile, h, part = head_program(ROWS * TILES, H)
     place, run = part % columns, part // columns
-    base, start, stop, number, sequence = locate_entries(run, runs, N, PACKED)
+    base, start, stop, number, sequence, has_end = locate_entries(run, runs, N, PACKED)
     if (stop <= start) | ((columns_read(number, columns, NODES) >> place) & 1 == 0):
         return
     row, column = tile // TILES * TK, tile % TILES * BV

@@ -99,17 +99,18 @@ def load_decays(cumulative, C: tl.constexpr):
 
 @triton.jit
 def locate_entries(run, table, per_row, PACKED: tl.constexpr):
-    """The row of a run's entry 0, its entries start .. stop - 1, its number in its sequence, the sequence."""
+    """The row of a run's entry 0, its entries start .. stop - 1, its number in its sequence, the sequence; and is there
+    a later run, for which this one has to be whole?"""
     if PACKED:
-        row = table + run * 5
+        row = table + run * 6
         base, start, stop = tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2)
-        number, sequence = tl.load(row + 3), tl.load(row + 4)
+        number, sequence, has_end = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5) > 0
     else:
         runs = (per_row + RUN - 1) // RUN
         sequence, number = run // runs, run % runs
         base, start = sequence.to(tl.int64) * per_row + number * RUN, tl.zeros([], tl.int32)
-        stop = tl.minimum(per_row - number * RUN, RUN)
-    return base, start, stop, number, sequence
+        stop, has_end = tl.minimum(per_row - number * RUN, RUN), number < runs - 1
+    return base, start, stop, number, sequence, has_end
 
 
 @triton.jit

@@ -29,15 +29,6 @@ from loglinear.kernels.triton.walks import nearest
 
 
 @triton.jit
-def last_step(stop, ENDS: tl.constexpr):
-    """Behind the last entry that is to be multiplied with: a whole run has an end, if there is a next storey."""
-    if ENDS:
-        return tl.where(stop == RUN, stop, stop - 1)
-    else:
-        return stop - 1
-
-
-@triton.jit
 def sum_of_slots(states, members, row, column, H,
                  K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
     """A [TK, BV] tile of the sum of an entry's states [slot, H, K, V] that are members, given as bits."""
@@ -65,7 +56,7 @@ def add_moved(
 @triton.jit
 def transport_states(
     transitions, totals, states, nodes, kept, ends,
-    base, start, stop, run, sequence, h, column, H, cap, num_slots, first_level,
+    base, start, stop, has_end, run, sequence, h, column, H, cap, num_slots, first_level,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
     ENDS: tl.constexpr, PRECISION: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +73,7 @@ def transport_states(
             for a in range(0, K, TK):
                 state_TV = load_block(node, a, column, K, V, TK, BV) * is_block
                 store_block(kept + (((base + start) * num_slots + j) * H + h) * SIZE, a, column, state_TV, K, V, TK, BV)
-    for i in range(start, last_step(stop, ENDS)):
+    for i in range(start, stop - 1 + has_end.to(tl.int32)):
         row = base + i
         entry, kept_here = row * H + h, kept + (row * num_slots * H + h) * SIZE
         decay = tl.exp2(tl.load(totals + entry))
@@ -116,7 +107,7 @@ def transport_states(
 @triton.jit
 def transport_transitions(
     transitions, totals, prefixes, prefix_totals, ends, end_totals,
-    base, start, stop, run, h, column, H,
+    base, start, stop, has_end, run, h, column, H,
     K: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of columns of F, kept in registers: prefixes and prefix_totals, and the run's P, ends and end_totals.
@@ -126,7 +117,7 @@ def transport_transitions(
     log_decay, path = tl.zeros([], tl.float32), ()
     for _ in tl.static_range(COUNT):
         path = path + (tl.zeros([TK, BV], DOT),)
-    for i in range(start, last_step(stop, ENDS)):
+    for i in range(start, stop - 1 + has_end.to(tl.int32)):
         entry = (base + i) * H + h
         transition, total = transitions + entry * SIZE, tl.load(totals + entry)
         target, target_total = prefixes + (entry + H) * SIZE, prefix_totals + entry + H
@@ -161,16 +152,16 @@ def transport_kernel(
     VALUES: tl.constexpr = (V + BV - 1) // BV
     KEYS: tl.constexpr = (K + BV - 1) // BV
     tile, h, run = head_program(VALUES + KEYS, H)
-    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
+    base, start, stop, number, sequence, has_end = locate_entries(run, table, per_row, PACKED)
     if tile < VALUES:
         transport_states(
             transitions, totals, states, nodes, kept, ends,
-            base, start, stop, run, sequence, h, tile * BV, H, cap, num_slots, first_level,
+            base, start, stop, has_end, run, sequence, h, tile * BV, H, cap, num_slots, first_level,
             K, V, TK, BV, ENDS, PRECISION, NODES,
         )  # fmt: skip
     else:
         transport_transitions(
             transitions, totals, prefixes, prefix_totals, end_transitions, end_totals,
-            base, start, stop, run, h, (tile - VALUES) * BV, H,
+            base, start, stop, has_end, run, h, (tile - VALUES) * BV, H,
             K, TK, BV, ENDS, DOT, PRECISION,
         )  # fmt: skip

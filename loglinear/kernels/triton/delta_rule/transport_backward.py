@@ -59,7 +59,7 @@ def add_moved_back(
 @triton.jit
 def transport_states_backward(
     transitions, totals, dreads, dkept, dends, dstates, dnodes,
-    base, start, stop, run, sequence, h, column, H, cap, num_slots, first_level, places,
+    base, start, stop, has_end, run, sequence, h, column, H, cap, num_slots, first_level, places,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
     ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def transport_states_backward(
         dstate = next_kept + t.to(tl.int64) * H * SIZE
         if ENDS:
             dstate = tl.where(i == RUN - 1, dends + (run.to(tl.int64) * H + h) * SIZE, dstate)
-            has_next = has_next | (i == RUN - 1)
+            has_next = has_next | has_end
         dreads_here, dkept_here = dreads + (row * places * H + h) * SIZE, dkept + (row * num_slots * H + h) * SIZE
         tl.debug_barrier()  # what this program wrote for entry i + 1 is seen
         for a in range(0, K, TK):
@@ -113,18 +113,18 @@ def transport_states_backward(
 
 @triton.jit
 def transport_prefixes_backward(
-    transitions, totals, dprefixes, dends, base, start, stop, run, h, column, H,
+    transitions, totals, dprefixes, dends, base, start, stop, has_end, run, h, column, H,
     K: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of columns, kept in registers."""
     SIZE: tl.constexpr = K * K
     COUNT: tl.constexpr = (K + TK - 1) // TK
-    path, has_end = (), (stop == RUN) & ENDS
+    path = ()
     for a in tl.static_range(COUNT):
         end_TV = tl.zeros([TK, BV], DOT)
-        if ENDS:  # noqa: SIM102 (a constant)
-            if stop == RUN:
-                end_TV = load_block(dends + (run.to(tl.int64) * H + h) * SIZE, a * TK, column, K, K, TK, BV)
+        if ENDS:
+            end_TV = load_block(dends + (run.to(tl.int64) * H + h) * SIZE, a * TK, column, K, K, TK, BV)
+            end_TV = tl.where(has_end, end_TV, 0.0).to(DOT)
         path = path + (end_TV,)
     for step in range(stop - start - 1):
         entry = (base + stop - 1 - step) * H + h
@@ -156,16 +156,17 @@ def transport_backward_kernel(
     VALUES: tl.constexpr = (V + BV - 1) // BV
     KEYS: tl.constexpr = (K + BV - 1) // BV
     tile, h, run = head_program(VALUES + KEYS, H)
-    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
+    base, start, stop, number, sequence, has_end = locate_entries(run, table, per_row, PACKED)
     if tile < VALUES:
         transport_states_backward(
             transitions, totals, dreads, dkept, dends, dstates, dnodes,
-            base, start, stop, run, sequence, h, tile * BV, H, cap, num_slots, first_level, places,
+            base, start, stop, has_end, run, sequence, h, tile * BV, H, cap, num_slots, first_level, places,
             K, V, TK, BV, ENDS, DOT, PRECISION, NODES,
         )  # fmt: skip
     else:
         transport_prefixes_backward(
-            transitions, totals, dprefixes, dend_transitions, base, start, stop, run, h, (tile - VALUES) * BV, H,
+            transitions, totals, dprefixes, dend_transitions,
+            base, start, stop, has_end, run, h, (tile - VALUES) * BV, H,
             K, TK, BV, ENDS, DOT, PRECISION,
         )  # fmt: skip
 
@@ -181,7 +182,7 @@ def transition_backward_kernel(
     TILES: tl.constexpr = (K + TK - 1) // TK
     tile, h, part = head_program(TILES * TILES, H)
     i, run = part % RUN, part // RUN
-    base, start, stop, number, sequence = locate_entries(run, table, per_row, PACKED)
+    base, start, stop, number, sequence, has_end = locate_entries(run, table, per_row, PACKED)
     if (i < start) | (i >= stop):
         return
     a, column = tile // TILES * TK, tile % TILES * TK
@@ -196,7 +197,7 @@ def transition_backward_kernel(
     if ENDS:
         dstate = tl.where(i == RUN - 1, dends + end * (K * V), dstate)
         dprefix = tl.where(i == RUN - 1, dend_transitions + end * (K * K), dprefix)
-        has_next = has_next | (i == RUN - 1)
+        has_next = has_next | has_end
     if has_next:
         for _ in range(count_bits(later) + (merged > 0).to(tl.int32)):
             members = tl.where(merged > 0, merged, later & -later)
