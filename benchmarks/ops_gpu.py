@@ -25,7 +25,7 @@ from loglinear.ops import log_linear_attention, log_linear_delta_rule
 SECONDS = 0.25  # of device time for one figure, at least MIN_RUNS runs
 MIN_RUNS = 5
 BF16_BUDGET = {False: 3.5e-3, True: 7e-3}  # of the scalar gate, of the delta rule
-LENGTHS = (2048, 4096, 8192, 16384, 32768, 131072)
+LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ VALUE_TILES = dict.fromkeys(
         "transport_backward", "transition_backward",
     ), 64,
 )  # fmt: skip
+WIDE: tuple[str, ...] = ()  # stages that take such tiles of a K beyond 128, too
 # Registers of a thread at most, where a few less let two programs share a multiprocessor.
 REGISTERS = {"transport": 128}
 # Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
@@ -130,7 +131,7 @@ class DeltaRule(Call):
 
     def tile(self, stage: str, size: int) -> int:
         """Columns of one tile of matrices that have `size` of them."""
-        wide = self.dtype == torch.bfloat16 and self.K <= 128
+        wide = self.dtype == torch.bfloat16 and (self.K <= 128 or stage in WIDE)
         return min(LAUNCHES[stage].tile if wide else 64, max(16, triton.next_power_of_2(size)))
 
     def parts(self, stage: str) -> int:
