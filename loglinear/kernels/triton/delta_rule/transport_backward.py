@@ -128,15 +128,16 @@ def transport_prefixes_backward(
         path = path + (end_TV,)
     for step in range(stop - start - 1):
         entry = (base + stop - 1 - step) * H + h
-        transition, decay = transitions + entry * SIZE, tl.exp2(tl.load(totals + entry))
+        is_made = (step > 0) | has_end  # the sequence's last entry may have no transition, and path is 0
+        transition, decay = transitions + entry * SIZE, tl.where(is_made, tl.exp2(tl.load(totals + entry)), 0.0)
         new = ()
         for a in tl.static_range(COUNT):
             path_TV = load_block(dprefixes + entry * SIZE, a * TK, column, K, K, TK, BV).to(tl.float32)
-            if (step > 0) | has_end:  # else the entry is its sequence's last, of which there may be no transition
-                path_TV += path[a].to(tl.float32) * decay
-                for s in tl.static_range(COUNT):
-                    transition_TT = load_block(transition, s * TK, a * TK, K, K, TK, TK)
-                    path_TV = tl.dot(tl.trans(transition_TT), path[s], path_TV, input_precision=PRECISION)
+            path_TV += path[a].to(tl.float32) * decay
+            for s in tl.static_range(COUNT):
+                transition_TT = load_block(transition, s * TK, a * TK, K, K, TK, TK)
+                transition_TT = tl.where(is_made, transition_TT, 0.0).to(DOT)
+                path_TV = tl.dot(tl.trans(transition_TT), path[s], path_TV, input_precision=PRECISION)
             store_block(dprefixes + entry * SIZE, a * TK, column, path_TV, K, K, TK, BV)
             new = new + (path_TV.to(DOT),)
         path = new
