@@ -39,13 +39,13 @@ WORKING = {  # in the inputs' dtype, the other arrays in float32
     "q", "k", "v", "do", "out", "dv", "slots", "dslots", "dscores", "dq", "dk", "inverse", "blocks", "transitions",
     "states", "kept", "ends", "prefixes", "carried", "brought", "dbrought", "dreads", "dkept", "dends", "dprefixes",
     "end_transitions", "dend_transitions", "dseen", "dtransitions", "dcarried", "weights", "effective",
-    "seen", "dstates", "dkeys", "dlower",
+    "seen", "dstates", "dlower",
 }  # fmt: skip
 POINTERS = WORKING | {
     "log_decay", "level_scales", "totals", "next_totals", "cumulative", "log_p", "dlevel_scales", "cross_scales",
     "walk_flow", "row_flow", "column_flow", "state_flow", "read_paths", "beyond", "dlog_p", "dtotals", "prefix_totals",
     "end_totals",
-    "beta", "flow", "held", "shares", "sums", "dbeta", "dlog_decay",
+    "beta", "flow", "held", "shares", "sums", "dkeys", "dbeta", "dlog_decay",
 }  # fmt: skip
 UNALIGNED = {  # strides of H and of L numbers, and counts
     "g_b", "g_t", "g_h", "l_b", "l_t", "l_h", "dl_t", "beta_b", "beta_t", "beta_h", "db_t", "dg_t",

@@ -11,7 +11,7 @@ The queries' side, in rows of the chunk,
 the writes', in tiles of columns of [V | K], which are treated alike, and what the chunk's end gives to its keys,
 
     dR = A^T Kd [dS_z | dP_z] + [(T * LAM)^T dO | T^T dX],   dM = diag(b) dR,   db = rowsum(dR * M)
-    dKd = U [dS_z | dP_z]^T = A (R [dS_z | dP_z]^T)
+    dKd = U [dS_z | dP_z]^T
 
 What A is multiplied with gives dN = -A^T dA A^T, which has A^T (Kd [dS_z | dP_z]) U^T = A^T (Kd dKd^T) in it,
 
@@ -200,17 +200,18 @@ def dwrites_tile(
 
 
 @triton.jit
-def add_products(
-    product_CT, m_rows, m_t, n, dstate, t,
+def add_written(
+    dkeys_CT, inverse_CC, m_rows, m_t, n, weight, dstate, t,
     WIDTH: tl.constexpr, K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """product + m dstate^T of one tile of the keys' columns."""
+    """dKd + U dstate^T, one tile of the keys' columns. U first: where keys come again it is small."""
     for column in range(0, WIDTH, BV):
-        m_CV = load_rows(m_rows, m_t, n, column, C, WIDTH, BV).to(DOT)
+        m_CV = load_rows(m_rows, m_t, n, column, C, WIDTH, BV).to(tl.float32) * weight[:, None]
+        write_CV = tl.dot(inverse_CC, m_CV.to(DOT), input_precision=PRECISION).to(DOT)
         dstate_TV = load_block(dstate, t, column, K, WIDTH, TK, BV)
-        product_CT = tl.dot(m_CV, tl.trans(dstate_TV), product_CT, input_precision=PRECISION)
-    return product_CT
+        dkeys_CT = tl.dot(write_CV, tl.trans(dstate_TV), dkeys_CT, input_precision=PRECISION)
+    return dkeys_CT
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -261,13 +262,34 @@ def writes_backward_kernel(
         store_rows(dv + token * dv_t + h * V, dv_t, n, column, dr_CV * strength[:, None], C, V, BV)
     else:
         t = (tile - TILES) * TK
-        dkeys_CT = tl.zeros([C, TK], tl.float32)
-        dkeys_CT = add_products(dkeys_CT, k_rows, k_t, n, dtransitions, t, K, K, C, TK, TK, DOT, PRECISION)
-        dkeys_CT *= -tl.exp2(G)[:, None]
-        dkeys_CT = add_products(dkeys_CT, v_rows, v_t, n, dslots, t, V, K, C, TK, BV, DOT, PRECISION)
-        dkeys_CT = (dkeys_CT * strength[:, None]).to(DOT)
-        dkeys_CT = tl.dot(load_lower(inverse, C), dkeys_CT, input_precision=PRECISION)
+        inverse_CC, dkeys_CT = load_lower(inverse, C), tl.zeros([C, TK], tl.float32)
+        dkeys_CT = add_written(
+            dkeys_CT, inverse_CC, k_rows, k_t, n, -strength * tl.exp2(G), dtransitions, t,
+            K, K, C, TK, TK, DOT, PRECISION,
+        )  # fmt: skip
+        dkeys_CT = add_written(
+            dkeys_CT, inverse_CC, v_rows, v_t, n, strength, dslots, t, V, K, C, TK, BV, DOT, PRECISION
+        )
         store_block(dkeys + row * (C * K), 0, t, dkeys_CT, C, K, C, TK)
+
+
+@triton.jit
+def key_flows(
+    k_rows, k_t, n, to_end, dkeys,
+    K: tl.constexpr, J: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Kd dKd^T of J tokens each. dKd is float32: where a key comes again, what it has along that key is a small part of
+    it, less than it would be rounded by."""
+    products_JJ = tl.zeros([J, J], tl.float32)
+    for column in range(0, K, TK):
+        k_JT = load_rows(k_rows, k_t, n, column, J, K, TK).to(DOT)
+        dkeys_JT = load_rows(dkeys, K, J, column, J, K, TK)
+        high_JT = dkeys_JT.to(DOT)
+        products_JJ = tl.dot(k_JT, tl.trans(high_JT), products_JJ, input_precision=PRECISION)
+        if tl.bfloat16 == DOT:
+            low_JT = (dkeys_JT - high_JT.to(tl.float32)).to(DOT)
+            products_JJ = tl.dot(k_JT, tl.trans(low_JT), products_JJ)
+    return products_JJ * to_end[:, None]
 
 
 @triton.jit
@@ -295,7 +317,7 @@ def lower_part(
 
     # The tile of dN on the diagonal. What is above the diagonal of the products would give nothing below it; without it
     # the compiler finds 25 registers fewer.
-    products_JJ = multiply_rows(own_rows, dkeys + own * K, k_t, K, n, J, K, J, TK, DOT, PRECISION) * to_end[:, None]
+    products_JJ = key_flows(own_rows, k_t, n, to_end, dkeys + own * K, K, J, TK, DOT, PRECISION)
     tl.store(held + own + i, tl.sum(tl.where(i[:, None] == i[None, :], products_JJ, 0.0), 1))
     products_JJ = tl.where(i[:, None] >= i[None, :], products_JJ, 0.0).to(DOT)
     dlower_JJ = tl.dot(tl.trans(load_tile(inverse, own, own, C, J)), products_JJ, input_precision=PRECISION)
@@ -304,7 +326,7 @@ def lower_part(
     if LATER:
         later_rows, n_later = k_rows + J * k_t, n_keys - J
         to_end = tl.exp2(total - load_part(cumulative, J, J))
-        products_JJ = multiply_rows(later_rows, dkeys, k_t, K, n_later, J, K, J, TK, DOT, PRECISION) * to_end[:, None]
+        products_JJ = key_flows(later_rows, k_t, n_later, to_end, dkeys, K, J, TK, DOT, PRECISION)
         inverse_JJ = tl.trans(load_tile(inverse, J, 0, C, J))
         dlower_JJ = tl.dot(inverse_JJ, products_JJ.to(DOT), dlower_JJ, input_precision=PRECISION)
         effective_JJ, dscores_JJ = load_tile(effective, J, 0, C, J), load_tile(dscores, J, 0, C, J)
@@ -319,7 +341,7 @@ def lower_part(
 
     if EARLIER:  # the tile on its left
         n_first = tl.minimum(n_keys, J)
-        products_JJ = multiply_rows(own_rows, dkeys, k_t, K, n, J, K, J, TK, DOT, PRECISION) * to_end[:, None]
+        products_JJ = key_flows(own_rows, k_t, n, to_end, dkeys, K, J, TK, DOT, PRECISION)
         inverse_JJ = tl.trans(load_tile(inverse, own, own, C, J))
         dlower_JJ = tl.dot(inverse_JJ, products_JJ.to(DOT), input_precision=PRECISION)
         effective_JJ, dscores_JJ = load_tile(effective, own, own, C, J), load_tile(dscores, own, 0, C, J)

@@ -73,7 +73,6 @@ VALUE_TILES = dict.fromkeys(
         "transport_backward", "transition_backward",
     ), 64,
 )  # fmt: skip
-WIDE: tuple[str, ...] = ()  # stages that take such tiles of a K beyond 128, too
 # Registers of a thread at most, where a few less let two programs share a multiprocessor.
 REGISTERS = {"transport": 128}
 # Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
@@ -131,7 +130,7 @@ class DeltaRule(Call):
 
     def tile(self, stage: str, size: int) -> int:
         """Columns of one tile of matrices that have `size` of them."""
-        wide = self.dtype == torch.bfloat16 and (self.K <= 128 or stage in WIDE)
+        wide = self.dtype == torch.bfloat16 and self.K <= 128
         return min(LAUNCHES[stage].tile if wide else 64, max(16, triton.next_power_of_2(size)))
 
     def parts(self, stage: str) -> int:
@@ -297,7 +296,7 @@ class DeltaRule(Call):
             **constants, **self.dots, **self.wide("scores_backward"),
         )  # fmt: skip
         key_tiles, value_tiles = (self.tiles("writes_backward", kind) for kind in (True, False))
-        dkeys, sums = torch.empty_like(dseen), self.empty(y.chunks, H, key_tiles + value_tiles, C)
+        dkeys, sums = self.empty(y.chunks, H, C, K), self.empty(y.chunks, H, key_tiles + value_tiles, C)
         writes_backward_kernel[(y.chunks * (2 * key_tiles + value_tiles) * H,)](
             self.k, self.v, self.beta, self.cumulative, self.inverse, effective, weights, dslots, dtransitions, dseen,
             do, dkeys, dk, dv, sums, y.table,
@@ -420,7 +419,7 @@ def gradients(
     small."""
     (K, V), H, R, C = (q.shape[3], v.shape[3]), v.shape[2], v.shape[2] // q.shape[2], chunk_size
     chunks = len(inverse)
-    numbers = 4 * K * K + 8 * K * V + 4 * C * K + 4 * C * C
+    numbers = 4 * K * K + 8 * K * V + 5 * C * K + 4 * C * C
     do = in_rows(do)
 
     dv, dlog_decay, dbeta = like(v), like(log_decay), like(beta)
