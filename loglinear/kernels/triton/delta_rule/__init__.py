@@ -3,7 +3,7 @@ K x K matrix.
 
 Forward:   chunk_inverse, chunk_state, transport, carry, output.
 Backward:  the same but the first and the last, in_chunk, walk_backward, state_backward, carry_backward,
-transport_backward, in_chunk_backward.
+transport_backward, scores_backward, keys_backward.
 """
 
 from loglinear.kernels.triton.delta_rule.launch import DeltaRule, choose_chunk_size, gradients, state_dtype

@@ -26,15 +26,15 @@ from loglinear.kernels.triton.delta_rule.carry_backward import (
 from loglinear.kernels.triton.delta_rule.chunk_inverse import chunk_inverse_kernel
 from loglinear.kernels.triton.delta_rule.chunk_state import chunk_state_kernel
 from loglinear.kernels.triton.delta_rule.in_chunk import in_chunk_kernel
-from loglinear.kernels.triton.delta_rule.in_chunk_backward import (
+from loglinear.kernels.triton.delta_rule.keys_backward import (
     decay_backward_kernel,
     keys_backward_kernel,
     lower_backward_kernel,
-    scores_backward_kernel,
     writes_backward_kernel,
 )
 from loglinear.kernels.triton.delta_rule.layout import RUN, Storey, layout
 from loglinear.kernels.triton.delta_rule.output import output_kernel
+from loglinear.kernels.triton.delta_rule.scores_backward import scores_backward_kernel
 from loglinear.kernels.triton.delta_rule.state_backward import (
     carried_backward_kernel,
     prefix_backward_kernel,
