@@ -30,8 +30,8 @@ from loglinear.fenwick import log2
 from loglinear.kernels.triton.call import DOT_TYPES
 from loglinear.kernels.triton.config import STAGES, Launch, default_plan
 from loglinear.kernels.triton.delta_rule import launch as delta_stages
+from loglinear.kernels.triton.delta_rule.tiles import SIZES
 from loglinear.kernels.triton.scalar_gate import launch as stages
-from loglinear.kernels.triton.tiles import SIZES
 from loglinear.ops.impl_triton import MAX_HEAD_DIM
 
 ABSENT = {"table", "chunk_table", "runs", "nodes", "dnodes", "first_runs"}  # dense batches that begin at 0

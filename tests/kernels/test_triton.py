@@ -192,6 +192,20 @@ def test_what_was_not_written_is_not_read(operator, T, chunk_size, monkeypatch):
     assert all(error <= FLOWS * BUDGET for error in found.values()), found
 
 
+@pytest.mark.parametrize("name", ["output", "blocks"])
+def test_a_loss_of_the_output_or_of_the_state_alone(operator, name):
+    """Two whole chunks and an unfinished one without tokens, which has a place for the state's sake."""
+    inputs = operator.inputs(B=2, T=32, G=1, H=1, K=8, V=8, L=7)
+    grads = {}
+    for impl, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        x = {n: t.detach().to(dtype).requires_grad_() for n, t in inputs.items()}
+        out = operator(x, impl=impl, chunk_size=16, output_final_state=True)
+        result = out.output if name == "output" else out.final_state.blocks
+        grads[impl] = torch.autograd.grad(result.square().sum(), list(x.values()), materialize_grads=True)
+    for actual, expected in zip(*grads.values(), strict=True):
+        assert float((actual.double() - expected).norm()) <= BUDGET * max(1e-3, float(expected.norm()))
+
+
 def test_two_runs_give_the_same_bits(operator):
     inputs = operator.inputs(B=1, T=70, G=1, H=2, K=8, V=8, L=8, dtype=torch.float32)
 

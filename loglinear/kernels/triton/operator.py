@@ -63,7 +63,7 @@ def _(q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, 
 def chunkwise_backward(
     do: Tensor, dblocks: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None,
     level_scales: Tensor, nodes: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, inverse: Tensor,
-    cumulative: Tensor, scale: float, chunk_size: int,
+    cumulative: Tensor, scale: float, chunk_size: int, final: bool,
 ) -> list[Tensor]:  # fmt: skip
     """dq, dk, dv, dlog_decay, dbeta where there is beta, dlevel_scales, and dnodes where there are nodes."""
     grads: tuple[Tensor | None, ...]
@@ -75,43 +75,17 @@ def chunkwise_backward(
     else:
         C = delta_rule.choose_chunk_size(q, k, v, chunk_size)
         grads = delta_rule.gradients(
-            do,
-            dblocks,
-            inverse,
-            cumulative,
-            q,
-            k,
-            v,
-            log_decay,
-            beta,
-            level_scales,
-            nodes,
-            cu_seqlens,
-            starts,
-            scale,
-            C,
-        )
+            do, dblocks, inverse, cumulative, q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale,
+            C, final,
+        )  # fmt: skip
     return [grad for grad in grads if grad is not None]
 
 
 @chunkwise_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    do,
-    dblocks,
-    q,
-    k,
-    v,
-    log_decay,
-    beta,
-    level_scales,
-    nodes,
-    cu_seqlens,
-    starts,
-    inverse,
-    cumulative,
-    scale,
-    chunk_size,
-):
+    do, dblocks, q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, inverse, cumulative, scale,
+    chunk_size, final,
+):  # fmt: skip
     inputs = [x for x in (q, k, v, log_decay, beta, level_scales) if x is not None]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
     if nodes is None:
@@ -123,14 +97,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     *tensors, scale, chunk_size, final = inputs
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
-    ctx.options = scale, chunk_size
-    ctx.final = final
+    ctx.set_materialize_grads(False)  # or the inverses, which have none, would get zeros
+    ctx.options = scale, chunk_size, final
 
 
-def _backward(ctx: Any, do: Tensor, dblocks: Tensor, *unused: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, do: Tensor | None, dblocks: Tensor | None, *unused: None):  # type: ignore[no-untyped-def]
     inputs = ctx.saved_tensors  # once: checkpointing refuses to give them twice
-    beta, nodes = inputs[4], inputs[6]
-    grads = iter(chunkwise_backward(do, dblocks if ctx.final else None, *inputs, *ctx.options))
+    v, beta, nodes = inputs[2], inputs[4], inputs[6]
+    final = ctx.options[-1]
+    do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else do
+    grads = iter(chunkwise_backward(do, dblocks if final else None, *inputs, *ctx.options))
     first, dbeta = [next(grads) for _ in range(4)], None if beta is None else next(grads)
     dlevel_scales, dnodes = next(grads), None if nodes is None else next(grads).to(nodes.dtype)
     return *first, dbeta, dlevel_scales, dnodes, None, None, None, None, None

@@ -3,7 +3,7 @@
 What entry i of a run of the next storey reads is what the run of its chunks is carried: what was brought to the entry,
 and what had been carried to the start of the run that the entry is in, brought on by F:
 
-    R[column] = Y[slot]   or   F R'[column']
+    R[column] = Y[slot] + F R'[column'],   each where there is one
 
 and for a sequence's end, the start of its unfinished chunk, the same is its final state.
 """

@@ -1,7 +1,7 @@
 """The stages in order: what `run_delta_rule` computes, and its gradients.
 
-Forward: triangular inverses, transitions, states, what is carried to the runs, output. It keeps its inputs and the
-inverses.
+Forward: triangular inverses, transitions, states, what is carried to the runs, output. It keeps its inputs, the
+inverses and the cumulative decays; the backward makes the states again.
 """
 
 # B batch, T time, H heads, G groups, K key, V value, L levels
@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from loglinear.fenwick import log2
+from loglinear.fenwick import block_cap, log2
 from loglinear.kernels.triton.call import DOT_TYPES, Call, common_dtype, in_rows, like, slabs
 from loglinear.kernels.triton.config import Launch
 from loglinear.kernels.triton.delta_rule.carry import carry_kernel, final_blocks_kernel
@@ -47,9 +47,9 @@ from loglinear.kernels.triton.delta_rule.transport_backward import (
 )
 from loglinear.kernels.triton.delta_rule.walk_backward import walk_backward_kernel
 
-BUILD = ("chunk_inverse", "chunk_state", "transport", "carry")
+BUILD = ("chunk_state", "transport", "carry")
 STAGES = {
-    "forward": (*BUILD, "output"),
+    "forward": ("chunk_inverse", *BUILD, "output"),
     "backward": (
         *BUILD, "in_chunk", "walk_backward", "state_backward", "prefix_backward",
         "carried_backward", "carry_states_backward", "carry_prefixes_backward", "transport_backward",
@@ -261,6 +261,7 @@ class DeltaRule(Call):
         """Writes the gradients of these heads, dq and dk [B, T, H, K] of each by itself; returns dnodes. inverse and
         cumulative are the forward's."""
         y, H, K, C = self.layout, self.H, self.K, self.C
+        assert len(inverse) == y.chunks
         self.inverse, self.cumulative = inverse.contiguous(), cumulative.contiguous()
         self.build_states()
         effective, weights = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
@@ -413,13 +414,14 @@ class DeltaRule(Call):
 def gradients(
     do: Tensor, dblocks: Tensor | None, inverse: Tensor, cumulative: Tensor,
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, level_scales: Tensor, nodes: Tensor | None,
-    cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int,
+    cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int, final: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """dq, dk, dv, dlog_decay, dbeta, dlevel_scales, dnodes: slab after slab, so that what is kept of each chunk stays
     small."""
     (K, V), H, R, C = (q.shape[3], v.shape[3]), v.shape[2], v.shape[2] // q.shape[2], chunk_size
     chunks = len(inverse)
-    numbers = 4 * K * K + 8 * K * V + 5 * C * K + 4 * C * C
+    slots = min(3, block_cap(level_scales.shape[3], C) + 1)
+    numbers = 4 * K * K + 2 * (slots + 1) * K * V + 5 * C * K + 4 * C * C
     do = in_rows(do)
 
     dv, dlog_decay, dbeta = like(v), like(log_decay), like(beta)
@@ -431,7 +433,7 @@ def gradients(
         g = slice(h.start // R, (h.stop - 1) // R + 1)
         call = DeltaRule(
             q[:, :, g], k[:, :, g], v[:, :, h], log_decay[:, :, h], beta[:, :, h], level_scales[:, :, h],
-            None if nodes is None else nodes[:, :, h], cu_seqlens, starts, scale, C, dblocks is not None,
+            None if nodes is None else nodes[:, :, h], cu_seqlens, starts, scale, C, final,
         )  # fmt: skip
         dblocks_h = None if dblocks is None else dblocks[:, :, h]
         views = (dv[:, :, h], dlog_decay[:, :, h], dbeta[:, :, h], dlevel_scales[:, :, h])

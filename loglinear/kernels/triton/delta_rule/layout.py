@@ -68,7 +68,7 @@ def count_chunks(rows: int, tokens: int, chunk_size: int, sequences: int | None,
     """Rows of every array of chunks: of a [rows, tokens] batch, or of one row that packs so many sequences."""
     if sequences is not None:
         return tokens // chunk_size + sequences
-    return rows * (tokens // chunk_size + (1 if final or tokens % chunk_size else 0))
+    return rows * (tokens // chunk_size + 1 if final else -(-tokens // chunk_size))
 
 
 def layout(

@@ -89,7 +89,7 @@ def prefix_backward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def carried_backward_kernel(
-    brought, level_scales, do, dcarried, table, runs,
+    brought, level_scales, do, dcarried, chunk_table, table,
     T, N, H, L, columns,
     l_b, l_t, l_h, o_b, o_t, o_h,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
@@ -100,14 +100,14 @@ def carried_backward_kernel(
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile, h, part = head_program(ROWS * TILES, H)
     place, run = part % columns, part // columns
-    base, start, stop, number, sequence, has_end = locate_entries(run, runs, N, PACKED)
+    base, start, stop, number, sequence, has_end = locate_entries(run, table, N, PACKED)
     if (stop <= start) | ((columns_read(number, columns, NODES) >> place) & 1 == 0):
         return
     row, column = tile // TILES * TK, tile % TILES * BV
     total = tl.zeros([TK, BV], tl.float32)
     for entry in range(start, stop):
         c = base + entry
-        b, first, end, z, z0, sequence_ = locate(c, table, T, N, C, PACKED)
+        b, first, end, z, z0, sequence_ = locate(c, chunk_table, T, N, C, PACKED)
         n = tl.maximum(tl.minimum(end - first, C), 0).to(tl.int32)
         x_CT = load_rows(brought + (c * H + h) * (C * K), K, n, row, C, K, TK)
         do_CV = load_weighted(

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.delta_rule import layout
-from loglinear.kernels.triton.levels import far_classes, load_class_scales, load_scale, near_classes, spread_scales
-from loglinear.kernels.triton.tiles import SIZES, arrived, exponent, head_program, load_rows, locate
+from loglinear.kernels.triton.levels import far_classes, load_class_scales, near_classes, spread_scales
+from loglinear.kernels.triton.tiles import SIZES, exponent, head_program, load_rows, locate
 from loglinear.kernels.triton.walks import READS
 
 BITS = tl.constexpr(layout.STOREY)
@@ -66,14 +66,10 @@ def chunk_scales(
     DTYPE: tl.constexpr, C: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """LAM of the rows i of one chunk and head, its lower triangle; scales: of the chunk's first token, which has n."""
-    j = tl.arange(0, C)
     lambdas = load_class_scales(scales, l_t, n, L, 0, i, LINEAR)
     near_JC, far_JC = near_classes(C).to(tl.float32).to(DOT), far_classes(C).to(tl.float32).to(DOT)
     scales_IC = spread_scales(lambdas, near_JC, far_JC, i, DTYPE, C, LINEAR, DOT, PRECISION)
-    if C > 64:  # the second half of the chunk reads the first at one level
-        across = arrived(load_scale(scales, l_t, n, 7, L, i), DTYPE)
-        scales_IC = tl.where((i >= 64)[:, None] & (j < 64)[None, :], across[:, None], scales_IC)
-    return tl.where(i[:, None] >= j[None, :], scales_IC, 0.0)
+    return tl.where(i[:, None] >= tl.arange(0, C)[None, :], scales_IC, 0.0)
 
 
 @triton.jit
