@@ -10,7 +10,7 @@ demo: .venv/installed
 
 # Two processes of one thread each: on two cores faster than one process of two.
 test: .venv/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
