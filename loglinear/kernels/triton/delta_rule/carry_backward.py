@@ -16,20 +16,29 @@ from loglinear.kernels.triton.walks import nearest
 
 
 @triton.jit
+def moved_back(
+    transition, decay, dstate, row, column,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P^T dS, one [TK, BV] tile, of a transition with its decay apart."""
+    total = load_block(dstate, row, column, K, V, TK, BV).to(tl.float32) * decay
+    for s in range(0, K, TK):
+        transition_TT = load_block(transition, s, row, K, K, TK, TK)
+        dstate_TV = load_block(dstate, s, column, K, V, TK, BV).to(DOT)
+        total = tl.dot(tl.trans(transition_TT), dstate_TV, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def add_back_through(
     total, prefix, log_decay, dstate, is_first, row, column,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """total + F^T dR, one [TK, BV] tile; the first entry of a run has no F."""
-    dstate_TV = load_block(dstate, row, column, K, V, TK, BV).to(tl.float32)
     if is_first:
-        total += dstate_TV
+        total += load_block(dstate, row, column, K, V, TK, BV).to(tl.float32)
     else:
-        total += dstate_TV * tl.exp2(log_decay)
-        for s in range(0, K, TK):
-            prefix_TT = load_block(prefix, s, row, K, K, TK, TK)
-            source_TV = load_block(dstate, s, column, K, V, TK, BV).to(DOT)
-            total = tl.dot(tl.trans(prefix_TT), source_TV, total, input_precision=PRECISION)
+        total += moved_back(prefix, tl.exp2(log_decay), dstate, row, column, K, V, TK, BV, DOT, PRECISION)
     return total
 
 

@@ -11,6 +11,7 @@ and then, every entry by itself, dP_i = sum(dY_{i+1} (what P_i was multiplied wi
 import triton
 import triton.language as tl
 
+from loglinear.kernels.triton.delta_rule.carry_backward import moved_back
 from loglinear.kernels.triton.delta_rule.tiles import (
     RUN,
     SIZES,
@@ -22,20 +23,6 @@ from loglinear.kernels.triton.delta_rule.tiles import (
 from loglinear.kernels.triton.delta_rule.transport import sum_of_slots
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 from loglinear.kernels.triton.walks import nearest
-
-
-@triton.jit
-def moved_back(
-    transition, decay, dstate, row, column,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """P^T dS, one [TK, BV] tile."""
-    total = load_block(dstate, row, column, K, V, TK, BV).to(tl.float32) * decay
-    for s in range(0, K, TK):
-        transition_TT = load_block(transition, s, row, K, K, TK, TK)
-        dstate_TV = load_block(dstate, s, column, K, V, TK, BV).to(DOT)
-        total = tl.dot(tl.trans(transition_TT), dstate_TV, total, input_precision=PRECISION)
-    return total
 
 
 @triton.jit
