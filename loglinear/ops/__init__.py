@@ -1,6 +1,10 @@
 """The public operators. This package needs torch alone: no GPU, no triton, no transformers."""
 
 from loglinear.ops.api import IMPLEMENTATIONS, LogLinearOutput, log_linear_attention, log_linear_delta_rule
-from loglinear.ops.state import FenwickState
+from loglinear.ops.state import DecodeState, FenwickState
+from loglinear.ops.step import log_linear_attention_step, log_linear_delta_rule_step
 
-__all__ = ["IMPLEMENTATIONS", "FenwickState", "LogLinearOutput", "log_linear_attention", "log_linear_delta_rule"]
+__all__ = [
+    "IMPLEMENTATIONS", "DecodeState", "FenwickState", "LogLinearOutput", "log_linear_attention",
+    "log_linear_attention_step", "log_linear_delta_rule", "log_linear_delta_rule_step",
+]  # fmt: skip

@@ -25,6 +25,7 @@ from loglinear.ops.impl_reference import run as run_reference
 from loglinear.ops.impl_torch import run as run_torch
 from loglinear.ops.problem import Problem
 from loglinear.ops.state import FenwickState
+from loglinear.ops.step import unit_length
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +134,9 @@ def log_linear_delta_rule(
 
 
 def _unit_length(name: str, x: Tensor) -> Tensor:
-    """x / sqrt(|x|^2 + 1e-6) along the last dimension, in at least float32 (eps as in flash-linear-attention)."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ValueError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    return unit_length(x)
 
 
 def _dispatch(

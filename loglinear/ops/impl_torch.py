@@ -79,13 +79,16 @@ def _step(p: WorkingProblem, state: FenwickState) -> tuple[Tensor, FenwickState 
     log_decay = appended(state.log_decay, p.log_decay)
     q, scales = p.q.view(N, *p.q.shape[2:]), p.level_scales.view(N, *p.level_scales.shape[2:])
     blocks = state.blocks.to(dtype)
-    beta = None
+    beta, full = None, place == C - 1
     if p.beta is None:
-        output, blocks = kernels.scalar_gate_step(q, k, v, log_decay, scales, blocks, state.position)
+        output, blocks = kernels.scalar_gate_step(q, k, v, log_decay, scales, blocks, state.position, full)
     else:
         assert state.beta is not None
         beta = appended(state.beta, p.beta)
-        output, blocks = kernels.delta_rule_step(q, k, v, log_decay, beta, scales, blocks, state.position)
+        inverse = kernels.chunk_inverse(k, decode.until(place, beta).mT, decode.until(place, log_decay).mT)
+        output, blocks = kernels.delta_rule_step(
+            q, k, v, log_decay, beta, inverse, scales, blocks, state.position, full
+        )
     output = output.view(p.v.shape)
     if not p.output_final_state:
         return output, None

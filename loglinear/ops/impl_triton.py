@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loglinear.ops.problem import MIN_LOG_DECAY, Problem
-from loglinear.ops.state import FenwickState
+from loglinear.ops.state import DecodeState, FenwickState
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 MAX_HEAD_DIM = 256
@@ -68,6 +68,19 @@ def unsupported(p: Problem) -> str | None:
             return f"B T = {tokens} tokens need impl='torch': impl='triton' continues less than {limit} at a time here"
     elif p.v.shape[1] >= limit:
         return f"T = {p.v.shape[1]} needs impl='torch': impl='triton' takes less than {limit} tokens here"
+    return None
+
+
+def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
+    """As `unsupported`, for one-token steps."""
+    if not HAS_TRITON:
+        return "impl='triton' needs the package triton (it comes with CUDA builds of torch); use impl='torch'"
+    if v.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"impl='triton' needs CUDA tensors, got {v.device.type}; use impl='torch'"
+    if torch.float64 in (q.dtype, state.fenwick.blocks.dtype):
+        return "float64 needs impl='torch'"
+    if not 16 <= state.fenwick.chunk_size <= 128:
+        return f"a state with chunk_size {state.fenwick.chunk_size} needs impl='torch': impl='triton' takes 16 to 128"
     return None
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loglinear.fenwick import num_blocks
+from loglinear.kernels.torch import chunk_inverse
 
 
 class FenwickState(NamedTuple):
@@ -25,7 +26,8 @@ class FenwickState(NamedTuple):
         beta       [N, C, H]          None for the scalar gate
 
     The size depends on L and C alone, never on the position. Everything but `position` is float32 (float64 for
-    float64 inputs) and carries gradients.
+    float64 inputs) and carries gradients. A state that decoding leaves behind may have anything in its rows from
+    position % C on; nobody reads them.
     """
 
     position: Tensor
@@ -78,3 +80,56 @@ class FenwickState(NamedTuple):
 
     def detach(self) -> FenwickState:
         return FenwickState._make(None if part is None else part.detach() for part in self)
+
+
+class DecodeState(NamedTuple):
+    """A `FenwickState` in memory of its own, which the one-token steps change in place: allocated once, never moved.
+
+    `fenwick` can be handed to the operators as initial_state at any time, to continue with more than one token.
+    With N rows, C chunk_size:
+
+        inverse   [N, C, H, C]   the delta rule's (I + tril(diag(beta) K K^T dec, -1))^-1 of the unfinished chunk, by
+                                 its rows; None for the scalar gate
+    """
+
+    fenwick: FenwickState
+    inverse: Tensor | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, state: FenwickState) -> DecodeState:
+        """A copy of a state."""
+        fenwick = FenwickState._make(
+            None if x is None else x.clone(memory_format=torch.contiguous_format) for x in state
+        )
+        return cls(fenwick, _inverse(fenwick))
+
+    @torch.no_grad()
+    def copy_(self, state: FenwickState) -> DecodeState:
+        """The contents of another state of the same sizes, in the memory of this one."""
+        for own, other in zip(self.fenwick, state, strict=True):
+            if own is not None and other is not None:
+                own.copy_(other)
+        if self.inverse is not None:
+            inverse = _inverse(self.fenwick)
+            assert inverse is not None
+            self.inverse.copy_(inverse)
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        return self.fenwick.nbytes + (0 if self.inverse is None else self.inverse.nbytes)
+
+    def index_select(self, rows: Tensor) -> DecodeState:
+        """The state of other rows, in the order given (beam search), in memory of its own."""
+        return DecodeState(
+            self.fenwick.index_select(rows), None if self.inverse is None else self.inverse.index_select(0, rows)
+        )
+
+
+def _inverse(state: FenwickState) -> Tensor | None:
+    if state.beta is None:
+        return None
+    held = torch.arange(state.chunk_size, device=state.k.device) < (state.position % state.chunk_size)[:, None]
+    log_decay, beta = (torch.where(held[..., None], x, 0.0) for x in (state.log_decay, state.beta))
+    return chunk_inverse(state.k, beta, log_decay).contiguous()

@@ -30,12 +30,19 @@ def append(buffer: Tensor, token: Tensor, place: Tensor) -> Tensor:
     return buffer.index_put((torch.arange(len(place), device=place.device), place), token)
 
 
+def until(place: Tensor, gates: Tensor) -> Tensor:
+    """The chunks' gates [N, C, H] as [N, H, C], 0 behind the new tokens, whose places are so the chunks' ends."""
+    seen = torch.arange(gates.shape[1], device=place.device) <= place[:, None, None]
+    return torch.where(seen, gates.transpose(1, 2), 0.0)
+
+
 def row_scales(level_scales: Tensor, place: Tensor, chunk_size: int, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Each row's lambdas for the places of its chunk [N, H, C] and for its blocks [N, H, M]."""
+    """Each row's lambdas for the places of its chunk [N, H, C], 0 behind its token's, and for its blocks [N, H, M]."""
     N, H, L = level_scales.shape
     table, blocks = level_table(chunk_size, L, num_blocks, place.device)
     index = table[place][:, None].expand(N, H, chunk_size)
-    return level_scales.gather(2, index), level_scales[..., blocks]
+    seen = torch.arange(chunk_size, device=place.device) <= place[:, None, None]
+    return torch.where(seen, level_scales.gather(2, index), 0.0), level_scales[..., blocks]
 
 
 def read_blocks(queries: Tensor, blocks: Tensor, weights: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The Fenwick-array algorithm for GPUs. Importing this needs triton; TRITON_INTERPRET=1 runs it without a GPU."""
 
 from loglinear.kernels.triton.operator import chunkwise
+from loglinear.kernels.triton.step import step
 
-__all__ = ["chunkwise"]
+__all__ = ["chunkwise", "step"]

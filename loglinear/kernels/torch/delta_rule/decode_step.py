@@ -6,9 +6,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales
+from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales, until
 from loglinear.kernels.torch.delta_rule.chunk import chunk_quantities, chunk_state
-from loglinear.kernels.torch.tiles import decay_matrix, suffix_sums
+from loglinear.kernels.torch.tiles import suffix_sums
+
+
+def chunk_inverse(k: Tensor, beta: Tensor, log_decay: Tensor) -> Tensor:
+    """A = (I + tril(diag(b) K K^T * dec, -1))^-1 of each chunk, by its rows: k [N,C,G,K], beta and log_decay [N,C,H]
+    -> [N,C,H,C]. Row i depends on the tokens up to i alone."""
+    keys, strength = k.transpose(1, 2).repeat_interleave(beta.shape[2] // k.shape[2], 1), beta.transpose(1, 2)
+    return chunk_quantities(keys, strength, log_decay.transpose(1, 2)).inverse_CC.transpose(1, 2)
+
+
+def append_inverse_row(inverse: Tensor, k: Tensor, beta: Tensor, log_decay: Tensor, place: Tensor) -> None:
+    """Writes A's row of the new token, e_i - N_i A, in place."""
+    N, C, H, _ = inverse.shape
+    keys = k.transpose(1, 2).repeat_interleave(H // k.shape[2], 1)
+    row = torch.arange(N, device=place.device)
+    erased = (keys @ keys[row, :, place][..., None])[..., 0] * suffix_sums(until(place, log_decay)).exp()
+    earlier = torch.arange(C, device=place.device) < place[:, None, None]
+    erased = torch.where(earlier, erased * beta[row, place][..., None], 0.0)
+    identity = torch.eye(C, dtype=inverse.dtype, device=place.device)[place]
+    made = identity[:, None] - (erased[..., None, :] @ inverse.transpose(1, 2))[..., 0, :]
+    inverse[row, place] = torch.where(earlier, made, identity[:, None])
 
 
 def decode_step(
@@ -17,28 +37,27 @@ def decode_step(
     v: Tensor,
     log_decay: Tensor,
     beta: Tensor,
+    inverse: Tensor,
     level_scales: Tensor,
     blocks: Tensor,
     position: Tensor,
+    full: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As the scalar gate's `decode_step`, with beta [N,C,H]. The token's row e of the effective attention E solves
-    x (I + tril(diag(b) K K^T * dec, -1)) = q K^T * dec,  e = x diag(b)."""
+    """As the scalar gate's `decode_step`, with beta [N,C,H] and the chunks' inverses [N,C,H,C], by their rows. The
+    token's row of the effective attention is e = (q K^T * dec) A diag(b)."""
     C, R, K = k.shape[1], v.shape[2] // k.shape[2], k.shape[3]
     place = position % C
     to_place, to_blocks = row_scales(level_scales, place, C, blocks.shape[1])
     keys, values = k.transpose(1, 2).repeat_interleave(R, 1), v.transpose(1, 2)  # [N, H, C, K], [N, H, C, V]
-    queries, strength = q.repeat_interleave(R, 1), beta.transpose(1, 2)
-    log_decay = log_decay.transpose(1, 2)  # 0 behind the new token, whose place is so the chunk's end
-    scores = (queries[..., None, :] @ keys.mT) * suffix_sums(log_decay).exp()[..., None, :]
-    erase = (strength[..., None] * (keys @ keys.mT) * decay_matrix(log_decay)).tril(-1)
-    identity = torch.eye(C, dtype=q.dtype, device=q.device)
-    effective = torch.linalg.solve_triangular(identity + erase, scores, upper=False, left=False, unitriangular=True)
-    effective = effective[..., 0, :] * strength
+    queries, strength, log_decay = q.repeat_interleave(R, 1), beta.transpose(1, 2), until(place, log_decay)
+    scores = (queries[..., None, :] @ keys.mT)[..., 0, :] * suffix_sums(log_decay).exp()
+    seen = torch.arange(C, device=place.device) <= place[:, None, None]
+    scores = torch.where(seen, scores, 0.0)
+    effective = (scores[..., None, :] @ inverse.transpose(1, 2))[..., 0, :] * strength
     out = ((effective * to_place)[..., None, :] @ values)[..., 0, :]
     from_start = log_decay.cumsum(-1).exp()[..., None]
-    seen = queries * from_start[..., -1, :] - (effective[..., None, :] @ (keys * from_start))[..., 0, :]
-    out = out + read_blocks(seen, blocks, to_blocks)
-    full = place == C - 1
+    x = queries * from_start[..., -1, :] - (effective[..., None, :] @ (keys * from_start))[..., 0, :]
+    out = out + read_blocks(x, blocks, to_blocks)
     if bool(full.any()):
         slots = q.new_empty(*keys.shape[:2], K, K + v.shape[3])
         chunk_state(chunk_quantities(keys, strength, log_decay), values, out=slots)

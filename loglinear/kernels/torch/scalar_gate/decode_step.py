@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales
+from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales, until
 from loglinear.kernels.torch.tiles import suffix_sums
 
 
@@ -18,22 +18,22 @@ def decode_step(
     level_scales: Tensor,
     blocks: Tensor,
     position: Tensor,
+    full: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """q [N,G,K] and level_scales [N,H,L] of the new tokens; k [N,C,G,K], v [N,C,H,V], log_decay [N,C,H] of the chunks
-    with the new tokens in them; blocks [N,M,H,K,V]; position [N] of the new tokens.
+    with the new tokens in them; blocks [N,M,H,K,V]; position [N] of the new tokens; full [N]: which chunks they fill.
 
     Returns the outputs [N,H,V] and the block states after the step.
     """
     C, R = k.shape[1], v.shape[2] // k.shape[2]
     place = position % C
     to_place, to_blocks = row_scales(level_scales, place, C, blocks.shape[1])
-    log_decay = log_decay.transpose(1, 2)  # [N, H, C]; 0 behind the new token, whose place is so the chunk's end
+    log_decay = until(place, log_decay)
     to_end, from_start = suffix_sums(log_decay).exp(), log_decay.sum(-1, keepdim=True).exp()
     scores = torch.einsum("ngk,ncgk->ngc", q, k).repeat_interleave(R, 1)
     weights = scores * to_place * to_end
     out = (weights[..., None, :] @ v.transpose(1, 2))[..., 0, :]
     out = out + read_blocks(q.repeat_interleave(R, 1), blocks, to_blocks * from_start)
-    full = place == C - 1
     if bool(full.any()):
         keys = k.transpose(1, 2).repeat_interleave(R, 1) * to_end[..., None]
         state = keys.mT @ v.transpose(1, 2)

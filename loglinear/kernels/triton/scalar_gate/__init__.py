@@ -2,8 +2,10 @@
 
 Forward:   chunk_state, sweep (up), output, final_blocks.
 Backward:  walk_backward, in_chunk_backward, state_backward, sweep (down), chunk_state_backward, decay_backward.
+One token: step.
 """
 
 from loglinear.kernels.triton.scalar_gate.launch import ScalarGate, gradients
+from loglinear.kernels.triton.scalar_gate.step import step_kernel
 
-__all__ = ["ScalarGate", "gradients"]
+__all__ = ["ScalarGate", "gradients", "step_kernel"]

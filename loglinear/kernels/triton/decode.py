@@ -1,0 +1,114 @@
+"""What the one-token steps of both families share on the device.
+
+A program is one row of the batch, one head, and a tile of V. Everything that it changes of the states is its own; what
+heads or tiles share, the buffers, gets the new token from one of them, and all others take it from the inputs.
+"""
+
+# N rows, C chunk, M blocks, G groups, H heads, K key, V value, L levels, m a block's number
+import triton
+import triton.language as tl
+
+from loglinear.kernels.triton.tiles import LOG2_E, MIN_LOG_DECAY, exponent
+
+ONE_DONE = tl.constexpr(1 << 40)  # above the bits of a position the programs count that are done with their row
+SIZES = ["H", "R", "L"]
+
+
+@triton.jit
+def own_program(H, TILES: tl.constexpr):
+    """Row, head and tile of this program."""
+    pid = tl.program_id(0)
+    return (pid // TILES // H).to(tl.int64), pid // TILES % H, pid % TILES
+
+
+@triton.jit
+def begin(position, n):
+    """How many tokens came before this one."""
+    return tl.load(position + n) % ONE_DONE
+
+
+@triton.jit
+def end(position, n, t, programs):
+    """The last of a row's programs moves its position: none reads it afterwards."""
+    done = tl.atomic_add(position + n, tl.full([], 0, tl.int64) + ONE_DONE)
+    if done // ONE_DONE == programs - 1:
+        tl.store(position + n, t + 1)
+
+
+@triton.jit
+def load_token(x, row, mask):
+    """A row of a new token in float32."""
+    return tl.load(x + row, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def decays(buffer, H, new, place, C: tl.constexpr):
+    """log2 of the decay from each of the chunk's tokens to the new one, and from the chunk's start to it. buffer: the
+    head's log decays [C, H], of which those before `place` count."""
+    i = tl.arange(0, C)
+    behind = tl.load(buffer + (i + 1) * H, mask=i + 1 < place, other=0.0)
+    behind = tl.where(i + 1 == place, new, behind)
+    first = tl.load(buffer, mask=place > 0, other=0.0)
+    return tl.cumsum(behind, 0, reverse=True) * LOG2_E, (tl.sum(behind, 0) + tl.where(place > 0, first, new)) * LOG2_E
+
+
+@triton.jit
+def load_decay(log_decay):
+    return tl.maximum(tl.load(log_decay).to(tl.float32), MIN_LOG_DECAY)
+
+
+@triton.jit
+def place_scales(scales, place, L, C: tl.constexpr):
+    """lambda of the chunk's tokens as the new one sees them, 0 behind it."""
+    i = tl.arange(0, C)
+    level = tl.maximum(exponent(place ^ i) + 1, 0)
+    return tl.load(scales + tl.minimum(level, L - 1), mask=i <= place, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def is_block(z, m, M: tl.constexpr):
+    """Is block m there after z chunks? The last one is, as soon as anything is that old."""
+    return ((z >> m) > 0) & ((((z >> m) & 1) > 0) | (m == M - 1))
+
+
+@triton.jit
+def block_scale(scales, there, m, L, LOG_C: tl.constexpr):
+    return tl.load(scales + tl.minimum(LOG_C + 1 + m, L - 1), mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def merged_into(z, M: tl.constexpr):
+    """Which block the smaller ones and the chunk that is now full, the z-th, join into."""
+    z = z + 1
+    x = z | (1 << (M - 1))
+    return exponent(x & -x)
+
+
+@triton.jit
+def load_buffer(
+    rows, stride, place, new_T, first_column,
+    WIDTH: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A [C, COLUMNS] tile of the chunk's rows of WIDTH numbers with the new token's among them, 0 behind it."""
+    i, j = tl.arange(0, C)[:, None], first_column + tl.arange(0, COLUMNS)[None, :]
+    held = tl.load(rows + (i * stride + j), mask=(i < place) & (j < WIDTH), other=0.0)
+    return tl.where(i == place, new_T[None, :], held)
+
+
+@triton.jit
+def load_part(
+    block, first_row, first_column, there,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """A [TK, BV] tile of a block's state [K, V], 0 where it is not there."""
+    i, j = first_row + tl.arange(0, TK)[:, None], first_column + tl.arange(0, BV)[None, :]
+    return tl.load(block + (i * V + j), mask=(i < K) & (j < V) & there, other=0.0)
+
+
+@triton.jit
+def store_part(
+    block, first_row, first_column, x, there,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    i, j = first_row + tl.arange(0, TK)[:, None], first_column + tl.arange(0, BV)[None, :]
+    tl.store(block + (i * V + j), x, mask=(i < K) & (j < V) & there)

@@ -1,0 +1,170 @@
+"""One token of every row, in one launch.
+
+With i the token's place in its chunk, dec_j the decay from token j to it and exp(G_j) that from the chunk's start to j,
+the rows of the chunk's formulas (`chunk_inverse`, `output`) are
+
+    A_i = e_i - sum_r N_ir A_r,   N_ij = beta_i k_i^T k_j dec_j        kept from row to row
+    T   = sum_r S_r A_r,          S_j = q^T k_j dec_j
+    o   = sum_j lambda[level(i, j)] T_j beta_j v_j + sum_m lambda_m x^T S_m
+    x   = exp(G_i) q - sum_j T_j beta_j exp(G_j) k_j
+
+Blocks S_m are only read, until the chunk is full: then all of them go through its transition, and the smaller ones
+join it. With W = A diag(beta exp(G)) K, U = A diag(beta) V and Kd = diag(dec) K,
+
+    S_m -> exp(G) S_m - Kd^T W S_m,    the chunk's own state Kd^T U
+"""
+
+# C chunk, M blocks, H heads, R heads of a group, K key, V value, L levels
+import triton
+import triton.language as tl
+
+from loglinear.kernels.triton.decode import (
+    SIZES,
+    begin,
+    block_scale,
+    decays,
+    end,
+    is_block,
+    load_buffer,
+    load_decay,
+    load_part,
+    load_token,
+    merged_into,
+    own_program,
+    place_scales,
+    store_part,
+)
+from loglinear.kernels.triton.tiles import LOG2_E
+
+EPSILON = tl.constexpr(1e-6)
+
+
+@triton.jit
+def load_joined(
+    blocks, z, first, last, first_row, first_column, H,
+    M: tl.constexpr, K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """A tile of the sum of the blocks first .. last that are there."""
+    state_TV = tl.zeros([TK, BV], tl.float32)
+    for m in range(first, last + 1):
+        there = is_block(z, m, M)
+        state_TV += load_part(blocks + m * H * (K * V), first_row, first_column, there, K, V, TK, BV)
+    return state_TV
+
+
+@triton.jit(do_not_specialize=SIZES)
+def step_kernel(
+    q, k, v, log_decay, beta, level_scales, active, position, blocks, k_buffer, v_buffer, decay_buffer, beta_buffer,
+    inverse, out,
+    H, R, L, scale,
+    q_n, q_h, k_n, k_h, v_n, v_h, g_n, g_h, beta_n, beta_h, l_n, l_h,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, M: tl.constexpr,
+    TK: tl.constexpr, BV: tl.constexpr, ACTIVE: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Reads q, k, v and the gates of the new tokens; changes the state; writes out [N, H, V]. UNIT: q and k are first
+    brought to length 1."""
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    n, h, tile = own_program(H, TILES)
+    columns = tile * BV + tl.arange(0, BV)
+    inside = columns < V
+    out += (n * H + h) * V
+    if ACTIVE:
+        if tl.load(active + n) == 0:
+            tl.store(out + columns, tl.zeros([BV], tl.float32).to(out.dtype.element_ty), mask=inside)
+            return
+    t, G, group = begin(position, n), H // R, h // R
+    place, z = (t % C).to(tl.int32), t // C
+    i = tl.arange(0, C)
+    q += n * q_n + group * q_h
+    k += n * k_n + group * k_h
+    k_buffer += (n * C * G + group) * K
+    v_buffer += (n * C * H + h) * V
+    decay_buffer += n * C * H + h
+    beta_buffer += n * C * H + h
+    inverse += (n * C * H + h) * C
+    level_scales += n * l_n + h * l_h
+    blocks += (n * M * H + h) * (K * V)
+
+    q_scale, k_scale = scale, 1.0
+    if UNIT:
+        q_square, k_square = tl.zeros([TK], tl.float32), tl.zeros([TK], tl.float32)
+        for kt in tl.static_range(0, K, TK):
+            j = kt + tl.arange(0, TK)
+            q_T, k_T = load_token(q, j, j < K), load_token(k, j, j < K)
+            q_square += q_T * q_T
+            k_square += k_T * k_T
+        q_scale *= tl.rsqrt(tl.sum(q_square, 0) + EPSILON)
+        k_scale *= tl.rsqrt(tl.sum(k_square, 0) + EPSILON)
+
+    g, strength = load_decay(log_decay + n * g_n + h * g_h), tl.load(beta + n * beta_n + h * beta_h).to(tl.float32)
+    behind, total = decays(decay_buffer, H, g, place, C)
+    own_decay = tl.where(i == place, g, tl.load(decay_buffer + i * H, mask=i < place, other=0.0))
+    from_start = tl.exp2(tl.cumsum(own_decay, 0) * LOG2_E)
+    strengths = tl.where(i == place, strength, tl.load(beta_buffer + i * H, mask=i < place, other=0.0))
+    v_V = load_token(v, n * v_n + h * v_h + columns, inside)
+    scores, keys = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
+    for kt in tl.static_range(0, K, TK):
+        j = kt + tl.arange(0, TK)
+        k_T = load_token(k, j, j < K) * k_scale
+        k_CT = load_buffer(k_buffer, G * K, place, k_T, kt, K, C, TK)
+        scores += tl.sum(k_CT * load_token(q, j, j < K)[None, :], 1)
+        keys += tl.sum(k_CT * k_T[None, :], 1)
+        if (tile == 0) & (h % R == 0):
+            tl.store(k_buffer + place * (G * K) + j, k_T, mask=j < K)
+    tl.store(v_buffer + place * (H * V) + columns, v_V, mask=inside)
+    scores *= tl.exp2(behind) * q_scale
+    erased = tl.where(i < place, keys * tl.exp2(behind) * strength, 0.0)
+    # Both products with A's earlier rows; the new row of A, of which T takes S's last entry, is made of one of them.
+    own_score = tl.sum(tl.where(i == place, scores, 0.0), 0)
+    others = tl.where(i < place, scores, 0.0) - own_score * erased
+    i_C1, j_1C = i[:, None], i[None, :]
+    inverse_CC = tl.load(inverse + (i_C1 * (H * C) + j_1C), mask=(i_C1 < place) & (j_1C < place), other=0.0)
+    is_own = tl.where(i == place, 1.0, 0.0)
+    row_C = is_own - tl.sum(erased[:, None] * inverse_CC, 0)
+    effective = (own_score * is_own + tl.sum(others[:, None] * inverse_CC, 0)) * strengths
+    if tile == 0:
+        tl.store(decay_buffer + place * H, g)
+        tl.store(beta_buffer + place * H, strength)
+        tl.store(inverse + place * (H * C) + i, row_C)
+    weights = effective * place_scales(level_scales, place, L, C)
+    v_CV = load_buffer(v_buffer, H * V, place, v_V, tile * BV, V, C, BV)
+    o_V = tl.sum(weights[:, None] * v_CV, 0)
+    for kt in tl.static_range(0, K, TK):
+        j = kt + tl.arange(0, TK)
+        k_CT = load_buffer(k_buffer, G * K, place, load_token(k, j, j < K) * k_scale, kt, K, C, TK)
+        x_T = load_token(q, j, j < K) * (tl.exp2(total) * q_scale) - tl.sum((effective * from_start)[:, None] * k_CT, 0)
+        for m in tl.static_range(M):
+            there = is_block(z, m, M)
+            state_TV = load_part(blocks + m * H * (K * V), kt, tile * BV, there, K, V, TK, BV)
+            o_V += block_scale(level_scales, there, m, L, LOG_C) * tl.sum(x_T[:, None] * state_TV, 0)
+    tl.store(out + columns, o_V.to(out.dtype.element_ty), mask=inside)
+
+    if place == C - 1:
+        height = merged_into(z, M)
+        whole_CC = tl.where(i_C1 == place, row_C[None, :], inverse_CC) * strengths[None, :]
+        v_CV = load_buffer(v_buffer, H * V, place, v_V, tile * BV, V, C, BV)
+        own_CV = tl.dot(whole_CC, v_CV, input_precision="tf32x3")
+        for m in range(height, M):
+            if (m == height) | is_block(z, m, M):
+                first = tl.where(m == height, 0, m)
+                new_CV = tl.where(m == height, own_CV, 0.0)
+                for kt in range(0, K, TK):
+                    j = kt + tl.arange(0, TK)
+                    k_T = load_token(k, j, j < K) * k_scale
+                    k_CT = load_buffer(k_buffer, G * K, place, k_T, kt, K, C, TK) * from_start[:, None]
+                    seen_CT = tl.dot(whole_CC, k_CT, input_precision="tf32x3")
+                    state_TV = load_joined(blocks, z, first, m, kt, tile * BV, H, M, K, V, TK, BV)
+                    new_CV -= tl.dot(seen_CT, state_TV, input_precision="tf32x3")
+                for kt in range(0, K, TK):
+                    j = kt + tl.arange(0, TK)
+                    k_T = load_token(k, j, j < K) * k_scale
+                    k_CT = load_buffer(k_buffer, G * K, place, k_T, kt, K, C, TK) * tl.exp2(behind)[:, None]
+                    state_TV = load_joined(blocks, z, first, m, kt, tile * BV, H, M, K, V, TK, BV) * tl.exp2(total)
+                    state_TV += tl.dot(tl.trans(k_CT), new_CV, input_precision="tf32x3")
+                    store_part(blocks + m * H * (K * V), kt, tile * BV, state_TV, True, K, V, TK, BV)
+        tl.debug_barrier()  # they have been read
+        for m in range(0, height):
+            for kt in range(0, K, TK):
+                empty_TV = tl.zeros([TK, BV], tl.float32)
+                store_part(blocks + m * H * (K * V), kt, tile * BV, empty_TV, True, K, V, TK, BV)
+    end(position, n, t, H * TILES)

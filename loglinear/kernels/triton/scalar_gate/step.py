@@ -1,0 +1,104 @@
+"""One token of every row, in one launch.
+
+With i the token's place in its chunk, G the sum of the chunk's decays up to it and G_j that of the tokens behind j,
+
+    o = sum_j lambda[level(i, j)] exp(G_j) (q^T k_j) v_j + sum_m lambda_m exp(G) q^T S_m
+
+Blocks S_m are only read, until the chunk is full: then all of them move to its end, and the smaller ones join it.
+"""
+
+# C chunk, M blocks, H heads, R heads of a group, K key, V value, L levels
+import triton
+import triton.language as tl
+
+from loglinear.kernels.triton.decode import (
+    SIZES,
+    begin,
+    block_scale,
+    decays,
+    end,
+    is_block,
+    load_buffer,
+    load_decay,
+    load_part,
+    load_token,
+    merged_into,
+    own_program,
+    place_scales,
+    store_part,
+)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def step_kernel(
+    q, k, v, log_decay, level_scales, active, position, blocks, k_buffer, v_buffer, decay_buffer, out,
+    H, R, L, scale,
+    q_n, q_h, k_n, k_h, v_n, v_h, g_n, g_h, l_n, l_h,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, M: tl.constexpr,
+    TK: tl.constexpr, BV: tl.constexpr, ACTIVE: tl.constexpr,
+):  # fmt: skip
+    """Reads q, k, v and the gates of the new tokens; changes the state; writes out [N, H, V]."""
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    n, h, tile = own_program(H, TILES)
+    columns = tile * BV + tl.arange(0, BV)
+    inside = columns < V
+    out += (n * H + h) * V
+    if ACTIVE:
+        if tl.load(active + n) == 0:
+            tl.store(out + columns, tl.zeros([BV], tl.float32).to(out.dtype.element_ty), mask=inside)
+            return
+    t, G, group = begin(position, n), H // R, h // R
+    place, z = (t % C).to(tl.int32), t // C
+    i = tl.arange(0, C)
+    q += n * q_n + group * q_h
+    k += n * k_n + group * k_h
+    k_buffer += (n * C * G + group) * K
+    v_buffer += (n * C * H + h) * V
+    decay_buffer += n * C * H + h
+    level_scales += n * l_n + h * l_h
+    blocks += (n * M * H + h) * (K * V)
+
+    g = load_decay(log_decay + n * g_n + h * g_h)
+    behind, total = decays(decay_buffer, H, g, place, C)
+    v_V = load_token(v, n * v_n + h * v_h + columns, inside)
+    scores = tl.zeros([C], tl.float32)
+    for kt in tl.static_range(0, K, TK):
+        j = kt + tl.arange(0, TK)
+        k_T = load_token(k, j, j < K)
+        k_CT = load_buffer(k_buffer, G * K, place, k_T, kt, K, C, TK)
+        scores += tl.sum(k_CT * load_token(q, j, j < K)[None, :], 1)
+        if (tile == 0) & (h % R == 0):
+            tl.store(k_buffer + place * (G * K) + j, k_T, mask=j < K)
+    tl.store(v_buffer + place * (H * V) + columns, v_V, mask=inside)
+    if tile == 0:
+        tl.store(decay_buffer + place * H, g)
+    weights = scores * place_scales(level_scales, place, L, C) * tl.exp2(behind)
+    v_CV = load_buffer(v_buffer, H * V, place, v_V, tile * BV, V, C, BV)
+    o_V = tl.sum(weights[:, None] * v_CV, 0)
+    carried_V = tl.zeros([BV], tl.float32)
+    for m in tl.static_range(M):
+        there = is_block(z, m, M)
+        read_V = tl.zeros([BV], tl.float32)
+        for kt in tl.static_range(0, K, TK):
+            j = kt + tl.arange(0, TK)
+            state_TV = load_part(blocks + m * H * (K * V), kt, tile * BV, there, K, V, TK, BV)
+            read_V += tl.sum(load_token(q, j, j < K)[:, None] * state_TV, 0)
+        carried_V += block_scale(level_scales, there, m, L, LOG_C) * read_V
+    o_V = (o_V + carried_V * tl.exp2(total)) * scale
+    tl.store(out + columns, o_V.to(out.dtype.element_ty), mask=inside)
+
+    if place == C - 1:
+        height = merged_into(z, M)
+        v_CV = load_buffer(v_buffer, H * V, place, v_V, tile * BV, V, C, BV)
+        for kt in tl.static_range(0, K, TK):
+            j = kt + tl.arange(0, TK)
+            k_CT = load_buffer(k_buffer, G * K, place, load_token(k, j, j < K), kt, K, C, TK)
+            k_CT *= tl.exp2(behind)[:, None]
+            joined_TV = tl.dot(tl.trans(k_CT), v_CV, input_precision="tf32x3")
+            for m in range(M):
+                there, block = is_block(z, m, M), blocks + m * H * (K * V)
+                state_TV = load_part(block, kt, tile * BV, there, K, V, TK, BV) * tl.exp2(total)
+                joined_TV += tl.where(m <= height, state_TV, 0.0)
+                state_TV = tl.where(m == height, joined_TV, tl.where(m < height, 0.0, state_TV))
+                store_part(block, kt, tile * BV, state_TV, there | (m == height), K, V, TK, BV)
+    end(position, n, t, H * TILES)

@@ -1,0 +1,55 @@
+"""The one-token steps as torch sees them: one operator that changes the state which it is given."""
+
+# N rows, C chunk, M blocks, G groups, H heads, K key, V value, L levels
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from loglinear.fenwick import log2
+from loglinear.kernels.triton import delta_rule, scalar_gate
+
+PROGRAMS = 264  # two for each multiprocessor of an H100; tiles of V are halved until there are as many
+SMALLEST_TILE = 16
+
+
+def value_tile(programs: int, V: int) -> int:
+    """Columns of V of one program, where each tile as wide as V can be needs so many programs."""
+    tile = min(64, max(SMALLEST_TILE, triton.next_power_of_2(V)))
+    while tile > SMALLEST_TILE and programs * triton.cdiv(V, tile) < PROGRAMS:
+        tile //= 2
+    return tile
+
+
+@torch.library.custom_op(
+    "loglinear::step", mutates_args=("position", "blocks", "k_buffer", "v_buffer", "decay_buffer", "beta_buffer", "inverse")
+)  # fmt: skip
+def step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, level_scales: Tensor,
+    active: Tensor | None, position: Tensor, blocks: Tensor, k_buffer: Tensor, v_buffer: Tensor, decay_buffer: Tensor,
+    beta_buffer: Tensor | None, inverse: Tensor | None, scale: float, l2_normalize: bool,
+) -> Tensor:  # fmt: skip
+    """Outputs [N,H,V] of one token for each row that is active [N] (None: all are), 0 for others, and the state after
+    it. q, k [N,G,K], v [N,H,V], log_decay, beta [N,H], level_scales [N,H,L]; the state's parts as in `FenwickState`.
+    The delta rule with beta, else the scalar gate."""
+    q, k, v, level_scales = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, level_scales))
+    (N, H, V), (G, K), L = v.shape, k.shape[1:], level_scales.shape[2]
+    C, M, TK = k_buffer.shape[1], blocks.shape[1], min(64, max(16, triton.next_power_of_2(K)))
+    BV = value_tile(N * H, V)
+    out = torch.empty((N, H, V), dtype=v.dtype, device=v.device)
+    inputs = [q, k, v, log_decay] if beta is None else [q, k, v, log_decay, beta]
+    buffers = [k_buffer, v_buffer, decay_buffer] if beta is None else [k_buffer, v_buffer, decay_buffer, beta_buffer, inverse]
+    kernel = scalar_gate.step_kernel if beta is None else delta_rule.step_kernel
+    kernel[(N * H * triton.cdiv(V, BV),)](
+        *inputs, level_scales, active, position, blocks, *buffers, out, H, H // G, L, scale,
+        *(stride for x in (*inputs, level_scales) for stride in x.stride()[:2]),
+        K=K, V=V, C=C, LOG_C=log2(C), M=M, TK=TK, BV=BV, ACTIVE=active is not None,
+        **({} if beta is None else {"UNIT": l2_normalize}), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@step.register_fake
+def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(v, memory_format=torch.contiguous_format)

@@ -1,0 +1,206 @@
+"""One-token steps in place give what the whole sequence gives, at every step, for rows at positions of their own."""
+
+import pytest
+import torch
+
+from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
+from tests.kernels.bounds import teach_bounds
+from tests.ops.operators import OPERATORS, parts, relative_error
+
+IMPLS = [pytest.param("torch"), pytest.param("triton", marks=pytest.mark.interpreter)]
+
+
+@pytest.fixture(params=OPERATORS, ids=lambda operator: operator.name)
+def operator(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _bounds(monkeypatch, request):
+    if "triton" in request.node.name:
+        pytest.importorskip("triton")
+        teach_bounds(monkeypatch.setattr)
+
+
+def take_step(operator, token, state, **options):
+    """token: the inputs of `operator`, [N, 1, ...]."""
+    function = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
+    return function(*(token[name][:, 0] for name in operator.names), state, **options)
+
+
+def sizes(operator, rows, levels, chunk_size, **dims):
+    dims = dict(groups=2, heads=4, key_dim=5, value_dim=3) | dims
+    return FenwickState.zeros(rows, num_levels=levels, chunk_size=chunk_size, delta_rule=operator.delta, **dims)
+
+
+def token_at(inputs, t, dtype):
+    return {name: x[:, t : t + 1].detach().to(dtype) for name, x in inputs.items()}
+
+
+def precision(impl):
+    """The dtype that an implementation is checked in, and its budget."""
+    return (torch.float64, 1e-10) if impl == "torch" else (torch.float32, 3e-6)
+
+
+# Kernels step a few tokens from a state of the torch implementation: the interpreter takes a tenth of a second for each.
+@pytest.mark.parametrize(
+    "impl, lengths, steps",
+    [
+        pytest.param("torch", [3, 47, 64], 70),
+        pytest.param("triton", [30, 62, 127], 4, marks=pytest.mark.interpreter),
+        pytest.param("triton", [30, 62, 127, 1023, 4000], 300, marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("levels", [1, 6, 7, 10])
+def test_rows_at_different_positions_step_together(operator, impl, lengths, steps, levels):
+    """Prompts end before, at and behind a chunk's end; every row crosses chunk ends and merges."""
+    C, (dtype, budget) = 16, precision(impl)
+    device = "cuda" if torch.cuda.is_available() and impl == "triton" else "cpu"
+    shape = dict(B=1, G=1, H=2, K=20, V=18, L=levels)
+    sequences = [operator.inputs(T=length + steps, **shape) for length in lengths]
+    ends = [
+        operator({n: x[:, :length] for n, x in s.items()}, chunk_size=C, output_final_state=True).final_state
+        for s, length in zip(sequences, lengths, strict=True)
+    ]
+    joined = [None if x[0] is None else torch.cat(x).to(device) for x in zip(*ends, strict=True)]
+    state = DecodeState.of(
+        FenwickState._make(x if x is None or not x.is_floating_point() else x.to(dtype) for x in joined)
+    )
+    memory = [x.data_ptr() for x in state.fenwick if x is not None]
+    outputs = []
+    for step in range(steps):
+        tokens = [token_at(s, n + step, dtype) for s, n in zip(sequences, lengths, strict=True)]
+        token = {name: torch.cat([x[name] for x in tokens]).to(device) for name in operator.names}
+        outputs.append(take_step(operator, token, state, impl=impl).cpu())
+    for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+        whole = operator(sequence, chunk_size=C, output_final_state=True)
+        actual = torch.stack(outputs, 1)[row]
+        for step in range(steps):
+            assert relative_error(actual[step], whole.output[0, length + step]) < 10 * budget, step
+        assert relative_error(actual, whole.output[0, length:]) < budget
+        end = whole.final_state
+        held = int(end.position) % C
+        for name, part in parts(end).items():
+            mine = getattr(state.fenwick, name)[row].cpu()
+            if name == "blocks":
+                assert relative_error(mine, part[0]) < budget
+            elif held:
+                assert relative_error(mine[:held], part[0, :held]) < budget, name
+        assert int(state.fenwick.position[row]) == int(end.position)
+    assert memory == [x.data_ptr() for x in state.fenwick if x is not None]
+
+
+@pytest.mark.parametrize("impl, first", [("torch", 0), pytest.param("triton", 14, marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("shape", [(1, 1, 3, 2), (2, 2, 16, 40), (1, 2, 70, 5)], ids=str)
+def test_head_dims_scale_and_unit_length(operator, impl, first, shape):
+    G, H, K, V = shape
+    inputs = operator.inputs(B=1, T=20, G=G, H=H, K=K, V=V, L=8)
+    options = dict(scale=0.3) | (dict(l2_normalize=True) if operator.delta else {})
+    whole = operator(inputs, chunk_size=16, **options).output
+    dtype, budget = precision(impl)
+    state = DecodeState.of(sizes(operator, 1, 8, 16, groups=G, heads=H, key_dim=K, value_dim=V, dtype=dtype))
+    if first:
+        prompt = {name: x[:, :first].detach().to(dtype) for name, x in inputs.items()}
+        state.copy_(operator(prompt, chunk_size=16, output_final_state=True, impl="torch", **options).final_state)
+    for t in range(first, 20):
+        out = take_step(operator, token_at(inputs, t, dtype), state, impl=impl, **options)
+        assert relative_error(out, whole[:, t]) < 10 * budget, t
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_that_are_not_active_keep_their_state(operator, impl):
+    inputs = operator.inputs(B=2, T=20, G=1, H=1, L=9)
+    dtype, budget = precision(impl)
+    state = DecodeState.of(sizes(operator, 2, 9, 16, groups=1, heads=1, dtype=dtype))
+    prompt = {name: x[:, :14].detach().to(dtype) for name, x in inputs.items()}
+    state.copy_(operator(prompt, chunk_size=16, output_final_state=True, impl="torch").final_state)
+    whole = operator(inputs, chunk_size=16).output
+    seen = [14, 14]
+    for step in range(7):
+        active = torch.tensor([step % 3 != 0, step % 2 == 0])
+        token = {
+            name: torch.stack([x[row, seen[row]] for row in range(2)]).detach()[:, None].to(dtype)
+            for name, x in inputs.items()
+        }
+        out = take_step(operator, token, state, active=active, impl=impl)
+        for row in range(2):
+            if active[row]:
+                assert relative_error(out[row], whole[row, seen[row]]) < 10 * budget
+                seen[row] += 1
+            else:
+                assert not out[row].any()
+    assert state.fenwick.position.tolist() == seen == [18, 18]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_stepped_state_continues_in_larger_pieces_and_back(operator, impl):
+    """What a step leaves in the buffers behind the position, nobody reads."""
+    inputs = operator.inputs(B=1, T=60, G=1, H=1, L=8)
+    dtype, budget = precision(impl)
+    whole = operator(inputs, chunk_size=16).output
+    state, t = DecodeState.of(sizes(operator, 1, 8, 16, groups=1, heads=1, dtype=dtype)), 0
+    for piece in (15, 1, 1, 29, 1, 1, 1, 3, 1):
+        part = {name: x[:, t : t + piece].detach().to(dtype) for name, x in inputs.items()}
+        if piece == 1:
+            out = take_step(operator, part, state, impl=impl)[:, None]
+        else:
+            out, end = operator(
+                part, chunk_size=16, initial_state=state.fenwick, output_final_state=True, impl="torch"
+            )
+            state.copy_(end)
+        assert relative_error(out, whole[:, t : t + piece]) < 10 * budget, t
+        t += piece
+
+
+def test_no_decay_and_strong_decay(operator):
+    for decay in (None, 60.0):
+        inputs = operator.inputs(B=1, T=50, L=8, decay=decay or 0.0)
+        if decay is None:
+            inputs["log_decay"] = torch.zeros_like(inputs["log_decay"])
+        whole = operator(inputs, chunk_size=8).output
+        state = DecodeState.of(sizes(operator, 1, 8, 8, dtype=torch.float64))
+        for t in range(50):
+            token = {name: x[:, t : t + 1].detach() for name, x in inputs.items()}
+            if decay is None:
+                function = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
+                parts_ = [None if name == "log_decay" else token[name][:, 0] for name in operator.names]
+                out = function(*parts_, state)
+            else:
+                out = take_step(operator, token, state)
+            assert relative_error(out, whole[:, t]) < 1e-9
+
+
+def test_reordered_rows_are_apart(operator):
+    state = DecodeState.of(sizes(operator, 2, 8, 16))
+    first, second = (operator.inputs(B=2, T=1, L=8, dtype=torch.float32) for _ in range(2))
+    take_step(operator, first, state)
+    twins = state.index_select(torch.tensor([0, 0]))
+    out = take_step(operator, second, twins)
+    assert not torch.equal(out[0], out[1])
+    assert state.fenwick.position.tolist() == [1, 1] and twins.fenwick.position.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(q=(2, 2, 6)), r"q must have shape \[2, 2, 5\] as the state has it, got \[2, 2, 6\]"),
+        (dict(v=(3, 4, 3)), r"v must have shape \[2, 4, 3\]"),
+        (dict(level_scales=(2, 4, 11)), "level_scales has 11 levels, which need 6 blocks of state; this one has 3"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named(operator, change, message):
+    token = operator.inputs(B=2, T=1, L=8, dtype=torch.float32)
+    token |= {name: torch.zeros(shape)[:, None] for name, shape in change.items()}
+    with pytest.raises(ValueError, match=message):
+        take_step(operator, token, DecodeState.of(sizes(operator, 2, 8, 16)))
+
+
+def test_what_a_step_cannot_do_is_said(operator):
+    token = operator.inputs(B=2, T=1, L=8, dtype=torch.float32)
+    with pytest.raises(ValueError, match="state must be a DecodeState"):
+        take_step(operator, token, sizes(operator, 2, 8, 16))
+    with pytest.raises(ValueError, match="impl of a step must be one of"):
+        take_step(operator, token, DecodeState.of(sizes(operator, 2, 8, 16)), impl="reference")
+    with pytest.raises(ValueError, match="active must hold bool, got torch.float32"):
+        take_step(operator, token, DecodeState.of(sizes(operator, 2, 8, 16)), active=torch.ones(2))
