@@ -12,11 +12,13 @@ PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/performance.md
 
 
 def test_the_ten_lines_run():
-    example = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict = {}
-    exec(example, names)
+    exec(examples[0], names)
     assert names["out"].shape == (1, 1, 4, 64) and names["scales"].grad is not None
     assert names["state"].position.tolist() == [1001]
+    exec(examples[1], names)
+    assert names["out"].shape == (1, 1000, 4, 64) and names["out"].isfinite().all()
 
 
 @pytest.mark.parametrize("page", PAGES)

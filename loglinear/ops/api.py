@@ -73,7 +73,7 @@ def log_linear_attention(
         output_final_state: also return the state after the last token.
         cu_seqlens: [N + 1] integers from 0 to T, non-decreasing: packed sequences (B = 1), each with its own tree.
         chunk_size: tokens per chunk, a power of two. Results do not depend on it; the layout of a state does.
-        impl: "auto", "triton" (the Fenwick-array algorithm on a GPU; "auto" takes it there for the scalar gate),
+        impl: "auto", "triton" (the Fenwick-array algorithm on a GPU; "auto" takes it there where it can serve),
             "torch" (the same algorithm anywhere) or "reference" (token by token). A call that it cannot serve raises.
             triton continues states at positions below 65,536 chunks; beyond, the device's check ends the process: use
             torch there.

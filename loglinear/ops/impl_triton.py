@@ -85,11 +85,11 @@ def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
 
 
 def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
-    from loglinear.kernels.triton import chunkwise
-
     reason = unsupported(p)
     if reason is not None:
         raise ValueError(reason)
+    from loglinear.kernels.triton import chunkwise
+
     log_decay = p.log_decay
     if log_decay is None:
         log_decay = p.v.new_zeros(p.v.shape[:3], dtype=torch.float32)

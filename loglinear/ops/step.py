@@ -155,4 +155,6 @@ def _check(
             raise ValueError(f"{name} must hold {kind}, got {x.dtype}")
     L = level_scales.shape[2]
     if num_blocks(L, C) != M:
-        raise ValueError(f"level_scales has {L} levels, which need {num_blocks(L, C)} blocks of state; this one has {M}")
+        raise ValueError(
+            f"level_scales has {L} levels, which need {num_blocks(L, C)} blocks of state; this one has {M}"
+        )

@@ -114,13 +114,13 @@ def test_groups_and_head_dims(operator, shape):
 @pytest.mark.parametrize("decay", [0.0, 3.0, 40.0])
 def test_decays_from_none_to_strong(operator, decay):
     # The exponents' own rounding grows with the sum of a chunk's decays.
-    compare(operator.inputs(B=1, T=140, G=1, H=2, K=16, V=16, L=9, decay=decay), budget=BUDGET + 1e-7 * decay)
+    compare(operator.inputs(B=1, T=140, G=1, H=1, K=16, V=16, L=9, decay=decay), budget=BUDGET + 1e-7 * decay)
 
 
 @pytest.mark.parametrize("levels", [1, 7, 20])
 def test_packed_sequences(operator, levels):
     cu_seqlens = torch.tensor([0, 1, 40, 40, 72, 200])
-    compare(operator.inputs(B=1, T=200, G=1, H=2, K=8, V=8, L=levels), cu_seqlens=cu_seqlens)
+    compare(operator.inputs(B=1, T=200, G=1, H=1, K=8, V=8, L=levels), cu_seqlens=cu_seqlens)
 
 
 def test_narrow_integers_as_cu_seqlens(operator):
@@ -229,8 +229,8 @@ def test_slabs_of_heads_change_nothing(operator, monkeypatch):
     assert slabs(40, 1, 6, 100, 4000) == [slice(h, h + 1) for h in range(6)]
     monkeypatch.setattr(launch, "SLAB_BYTES", 4000)
     monkeypatch.setattr(delta_launch, "SLAB_BYTES", 4000)
-    for groups in (1, 4):
-        compare(operator.inputs(B=1, T=70, G=groups, H=4, K=8, V=8, L=9))
+    for groups in (1, 2):
+        compare(operator.inputs(B=1, T=40, G=groups, H=2, K=8, V=8, L=8))
 
 
 @pytest.mark.parametrize("float32_scales", [True, False])
@@ -265,7 +265,8 @@ def test_delta_rule_that_reflects():
 )
 def test_chunks_of_128(operator, T, levels):
     """Chunks of 128, which only bfloat16 chooses, in float32; the last one has less or more than one half."""
-    inputs = make(1, T, 1, 2, 16, 16, levels, torch.float32, device="cpu", delta=operator.delta)
+    heads = 2 if levels == 9 else 1
+    inputs = make(1, T, 1, heads, 16, 16, levels, torch.float32, device="cpu", delta=operator.delta)
     found = errors(inputs, 128, by_flows=operator.delta)
     found["gradient of log_decay"] /= FLOWS if operator.delta else 1
     assert all(error <= BUDGET for error in found.values()), found

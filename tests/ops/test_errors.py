@@ -1,5 +1,8 @@
 """A wrong argument gets one line that names it, what it was and what was expected."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -89,3 +92,13 @@ def test_a_state_of_another_dtype():
         call(initial_state=state._replace(position=state.position.float()))
     with pytest.raises(ValueError, match="initial_state.blocks must hold floating-point numbers, got torch.int64"):
         call(initial_state=state._replace(blocks=state.blocks.long()))
+
+
+def test_impl_triton_without_triton_is_one_clear_line():
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch; from loglinear.ops import log_linear_attention as f\n"
+        "x = torch.ones(1, 3, 1, 4)\n"
+        "f(x, x, x, None, torch.ones(1, 3, 1, 2), impl='triton')"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stderr.strip().splitlines()[-1].startswith("ValueError: impl='triton' needs the package triton")

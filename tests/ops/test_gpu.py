@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from loglinear.ops import DecodeState, log_linear_attention_step, log_linear_delta_rule_step
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)]
@@ -58,3 +59,57 @@ def test_gpu_prefill_and_decode_equal_the_full_forward(operator):
         outputs.append(out.output)
         state = out.final_state
     assert relative_error(torch.cat(outputs, 1), operator(inputs, chunk_size=8).output[:, 61:]) < 1e-10
+
+
+# Of a step's output: what rounding the inputs and the output costs, and the prefill's kernels that made the state.
+STEP_BUDGET = {
+    "scalar_gate": {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 3.5e-3},
+    "delta_rule": {torch.float32: 3e-6, torch.float16: 2.5e-3, torch.bfloat16: 7e-3},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 6, 128, 64), (2, 2, 192, 384), (1, 2, 5, 3), (2, 2, 256, 256), (3, 3, 64, 80)])
+def test_steps_on_top_of_the_kernels_prefill(operator, shape, dtype):
+    """70 steps from the state that impl="triton" left at 1,000 tokens, over chunk ends, against float64."""
+    G, H, K, V = shape
+    if V > 256 and not operator.delta:
+        pytest.skip("the scalar gate's prefill kernels take V up to 256")
+    T, steps, C = 1000, 70, 64 if max(K, V) <= 128 else 32
+    inputs = on("cuda", operator.inputs(B=3, T=T + steps, G=G, H=H, K=K, V=V, L=12, decay=0.05), dtype)
+    exact = operator({n: x.double() for n, x in inputs.items()}, impl="torch").output[:, T:]
+    head = {n: x[:, :T].detach() for n, x in inputs.items()}
+    state = DecodeState.of(operator(head, chunk_size=C, output_final_state=True, impl="triton").final_state)
+    function = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
+    outputs = torch.stack(
+        [function(*(inputs[n][:, T + t] for n in operator.names), state, impl="triton") for t in range(steps)], 1
+    )
+    budget = STEP_BUDGET[operator.name][dtype]
+    assert relative_error(outputs, exact) < budget
+    assert max(relative_error(outputs[:, t], exact[:, t]) for t in range(steps)) < 2 * budget
+    assert state.fenwick.position.tolist() == [T + steps] * 3
+
+
+def test_a_step_in_a_graph_and_without_waiting(operator):
+    inputs = on("cuda", operator.inputs(B=2, T=140, G=1, H=2, K=64, V=64, L=9), torch.float32)
+    whole = operator({n: x.double() for n, x in inputs.items()}, impl="torch").output
+    function = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
+    empty = operator(
+        {n: x[:, :1].detach() for n, x in inputs.items()}, chunk_size=16, output_final_state=True, impl="torch"
+    ).final_state
+    state = DecodeState.of(type(empty)._make(None if x is None else torch.zeros_like(x) for x in empty))
+    token = [inputs[n][:, 0].detach().clone() for n in operator.names]
+    function(*token, state)  # compiles
+    state.copy_(type(empty)._make(None if x is None else torch.zeros_like(x) for x in empty))
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            out = function(*token, state)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for t in range(140):
+        for held, name in zip(token, operator.names, strict=True):
+            held.copy_(inputs[name][:, t])
+        graph.replay()
+        assert relative_error(out, whole[:, t]) < 3e-5, t

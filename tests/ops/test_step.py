@@ -42,7 +42,7 @@ def precision(impl):
     return (torch.float64, 1e-10) if impl == "torch" else (torch.float32, 3e-6)
 
 
-# Kernels step a few tokens from a state of the torch implementation: the interpreter takes a tenth of a second for each.
+# Kernels step a few tokens from a state of the torch implementation: the interpreter takes tenths of a second a step.
 @pytest.mark.parametrize(
     "impl, lengths, steps",
     [
@@ -144,9 +144,7 @@ def test_a_stepped_state_continues_in_larger_pieces_and_back(operator, impl):
         if piece == 1:
             out = take_step(operator, part, state, impl=impl)[:, None]
         else:
-            out, end = operator(
-                part, chunk_size=16, initial_state=state.fenwick, output_final_state=True, impl="torch"
-            )
+            out, end = operator(part, chunk_size=16, initial_state=state.fenwick, output_final_state=True, impl="torch")
             state.copy_(end)
         assert relative_error(out, whole[:, t : t + piece]) < 10 * budget, t
         t += piece

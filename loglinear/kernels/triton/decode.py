@@ -22,6 +22,15 @@ def own_program(H, TILES: tl.constexpr):
 
 
 @triton.jit
+def is_idle(active, n, ACTIVE: tl.constexpr):
+    """Does this row get no token?"""
+    if ACTIVE:
+        return tl.load(active + n) == 0
+    else:
+        return tl.zeros([], tl.int32) > 0
+
+
+@triton.jit
 def begin(position, n):
     """How many tokens came before this one."""
     return tl.load(position + n) % ONE_DONE

@@ -22,9 +22,10 @@ def value_tile(programs: int, V: int) -> int:
     return tile
 
 
-@torch.library.custom_op(
-    "loglinear::step", mutates_args=("position", "blocks", "k_buffer", "v_buffer", "decay_buffer", "beta_buffer", "inverse")
-)  # fmt: skip
+STATE = ("position", "blocks", "k_buffer", "v_buffer", "decay_buffer", "beta_buffer", "inverse")
+
+
+@torch.library.custom_op("loglinear::step", mutates_args=STATE)
 def step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, level_scales: Tensor,
     active: Tensor | None, position: Tensor, blocks: Tensor, k_buffer: Tensor, v_buffer: Tensor, decay_buffer: Tensor,
@@ -39,13 +40,15 @@ def step(
     BV = value_tile(N * H, V)
     out = torch.empty((N, H, V), dtype=v.dtype, device=v.device)
     inputs = [q, k, v, log_decay] if beta is None else [q, k, v, log_decay, beta]
-    buffers = [k_buffer, v_buffer, decay_buffer] if beta is None else [k_buffer, v_buffer, decay_buffer, beta_buffer, inverse]
+    buffers = (
+        [k_buffer, v_buffer, decay_buffer] if beta is None else [k_buffer, v_buffer, decay_buffer, beta_buffer, inverse]
+    )
     kernel = scalar_gate.step_kernel if beta is None else delta_rule.step_kernel
     kernel[(N * H * triton.cdiv(V, BV),)](
         *inputs, level_scales, active, position, blocks, *buffers, out, H, H // G, L, scale,
         *(stride for x in (*inputs, level_scales) for stride in x.stride()[:2]),
         K=K, V=V, C=C, LOG_C=log2(C), M=M, TK=TK, BV=BV, ACTIVE=active is not None,
-        **({} if beta is None else {"UNIT": l2_normalize}), num_warps=4,
+        **unit, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -25,6 +25,7 @@ from loglinear.kernels.triton.decode import (
     decays,
     end,
     is_block,
+    is_idle,
     load_buffer,
     load_decay,
     load_part,
@@ -68,10 +69,9 @@ def step_kernel(
     columns = tile * BV + tl.arange(0, BV)
     inside = columns < V
     out += (n * H + h) * V
-    if ACTIVE:
-        if tl.load(active + n) == 0:
-            tl.store(out + columns, tl.zeros([BV], tl.float32).to(out.dtype.element_ty), mask=inside)
-            return
+    if is_idle(active, n, ACTIVE):
+        tl.store(out + columns, tl.zeros([BV], tl.float32).to(out.dtype.element_ty), mask=inside)
+        return
     t, G, group = begin(position, n), H // R, h // R
     place, z = (t % C).to(tl.int32), t // C
     i = tl.arange(0, C)
