@@ -139,9 +139,10 @@ def _check(
     if (beta is None) != (s.beta is None):
         kind = "the delta rule (beta)" if s.beta is not None else "a scalar gate (no beta)"
         raise ValueError(f"state is one of {kind} and cannot continue the other operator")
+    L = level_scales.shape[-1]
     expected = {
         "q": (q, (N, G, K)), "k": (k, (N, G, K)), "v": (v, (N, H, V)), "log_decay": (log_decay, (N, H)),
-        "beta": (beta, (N, H)), "level_scales": (level_scales, (N, H, level_scales.shape[-1])), "active": (active, (N,)),
+        "beta": (beta, (N, H)), "level_scales": (level_scales, (N, H, L)), "active": (active, (N,)),
     }  # fmt: skip
     for name, (x, shape) in expected.items():
         if x is None:

@@ -39,11 +39,12 @@ def step(
     C, M, TK = k_buffer.shape[1], blocks.shape[1], min(64, max(16, triton.next_power_of_2(K)))
     BV = value_tile(N * H, V)
     out = torch.empty((N, H, V), dtype=v.dtype, device=v.device)
-    inputs = [q, k, v, log_decay] if beta is None else [q, k, v, log_decay, beta]
-    buffers = (
-        [k_buffer, v_buffer, decay_buffer] if beta is None else [k_buffer, v_buffer, decay_buffer, beta_buffer, inverse]
-    )
-    kernel = scalar_gate.step_kernel if beta is None else delta_rule.step_kernel
+    inputs, buffers = [q, k, v, log_decay], [k_buffer, v_buffer, decay_buffer]
+    kernel, unit = scalar_gate.step_kernel, {}
+    if beta is not None:
+        assert beta_buffer is not None and inverse is not None
+        inputs, buffers = [*inputs, beta], [*buffers, beta_buffer, inverse]
+        kernel, unit = delta_rule.step_kernel, {"UNIT": l2_normalize}
     kernel[(N * H * triton.cdiv(V, BV),)](
         *inputs, level_scales, active, position, blocks, *buffers, out, H, H // G, L, scale,
         *(stride for x in (*inputs, level_scales) for stride in x.stride()[:2]),
