@@ -144,27 +144,27 @@ def step_kernel(
         whole_CC = tl.where(i_C1 == place, row_C[None, :], inverse_CC) * strengths[None, :]
         v_CV = load_buffer(v_buffer, H * V, place, v_V, tile * BV, V, C, BV)
         own_CV = tl.dot(whole_CC, v_CV, input_precision="tf32x3")
-        for m in range(height, M):
-            if (m == height) | is_block(z, m, M):
-                first = tl.where(m == height, 0, m)
-                new_CV = tl.where(m == height, own_CV, 0.0)
-                for kt in range(0, K, TK):
-                    j = kt + tl.arange(0, TK)
+        for size in range(height, M):
+            if (size == height) | is_block(z, size, M):
+                first = tl.where(size == height, 0, size)
+                new_CV = tl.where(size == height, own_CV, 0.0)
+                for row in range(0, K, TK):
+                    j = row + tl.arange(0, TK)
                     k_T = load_token(k, j, j < K) * k_scale
-                    k_CT = load_buffer(k_buffer, G * K, place, k_T, kt, K, C, TK) * from_start[:, None]
+                    k_CT = load_buffer(k_buffer, G * K, place, k_T, row, K, C, TK) * from_start[:, None]
                     seen_CT = tl.dot(whole_CC, k_CT, input_precision="tf32x3")
-                    state_TV = load_joined(blocks, z, first, m, kt, tile * BV, H, M, K, V, TK, BV)
+                    state_TV = load_joined(blocks, z, first, size, row, tile * BV, H, M, K, V, TK, BV)
                     new_CV -= tl.dot(seen_CT, state_TV, input_precision="tf32x3")
-                for kt in range(0, K, TK):
-                    j = kt + tl.arange(0, TK)
+                for row in range(0, K, TK):
+                    j = row + tl.arange(0, TK)
                     k_T = load_token(k, j, j < K) * k_scale
-                    k_CT = load_buffer(k_buffer, G * K, place, k_T, kt, K, C, TK) * tl.exp2(behind)[:, None]
-                    state_TV = load_joined(blocks, z, first, m, kt, tile * BV, H, M, K, V, TK, BV) * tl.exp2(total)
+                    k_CT = load_buffer(k_buffer, G * K, place, k_T, row, K, C, TK) * tl.exp2(behind)[:, None]
+                    state_TV = load_joined(blocks, z, first, size, row, tile * BV, H, M, K, V, TK, BV) * tl.exp2(total)
                     state_TV += tl.dot(tl.trans(k_CT), new_CV, input_precision="tf32x3")
-                    store_part(blocks + m * H * (K * V), kt, tile * BV, state_TV, True, K, V, TK, BV)
+                    store_part(blocks + size * H * (K * V), row, tile * BV, state_TV, True, K, V, TK, BV)
         tl.debug_barrier()  # they have been read
-        for m in range(0, height):
-            for kt in range(0, K, TK):
+        for size in range(0, height):
+            for row in range(0, K, TK):
                 empty_TV = tl.zeros([TK, BV], tl.float32)
-                store_part(blocks + m * H * (K * V), kt, tile * BV, empty_TV, True, K, V, TK, BV)
+                store_part(blocks + size * H * (K * V), row, tile * BV, empty_TV, True, K, V, TK, BV)
     end(position, n, t, H * TILES)

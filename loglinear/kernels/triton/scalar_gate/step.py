@@ -94,10 +94,10 @@ def step_kernel(
             k_CT = load_buffer(k_buffer, G * K, place, load_token(k, j, j < K), kt, K, C, TK)
             k_CT *= tl.exp2(behind)[:, None]
             joined_TV = tl.dot(tl.trans(k_CT), v_CV, input_precision="tf32x3")
-            for m in range(M):
-                there, block = is_block(z, m, M), blocks + m * H * (K * V)
+            for size in range(M):
+                there, block = is_block(z, size, M), blocks + size * H * (K * V)
                 state_TV = load_part(block, kt, tile * BV, there, K, V, TK, BV) * tl.exp2(total)
-                joined_TV += tl.where(m <= height, state_TV, 0.0)
-                state_TV = tl.where(m == height, joined_TV, tl.where(m < height, 0.0, state_TV))
-                store_part(block, kt, tile * BV, state_TV, there | (m == height), K, V, TK, BV)
+                joined_TV += tl.where(size <= height, state_TV, 0.0)
+                state_TV = tl.where(size == height, joined_TV, tl.where(size < height, 0.0, state_TV))
+                store_part(block, kt, tile * BV, state_TV, there | (size == height), K, V, TK, BV)
     end(position, n, t, H * TILES)
