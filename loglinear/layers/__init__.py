@@ -3,7 +3,7 @@
 from loglinear.layers.attention import Attention, AttentionContext, rotary_tables
 from loglinear.layers.gated_rms_norm import GatedRMSNorm
 from loglinear.layers.level_scales import LambdaForm, LevelScales, check_lambda_form
-from loglinear.layers.mixer import Mixer, MixerState
+from loglinear.layers.mixer import Mixer, MixerDecodeState, MixerState
 from loglinear.layers.packing import Packing
 from loglinear.layers.short_convolution import ShortConvolution
 from loglinear.layers.swiglu import SwiGLU
@@ -15,6 +15,7 @@ __all__ = [
     "LambdaForm",
     "LevelScales",
     "Mixer",
+    "MixerDecodeState",
     "MixerState",
     "Packing",
     "ShortConvolution",

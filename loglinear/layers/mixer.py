@@ -3,13 +3,22 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from loglinear.layers.gated_rms_norm import GatedRMSNorm
 from loglinear.layers.level_scales import LevelScales
 from loglinear.layers.packing import Packing
 from loglinear.layers.short_convolution import ShortConvolution
-from loglinear.ops import FenwickState, LogLinearOutput, log_linear_attention, log_linear_delta_rule
+from loglinear.ops import (
+    DecodeState,
+    FenwickState,
+    LogLinearOutput,
+    log_linear_attention,
+    log_linear_attention_step,
+    log_linear_delta_rule,
+    log_linear_delta_rule_step,
+)
 from loglinear.variants import HeadSizes, Operands, get_variant
 from loglinear.variants.base import at_least_float32
 
@@ -20,12 +29,39 @@ class MixerState(NamedTuple):
     conv: Tensor  # [S, W-1, 2 G K + H V] last inputs of the convolution
     fenwick: FenwickState
 
+
+class MixerDecodeState(NamedTuple):
+    """A `MixerState` in memory of its own, which `Mixer.step` changes in place. It carries no gradients."""
+
+    conv: Tensor
+    decode: DecodeState
+
+    @classmethod
+    def of(cls, state: MixerState) -> "MixerDecodeState":
+        return cls(state.conv.detach().clone(memory_format=torch.contiguous_format), DecodeState.of(state.fenwick))
+
+    @torch.no_grad()
+    def copy_(self, state: MixerState) -> None:
+        """The contents of another state of the same sizes, in the memory of this one."""
+        self.conv.copy_(state.conv)
+        self.decode.copy_(state.fenwick)
+
+    @property
+    def state(self) -> MixerState:
+        """The same memory, as sequences continue from it with more than one token."""
+        return MixerState(self.conv, self.decode.fenwick)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        parts = (self.conv, *self.decode.fenwick, self.decode.inverse)
+        return [part for part in parts if part is not None]
+
     @property
     def nbytes(self) -> int:
-        return self.conv.nbytes + self.fenwick.nbytes
+        return sum(part.nbytes for part in self.tensors)
 
-    def index_select(self, rows: Tensor) -> "MixerState":
-        return MixerState(self.conv.index_select(0, rows), self.fenwick.index_select(rows))
+    def index_select(self, rows: Tensor) -> "MixerDecodeState":
+        return MixerDecodeState(self.conv.index_select(0, rows), self.decode.index_select(rows))
 
 
 class Mixer(nn.Module):
@@ -35,7 +71,8 @@ class Mixer(nn.Module):
         y = operator(variant(x, q, k, v), lambda) ;  output = W_o norm(y, z)
 
     num_levels=1 is the linear model of the same variant: lambda is 1 and has no parameters. Sequences lie dense in the
-    batch, or as `packing` says. With a state (or `return_state=True`) a sequence continues where it stopped.
+    batch, or as `packing` says. With a state (or `return_state=True`) a sequence continues where it stopped; `step` is
+    one token more for each, in place.
     """
 
     def __init__(
@@ -83,15 +120,12 @@ class Mixer(nn.Module):
             x = packing.unpad(x)
             if x.shape[1] == 0:  # all padding: no sequence moves
                 return packing.pad(x), state
-        z, qkv = self.in_proj(x).split([self.value_width, 2 * self.key_width + self.value_width], dim=-1)
+        z, qkv = self._project(x)
         qkv, conv_state = self.conv(qkv, None if state is None else state.conv, packing)
-        q, k, v = qkv.split([self.key_width, self.key_width, self.value_width], dim=-1)
-        q, k = (t.unflatten(-1, (self.heads.num_groups, self.heads.key_dim)) for t in (q, k))
-        v = v.unflatten(-1, (self.heads.num_heads, self.heads.head_dim))
+        operands, v = self._operands(x, qkv)
         y, fenwick = self._operator(
-            self.variant(x, q, k, v),
+            operands,
             self._level_scales(x),
-            scale=self.variant.scale,
             initial_state=None if state is None else state.fenwick,
             output_final_state=return_state,
             cu_seqlens=None if packing is None else packing.cu_seqlens,
@@ -105,6 +139,34 @@ class Mixer(nn.Module):
             return y, None
         return y, MixerState(conv_state.clone(), fenwick)  # a copy: the view would keep the whole prompt alive
 
+    @torch.no_grad()
+    def step(self, x: Tensor, state: MixerDecodeState, active: Tensor | None = None) -> Tensor:
+        """One token a row, [B, 1, D] -> [B, 1, D], without gradients; rows that are not active [B] keep their state."""
+        z, qkv = self._project(x)
+        operands, v = self._operands(x, self.conv.step(qkv, state.conv, active))
+        tokens = [None if t is None else t[:, 0] for t in (*operands, self._level_scales(x))]
+        q, k, value, log_decay, beta, level_scales = tokens
+        assert q is not None and k is not None and value is not None and level_scales is not None
+        options: dict[str, Any] = dict(scale=self.variant.scale, active=active)
+        options["impl"] = "torch" if self.impl == "reference" else self.impl
+        if beta is None:
+            y = log_linear_attention_step(q, k, value, log_decay, level_scales, state.decode, **options)
+        else:
+            options["l2_normalize"] = self.variant.l2_normalize
+            y = log_linear_delta_rule_step(q, k, value, log_decay, beta, level_scales, state.decode, **options)
+        return self.out_proj(self.norm(self.variant.skip(y[:, None], v), z))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """z, and q, k, v before the convolution."""
+        return self.in_proj(x).split([self.value_width, 2 * self.key_width + self.value_width], dim=-1)
+
+    def _operands(self, x: Tensor, qkv: Tensor) -> tuple[Operands, Tensor]:
+        """What the operator takes, and v as it came from the convolution."""
+        q, k, v = qkv.split([self.key_width, self.key_width, self.value_width], dim=-1)
+        q, k = (t.unflatten(-1, (self.heads.num_groups, self.heads.key_dim)) for t in (q, k))
+        v = v.unflatten(-1, (self.heads.num_heads, self.heads.head_dim))
+        return self.variant(x, q, k, v), v
+
     def _level_scales(self, x: Tensor) -> Tensor:
         if self.level_scales is not None:
             return self.level_scales(x)
@@ -113,6 +175,7 @@ class Mixer(nn.Module):
 
     def _operator(self, operands: Operands, level_scales: Tensor, **options: Any) -> LogLinearOutput:
         q, k, v, log_decay, beta = operands
+        options |= dict(scale=self.variant.scale)
         if self.variant.transition == "delta_rule":
             assert beta is not None
             options |= dict(l2_normalize=self.variant.l2_normalize)

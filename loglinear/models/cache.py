@@ -5,31 +5,47 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
-from loglinear.layers import MixerState
+from loglinear.layers import MixerDecodeState, MixerState
 from loglinear.models.configuration import LogLinearConfig
 
 
 class LinearStateLayer(CacheLayerMixin):
     """The state of one mixer: C raw tokens and the block states (design: Fenwick tree), and the convolution's inputs.
 
-    Rows stand at positions of their own (`state.fenwick.position`, padding not counted); `columns` counts the columns
-    of the padded batch, which is what `generate` slices its inputs by.
+    Its memory is allocated by the first tokens and stays where it is; what it keeps carries no gradients. Rows stand at
+    positions of their own (`state.decode.fenwick.position`, padding not counted); `columns` counts the columns of the
+    padded batch, which is what `generate` slices its inputs by: on the device where the cache is static.
     """
 
-    is_compileable = False
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self) -> None:
+    def __init__(self, static: bool = False) -> None:
         super().__init__()
-        self.state: MixerState | None = None
-        self.columns = 0
+        self.is_compileable = static
+        self.state: MixerDecodeState | None = None
+        self.columns: int | Tensor = 0
 
     def store(self, state: MixerState | None, new_columns: int) -> None:
-        self.state = state
-        self.columns += new_columns
+        """After tokens that were no single step: their state (None: all of them were padding)."""
+        if state is not None and self.state is not None:
+            self.state.copy_(state)
+        elif state is not None:
+            self.state = MixerDecodeState.of(state)
+            if self.is_compileable:
+                self.columns = torch.tensor(self.columns, device=state.conv.device)
+                if not torch.compiler.is_compiling():
+                    for part in (*self.state.tensors, self.columns):
+                        torch._dynamo.mark_static_address(part)
+        self.advance(new_columns)
+
+    def advance(self, new_columns: int) -> None:
+        if isinstance(self.columns, Tensor):
+            self.columns.add_(new_columns)
+        else:
+            self.columns += new_columns
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise TypeError("a linear layer keeps no keys and values; use LinearStateLayer.store")
@@ -38,20 +54,26 @@ class LinearStateLayer(CacheLayerMixin):
         raise TypeError("a linear layer keeps no keys and values; use LinearStateLayer.store")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.columns
+        return self.columns  # type: ignore[return-value]  # transformers' static layers return a tensor too
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
-        self.state, self.columns = None, 0
+        if self.is_compileable and self.state is not None:  # the memory stays: graphs point at it
+            for part in self.state.tensors:
+                part.zero_()
+            self.columns *= 0
+        else:
+            self.state, self.columns = None, 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.state is not None:
-            self.state = self.state.index_select(beam_idx.to(self.state.conv.device))
+            for part in self.state.tensors:
+                part.copy_(part.index_select(0, beam_idx.to(part.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.state is not None:
@@ -75,45 +97,76 @@ class KeyValueLayer(DynamicLayer):
         return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
 
 
+class StaticKeyValueLayer(StaticLayer):
+    """The same in memory for a number of columns that is known."""
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
+
+
 class LogLinearCache(Cache):
     """The cache of `LogLinearModel`: `layers[i]` belongs to layer i.
+
+    max_cache_len: None, or the columns that there may be; then full-attention layers too are allocated once, and
+    nothing of the cache is a number of Python's, so that torch.compile and CUDA graphs take a step
+    (cache_implementation="static" of `generate`). Linear layers have no such limit.
 
     `real` [B, S] remembers for the full-attention layers which columns were tokens and which padding (None: no padding
     so far), so a continuation needs no attention mask. The mixers' states have no padding in them.
     """
 
-    def __init__(self, config: LogLinearConfig) -> None:
+    def __init__(self, config: LogLinearConfig, max_cache_len: int | None = None) -> None:
         assert config.layer_types is not None
-        kinds: dict[str, type[LinearStateLayer | KeyValueLayer]] = {
-            "linear_attention": LinearStateLayer,
-            "full_attention": KeyValueLayer,
-        }
-        super().__init__(layers=[kinds[layer_type]() for layer_type in config.layer_types])
+        layers: list[Any] = []
+        for layer_type in config.layer_types:
+            if layer_type == "linear_attention":
+                layers.append(LinearStateLayer(static=max_cache_len is not None))
+            else:
+                layers.append(KeyValueLayer() if max_cache_len is None else StaticKeyValueLayer(max_cache_len))
+        super().__init__(layers=layers)
+        self.max_cache_len = max_cache_len
         self.real: Tensor | None = None
+
+    @property
+    def has_states(self) -> bool:
+        """Have all linear layers seen a token?"""
+        return all(layer.state is not None for layer in self.layers if isinstance(layer, LinearStateLayer))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all states, keys and values."""
-        return sum(layer.nbytes for layer in self.layers if isinstance(layer, LinearStateLayer | KeyValueLayer))
+        kinds = (LinearStateLayer, KeyValueLayer, StaticKeyValueLayer)
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, kinds))
 
     def extend_real(self, real_BT: Tensor | None, rows: int, time: int, device: torch.device) -> Tensor | None:
-        """Notes which of T new columns are tokens (None: all); returns all columns' [B, S + T], None if no padding."""
-        if real_BT is None and self.real is None:
+        """Notes which of T new columns are tokens (None: all); returns all columns' [B, S + T], None if no padding.
+        Of a static cache [B, max_cache_len]."""
+        if real_BT is None and self.real is None and self.max_cache_len is None:
             return None
         past = self.get_seq_length()
-        before = torch.ones(rows, past, dtype=torch.bool, device=device) if self.real is None else self.real
         now = torch.ones(rows, time, dtype=torch.bool, device=device) if real_BT is None else real_BT
+        if self.max_cache_len is not None:
+            if self.real is None:
+                self.real = torch.zeros(rows, self.max_cache_len, dtype=torch.bool, device=device)
+                if not torch.compiler.is_compiling():
+                    torch._dynamo.mark_static_address(self.real)
+            return self.real.index_copy_(1, past + torch.arange(time, device=device), now)
+        before = torch.ones(rows, past, dtype=torch.bool, device=device) if self.real is None else self.real
         self.real = torch.cat([before, now], dim=1)
         return self.real
 
     def reset(self) -> None:
         super().reset()
-        self.real = None
+        if self.real is not None and self.max_cache_len is not None:
+            self.real.zero_()
+        else:
+            self.real = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         if self.real is not None:
-            self.real = self.real.index_select(0, beam_idx.to(self.real.device))
+            self.real.copy_(self.real.index_select(0, beam_idx.to(self.real.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)

@@ -16,6 +16,8 @@ class TokenLayout(NamedTuple):
 
     packing: Packing | None  # for the mixers; None: dense
     attention: AttentionContext | None  # for full attention; None: the model has none of it
+    is_step: bool = False  # one token a row from the states of a cache, without gradients: `Mixer.step`
+    active: Tensor | None = None  # [B] which rows the step has a token for; None: all
 
 
 def document_boundaries(
@@ -51,8 +53,8 @@ def document_boundaries(
     return boundaries.to(tokens.device)
 
 
-def real_columns(attention_mask: Tensor | None, tokens_shape: tuple[int, int], past: int) -> Tensor | None:
-    """Which of the new columns [B, T] are tokens; None if all are. The mask may also cover the `past` columns."""
+def new_columns(attention_mask: Tensor | None, tokens_shape: tuple[int, int], past: int) -> Tensor | None:
+    """Which of the new columns [B, T] are tokens; None if no mask says. The mask may also cover the `past` columns."""
     if attention_mask is None:
         return None
     rows, time = tokens_shape
@@ -61,8 +63,7 @@ def real_columns(attention_mask: Tensor | None, tokens_shape: tuple[int, int], p
             f"attention_mask must have shape [{rows}, {past + time}] (1 token, 0 padding), "
             f"got {list(attention_mask.shape)}"
         )
-    real_BT = attention_mask[:, -time:].bool()
-    return None if bool(real_BT.all()) else real_BT
+    return attention_mask[:, -time:].bool()
 
 
 def check_positions(position_ids: Tensor | None, real_BT: Tensor | None) -> None:
@@ -91,48 +92,52 @@ def token_layout(
     rows, time = tokens.shape[:2]
     past = 0 if cache is None else cache.get_seq_length()
     packing: Packing | None = None
-    real_BT = real_columns(attention_mask, (rows, time), past)
+    real_BT = new_columns(attention_mask, (rows, time), past)
+    is_step = time == 1 and cache is not None and cache.has_states and not torch.is_grad_enabled()
+    if real_BT is not None and not is_step and bool(real_BT.all()):  # a step does not wait for the device to say
+        real_BT = None
     if cu_seqlens is not None:
         if real_BT is not None:
             raise ValueError("attention_mask must not mark padding in a packed batch: leave the padding out")
         if cache is not None:
             raise ValueError("past_key_values cannot continue packed documents: pass them as rows of a padded batch")
         packing = Packing.from_cu_seqlens(cu_seqlens, time, config.conv_kernel)
-    else:
+    elif not is_step:
         check_positions(position_ids, real_BT)
         if real_BT is not None:
             packing = Packing.from_mask(real_BT, config.conv_kernel)
+    active = real_BT[:, 0] if is_step and real_BT is not None else None
     assert config.layer_types is not None
     if "full_attention" not in config.layer_types:
-        return TokenLayout(packing, None)
+        return TokenLayout(packing, None, is_step, active)
     columns_BS = real_BT if cache is None else cache.extend_real(real_BT, rows, time, tokens.device)
+    column_T = past + torch.arange(time, device=tokens.device)
     if position_ids is None:
-        position_ids = _positions(tokens, cu_seqlens, columns_BS, past)
+        position_ids = _positions(column_T, cu_seqlens, columns_BS)
     assert config.attention_head_dim is not None
     cos, sin = rotary_tables(position_ids, config.attention_head_dim, config.rope_theta)
     lengths = None if cu_seqlens is None else cu_seqlens.diff().tolist()
-    mask = _attention_mask(columns_BS, time, past, tokens.device)
-    return TokenLayout(packing, AttentionContext(cos, sin, mask, lengths))
+    mask = _attention_mask(columns_BS, column_T, past)
+    return TokenLayout(packing, AttentionContext(cos, sin, mask, lengths), is_step, active)
 
 
-def _positions(tokens: Tensor, cu_seqlens: Tensor | None, columns_BS: Tensor | None, past: int) -> Tensor:
+def _positions(column_T: Tensor, cu_seqlens: Tensor | None, columns_BS: Tensor | None) -> Tensor:
     """Each token's position in its own document or row, [1 or B, T]; padding does not count."""
-    time = tokens.shape[1]
     if columns_BS is not None:
-        return (columns_BS.long().cumsum(1) - 1).clamp(min=0)[:, -time:]
-    column_T = torch.arange(past, past + time, device=tokens.device)
+        return (columns_BS.long().cumsum(1) - 1).clamp(min=0).index_select(1, column_T)
     if cu_seqlens is not None:
         starts = cu_seqlens[:-1].long()
-        column_T = column_T - starts.repeat_interleave(cu_seqlens.diff().long(), output_size=time)
+        column_T = column_T - starts.repeat_interleave(cu_seqlens.diff().long(), output_size=len(column_T))
     return column_T.unsqueeze(0)
 
 
-def _attention_mask(columns_BS: Tensor | None, time: int, past: int, device: torch.device) -> Tensor | None:
+def _attention_mask(columns_BS: Tensor | None, column_T: Tensor, past: int) -> Tensor | None:
     """[B or 1, 1, T, S] where a query may look; None where plain causal attention does (no past, or one new token)."""
+    time = len(column_T)
     if columns_BS is None and (past == 0 or time == 1):
         return None
-    query_T = torch.arange(past, past + time, device=device).unsqueeze(1)
-    key_S = torch.arange(past + time, device=device)
+    query_T = column_T.unsqueeze(1)
+    key_S = torch.arange(past + time if columns_BS is None else columns_BS.shape[1], device=column_T.device)
     causal_TS = key_S <= query_T
     if columns_BS is None:
         return causal_TS[None, None]

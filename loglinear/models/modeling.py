@@ -54,8 +54,12 @@ class LogLinearBlock(GradientCheckpointingLayer):
             x = x + self.mixer(normed, layout.attention, past_key_values)
         elif past_key_values is None:
             x = x + self.mixer(normed, layout.packing)[0]
+        elif layout.is_step:
+            x = x + self.mixer.step(normed, past_key_values.state, layout.active)
+            past_key_values.advance(1)
         else:
-            mixed, state = self.mixer(normed, layout.packing, past_key_values.state, return_state=True)
+            before = None if past_key_values.state is None else past_key_values.state.state
+            mixed, state = self.mixer(normed, layout.packing, before, return_state=True)
             past_key_values.store(state, x.shape[1])
             x = x + mixed
         return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))
@@ -68,7 +72,8 @@ class LogLinearPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LogLinearBlock"]
     _skip_keys_device_placement = ["past_key_values"]
-    _is_stateful = True
+    _is_stateful = True  # a state cannot go back: assisted generation is refused
+    _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "level_scales.L"]
 
     @torch.no_grad()
@@ -117,7 +122,8 @@ class LogLinearModel(LogLinearPreTrainedModel):
             attention_mask: [B, T] or, with a cache, [B, past + T]; 1 token, 0 padding, at any place. A row gives
                 exactly what it gives without its padding.
             position_ids: for the rotary positions of full-attention layers; by default every row counts its tokens.
-            past_key_values: a `LogLinearCache` to continue from; changed in place.
+            past_key_values: a `LogLinearCache` to continue from; changed in place. What it keeps carries no gradients;
+                under torch.no_grad, as in `generate`, a single token a row is one step of decoding.
             cu_seqlens: [n+1] boundaries of packed documents in a batch of 1, as FlashAttention names them; also
                 accepted as `cu_seq_lens_q` (transformers' collator) or as `seq_idx` [1, T] (document of each token).
 
@@ -239,14 +245,29 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]  # only what we use: the rest differs by version
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """`generate` uses a `LogLinearCache`, which is already of fixed size where the layers are linear."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        """`generate` uses a `LogLinearCache`: of fixed size where the layers are linear, and with
+        cache_implementation="static" everywhere, which compiles the steps on a GPU."""
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "dynamic", "static"):
             raise ValueError(
-                f"cache_implementation must be left out, got {generation_config.cache_implementation!r}: "
+                f"cache_implementation must be 'static' or left out, got {implementation!r}: "
                 "these models have one cache, LogLinearCache"
             )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = LogLinearCache(self.config)
+        given = model_kwargs.get("past_key_values")
+        if given is not None and implementation is not None:
+            raise ValueError("pass either past_key_values or cache_implementation, got both")
+        if generation_config.use_cache is not False and given is None:
+            *_, columns = (*args, *kwargs.values())  # max_cache_length comes last
+            model_kwargs["past_key_values"] = LogLinearCache(
+                self.config, columns if implementation == "static" else None
+            )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor | None:
+        """Of the mask that `generate` keeps, what a forward takes beside a static cache: the new columns."""
+        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
 
 def _kept(hidden_states: Tensor, logits_to_keep: int | Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from loglinear.layers import LevelScales
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.modeling import LogLinearForCausalLM
-from loglinear.ops import FenwickState
+from loglinear.ops import DecodeState, FenwickState
 from loglinear.variants import get_variant
 
 
@@ -40,7 +40,7 @@ def parameter_counts(config: LogLinearConfig) -> ParameterCounts:
 def state_bytes(config: LogLinearConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
     """Bytes that one sequence of `tokens` tokens leaves in the cache of a model in `dtype`.
 
-    Linear layers: float32 Fenwick state and the convolution's inputs in dtype, whatever `tokens` is. Full-attention
+    Linear layers: float32 `DecodeState` and the convolution's inputs in dtype, whatever `tokens` is. Full-attention
     layers: keys and values.
     """
     assert config.layer_types is not None
@@ -58,7 +58,7 @@ def state_bytes(config: LogLinearConfig, tokens: int, dtype: torch.dtype = torch
         device="meta",
     )
     channels = 2 * heads.num_groups * heads.key_dim + heads.num_heads * heads.head_dim
-    linear = fenwick.nbytes + channels * (config.conv_kernel - 1) * dtype.itemsize
+    linear = DecodeState.of(fenwick).nbytes + channels * (config.conv_kernel - 1) * dtype.itemsize
     full_layers = config.layer_types.count("full_attention")
     return (config.num_hidden_layers - full_layers) * linear + full_layers * _key_value_bytes(config, tokens, dtype)
 

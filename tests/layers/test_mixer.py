@@ -7,7 +7,7 @@ from transformers import Mamba2Config, Qwen3NextConfig
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
-from loglinear.layers import Mixer, Packing
+from loglinear.layers import Mixer, MixerDecodeState, Packing
 from loglinear.variants import VARIANTS, HeadSizes
 
 T = 37  # crosses chunks of 8 and is no multiple of them
@@ -133,7 +133,7 @@ def test_state_has_one_size_and_holds_no_view_of_the_prompt() -> None:
     for length in (1, 7, 200):
         state = mixer(torch.randn(2, length, 12, dtype=torch.float64), return_state=True)[1]
         assert state is not None
-        sizes.add(state.nbytes)
+        sizes.add(MixerDecodeState.of(state).nbytes)
         assert state.conv.untyped_storage().nbytes() == state.conv.nbytes
     assert len(sizes) == 1
 

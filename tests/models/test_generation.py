@@ -27,13 +27,18 @@ def left_padded(lengths: list[int], width: int = T) -> tuple[torch.Tensor, torch
 
 @KINDS
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_prefill_and_decode_equal_the_full_forward_at_every_step(make_model, options, dtype, tolerance) -> None:
+@pytest.mark.parametrize("max_cache_len", [None, 60])
+@pytest.mark.parametrize("grad", [False, True], ids=["steps", "pieces"])
+def test_prefill_and_decode_equal_the_full_forward_at_every_step(
+    make_model, options, dtype, tolerance, max_cache_len, grad
+) -> None:
     model, ids = make_model(dtype, **options), tokens(2, 50)
     expected = model(ids, use_cache=False).logits
-    cache = LogLinearCache(model.config)
+    cache = LogLinearCache(model.config, max_cache_len)
     for piece in [*ids[:, :7].split([7], 1), *ids[:, 7:16].split([3, 6], 1), *ids[:, 16:].split(1, 1)]:
-        seen = cache.get_seq_length()
-        logits = model(piece, past_key_values=cache).logits
+        seen = int(cache.get_seq_length())
+        with torch.set_grad_enabled(grad):
+            logits = model(piece, past_key_values=cache).logits
         assert (logits - expected[:, seen : seen + piece.shape[1]]).abs().max() < tolerance
     assert cache.get_seq_length() == 50
 
@@ -115,9 +120,41 @@ def test_a_finished_row_does_not_disturb_the_others(make_model) -> None:
     assert generated[1] == free[1]
 
 
-def test_other_caches_are_refused(make_model) -> None:
-    with pytest.raises(ValueError, match="cache_implementation must be left out, got 'static'"):
-        make_model().generate(tokens(1, 5), max_new_tokens=2, cache_implementation="static")
+@KINDS
+@pytest.mark.parametrize("search", [dict(), dict(num_beams=3), dict(prefill_chunk_size=4)], ids=str)
+def test_a_static_cache_generates_the_same(make_model, options, search) -> None:
+    model = make_model(**options)
+    ids, mask = left_padded([T, 12, 1])
+    options = dict(attention_mask=mask, max_new_tokens=NEW, eos_token_id=None, **search)
+    static = model.generate(ids, cache_implementation="static", **options)
+    assert static.tolist() == model.generate(ids, **options).tolist()
+
+
+@KINDS
+def test_a_reset_static_cache_begins_anew_in_its_memory(make_model, options) -> None:
+    model, ids = make_model(**options), tokens(2, T)
+    cache = LogLinearCache(model.config, 40)
+    with torch.no_grad():
+        first = [model(piece, past_key_values=cache).logits for piece in ids.split([T - 2, 1, 1], 1)]
+        size = cache.nbytes
+        cache.reset()
+        second = [model(piece, past_key_values=cache).logits for piece in ids.split([T - 2, 1, 1], 1)]
+    assert cache.nbytes == size and int(cache.get_seq_length()) == T
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (dict(cache_implementation="quantized"), "cache_implementation must be 'static' or left out, got 'quantized'"),
+        (dict(prompt_lookup_num_tokens=2), "assisted generation is not supported with stateful models"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_refused(make_model, arguments, text) -> None:
+    with pytest.raises(ValueError, match=text):
+        make_model().generate(tokens(1, 5), max_new_tokens=2, **arguments)
 
 
 def test_cache_reports_a_size_that_does_not_grow_in_linear_layers(make_model) -> None:
