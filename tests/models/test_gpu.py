@@ -30,6 +30,19 @@ def test_gpu_logits_and_greedy_tokens_match_the_cpu(options):
     assert torch.equal(on_gpu.cpu(), written)
 
 
+@KINDS
+def test_a_compiled_static_cache_generates_the_same(options):
+    model = LogLinearForCausalLM(tiny_config(**{"chunk_size": 16, **options})).eval().cuda()
+    ids = tokens(2, 37).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    options = dict(attention_mask=mask, max_new_tokens=40, do_sample=False)
+    torch._dynamo.reset()
+    static = model.generate(ids, cache_implementation="static", **options)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch.equal(static, model.generate(ids, **options)) and 0 < compiled <= 3
+
+
 @pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])
 def test_bf16_training_learns_on_the_gpu(variant, tmp_path):
     recipe = tiny_recipe(write_text(tmp_path / "text"), steps=40).override(variant=variant)

@@ -113,3 +113,46 @@ def test_a_step_in_a_graph_and_without_waiting(operator):
             held.copy_(inputs[name][:, t])
         graph.replay()
         assert relative_error(out, whole[:, t]) < 3e-5, t
+
+
+@pytest.mark.parametrize("dtype, budget", [(torch.float32, 1e-4), (torch.bfloat16, 3.5e-3)], ids=str)
+def test_seventy_thousand_steps(operator, dtype, budget):
+    """From nothing, from 37 and from 1,000 tokens on: every single step against the full forward in float64."""
+    starts, steps = [0, 37, 1000], 70_000
+    rows = [operator.inputs(B=1, T=n + steps, G=1, H=2, K=64, V=64, L=18, decay=0.01) for n in starts]
+    rows = [on("cuda", row, dtype) for row in rows]
+    exact = []
+    with torch.no_grad():
+        for row, n in zip(rows, starts, strict=True):
+            exact.append(operator({name: x.double() for name, x in row.items()}, impl="torch").output[0, n:])
+        states = []
+        for row, n in zip(rows, starts, strict=True):
+            head = {name: x[:, : max(n, 1)] for name, x in row.items()}
+            states.append(operator(head, output_final_state=True, impl="triton").final_state)
+    parts_of = zip(*states, strict=True)
+    state = DecodeState.of(type(states[0])._make(None if x[0] is None else torch.cat(x) for x in parts_of))
+    state.fenwick.position[0] = 0  # of what was only its shape
+    function = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
+    inputs = {
+        name: torch.cat([row[name][:, n:] for row, n in zip(rows, starts, strict=True)]).detach()
+        for name in operator.names
+    }
+    token = {name: x[:, 0].clone() for name, x in inputs.items()}
+    outputs = torch.empty(steps, 3, 2, 64, dtype=dtype, device="cuda")
+    before = [None if x is None else x.clone() for x in (*state.fenwick, state.inverse)]
+    function(*token.values(), state)  # compiles
+    for own, old in zip((*state.fenwick, state.inverse), before, strict=True):
+        if own is not None:
+            own.copy_(old)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function(*token.values(), state)
+    for t in range(steps):
+        for name, x in token.items():
+            x.copy_(inputs[name][:, t])
+        graph.replay()
+        outputs[t] = out
+    for row, n in enumerate(starts):
+        error = (outputs[:, row].double() - exact[row]).flatten(1).norm(dim=1) / exact[row].flatten(1).norm(dim=1)
+        assert float(error.max()) < budget, (n, int(error.argmax()), float(error.max()))
+    assert state.fenwick.position.tolist() == [n + steps for n in starts]

@@ -1,0 +1,231 @@
+"""What one token costs: a layer's step, and whole models by context, beside a KV cache.
+
+    python -m benchmarks.decode --device cuda --out results/decode-h100.json
+    python -m benchmarks.decode --out results/decode-cpu.json          # the demo's size, at 200 and at 20,000 tokens
+
+GPU times are of replayed CUDA graphs, of which one is one step. A layer runs over the 1,024 tokens up to its context,
+merges of blocks included; the bytes are those that its steps must read and write, counted by `step_bytes`. Models stand
+where the most blocks are read, and sample greedily; a KV cache is given the least work there is (`ContextLayer`).
+"""
+
+# N rows, B batch, T context, C chunk, M blocks, G groups, H heads, K key, V value, L levels
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.decoding_models import MODELS, build, cache_at
+from benchmarks.machine import about, check_options, keep
+from loglinear.fenwick import num_levels
+from loglinear.models import LogLinearCache, LogLinearConfig, LogLinearForCausalLM
+from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.recipes import get_recipe
+
+LAYERS = {  # G, H, K, V
+    "scalar gate, the paper's Mamba-2": (1, 48, 128, 64),
+    "delta rule, the paper's Gated DeltaNet": (6, 6, 192, 384),
+}
+LAYER_CONTEXT, LAYER_STEPS, CHUNK = 65_536, 1024, 64
+CONTEXTS, BATCHES = (1024, 16_384, 131_072), (1, 64)
+MODEL_STEPS = 50
+
+
+def step_bytes(position: int, G: int, H: int, K: int, V: int, blocks: int, delta: bool) -> int:
+    """Bytes of one row's step: the blocks that are there, the rows of the chunk, and at its end the blocks anew."""
+    place, chunks = position % CHUNK, position // CHUNK
+    state = 4 * H * K * V
+
+    def active(chunks: int) -> int:
+        low = chunks & ((1 << (blocks - 1)) - 1)
+        return low.bit_count() + (chunks >> (blocks - 1) > 0)
+
+    row = 4 * (G * K + H * V + H * (2 if delta else 1))
+    chunk = (place + 1) * row + (4 * H * (place * place + CHUNK) if delta else 0)
+    end = (active(chunks) + active(chunks + 1)) * state if place == CHUNK - 1 else 0
+    return active(chunks) * state + chunk + end
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy of 2 GiB reads and writes."""
+    x = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    milliseconds = replay_times(lambda: y.copy_(x), 20)
+    return 2 * x.numel() / statistics.median(milliseconds) * 1e3
+
+
+def replay_times(run: Callable[[], Any], replays: int) -> list[float]:
+    """Milliseconds of each replay of a captured call; the call runs twice before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+
+
+def layer_row(name: str, N: int, bandwidth: float) -> dict[str, Any]:
+    G, H, K, V = LAYERS[name]
+    L, delta = num_levels(LAYER_CONTEXT), name.startswith("delta")
+    state = FenwickState.zeros(
+        N, num_levels=L, chunk_size=CHUNK, groups=G, heads=H, key_dim=K, value_dim=V, delta_rule=delta, device="cuda"
+    )
+    state.blocks.normal_(std=0.1)
+    decode, start = DecodeState.of(state), LAYER_CONTEXT - LAYER_STEPS
+    q, k = (torch.randn(N, G, K, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    v, gates = torch.randn(N, H, V, device="cuda", dtype=torch.bfloat16), torch.rand(2, N, H, device="cuda")
+    scales = torch.rand(N, H, L, device="cuda")
+
+    def step() -> None:
+        if delta:
+            log_linear_delta_rule_step(q, k, v, -gates[0], gates[1], scales, decode, l2_normalize=True)
+        else:
+            log_linear_attention_step(q, k, v, -gates[0], scales, decode)
+
+    decode.fenwick.position.fill_(start - 2)  # the captured call and two more run first
+    times = replay_times(step, LAYER_STEPS)
+    M = state.blocks.shape[1]
+    moved = N * sum(step_bytes(start + t, G, H, K, V, M, delta) for t in range(LAYER_STEPS)) / LAYER_STEPS
+    seconds = sum(times) / 1e3 / LAYER_STEPS
+    return {
+        "layer": name, "N": N, "T": LAYER_CONTEXT, "us": seconds * 1e6, "us_median": statistics.median(times) * 1e3,
+        "mib_per_step": moved / 2**20, "bandwidth_share": moved / seconds / bandwidth,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def model_row(name: str, model: LogLinearForCausalLM, B: int, T: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"model": name, "B": B, "T": T}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    weights = torch.cuda.memory_allocated()
+    try:
+        cache, token = cache_at(model, B, T), torch.zeros(B, 1, dtype=torch.long, device="cuda")
+
+        def step() -> None:
+            token.copy_(model(token, past_key_values=cache).logits.argmax(-1))
+
+        milliseconds = statistics.median(replay_times(step, MODEL_STEPS))
+        row |= {"ms": milliseconds, "tokens_per_second": B / milliseconds * 1e3, "cache_gib": cache.nbytes / 2**30}
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    except torch.cuda.OutOfMemoryError:
+        row["failed"] = "out of memory"
+    row["weights_gib"] = weights / 2**30
+    return row
+
+
+def on_gpu(progress: Progress, keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    bandwidth = copy_bandwidth()
+    rows: list[dict[str, Any]] = [{"copy_gb_per_second": bandwidth / 1e9}]
+    task = progress.add_task("layers", total=len(LAYERS) * 2 + len(MODELS))
+    for name in LAYERS:
+        for N in BATCHES:
+            rows.append(layer_row(name, N, bandwidth))
+            progress.advance(task)
+    keep(rows)
+    for name in MODELS:
+        progress.update(task, description=name)
+        model = build(name, "cuda", torch.bfloat16)
+        for T in CONTEXTS:
+            for B in BATCHES:
+                rows.append(model_row(name, model, B, T))
+                progress.console.print(rows[-1])
+                keep(rows)
+        progress.advance(task)
+        del model
+    return rows
+
+
+@torch.no_grad()
+def on_cpu(progress: Progress, steps: int, contexts: tuple[int, ...] = (200, 20_000)) -> list[dict[str, Any]]:
+    """The demo's model and a Transformer of its size, float32, after reading a prompt of each length."""
+    demo = get_recipe("demo").model_config().to_dict()
+    kinds: dict[str, dict[str, Any]] = {
+        "log-linear Mamba-2": {},
+        "log-linear Gated DeltaNet": {"variant": "gated_delta_net", "num_groups": 4},
+        "Transformer": {"layer_types": ["full_attention"] * demo["num_hidden_layers"]},
+    }
+    models, caches = {}, {}
+    times: dict[tuple[str, int], list[float]] = {}
+    task = progress.add_task("prompts", total=len(kinds) * len(contexts))
+    for name, changes in kinds.items():
+        torch.manual_seed(0)
+        models[name] = LogLinearForCausalLM(LogLinearConfig(**{**demo, **changes})).eval()
+        for T in contexts:
+            cache = caches[name, T] = LogLinearCache(models[name].config)
+            ids = torch.randint(0, 256, (1, T), generator=torch.Generator().manual_seed(1))
+            for piece in ids.split(4096, 1):
+                models[name](piece, past_key_values=cache, logits_to_keep=1)
+            times[name, T] = []
+            progress.advance(task)
+    token = torch.zeros(1, 1, dtype=torch.long)
+    for number in progress.track(range(steps + 3), description="steps"):
+        for key, cache in caches.items():  # in turn, so that a slow moment meets all
+            start = time.perf_counter()
+            models[key[0]](token, past_key_values=cache)
+            if number >= 3:
+                times[key].append((time.perf_counter() - start) * 1e3)
+    return [
+        {"model": name, "B": 1, "T": T, "ms": statistics.median(found), "cache_mib": caches[name, T].nbytes / 2**20}
+        for (name, T), found in times.items()
+    ]
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    layers = [row for row in rows if "layer" in row]
+    if layers:
+        table = Table(title=f"one layer's step at T {LAYER_CONTEXT:,}")
+        for column in ("", "rows", "us", "MiB that it must move", "of the copy's bandwidth"):
+            table.add_column(column)
+        for row in layers:
+            share = f"{row['bandwidth_share']:.0%}"
+            table.add_row(row["layer"], str(row["N"]), f"{row['us']:.1f}", f"{row['mib_per_step']:.1f}", share)
+        console.print(table)
+    models = [row for row in rows if "model" in row]
+    table = Table(title="ms a step, by batch and context")
+    places = list(dict.fromkeys((row["B"], row["T"]) for row in models))
+    for column in ("", *(f"B {B}, T {T:,}" for B, T in places)):
+        table.add_column(column)
+    for name in dict.fromkeys(row["model"] for row in models):
+        mine = {(row["B"], row["T"]): row for row in models if row["model"] == name}
+        table.add_row(name, *(mine[place].get("failed") or f"{mine[place]['ms']:.2f}" for place in places))
+    console.print(table)
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    steps: Annotated[int, typer.Option(help="timed steps; the median counts (cpu)")] = 100,
+    out: Annotated[Path | None, typer.Option(help="write the numbers to this JSON file")] = None,
+) -> None:
+    """Time decoding steps. cpu: the demo's size. cuda: one layer, and the paper's models by context and batch."""
+    check_options(device, out, steps=steps)
+    described = about("decode", device)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        rows = (
+            on_gpu(progress, lambda rows: keep(out, described, rows)) if device == "cuda" else on_cpu(progress, steps)
+        )
+    show(rows, Console(width=None if sys.stdout.isatty() else 200))
+    keep(out, described, rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

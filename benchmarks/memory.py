@@ -1,0 +1,141 @@
+"""Memory by length: prefill, decoding and training of the paper's models, log-linear, linear and softmax.
+
+    python -m benchmarks.memory --out results/memory-h100.json
+    python -m benchmarks.memory --plot results/memory-h100.json     # docs/memory.svg from the numbers, anywhere
+
+GiB that the device held at the peak, weights included (training: and gradients; one row, every block checkpointed, no
+optimizer), and what one sequence leaves in the cache. Weights are random and bf16.
+"""
+
+# T tokens
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.decoding_models import MODELS, build, cache_at
+from benchmarks.machine import about, check_options, keep
+from loglinear.models import LogLinearForCausalLM
+
+LENGTHS = (1024, 4096, 16_384, 65_536, 131_072)
+
+
+def prefill(model: LogLinearForCausalLM, T: int) -> dict[str, Any]:
+    """Tokens in, one row of logits and a cache out."""
+    with torch.no_grad():
+        tokens = torch.zeros(1, T, dtype=torch.long, device="cuda")
+        start = time.perf_counter()
+        cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+        torch.cuda.synchronize()
+        return {"seconds": time.perf_counter() - start, "cache_gib": cache.nbytes / 2**30}
+
+
+def decode(model: LogLinearForCausalLM, T: int) -> dict[str, Any]:
+    with torch.no_grad():
+        cache = cache_at(model, 1, T)
+        model(torch.zeros(1, 1, dtype=torch.long, device="cuda"), past_key_values=cache)
+        return {"cache_gib": cache.nbytes / 2**30}
+
+
+def training(model: LogLinearForCausalLM, T: int) -> dict[str, Any]:
+    tokens = torch.zeros(1, T, dtype=torch.long, device="cuda")
+    model.train()
+    model.gradient_checkpointing_enable()
+    start = time.perf_counter()
+    model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    model.gradient_checkpointing_disable()
+    model.eval()
+    return {"seconds": seconds}
+
+
+WORK: dict[str, Callable[[LogLinearForCausalLM, int], dict[str, Any]]] = {
+    "prefill": prefill, "decode": decode, "training": training,
+}  # fmt: skip
+
+
+def measure(progress: Progress, keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    task = progress.add_task("", total=len(MODELS) * len(WORK) * len(LENGTHS))
+    for name in MODELS:
+        model = build(name, "cuda", torch.bfloat16)
+        for work, run in WORK.items():
+            for T in LENGTHS:
+                progress.update(task, description=f"{name}, {work}, T {T:,}")
+                row: dict[str, Any] = {"model": name, "work": work, "T": T}
+                model.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                try:
+                    run(model, T)  # what is made once, kernels and tables
+                    model.zero_grad(set_to_none=True)
+                    torch.cuda.reset_peak_memory_stats()
+                    row |= run(model, T)
+                    row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                except torch.cuda.OutOfMemoryError:
+                    row["failed"] = "out of memory"
+                rows.append(row)
+                keep(rows)
+                progress.advance(task)
+        del model
+    return rows
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    lengths = list(dict.fromkeys(row["T"] for row in rows))
+    for work in dict.fromkeys(row["work"] for row in rows):
+        table = Table(title=f"{work}: GiB at the peak")
+        for column in ("", *(f"T {T:,}" for T in lengths)):
+            table.add_column(column)
+        for name in dict.fromkeys(row["model"] for row in rows):
+            mine = {row["T"]: row for row in rows if (row["model"], row["work"]) == (name, work)}
+            table.add_row(name, *(mine[T].get("failed") or f"{mine[T]['peak_gib']:.2f}" for T in mine))
+        console.print(table)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """One panel for each kind of work: GiB against tokens, both logarithmic."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for axes, work in zip(figure.subplots(1, len(WORK)), WORK, strict=True):
+        for index, name in enumerate(dict.fromkeys(row["model"] for row in rows)):
+            mine = [r for r in rows if (r["model"], r["work"]) == (name, work) and "failed" not in r]
+            # Of decoding the cache alone: the weights are the same at every length.
+            sizes = [r["cache_gib" if work == "decode" else "peak_gib"] for r in mine]
+            axes.plot([r["T"] for r in mine], sizes, f"C{index}o-", label=name)
+        label = "GiB, cache of one sequence" if work == "decode" else "GiB at the peak"
+        axes.set(title=work, xlabel="tokens", ylabel=label, xscale="log", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+        axes.set_xticks(LENGTHS, [f"{T // 1024}K" for T in LENGTHS])
+    axes.legend()
+    figure.savefig(path)
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="write the numbers to this JSON file")] = None,
+    plot_from: Annotated[Path | None, typer.Option("--plot", help="draw docs/memory.svg from such a file")] = None,
+) -> None:
+    """Measure memory by length on a GPU, or draw what was measured."""
+    console = Console(width=200)
+    if plot_from is not None:
+        rows = json.loads(plot_from.read_text())["rows"]
+        plot(rows, Path("docs/memory.svg"))
+        return show(rows, console)
+    check_options("cuda", out)
+    described = about("memory", "cuda")
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        rows = measure(progress, lambda rows: keep(out, described, rows))
+    show(rows, console)
+
+
+if __name__ == "__main__":
+    typer.run(main)
