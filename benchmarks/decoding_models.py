@@ -30,7 +30,7 @@ def build(name: str, device: str, dtype: torch.dtype) -> LogLinearForCausalLM:
     with torch.device(device):
         config = LogLinearConfig(**{**get_recipe(recipe).model_config().to_dict(), **changes})
         model = LogLinearForCausalLM(config)
-    return model.to(dtype=dtype).eval()
+    return model.to(dtype).eval()  # type: ignore[arg-type]  # transformers wraps `to`
 
 
 class ContextLayer(DynamicLayer):
