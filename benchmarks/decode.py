@@ -3,8 +3,8 @@
     python -m benchmarks.decode --device cuda --out results/decode-h100.json
     python -m benchmarks.decode --out results/decode-cpu.json          # the demo's size, at 200 and at 20,000 tokens
 
-GPU times are of replayed CUDA graphs, of which one is one step. A layer runs over the 1,024 tokens up to its context,
-merges of blocks included; the bytes are those that its steps must read and write, counted by `step_bytes`. Models stand
+GPU times are of replayed CUDA graphs, of one step of a model or 64 of a layer, which runs over the 1,024 tokens up to its
+context, merges of blocks included; the bytes are those that its steps must read and write, counted by `step_bytes`. Models stand
 where the most blocks are read, and sample greedily; a KV cache is given the least work there is (`ContextLayer`).
 """
 
@@ -56,15 +56,26 @@ def step_bytes(position: int, G: int, H: int, K: int, V: int, blocks: int, delta
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that a copy of 2 GiB reads and writes."""
-    x = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    """Bytes a second that a copy of 1 GiB reads and writes: the median of 20."""
+    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     y = torch.empty_like(x)
-    milliseconds = replay_times(lambda: y.copy_(x), 20)
-    return 2 * x.numel() / statistics.median(milliseconds) * 1e3
+    return 2 * x.numel() / statistics.median(times(lambda: y.copy_(x), 20)) * 1e3
 
 
-def replay_times(run: Callable[[], Any], replays: int) -> list[float]:
-    """Milliseconds of each replay of a captured call; the call runs twice before."""
+def times(run: Callable[[], Any], runs: int) -> list[float]:
+    """Milliseconds of each run, one queued behind the other."""
+    run()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+
+
+def captured(run: Callable[[], Any], steps: int = 1) -> torch.cuda.CUDAGraph:
+    """A graph of so many runs; one runs before it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -72,15 +83,9 @@ def replay_times(run: Callable[[], Any], replays: int) -> list[float]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+        for _ in range(steps):
+            run()
+    return graph
 
 
 def layer_row(name: str, N: int, bandwidth: float) -> dict[str, Any]:
@@ -101,13 +106,13 @@ def layer_row(name: str, N: int, bandwidth: float) -> dict[str, Any]:
         else:
             log_linear_attention_step(q, k, v, -gates[0], scales, decode)
 
-    decode.fenwick.position.fill_(start - 2)  # the captured call and two more run first
-    times = replay_times(step, LAYER_STEPS)
+    graph = captured(step, CHUNK)
+    decode.fenwick.position.fill_(start - CHUNK)  # one replay warms up
+    seconds = sum(times(graph.replay, LAYER_STEPS // CHUNK)) / 1e3 / LAYER_STEPS
     M = state.blocks.shape[1]
     moved = N * sum(step_bytes(start + t, G, H, K, V, M, delta) for t in range(LAYER_STEPS)) / LAYER_STEPS
-    seconds = sum(times) / 1e3 / LAYER_STEPS
     return {
-        "layer": name, "N": N, "T": LAYER_CONTEXT, "us": seconds * 1e6, "us_median": statistics.median(times) * 1e3,
+        "layer": name, "N": N, "T": LAYER_CONTEXT, "us": seconds * 1e6,
         "mib_per_step": moved / 2**20, "bandwidth_share": moved / seconds / bandwidth,
     }  # fmt: skip
 
@@ -124,7 +129,7 @@ def model_row(name: str, model: LogLinearForCausalLM, B: int, T: int) -> dict[st
         def step() -> None:
             token.copy_(model(token, past_key_values=cache).logits.argmax(-1))
 
-        milliseconds = statistics.median(replay_times(step, MODEL_STEPS))
+        milliseconds = statistics.median(times(captured(step).replay, MODEL_STEPS))
         row |= {"ms": milliseconds, "tokens_per_second": B / milliseconds * 1e3, "cache_gib": cache.nbytes / 2**30}
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     except torch.cuda.OutOfMemoryError:
@@ -165,7 +170,7 @@ def on_cpu(progress: Progress, steps: int, contexts: tuple[int, ...] = (200, 20_
         "Transformer": {"layer_types": ["full_attention"] * demo["num_hidden_layers"]},
     }
     models, caches = {}, {}
-    times: dict[tuple[str, int], list[float]] = {}
+    found: dict[tuple[str, int], list[float]] = {}
     task = progress.add_task("prompts", total=len(kinds) * len(contexts))
     for name, changes in kinds.items():
         torch.manual_seed(0)
@@ -175,7 +180,7 @@ def on_cpu(progress: Progress, steps: int, contexts: tuple[int, ...] = (200, 20_
             ids = torch.randint(0, 256, (1, T), generator=torch.Generator().manual_seed(1))
             for piece in ids.split(4096, 1):
                 models[name](piece, past_key_values=cache, logits_to_keep=1)
-            times[name, T] = []
+            found[name, T] = []
             progress.advance(task)
     token = torch.zeros(1, 1, dtype=torch.long)
     for number in progress.track(range(steps + 3), description="steps"):
@@ -183,10 +188,10 @@ def on_cpu(progress: Progress, steps: int, contexts: tuple[int, ...] = (200, 20_
             start = time.perf_counter()
             models[key[0]](token, past_key_values=cache)
             if number >= 3:
-                times[key].append((time.perf_counter() - start) * 1e3)
+                found[key].append((time.perf_counter() - start) * 1e3)
     return [
-        {"model": name, "B": 1, "T": T, "ms": statistics.median(found), "cache_mib": caches[name, T].nbytes / 2**20}
-        for (name, T), found in times.items()
+        {"model": name, "B": 1, "T": T, "ms": statistics.median(ms), "cache_mib": caches[name, T].nbytes / 2**20}
+        for (name, T), ms in found.items()
     ]
 
 

@@ -125,7 +125,7 @@ class LogLinearCache(Cache):
             else:
                 layers.append(KeyValueLayer() if max_cache_len is None else StaticKeyValueLayer(max_cache_len))
         super().__init__(layers=layers)
-        self.max_cache_len = max_cache_len
+        self.columns_limit = max_cache_len
         self.real: Tensor | None = None
 
     @property
@@ -142,13 +142,13 @@ class LogLinearCache(Cache):
     def extend_real(self, real_BT: Tensor | None, rows: int, time: int, device: torch.device) -> Tensor | None:
         """Notes which of T new columns are tokens (None: all); returns all columns' [B, S + T], None if no padding.
         Of a static cache [B, max_cache_len]."""
-        if real_BT is None and self.real is None and self.max_cache_len is None:
+        if real_BT is None and self.real is None and self.columns_limit is None:
             return None
         past = self.get_seq_length()
         now = torch.ones(rows, time, dtype=torch.bool, device=device) if real_BT is None else real_BT
-        if self.max_cache_len is not None:
+        if self.columns_limit is not None:
             if self.real is None:
-                self.real = torch.zeros(rows, self.max_cache_len, dtype=torch.bool, device=device)
+                self.real = torch.zeros(rows, self.columns_limit, dtype=torch.bool, device=device)
                 if not torch.compiler.is_compiling():
                     torch._dynamo.mark_static_address(self.real)
             return self.real.index_copy_(1, past + torch.arange(time, device=device), now)
@@ -158,7 +158,7 @@ class LogLinearCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        if self.real is not None and self.max_cache_len is not None:
+        if self.real is not None and self.columns_limit is not None:
             self.real.zero_()
         else:
             self.real = None

@@ -81,8 +81,21 @@ def is_block(z, m, M: tl.constexpr):
 
 
 @triton.jit
-def block_scale(scales, there, m, L, LOG_C: tl.constexpr):
-    return tl.load(scales + tl.minimum(LOG_C + 1 + m, L - 1), mask=there, other=0.0).to(tl.float32)
+def read_blocks(
+    read_TV, x_T, scales, z, L, blocks, step, first_row, first_column,
+    K: tl.constexpr, V: tl.constexpr, LOG_C: tl.constexpr, M: tl.constexpr,
+    TK: tl.constexpr, BV: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """read + sum_m lambda_m diag(x) S_m, over the blocks that are there, of rows of K: their sum is the output. No sum
+    over threads in the loop, so that the loads of UNROLL blocks are under way together."""
+    for first in range(0, M, UNROLL):
+        for u in tl.static_range(UNROLL):
+            m = first + u
+            there = (m < M) & is_block(z, m, M)
+            scale = tl.load(scales + tl.minimum(m + (LOG_C + 1), L - 1), mask=there, other=0.0).to(tl.float32)
+            state_TV = load_part(blocks + m * step, first_row, first_column, there, K, V, TK, BV)
+            read_TV += (scale * x_T)[:, None] * state_TV
+    return read_TV
 
 
 @triton.jit

@@ -10,13 +10,17 @@ from torch import Tensor
 from loglinear.fenwick import log2
 from loglinear.kernels.triton import delta_rule, scalar_gate
 
-PROGRAMS = 264  # two for each multiprocessor of an H100; tiles of V are halved until there are as many
-SMALLEST_TILE = 16
+# Measured on an H100 (docs/performance.md): small tiles and few registers, so that many programs wait for memory at once.
+PROGRAMS = 264  # tiles of V are halved until there are as many, two for each multiprocessor
+LARGEST_TILE, SMALLEST_TILE = 64, 16
+KEY_TILE = 32
+BLOCKS = 64  # columns of blocks whose loads are under way together
+NUM_WARPS, REGISTERS = 8, 128
 
 
 def value_tile(programs: int, V: int) -> int:
     """Columns of V of one program, where each tile as wide as V can be needs so many programs."""
-    tile = min(64, max(SMALLEST_TILE, triton.next_power_of_2(V)))
+    tile = min(LARGEST_TILE, max(SMALLEST_TILE, triton.next_power_of_2(V)))
     while tile > SMALLEST_TILE and programs * triton.cdiv(V, tile) < PROGRAMS:
         tile //= 2
     return tile
@@ -36,7 +40,7 @@ def step(
     The delta rule with beta, else the scalar gate."""
     q, k, v, level_scales = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, level_scales))
     (N, H, V), (G, K), L = v.shape, k.shape[1:], level_scales.shape[2]
-    C, M, TK = k_buffer.shape[1], blocks.shape[1], min(64, max(16, triton.next_power_of_2(K)))
+    C, M, TK = k_buffer.shape[1], blocks.shape[1], min(KEY_TILE, max(16, triton.next_power_of_2(K)))
     BV = value_tile(N * H, V)
     out = torch.empty((N, H, V), dtype=v.dtype, device=v.device)
     inputs, buffers = [q, k, v, log_decay], [k_buffer, v_buffer, decay_buffer]
@@ -48,8 +52,8 @@ def step(
     kernel[(N * H * triton.cdiv(V, BV),)](
         *inputs, level_scales, active, position, blocks, *buffers, out, H, H // G, L, scale,
         *(stride for x in (*inputs, level_scales) for stride in x.stride()[:2]),
-        K=K, V=V, C=C, LOG_C=log2(C), M=M, TK=TK, BV=BV, ACTIVE=active is not None,
-        **unit, num_warps=4,
+        K=K, V=V, C=C, LOG_C=log2(C), M=M, TK=TK, BV=BV, UNROLL=BLOCKS // BV, ACTIVE=active is not None,
+        **unit, num_warps=NUM_WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     return out
 

@@ -21,7 +21,6 @@ import triton.language as tl
 from loglinear.kernels.triton.decode import (
     SIZES,
     begin,
-    block_scale,
     decays,
     end,
     is_block,
@@ -33,6 +32,7 @@ from loglinear.kernels.triton.decode import (
     merged_into,
     own_program,
     place_scales,
+    read_blocks,
     store_part,
 )
 from loglinear.kernels.triton.tiles import LOG2_E
@@ -60,7 +60,7 @@ def step_kernel(
     H, R, L, scale,
     q_n, q_h, k_n, k_h, v_n, v_h, g_n, g_h, beta_n, beta_h, l_n, l_h,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, M: tl.constexpr,
-    TK: tl.constexpr, BV: tl.constexpr, ACTIVE: tl.constexpr, UNIT: tl.constexpr,
+    TK: tl.constexpr, BV: tl.constexpr, UNROLL: tl.constexpr, ACTIVE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Reads q, k, v and the gates of the new tokens; changes the state; writes out [N, H, V]. UNIT: q and k are first
     brought to length 1."""
@@ -88,7 +88,7 @@ def step_kernel(
     q_scale, k_scale = scale, 1.0
     if UNIT:
         q_square, k_square = tl.zeros([TK], tl.float32), tl.zeros([TK], tl.float32)
-        for kt in tl.static_range(0, K, TK):
+        for kt in range(0, K, TK):
             j = kt + tl.arange(0, TK)
             q_T, k_T = load_token(q, j, j < K), load_token(k, j, j < K)
             q_square += q_T * q_T
@@ -103,7 +103,7 @@ def step_kernel(
     strengths = tl.where(i == place, strength, tl.load(beta_buffer + i * H, mask=i < place, other=0.0))
     v_V = load_token(v, n * v_n + h * v_h + columns, inside)
     scores, keys = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
-    for kt in tl.static_range(0, K, TK):
+    for kt in range(0, K, TK):
         j = kt + tl.arange(0, TK)
         k_T = load_token(k, j, j < K) * k_scale
         k_CT = load_buffer(k_buffer, G * K, place, k_T, kt, K, C, TK)
@@ -129,14 +129,15 @@ def step_kernel(
     weights = effective * place_scales(level_scales, place, L, C)
     v_CV = load_buffer(v_buffer, H * V, place, v_V, tile * BV, V, C, BV)
     o_V = tl.sum(weights[:, None] * v_CV, 0)
-    for kt in tl.static_range(0, K, TK):
+    read_TV = tl.zeros([TK, BV], tl.float32)
+    for kt in range(0, K, TK):
         j = kt + tl.arange(0, TK)
         k_CT = load_buffer(k_buffer, G * K, place, load_token(k, j, j < K) * k_scale, kt, K, C, TK)
         x_T = load_token(q, j, j < K) * (tl.exp2(total) * q_scale) - tl.sum((effective * from_start)[:, None] * k_CT, 0)
-        for m in tl.static_range(M):
-            there = is_block(z, m, M)
-            state_TV = load_part(blocks + m * H * (K * V), kt, tile * BV, there, K, V, TK, BV)
-            o_V += block_scale(level_scales, there, m, L, LOG_C) * tl.sum(x_T[:, None] * state_TV, 0)
+        read_TV = read_blocks(
+            read_TV, x_T, level_scales, z, L, blocks, H * (K * V), kt, tile * BV, K, V, LOG_C, M, TK, BV, UNROLL
+        )
+    o_V += tl.sum(read_TV, 0)
     tl.store(out + columns, o_V.to(out.dtype.element_ty), mask=inside)
 
     if place == C - 1:

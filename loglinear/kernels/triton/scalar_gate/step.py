@@ -14,7 +14,6 @@ import triton.language as tl
 from loglinear.kernels.triton.decode import (
     SIZES,
     begin,
-    block_scale,
     decays,
     end,
     is_block,
@@ -26,6 +25,7 @@ from loglinear.kernels.triton.decode import (
     merged_into,
     own_program,
     place_scales,
+    read_blocks,
     store_part,
 )
 
@@ -36,7 +36,7 @@ def step_kernel(
     H, R, L, scale,
     q_n, q_h, k_n, k_h, v_n, v_h, g_n, g_h, l_n, l_h,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, M: tl.constexpr,
-    TK: tl.constexpr, BV: tl.constexpr, ACTIVE: tl.constexpr,
+    TK: tl.constexpr, BV: tl.constexpr, UNROLL: tl.constexpr, ACTIVE: tl.constexpr,
 ):  # fmt: skip
     """Reads q, k, v and the gates of the new tokens; changes the state; writes out [N, H, V]."""
     TILES: tl.constexpr = (V + BV - 1) // BV
@@ -61,7 +61,7 @@ def step_kernel(
     behind, total = decays(decay_buffer, H, g, place, C)
     v_V = load_token(v, n * v_n + h * v_h + columns, inside)
     scores = tl.zeros([C], tl.float32)
-    for kt in tl.static_range(0, K, TK):
+    for kt in range(0, K, TK):
         j = kt + tl.arange(0, TK)
         k_T = load_token(k, j, j < K)
         k_CT = load_buffer(k_buffer, G * K, place, k_T, kt, K, C, TK)
@@ -74,30 +74,28 @@ def step_kernel(
     weights = scores * place_scales(level_scales, place, L, C) * tl.exp2(behind)
     v_CV = load_buffer(v_buffer, H * V, place, v_V, tile * BV, V, C, BV)
     o_V = tl.sum(weights[:, None] * v_CV, 0)
-    carried_V = tl.zeros([BV], tl.float32)
-    for m in tl.static_range(M):
-        there = is_block(z, m, M)
-        read_V = tl.zeros([BV], tl.float32)
-        for kt in tl.static_range(0, K, TK):
-            j = kt + tl.arange(0, TK)
-            state_TV = load_part(blocks + m * H * (K * V), kt, tile * BV, there, K, V, TK, BV)
-            read_V += tl.sum(load_token(q, j, j < K)[:, None] * state_TV, 0)
-        carried_V += block_scale(level_scales, there, m, L, LOG_C) * read_V
-    o_V = (o_V + carried_V * tl.exp2(total)) * scale
+    read_TV = tl.zeros([TK, BV], tl.float32)
+    for kt in range(0, K, TK):
+        j = kt + tl.arange(0, TK)
+        q_T = load_token(q, j, j < K)
+        read_TV = read_blocks(
+            read_TV, q_T, level_scales, z, L, blocks, H * (K * V), kt, tile * BV, K, V, LOG_C, M, TK, BV, UNROLL
+        )
+    o_V = (o_V + tl.sum(read_TV, 0) * tl.exp2(total)) * scale
     tl.store(out + columns, o_V.to(out.dtype.element_ty), mask=inside)
 
     if place == C - 1:
         height = merged_into(z, M)
         v_CV = load_buffer(v_buffer, H * V, place, v_V, tile * BV, V, C, BV)
-        for kt in tl.static_range(0, K, TK):
+        for kt in range(0, K, TK):
             j = kt + tl.arange(0, TK)
             k_CT = load_buffer(k_buffer, G * K, place, load_token(k, j, j < K), kt, K, C, TK)
             k_CT *= tl.exp2(behind)[:, None]
             joined_TV = tl.dot(tl.trans(k_CT), v_CV, input_precision="tf32x3")
-            for size in range(M):
-                there, block = is_block(z, size, M), blocks + size * H * (K * V)
+            for m in range(M):
+                there, block = is_block(z, m, M), blocks + m * H * (K * V)
                 state_TV = load_part(block, kt, tile * BV, there, K, V, TK, BV) * tl.exp2(total)
-                joined_TV += tl.where(size <= height, state_TV, 0.0)
-                state_TV = tl.where(size == height, joined_TV, tl.where(size < height, 0.0, state_TV))
-                store_part(block, kt, tile * BV, state_TV, there | (size == height), K, V, TK, BV)
+                joined_TV += tl.where(m <= height, state_TV, 0.0)
+                state_TV = tl.where(m == height, joined_TV, tl.where(m < height, 0.0, state_TV))
+                store_part(block, kt, tile * BV, state_TV, there | (m == height), K, V, TK, BV)
     end(position, n, t, H * TILES)
