@@ -3,9 +3,9 @@
     python -m benchmarks.decode --device cuda --out results/decode-h100.json
     python -m benchmarks.decode --out results/decode-cpu.json          # the demo's size, at 200 and at 20,000 tokens
 
-GPU times are of replayed CUDA graphs, of one step of a model or 64 of a layer, which runs over the 1,024 tokens up to its
-context, merges of blocks included; the bytes are those that its steps must read and write, counted by `step_bytes`. Models stand
-where the most blocks are read, and sample greedily; a KV cache is given the least work there is (`ContextLayer`).
+GPU times are of replayed CUDA graphs, of one step of a model or 64 of a layer, which runs over the 1,024 tokens up to
+its context, merges of blocks included; the bytes are those that its steps must read and write (`step_bytes`). Models
+stand where the most blocks are read, and sample greedily; a KV cache is given the least work there is (`ContextLayer`).
 """
 
 # N rows, B batch, T context, C chunk, M blocks, G groups, H heads, K key, V value, L levels

@@ -10,12 +10,13 @@ from torch import Tensor
 from loglinear.fenwick import log2
 from loglinear.kernels.triton import delta_rule, scalar_gate
 
-# Measured on an H100 (docs/performance.md): small tiles and few registers, so that many programs wait for memory at once.
+# Measured on an H100 (docs/performance.md): few registers, so that many programs wait for memory at once. With eight warps
+# triton 3.6 makes wrong code of the delta rule's step (an illegal access that the interpreter, which checks them, denies).
 PROGRAMS = 264  # tiles of V are halved until there are as many, two for each multiprocessor
 LARGEST_TILE, SMALLEST_TILE = 64, 16
-KEY_TILE = 32
 BLOCKS = 64  # columns of blocks whose loads are under way together
-NUM_WARPS, REGISTERS = 8, 128
+SCALAR_GATE = dict(TK=64, num_warps=8, maxnreg=128)
+DELTA_RULE = dict(TK=32, num_warps=4, maxnreg=None)
 
 
 def value_tile(programs: int, V: int) -> int:
@@ -40,20 +41,20 @@ def step(
     The delta rule with beta, else the scalar gate."""
     q, k, v, level_scales = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, level_scales))
     (N, H, V), (G, K), L = v.shape, k.shape[1:], level_scales.shape[2]
-    C, M, TK = k_buffer.shape[1], blocks.shape[1], min(KEY_TILE, max(16, triton.next_power_of_2(K)))
-    BV = value_tile(N * H, V)
+    C, M, BV = k_buffer.shape[1], blocks.shape[1], value_tile(N * H, V)
     out = torch.empty((N, H, V), dtype=v.dtype, device=v.device)
     inputs, buffers = [q, k, v, log_decay], [k_buffer, v_buffer, decay_buffer]
-    kernel, unit = scalar_gate.step_kernel, {}
+    kernel, options = scalar_gate.step_kernel, dict(SCALAR_GATE)
     if beta is not None:
         assert beta_buffer is not None and inverse is not None
         inputs, buffers = [*inputs, beta], [*buffers, beta_buffer, inverse]
-        kernel, unit = delta_rule.step_kernel, {"UNIT": l2_normalize}
+        kernel, options = delta_rule.step_kernel, dict(DELTA_RULE, UNIT=l2_normalize)
+    options["TK"] = min(options["TK"], max(16, triton.next_power_of_2(K)))
     kernel[(N * H * triton.cdiv(V, BV),)](
         *inputs, level_scales, active, position, blocks, *buffers, out, H, H // G, L, scale,
         *(stride for x in (*inputs, level_scales) for stride in x.stride()[:2]),
-        K=K, V=V, C=C, LOG_C=log2(C), M=M, TK=TK, BV=BV, UNROLL=BLOCKS // BV, ACTIVE=active is not None,
-        **unit, num_warps=NUM_WARPS, maxnreg=REGISTERS,
+        K=K, V=V, C=C, LOG_C=log2(C), M=M, BV=BV, UNROLL=BLOCKS // BV, ACTIVE=active is not None,
+        num_stages=1, **options,
     )  # fmt: skip
     return out
 
