@@ -40,7 +40,8 @@ def test_a_compiled_static_cache_generates_the_same(options):
     torch._dynamo.reset()
     static = model.generate(ids, cache_implementation="static", **options)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert torch.equal(static, model.generate(ids, **options)) and 0 < compiled <= 3
+    assert torch.equal(static, model.generate(ids, **options))
+    assert 0 < compiled <= 4  # not one for each of the 39 steps
 
 
 @pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])

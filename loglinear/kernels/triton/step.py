@@ -3,6 +3,8 @@
 # N rows, C chunk, M blocks, G groups, H heads, K key, V value, L levels
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -10,13 +12,13 @@ from torch import Tensor
 from loglinear.fenwick import log2
 from loglinear.kernels.triton import delta_rule, scalar_gate
 
-# Measured on an H100 (docs/performance.md): few registers, so that many programs wait for memory at once. With eight warps
-# triton 3.6 makes wrong code of the delta rule's step (an illegal access that the interpreter, which checks them, denies).
+# Measured on an H100 (docs/performance.md). With eight warps triton 3.6 makes wrong code of the delta rule's step: an
+# illegal access, where the interpreter, which checks every one, finds none.
 PROGRAMS = 264  # tiles of V are halved until there are as many, two for each multiprocessor
 LARGEST_TILE, SMALLEST_TILE = 64, 16
-BLOCKS = 64  # columns of blocks whose loads are under way together
-SCALAR_GATE = dict(TK=64, num_warps=8, maxnreg=128)
-DELTA_RULE = dict(TK=32, num_warps=4, maxnreg=None)
+BLOCKS = 128  # columns of blocks whose loads are under way together
+SCALAR_GATE: dict[str, Any] = dict(TK=64, num_warps=8, maxnreg=128)
+DELTA_RULE: dict[str, Any] = dict(TK=64, num_warps=4)
 
 
 def value_tile(programs: int, V: int) -> int:
