@@ -118,23 +118,23 @@ def layer_row(name: str, N: int, bandwidth: float) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def model_row(name: str, model: LogLinearForCausalLM, B: int, T: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"model": name, "B": B, "T": T}
+def model_row(name: str, model: LogLinearForCausalLM, B: int, T: int, compiled: bool = False) -> dict[str, Any]:
+    row: dict[str, Any] = {"model": name + (", torch.compile" if compiled else ""), "B": B, "T": T}
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    weights = torch.cuda.memory_allocated()
+    row["weights_gib"] = sum(p.nbytes for p in model.parameters()) / 2**30
     try:
-        cache, token = cache_at(model, B, T), torch.zeros(B, 1, dtype=torch.long, device="cuda")
+        cache, token = cache_at(model, B, T, static=compiled), torch.zeros(B, 1, dtype=torch.long, device="cuda")
+        forward = torch.compile(model, dynamic=False) if compiled else model
 
         def step() -> None:
-            token.copy_(model(token, past_key_values=cache).logits.argmax(-1))
+            token.copy_(forward(token, past_key_values=cache).logits.argmax(-1))
 
         milliseconds = statistics.median(times(captured(step).replay, MODEL_STEPS))
         row |= {"ms": milliseconds, "tokens_per_second": B / milliseconds * 1e3, "cache_gib": cache.nbytes / 2**30}
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     except torch.cuda.OutOfMemoryError:
         row["failed"] = "out of memory"
-    row["weights_gib"] = weights / 2**30
     return row
 
 
@@ -155,6 +155,9 @@ def on_gpu(progress: Progress, keep: Callable[[list[dict[str, Any]]], None]) -> 
                 rows.append(model_row(name, model, B, T))
                 progress.console.print(rows[-1])
                 keep(rows)
+        if not name.startswith("linear"):
+            rows.append(model_row(name, model, 1, CONTEXTS[1], compiled=True))
+            torch._dynamo.reset()
         progress.advance(task)
         del model
     return rows
@@ -212,7 +215,8 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         table.add_column(column)
     for name in dict.fromkeys(row["model"] for row in models):
         mine = {(row["B"], row["T"]): row for row in models if row["model"] == name}
-        table.add_row(name, *(mine[place].get("failed") or f"{mine[place]['ms']:.2f}" for place in places))
+        cells = [mine.get(place, {"failed": ""}) for place in places]
+        table.add_row(name, *(row.get("failed", f"{row.get('ms', 0):.2f}") for row in cells))
     console.print(table)
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from loglinear.models import LogLinearCache, LogLinearConfig, LogLinearForCausalLM
-from loglinear.models.cache import LinearStateLayer
+from loglinear.models.cache import KeyValueLayer, LinearStateLayer
 from loglinear.recipes import get_recipe
 
 LEVELS = 18  # of a model for 131,072 tokens, at whatever context it is measured
@@ -33,7 +32,7 @@ def build(name: str, device: str, dtype: torch.dtype) -> LogLinearForCausalLM:
     return model.to(dtype).eval()  # type: ignore[arg-type]  # transformers wraps `to`
 
 
-class ContextLayer(DynamicLayer):
+class ContextLayer(KeyValueLayer):
     """Keys and values of a context that is there: the next token is always written behind it, and attention reads
     exactly as many columns. No copy, no mask: the least that a step with a KV cache can do."""
 
@@ -51,14 +50,20 @@ class ContextLayer(DynamicLayer):
         assert self.keys is not None
         return self.keys.shape[2] - 1
 
+    @property
+    def nbytes(self) -> int:
+        assert self.keys is not None and self.values is not None
+        return self.keys.nbytes + self.values.nbytes
+
 
 @torch.no_grad()
-def cache_at(model: LogLinearForCausalLM, rows: int, context: int) -> LogLinearCache:
+def cache_at(model: LogLinearForCausalLM, rows: int, context: int, static: bool = False) -> LogLinearCache:
     """A cache of `rows` sequences of `context` tokens with random contents: what a step costs does not depend on them.
+    static: linear layers as generate(cache_implementation="static") has them.
 
     Rows stand just before the end of the context, where the most blocks of the Fenwick tree are there."""
     config, weight = model.config, model.lm_head.weight
-    cache = LogLinearCache(config)
+    cache = LogLinearCache(config, 1 << 30 if static and "linear_attention" in (config.layer_types or []) else None)
     assert config.layer_types is not None and config.num_key_value_heads and config.attention_head_dim
     if "linear_attention" in config.layer_types:
         model(torch.zeros(rows, 2, dtype=torch.long, device=weight.device), past_key_values=cache, logits_to_keep=1)
@@ -73,7 +78,7 @@ def cache_at(model: LogLinearForCausalLM, rows: int, context: int) -> LogLinearC
             for m in range(state.blocks.shape[1] - 1):
                 if not chunks >> m & 1:
                     state.blocks[:, m].zero_()
-            layer.columns = context
+            layer.columns = layer.columns * 0 + context
         else:
             shape = (rows, config.num_key_value_heads, context + 1, config.attention_head_dim)
             keys, values = (torch.empty(shape, dtype=weight.dtype, device=weight.device).normal_() for _ in range(2))

@@ -77,7 +77,7 @@ def measure(progress: Progress, keep: Callable[[list[dict[str, Any]]], None]) ->
                 model.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
                 try:
-                    run(model, T)  # what is made once, kernels and tables
+                    run(model, min(T, 4096))  # what is made once, kernels and tables
                     model.zero_grad(set_to_none=True)
                     torch.cuda.reset_peak_memory_stats()
                     row |= run(model, T)
