@@ -150,6 +150,25 @@ def generate(
     run(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
 
 
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+) -> None:
+    """Serve a checkpoint over HTTP as OpenAI's API, with transformers' server: /v1/completions, /v1/chat/completions.
+
+    The model's name is what --model was given. Without a chat template a chat is its messages joined by newlines.
+
+    Example:
+
+    `loglinear serve --model runs/demo/log_linear --port 8000`
+    """
+    from loglinear.cli.serve import run
+
+    run(model, host, port)
+
+
 @eval_app.command()
 def perplexity(
     model: Model,

@@ -293,7 +293,9 @@ def test_ctrl_c_elsewhere_is_one_line(capsys, monkeypatch):
 # --- what the commands do --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["eval", "perplexity"], ["info"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["generate"], ["eval", "perplexity"], ["info"], ["demo"], ["serve"]]
+)
 def test_help_has_examples(capsys, command):
     code, out, _ = in_process(capsys, *command, "--help")
     assert code == 0 and ("Example" in out or command == [])
