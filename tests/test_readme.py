@@ -8,7 +8,7 @@ import pytest
 from loglinear.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/performance.md", "docs/demo.md"]
+PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/performance.md", "docs/memory.md", "docs/demo.md"]
 
 
 def test_the_ten_lines_run():
