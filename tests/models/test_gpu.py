@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from loglinear.models import LogLinearForCausalLM
+from loglinear.models import LogLinearCache, LogLinearForCausalLM
 from loglinear.training import train
 from tests.models.tiny_models import KINDS, tiny_config, tokens
 from tests.training.tiny import tiny_recipe, write_text
@@ -42,6 +42,24 @@ def test_a_compiled_static_cache_generates_the_same(options):
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert torch.equal(static, model.generate(ids, **options))
     assert 0 < compiled <= 4  # not one for each of the 39 steps
+
+
+@KINDS
+@torch.no_grad()
+def test_a_step_waits_for_nothing(options):
+    """In eager mode, with a mask as `generate` gives it."""
+    model = LogLinearForCausalLM(tiny_config(**{"chunk_size": 16, **options})).eval().cuda()
+    ids, mask = tokens(2, 37).cuda(), torch.ones(2, 40, dtype=torch.long, device="cuda")
+    mask[1, :20] = 0
+    cache = LogLinearCache(model.config)
+    model(ids, attention_mask=mask[:, :37], past_key_values=cache)
+    model(ids[:, :1], attention_mask=mask[:, :38], past_key_values=cache)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(ids[:, :1], attention_mask=mask[:, :39], past_key_values=cache)
+        model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])
