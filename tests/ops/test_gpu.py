@@ -68,6 +68,20 @@ STEP_BUDGET = {
 }
 
 
+@pytest.mark.parametrize("chunk_size", [16, 128])
+def test_steps_with_the_smallest_and_the_largest_chunk(operator, chunk_size):
+    inputs = on("cuda", operator.inputs(B=2, T=300, G=1, H=2, K=128, V=80, L=10, decay=0.05), torch.float32)
+    exact = operator({n: x.double() for n, x in inputs.items()}, impl="torch").output[:, 100:]
+    head = {n: x[:, :100].detach() for n, x in inputs.items()}
+    state = DecodeState.of(operator(head, chunk_size=chunk_size, output_final_state=True, impl="torch").final_state)
+    function = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
+    outputs = torch.stack(
+        [function(*(inputs[n][:, 100 + t] for n in operator.names), state, impl="triton") for t in range(200)], 1
+    )
+    assert max(relative_error(outputs[:, t], exact[:, t]) for t in range(200)) < 3e-5
+    assert relative_error(outputs, exact) < 3e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 6, 128, 64), (2, 2, 192, 384), (1, 2, 5, 3), (2, 2, 256, 256), (3, 3, 64, 80)])
 def test_steps_on_top_of_the_kernels_prefill(operator, shape, dtype):
