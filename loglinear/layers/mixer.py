@@ -37,19 +37,24 @@ class MixerDecodeState(NamedTuple):
     decode: DecodeState
 
     @classmethod
+    @torch.no_grad()
     def of(cls, state: MixerState) -> "MixerDecodeState":
-        return cls(state.conv.detach().clone(memory_format=torch.contiguous_format), DecodeState.of(state.fenwick))
+        with torch.inference_mode(False):
+            return cls(state.conv.clone(memory_format=torch.contiguous_format), DecodeState.of(state.fenwick))
 
     @torch.no_grad()
     def copy_(self, state: MixerState) -> None:
         """The contents of another state of the same sizes, in the memory of this one."""
-        self.conv.copy_(state.conv)
         self.decode.copy_(state.fenwick)
+        self.conv.copy_(state.conv)
 
-    @property
     def state(self) -> MixerState:
-        """The same memory, as sequences continue from it with more than one token."""
-        return MixerState(self.conv, self.decode.fenwick)
+        """From which sequences continue with more than one token: the same memory, or a copy where a backward may need
+        it as it is now."""
+        if not torch.is_grad_enabled():
+            return MixerState(self.conv, self.decode.fenwick)
+        fenwick = FenwickState._make(None if part is None else part.clone() for part in self.decode.fenwick)
+        return MixerState(self.conv.clone(), fenwick)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -28,6 +28,7 @@ class LinearStateLayer(CacheLayerMixin):
         self.state: MixerDecodeState | None = None
         self.columns: int | Tensor = 0
 
+    @torch.compiler.disable  # or memory of a graph, which its next replay overwrites, would be kept
     def store(self, state: MixerState | None, new_columns: int) -> None:
         """After tokens that were no single step: their state (None: all of them were padding)."""
         if state is not None and self.state is not None:
@@ -35,10 +36,10 @@ class LinearStateLayer(CacheLayerMixin):
         elif state is not None:
             self.state = MixerDecodeState.of(state)
             if self.is_compileable:
-                self.columns = torch.tensor(self.columns, device=state.conv.device)
-                if not torch.compiler.is_compiling():
-                    for part in (*self.state.tensors, self.columns):
-                        torch._dynamo.mark_static_address(part)
+                with torch.inference_mode(False):
+                    self.columns = torch.tensor(self.columns, device=state.conv.device)
+                for part in (*self.state.tensors, self.columns):
+                    torch._dynamo.mark_static_address(part)
         self.advance(new_columns)
 
     def advance(self, new_columns: int) -> None:
@@ -148,7 +149,8 @@ class LogLinearCache(Cache):
         now = torch.ones(rows, time, dtype=torch.bool, device=device) if real_BT is None else real_BT
         if self.columns_limit is not None:
             if self.real is None:
-                self.real = torch.zeros(rows, self.columns_limit, dtype=torch.bool, device=device)
+                with torch.inference_mode(False):
+                    self.real = torch.zeros(rows, self.columns_limit, dtype=torch.bool, device=device)
                 if not torch.compiler.is_compiling():
                     torch._dynamo.mark_static_address(self.real)
             return self.real.index_copy_(1, past + torch.arange(time, device=device), now)

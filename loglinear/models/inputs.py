@@ -94,7 +94,8 @@ def token_layout(
     packing: Packing | None = None
     real_BT = new_columns(attention_mask, (rows, time), past)
     is_step = time == 1 and cache is not None and cache.has_states and not torch.is_grad_enabled()
-    if real_BT is not None and not is_step and bool(real_BT.all()):  # a step does not wait for the device to say
+    may_ask = not is_step or tokens.device.type == "cpu"  # a step does not wait for a device
+    if real_BT is not None and may_ask and bool(real_BT.all()):
         real_BT = None
     if cu_seqlens is not None:
         if real_BT is not None:

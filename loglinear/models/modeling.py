@@ -58,7 +58,7 @@ class LogLinearBlock(GradientCheckpointingLayer):
             x = x + self.mixer.step(normed, past_key_values.state, layout.active)
             past_key_values.advance(1)
         else:
-            before = None if past_key_values.state is None else past_key_values.state.state
+            before = None if past_key_values.state is None else past_key_values.state.state()
             mixed, state = self.mixer(normed, layout.packing, before, return_state=True)
             past_key_values.store(state, x.shape[1])
             x = x + mixed
@@ -256,8 +256,11 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         given = model_kwargs.get("past_key_values")
         if given is not None and implementation is not None:
             raise ValueError("pass either past_key_values or cache_implementation, got both")
+        if given is not None:
+            given._is_user_defined = True
         if generation_config.use_cache is not False and given is None:
             *_, columns = (*args, *kwargs.values())  # max_cache_length comes last
+            columns = max(columns, generation_config.max_cache_len or 0)
             model_kwargs["past_key_values"] = LogLinearCache(
                 self.config, columns if implementation == "static" else None
             )

@@ -1,6 +1,6 @@
 """How large a model is and what it remembers: parameters and state bytes from a configuration alone."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,21 +44,23 @@ def state_bytes(config: LogLinearConfig, tokens: int, dtype: torch.dtype = torch
     layers: keys and values.
     """
     assert config.layer_types is not None
-    heads = config.heads
+    heads, C = config.heads, config.chunk_size
+    options: dict[str, Any] = dict(dtype=torch.promote_types(dtype, torch.float32), device="meta")
+    is_delta_rule = get_variant(config.variant).transition == "delta_rule"
     fenwick = FenwickState.zeros(
         1,
         num_levels=config.num_levels,
-        chunk_size=config.chunk_size,
+        chunk_size=C,
         groups=heads.num_groups,
         heads=heads.num_heads,
         key_dim=heads.key_dim,
         value_dim=heads.head_dim,
-        delta_rule=get_variant(config.variant).transition == "delta_rule",
-        dtype=torch.promote_types(dtype, torch.float32),
-        device="meta",
+        delta_rule=is_delta_rule,
+        **options,
     )
+    state = DecodeState(fenwick, torch.empty(1, C, heads.num_heads, C, **options) if is_delta_rule else None)
     channels = 2 * heads.num_groups * heads.key_dim + heads.num_heads * heads.head_dim
-    linear = DecodeState.of(fenwick).nbytes + channels * (config.conv_kernel - 1) * dtype.itemsize
+    linear = state.nbytes + channels * (config.conv_kernel - 1) * dtype.itemsize
     full_layers = config.layer_types.count("full_attention")
     return (config.num_hidden_layers - full_layers) * linear + full_layers * _key_value_bytes(config, tokens, dtype)
 

@@ -92,5 +92,7 @@ def _step(p: WorkingProblem, state: FenwickState) -> tuple[Tensor, FenwickState 
     output = output.view(p.v.shape)
     if not p.output_final_state:
         return output, None
+    if blocks is state.blocks:  # two states never share memory: a `DecodeState` changes in place
+        blocks = blocks.clone()
     emptied = [None if x is None else decode.emptied(x, place) for x in (k, v, log_decay, beta)]
     return output, FenwickState._make([state.position + 1, blocks, *emptied])

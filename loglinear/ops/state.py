@@ -26,8 +26,8 @@ class FenwickState(NamedTuple):
         beta       [N, C, H]          None for the scalar gate
 
     The size depends on L and C alone, never on the position. Everything but `position` is float32 (float64 for
-    float64 inputs) and carries gradients. A state that decoding leaves behind may have anything in its rows from
-    position % C on; nobody reads them.
+    float64 inputs) and carries gradients. A state that decoding leaves behind may have other finite numbers in its rows
+    from position % C on; they count for nothing.
     """
 
     position: Tensor
@@ -98,15 +98,21 @@ class DecodeState(NamedTuple):
     @classmethod
     @torch.no_grad()
     def of(cls, state: FenwickState) -> DecodeState:
-        """A copy of a state."""
-        fenwick = FenwickState._make(
-            None if x is None else x.clone(memory_format=torch.contiguous_format) for x in state
-        )
-        return cls(fenwick, _inverse(fenwick))
+        """A copy of a state, which lives in no inference mode, even if made in one."""
+        with torch.inference_mode(False):
+            fenwick = FenwickState._make(
+                None if x is None else x.clone(memory_format=torch.contiguous_format) for x in state
+            )
+            fenwick = fenwick._replace(position=fenwick.position.long())
+            return cls(fenwick, _inverse(fenwick))
 
     @torch.no_grad()
     def copy_(self, state: FenwickState) -> DecodeState:
-        """The contents of another state of the same sizes, in the memory of this one."""
+        """The contents of another state of the same sizes, in the memory of this one; ValueError if they differ."""
+        for name, own, other in zip(FenwickState._fields, self.fenwick, state, strict=True):
+            sizes = [None if x is None else list(x.shape) for x in (own, other)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(f"a state with {name} {sizes[1]} does not fit into one that was made for {sizes[0]}")
         for own, other in zip(self.fenwick, state, strict=True):
             if own is not None and other is not None:
                 own.copy_(other)
@@ -132,4 +138,5 @@ def _inverse(state: FenwickState) -> Tensor | None:
         return None
     held = torch.arange(state.chunk_size, device=state.k.device) < (state.position % state.chunk_size)[:, None]
     log_decay, beta = (torch.where(held[..., None], x, 0.0) for x in (state.log_decay, state.beta))
-    return chunk_inverse(state.k, beta, log_decay).contiguous()
+    with torch.autocast(state.k.device.type, enabled=False):
+        return chunk_inverse(state.k, beta, log_decay).contiguous()

@@ -1,8 +1,8 @@
 """Decoding: one token for each row of a batch, in place.
 
 The equations are those of `loglinear.ops.api`. A step computes one row of the chunk formulas and reads the popcount of
-position // C block states, which are only read until the chunk is full; its cost grows with log2(T), and nothing is
-allocated. Nothing waits for the device, so a step can be captured in a CUDA graph.
+position // C block states, which are only read until the chunk is full: its cost grows with log2(T), and the state stays
+where it is. impl="triton" does not wait for the device, so that a step can be captured in a CUDA graph.
 """
 
 # N rows, C chunk, M blocks, G groups, H heads, K key, V value, L levels
@@ -86,7 +86,8 @@ def _step(
             q, k, v, log_decay, beta, level_scales, active, s.position, s.blocks, s.k, s.v, s.log_decay, s.beta,
             state.inverse, scale, l2_normalize,
         )  # fmt: skip
-    return _torch_step(q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active)
+    with torch.autocast(v.device.type, enabled=False):
+        return _torch_step(q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active)
 
 
 def _torch_step(
@@ -101,7 +102,9 @@ def _torch_step(
     row = torch.arange(len(place), device=place.device)
     for buffer, token in ((s.k, k), (s.v, v), (s.log_decay, log_decay.clamp(min=MIN_LOG_DECAY)), (s.beta, beta)):
         if buffer is not None and token is not None:
-            buffer[row, place] = token.to(dtype)  # of a row that is not active the next one takes the place
+            if active is not None:  # what an idle row is given counts for nothing, not even as NaN
+                token = torch.where(active.view(-1, *[1] * (token.dim() - 1)), token, 0.0)
+            buffer[row, place] = token.to(dtype)
     full = place == C - 1 if active is None else (place == C - 1) & active
     if beta is None:
         out, blocks = kernels.scalar_gate_step(q, s.k, s.v, s.log_decay, level_scales, s.blocks, s.position, full)
@@ -139,7 +142,7 @@ def _check(
     if (beta is None) != (s.beta is None):
         kind = "the delta rule (beta)" if s.beta is not None else "a scalar gate (no beta)"
         raise ValueError(f"state is one of {kind} and cannot continue the other operator")
-    L = level_scales.shape[-1]
+    L = level_scales.shape[-1] if isinstance(level_scales, Tensor) and level_scales.dim() else 1
     expected = {
         "q": (q, (N, G, K)), "k": (k, (N, G, K)), "v": (v, (N, H, V)), "log_decay": (log_decay, (N, H)),
         "beta": (beta, (N, H)), "level_scales": (level_scales, (N, H, L)), "active": (active, (N,)),
@@ -147,11 +150,13 @@ def _check(
     for name, (x, shape) in expected.items():
         if x is None:
             continue
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.shape != shape:
             raise ValueError(f"{name} must have shape {list(shape)} as the state has it, got {list(x.shape)}")
         if x.device != s.blocks.device:
             raise ValueError(f"{name} must be on the state's device {s.blocks.device}, got {x.device}")
-        if x.is_floating_point() == (name == "active"):
+        if x.dtype != torch.bool if name == "active" else not x.is_floating_point():
             kind = "bool" if name == "active" else "floating-point numbers"
             raise ValueError(f"{name} must hold {kind}, got {x.dtype}")
     L = level_scales.shape[2]

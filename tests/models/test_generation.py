@@ -5,9 +5,11 @@ import torch
 from tiny_models import HYBRID, KINDS, tokens
 
 from loglinear.models import LogLinearCache, LogLinearForCausalLM
+from loglinear.models.cache import LinearStateLayer
 
 T = 21
 NEW = 9
+LINEAR_KINDS = [{"variant": "mamba2"}, {"variant": "gated_delta_net"}]
 
 
 def greedy_by_full_forward(model: LogLinearForCausalLM, prompt: torch.Tensor, new: int = NEW) -> torch.Tensor:
@@ -130,16 +132,54 @@ def test_a_static_cache_generates_the_same(make_model, options, search) -> None:
     assert static.tolist() == model.generate(ids, **options).tolist()
 
 
+def kept_by(layer) -> list[torch.Tensor]:
+    return layer.state.tensors if isinstance(layer, LinearStateLayer) else [layer.keys, layer.values]
+
+
+@pytest.mark.parametrize("options", LINEAR_KINDS, ids=str)
+@pytest.mark.parametrize("pieces", [(7, 1), (7, 4)], ids=str)
+def test_gradients_pass_through_the_pieces_that_continue_a_cache(make_model, options, pieces) -> None:
+    """A piece's own gradients are those of the same tokens behind constants."""
+    model, ids = make_model(**options), tokens(1, sum(pieces))
+    cache = LogLinearCache(model.config)
+    with torch.no_grad():
+        model(ids[:, : pieces[0]], past_key_values=cache)
+    for _ in range(2):
+        model(ids[:, pieces[0] :], past_key_values=cache).logits.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("options", LINEAR_KINDS, ids=str)  # transformers' keys and values cannot
+def test_a_cache_made_in_inference_mode_continues_outside_of_it(make_model, options) -> None:
+    model, ids = make_model(**options), tokens(1, T)
+    cache = LogLinearCache(model.config, 60)
+    with torch.inference_mode():
+        model(ids[:, :8], past_key_values=cache)
+        model(ids[:, 8:9], past_key_values=cache)
+    generated = model.generate(ids, past_key_values=cache, max_new_tokens=4, eos_token_id=None)
+    assert generated[0, T:].tolist() == greedy_by_full_forward(model, ids[0], 4).tolist()
+
+
+@KINDS
+def test_a_boolean_mask_is_a_mask(make_model, options) -> None:
+    model = make_model(**options)
+    ids, mask = left_padded([T, 12])
+    generated = model.generate(ids, attention_mask=mask.bool(), max_new_tokens=NEW, eos_token_id=None)
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, eos_token_id=None)
+    assert generated.tolist() == expected.tolist()
+
+
 @KINDS
 def test_a_reset_static_cache_begins_anew_in_its_memory(make_model, options) -> None:
     model, ids = make_model(**options), tokens(2, T)
     cache = LogLinearCache(model.config, 40)
     with torch.no_grad():
         first = [model(piece, past_key_values=cache).logits for piece in ids.split([T - 2, 1, 1], 1)]
-        size = cache.nbytes
+        memory = [part.data_ptr() for layer in cache.layers for part in kept_by(layer)]
         cache.reset()
         second = [model(piece, past_key_values=cache).logits for piece in ids.split([T - 2, 1, 1], 1)]
-    assert cache.nbytes == size and int(cache.get_seq_length()) == T
+    assert memory == [part.data_ptr() for layer in cache.layers for part in kept_by(layer)]
+    assert int(cache.get_seq_length()) == T
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 

@@ -66,7 +66,6 @@ def test_rows_at_different_positions_step_together(operator, impl, lengths, step
     state = DecodeState.of(
         FenwickState._make(x if x is None or not x.is_floating_point() else x.to(dtype) for x in joined)
     )
-    memory = [x.data_ptr() for x in state.fenwick if x is not None]
     outputs = []
     for step in range(steps):
         tokens = [token_at(s, n + step, dtype) for s, n in zip(sequences, lengths, strict=True)]
@@ -87,7 +86,6 @@ def test_rows_at_different_positions_step_together(operator, impl, lengths, step
             elif held:
                 assert relative_error(mine[:held], part[0, :held]) < budget, name
         assert int(state.fenwick.position[row]) == int(end.position)
-    assert memory == [x.data_ptr() for x in state.fenwick if x is not None]
 
 
 @pytest.mark.parametrize("impl, first", [("torch", 0), pytest.param("triton", 14, marks=pytest.mark.interpreter)])
@@ -200,5 +198,69 @@ def test_what_a_step_cannot_do_is_said(operator):
         take_step(operator, token, sizes(operator, 2, 8, 16))
     with pytest.raises(ValueError, match="impl of a step must be one of"):
         take_step(operator, token, DecodeState.of(sizes(operator, 2, 8, 16)), impl="reference")
-    with pytest.raises(ValueError, match="active must hold bool, got torch.float32"):
-        take_step(operator, token, DecodeState.of(sizes(operator, 2, 8, 16)), active=torch.ones(2))
+    state = DecodeState.of(sizes(operator, 2, 8, 16))
+    for dtype in (torch.float32, torch.int64):
+        with pytest.raises(ValueError, match=f"active must hold bool, got {dtype}"):
+            take_step(operator, token, state, active=torch.ones(2, dtype=dtype))
+    with pytest.raises(ValueError, match=r"level_scales must have shape .* got \[2\]"):
+        take_step(operator, token | {"level_scales": torch.ones(2, 1)}, state)
+    with pytest.raises(ValueError, match=r"a state with position \[1\] does not fit into one that was made for \[2\]"):
+        state.copy_(sizes(operator, 1, 8, 16))
+    assert state.fenwick.position.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_column_of_a_mask_says_who_is_active(operator, impl):
+    """It is a view with a stride."""
+    token = operator.inputs(B=2, T=1, G=1, H=1, L=8, dtype=torch.float32)
+    state = DecodeState.of(sizes(operator, 2, 8, 16, groups=1, heads=1))
+    mask = torch.tensor([[True, False, True], [False, True, False]])
+    for column in (0, 1, 1):
+        take_step(operator, token, state, active=mask[:, column], impl=impl)
+    assert state.fenwick.position.tolist() == [1, 2]
+
+
+def test_what_an_idle_row_is_given_counts_for_nothing(operator):
+    inputs = operator.inputs(B=1, T=3, L=8)
+    whole = operator(inputs, chunk_size=4).output
+    state = DecodeState.of(sizes(operator, 1, 8, 4, dtype=torch.float64))
+    for t in range(3):
+        token = token_at(inputs, t, torch.float64)
+        nothing = {name: torch.full_like(x, torch.nan) for name, x in token.items()}
+        take_step(operator, nothing, state, active=torch.tensor([False]))
+        assert relative_error(take_step(operator, token, state), whole[:, t]) < 1e-10
+
+
+def test_autocast_changes_nothing(operator):
+    inputs = operator.inputs(B=1, T=20, L=8, dtype=torch.float32)
+    whole = operator(inputs, chunk_size=16).output
+    state = None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        head = {name: x[:, :5].detach() for name, x in inputs.items()}
+        state = DecodeState.of(operator(head, chunk_size=16, output_final_state=True).final_state)
+        for t in range(5, 20):
+            assert relative_error(take_step(operator, token_at(inputs, t, torch.float32), state), whole[:, t]) < 3e-5
+
+
+def test_a_final_state_has_memory_of_its_own(operator):
+    inputs = operator.inputs(B=1, T=40, L=8)
+    whole = operator(inputs, chunk_size=4).output
+    head = {name: x[:, :20].detach() for name, x in inputs.items()}
+    state = DecodeState.of(operator(head, chunk_size=4, output_final_state=True).final_state)
+    token = token_at(inputs, 20, torch.float64)
+    kept = operator(token, chunk_size=4, initial_state=state.fenwick, output_final_state=True).final_state
+    for t in range(20, 30):
+        take_step(operator, token_at(inputs, t, torch.float64), state)
+    rest = {name: x[:, 21:].detach() for name, x in inputs.items()}
+    assert relative_error(operator(rest, chunk_size=4, initial_state=kept).output, whole[:, 21:]) < 1e-10
+
+
+def test_a_state_made_in_inference_mode_serves_outside_of_it(operator):
+    inputs = operator.inputs(B=1, T=9, L=8)
+    whole = operator(inputs, chunk_size=4).output
+    with torch.inference_mode():
+        head = {name: x[:, :5].detach() for name, x in inputs.items()}
+        state = DecodeState.of(operator(head, chunk_size=4, output_final_state=True).final_state)
+        take_step(operator, token_at(inputs, 5, torch.float64), state)
+    for t in range(6, 9):
+        assert relative_error(take_step(operator, token_at(inputs, t, torch.float64), state), whole[:, t]) < 1e-10

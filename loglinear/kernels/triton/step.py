@@ -42,6 +42,7 @@ def step(
     it. q, k [N,G,K], v [N,H,V], log_decay, beta [N,H], level_scales [N,H,L]; the state's parts as in `FenwickState`.
     The delta rule with beta, else the scalar gate."""
     q, k, v, level_scales = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, level_scales))
+    active = None if active is None else active.contiguous()  # a mask's column has a stride
     (N, H, V), (G, K), L = v.shape, k.shape[1:], level_scales.shape[2]
     C, M, BV = k_buffer.shape[1], blocks.shape[1], value_tile(N * H, V)
     out = torch.empty((N, H, V), dtype=v.dtype, device=v.device)
