@@ -265,6 +265,17 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
                 self.config, columns if implementation == "static" else None
             )
 
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """What `generate` calls beside a static cache: steps are compiled; prompts, whose padding is taken out, are not."""
+        compiled = super().get_compiled_call(compile_config)
+
+        def call(**inputs: Any) -> Any:
+            tokens, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+            is_step = tokens is not None and tokens.shape[1] == 1 and cache is not None and cache.has_states
+            return (compiled if is_step else self)(**inputs)
+
+        return call
+
     @staticmethod
     def create_masks_for_generate(
         config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any

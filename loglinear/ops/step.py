@@ -1,8 +1,8 @@
 """Decoding: one token for each row of a batch, in place.
 
 The equations are those of `loglinear.ops.api`. A step computes one row of the chunk formulas and reads the popcount of
-position // C block states, which are only read until the chunk is full: its cost grows with log2(T), and the state stays
-where it is. impl="triton" does not wait for the device, so that a step can be captured in a CUDA graph.
+position // C block states, which are only read until the chunk is full: its cost grows with log2(T), and the state
+stays where it is. impl="triton" does not wait for the device, so that a step can be captured in a CUDA graph.
 """
 
 # N rows, C chunk, M blocks, G groups, H heads, K key, V value, L levels
