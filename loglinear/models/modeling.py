@@ -266,7 +266,7 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
             )
 
     def get_compiled_call(self, compile_config: Any) -> Any:
-        """What `generate` calls beside a static cache: a compiled step; prompts, whose padding is taken out, as they are."""
+        """What `generate` calls beside a static cache: steps are compiled; prompts, which may be padded, are not."""
         compiled = super().get_compiled_call(compile_config)
 
         def call(**inputs: Any) -> Any:
