@@ -18,6 +18,8 @@ def test_the_ten_lines_run():
     assert names["out"].shape == (1, 1, 4, 64) and names["scales"].grad is not None
     assert names["state"].position.tolist() == [1001]
     exec(examples[1], names)
+    assert names["out"].shape == (1, 4, 64) and names["state"].fenwick.position.tolist() == [1003]
+    exec(examples[2], names)
     assert names["out"].shape == (1, 1000, 4, 64) and names["out"].isfinite().all()
 
 

@@ -76,6 +76,9 @@ class LinearStateLayer(CacheLayerMixin):
             for part in self.state.tensors:
                 part.copy_(part.index_select(0, beam_idx.to(part.device)))
 
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError("the state of a linear layer cannot go back: begin with a new cache")
+
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.state is not None:
             self.state = self.state.index_select(indices)
@@ -133,6 +136,12 @@ class LogLinearCache(Cache):
     def has_states(self) -> bool:
         """Have all linear layers seen a token?"""
         return all(layer.state is not None for layer in self.layers if isinstance(layer, LinearStateLayer))
+
+    @property
+    def rows(self) -> int | None:
+        """How many sequences the states are of; None before the first token, or without linear layers."""
+        states = [layer.state for layer in self.layers if isinstance(layer, LinearStateLayer)]
+        return None if not states or states[0] is None else states[0].conv.shape[0]
 
     @property
     def nbytes(self) -> int:

@@ -90,6 +90,10 @@ def token_layout(
 ) -> TokenLayout:
     """tokens [B, T, ...] (ids or embeddings) give shape and device. Notes the padding in the cache."""
     rows, time = tokens.shape[:2]
+    if time == 0:
+        raise ValueError("input_ids must have at least one token in each row, got none")
+    if cache is not None and cache.rows not in (None, rows):
+        raise ValueError(f"past_key_values holds {cache.rows} sequences, got a batch of {rows}")
     past = 0 if cache is None else cache.get_seq_length()
     packing: Packing | None = None
     real_BT = new_columns(attention_mask, (rows, time), past)

@@ -265,6 +265,16 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
                 self.config, columns if implementation == "static" else None
             )
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As transformers has it, unless a cache has seen all of the tokens already: a state cannot go back."""
+        new = kwargs.get("next_sequence_length")
+        if new is not None and new < 1:
+            seen, given = input_ids.shape[1] - int(new), input_ids.shape[1]
+            raise ValueError(
+                f"past_key_values has seen {seen} tokens, got {given}: pass the whole text, at least one of them new"
+            )
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc, arg-type]
+
     def get_compiled_call(self, compile_config: Any) -> Any:
         """What `generate` calls beside a static cache: steps are compiled; prompts, which may be padded, are not."""
         compiled = super().get_compiled_call(compile_config)

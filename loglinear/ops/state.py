@@ -99,6 +99,7 @@ class DecodeState(NamedTuple):
     @torch.no_grad()
     def of(cls, state: FenwickState) -> DecodeState:
         """A copy of a state, which lives in no inference mode, even if made in one."""
+        _require_fenwick(state)
         with torch.inference_mode(False):
             fenwick = FenwickState._make(
                 None if x is None else x.clone(memory_format=torch.contiguous_format) for x in state
@@ -109,6 +110,7 @@ class DecodeState(NamedTuple):
     @torch.no_grad()
     def copy_(self, state: FenwickState) -> DecodeState:
         """The contents of another state of the same sizes, in the memory of this one; ValueError if they differ."""
+        _require_fenwick(state)
         for name, own, other in zip(FenwickState._fields, self.fenwick, state, strict=True):
             sizes = [None if x is None else list(x.shape) for x in (own, other)]
             if sizes[0] != sizes[1]:
@@ -130,6 +132,14 @@ class DecodeState(NamedTuple):
         """The state of other rows, in the order given (beam search), in memory of its own."""
         return DecodeState(
             self.fenwick.index_select(rows), None if self.inverse is None else self.inverse.index_select(0, rows)
+        )
+
+
+def _require_fenwick(state: FenwickState) -> None:
+    if not isinstance(state, FenwickState):
+        kind = type(state).__name__
+        raise ValueError(
+            f"state must be a FenwickState, an operator's final_state (output_final_state=True), got {kind}"
         )
 
 

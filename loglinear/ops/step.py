@@ -34,6 +34,8 @@ def log_linear_attention_step(
 ) -> Tensor:
     """The next token of `log_linear_attention` for every row, [N, H, V] in v's dtype; `state` moves on in place.
 
+    Without gradients: whoever needs them calls the operator with initial_state.
+
     Args:
         q, k: [N, G, K]; v: [N, H, V]; log_decay: [N, H] or None; level_scales: [N, H, L].
         state: of N rows, each at a position of its own. `DecodeState.of(final_state)` makes it.

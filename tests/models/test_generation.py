@@ -132,6 +132,21 @@ def test_a_static_cache_generates_the_same(make_model, options, search) -> None:
     assert static.tolist() == model.generate(ids, **options).tolist()
 
 
+def test_what_a_cache_cannot_continue_is_one_clear_line(make_model) -> None:
+    model, ids = make_model(), tokens(2, T)
+    cache = LogLinearCache(model.config)
+    model.generate(ids, past_key_values=cache, max_new_tokens=4, eos_token_id=None)
+    for again, seen in ((ids, T + 3), (ids[:, :3], T + 3)):
+        with pytest.raises(ValueError, match=f"past_key_values has seen {seen} tokens, got {again.shape[1]}"):
+            model.generate(again, past_key_values=cache, max_new_tokens=4)
+    with pytest.raises(ValueError, match="past_key_values holds 2 sequences, got a batch of 1"):
+        model(ids[:1], past_key_values=cache)
+    with pytest.raises(ValueError, match="at least one token"):
+        model(ids[:, :0])
+    with pytest.raises(ValueError, match="cannot go back"):
+        cache.crop(-1)
+
+
 def kept_by(layer) -> list[torch.Tensor]:
     return layer.state.tensors if isinstance(layer, LinearStateLayer) else [layer.keys, layer.values]
 

@@ -204,6 +204,9 @@ def test_what_a_step_cannot_do_is_said(operator):
             take_step(operator, token, state, active=torch.ones(2, dtype=dtype))
     with pytest.raises(ValueError, match=r"level_scales must have shape .* got \[2\]"):
         take_step(operator, token | {"level_scales": torch.ones(2, 1)}, state)
+    for wrong in (None, state):
+        with pytest.raises(ValueError, match="state must be a FenwickState, an operator's final_state"):
+            DecodeState.of(wrong)
     with pytest.raises(ValueError, match=r"a state with position \[1\] does not fit into one that was made for \[2\]"):
         state.copy_(sizes(operator, 1, 8, 16))
     assert state.fenwick.position.tolist() == [0, 0]
