@@ -1,13 +1,13 @@
 """How large a model is and what it remembers: parameters and state bytes from a configuration alone."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from loglinear.layers import LevelScales
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.modeling import LogLinearForCausalLM
-from loglinear.ops import DecodeState, FenwickState
+from loglinear.ops import DecodeState
 from loglinear.variants import get_variant
 
 
@@ -44,21 +44,19 @@ def state_bytes(config: LogLinearConfig, tokens: int, dtype: torch.dtype = torch
     layers: keys and values.
     """
     assert config.layer_types is not None
-    heads, C = config.heads, config.chunk_size
-    options: dict[str, Any] = dict(dtype=torch.promote_types(dtype, torch.float32), device="meta")
-    is_delta_rule = get_variant(config.variant).transition == "delta_rule"
-    fenwick = FenwickState.zeros(
+    heads = config.heads
+    state = DecodeState.zeros(
         1,
         num_levels=config.num_levels,
-        chunk_size=C,
+        chunk_size=config.chunk_size,
         groups=heads.num_groups,
         heads=heads.num_heads,
         key_dim=heads.key_dim,
         value_dim=heads.head_dim,
-        delta_rule=is_delta_rule,
-        **options,
+        delta_rule=get_variant(config.variant).transition == "delta_rule",
+        dtype=torch.promote_types(dtype, torch.float32),
+        device="meta",
     )
-    state = DecodeState(fenwick, torch.empty(1, C, heads.num_heads, C, **options) if is_delta_rule else None)
     channels = 2 * heads.num_groups * heads.key_dim + heads.num_heads * heads.head_dim
     linear = state.nbytes + channels * (config.conv_kernel - 1) * dtype.itemsize
     full_layers = config.layer_types.count("full_attention")

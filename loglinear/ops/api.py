@@ -23,9 +23,8 @@ from loglinear.fenwick import num_blocks
 from loglinear.ops import impl_triton
 from loglinear.ops.impl_reference import run as run_reference
 from loglinear.ops.impl_torch import run as run_torch
-from loglinear.ops.problem import Problem
-from loglinear.ops.state import FenwickState
-from loglinear.ops.step import unit_length
+from loglinear.ops.problem import Problem, unit_length
+from loglinear.ops.state import FenwickState, check_family
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +174,7 @@ def _dispatch(
 
 
 def _automatic(problem: Problem) -> str:
-    """triton where it can serve on a GPU; single tokens from a state are decoding, which torch has a step for."""
+    """triton where it can serve on a GPU; a single token is not worth kernels for chunks."""
     is_step = problem.initial_state is not None and problem.v.shape[1] == 1
     if problem.v.device.type == "cuda" and not is_step and impl_triton.unsupported(problem) is None:
         return "triton"
@@ -257,9 +256,7 @@ def _check_state(state: FenwickState, tensors: dict[str, Tensor | None], rows: i
     q, v, scales = tensors["q"], tensors["v"], tensors["level_scales"]
     assert q is not None and v is not None and scales is not None
     (G, K), (H, V), L, C = q.shape[2:], v.shape[2:], scales.shape[3], chunk_size
-    if ("beta" in tensors) != (state.beta is not None):
-        kind = "the delta rule (beta)" if state.beta is not None else "a scalar gate (no beta)"
-        raise ValueError(f"initial_state is one of {kind} and cannot continue the other operator")
+    check_family("initial_state", state, "beta" in tensors)
     if state.chunk_size != C:
         raise ValueError(f"initial_state was made with chunk_size {state.chunk_size}, got chunk_size {C}")
     expected = {

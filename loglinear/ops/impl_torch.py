@@ -11,19 +11,12 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels import torch as kernels
-from loglinear.kernels.torch import decode
-from loglinear.ops.problem import Problem, WorkingProblem
+from loglinear.ops.problem import Problem
 from loglinear.ops.state import FenwickState
 
 
 def run(call: Problem) -> tuple[Tensor, FenwickState | None]:
-    problem = call.in_working_dtype()
-    if problem.initial_state is not None and problem.v.shape[1] == 1 and set(problem.lengths) == {1}:
-        return _step(problem, problem.initial_state)
-    return _run(problem)
-
-
-def _run(p: WorkingProblem) -> tuple[Tensor, FenwickState | None]:
+    p = call.in_working_dtype()
     state, N = p.initial_state, len(p.lengths)
     positions = None if state is None else tuple(state.position.tolist())
     levels = p.level_scales.shape[3]
@@ -64,35 +57,3 @@ def _run(p: WorkingProblem) -> tuple[Tensor, FenwickState | None]:
     k_tail, v_tail, decay_tail = tail(k), tail(v), tail(log_decay)
     assert k_tail is not None and v_tail is not None and decay_tail is not None
     return output, FenwickState(position, blocks, k_tail, v_tail, decay_tail, tail(beta))
-
-
-def _step(p: WorkingProblem, state: FenwickState) -> tuple[Tensor, FenwickState | None]:
-    """One token a sequence: a row of the chunk formulas, without a schedule."""
-    N, C = len(p.lengths), p.chunk_size
-    place = state.position % C
-    dtype = p.v.dtype
-
-    def appended(buffer: Tensor, new: Tensor) -> Tensor:
-        return decode.append(buffer.to(dtype), new.view(N, *new.shape[2:]), place)
-
-    k, v = appended(state.k, p.k), appended(state.v, p.v)
-    log_decay = appended(state.log_decay, p.log_decay)
-    q, scales = p.q.view(N, *p.q.shape[2:]), p.level_scales.view(N, *p.level_scales.shape[2:])
-    blocks = state.blocks.to(dtype)
-    beta, full = None, place == C - 1
-    if p.beta is None:
-        output, blocks = kernels.scalar_gate_step(q, k, v, log_decay, scales, blocks, state.position, full)
-    else:
-        assert state.beta is not None
-        beta = appended(state.beta, p.beta)
-        inverse = kernels.chunk_inverse(k, decode.until(place, beta).mT, decode.until(place, log_decay).mT)
-        output, blocks = kernels.delta_rule_step(
-            q, k, v, log_decay, beta, inverse, scales, blocks, state.position, full
-        )
-    output = output.view(p.v.shape)
-    if not p.output_final_state:
-        return output, None
-    if blocks is state.blocks:  # two states never share memory: a `DecodeState` changes in place
-        blocks = blocks.clone()
-    emptied = [None if x is None else decode.emptied(x, place) for x in (k, v, log_decay, beta)]
-    return output, FenwickState._make([state.position + 1, blocks, *emptied])

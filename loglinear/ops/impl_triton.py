@@ -30,14 +30,25 @@ def availability() -> str:
     return "no: there is no CUDA GPU"
 
 
-def unsupported(p: Problem) -> str | None:
-    """Why these kernels cannot take the call, and what can; None if they can."""
+def _unavailable(device: torch.device) -> str | None:
+    """Why no kernel can run on this device."""
     if not HAS_TRITON:
         return "impl='triton' needs the package triton (it comes with CUDA builds of torch); use impl='torch'"
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if p.v.device.type != "cuda" and not is_interpreted:
-        return f"impl='triton' needs CUDA tensors, got {p.v.device.type}; use impl='torch'"
-    if is_interpreted and torch.bfloat16 in (p.q.dtype, p.k.dtype, p.v.dtype):
+    if device.type != "cuda" and not _is_interpreted():
+        return f"impl='triton' needs CUDA tensors, got {device.type}; use impl='torch'"
+    return None
+
+
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unsupported(p: Problem) -> str | None:
+    """Why these kernels cannot take the call, and what can; None if they can."""
+    reason = _unavailable(p.v.device)
+    if reason is not None:
+        return reason
+    if _is_interpreted() and torch.bfloat16 in (p.q.dtype, p.k.dtype, p.v.dtype):
         return "Triton's interpreter cannot multiply bfloat16: use float32, or impl='torch'"
     if p.is_float64:
         return "float64 needs impl='torch'"
@@ -73,10 +84,9 @@ def unsupported(p: Problem) -> str | None:
 
 def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
     """As `unsupported`, for one-token steps."""
-    if not HAS_TRITON:
-        return "impl='triton' needs the package triton (it comes with CUDA builds of torch); use impl='torch'"
-    if v.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"impl='triton' needs CUDA tensors, got {v.device.type}; use impl='torch'"
+    reason = _unavailable(v.device)
+    if reason is not None:
+        return reason
     if torch.float64 in (q.dtype, state.fenwick.blocks.dtype):
         return "float64 needs impl='torch'"
     if not 16 <= state.fenwick.chunk_size <= 128:

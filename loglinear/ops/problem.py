@@ -74,3 +74,9 @@ class WorkingProblem:
     output_final_state: bool
     lengths: tuple[int, ...]  # tokens per sequence: one per batch row, or one per packed document
     chunk_size: int
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """x / sqrt(|x|^2 + 1e-6) along the last dimension, in at least float32 (eps as in flash-linear-attention)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)

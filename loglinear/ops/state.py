@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,6 +96,14 @@ class DecodeState(NamedTuple):
     inverse: Tensor | None
 
     @classmethod
+    def zeros(cls, rows: int, **sizes: Any) -> DecodeState:
+        """The state of sequences that have not begun; sizes as in `FenwickState.zeros`."""
+        fenwick = FenwickState.zeros(rows, **sizes)
+        if fenwick.beta is None:
+            return cls(fenwick, None)
+        return cls(fenwick, fenwick.beta.new_zeros(*fenwick.beta.shape, fenwick.chunk_size))
+
+    @classmethod
     @torch.no_grad()
     def of(cls, state: FenwickState) -> DecodeState:
         """A copy of a state, which lives in no inference mode, even if made in one."""
@@ -133,6 +141,13 @@ class DecodeState(NamedTuple):
         return DecodeState(
             self.fenwick.index_select(rows), None if self.inverse is None else self.inverse.index_select(0, rows)
         )
+
+
+def check_family(name: str, state: FenwickState, delta_rule: bool) -> None:
+    """ValueError where a state of one operator is given to the other."""
+    if (state.beta is not None) != delta_rule:
+        kind = "the delta rule (beta)" if state.beta is not None else "a scalar gate (no beta)"
+        raise ValueError(f"{name} is one of {kind} and cannot continue the other operator")
 
 
 def _require_fenwick(state: FenwickState) -> None:

@@ -15,7 +15,8 @@ from loglinear.fenwick import num_blocks
 from loglinear.kernels import MIN_LOG_DECAY
 from loglinear.kernels import torch as kernels
 from loglinear.ops import impl_triton
-from loglinear.ops.state import DecodeState
+from loglinear.ops.problem import unit_length
+from loglinear.ops.state import DecodeState, check_family
 
 STEPS = ("auto", "triton", "torch")
 
@@ -126,12 +127,6 @@ def _torch_step(
     return out.to(v.dtype)
 
 
-def unit_length(x: Tensor) -> Tensor:
-    """x / sqrt(|x|^2 + 1e-6) along the last dimension, in at least float32 (eps as in flash-linear-attention)."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
 def _check(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, level_scales: Tensor,
     state: DecodeState, active: Tensor | None,
@@ -141,9 +136,7 @@ def _check(
         raise ValueError(f"state must be a DecodeState (DecodeState.of(final_state)), got {type(state).__name__}")
     s = state.fenwick
     (N, M, H, K, V), (C, G) = s.blocks.shape, s.k.shape[1:3]
-    if (beta is None) != (s.beta is None):
-        kind = "the delta rule (beta)" if s.beta is not None else "a scalar gate (no beta)"
-        raise ValueError(f"state is one of {kind} and cannot continue the other operator")
+    check_family("state", s, beta is not None)
     L = level_scales.shape[-1] if isinstance(level_scales, Tensor) and level_scales.dim() else 1
     expected = {
         "q": (q, (N, G, K)), "k": (k, (N, G, K)), "v": (v, (N, H, V)), "log_decay": (log_decay, (N, H)),

@@ -5,7 +5,6 @@ import torch
 
 from loglinear.fenwick import num_blocks
 from loglinear.kernels.torch import schedule
-from loglinear.kernels.torch.decode import level_table
 from loglinear.ops import FenwickState
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
 
@@ -156,7 +155,6 @@ def test_training_after_inference_mode(operator):
         return whole, operator(token, chunk_size=4, initial_state=state).output
 
     schedule.cache_clear()
-    level_table.cache_clear()
     with torch.inference_mode():
         first = [x.clone() for x in call()]
     second = call()

@@ -16,18 +16,12 @@ from loglinear.fenwick import block_level, level
 
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(False)  # a cached tensor made in inference mode could never be saved for a backward
 def level_table(chunk_size: int, num_levels: int, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Clamped levels: [C, C] of the places of a chunk seen from each place, and [M] of the blocks."""
     last = num_levels - 1
     rows = [[min(level(i, j), last) for j in range(chunk_size)] for i in range(chunk_size)]
     blocks = [block_level(m, num_levels, chunk_size) for m in range(num_blocks)]
     return torch.tensor(rows, device=device), torch.tensor(blocks, device=device)
-
-
-def append(buffer: Tensor, token: Tensor, place: Tensor) -> Tensor:
-    """The buffer [N, C, ...] with each row's token at its place."""
-    return buffer.index_put((torch.arange(len(place), device=place.device), place), token)
 
 
 def until(place: Tensor, gates: Tensor) -> Tensor:
@@ -65,11 +59,3 @@ def merge_full(blocks: Tensor, transported: Tensor, chunk_state: Tensor, chunks:
     merged = torch.where((number < height).view(shape), 0.0, transported)
     merged = merged + joined[:, None] * (number == height).view(shape)
     return torch.where(full[:, None, None, None, None], merged, blocks)
-
-
-def emptied(buffer: Tensor, place: Tensor) -> Tensor:
-    """The buffer after the token at `place`: all zero where it was the chunk's last."""
-    if not bool((place == buffer.shape[1] - 1).any()):
-        return buffer
-    full = (place == buffer.shape[1] - 1).view(-1, *[1] * (buffer.dim() - 1))
-    return torch.where(full, 0.0, buffer)
