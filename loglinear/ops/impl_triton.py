@@ -43,6 +43,13 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _too_wide(K: int, V: int, is_delta_rule: bool) -> str | None:
+    widest = 2 * MAX_HEAD_DIM if is_delta_rule else MAX_HEAD_DIM  # of V: the delta rule's kernels split it anyway
+    if K <= MAX_HEAD_DIM and widest >= V:
+        return None
+    return f"head dims K = {K}, V = {V} need impl='torch': impl='triton' takes up to {MAX_HEAD_DIM} and {widest}"
+
+
 def unsupported(p: Problem) -> str | None:
     """Why these kernels cannot take the call, and what can; None if they can."""
     reason = _unavailable(p.v.device)
@@ -53,9 +60,9 @@ def unsupported(p: Problem) -> str | None:
     if p.is_float64:
         return "float64 needs impl='torch'"
     K, V = p.q.shape[3], p.v.shape[3]
-    widest = 2 * MAX_HEAD_DIM if p.beta is not None else MAX_HEAD_DIM  # of V: the delta rule's kernels split it anyway
-    if K > MAX_HEAD_DIM or widest < V:
-        return f"head dims K = {K}, V = {V} need impl='torch': impl='triton' takes up to {MAX_HEAD_DIM} and {widest}"
+    reason = _too_wide(K, V, p.beta is not None)
+    if reason is not None:
+        return reason
     from loglinear.kernels.triton.call import common_dtype
     from loglinear.kernels.triton.delta_rule.launch import products_of
     from loglinear.kernels.triton.layout import MAX_CHUNKS
@@ -91,7 +98,7 @@ def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
         return "float64 needs impl='torch'"
     if not 16 <= state.fenwick.chunk_size <= 128:
         return f"a state with chunk_size {state.fenwick.chunk_size} needs impl='torch': impl='triton' takes 16 to 128"
-    return None
+    return _too_wide(q.shape[2], v.shape[2], state.fenwick.beta is not None)
 
 
 def run(p: Problem) -> tuple[Tensor, FenwickState | None]:

@@ -212,6 +212,23 @@ def test_what_a_step_cannot_do_is_said(operator):
     assert state.fenwick.position.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("change, text", [(dict(key_dim=257), "K = 257, V = 3"), (dict(value_dim=513), "V = 513")])
+@pytest.mark.interpreter
+def test_heads_too_wide_for_the_kernels_are_named(operator, change, text):
+    pytest.importorskip("triton")
+    state = DecodeState.zeros(
+        1,
+        num_levels=8,
+        chunk_size=16,
+        delta_rule=operator.delta,
+        **dict(groups=1, heads=1, key_dim=5, value_dim=3) | change,
+    )
+    K, V = state.fenwick.blocks.shape[3:]
+    token = operator.inputs(B=1, T=1, G=1, H=1, K=K, V=V, L=8, dtype=torch.float32)
+    with pytest.raises(ValueError, match=f"{text} need impl='torch'"):
+        take_step(operator, token, state, impl="triton")
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_column_of_a_mask_says_who_is_active(operator, impl):
     """It is a view with a stride."""
