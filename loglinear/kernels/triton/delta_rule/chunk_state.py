@@ -16,7 +16,7 @@ from loglinear.kernels.triton.tiles import head_program, load_block, load_rows, 
 def chunk_state_kernel(
     k, v, beta, inverse, cumulative, states, table,
     T, N, H, R,
-    k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h,
+    k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, a_c,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
     TRANSITION: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -32,7 +32,7 @@ def chunk_state_kernel(
     k_rows = k + b * k_b + first * k_t + (h // R) * k_h
     strength = load_strength(beta + b * beta_b + first * beta_t + h * beta_h, beta_t, C, C)
     G, total = load_decays(cumulative + row * C, C)
-    inverse_CC = load_block(inverse + row * (C * C), 0, 0, C, C, C, C)
+    inverse_CC = load_block(inverse + c * a_c + h * (C * C), 0, 0, C, C, C, C)
     if TRANSITION:
         rows, t, weight = k_rows, k_t, -strength * tl.exp2(G)
     else:

@@ -111,7 +111,7 @@ def in_chunk_part(
 def in_chunk_kernel(
     q, k, beta, level_scales, inverse, cumulative, effective, weights, seen, table,
     T, N, H, R, L, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h, l_b, l_t, l_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h, l_b, l_t, l_h, a_c,
     K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr,
     LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,8 @@ def in_chunk_kernel(
     q_rows = q + b * q_b + (first + own) * q_t + (h // R) * q_h
     beta += b * beta_b + first * beta_t + h * beta_h
     scales = level_scales + b * l_b + (first + own) * l_t + h * l_h
-    inverse, effective, weights = inverse + row * (C * C), effective + row * (C * C), weights + row * (C * C)
+    inverse += c * a_c + h * (C * C)
+    effective, weights = effective + row * (C * C), weights + row * (C * C)
     G, seen = cumulative + row * C, seen + row * (C * K)
     arguments = (
         q_rows, k_rows, q_t, k_t, n, n_keys, beta, beta_t, scales, l_t, L, inverse, G, effective, weights, seen, scale,

@@ -82,7 +82,7 @@ def writes_backward_kernel(
     k, v, beta, cumulative, inverse, effective, weights, dslots, dtransitions, dseen, do,
     dkeys, dk, dv, sums, table,
     T, N, H, R,
-    k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, o_b, o_t, o_h, dk_t, dv_t,
+    k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, o_b, o_t, o_h, dk_t, dv_t, a_c,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -102,7 +102,8 @@ def writes_backward_kernel(
     strength = load_strength(beta + b * beta_b + first * beta_t + h * beta_h, beta_t, n, C)
     G, total = load_decays(cumulative + row * C, C)
     to_end = tl.exp2(total - G)
-    inverse, effective, weights = inverse + row * (C * C), effective + row * (C * C), weights + row * (C * C)
+    inverse += c * a_c + h * (C * C)
+    effective, weights = effective + row * (C * C), weights + row * (C * C)
     dslots, dtransitions = dslots + row * (K * V), dtransitions + row * (K * K)
     sums += (row * TILES + tile) * C + tl.arange(0, C)
     if tile < KEY_TILES:
@@ -225,7 +226,7 @@ def lower_backward_kernel(
     k, beta, cumulative, inverse, effective, dscores, dkeys, sums,
     dlower, flow, held, shares, dbeta, table,
     T, N, H, R,
-    k_b, k_t, k_h, beta_b, beta_t, beta_h, db_t,
+    k_b, k_t, k_h, beta_b, beta_t, beta_h, db_t, a_c,
     K: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr,
     KEY_TILES: tl.constexpr, VALUE_TILES: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
@@ -238,7 +239,7 @@ def lower_backward_kernel(
         return
     row = c * H + h
     k_rows, beta = k + b * k_b + first * k_t + (h // R) * k_h, beta + b * beta_b + first * beta_t + h * beta_h
-    inverse, effective = inverse + row * (C * C), effective + row * (C * C)
+    inverse, effective = inverse + c * a_c + h * (C * C), effective + row * (C * C)
     dscores, dlower, dkeys = dscores + row * (C * C), dlower + row * (C * C), dkeys + row * (C * K)
     cumulative, flow, held = cumulative + row * C, flow + row * C, held + row * C
     shares, sums = shares + (row * (2 * PARTS) + PARTS + own // J) * C, sums + row * ((KEY_TILES + VALUE_TILES) * C)

@@ -8,6 +8,7 @@ inverses and the cumulative decays; the backward makes the states again.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from loglinear.fenwick import block_cap, log2
 from loglinear.kernels.triton.call import DOT_TYPES, Call, common_dtype, in_rows, like, slabs
-from loglinear.kernels.triton.config import Launch
 from loglinear.kernels.triton.delta_rule.carry import carry_kernel, final_blocks_kernel
 from loglinear.kernels.triton.delta_rule.carry_backward import (
     carry_prefixes_backward_kernel,
@@ -58,23 +58,38 @@ STAGES = {
     ),
 }  # fmt: skip
 SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for long inputs 1.5 times their size
-# Columns of a tile at most, warps for tiles of more than 64 rows, stages of the pipeline. What reads what it wrote may
-# not load anything ahead.
-LAUNCHES = dict.fromkeys((*STAGES["forward"], *STAGES["backward"]), Launch(128, 8, 1)) | {
-    "chunk_inverse": Launch(128, 4, 1), "in_chunk": Launch(64, 4, 1),
-    "state_backward": Launch(128, 4, 1), "carried_backward": Launch(128, 4, 1),
-    "transition_backward": Launch(128, 4, 1), "scores_backward": Launch(64, 4, 1), "writes_backward": Launch(64, 8, 1),
-    "lower_backward": Launch(64, 4, 1), "keys_backward": Launch(64, 4, 1), "decay_backward": Launch(128, 4, 1),
+
+
+class Launch(NamedTuple):
+    """Columns of a tile at most, of the keys and of what is right of a state's K rows; warps for tiles of more than 64
+    rows; stages of the pipeline, of which what reads what it wrote may have but one; registers of a thread at most,
+    where a few less let one program more share a multiprocessor."""
+
+    TK: int = 64
+    BV: int = 64
+    num_warps: int = 4
+    num_stages: int = 1
+    registers: int | None = None
+
+
+# Measured on an H100 (docs/performance.md): bfloat16 products of K up to 128, and of more. All others take Launch().
+NARROW = {
+    "chunk_inverse": Launch(128), "chunk_state": Launch(128, 64, 8, registers=64),
+    "transport": Launch(128, 64, 8, registers=128), "carry": Launch(128, 64, 8), "output": Launch(128, 128),
+    "in_chunk": Launch(num_stages=3), "walk_backward": Launch(128, 64, num_stages=2),
+    "state_backward": Launch(128), "prefix_backward": Launch(128, 128, 8), "carried_backward": Launch(128),
+    "carry_states_backward": Launch(128, 64, 8), "carry_prefixes_backward": Launch(128, 128, 8),
+    "transport_backward": Launch(128, 64, 8), "transition_backward": Launch(128),
+    "writes_backward": Launch(64, 64, 8), "lower_backward": Launch(128, num_stages=2),
+    "keys_backward": Launch(128), "decay_backward": Launch(128),
 }  # fmt: skip
-# Columns of V, or of a transition, at most, where that is less.
-VALUE_TILES = dict.fromkeys(
-    (
-        "chunk_state", "transport", "carry", "state_backward", "carried_backward", "carry_states_backward",
-        "transport_backward", "transition_backward",
-    ), 64,
-)  # fmt: skip
-# Registers of a thread at most, where a few less let two programs share a multiprocessor.
-REGISTERS = {"transport": 128}
+WIDE = {
+    "chunk_state": Launch(64, 128, num_stages=2), "transport": Launch(registers=168),
+    "output": Launch(64, 128, num_stages=2), "in_chunk": Launch(num_stages=2), "walk_backward": Launch(num_stages=3),
+    "state_backward": Launch(64, 128), "prefix_backward": Launch(64, 64, 8),
+    "carried_backward": Launch(64, 128, num_stages=2), "transport_backward": Launch(registers=168),
+    "scores_backward": Launch(num_stages=2), "writes_backward": Launch(64, 64, 8),
+}  # fmt: skip
 # Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
 PARTS = {
     "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "state_backward": 1,
@@ -128,26 +143,30 @@ class DeltaRule(Call):
         self.packed, self.sizes = dict(PACKED=self.layout.packed), (self.T, self.layout.chunks_per_row, self.H)
         self.beta, self.starts, self.precision = beta, starts, dict(PRECISION=self.dots["PRECISION"])
 
-    def tile(self, stage: str, size: int) -> int:
-        """Columns of one tile of matrices that have `size` of them."""
-        wide = self.dtype == torch.bfloat16 and self.K <= 128
-        return min(LAUNCHES[stage].tile if wide else 64, max(16, triton.next_power_of_2(size)))
+    def launch(self, stage: str) -> Launch:
+        if self.dtype != torch.bfloat16:
+            return Launch()
+        return (NARROW if self.K <= 128 else WIDE).get(stage, Launch())
+
+    def key_tile(self, stage: str) -> int:
+        """Columns of a tile of what is K wide."""
+        return min(self.launch(stage).TK, max(16, triton.next_power_of_2(self.K)))
 
     def parts(self, stage: str) -> int:
         return PARTS[stage] if self.C > 64 else 1
 
     def options(self, stage: str) -> dict[str, int | None]:
         """The tile of the keys' columns, and the compiler's."""
-        launch, TK = LAUNCHES[stage], self.tile(stage, self.K)
+        launch, TK = self.launch(stage), self.key_tile(stage)
         rows = self.C // self.parts(stage) if stage in PARTS else TK
         num_warps = launch.num_warps if rows > 64 else 4
-        registers = REGISTERS.get(stage) if num_warps == 8 else None
+        registers = launch.registers if num_warps == launch.num_warps else None
         return dict(TK=TK, num_warps=num_warps, num_stages=launch.num_stages, maxnreg=registers)
 
     def columns(self, stage: str, transition: bool = False) -> dict[str, int]:
         """What is right of the K rows of a state, or of a transition, and its tile."""
         width = self.K if transition else self.V
-        return dict(V=width, BV=min(self.tile(stage, width), VALUE_TILES.get(stage, 128)))
+        return dict(V=width, BV=min(self.launch(stage).BV, max(16, triton.next_power_of_2(width))))
 
     def wide(self, stage: str, transition: bool = False) -> dict[str, int | None]:
         return self.columns(stage, transition) | self.options(stage)
@@ -164,11 +183,11 @@ class DeltaRule(Call):
 
     def all_tiles(self, stage: str) -> int:
         """How many tiles a state has."""
-        return triton.cdiv(self.K, self.tile(stage, self.K)) * self.tiles(stage)
+        return triton.cdiv(self.K, self.key_tile(stage)) * self.tiles(stage)
 
     def square_tiles(self, stage: str) -> int:
         """How many tiles a transition has, where they are square."""
-        return triton.cdiv(self.K, self.tile(stage, self.K)) ** 2
+        return triton.cdiv(self.K, self.key_tile(stage)) ** 2
 
     def invert(self) -> tuple[Tensor, Tensor]:
         """Each chunk's inverse, and its cumulative log decay."""
@@ -192,7 +211,7 @@ class DeltaRule(Call):
         for v, out, kind in ((self.v, states, False), (self.k, transitions, True)):
             chunk_state_kernel[(y.chunks * H * self.tiles("chunk_state", kind),)](
                 self.k, v, self.beta, self.inverse, self.cumulative, out, y.table, *self.sizes, self.R,
-                *self.strides("k"), *v.stride()[:3], *self.strides("beta"),
+                *self.strides("k"), *v.stride()[:3], *self.strides("beta"), self.inverse.stride(0),
                 C=C, TRANSITION=kind, **self.dots, **self.packed, **self.wide("chunk_state", kind), K=K,
             )  # fmt: skip
         self.storeys: list[Entries] = []
@@ -259,16 +278,17 @@ class DeltaRule(Call):
         dq: Tensor, dk: Tensor, dv: Tensor, dlog_decay: Tensor, dbeta: Tensor, dlevel_scales: Tensor,
     ) -> Tensor | None:  # fmt: skip
         """Writes the gradients of these heads, dq and dk [B, T, H, K] of each by itself; returns dnodes. inverse and
-        cumulative are the forward's."""
+        cumulative are the forward's, a slab of all heads' perhaps."""
         y, H, K, C = self.layout, self.H, self.K, self.C
         assert len(inverse) == y.chunks
-        self.inverse, self.cumulative = inverse.contiguous(), cumulative.contiguous()
+        self.inverse, self.cumulative = inverse, cumulative.contiguous()
         self.build_states()
         effective, weights = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
         seen = self.empty(y.chunks, H, C, K, dtype=self.dtype)
         in_chunk_kernel[(y.chunks * self.parts("in_chunk") * H,)](
             self.q, self.k, self.beta, self.level_scales, self.inverse, self.cumulative, effective, weights, seen,
-            y.table, *self.sizes, self.R, self.L, self.scale, *self.strides("q", "k", "beta", "level_scales"),
+            y.table, *self.sizes, self.R, self.L, self.scale,
+            *self.strides("q", "k", "beta", "level_scales"), inverse.stride(0),
             K=K, C=C, LOG_C=log2(C), PARTS=self.parts("in_chunk"), LINEAR=self.L == 1,
             **self.dots, **self.packed, **self.options("in_chunk"),
         )  # fmt: skip
@@ -293,6 +313,7 @@ class DeltaRule(Call):
             dq, dscores, flow, shares, dlevel_scales, y.table,
             *self.sizes, self.R, self.L, self.scale,
             *self.strides("q", "k", "v", "beta", "level_scales"), *o_, dq.stride(1), dlevel_scales.stride(1),
+            inverse.stride(0),
             LOG_C=log2(C), PARTS=parts, LINEAR=self.L == 1,
             **constants, **self.dots, **self.wide("scores_backward"),
         )  # fmt: skip
@@ -301,18 +322,18 @@ class DeltaRule(Call):
         writes_backward_kernel[(y.chunks * (2 * key_tiles + value_tiles) * H,)](
             self.k, self.v, self.beta, self.cumulative, self.inverse, effective, weights, dslots, dtransitions, dseen,
             do, dkeys, dk, dv, sums, y.table,
-            *self.sizes, self.R, *self.strides("k", "v", "beta"), *o_, dk.stride(1), dv.stride(1),
+            *self.sizes, self.R, *self.strides("k", "v", "beta"), *o_, dk.stride(1), dv.stride(1), inverse.stride(0),
             **constants, **self.dots, **self.wide("writes_backward"),
         )  # fmt: skip
         dlower = weights  # which nobody reads any more
         lower_backward_kernel[(y.chunks * parts * H,)](
             self.k, self.beta, self.cumulative, self.inverse, effective, dscores, dkeys, sums,
             dlower, flow, held, shares, dbeta, y.table,
-            *self.sizes, self.R, *self.strides("k", "beta"), dbeta.stride(1),
+            *self.sizes, self.R, *self.strides("k", "beta"), dbeta.stride(1), inverse.stride(0),
             PARTS=parts, KEY_TILES=key_tiles, VALUE_TILES=value_tiles,
             **constants, **self.dots, **self.options("lower_backward"),
         )  # fmt: skip
-        keys_backward_kernel[(y.chunks * parts * H * triton.cdiv(K, self.tile("keys_backward", K)),)](
+        keys_backward_kernel[(y.chunks * parts * H * triton.cdiv(K, self.key_tile("keys_backward")),)](
             self.q, self.k, self.cumulative, dscores, dkeys, dlower, dk, y.table,
             *self.sizes, self.R, self.scale, *self.strides("q", "k"), dk.stride(1),
             PARTS=parts, **constants, **self.dots, **self.options("keys_backward"),

@@ -109,7 +109,7 @@ def scores_backward_kernel(
     q, k, v, beta, level_scales, inverse, cumulative, effective, dseen, do,
     dq, dscores, flow, shares, dlevel_scales, table,
     T, N, H, R, L, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, l_b, l_t, l_h, o_b, o_t, o_h, dq_t, dl_t,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, l_b, l_t, l_h, o_b, o_t, o_h, dq_t, dl_t, a_c,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, PARTS: tl.constexpr,
     TK: tl.constexpr, BV: tl.constexpr,
     LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
@@ -129,7 +129,7 @@ def scores_backward_kernel(
     beta += b * beta_b + first * beta_t + h * beta_h
     scales = level_scales + b * l_b + (first + own) * l_t + h * l_h
     dq_rows, to_dscales = dq + token * dq_t + h * K, dlevel_scales + token * dl_t + h * L
-    inverse, effective = inverse + row * (C * C), effective + row * (C * C)
+    inverse, effective = inverse + c * a_c + h * (C * C), effective + row * (C * C)
     dscores, dseen_rows = dscores + row * (C * C), dseen + (row * C + own) * K
     G, flow, shares = cumulative + row * C, flow + row * C, shares + (row * (2 * PARTS) + own // J) * C
     arguments = (
