@@ -303,8 +303,10 @@ class DeltaRule(Call):
             K=K, C=C, LOG_C=log2(C), PARTS=self.parts("walk_backward"), NODES=self.has_nodes,
             **self.dots, **self.packed, **self.wide("walk_backward"),
         )  # fmt: skip
-        dslots, dtransitions, dnodes = self.state_gradients(seen, brought, dbrought, do, dblocks)
-        del seen, brought, dbrought, own, self.storeys
+        reads = self.read_gradients(seen, brought, dbrought, do, dblocks)
+        del seen, brought, dbrought, own  # their memory is what the next ones take
+        dslots, dtransitions, dnodes = self.state_gradients(*reads)
+        del reads, self.storeys
         parts, constants = self.parts("scores_backward"), dict(K=K, C=C, **self.packed)
         dscores = torch.empty_like(effective)
         flow, held, shares = *(self.empty(y.chunks, H, C) for _ in range(2)), self.empty(y.chunks, H, 2, parts, C)
@@ -345,10 +347,10 @@ class DeltaRule(Call):
         )  # fmt: skip
         return dnodes
 
-    def state_gradients(
+    def read_gradients(
         self, seen: Tensor, brought: Tensor, dbrought: Tensor, do: Tensor, dblocks: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of every chunk's own state and transition, and of the nodes."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of what chunks read: the states of their runs, prefixes, and what was carried to the runs."""
         y, H, K, C, own = self.layout, self.H, self.K, self.C, self.storeys[0]
         s, constants = own.storey, dict(K=K, **self.dots, **self.packed)
         nodes, of_chunks = dict(NODES=self.has_nodes), dict(C=C, LOG_C=log2(C))
@@ -378,6 +380,14 @@ class DeltaRule(Call):
                 dblocks, own.carried, dprefixes, *sizes,
                 **constants, **nodes, **self.wide("carry_prefixes_backward"),
             )  # fmt: skip
+        return dkept, dprefixes, dcarried
+
+    def state_gradients(
+        self, dkept: Tensor, dprefixes: Tensor, dcarried: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of every chunk's own state and transition, and of the nodes."""
+        y, H, K, own = self.layout, self.H, self.K, self.storeys[0]
+        s, constants, nodes = own.storey, dict(K=K, **self.dots, **self.packed), dict(NODES=self.has_nodes)
         gradients = [(dkept, s.slots, dkept, dprefixes)]
         for entries in self.storeys[1:]:
             dreads, places = dcarried, self.storeys[len(gradients) - 1].storey.columns
