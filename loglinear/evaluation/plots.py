@@ -78,6 +78,7 @@ def plot_needle(path: Path, tasks: Mapping[str, list[dict[str, Any]]]) -> None:
         axes.set(title=task, xlabel="length (tokens)", ylabel="depth")
     lines.set(title="Values found", xlabel="length (tokens)", ylabel="accuracy", ylim=(-0.03, 1.03))
     lines.set_xscale("log", base=2)
+    lines.xaxis.set_major_formatter("{x:.0f}")
     lines.grid(alpha=0.3)
     lines.legend()
     figure.colorbar(image, ax=maps, label="accuracy")
