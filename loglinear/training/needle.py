@@ -28,8 +28,9 @@ LONGEST_SENTENCE = 256  # characters; text without full stops is cut between wor
 SHORTEST = 512  # bytes of the shortest training document
 FRAME = 384  # bytes: more than an introduction and a question about one key
 ROOM = 96  # bytes of a training document for each of its needles: for the needle, and for what is asked about it
-MOST_ASKED = 4  # keys of one question, and values of one key, as RULER has it
-SINGLE = 0.75  # share of keys with one value
+MOST = 4  # keys of one question, and values of one key, as RULER has it
+SINGLE = 0.6  # share of questions about one key, and of keys with one value
+TOLD_TWICE = 0.5  # share of needles that come again: their value can be predicted there, five bytes behind the key
 
 
 class Needle(NamedTuple):
@@ -52,9 +53,10 @@ class Question(NamedTuple):
 
     @classmethod
     def about(cls, keys: Iterable[str], needles: Sequence[Needle]) -> Question:
-        """The question for these keys, answered by needles in the order in which they stand in the text."""
+        """The question for these keys, answered by needles in the order in which they (first) stand in the text."""
         keys = tuple(keys)
-        return cls(keys, tuple(needle.value for key in keys for needle in needles if needle.key == key))
+        found = (needle for key in keys for needle in needles if needle.key == key)
+        return cls(keys, tuple(needle.value for needle in dict.fromkeys(found)))
 
     @property
     def introduction(self) -> str:
@@ -172,9 +174,9 @@ def needle_documents(count: int, length: int, texts: Iterable[str] = ()) -> Iter
     """Training documents for lengths of 512 to `length` bytes; document i is the same for every `count`.
 
     Lengths are drawn log-uniformly, and filled to within one sentence. Each document has 1 to (length - 384) / 96
-    needles in noise or, with equal probability, in the sentences of `texts` where these are given. Behind them lie
-    questions about 1 to 4 keys each, in random order, until all are asked or the room is used. One key in four has 2 to
-    4 values.
+    needles in noise or, with equal probability, in the sentences of `texts` where these are given; some keys have up to
+    4 values, and half of the needles come twice. Behind them lie questions about 1 to 4 keys each, in random order,
+    until all are asked or the room is used.
 
     Raises ValueError for a count below 1 or a length below 512.
     """
@@ -193,7 +195,8 @@ def _bytes(text: str) -> int:
 def _document(rng: Random, longest: int, haystacks: Sequence[Haystack]) -> str:
     length = round(math.exp(rng.uniform(math.log(SHORTEST), math.log(longest))))
     haystack = rng.choice(haystacks)
-    needles = _needles(rng, rng.randint(1, (length - FRAME) // ROOM))
+    most = (length - FRAME) // ROOM
+    needles = _needles(rng, max(rng.randint(1, most), rng.randint(1, most)))  # rather many than few: more to learn from
     room = length - sum(len(needle.sentence) + 1 for needle in needles)
     questions = _questions(rng, needles, room - FRAME)
     asked = [f"{question.text}{''.join(question.answer)}." for question in questions]
@@ -207,11 +210,15 @@ def _needles(rng: Random, count: int) -> list[Needle]:
     needles: list[Needle] = []
     while len(needles) < count:
         key = draw_key(rng, held_out=False)
-        values = 1 if rng.random() < SINGLE else rng.randint(2, MOST_ASKED)
-        values = min(values, count - len(needles))
-        needles += [Needle(key, draw_value(rng, held_out=False)) for _ in range(values)]
+        for _ in range(_few(rng)):
+            needles += [Needle(key, draw_value(rng, held_out=False))] * (2 if rng.random() < TOLD_TWICE else 1)
+    needles = needles[:count]
     rng.shuffle(needles)
     return needles
+
+
+def _few(rng: Random) -> int:
+    return 1 if rng.random() < SINGLE else rng.randint(2, MOST)
 
 
 def _questions(rng: Random, needles: Sequence[Needle], room: int) -> list[Question]:
@@ -220,7 +227,7 @@ def _questions(rng: Random, needles: Sequence[Needle], room: int) -> list[Questi
     rng.shuffle(keys)
     questions: list[Question] = []
     while keys:
-        count = rng.randint(1, MOST_ASKED)
+        count = _few(rng)
         question = Question.about(keys[:count], needles)
         room -= len(question.text) + len("".join(question.answer)) + 2
         if questions and room < 0:
