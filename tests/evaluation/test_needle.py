@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from loglinear.evaluation.needle import (
     TASKS,
@@ -182,3 +184,13 @@ def test_depths_share_all_values_among_them():
     scores = NeedleScores(np.array([[True, False], [True, True], [False, True]]), np.zeros(3, bool), depths)
     parts = [[part["depth"], part["accuracy"], part["values"]] for part in scores.by_depth()]
     np.testing.assert_allclose(parts, [[0.05, 0.5, 2], [0.15, 1, 1], [0.55, 1, 1], [0.95, 0.5, 2]])
+
+
+def test_lengths_are_in_tokens_of_any_tokenizer():
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    noise = Haystack.noise(token_counter(words))
+    for example in needle_examples("multivalue", 3, length=333, haystack=noise, tokenizer=words):
+        tokens = len(words(example.prompt)["input_ids"]) + len(words("".join(example.answer))["input_ids"])
+        assert 333 - len(words(NOISE)["input_ids"]) <= tokens <= 333
