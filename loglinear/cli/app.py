@@ -38,7 +38,10 @@ def _common(
     pass
 
 
-DATA_HELP = "File, folder, glob, 'stdlib' or 'datasets:NAME[:CONFIG]'; may be given several times."
+DATA_HELP = (
+    "File, folder, glob, 'stdlib', 'datasets:NAME[:CONFIG]' or 'needle:COUNT:LENGTH[:SOURCE]'; "
+    "may be given several times."
+)
 Model = Annotated[Path, typer.Option("--model", help="Checkpoint folder, or a training run's folder.")]
 
 
@@ -78,6 +81,8 @@ def train(
     `loglinear train --recipe demo --data chapters/*.txt notes.jsonl.zst --out runs/mixed`
 
     `loglinear train --recipe demo --data 'src/**/*.py' --num-levels 1 --steps 100 --out runs/linear`
+
+    `loglinear train --recipe demo --data needle:10000:2048:stdlib --out runs/needle`
 
     `loglinear train --recipe paper_mamba2 --tokenizer ./tokenizer --data datasets:NAME --out runs/paper`
 
@@ -187,6 +192,31 @@ def perplexity(
     from loglinear.cli.perplexity import run
 
     run(model, _all_data(data, more_data) or (), out, length=length, max_tokens=max_tokens)
+
+
+@eval_app.command()
+def needle(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for needle.json and needle.png.")],
+    length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of an example; several: repeat.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="RULER's name without niah_; several: repeat.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Of each task and length.")] = 200,
+    data: Annotated[list[str] | None, typer.Option(help="Haystack of all tasks but single_1. " + DATA_HELP)] = None,
+    more_data: Annotated[list[str] | None, typer.Argument(help="More of --data: what a shell makes of a glob.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the examples.")] = 0,
+) -> None:
+    """Find needles in haystacks, as RULER has it: single_1, single_2, multikey_1, multivalue, multiquery.
+
+    The haystack is a repeated line of noise or, with --data, text (single_2 needs text). By default all tasks at 1024,
+    2048 and 4096 tokens. Accuracy is the share of values whose every token is the likeliest one.
+
+    Example:
+
+    `loglinear eval needle --model runs/needle --length 4096 --length 16384 --data ~/books --out runs/needle/eval`
+    """
+    from loglinear.cli.needle import run
+
+    run(model, _all_data(data, more_data) or (), out, length or [1024, 2048, 4096], task, examples, seed)
 
 
 @bench_app.command(

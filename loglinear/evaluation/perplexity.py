@@ -10,19 +10,17 @@ The end of a document is predicted and has no bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
-from loglinear.training.data import IGNORED, Corpus, pack, pieces_by_rounds
+from loglinear.evaluation.packed import LOGIT_ROWS, read, rows
+from loglinear.training.data import IGNORED, Corpus, pieces_by_rounds
 
-LOGIT_ROWS = 2048  # positions whose logits exist at once
 FIRST_BIN = 16  # positions of the first bin of a curve over positions
 
 
@@ -143,7 +141,7 @@ def evaluate_perplexity(
     full: list[tuple[int, np.ndarray, np.ndarray]] = []  # document, nats_T, bytes_T
     total = sum(end - start for _, start, end in windows)
     with tqdm(total=total, desc="evaluating", unit="tok", unit_scale=True, disable=not progress, leave=False) as bar:
-        for row in _rows(windows, row_tokens or 4 * length):
+        for row in rows(windows, _size, row_tokens or 4 * length):
             losses = token_losses(model, [corpus.tokens[start:end] for _, start, end in row])
             for (d, start, end), nats_T in zip(row, losses, strict=True):
                 bytes_T = corpus.token_bytes(start + 1, end)
@@ -176,25 +174,15 @@ def _windows(corpus: Corpus, length: int, max_tokens: int) -> list[tuple[int, in
     return chosen
 
 
-def _rows(windows: list[tuple[int, int, int]], row_tokens: int) -> Iterator[list[tuple[int, int, int]]]:
-    row: list[tuple[int, int, int]] = []
-    used = 0
-    for window in windows:
-        size = window[2] - window[1]
-        if row and used + size > row_tokens:
-            yield row
-            row, used = [], 0
-        row.append(window)
-        used += size
-    yield row
+def _size(window: tuple[int, int, int]) -> int:
+    _, start, end = window
+    return end - start
 
 
 @torch.no_grad()
 def token_losses(model: Any, sequences: list[np.ndarray]) -> list[np.ndarray]:
     """Nats of every token but the first of each sequence, read packed in one forward pass; float64 arrays."""
-    row = {name: tensor.to(model.device) for name, tensor in pack(sequences).items()}
-    labels: Tensor = row.pop("labels")[0, 1:]
-    hidden = model.base_model(**row, use_cache=False).last_hidden_state[0, :-1]
+    hidden, labels = read(model, sequences)
     head = model.get_output_embeddings()
     losses = [
         F.cross_entropy(head(part).float(), targets, ignore_index=IGNORED, reduction="none")

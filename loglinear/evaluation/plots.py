@@ -1,4 +1,4 @@
-"""The two figures: loss against tokens seen, and loss against position."""
+"""The figures: loss against tokens seen, loss against position, and retrieval against length and depth."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
@@ -59,3 +60,38 @@ def plot_positions(
         axes.axvline(training_length, color="grey", ls=":", label="training length")
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def plot_needle(path: Path, tasks: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Draw accuracy against length for each task and, beside it, against length and depth for each task alone.
+
+    A task's results are those of `NeedleScores.to_dict` with their `length`, in the order of the lengths.
+    """
+    figure = Figure(figsize=(6 + 3 * len(tasks), 4.5), layout="constrained")
+    lines, *maps = figure.subplots(1, 1 + len(tasks), width_ratios=[2] + [1] * len(tasks))
+    for (task, results), axes in zip(tasks.items(), maps, strict=True):
+        lengths = [result["length"] for result in results]
+        accuracy = [result["accuracy"] for result in results]
+        errors = [result["standard_error"] for result in results]
+        lines.errorbar(lengths, accuracy, errors, fmt=".-", capsize=3, label=task)
+        image = _draw_depths(axes, results)
+        axes.set(title=task, xlabel="length (tokens)", ylabel="depth")
+    lines.set(title="Values found", xlabel="length (tokens)", ylabel="accuracy", ylim=(-0.03, 1.03))
+    lines.set_xscale("log", base=2)
+    lines.xaxis.set_major_formatter("{x:.0f}")
+    lines.grid(alpha=0.3)
+    lines.legend()
+    figure.colorbar(image, ax=maps, label="accuracy")
+    figure.savefig(path, dpi=150)
+
+
+def _draw_depths(axes: Axes, results: list[dict[str, Any]]) -> AxesImage:
+    """Accuracy as a colour, one column for each length; what no needle fell into stays white."""
+    depths = sorted({part["depth"] for result in results for part in result["by_depth"]})
+    table = np.full((len(depths), len(results)), np.nan)
+    for column, result in enumerate(results):
+        for part in result["by_depth"]:
+            table[depths.index(part["depth"]), column] = part["accuracy"]
+    axes.set_xticks(range(len(results)), [str(result["length"]) for result in results], rotation=90)
+    axes.set_yticks(range(len(depths)), [f"{depth:.2f}" for depth in depths])
+    return axes.imshow(table, vmin=0, vmax=1, aspect="auto", cmap="viridis")

@@ -1,7 +1,7 @@
-"""Where text comes from: files, folders, globs, a `datasets` name, or the standard library of the running Python.
+"""Where text comes from: files, folders, globs, a `datasets` name, the running Python's standard library, or made.
 
-A document is a file, or one line of a jsonl file, or one row of a data set. Documents are never mixed: they are split
-into training and validation whole, and packed so that nothing leaks from one to the next.
+A document is a file, or one line of a jsonl file, or one row of a data set, or a made one. Documents are never mixed:
+they are split into training and validation whole, and packed so that nothing leaks from one to the next.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from typing import NamedTuple
 
 import zstandard
 
+from loglinear.training.needle import needle_documents
+
 STDLIB = "stdlib"
 DATASETS_PREFIX = "datasets:"
+NEEDLE_PREFIX = "needle:"
+END_TOKENS = 2  # of a document: where it begins, and where it ends
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what is taken from a folder, also with .zst behind
 # Folders of the standard library that not every installation has, or that are not library code.
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "ensurepip"}
@@ -38,7 +42,9 @@ def read_documents(sources: Iterable[str]) -> Iterator[Document]:
     """All documents of all sources, in an order that is the same on every machine.
 
     A source is a file, a folder (its .txt .md .rst .py .jsonl files, each also as .zst), a glob, `stdlib`, or
-    `datasets:NAME` / `datasets:NAME:CONFIG` (rows with a `text` column; needs the `datasets` extra).
+    `datasets:NAME` / `datasets:NAME:CONFIG` (rows with a `text` column; needs the `datasets` extra). And
+    `needle:COUNT:LENGTH` makes documents of needles in noise (`loglinear.training.needle`), of at most LENGTH byte
+    tokens with the two at its ends; `needle:COUNT:LENGTH:SOURCE` hides every second one in the text of another source.
 
     Raises ValueError for a source that is missing, holds nothing to read, or holds a file that is not text.
     """
@@ -57,6 +63,8 @@ def _read_source(source: str) -> Iterator[Document]:
         yield from _read_stdlib()
     elif source.startswith(DATASETS_PREFIX):
         yield from _read_dataset(source)
+    elif source.startswith(NEEDLE_PREFIX):
+        yield from _make_needles(source)
     else:
         yield from _read_paths(source)
 
@@ -75,7 +83,7 @@ def _read_paths(source: str) -> Iterator[Document]:
         if not files:
             raise ValueError(
                 f"data {source!r} is neither a file, a folder nor a glob that matches; expected a path, "
-                f"'{STDLIB}' or '{DATASETS_PREFIX}NAME'"
+                f"'{STDLIB}', '{DATASETS_PREFIX}NAME' or '{NEEDLE_PREFIX}COUNT:LENGTH'"
             )
         root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
     for file in files:
@@ -163,3 +171,12 @@ def _read_dataset(source: str) -> Iterator[Document]:
         raise ValueError(f"data {source!r} has no 'text' column, only {', '.join(rows.column_names)}")
     for number, text in enumerate(rows["text"]):
         yield Document(f"{name}:{number}", text)
+
+
+def _make_needles(source: str) -> Iterator[Document]:
+    count, length, text = (source.removeprefix(NEEDLE_PREFIX).split(":", 2) + ["", ""])[:3]
+    if not (count.isdecimal() and length.isdecimal()):
+        raise ValueError(f"data {source!r} must be {NEEDLE_PREFIX}COUNT:LENGTH or {NEEDLE_PREFIX}COUNT:LENGTH:SOURCE")
+    texts = [document.text for document in read_documents([text])] if text else []
+    for number, made in enumerate(needle_documents(int(count), int(length) - END_TOKENS, texts)):
+        yield Document(f"{NEEDLE_PREFIX}{number}", made)

@@ -180,6 +180,26 @@ def evaluation_with_a_small_vocabulary(folder, run, text):
     return ["eval", "perplexity", "--model", model, "--data", text, "--out", folder / "out"]
 
 
+def needle_in_text_without_data(folder, run, text):
+    return ["eval", "needle", "--model", run, "--task", "single_2", "--out", folder / "out"]
+
+
+def unknown_needle_task(folder, run, text):
+    return ["eval", "needle", "--model", run, "--task", "single_4", "--out", folder / "out"]
+
+
+def needles_without_room(folder, run, text):
+    return ["eval", "needle", "--model", run, "--task", "multiquery", "--length", "512", "--out", folder / "out"]
+
+
+def needle_documents_without_length(folder, run, text):
+    return ["train", "--recipe", "demo", "--data", "needle:100", "--out", folder / "out"]
+
+
+def short_needle_documents(folder, run, text):
+    return ["train", "--recipe", "demo", "--data", "needle:100:256", "--out", folder / "out"]
+
+
 def prompt_that_is_no_text(folder, run, text):
     return ["generate", "--model", run, "--prompt", "a\udcff"]
 
@@ -192,6 +212,11 @@ BAD = {
     run_json_of_nothing: "has no 'recipe' object",
     no_tokenizer_and_a_small_vocabulary: "has 259 tokens, the model's vocab_size is 50",
     evaluation_with_a_small_vocabulary: "has 259 tokens, the model's vocab_size is 50",
+    needle_in_text_without_data: "task single_2 hides its needle in text: give --data",
+    unknown_needle_task: "task must be one of single_1, single_2, multikey_1, multivalue, multiquery, got 'single_4'",
+    needles_without_room: "length must leave room for a sentence of the haystack in multiquery, got 512 tokens",
+    needle_documents_without_length: "data 'needle:100' must be needle:COUNT:LENGTH",
+    short_needle_documents: "needle documents must be 1 or more of 512 bytes or more, got 100 of 254",
     prompt_that_is_no_text: "the prompt is not UTF-8 text",
     binary_data: "is binary, expected UTF-8 text",
     empty_data: "holds no text",
@@ -294,7 +319,7 @@ def test_ctrl_c_elsewhere_is_one_line(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["generate"], ["eval", "perplexity"], ["info"], ["demo"], ["serve"]]
+    "command", [[], ["train"], ["generate"], ["eval", "perplexity"], ["eval", "needle"], ["info"], ["demo"], ["serve"]]
 )
 def test_help_has_examples(capsys, command):
     code, out, _ = in_process(capsys, *command, "--help")
@@ -354,6 +379,18 @@ def test_eval_perplexity_writes_curve_and_numbers(capsys, tmp_path, run, text):
     assert len(result["by_position"]["position"]) == len(result["by_position"]["bits_per_byte"]) == 7
     assert (tmp_path / "eval" / "per_position.png").read_bytes().startswith(b"\x89PNG")
     assert f"{result['bits_per_byte']:.4f}" in out
+
+
+def test_eval_needle_writes_figure_and_numbers(capsys, tmp_path, run, text):
+    arguments = ["--model", run, "--length", "1000", "--length", "800", "--examples", "3", "--out", tmp_path / "eval"]
+    code, out, errors = in_process(capsys, "eval", "needle", *arguments)
+    assert code == 0, errors
+    result = json.loads((tmp_path / "eval" / "needle.json").read_text())
+    assert list(result["tasks"]) == ["single_1", "multikey_1", "multivalue", "multiquery"] and result["seed"] == 0
+    assert all([part["length"] for part in parts] == [800, 1000] for parts in result["tasks"].values())
+    assert sum(part["values"] for part in result["tasks"]["multiquery"][0]["by_depth"]) == 12
+    assert (tmp_path / "eval" / "needle.png").read_bytes().startswith(b"\x89PNG")
+    assert "multivalue" in out and "0.000 ± 0.000" in out
 
 
 def test_info_lists_everything_there_is(capsys):

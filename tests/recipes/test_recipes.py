@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from loglinear.models import parameter_counts
+from loglinear.models import LogLinearConfig, parameter_counts
 from loglinear.recipes import RECIPES, TrainingRecipe, get_recipe
+from loglinear.recipes.comparison import KINDS, model_kinds
 
 PARAMETERS = {  # millions
     "demo": (1, 2),
@@ -11,7 +12,7 @@ PARAMETERS = {  # millions
     "paper_mamba2": (700, 826),
     "paper_gated_delta_net": (700, 825),
     "paper_transformer": (690, 825),
-}
+} | {f"needle_{kind}": (10, 11) for kind in KINDS}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -44,6 +45,24 @@ def test_overrides_change_only_what_is_given():
     changed = recipe.override(variant="gated_delta_net", steps=20, seq_len=4096, batch_tokens=4096, learning_rate=1e-4)
     assert changed.model["variant"] == "gated_delta_net"
     assert (changed.steps, changed.warmup_steps, changed.row_tokens, changed.learning_rate) == (20, 2, 4096, 1e-4)
+
+
+@pytest.mark.parametrize(("layers", "hybrid"), [(1, 1), (8, 1), (10, 2)])
+def test_kinds_of_model_differ_in_their_past_and_not_in_their_size(layers, hybrid):
+    base = {**get_recipe("needle_log_linear").model, "num_hidden_layers": layers}
+    models = {kind: LogLinearConfig(**sizes) for kind, sizes in model_kinds(base, capped_levels=12).items()}
+    assert tuple(models) == KINDS
+    totals = {kind: parameter_counts(config).total for kind, config in models.items()}
+    assert max(totals.values()) / min(totals.values()) < 1.03
+    assert totals["log_linear"] == parameter_counts(LogLinearConfig(**base)).total
+    full = {kind: config.layer_types.count("full_attention") for kind, config in models.items()}
+    assert full == {"linear": 0, "log_linear": 0, "capped": 0, "hybrid": hybrid, "transformer": layers}
+    assert [models[kind].num_levels for kind in ("linear", "capped", "log_linear", "hybrid")] == [1, 12, 15, 15]
+
+
+def test_needle_documents_are_read_whole():
+    recipe = get_recipe("needle_linear")
+    assert recipe.data[0].split(":")[2] == str(recipe.seq_len)
 
 
 def test_unknown_recipe_names_the_nearest():
