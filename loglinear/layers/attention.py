@@ -5,7 +5,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 
@@ -71,7 +70,7 @@ class Attention(nn.Module):
             y = self._attend_documents(q, k, v, context.lengths)
         return self.out_proj(y.transpose(1, 2).flatten(-2))
 
-    @_disable_dynamo  # a graph would be one for these lengths; torch.compiler.disable imports the whole compiler
+    @torch._disable_dynamo  # a graph would be one for these lengths; torch.compiler.disable imports the whole compiler
     def _attend_documents(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
         documents = zip(*(t.split(lengths.tolist(), dim=2) for t in (q, k, v)), strict=True)
         return torch.cat([self._attend(*document) for document in documents if document[0].shape[2]], dim=2)

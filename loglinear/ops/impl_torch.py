@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from loglinear.kernels import torch as kernels
 from loglinear.ops.problem import Problem
 from loglinear.ops.state import FenwickState
 
 
-@_disable_dynamo  # its schedule is made on the host. torch.compiler.disable would import the whole compiler
+@torch._disable_dynamo  # its schedule is made on the host. torch.compiler.disable would import the whole compiler
 def run(call: Problem) -> tuple[Tensor, FenwickState | None]:
     p = call.in_working_dtype()
     state, N = p.initial_state, len(p.lengths)
