@@ -69,6 +69,9 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of the weights and of the data's order.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile: fewer, larger kernels on a GPU.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, exactly.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log for TensorBoard.")] = False,
 ) -> None:
@@ -83,6 +86,8 @@ def train(
     `loglinear train --recipe demo --data 'src/**/*.py' --num-levels 1 --steps 100 --out runs/linear`
 
     `loglinear train --recipe demo --data needle:10000:2048:stdlib --out runs/needle`
+
+    `loglinear train --recipe small --compile --data ~/books --out runs/small`
 
     `loglinear train --recipe paper_mamba2 --tokenizer ./tokenizer --data datasets:NAME --out runs/paper`
 
@@ -107,6 +112,7 @@ def train(
         seed=seed,
         eval_every=eval_every,
         save_every=save_every,
+        compile=compile,
     )
 
 

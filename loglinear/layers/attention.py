@@ -20,7 +20,7 @@ class AttentionContext(NamedTuple):
     cos: Tensor  # [B, T, K / 2] of the rotary embedding
     sin: Tensor  # [B, T, K / 2]
     mask: Tensor | None = None  # [B, 1, T, S] True where a query may look; None: plain causal
-    lengths: list[int] | None = None  # tokens of each packed document (B = 1); None: not packed
+    lengths: Tensor | None = None  # [N] on the CPU: tokens of each packed document (B = 1); None: not packed
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -67,10 +67,13 @@ class Attention(nn.Module):
         if context.lengths is None:
             y = self._attend(q, k, v, context.mask)
         else:
-            queries, keys, values = (t.split(context.lengths, dim=2) for t in (q, k, v))
-            documents = zip(queries, keys, values, strict=True)
-            y = torch.cat([self._attend(*document) for document in documents if document[0].shape[2]], dim=2)
+            y = self._attend_documents(q, k, v, context.lengths)
         return self.out_proj(y.transpose(1, 2).flatten(-2))
+
+    @torch._disable_dynamo  # a graph would be one for these lengths; torch.compiler.disable imports the whole compiler
+    def _attend_documents(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        documents = zip(*(t.split(lengths.tolist(), dim=2) for t in (q, k, v)), strict=True)
+        return torch.cat([self._attend(*document) for document in documents if document[0].shape[2]], dim=2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         causal = mask is None and q.shape[2] > 1

@@ -23,10 +23,11 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_heads * head_dim if gate_first else head_dim))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        gate = F.silu(at_least_float32(z))
-        wide = at_least_float32(y)
+        gate, wide, weight = F.silu(at_least_float32(z)), at_least_float32(y), at_least_float32(self.weight)
         if self.gate_first:
-            gated = (wide.flatten(-2) * gate).unflatten(-1, (-1, self.width))
-            return (F.rms_norm(gated, (self.width,), eps=self.eps).flatten(-2) * self.weight).to(y.dtype)
-        normed = F.rms_norm(wide, (self.width,), eps=self.eps) * self.weight
-        return (normed.flatten(-2) * gate).to(y.dtype)
+            wide = (wide.flatten(-2) * gate).unflatten(-1, (-1, self.width))
+        is_shared = len(weight) == self.width  # several groups have weights of their own, which rms_norm cannot take
+        normed = F.rms_norm(wide, (self.width,), weight if is_shared else None, self.eps).flatten(-2)
+        if not is_shared:
+            normed = normed * weight
+        return (normed if self.gate_first else normed * gate).to(y.dtype)

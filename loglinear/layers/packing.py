@@ -13,13 +13,14 @@ class Packing(NamedTuple):
 
     The convolution sees every sequence behind W - 1 slots of its own (its state, or zeros), so nothing leaks over a
     boundary: `head_slots` [S * (W-1)] are these, `token_slots` [N] the tokens', `tail_slots` [S * (W-1)] the last
-    W - 1 of each sequence, its next state.
+    W - 1 of each sequence, its next state. `position` [N] counts the tokens of each sequence.
     """
 
     cu_seqlens: Tensor
     token_slots: Tensor
     head_slots: Tensor
     tail_slots: Tensor
+    position: Tensor
     shape: tuple[int, int] | None = None
     """(B, T) of the padded batch that these tokens were taken from; None: the batch is packed already"""
     token_index: Tensor | None = None
@@ -31,13 +32,16 @@ class Packing(NamedTuple):
         sequences = cu_seqlens.numel() - 1
         sequence_S = torch.arange(sequences, device=cu_seqlens.device)
         gap_W = torch.arange(gap, device=cu_seqlens.device)
-        first_S, last_S = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        cu_seqlens = cu_seqlens.long()  # as the operators' kernels take it
+        first_S, last_S = cu_seqlens[:-1], cu_seqlens[1:]
         sequence_N = sequence_S.repeat_interleave(last_S - first_S, output_size=num_tokens)
+        token_N = torch.arange(num_tokens, device=cu_seqlens.device)
         return Packing(
             cu_seqlens=cu_seqlens,
-            token_slots=torch.arange(num_tokens, device=cu_seqlens.device) + (sequence_N + 1) * gap,
+            token_slots=token_N + (sequence_N + 1) * gap,
             head_slots=((first_S + sequence_S * gap).unsqueeze(1) + gap_W).flatten(),
             tail_slots=((last_S + sequence_S * gap).unsqueeze(1) + gap_W).flatten(),
+            position=token_N - first_S.index_select(0, sequence_N),
         )
 
     @staticmethod

@@ -36,6 +36,8 @@ class ShortConvolution(nn.Module):
     def forward(self, x: Tensor, state: Tensor | None = None, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
         if packing is None:
             return self._dense(x, state)
+        if state is None and torch.compiler.is_compiling():
+            return self._fused(x, packing)
         gap = self.kernel - 1
         sequences = packing.cu_seqlens.numel() - 1
         slots = x.new_zeros(x.shape[1] + sequences * gap, self.channels)
@@ -58,8 +60,29 @@ class ShortConvolution(nn.Module):
         extended = F.pad(x, (0, 0, gap, 0)) if state is None else torch.cat([state.to(x.dtype), x], dim=1)
         return self._convolve(extended), extended[:, extended.shape[1] - gap :]
 
+    def _fused(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        """Packed sequences that start here, without a copy of them: for a compiler that makes one pass of it all."""
+        gap, position = self.kernel - 1, packing.position.unsqueeze(1)
+        extended = F.pad(x, (0, 0, gap, 0))
+        inside = [position >= gap - w for w in range(self.kernel)]  # is a tap's input of the same sequence?
+        tail = packing.cu_seqlens[1:].unsqueeze(1) - gap + torch.arange(gap, device=x.device)
+        is_token = tail >= packing.cu_seqlens[:-1].unsqueeze(1)
+        new_state = extended[0].index_select(0, tail.flatten() + gap).unflatten(0, tail.shape)
+        return self._sum_taps(extended, inside), torch.where(is_token.unsqueeze(2), new_state, 0.0)
+
+    def _sum_taps(self, extended: Tensor, inside: list[Tensor] | None = None) -> Tensor:
+        """`_convolve` as one sum, of the taps that are `inside` [T, 1] for each (None: all of them)."""
+        time = extended.shape[1] - self.kernel + 1
+        y = extended.new_zeros(()) if self.bias is None else self.bias.to(extended.dtype)
+        for w, weight in enumerate(self.weight.to(extended.dtype).unbind(1)):
+            tap = extended[:, w : w + time] * weight
+            y = y + (tap if inside is None else torch.where(inside[w], tap, 0.0))
+        return F.silu(y)
+
     def _convolve(self, extended: Tensor) -> Tensor:
         """[B, T + W - 1, C] -> [B, T, C]"""
+        if torch.compiler.is_compiling() and extended.shape[1] != self.kernel:
+            return self._sum_taps(extended)
         weight = self.weight.to(extended.dtype)
         bias = None if self.bias is None else self.bias.to(extended.dtype)
         if extended.shape[1] == self.kernel:  # one token, the decode step: two small operations

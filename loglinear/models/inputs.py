@@ -118,22 +118,19 @@ def token_layout(
     columns_BS = real_BT if cache is None else cache.extend_real(real_BT, rows, time, tokens.device)
     column_T = past + torch.arange(time, device=tokens.device)
     if position_ids is None:
-        position_ids = _positions(column_T, cu_seqlens, columns_BS)
+        position_ids = _positions(column_T, packing, columns_BS)
     assert config.attention_head_dim is not None
     cos, sin = rotary_tables(position_ids, config.attention_head_dim, config.rope_theta)
-    lengths = None if cu_seqlens is None else cu_seqlens.diff().tolist()
+    lengths = None if cu_seqlens is None else cu_seqlens.diff().cpu()
     mask = _attention_mask(columns_BS, column_T, past)
     return TokenLayout(packing, AttentionContext(cos, sin, mask, lengths), is_step, active)
 
 
-def _positions(column_T: Tensor, cu_seqlens: Tensor | None, columns_BS: Tensor | None) -> Tensor:
+def _positions(column_T: Tensor, packing: Packing | None, columns_BS: Tensor | None) -> Tensor:
     """Each token's position in its own document or row, [1 or B, T]; padding does not count."""
     if columns_BS is not None:
         return (columns_BS.long().cumsum(1) - 1).clamp(min=0).index_select(1, column_T)
-    if cu_seqlens is not None:
-        starts = cu_seqlens[:-1].long()
-        column_T = column_T - starts.repeat_interleave(cu_seqlens.diff().long(), output_size=len(column_T))
-    return column_T.unsqueeze(0)
+    return (column_T if packing is None else packing.position).unsqueeze(0)
 
 
 def _attention_mask(columns_BS: Tensor | None, column_T: Tensor, past: int) -> Tensor | None:

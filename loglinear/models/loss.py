@@ -23,8 +23,8 @@ def next_token_targets(labels: Tensor, cu_seqlens: Tensor | None = None, real: T
         return padded.gather(1, following).masked_fill(~real, IGNORE)
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     if cu_seqlens is not None:
-        last_token = (cu_seqlens[1:].long() - 1).clamp(min=0)
-        targets = targets.index_fill(1, last_token[cu_seqlens.diff() > 0], IGNORE)
+        # Empty documents name the token before them, and at the row's start its last one: neither has a next token.
+        targets = targets.index_fill(1, (cu_seqlens[1:].long() - 1) % labels.shape[1], IGNORE)
     return targets
 
 

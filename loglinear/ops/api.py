@@ -224,7 +224,8 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
 
 
 def _check_cu_seqlens(v: Tensor, cu_seqlens: Tensor | None) -> None:
-    """On a GPU its numbers are checked there, without waiting: a wrong one ends the process with the same text."""
+    """On a GPU its numbers are checked there, without waiting: a wrong one ends the process with the same text. So they
+    are in a compiled graph, which would break where Python looks at them."""
     if cu_seqlens is None:
         return
     B, T = v.shape[:2]
@@ -236,7 +237,7 @@ def _check_cu_seqlens(v: Tensor, cu_seqlens: Tensor | None) -> None:
         raise ValueError(f"cu_seqlens must hold integers, got {cu_seqlens.dtype}")
     if B != 1:
         raise ValueError(f"cu_seqlens needs a packed batch with B = 1, got B = {B}")
-    if cu_seqlens.is_cuda:
+    if cu_seqlens.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(cu_seqlens[0] == 0, "cu_seqlens must start at 0")
         torch._assert_async(cu_seqlens[-1] == T, f"cu_seqlens must end at T = {T}")
         torch._assert_async((cu_seqlens.long().diff() >= 0).all(), "cu_seqlens must not decrease")

@@ -15,6 +15,7 @@ from loglinear.ops.problem import Problem
 from loglinear.ops.state import FenwickState
 
 
+@torch._disable_dynamo  # its schedule is made on the host. torch.compiler.disable would import the whole compiler
 def run(call: Problem) -> tuple[Tensor, FenwickState | None]:
     p = call.in_working_dtype()
     state, N = p.initial_state, len(p.lengths)

@@ -22,7 +22,7 @@ class TrainingRecipe:
     what one optimiser step sees, `micro_batch_tokens` what one forward pass sees (default: the whole batch), and
     `eval_tokens` the validation text read every `eval_every` steps. `data` and `tokenizer` are as in
     `loglinear.training.data`. The learning rate rises linearly for `warmup_steps` and falls on a cosine to
-    `final_lr_ratio` of its peak.
+    `final_lr_ratio` of its peak. `compile`: torch.compile for the blocks (`loglinear.training.compilation`).
 
     Raises ValueError, naming the field, where a value cannot work.
     """
@@ -48,6 +48,7 @@ class TrainingRecipe:
     save_every: int
     keep_checkpoints: int = 2
     validation_fraction: float = 0.05
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"):

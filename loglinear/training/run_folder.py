@@ -104,7 +104,7 @@ def write_run(out: Path, recipe: TrainingRecipe, data: dict[str, Any], parameter
 def check_same_run(out: Path, recipe: TrainingRecipe, data: dict[str, Any]) -> None:
     """Raise ValueError, naming what differs, unless the folder's run has this recipe and this data."""
     stored = read_run(out)
-    old, new = _flat(stored["recipe"]), _flat(recipe.to_dict())
+    old, new = _flat(run_recipe(out).to_dict()), _flat(recipe.to_dict())
     changed = [name for name in old | new if old.get(name) != new.get(name)]
     if changed:
         name = changed[0]

@@ -18,6 +18,7 @@ from loglinear.recipes import TrainingRecipe
 from loglinear.training import run_folder
 from loglinear.training.callbacks import RunLog, StopOnSignal
 from loglinear.training.checkpoints import last_checkpoint, step_of
+from loglinear.training.compilation import compile_blocks, require_compiler
 from loglinear.training.data import Corpus, PackedRows, load_corpus
 from loglinear.training.tokenizer import load_tokenizer
 from loglinear.training.trainer import LogLinearTrainer
@@ -56,6 +57,8 @@ def train(
             run_folder.require_empty(out)
         config = recipe.model_config()
         arguments = _arguments(recipe, out, tensorboard)
+        if recipe.compile:
+            require_compiler(arguments.device)
         tokenizer = _tokenizer(recipe, config.vocab_size)
         if not recipe.data:
             raise ValueError(f"recipe {recipe.name!r} names no data: give --data")
@@ -80,6 +83,8 @@ def train(
             label=label or recipe.name,
             progress=progress and main_process,
         )
+        if recipe.compile:
+            compile_blocks(model)
         trainer = LogLinearTrainer(
             model=model,
             args=arguments,

@@ -37,7 +37,7 @@ def test_packed_documents_attend_only_to_themselves() -> None:
     layer = Attention(8, 4, 2, 6).double()
     x = torch.randn(1, 7, 8, dtype=torch.float64)
     positions = torch.tensor([[0, 1, 2, 0, 0, 1, 2]])
-    packed = layer(x, context(positions, lengths=[3, 1, 0, 3]))
+    packed = layer(x, context(positions, lengths=torch.tensor([3, 1, 0, 3])))
     parts = [layer(x[:, a:b], context(torch.arange(b - a)[None])) for a, b in ((0, 3), (3, 4), (4, 7))]
     torch.testing.assert_close(packed, torch.cat(parts, 1))
 

@@ -1,0 +1,75 @@
+"""A block is one graph for torch.compile, whatever the documents of its packed rows, and computes what it does without."""
+
+import pytest
+import torch
+from black_box import replace_kernels
+from tiny_models import FULL, tiny_config
+
+from loglinear.models import LogLinearForCausalLM
+from loglinear.models.inputs import token_layout
+from loglinear.training.compilation import compile_blocks
+from loglinear.variants import VARIANTS
+
+WHOLE = dict(backend="aot_eager", fullgraph=True)  # a graph break raises
+
+
+@pytest.fixture(autouse=True)
+def _operator(monkeypatch):
+    replace_kernels(monkeypatch)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def blocks(**options) -> tuple[LogLinearForCausalLM, LogLinearForCausalLM]:
+    """The same model twice; the second one's blocks are compiled."""
+    options = {"num_hidden_layers": 1, "num_heads": 2, "chunk_size": 16, "impl": "triton", **options}
+    models = [LogLinearForCausalLM(tiny_config(**options)).train() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    compile_blocks(models[1], **WHOLE)
+    return models[0], models[1]
+
+
+def output_and_gradients(model, ends: list[int] | None, layer: int = 0) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    block, x = model.model.layers[layer], torch.randn(1, 21, 16, requires_grad=True)
+    cu_seqlens = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+    y = block(x, token_layout(model.config, x, cu_seqlens, None, None, None))
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]
+
+
+def compare(models, ends: list[int] | None, layer: int = 0) -> None:
+    eager, compiled = (output_and_gradients(model, ends, layer) for model in models)
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * max(1.0, float(a.abs().max())))  # measured: 2.2e-6
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_block_is_one_graph_of_the_same_function(variant):
+    compare(blocks(variant=variant), [0, 2, 2, 21])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.interpreter
+def test_blocks_share_a_graph_that_takes_any_number_of_documents():
+    models = blocks(num_hidden_layers=2)
+    for layer, ends in enumerate(([0, 5, 21], [0, 1, 3, 3, 21], [0, 21], [0, 0, 2, 4, 20, 21])):
+        compare(models, ends, layer % 2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # of the first number of documents, of any, of one
+
+
+@pytest.mark.interpreter
+def test_a_block_of_one_document_is_one_graph():
+    compare(blocks(), None)
+
+
+def test_a_softmax_block_is_one_graph_around_its_documents():
+    options = dict(layer_types=[FULL], num_hidden_layers=1)
+    compare(blocks(**options), None)
+    models = blocks(**options)
+    compile_blocks(models[1], backend="aot_eager")
+    compare(models, [0, 5, 21])
+    compare(models, [0, 1, 3, 3, 21])
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compare(models, [0, 0, 2, 4, 20, 21])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

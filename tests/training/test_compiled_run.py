@@ -1,0 +1,74 @@
+"""Runs with compiled blocks: the names of parameters, exact resume, and one line where there is no compiler."""
+
+import importlib
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from loglinear.models import LogLinearForCausalLM
+from loglinear.training import run_folder
+from loglinear.training.compilation import compile_blocks, require_compiler
+from tests.models.black_box import replace_kernels
+from tests.training.test_train import assert_same_run
+from tests.training.tiny import tiny_recipe, write_text
+
+training = importlib.import_module("loglinear.training.train")  # the package has a function of that name
+
+
+@pytest.fixture
+def compiled_recipe(tmp_path, monkeypatch):
+    """The backend "eager" needs no compiler: it runs what was traced."""
+    torch._dynamo.reset()
+    replace_kernels(monkeypatch)
+    monkeypatch.setattr(training, "require_compiler", lambda device: None)
+    monkeypatch.setattr(training, "compile_blocks", partial(compile_blocks, backend="eager"))
+    recipe = tiny_recipe(write_text(tmp_path / "text"), steps=4, compile=True)
+    return replace(recipe, model={**recipe.model, "impl": "triton"})
+
+
+@pytest.mark.interpreter
+def test_a_compiled_run_is_recorded_resumes_exactly_and_keeps_names(tmp_path, compiled_recipe, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    training.train(compiled_recipe, whole, progress=False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert run_folder.run_recipe(whole) == compiled_recipe
+    weights = load_file(whole / "checkpoint-4" / "model.safetensors")
+    assert weights.keys() == LogLinearForCausalLM(compiled_recipe.model_config()).state_dict().keys() - {"lm_head.weight"}
+
+    append = training.RunLog._append
+    with monkeypatch.context() as patch:
+        patch.setattr(training.RunLog, "_append", lambda log, **record: append(log, **record) or stop(record))
+        with pytest.raises(KeyboardInterrupt):
+            training.train(compiled_recipe, stopped, progress=False)
+    training.train(compiled_recipe, stopped, resume=True, progress=False)
+    assert_same_run(stopped, whole)
+
+
+def stop(record):
+    if record["step"] == 3:
+        raise KeyboardInterrupt
+
+
+def test_resuming_without_the_compiler_is_refused(tmp_path, compiled_recipe):
+    run_folder.write_run(tmp_path, compiled_recipe, {}, parameters=1)
+    with pytest.raises(ValueError, match="compile = True, which cannot resume with False"):
+        run_folder.check_same_run(tmp_path, compiled_recipe.override(compile=False), {})
+
+
+def test_a_run_of_before_there_was_compile_resumes(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    run_folder.write_run(tmp_path, recipe, {}, parameters=1)
+    text = (tmp_path / "run.json").read_text()
+    assert '"compile": false' in text
+    (tmp_path / "run.json").write_text(text.replace('"compile": false', '"validation_fraction": 0.25'))
+    run_folder.check_same_run(tmp_path, recipe, {})
+
+
+def test_no_compiler_is_one_clear_line(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(ValueError, match="^compile needs a compiler that works for cpu, or leave it out: [^\n]+$"):
+        require_compiler(torch.device("cpu"))
