@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 LAYERS = 2
 STATE_DIM = 16  # of Mamba-2: head dimension and key dimension
+CHUNK_SIZE = 16  # no result depends on it; on a CPU it suits such heads, and miniatures of short examples
 
 
 def _mamba2(dim: int) -> dict[str, Any]:
@@ -129,6 +130,7 @@ class RecallCell:
             intermediate_size=0,
             tie_word_embeddings=True,
             num_levels=num_levels(self.task.length) if all_levels else 1,
+            chunk_size=CHUNK_SIZE,
             **sizes(self.dim),
         )
 
@@ -143,3 +145,46 @@ class RecallCell:
         """The cell that `to_dict` wrote."""
         task = {name: tuple(value) if isinstance(value, list) else value for name, value in values["task"].items()}
         return cls(**{**values, "task": RecallTask(**task)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallTable:
+    """Which cells there are: every learning rate is tried with the smallest seed, and the best has all of them.
+
+    Raises ValueError, naming the field, where a value cannot work.
+    """
+
+    models: tuple[str, ...] = tuple(MODELS)
+    dims: tuple[int, ...] = DIMS
+    learning_rates: tuple[float, ...] = LEARNING_RATES
+    seeds: tuple[int, ...] = SEEDS
+    task: RecallTask = field(default_factory=RecallTask)
+
+    def __post_init__(self) -> None:
+        for name in ("models", "dims", "learning_rates", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must be one or more different values, got {values}")
+        self.groups()
+
+    def __len__(self) -> int:
+        """Cells of the whole table."""
+        return len(self.models) * len(self.dims) * (len(self.learning_rates) + len(self.seeds) - 1)
+
+    def groups(self) -> list[tuple[str, int]]:
+        """Every (model, dim), the slowest first: they should not be what all processes wait for in the end."""
+        groups = [(model, dim) for dim in sorted(self.dims, reverse=True) for model in self.models]
+        for model, dim in groups:
+            self.sweep(model, dim)
+        return groups
+
+    def sweep(self, model: str, dim: int) -> list[RecallCell]:
+        """The cells among which the learning rate of a model is chosen."""
+        return [self._cell(model, dim, rate, min(self.seeds)) for rate in self.learning_rates]
+
+    def repeats(self, model: str, dim: int, learning_rate: float) -> list[RecallCell]:
+        """The other seeds at the learning rate that was chosen."""
+        return [self._cell(model, dim, learning_rate, seed) for seed in sorted(self.seeds)[1:]]
+
+    def _cell(self, model: str, dim: int, learning_rate: float, seed: int) -> RecallCell:
+        return RecallCell(model=model, dim=dim, learning_rate=learning_rate, seed=seed, task=self.task)

@@ -1,13 +1,8 @@
-"""One cell of the table: train on transformers' Trainer, stop and continue exactly, test, write one JSON file.
-
-A folder of cells holds `cells/NAME.json` of every finished one, and `unfinished/NAME/` with the checkpoint of those that
-were stopped.
-"""
+"""One cell of the table: train it on transformers' Trainer, stop and continue it exactly, test it, write its result."""
 
 from __future__ import annotations
 
 import functools
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,45 +14,17 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.utils import logging as transformers_logging
 
 from loglinear.evaluation.mqar.batches import RecallBatch, Scores, recall_batches, recall_loss, recall_scores
+from loglinear.evaluation.mqar.folder import Result, begin, finish
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes.mqar import RecallCell, RecallTask
 from loglinear.training.checkpoints import last_checkpoint
-from loglinear.training.json_files import read_object, write_object
 from loglinear.training.run_folder import versions
 from loglinear.training.trainer import LogLinearTrainer
-
-CELL_FILE = "cell.json"
-
 
 class Flag(Protocol):
     """A `threading.Event`, or that of multiprocessing: somebody wants the training to stop."""
 
     def is_set(self) -> bool: ...
-
-
-def result_file(out: Path, cell: RecallCell) -> Path:
-    return out / "cells" / f"{cell.name}.json"
-
-
-def unfinished_folder(out: Path, cell: RecallCell) -> Path:
-    return out / "unfinished" / cell.name
-
-
-def read_result(out: Path, cell: RecallCell) -> dict[str, Any] | None:
-    """What a finished cell left, None if it has not finished.
-
-    Raises ValueError where the folder holds this cell, finished or not, of another task.
-    """
-    for file in (result_file(out, cell), unfinished_folder(out, cell) / CELL_FILE):
-        if file.exists() and (held := read_object(file).get("cell")) != cell.to_dict():
-            raise ValueError(f"{file} is of another task: {_difference(held, cell)}; choose another --out")
-    file = result_file(out, cell)
-    return read_object(file) if file.exists() else None
-
-
-def _difference(held: Any, cell: RecallCell) -> str:
-    had, wanted = (held or {}).get("task", {}), cell.to_dict()["task"]
-    return ", ".join(f"{name} {had.get(name)}, not {wanted[name]}" for name in wanted if had.get(name) != wanted[name])
 
 
 @functools.cache
@@ -66,7 +33,7 @@ def _batches(task: RecallTask, split: str, device: str) -> list[RecallBatch]:
     return recall_batches(task, split, device)
 
 
-def run_cell(cell: RecallCell, out: Path, stop: Flag) -> dict[str, Any] | None:
+def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
     """Train and test a cell, or continue it, and write its result; None if `stop` was set before its end.
 
     What was stopped continues exactly: bit for bit on the CPU.
@@ -76,9 +43,7 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> dict[str, Any] | None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = unfinished_folder(out, cell)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_object(folder / CELL_FILE, {"cell": cell.to_dict()})
+    folder = begin(out, cell)
     training, validation, test = (_batches(cell.task, split, device) for split in ("train", "validation", "test"))
     set_seed(cell.seed)
     model = LogLinearForCausalLM(cell.model_config())
@@ -96,7 +61,7 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> dict[str, Any] | None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if course.stopped:
         return None
-    result = {
+    result: Result = {
         "cell": cell.to_dict(),
         "parameters": model.num_parameters(),
         **_accuracies("test", trainer.scores(test)),
@@ -109,10 +74,7 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> dict[str, Any] | None:
         "versions": versions(),
         "command": sys.argv,
     }
-    file = result_file(out, cell)
-    file.parent.mkdir(exist_ok=True)
-    write_object(file, result)
-    shutil.rmtree(folder)
+    finish(out, cell, result)
     return result
 
 
