@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ TABLE_FILE = "mqar.json"
 def run(out: Path, *, processes: int | None, minutes: float | None, task: dict[str, Any], **table: Any) -> None:
     """Run the cells that are missing, write mqar.json, and print the table of all cells in the folder."""
     given = {name: tuple(values) for name, values in table.items() if values}
-    changes = {name: tuple(v) if isinstance(v, list) else v for name, v in task.items() if v}
-    cells = RecallTable(**given, task=dataclasses.replace(RecallTask(), **changes))
+    cells = RecallTable(**given, task=RecallTask().override(**task))
     with claim(out):
         progress = run_table(
             cells,

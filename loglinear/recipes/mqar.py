@@ -26,9 +26,7 @@ CHUNK_SIZE = 16  # no result depends on it; on a CPU it suits such heads, and mi
 
 def _mamba2(dim: int) -> dict[str, Any]:
     """Expansion 2 in heads of 16, one query/key group."""
-    return dict(
-        variant="mamba2", num_heads=2 * dim // STATE_DIM, num_groups=1, key_dim=STATE_DIM, head_dim=STATE_DIM
-    )
+    return dict(variant="mamba2", num_heads=2 * dim // STATE_DIM, num_groups=1, key_dim=STATE_DIM, head_dim=STATE_DIM)
 
 
 def _gated_delta_net(dim: int) -> dict[str, Any]:
@@ -88,6 +86,12 @@ class RecallTask:
         if not self.pairs or min(self.pairs) < 1:
             raise ValueError(f"pairs must be one or more positive numbers, got {self.pairs}")
 
+    def override(self, **changes: Any) -> RecallTask:
+        """The same task with every `changes` that is not None put in; lists become tuples."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in given.items()}
+        return dataclasses.replace(self, **values)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecallCell:
@@ -143,8 +147,7 @@ class RecallCell:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RecallCell:
         """The cell that `to_dict` wrote."""
-        task = {name: tuple(value) if isinstance(value, list) else value for name, value in values["task"].items()}
-        return cls(**{**values, "task": RecallTask(**task)})
+        return cls(**{**values, "task": RecallTask().override(**values["task"])})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,9 +51,7 @@ def recall_batches(task: RecallTask, split: str, device: str | torch.device) -> 
     batches: list[RecallBatch] = []
     for pairs in task.pairs:
         seed = len(SPLITS) * pairs + SPLITS.index(split)
-        recall = recall_examples(
-            examples, length=task.length, pairs=pairs, seed=seed, vocab_size=task.vocab_size
-        )
+        recall = recall_examples(examples, length=task.length, pairs=pairs, seed=seed, vocab_size=task.vocab_size)
         batches += split_batches(recall, task.batch_size, device)
     return batches
 

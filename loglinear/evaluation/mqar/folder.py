@@ -11,7 +11,7 @@ from loglinear.training.json_files import read_object, write_object
 
 Result = dict[str, Any]  # what `run_cell` gives
 CELL_FILE = "cell.json"
-NEEDED = ("test_accuracy", "test_accuracy_by_pairs", "validation_accuracy", "versions", "precision", "command")
+NEEDED = ("test_accuracy", "validation_accuracy", "parameters", "steps", "precision", "versions", "command")
 
 
 def begin(out: Path, cell: RecallCell) -> Path:

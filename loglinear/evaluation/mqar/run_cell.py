@@ -1,4 +1,4 @@
-"""One cell of the table: train it on transformers' Trainer, stop and continue it exactly, test it, write its result."""
+"""One cell of the table: trained on the Trainer of transformers, stopped and continued exactly, tested, written down."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from loglinear.recipes.mqar import RecallCell, RecallTask
 from loglinear.training.checkpoints import last_checkpoint
 from loglinear.training.run_folder import versions
 from loglinear.training.trainer import LogLinearTrainer
+
 
 class Flag(Protocol):
     """A `threading.Event`, or that of multiprocessing: somebody wants the training to stop."""
@@ -53,7 +54,7 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
         args=_arguments(cell, folder, len(training)),
         train_dataset=training,  # type: ignore[arg-type]  # a list of batches is one
         eval_dataset=validation,  # type: ignore[arg-type]
-        data_collator=_only_batch,
+        data_collator=_only_batch,  # type: ignore[arg-type]
         callbacks=[course],
     )
     trainer.remove_callback(PrinterCallback)
@@ -102,6 +103,7 @@ class RecallTrainer(LogLinearTrainer):
 
     def scores(self, batches: Any) -> Scores:
         """The model's answers, in the precision that it trains in."""
+        assert isinstance(self.model, LogLinearForCausalLM)
         self.model.eval()
         with self.accelerator.autocast():
             return recall_scores(self.model, batches)
@@ -136,11 +138,10 @@ class Course(TrainerCallback):
             self.stopped = control.should_save = control.should_training_stop = True
             state.log_history.append({"step": state.global_step, "seconds": self.seconds})
 
-    def on_evaluate(
-        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
-        state.log_history[-1]["seconds"] = self.seconds
-        if metrics["eval_accuracy"] > self.good_enough:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        record = state.log_history[-1]
+        record["seconds"] = self.seconds
+        if record["eval_accuracy"] > self.good_enough:
             control.should_training_stop = True
             control.should_save = False  # who continued from here would train on
 

@@ -9,7 +9,8 @@ from typing import Any
 from loglinear.evaluation.mqar.folder import Result, cell_of
 from loglinear.recipes.mqar import MODELS
 
-OF_A_CELL = ("parameters", "test_accuracy", "test_accuracy_by_pairs", "validation_accuracy", "epochs", "steps", "seconds")
+ACCURACIES = ("test_accuracy", "test_accuracy_by_pairs", "validation_accuracy")
+COSTS = ("parameters", "epochs", "steps", "seconds")
 
 
 def best_learning_rate(results: Iterable[Result]) -> float:
@@ -20,7 +21,7 @@ def best_learning_rate(results: Iterable[Result]) -> float:
 
 
 def gather(results: Sequence[Result]) -> dict[str, Any]:
-    """The table as plain JSON types: a row for every model and dimension, a line for every cell, and how they were made.
+    """The table as plain JSON types: a row for each model and dimension, a line for each cell, and how they were made.
 
     Mean and standard deviation (of a sample; None for one seed) are over the seeds at the best learning rate.
     """
@@ -55,7 +56,7 @@ def _row(results: Sequence[Result]) -> dict[str, Any]:
 
 def _line(result: Result) -> dict[str, Any]:
     cell = {name: value for name, value in result["cell"].items() if name != "task"}
-    return {**cell, **{name: result[name] for name in OF_A_CELL}}
+    return {**cell, **{name: result[name] for name in (*ACCURACIES, *COSTS)}}
 
 
 def markdown(table: dict[str, Any]) -> str:
