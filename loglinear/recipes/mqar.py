@@ -85,6 +85,8 @@ class RecallTask:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.pairs or min(self.pairs) < 1:
             raise ValueError(f"pairs must be one or more positive numbers, got {self.pairs}")
+        if self.length % 2 or self.length < 4 * max(self.pairs):
+            raise ValueError(f"length must be even and at least 4 times the pairs {self.pairs}, got {self.length}")
 
     def override(self, **changes: Any) -> RecallTask:
         """The same task with every `changes` that is not None put in; lists become tuples."""

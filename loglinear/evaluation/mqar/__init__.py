@@ -3,9 +3,9 @@
 from loglinear.evaluation.mqar.batches import RecallBatch, Scores, recall_batches, recall_loss, recall_scores
 from loglinear.evaluation.mqar.examples import Recall, recall_examples
 from loglinear.evaluation.mqar.folder import read_results
-from loglinear.evaluation.mqar.run_cell import run_cell
-from loglinear.evaluation.mqar.run_table import Progress, cores, run_table
 from loglinear.evaluation.mqar.table import gather, markdown
+from loglinear.evaluation.mqar.training import run_cell
+from loglinear.evaluation.mqar.workers import Progress, cores, run_table
 
 __all__ = [
     "Progress",

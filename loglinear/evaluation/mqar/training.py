@@ -1,4 +1,4 @@
-"""One cell of the table: trained on the Trainer of transformers, stopped and continued exactly, tested, written down."""
+"""One cell of the table: trained on the Trainer of transformers, stopped and continued exactly, and tested."""
 
 from __future__ import annotations
 

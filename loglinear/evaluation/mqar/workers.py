@@ -7,10 +7,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.context import BaseContext
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 from loglinear.evaluation.mqar.folder import Result, read_results, require_same_task
-from loglinear.evaluation.mqar.run_cell import run_cell
 from loglinear.evaluation.mqar.table import best_learning_rate
+from loglinear.evaluation.mqar.training import run_cell
 from loglinear.recipes.mqar import RecallCell, RecallTable
 from loglinear.training.callbacks import StopOnSignal
 
@@ -51,18 +50,15 @@ def run_table(
     Raises ValueError for a folder with another task, and where a worker died.
     """
     results = read_results(out, table.task)
-    for cell in _ready(table, {}):
+    for cell in _missing(table, results):
         require_same_task(out, cell)
     end = float("inf") if seconds is None else time.monotonic() + seconds
-    context = _context()
-    stop = context.Event()
-    threads = max(1, cores() // processes)
-    pool = ProcessPoolExecutor(processes, context, _start_worker, (stop, threads))
+    pool, stop = _workers(processes)
     with StopOnSignal() as signals, pool, _bar(table, results, progress) as bar:
         running: dict[Future[Result | None], RecallCell] = {}
         try:
             while True:
-                new = [] if stop.is_set() else [c for c in _ready(table, results) if c not in running.values()]
+                new = [] if stop.is_set() else [c for c in _missing(table, results) if c not in running.values()]
                 running |= {pool.submit(_work, cell, out): cell for cell in new}
                 if not running:
                     break
@@ -84,26 +80,24 @@ def run_table(
     return Progress(_finished(table, results), len(table), signals.requested)
 
 
-def _ready(table: RecallTable, results: Mapping[str, Result]) -> Iterator[RecallCell]:
-    """Cells without a result whose learning rate is known."""
+def _known(table: RecallTable, results: Mapping[str, Result]) -> list[RecallCell]:
+    """The cells that are known so far: a model's other seeds follow when its learning rate is chosen."""
+    cells = []
     for group in table.groups():
-        cells = table.sweep(*group)
-        swept = [results[cell.name] for cell in cells if cell.name in results]
-        if len(swept) == len(cells):
-            cells = table.repeats(*group, best_learning_rate(swept))
-        yield from (cell for cell in cells if cell.name not in results)
+        sweep = table.sweep(*group)
+        cells += sweep
+        if all(cell.name in results for cell in sweep):
+            cells += table.repeats(*group, best_learning_rate(results[cell.name] for cell in sweep))
+    return cells
+
+
+def _missing(table: RecallTable, results: Mapping[str, Result]) -> list[RecallCell]:
+    """Those of them that can run now."""
+    return [cell for cell in _known(table, results) if cell.name not in results]
 
 
 def _finished(table: RecallTable, results: Mapping[str, Result]) -> int:
-    """Cells of the table that have a result."""
-    finished = 0
-    for group in table.groups():
-        swept = [results[cell.name] for cell in table.sweep(*group) if cell.name in results]
-        finished += len(swept)
-        if len(swept) == len(table.learning_rates):
-            repeats = table.repeats(*group, best_learning_rate(swept))
-            finished += sum(cell.name in results for cell in repeats)
-    return finished
+    return sum(cell.name in results for cell in _known(table, results))
 
 
 def _bar(table: RecallTable, results: Mapping[str, Result], progress: bool) -> tqdm:
@@ -117,23 +111,34 @@ def _bar(table: RecallTable, results: Mapping[str, Result], progress: bool) -> t
     )
 
 
+def _workers(processes: int) -> tuple[Executor, Event | threading.Event]:
+    """Who works, and the flag that stops them. One worker is a thread of this process: it starts at once.
+
+    Processes start from a server that has imported everything and never used CUDA, whose users cannot be forked.
+    """
+    if processes == 1:
+        flag = threading.Event()
+        return ThreadPoolExecutor(1, initializer=_share, initargs=(flag,)), flag
+    can_fork = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if can_fork else "spawn")
+    if can_fork:
+        context.set_forkserver_preload([run_cell.__module__])
+    stop = context.Event()
+    return ProcessPoolExecutor(processes, context, _start_process, (stop, max(1, cores() // processes))), stop
+
+
 # --- in the workers --------------------------------------------------------------------------------------------------
 
-_stop: Event | threading.Event = threading.Event()  # in a worker: the event that all of them share
+_stop: Event | threading.Event = threading.Event()  # the flag that all workers share
 
 
-def _context() -> BaseContext:
-    """Workers start from a server that has imported everything and never used CUDA, whose users cannot be forked."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([run_cell.__module__])
-    return context
-
-
-def _start_worker(stop: Event, threads: int) -> None:
+def _share(stop: Event | threading.Event) -> None:
     global _stop
     _stop = stop
+
+
+def _start_process(stop: Event, threads: int) -> None:
+    _share(stop)
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
