@@ -193,15 +193,21 @@ def perplexity(
 def mqar(
     out: Annotated[Path, typer.Option(help="Folder for a JSON file of each cell, checkpoints and mqar.json.")],
     model: Annotated[list[str] | None, typer.Option(help="Only this model; may be given several times.")] = None,
-    dim: Annotated[list[int] | None, typer.Option(help="Only this dimension; likewise.")] = None,
-    lr: Annotated[list[float] | None, typer.Option(help="Only this learning rate; likewise.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Only this seed; likewise.")] = None,
+    dim: Annotated[list[int] | None, typer.Option(help="Only this dimension (default: 16, 32, 64); likewise.")] = None,
+    lr: Annotated[
+        list[float] | None, typer.Option(help="Only this rate (default: 1e-3, 3e-3, 1e-2, 3e-2); likewise.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only this seed (default: 0, 1, 2); likewise.")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Cells at a time (default: one per CPU core).")] = None,
     minutes: Annotated[float | None, typer.Option(min=0, help="Stop after this time; call again to continue.")] = None,
-    examples: Annotated[int | None, typer.Option(min=1, help="Training examples of each number of pairs.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="At most so often over the training examples.")] = None,
-    pairs: Annotated[list[int] | None, typer.Option(min=1, help="Numbers of pairs; likewise.")] = None,
-    length: Annotated[int | None, typer.Option(min=4, help="Tokens of an example.")] = None,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="For training, of each number of pairs (default: 20000).")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="At most so many (default: 32).")] = None,
+    pairs: Annotated[
+        list[int] | None, typer.Option(min=1, help="Numbers of pairs (default: 4, 8, 16, 32, 64); likewise.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(min=4, help="Tokens of an example (default: 256).")] = None,
 ) -> None:
     """Multi-query associative recall: train small models to look up what they have read, and print the table.
 

@@ -33,5 +33,5 @@ def run(out: Path, *, processes: int | None, minutes: float | None, task: dict[s
             print(markdown(summary))
     state = f"{progress.finished} of {progress.total} cells finished"
     if progress.interrupted:
-        raise Interrupted(f"{state}, checkpoints of the others saved; the same command continues")
+        raise Interrupted(f"{state}, checkpoints of the running ones saved; the same command continues")
     print(state + ("" if progress.finished == progress.total else "; the same command continues"), file=sys.stderr)

@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from loglinear.evaluation.mqar.examples import Recall, recall_examples
 from loglinear.models import LogLinearForCausalLM
+from loglinear.models.loss import sliced_cross_entropy
 from loglinear.recipes.mqar import RecallTask
 from loglinear.training.data import IGNORED
 
 SPLITS = ("train", "validation", "test")
+LOGIT_ROWS = 8192  # queries whose logits exist at once while training: bounds the memory of many processes on one GPU
 
 
 class RecallBatch(TypedDict):
@@ -72,7 +74,14 @@ def split_batches(recall: Recall, batch_size: int, device: str | torch.device) -
 
 def recall_loss(model: LogLinearForCausalLM, batch: RecallBatch) -> Tensor:
     """Mean nats of the answers: what the model's own loss gives for the labels of these examples."""
-    return F.cross_entropy(model.lm_head(_at_queries(model, batch)), batch["answers"])
+    answers = batch["answers"]
+    return sliced_cross_entropy(
+        model.lm_head,
+        _at_queries(model, batch).unsqueeze(0),
+        answers.unsqueeze(0),
+        slice_size=LOGIT_ROWS,
+        num_items=len(answers),
+    )
 
 
 def _at_queries(model: LogLinearForCausalLM, batch: RecallBatch) -> Tensor:

@@ -31,8 +31,6 @@ def finish(out: Path, cell: RecallCell, result: Result) -> None:
     (out / "cells").mkdir(exist_ok=True)
     write_object(out / "cells" / f"{cell.name}.json", result)
     shutil.rmtree(out / "unfinished" / cell.name)
-    if not any((out / "unfinished").iterdir()):
-        (out / "unfinished").rmdir()
 
 
 def cell_of(result: Result) -> RecallCell:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from loglinear.evaluation.mqar.batches import RecallBatch, Scores, recall_batches, recall_loss, recall_scores
+from loglinear.evaluation.mqar.batches import SPLITS, RecallBatch, Scores, recall_batches, recall_loss, recall_scores
 from loglinear.evaluation.mqar.folder import Result, begin, finish
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes.mqar import RecallCell, RecallTask
@@ -38,6 +38,8 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
     """Train and test a cell, or continue it, and write its result; None if `stop` was set before its end.
 
     What was stopped continues exactly: bit for bit on the CPU.
+
+    Raises ValueError where `out` holds checkpoints of this cell with another task.
     """
     if stop.is_set():
         return None
@@ -45,7 +47,7 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
     transformers_logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = begin(out, cell)
-    training, validation, test = (_batches(cell.task, split, device) for split in ("train", "validation", "test"))
+    training, validation, test = (_batches(cell.task, split, device) for split in SPLITS)
     set_seed(cell.seed)
     model = LogLinearForCausalLM(cell.model_config())
     course = Course(stop, cell.task.good_enough)
@@ -65,13 +67,10 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
     result: Result = {
         "cell": cell.to_dict(),
         "parameters": model.num_parameters(),
-        **_accuracies("test", trainer.scores(test)),
+        **_costs(trainer, course.seconds, len(training)),
         **_accuracies("validation", trainer.scores(validation)),
-        "epochs": trainer.state.global_step // len(training),
-        "steps": trainer.state.global_step,
-        "seconds": round(course.seconds, 2),
+        **_accuracies("test", trainer.scores(test)),
         "course": course.records(trainer.state),
-        "precision": "bfloat16 autocast" if trainer.args.bf16 else "float32",
         "versions": versions(),
         "command": sys.argv,
     }
@@ -82,6 +81,16 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
 def _accuracies(split: str, scores: Scores) -> dict[str, Any]:
     by_pairs = {str(pairs): accuracy for pairs, accuracy in scores.accuracy.items()}
     return {f"{split}_accuracy": scores.mean, f"{split}_accuracy_by_pairs": by_pairs}
+
+
+def _costs(trainer: RecallTrainer, seconds: float, steps_per_epoch: int) -> dict[str, Any]:
+    steps = trainer.state.global_step
+    return {
+        "epochs": steps // steps_per_epoch,
+        "steps": steps,
+        "seconds": round(seconds, 2),
+        "precision": "bfloat16 autocast" if trainer.args.bf16 else "float32",
+    }
 
 
 class RecallTrainer(LogLinearTrainer):

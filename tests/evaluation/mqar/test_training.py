@@ -56,7 +56,7 @@ def test_cell_learns_and_stops_at_the_first_validation_that_is_good_enough(tmp_p
 def test_result_says_all_that_it_depends_on_and_checkpoints_are_gone(folder, uninterrupted):
     cell = tiny_cell(task=SHORT)
     assert read_results(folder, SHORT) == {cell.name: uninterrupted}
-    assert [path.name for path in folder.iterdir()] == ["cells"]
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == [f"{cell.name}.json"]
     assert uninterrupted["cell"] == cell.to_dict() and uninterrupted["precision"] == "float32"
     assert (uninterrupted["epochs"], uninterrupted["steps"]) == (3, 24) and uninterrupted["seconds"] > 0
     assert {"torch", "device"} <= set(uninterrupted["versions"]) and uninterrupted["command"]
@@ -88,9 +88,9 @@ def test_killed_cell_continues_from_its_last_epoch(tmp_path, uninterrupted):
     assert exact(run_cell(cell, tmp_path, NEVER)) == exact(uninterrupted)
 
 
-def test_last_validation_is_repeated_after_a_kill_behind_it(tmp_path, monkeypatch):
-    """A cell that was good enough trains no further epoch, wherever it was killed."""
-    cell = tiny_cell(task=dataclasses.replace(SHORT, good_enough=0.01))
+@pytest.mark.parametrize(("good_enough", "epochs"), [(0.01, 1), (1.0, 2)])
+def test_cell_that_was_killed_behind_its_training_trains_no_further(tmp_path, monkeypatch, good_enough, epochs):
+    cell = tiny_cell(task=dataclasses.replace(SHORT, good_enough=good_enough, epochs=2))
     reference = run_cell(cell, tmp_path / "reference", NEVER)
 
     def killed(*arguments):
@@ -99,7 +99,7 @@ def test_last_validation_is_repeated_after_a_kill_behind_it(tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr("loglinear.evaluation.mqar.training.finish", killed)
         run_cell(cell, tmp_path / "killed", NEVER)
-    assert exact(run_cell(cell, tmp_path / "killed", NEVER)) == exact(reference) and reference["epochs"] == 1
+    assert exact(run_cell(cell, tmp_path / "killed", NEVER)) == exact(reference) and reference["epochs"] == epochs
 
 
 def test_checkpoints_of_another_task_are_refused(tmp_path):
