@@ -8,23 +8,10 @@ import torch
 
 from loglinear.evaluation.mqar import run_cell
 from loglinear.evaluation.mqar.folder import read_results
-from tests.evaluation.mqar.tiny import TASK, tiny_cell
+from tests.evaluation.mqar.tiny import TASK, AfterSteps, tiny_cell
 
 NEVER = threading.Event()
 SHORT = dataclasses.replace(TASK, examples=256, epochs=3)  # 8 steps an epoch
-
-
-class AfterSteps:
-    """A flag that is set at a step of this call, or a kill there: it is asked once before training and once a step."""
-
-    def __init__(self, steps, kill=False):
-        self.left, self.kill = steps + 1, kill
-
-    def is_set(self):
-        self.left -= 1
-        if self.left <= 0 and self.kill:
-            raise MemoryError
-        return self.left <= 0
 
 
 def exact(result):
@@ -57,7 +44,8 @@ def test_result_says_all_that_it_depends_on_and_checkpoints_are_gone(folder, uni
     cell = tiny_cell(task=SHORT)
     assert read_results(folder, SHORT) == {cell.name: uninterrupted}
     assert [path.name for path in folder.rglob("*") if path.is_file()] == [f"{cell.name}.json"]
-    assert uninterrupted["cell"] == cell.to_dict() and uninterrupted["precision"] == "float32"
+    precision = "bfloat16 autocast" if torch.cuda.is_available() else "float32"
+    assert uninterrupted["cell"] == cell.to_dict() and uninterrupted["precision"] == precision
     assert (uninterrupted["epochs"], uninterrupted["steps"]) == (3, 24) and uninterrupted["seconds"] > 0
     assert {"torch", "device"} <= set(uninterrupted["versions"]) and uninterrupted["command"]
 
@@ -106,3 +94,11 @@ def test_checkpoints_of_another_task_are_refused(tmp_path):
     assert run_cell(tiny_cell(task=SHORT), tmp_path, AfterSteps(1)) is None
     with pytest.raises(ValueError, match="cell.json was made with examples = 256, got 1280: choose another --out"):
         run_cell(tiny_cell(), tmp_path, NEVER)
+
+
+@pytest.mark.gpu
+def test_cell_learns_in_bfloat16_on_a_gpu_and_continues(tmp_path):
+    cell = tiny_cell(model="log_linear_gated_delta_net")
+    assert run_cell(cell, tmp_path, AfterSteps(50)) is None
+    result = run_cell(cell, tmp_path, NEVER)
+    assert result["precision"] == "bfloat16 autocast" and result["test_accuracy"] > 0.9

@@ -8,7 +8,7 @@ import torch
 from loglinear.evaluation.mqar import Progress, read_results, run_cell, run_table
 from loglinear.evaluation.mqar.workers import _finished, _missing
 from loglinear.recipes.mqar import RecallTable
-from tests.evaluation.mqar.tiny import TASK, result_of, tiny_cell
+from tests.evaluation.mqar.tiny import TASK, AfterSteps, result_of, tiny_cell
 
 SHORT = dataclasses.replace(TASK, examples=256, epochs=2)
 
@@ -20,12 +20,24 @@ def exact(results):
     }
 
 
-def test_table_runs_in_two_processes_stops_and_continues(tmp_path):
+OPTIONS = dict(processes=2, progress=False)
+
+
+def two_cells(task):
+    return RecallTable(models=("attention",), dims=(16, 32), learning_rates=(1e-2,), seeds=(0,), task=task)
+
+
+def test_table_stops_when_its_time_is_over(tmp_path):
+    endless = dataclasses.replace(SHORT, epochs=100_000, good_enough=1.0)
+    assert run_table(two_cells(endless), tmp_path, seconds=0.0, **OPTIONS) == Progress(0, 2, False)
+
+
+def test_table_in_two_processes_gives_what_its_cells_give_alone(tmp_path):
     torch.set_num_threads(1)
-    table = RecallTable(models=("attention",), dims=(16, 32), learning_rates=(1e-2,), seeds=(0,), task=SHORT)
-    options = dict(processes=2, progress=False)
-    assert run_table(table, tmp_path / "a", seconds=0.0, **options) == Progress(0, 2, False)
-    assert run_table(table, tmp_path / "a", **options) == Progress(2, 2, False)
+    table = two_cells(SHORT)
+    stopped = tiny_cell(task=SHORT)
+    assert run_cell(stopped, tmp_path / "a", AfterSteps(5)) is None
+    assert run_table(table, tmp_path / "a", **OPTIONS) == Progress(2, 2, False)
     found = read_results(tmp_path / "a", SHORT)
     alone = {}
     for dim in (16, 32):
@@ -33,7 +45,7 @@ def test_table_runs_in_two_processes_stops_and_continues(tmp_path):
         alone[cell.name] = run_cell(cell, tmp_path / "b", threading.Event())
     assert exact(found) == exact(alone)
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "a" / "cells").iterdir()}
-    assert run_table(table, tmp_path / "a", **options) == Progress(2, 2, False)  # nothing is run again
+    assert run_table(table, tmp_path / "a", **OPTIONS) == Progress(2, 2, False)  # nothing is run again
     assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "a" / "cells").iterdir()}
 
 

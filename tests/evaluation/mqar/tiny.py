@@ -1,4 +1,4 @@
-"""A task that is learnt in seconds, and cells of it."""
+"""A task that is learnt in seconds, its cells, results, and a flag that stops them."""
 
 from typing import Any
 
@@ -10,6 +10,19 @@ TASK = RecallTask(examples=1280, test_examples=64, length=8, pairs=(1, 2), vocab
 def tiny_cell(**changes: Any) -> RecallCell:
     values: dict[str, Any] = {"model": "attention", "dim": 16, "learning_rate": 1e-2, "seed": 0, "task": TASK}
     return RecallCell(**{**values, **changes})
+
+
+class AfterSteps:
+    """A flag that is set at a step of this call, or a kill there: it is asked once before training and once a step."""
+
+    def __init__(self, steps, kill=False):
+        self.left, self.kill = steps + 1, kill
+
+    def is_set(self):
+        self.left -= 1
+        if self.left <= 0 and self.kill:
+            raise MemoryError
+        return self.left <= 0
 
 
 def result_of(cell: RecallCell, test: float, validation: float | None = None) -> dict[str, Any]:
