@@ -17,8 +17,8 @@ ALLOWED = {
     "layers": {"variants", "ops", "fenwick"},
     "models": {"layers", "variants", "ops", "fenwick"},
     "training": {"models", "layers", "variants", "recipes"},
-    "evaluation": {"models", "training"},
-    "recipes": {"models", "variants"},
+    "evaluation": {"models", "training", "recipes"},
+    "recipes": {"models", "variants", "fenwick"},
     "cli": {"training", "evaluation", "recipes", "models", "variants", "ops", "kernels", "fenwick"},
 }
 

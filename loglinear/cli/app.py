@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-eval_app = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
+eval_app = typer.Typer(help="Measure what models learn.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
@@ -223,6 +223,54 @@ def needle(
     from loglinear.cli.needle import run
 
     run(model, _all_data(data, more_data) or (), out, length or [1024, 2048, 4096], task, examples, seed)
+
+
+@eval_app.command()
+def mqar(
+    out: Annotated[Path, typer.Option(help="Folder for a JSON file of each cell, checkpoints and mqar.json.")],
+    model: Annotated[list[str] | None, typer.Option(help="Only this model; may be given several times.")] = None,
+    dim: Annotated[list[int] | None, typer.Option(help="Only this dimension (default: 16, 32, 64); likewise.")] = None,
+    lr: Annotated[
+        list[float] | None, typer.Option(help="Only this rate (default: 1e-3, 3e-3, 1e-2); likewise.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only this seed (default: 0, 1, 2); likewise.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Cells at a time (default: one per CPU core).")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Stop after this time; call again to continue.")] = None,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="For training, of each number of pairs (default: 20480).")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="At most so many (default: 32).")] = None,
+    pairs: Annotated[
+        list[int] | None, typer.Option(min=1, help="Numbers of pairs (default: 4, 8, 16, 32, 64); likewise.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(min=4, help="Tokens of an example (default: 256).")] = None,
+) -> None:
+    """Multi-query associative recall: train small models to look up what they have read, and print the table.
+
+    Without options: five models, three dimensions, three learning rates with the smallest seed, and the best of them
+    with all seeds, as in the recipe `loglinear/recipes/mqar.py`. What --out holds already is not run again.
+
+    Examples:
+
+    `loglinear eval mqar --out runs/mqar --minutes 9`
+
+    `loglinear eval mqar --model log_linear_mamba2 --dim 16 --lr 1e-2 --seed 0 --out runs/mqar`
+
+    `loglinear eval mqar --model attention --dim 32 --lr 1e-2 --seed 0 --length 32 --pairs 2 --examples 4000 --epochs 4
+    --out runs/miniature`
+    """
+    from loglinear.cli.mqar import run
+
+    run(
+        out,
+        models=model,
+        dims=dim,
+        learning_rates=lr,
+        seeds=seed,
+        processes=processes,
+        minutes=minutes,
+        task=dict(examples=examples, epochs=epochs, pairs=pairs, length=length),
+    )
 
 
 @bench_app.command(

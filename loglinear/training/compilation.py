@@ -12,10 +12,10 @@ from loglinear.models import LogLinearForCausalLM
 def compile_blocks(model: LogLinearForCausalLM, **options: Any) -> None:
     """Compile every block of the model when it first runs; `options` are torch.compile's.
 
-    A step is then about 35 kernels a block besides the operator's own, forward and backward, instead of 200. Blocks of a
-    kind share their graphs: one for training, one for evaluation, and one more of each from the second number of packed
-    documents on. Names of parameters, checkpoints and what the model computes stay as they were. With impl="triton" a
-    block is one graph; impl="torch" and softmax attention over packed documents run between graphs.
+    A step is then about 35 kernels a block besides the operator's own, forward and backward, instead of 200. Blocks of
+    a kind share their graphs: one for training, one for evaluation, and one more of each from the second number of
+    packed documents on. Names of parameters, checkpoints and what the model computes stay as they were. With
+    impl="triton" a block is one graph; impl="torch" and softmax attention over packed documents run between graphs.
     """
     for block in model.model.layers:
         block.compile(**options)

@@ -319,7 +319,18 @@ def test_ctrl_c_elsewhere_is_one_line(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["generate"], ["eval", "perplexity"], ["eval", "needle"], ["info"], ["demo"], ["serve"]]
+    "command",
+    [
+        [],
+        ["train"],
+        ["generate"],
+        ["eval", "perplexity"],
+        ["eval", "needle"],
+        ["eval", "mqar"],
+        ["info"],
+        ["demo"],
+        ["serve"],
+    ],
 )
 def test_help_has_examples(capsys, command):
     code, out, _ = in_process(capsys, *command, "--help")

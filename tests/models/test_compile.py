@@ -1,4 +1,4 @@
-"""A block is one graph for torch.compile, whatever the documents of its packed rows, and computes what it does without."""
+"""A block is one graph for torch.compile, whatever documents its rows have, and computes what it does without."""
 
 import pytest
 import torch
@@ -55,7 +55,9 @@ def test_blocks_share_a_graph_that_takes_any_number_of_documents():
     models = blocks(num_hidden_layers=2)
     for layer, ends in enumerate(([0, 5, 21], [0, 1, 3, 3, 21], [0, 21], [0, 0, 2, 4, 20, 21])):
         compare(models, ends, layer % 2)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # of the first number of documents, of any, of one
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    )  # of the first number of documents, of any, of one
 
 
 @pytest.mark.interpreter

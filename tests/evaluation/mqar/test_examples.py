@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from loglinear.evaluation.mqar import recall_examples
+from loglinear.evaluation.mqar.examples import recall_examples
 from loglinear.training.data import IGNORED
 
 

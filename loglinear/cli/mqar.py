@@ -1,0 +1,37 @@
+"""`loglinear eval mqar`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from loglinear.cli.console import Interrupted
+from loglinear.evaluation.mqar import cores, gather, markdown, read_results, run_table
+from loglinear.recipes.mqar import RecallTable, RecallTask
+from loglinear.training.json_files import write_object
+from loglinear.training.run_folder import claim
+
+TABLE_FILE = "mqar.json"
+
+
+def run(out: Path, *, processes: int | None, minutes: float | None, task: dict[str, Any], **table: Any) -> None:
+    """Run the cells that are missing, write mqar.json, and print the table of all cells in the folder."""
+    given = {name: tuple(values) for name, values in table.items() if values}
+    cells = RecallTable(**given, task=RecallTask().override(**task))
+    with claim(out):
+        progress = run_table(
+            cells,
+            out,
+            processes=min(processes or cores(), len(cells)),
+            seconds=None if minutes is None else 60 * minutes,
+        )
+        results = list(read_results(out, cells.task).values())
+        if results:
+            summary = gather(results)
+            write_object(out / TABLE_FILE, summary)
+            print(markdown(summary))
+    state = f"{progress.finished} of {progress.total} cells finished"
+    if progress.interrupted:
+        raise Interrupted(f"{state}, checkpoints of the running ones saved; the same command continues")
+    print(state + ("" if progress.finished == progress.total else "; the same command continues"), file=sys.stderr)

@@ -1,0 +1,115 @@
+"""Examples as whole batches on the device, and a model's loss and accuracy on them.
+
+A batch has examples with one number of pairs only, so it has a fixed number of supervised positions: vocabulary logits
+are computed there and nowhere else.
+"""
+
+# N examples, T tokens, P pairs, B examples of a batch, D hidden size
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from loglinear.evaluation.mqar.examples import Recall, recall_examples
+from loglinear.models import LogLinearForCausalLM
+from loglinear.models.loss import sliced_cross_entropy
+from loglinear.recipes.mqar import RecallTask
+from loglinear.training.data import IGNORED
+
+SPLITS = ("train", "validation", "test")
+LOGIT_ROWS = 8192  # queries whose logits exist at once while training: bounds the memory of many processes on one GPU
+
+
+class RecallBatch(TypedDict):
+    """What a training step takes."""
+
+    input_ids: Tensor  # [B, T]
+    queries: Tensor  # [B P] where the answers are predicted, as places of the flattened batch
+    answers: Tensor  # [B P] the tokens to predict there
+
+
+class Scores(NamedTuple):
+    """A model's answers on some batches."""
+
+    accuracy: dict[int, float]  # by number of pairs: the share of queries whose likeliest answer is right
+    loss: float  # nats of a query, the mean over the numbers of pairs
+
+    @property
+    def mean(self) -> float:
+        """The mean over the numbers of pairs."""
+        return sum(self.accuracy.values()) / len(self.accuracy)
+
+
+def recall_batches(task: RecallTask, split: str, device: str | torch.device) -> list[RecallBatch]:
+    """All batches of a split, ready on the device; a last batch of each number of pairs may be smaller.
+
+    The three splits have different seeds, and equal tasks equal examples.
+    """
+    examples = task.examples if split == "train" else task.test_examples
+    batches: list[RecallBatch] = []
+    for pairs in task.pairs:
+        seed = len(SPLITS) * pairs + SPLITS.index(split)
+        recall = recall_examples(examples, length=task.length, pairs=pairs, seed=seed, vocab_size=task.vocab_size)
+        batches += split_batches(recall, task.batch_size, device)
+    return batches
+
+
+def split_batches(recall: Recall, batch_size: int, device: str | torch.device) -> list[RecallBatch]:
+    """Examples of one number of pairs, in their order, as batches."""
+    N, T = recall.tokens_NT.shape
+    targets_NT = F.pad(recall.labels_NT[:, 1:], (0, 1), value=IGNORED)
+    example, place = (targets_NT != IGNORED).nonzero(as_tuple=True)
+    queries_NP = (example % batch_size * T + place).view(N, -1).to(device)
+    answers_NP = targets_NT[example, place].view(N, -1).to(device)
+    parts = (x.split(batch_size) for x in (recall.tokens_NT.to(device), queries_NP, answers_NP))
+    return [
+        RecallBatch(input_ids=tokens, queries=queries.flatten(), answers=answers.flatten())
+        for tokens, queries, answers in zip(*parts, strict=True)
+    ]
+
+
+def recall_loss(model: LogLinearForCausalLM, batch: RecallBatch) -> Tensor:
+    """Mean nats of the answers: what the model's own loss gives for the labels of these examples."""
+    answers = batch["answers"]
+    return sliced_cross_entropy(
+        model.lm_head,
+        _at_queries(model, batch).unsqueeze(0),
+        answers.unsqueeze(0),
+        slice_size=LOGIT_ROWS,
+        num_items=len(answers),
+    )
+
+
+def _at_queries(model: LogLinearForCausalLM, batch: RecallBatch) -> Tensor:
+    """Hidden states [B P, D] that predict the answers."""
+    hidden_BTD = model.model(batch["input_ids"], use_cache=False).last_hidden_state
+    return hidden_BTD.flatten(0, 1).index_select(0, batch["queries"])
+
+
+@torch.no_grad()
+def recall_scores(model: LogLinearForCausalLM, batches: Iterable[RecallBatch]) -> Scores:
+    """Accuracy and loss over all queries of each number of pairs; waits for the device once.
+
+    The head is computed in the model's own precision, also under autocast: rounded logits have ties.
+    """
+    sums: dict[int, Tensor] = {}  # correct answers, nats, queries
+    device = model.device
+    for batch in batches:
+        answers = batch["answers"]
+        hidden = _at_queries(model, batch)
+        with torch.autocast(device.type, enabled=False):
+            logits = model.lm_head(hidden.to(model.lm_head.weight.dtype))
+        correct = (logits.argmax(-1) == answers).sum()
+        nats = F.cross_entropy(logits, answers, reduction="sum")
+        pairs = len(answers) // len(batch["input_ids"])
+        part = torch.stack([correct.double(), nats.double(), torch.full_like(nats, len(answers)).double()])
+        sums[pairs] = sums[pairs] + part if pairs in sums else part
+    rows = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+    return Scores(
+        accuracy={pairs: correct / queries for pairs, (correct, _, queries) in rows.items()},
+        loss=sum(nats / queries for _, nats, queries in rows.values()) / len(rows),
+    )

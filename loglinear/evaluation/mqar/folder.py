@@ -1,0 +1,75 @@
+"""A folder of cells: `cells/NAME.json` of every finished one, `unfinished/NAME/` with a stopped one's checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from loglinear.recipes.mqar import RecallCell, RecallTask
+from loglinear.training.json_files import read_object, write_object
+
+Result = dict[str, Any]  # what `run_cell` gives
+CELL_FILE = "cell.json"
+NEEDED = ("test_accuracy", "validation_accuracy", "parameters", "steps", "precision", "versions", "command")
+
+
+def begin(out: Path, cell: RecallCell) -> Path:
+    """The folder for the checkpoints of a cell, which may hold some.
+
+    Raises ValueError where they are of this cell with another task.
+    """
+    folder = out / "unfinished" / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    require_same_task(out, cell)
+    write_object(folder / CELL_FILE, cell.to_dict())
+    return folder
+
+
+def finish(out: Path, cell: RecallCell, result: Result) -> None:
+    """Write a cell's result, then drop its checkpoints."""
+    (out / "cells").mkdir(exist_ok=True)
+    write_object(out / "cells" / f"{cell.name}.json", result)
+    shutil.rmtree(out / "unfinished" / cell.name)
+
+
+def cell_of(result: Result) -> RecallCell:
+    """The cell that a result is of."""
+    return RecallCell.from_dict(result["cell"])
+
+
+def read_results(out: Path, task: RecallTask) -> dict[str, Result]:
+    """The results of all finished cells, by name.
+
+    Raises ValueError, naming the file, where one is no result or of another task.
+    """
+    results = {}
+    for file in sorted((out / "cells").glob("*.json")):
+        result = read_object(file)
+        try:
+            cell = cell_of(result)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file} holds no cell: {error}") from error
+        if missing := [name for name in NEEDED if name not in result]:
+            raise ValueError(f"{file} is no result of a cell: it has no {missing[0]!r}")
+        _require(file, cell.task, task)
+        results[cell.name] = result
+    return results
+
+
+def require_same_task(out: Path, cell: RecallCell) -> None:
+    """Raise ValueError, naming what differs, where the checkpoints of a cell are of another task."""
+    file = out / "unfinished" / cell.name / CELL_FILE
+    if not file.exists():
+        return
+    try:
+        held = RecallCell.from_dict(read_object(file)).task
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} holds no cell: {error}") from error
+    _require(file, held, cell.task)
+
+
+def _require(file: Path, held: RecallTask, wanted: RecallTask) -> None:
+    for name, value in vars(wanted).items():
+        if (other := getattr(held, name)) != value:
+            raise ValueError(f"{file} was made with {name} = {other}, got {value}: choose another --out")

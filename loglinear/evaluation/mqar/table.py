@@ -1,0 +1,75 @@
+"""From the results of cells to the table: the best learning rate, mean and standard deviation over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from loglinear.evaluation.mqar.folder import Result, cell_of
+from loglinear.recipes.mqar import MODELS
+
+ACCURACIES = ("test_accuracy", "test_accuracy_by_pairs", "validation_accuracy")
+COSTS = ("parameters", "epochs", "steps", "seconds")
+
+
+def best_learning_rate(results: Iterable[Result]) -> float:
+    """Of one model's results with the smallest seed: the learning rate with the best validation accuracy."""
+    pairs = [(cell_of(result), result["validation_accuracy"]) for result in results]
+    sweep = [(accuracy, -cell.learning_rate) for cell, accuracy in pairs if cell.seed == min(c.seed for c, _ in pairs)]
+    return -max(sweep)[1]
+
+
+def gather(results: Sequence[Result]) -> dict[str, Any]:
+    """The table as plain JSON types: a row for each model and dimension, a line for each cell, and how they were made.
+
+    Mean and standard deviation (of a sample; None for one seed) are over the seeds at the best learning rate.
+    """
+    groups: dict[tuple[int, int], list[Result]] = {}
+    for result in results:
+        cell = cell_of(result)
+        groups.setdefault((list(MODELS).index(cell.model), cell.dim), []).append(result)
+    made = [{name: result[name] for name in ("precision", "versions", "command")} for result in results]
+    return {
+        "task": results[0]["cell"]["task"],
+        "table": [_row(group) for _, group in sorted(groups.items())],
+        "cells": [_line(result) for result in results],
+        "made": [how for index, how in enumerate(made) if how not in made[:index]],
+    }
+
+
+def _row(results: Sequence[Result]) -> dict[str, Any]:
+    rate = best_learning_rate(results)
+    chosen = {cell.seed: r for r in results if (cell := cell_of(r)).learning_rate == rate}
+    accuracies = [result["test_accuracy"] for result in chosen.values()]
+    by_pairs = [result["test_accuracy_by_pairs"] for result in chosen.values()]
+    return {
+        "model": cell_of(results[0]).model,
+        "dim": cell_of(results[0]).dim,
+        "learning_rate": rate,
+        "seeds": sorted(chosen),
+        "mean": statistics.fmean(accuracies),
+        "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "mean_by_pairs": {pairs: statistics.fmean(each[pairs] for each in by_pairs) for pairs in by_pairs[0]},
+    }
+
+
+def _line(result: Result) -> dict[str, Any]:
+    cell = {name: value for name, value in result["cell"].items() if name != "task"}
+    return {**cell, **{name: result[name] for name in (*ACCURACIES, *COSTS)}}
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """Rows are dimensions, columns models: mean test accuracy in percent (standard deviation over seeds)."""
+    rows = table["table"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    texts = {(row["dim"], row["model"]): _percent(row) for row in rows}
+    lines = [["dim", *models], ["---", *["---:"] * len(models)]]
+    for dim in sorted({row["dim"] for row in rows}):
+        lines.append([str(dim), *(texts.get((dim, model), "") for model in models)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _percent(row: dict[str, Any]) -> str:
+    spread = "" if row["std"] is None else f" ({100 * row['std']:.1f})"
+    return f"{100 * row['mean']:.1f}{spread}"

@@ -1,0 +1,206 @@
+"""One cell of the table: trained on the Trainer of transformers, stopped and continued exactly, and tested."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
+
+from loglinear.evaluation.mqar.batches import SPLITS, RecallBatch, Scores, recall_batches, recall_loss, recall_scores
+from loglinear.evaluation.mqar.folder import Result, begin, finish
+from loglinear.models import LogLinearForCausalLM
+from loglinear.recipes.mqar import RecallCell, RecallTask
+from loglinear.training.checkpoints import last_checkpoint
+from loglinear.training.compilation import compile_blocks
+from loglinear.training.run_folder import versions
+from loglinear.training.trainer import LogLinearTrainer
+
+
+class Flag(Protocol):
+    """A `threading.Event`, or that of multiprocessing: somebody wants the training to stop."""
+
+    def is_set(self) -> bool: ...
+
+
+@functools.cache
+def _batches(task: RecallTask, split: str, device: str) -> list[RecallBatch]:
+    """A process makes the examples once, for all of its cells."""
+    return recall_batches(task, split, device)
+
+
+def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
+    """Train and test a cell, or continue it, and write its result; None if `stop` was set before its end.
+
+    What was stopped continues exactly: bit for bit on the CPU.
+
+    Raises ValueError where `out` holds checkpoints of this cell with another task.
+    """
+    if stop.is_set():
+        return None
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = begin(out, cell)
+    training, validation, test = (_batches(cell.task, split, device) for split in SPLITS)
+    set_seed(cell.seed)
+    model = LogLinearForCausalLM(cell.model_config())
+    if device == "cuda":
+        torch.compiler.reset()  # a process that trains many kinds of model would come to the compiler's limit of them
+        compile_blocks(model)
+    course = Course(stop, cell.task.good_enough)
+    trainer = RecallTrainer(
+        model=model,
+        args=_arguments(cell, folder, len(training)),
+        train_dataset=training,  # type: ignore[arg-type]  # a list of batches is one
+        eval_dataset=validation,  # type: ignore[arg-type]
+        data_collator=_only_batch,  # type: ignore[arg-type]
+        callbacks=[course],
+    )
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = last_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if course.stopped:
+        return None
+    result: Result = {
+        "cell": cell.to_dict(),
+        "parameters": model.num_parameters(),
+        **_costs(trainer, course.seconds, len(training)),
+        **_accuracies("validation", trainer.scores(validation)),
+        **_accuracies("test", trainer.scores(test)),
+        "course": course.records(trainer.state),
+        "versions": versions(),
+        "command": sys.argv,
+    }
+    finish(out, cell, result)
+    return result
+
+
+def _accuracies(split: str, scores: Scores) -> dict[str, Any]:
+    by_pairs = {str(pairs): accuracy for pairs, accuracy in scores.accuracy.items()}
+    return {f"{split}_accuracy": scores.mean, f"{split}_accuracy_by_pairs": by_pairs}
+
+
+def _costs(trainer: RecallTrainer, seconds: float, steps_per_epoch: int) -> dict[str, Any]:
+    steps = trainer.state.global_step
+    return {
+        "epochs": steps // steps_per_epoch,
+        "steps": steps,
+        "seconds": round(seconds, 2),
+        "precision": "bfloat16 autocast" if trainer.args.bf16 else "float32",
+    }
+
+
+class RecallTrainer(LogLinearTrainer):
+    """The dataset's items are batches; vocabulary logits are computed at the queries only."""
+
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: RecallBatch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        with self.accelerator.autocast():  # what `accelerate` wraps around the whole model's forward
+            return recall_loss(model, inputs)  # type: ignore[arg-type]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Accuracy and loss on the validation batches, into the state's log and to the callbacks."""
+        scores = self.scores(self.eval_dataset)
+        metrics = {"eval_accuracy": scores.mean, "eval_loss": scores.loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def scores(self, batches: Any) -> Scores:
+        """The model's answers, in the precision that it trains in."""
+        assert isinstance(self.model, LogLinearForCausalLM)
+        self.model.eval()
+        with self.accelerator.autocast():
+            return recall_scores(self.model, batches)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Nobody reads this count, and it walks over all modules in every step."""
+        return 0
+
+
+class Course(TrainerCallback):
+    """When a cell's training ends: at the accuracy that is good enough, or early, with a checkpoint, on request.
+
+    The log of the Trainer's state, which is part of every checkpoint, also takes the seconds spent so far.
+    """
+
+    def __init__(self, stop: Flag, good_enough: float) -> None:
+        self.stop, self.good_enough = stop, good_enough
+        self.stopped = False
+        self.began, self.seconds_before = time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Spent in training and validation, over all the times that this cell was continued."""
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.seconds_before = max((record.get("seconds", 0.0) for record in state.log_history), default=0.0)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Not at a step that is validated: whether training goes on is decided there.
+        if self.stop.is_set() and not control.should_evaluate:
+            self.stopped = control.should_save = control.should_training_stop = True
+            state.log_history.append({"step": state.global_step, "seconds": self.seconds})
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        record = state.log_history[-1]
+        record["seconds"] = self.seconds
+        if record["eval_accuracy"] > self.good_enough:
+            control.should_training_stop = True
+            control.should_save = False  # who continued from here would train on
+
+    @staticmethod
+    def records(state: TrainerState) -> list[dict[str, float]]:
+        """Validation after each epoch."""
+        return [
+            {"step": record["step"], "accuracy": record["eval_accuracy"], "loss": record["eval_loss"]}
+            for record in state.log_history
+            if "eval_accuracy" in record
+        ]
+
+
+def _only_batch(batches: list[RecallBatch]) -> RecallBatch:
+    (batch,) = batches
+    return batch
+
+
+def _arguments(cell: RecallCell, folder: Path, steps_per_epoch: int) -> TrainingArguments:
+    task, on_gpu = cell.task, torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=task.epochs,
+        per_device_train_batch_size=1,  # an item of the dataset is a batch
+        optim="adamw_torch_fused",
+        learning_rate=cell.learning_rate,
+        adam_beta1=task.adam_betas[0],
+        adam_beta2=task.adam_betas[1],
+        weight_decay=task.weight_decay,
+        max_grad_norm=task.max_grad_norm,
+        lr_scheduler_type="cosine",
+        warmup_steps=0,
+        use_cpu=not on_gpu,
+        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        seed=cell.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,  # batches lie on the device already
+        logging_strategy="no",  # the loss of a step would be waited for
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=steps_per_epoch,
+        save_strategy="steps",
+        save_steps=steps_per_epoch,
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process trains on one GPU; more would mean nn.DataParallel
+    return arguments

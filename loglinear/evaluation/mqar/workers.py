@@ -1,0 +1,156 @@
+"""Many cells at once: worker processes on one device, one progress bar, and an end at which nothing is lost."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from loglinear.evaluation.mqar.folder import Result, read_results, require_same_task
+from loglinear.evaluation.mqar.table import best_learning_rate
+from loglinear.evaluation.mqar.training import run_cell
+from loglinear.recipes.mqar import RecallCell, RecallTable
+from loglinear.training.callbacks import StopOnSignal
+
+POLL_SECONDS = 0.5  # how late a signal or the end of the time is noticed
+
+
+class Progress(NamedTuple):
+    """How far a table is."""
+
+    finished: int
+    total: int
+    interrupted: bool  # by a signal
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_table(
+    table: RecallTable, out: Path, *, processes: int, seconds: float | None = None, progress: bool = True
+) -> Progress:
+    """Run all cells of a table that `out` does not hold yet, `processes` at a time.
+
+    After `seconds`, or on SIGINT or SIGTERM, every running cell saves a checkpoint; the next call with the same table
+    and folder continues, and gives the results of one that was never stopped.
+
+    Raises ValueError for a folder with another task, and where a worker died.
+    """
+    results = read_results(out, table.task)
+    for cell in _missing(table, results):
+        require_same_task(out, cell)
+    end = float("inf") if seconds is None else time.monotonic() + seconds
+    pool, stop = _workers(processes)
+    with StopOnSignal() as signals, pool, _bar(table, results, progress) as bar:
+        running: dict[Future[Result | None], RecallCell] = {}
+        try:
+            while True:
+                new = [] if stop.is_set() else [c for c in _missing(table, results) if c not in running.values()]
+                running |= {pool.submit(_work, cell, out): cell for cell in new}
+                if not running:
+                    break
+                if new:
+                    bar.set_postfix(running=min(processes, len(running)))
+                for future in wait(running, POLL_SECONDS, FIRST_COMPLETED).done:
+                    cell, result = running.pop(future), future.result()
+                    if result is not None:
+                        results[cell.name] = result
+                        bar.set_postfix(running=min(processes, len(running)), refresh=False)
+                        bar.update()
+                if signals.requested or time.monotonic() >= end:
+                    stop.set()
+        except BrokenProcessPool:
+            if not signals.requested:  # one that reached the whole process group ends the workers too
+                raise ValueError("a worker process died, for lack of memory perhaps: give fewer --processes") from None
+        finally:
+            stop.set()
+    return Progress(_finished(table, results), len(table), signals.requested)
+
+
+def _known(table: RecallTable, results: Mapping[str, Result]) -> list[RecallCell]:
+    """The cells that are known so far: a model's other seeds follow when its learning rate is chosen."""
+    cells = []
+    for group in table.groups():
+        sweep = table.sweep(*group)
+        cells += sweep
+        if all(cell.name in results for cell in sweep):
+            cells += table.repeats(*group, best_learning_rate(results[cell.name] for cell in sweep))
+    return cells
+
+
+def _missing(table: RecallTable, results: Mapping[str, Result]) -> list[RecallCell]:
+    """Those of them that can run now."""
+    return [cell for cell in _known(table, results) if cell.name not in results]
+
+
+def _finished(table: RecallTable, results: Mapping[str, Result]) -> int:
+    return sum(cell.name in results for cell in _known(table, results))
+
+
+def _bar(table: RecallTable, results: Mapping[str, Result], progress: bool) -> tqdm:
+    return tqdm(
+        total=len(table),
+        initial=_finished(table, results),
+        desc="mqar",
+        unit="cell",
+        disable=not progress,
+        dynamic_ncols=True,
+    )
+
+
+def _workers(processes: int) -> tuple[Executor, Event | threading.Event]:
+    """Who works, and the flag that stops them. One worker is a thread of this process: it starts at once.
+
+    Processes start from a server that has imported everything and never used CUDA, whose users cannot be forked.
+    """
+    if processes == 1:
+        flag = threading.Event()
+        return ThreadPoolExecutor(1, initializer=_share, initargs=(flag,)), flag
+    can_fork = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if can_fork else "spawn")
+    if can_fork:
+        context.set_forkserver_preload([run_cell.__module__])
+    stop = context.Event()
+    return ProcessPoolExecutor(processes, context, _start_process, (stop, max(1, cores() // processes))), stop
+
+
+# --- in the workers --------------------------------------------------------------------------------------------------
+
+_stop: Event | threading.Event = threading.Event()  # the flag that all workers share
+
+
+def _share(stop: Event | threading.Event) -> None:
+    global _stop
+    _stop = stop
+
+
+def _start_process(stop: Event, threads: int) -> None:
+    _share(stop)
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed leaves no workers behind: they would write where its successor does."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(cell: RecallCell, out: Path) -> Result | None:
+    return run_cell(cell, out, _stop)

@@ -1,0 +1,69 @@
+"""The table from known cells: the best learning rate is of the sweep, mean and deviation are over its seeds."""
+
+import json
+import math
+
+import pytest
+
+from loglinear.evaluation.mqar import gather, markdown, read_results
+from loglinear.evaluation.mqar.table import best_learning_rate
+from tests.evaluation.mqar.tiny import TASK, result_of, tiny_cell
+
+RESULTS = [
+    result_of(tiny_cell(learning_rate=1e-2, seed=0), test=0.5, validation=0.7),
+    result_of(tiny_cell(learning_rate=3e-2, seed=0), test=0.9, validation=0.6),  # the test has no say
+    result_of(tiny_cell(learning_rate=1e-2, seed=1), test=0.6, validation=0.1),
+    result_of(tiny_cell(learning_rate=1e-2, seed=2), test=0.7, validation=0.1),
+    result_of(tiny_cell(model="mamba2", dim=32), test=0.25),
+]
+
+
+def test_best_learning_rate_is_that_of_the_smallest_seeds_validation():
+    assert best_learning_rate(RESULTS[:4]) == 1e-2
+    equal = [result_of(tiny_cell(learning_rate=rate), test=1.0) for rate in (3e-2, 1e-3, 1e-2)]
+    assert best_learning_rate(equal) == 1e-3  # of equals the smallest, whatever their order
+
+
+def test_mean_and_sample_standard_deviation_over_seeds():
+    mamba2, attention = gather(RESULTS)["table"]
+    assert (attention["model"], attention["dim"], attention["learning_rate"]) == ("attention", 16, 1e-2)
+    assert attention["seeds"] == [0, 1, 2]
+    assert attention["mean"] == pytest.approx(0.6) and attention["std"] == pytest.approx(0.1)
+    assert attention["mean_by_pairs"] == pytest.approx({"1": 0.7, "2": 0.5})
+    assert (mamba2["mean"], mamba2["std"], mamba2["seeds"]) == (0.25, None, [0])
+
+
+def test_markdown_has_a_row_for_each_dimension_and_a_column_for_each_model():
+    assert markdown(gather(RESULTS)).splitlines() == [
+        "| dim | mamba2 | attention |",
+        "| --- | ---: | ---: |",
+        "| 16 |  | 60.0 (10.0) |",
+        "| 32 | 25.0 |  |",
+    ]
+
+
+def test_gathered_json_has_every_cell_and_how_it_was_made_once():
+    table = json.loads(json.dumps(gather(RESULTS)))
+    assert len(table["cells"]) == 5 and table["cells"][1]["test_accuracy"] == 0.9
+    assert table["task"] == json.loads(json.dumps(RESULTS[0]["cell"]["task"]))
+    assert table["made"] == [
+        {"precision": "float32", "versions": {"torch": "2"}, "command": ["loglinear", "eval", "mqar"]}
+    ]
+    assert math.isclose(sum(cell["seconds"] for cell in table["cells"]), 7.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("{}", "holds no cell"),
+        (json.dumps({"cell": tiny_cell().to_dict()}), "is no result of a cell: it has no 'test_accuracy'"),
+        (json.dumps({"cell": {**tiny_cell().to_dict(), "model": "mamba"}}), "holds no cell: unknown model 'mamba'"),
+        (json.dumps(result_of(tiny_cell(task=TASK.override(epochs=2)), 0.5)), "made with epochs = 2, got 4"),
+    ],
+)
+def test_damaged_and_foreign_files_are_named(tmp_path, text, message):
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=f"a.json.*{message}"):
+        read_results(tmp_path, TASK)

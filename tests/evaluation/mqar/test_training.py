@@ -1,0 +1,104 @@
+"""One cell: it learns, stops where that is good enough, and continues exactly after any kind of end."""
+
+import dataclasses
+import threading
+
+import pytest
+import torch
+
+from loglinear.evaluation.mqar import run_cell
+from loglinear.evaluation.mqar.folder import read_results
+from tests.evaluation.mqar.tiny import TASK, AfterSteps, tiny_cell
+
+NEVER = threading.Event()
+SHORT = dataclasses.replace(TASK, examples=256, epochs=3)  # 8 steps an epoch
+
+
+def exact(result):
+    """Everything that does not measure time."""
+    return {name: value for name, value in result.items() if name != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("uninterrupted")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    torch.set_num_threads(1)
+    return run_cell(tiny_cell(task=SHORT), folder, NEVER)
+
+
+def test_cell_learns_and_stops_at_the_first_validation_that_is_good_enough(tmp_path):
+    task = dataclasses.replace(TASK, good_enough=0.95)
+    cell = tiny_cell(model="log_linear_gated_delta_net", task=task)
+    result = run_cell(cell, tmp_path, NEVER)
+    accuracies = [record["accuracy"] for record in result["course"]]
+    assert result["epochs"] == len(accuracies) < task.epochs and result["steps"] == 40 * len(accuracies)
+    assert accuracies[-1] == result["validation_accuracy"] > 0.95 >= max([0, *accuracies[:-1]])
+    assert result["test_accuracy"] > 0.9 and set(result["test_accuracy_by_pairs"]) == {"1", "2"}
+
+
+def test_result_says_all_that_it_depends_on_and_checkpoints_are_gone(folder, uninterrupted):
+    cell = tiny_cell(task=SHORT)
+    assert read_results(folder, SHORT) == {cell.name: uninterrupted}
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == [f"{cell.name}.json"]
+    precision = "bfloat16 autocast" if torch.cuda.is_available() else "float32"
+    assert uninterrupted["cell"] == cell.to_dict() and uninterrupted["precision"] == precision
+    assert (uninterrupted["epochs"], uninterrupted["steps"]) == (3, 24) and uninterrupted["seconds"] > 0
+    assert {"torch", "device"} <= set(uninterrupted["versions"]) and uninterrupted["command"]
+
+
+def test_seed_changes_the_result(tmp_path, uninterrupted):
+    assert run_cell(tiny_cell(seed=1, task=SHORT), tmp_path, NEVER)["course"] != uninterrupted["course"]
+
+
+@pytest.mark.parametrize("steps", [8, 11], ids="stopped every {} steps".format)
+def test_stopped_cell_continues_bit_for_bit(tmp_path, uninterrupted, steps):
+    """8 is an epoch: the flag is set at the step that is validated."""
+    cell, stops, result = tiny_cell(task=SHORT), 0, None
+    while result is None:
+        result = run_cell(cell, tmp_path, AfterSteps(steps) if stops < 2 else NEVER)
+        stops += result is None
+    assert stops == 2 and exact(result) == exact(uninterrupted)
+
+
+def test_flag_that_is_set_already_starts_nothing(tmp_path):
+    assert run_cell(tiny_cell(), tmp_path, AfterSteps(0)) is None and not any(tmp_path.iterdir())
+
+
+def test_killed_cell_continues_from_its_last_epoch(tmp_path, uninterrupted):
+    cell = tiny_cell(task=SHORT)
+    with pytest.raises(MemoryError):
+        run_cell(cell, tmp_path, AfterSteps(21, kill=True))
+    assert [path.name for path in (tmp_path / "unfinished" / cell.name).glob("checkpoint-*")] == ["checkpoint-16"]
+    assert exact(run_cell(cell, tmp_path, NEVER)) == exact(uninterrupted)
+
+
+@pytest.mark.parametrize(("good_enough", "epochs"), [(0.01, 1), (1.0, 2)])
+def test_cell_that_was_killed_behind_its_training_trains_no_further(tmp_path, monkeypatch, good_enough, epochs):
+    cell = tiny_cell(task=dataclasses.replace(SHORT, good_enough=good_enough, epochs=2))
+    reference = run_cell(cell, tmp_path / "reference", NEVER)
+
+    def killed(*arguments):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("loglinear.evaluation.mqar.training.finish", killed)
+        run_cell(cell, tmp_path / "killed", NEVER)
+    assert exact(run_cell(cell, tmp_path / "killed", NEVER)) == exact(reference) and reference["epochs"] == epochs
+
+
+def test_checkpoints_of_another_task_are_refused(tmp_path):
+    assert run_cell(tiny_cell(task=SHORT), tmp_path, AfterSteps(1)) is None
+    with pytest.raises(ValueError, match="cell.json was made with examples = 256, got 1280: choose another --out"):
+        run_cell(tiny_cell(), tmp_path, NEVER)
+
+
+@pytest.mark.gpu
+def test_cell_learns_in_bfloat16_on_a_gpu_and_continues(tmp_path):
+    cell = tiny_cell(model="log_linear_gated_delta_net")
+    assert run_cell(cell, tmp_path, AfterSteps(50)) is None
+    result = run_cell(cell, tmp_path, NEVER)
+    assert result["precision"] == "bfloat16 autocast" and result["test_accuracy"] > 0.9

@@ -1,0 +1,61 @@
+"""Many cells in parallel processes: the same results as one after the other, also where the time ran out."""
+
+import dataclasses
+import threading
+
+import torch
+
+from loglinear.evaluation.mqar import Progress, read_results, run_cell, run_table
+from loglinear.evaluation.mqar.workers import _finished, _missing
+from loglinear.recipes.mqar import RecallTable
+from tests.evaluation.mqar.tiny import TASK, AfterSteps, result_of, tiny_cell
+
+SHORT = dataclasses.replace(TASK, examples=256, epochs=2)
+
+
+def exact(results):
+    return {
+        name: {key: value for key, value in result.items() if key not in ("seconds", "versions", "command")}
+        for name, result in results.items()
+    }
+
+
+OPTIONS = dict(processes=2, progress=False)
+
+
+def two_cells(task):
+    return RecallTable(models=("attention",), dims=(16, 32), learning_rates=(1e-2,), seeds=(0,), task=task)
+
+
+def test_table_stops_when_its_time_is_over(tmp_path):
+    endless = dataclasses.replace(SHORT, epochs=100_000, good_enough=1.0)
+    assert run_table(two_cells(endless), tmp_path, seconds=0.0, **OPTIONS) == Progress(0, 2, False)
+
+
+def test_table_in_two_processes_gives_what_its_cells_give_alone(tmp_path):
+    torch.set_num_threads(1)
+    table = two_cells(SHORT)
+    stopped = tiny_cell(task=SHORT)
+    assert run_cell(stopped, tmp_path / "a", AfterSteps(5)) is None
+    assert run_table(table, tmp_path / "a", **OPTIONS) == Progress(2, 2, False)
+    found = read_results(tmp_path / "a", SHORT)
+    alone = {}
+    for dim in (16, 32):
+        cell = tiny_cell(dim=dim, task=SHORT)
+        alone[cell.name] = run_cell(cell, tmp_path / "b", threading.Event())
+    assert exact(found) == exact(alone)
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "a" / "cells").iterdir()}
+    assert run_table(table, tmp_path / "a", **OPTIONS) == Progress(2, 2, False)  # nothing is run again
+    assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "a" / "cells").iterdir()}
+
+
+def test_seeds_are_repeated_only_at_the_best_learning_rate_and_only_when_it_is_known():
+    table = RecallTable(models=("attention",), dims=(16,), learning_rates=(1e-3, 1e-2), seeds=(0, 1), task=TASK)
+    assert {(cell.learning_rate, cell.seed) for cell in _missing(table, {})} == {(1e-3, 0), (1e-2, 0)}
+    results = {(cell := tiny_cell()).name: result_of(cell, 0.5)}
+    assert [(cell.learning_rate, cell.seed) for cell in _missing(table, results)] == [(1e-3, 0)]
+    results[(cell := tiny_cell(learning_rate=1e-3)).name] = result_of(cell, 0.4)
+    assert [(cell.learning_rate, cell.seed) for cell in _missing(table, results)] == [(1e-2, 1)]
+    assert _finished(table, results) == 2 and len(table) == 3
+    results[(cell := tiny_cell(seed=1)).name] = result_of(cell, 0.4)
+    assert _missing(table, results) == [] and _finished(table, results) == 3

@@ -1,0 +1,84 @@
+"""The cells: sizes of the models as published, what distinguishes twins, and how many there are."""
+
+import json
+
+import pytest
+
+from loglinear.models import LogLinearForCausalLM, parameter_counts
+from loglinear.recipes.mqar import DIMS, LEARNING_RATES, MODELS, SEEDS, RecallCell, RecallTable, RecallTask
+from loglinear.variants import HeadSizes
+
+HEADS = {  # heads, query/key groups, key dimension, head dimension
+    ("mamba2", 16): HeadSizes(2, 1, 16, 16),
+    ("mamba2", 32): HeadSizes(4, 1, 16, 16),
+    ("mamba2", 64): HeadSizes(8, 1, 16, 16),
+    ("gated_delta_net", 16): HeadSizes(1, 1, 16, 32),
+    ("gated_delta_net", 32): HeadSizes(2, 2, 16, 32),
+    ("gated_delta_net", 64): HeadSizes(2, 2, 32, 64),
+}
+
+
+def cell(**changes):
+    return RecallCell(**{"model": "mamba2", "dim": 16, "learning_rate": 1e-2, "seed": 0, **changes})
+
+
+@pytest.mark.parametrize(("model", "dim"), HEADS)
+def test_sizes_of_the_recurrent_models(model, dim):
+    linear, log_linear = (cell(model=name, dim=dim).model_config() for name in (model, f"log_linear_{model}"))
+    assert linear.variant == log_linear.variant == model and linear.heads == log_linear.heads == HEADS[model, dim]
+    assert (linear.num_levels, log_linear.num_levels) == (1, 9)  # 256 tokens: the token itself and eight sizes of block
+    for config in (linear, log_linear):
+        assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (8192, dim, 2)
+        assert config.intermediate_size == 0 and config.layer_types == ["linear_attention"] * 2
+    counts = [parameter_counts(config) for config in (linear, log_linear)]
+    assert counts[0].embeddings == 8192 * dim  # tied
+    lambdas = 2 * (dim + 1) * linear.num_heads * 9
+    assert counts[1].level_scales == lambdas and counts[1].total - counts[0].total == lambdas
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_attention_has_one_head_of_the_whole_dimension_and_nothing_else(dim):
+    config = cell(model="attention", dim=dim).model_config()
+    assert config.layer_types == ["full_attention"] * 2
+    assert (config.num_attention_heads, config.num_key_value_heads, config.attention_head_dim) == (1, 1, dim)
+    names = [name for name, _ in LogLinearForCausalLM(config).model.layers.named_parameters()]
+    assert {name.split(".", 1)[1] for name in names} == {
+        "mixer_norm.weight",
+        "mixer.qkv_proj.weight",
+        "mixer.out_proj.weight",
+    }
+
+
+def test_cell_survives_json():
+    changed = cell(learning_rate=3e-3, task=RecallTask(pairs=(2, 4), epochs=1))
+    assert RecallCell.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
+
+
+def test_table_sweeps_with_one_seed_and_repeats_the_best_with_the_others():
+    table = RecallTable(seeds=(2, 0, 1))
+    assert len(table) == len(MODELS) * len(DIMS) * (len(LEARNING_RATES) + len(SEEDS) - 1) == 90
+    assert len(table.groups()) == 15 and table.groups()[0][1] == 64
+    sweep, repeats = table.sweep("mamba2", 32), table.repeats("mamba2", 32, 1e-2)
+    assert [(c.learning_rate, c.seed) for c in sweep] == [(rate, 0) for rate in LEARNING_RATES]
+    assert [(c.learning_rate, c.seed) for c in repeats] == [(1e-2, 1), (1e-2, 2)]
+    everything = [c for group in table.groups() for c in table.sweep(*group) + table.repeats(*group, 5e-2)]
+    assert len({c.name for c in everything}) == len(everything) == 90
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: cell(model="mamba"), "unknown model 'mamba': did you mean 'mamba2'"),
+        (lambda: cell(dim=24), "dim must be a multiple of 16, got 24"),
+        (lambda: cell(learning_rate=0.0), "learning rate must be positive and finite, got 0.0"),
+        (lambda: cell(seed=-1), "seed must not be negative, got -1"),
+        (lambda: RecallTask(epochs=0), "epochs must be at least 1, got 0"),
+        (lambda: RecallTask(pairs=(4, 0)), "pairs must be one or more positive numbers"),
+        (lambda: RecallTask(length=30, pairs=(4, 8)), "length must be even and at least 4 times the pairs"),
+        (lambda: RecallTable(seeds=(1, 1)), "seeds must be one or more different values"),
+        (lambda: RecallTable(dims=(16, 17)), "dim must be a multiple of 16, got 17"),
+    ],
+)
+def test_impossible_values_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
