@@ -248,7 +248,9 @@ def mqar(
     """Multi-query associative recall: train small models to look up what they have read, and print the table.
 
     Without options: five models, three dimensions, three learning rates with the smallest seed, and the best of them
-    with all seeds, as in the recipe `loglinear/recipes/mqar.py`. What --out holds already is not run again.
+    with all seeds, as in the recipe `loglinear/recipes/mqar.py`. What --out holds already is not run again. A cell has
+    up to 12,800 steps, which want a GPU: a CPU core takes 1 to 9 seconds for one. The last example takes some seconds
+    there; it shows that all works, and has too few steps to learn.
 
     Examples:
 
@@ -256,7 +258,7 @@ def mqar(
 
     `loglinear eval mqar --model log_linear_mamba2 --dim 16 --lr 1e-2 --seed 0 --out runs/mqar`
 
-    `loglinear eval mqar --model attention --dim 32 --lr 1e-2 --seed 0 --length 32 --pairs 2 --examples 4000 --epochs 4
+    `loglinear eval mqar --model attention --dim 32 --lr 1e-2 --seed 0 --length 32 --pairs 2 --examples 4000 --epochs 2
     --out runs/miniature`
     """
     from loglinear.cli.mqar import run
