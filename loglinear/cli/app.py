@@ -67,6 +67,9 @@ def train(
     eval_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, exactly.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="Save and stop (exit code 130) after about so long; --resume goes on.")
+    ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log for TensorBoard.")] = False,
 ) -> None:
     """Train a model.
@@ -81,7 +84,7 @@ def train(
 
     `loglinear train --recipe paper_mamba2 --tokenizer ./tokenizer --data datasets:NAME --out runs/paper`
 
-    `loglinear train --resume --out runs/books`
+    `loglinear train --resume --out runs/books --minutes 30`
     """
     from loglinear.cli.train import run
 
@@ -89,6 +92,7 @@ def train(
         out,
         recipe,
         resume=resume,
+        minutes=minutes,
         tensorboard=tensorboard,
         data=_all_data(data, more_data),
         tokenizer=tokenizer,
