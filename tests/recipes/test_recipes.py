@@ -4,6 +4,7 @@ import pytest
 
 from loglinear.models import parameter_counts
 from loglinear.recipes import RECIPES, TrainingRecipe, get_recipe
+from loglinear.recipes.comparison import KINDS
 
 PARAMETERS = {  # millions
     "demo": (1, 2),
@@ -11,7 +12,7 @@ PARAMETERS = {  # millions
     "paper_mamba2": (700, 826),
     "paper_gated_delta_net": (700, 825),
     "paper_transformer": (690, 825),
-}
+} | {f"long_text_{kind}": (13.1, 13.5) for kind in KINDS}
 
 
 @pytest.mark.parametrize("name", RECIPES)

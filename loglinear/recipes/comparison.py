@@ -1,0 +1,41 @@
+"""Five models to compare: the same sizes, variant and number of parameters, and another way to look back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+KINDS = ("linear", "log_linear", "capped", "hybrid", "transformer")
+ATTENTION_PERIOD, ATTENTION_PLACE = 6, 3  # a hybrid's full attention: the fourth of every six layers
+WIDTH_STEP = 16  # of the SwiGLU layers, by which parameters are made equal
+
+
+def model_kinds(base: Mapping[str, Any], *, capped_levels: int) -> dict[str, dict[str, Any]]:
+    """Arguments of LogLinearConfig for each of KINDS.
+
+    `base` is the log-linear model, with all the levels that its longest text has; it must name hidden_size,
+    num_hidden_layers and intermediate_size. `linear` has one level, `capped` has `capped_levels` (what is more than
+    2**(capped_levels - 2) tokens away shares the last), `hybrid` has full attention in one layer of six, and in one at
+    least, `transformer` in all of them. The width of the SwiGLU layers, in steps of WIDTH_STEP, makes their parameters
+    as many as those of `base`.
+    """
+    layers = base["num_hidden_layers"]
+    place = min(ATTENTION_PLACE, layers - 1)
+    hybrid = ["full_attention" if i % ATTENTION_PERIOD == place else "linear_attention" for i in range(layers)]
+    changes: dict[str, dict[str, Any]] = {
+        "linear": {"num_levels": 1},
+        "log_linear": {},
+        "capped": {"num_levels": capped_levels},
+        "hybrid": {"layer_types": hybrid},
+        "transformer": {"layer_types": ["full_attention"] * layers},
+    }
+    return {kind: _as_large_as(base, {**base, **changes[kind]}) for kind in KINDS}
+
+
+def _as_large_as(base: Mapping[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    from loglinear.models import LogLinearConfig, parameter_counts
+
+    wanted, have = (parameter_counts(LogLinearConfig(**sizes)).total for sizes in (base, model))
+    parameters = 3 * base["hidden_size"] * base["num_hidden_layers"]  # for each unit of width: gate, up and down
+    wider = WIDTH_STEP * round((wanted - have) / (parameters * WIDTH_STEP))
+    return {**model, "intermediate_size": base["intermediate_size"] + wider}
