@@ -66,14 +66,18 @@ def run(
 
     python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9
     """
+    training, validation = data / "train.jsonl.zst", data / "validation.jsonl.zst"
+    for file in (training, validation):
+        if not file.is_file():
+            raise ValueError(f"there is no {file}: make it with `python -m experiments.long_text prepare`")
     name = f"long_text_{kind}"
     recipe = run_recipe(out) if (out / RUN_FILE).exists() else get_recipe(name)
     if recipe.name != name:
         raise ValueError(f"--out {out} holds a run of {recipe.name}, expected {name}")
-    recipe = recipe.override(data=(str(data / "train.jsonl.zst"),), steps=steps, seed=seed)
-    results.mkdir(parents=True, exist_ok=True)
-    result = train_and_evaluate(recipe, data / "validation.jsonl.zst", out, minutes=minutes, label=kind)
+    recipe = recipe.override(data=(str(training),), steps=steps, seed=seed)
+    result = train_and_evaluate(recipe, validation, out, minutes=minutes, label=kind)
     suffix = f"-seed{recipe.seed}" if recipe.seed else ""
+    results.mkdir(parents=True, exist_ok=True)
     file = results / f"long-text-{kind}{suffix}.json"
     write_object(file, {"kind": kind, **result})
     print(f"written to {file}")

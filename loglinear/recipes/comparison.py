@@ -29,13 +29,18 @@ def model_kinds(base: Mapping[str, Any], *, capped_levels: int) -> dict[str, dic
         "hybrid": {"layer_types": hybrid},
         "transformer": {"layer_types": ["full_attention"] * layers},
     }
-    return {kind: _as_large_as(base, {**base, **changes[kind]}) for kind in KINDS}
+    wanted = _parameters(base)
+    return {kind: _widened({**base, **changes[kind]}, wanted) for kind in KINDS}
 
 
-def _as_large_as(base: Mapping[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+def _widened(model: dict[str, Any], wanted: int) -> dict[str, Any]:
+    """The model with SwiGLU layers of the width that brings it nearest to so many parameters."""
+    step = 3 * model["hidden_size"] * model["num_hidden_layers"] * WIDTH_STEP  # parameters: gate, up and down
+    wider = WIDTH_STEP * round((wanted - _parameters(model)) / step)
+    return {**model, "intermediate_size": model["intermediate_size"] + wider}
+
+
+def _parameters(model: Mapping[str, Any]) -> int:
     from loglinear.models import LogLinearConfig, parameter_counts
 
-    wanted, have = (parameter_counts(LogLinearConfig(**sizes)).total for sizes in (base, model))
-    parameters = 3 * base["hidden_size"] * base["num_hidden_layers"]  # for each unit of width: gate, up and down
-    wider = WIDTH_STEP * round((wanted - have) / (parameters * WIDTH_STEP))
-    return {**model, "intermediate_size": base["intermediate_size"] + wider}
+    return parameter_counts(LogLinearConfig(**model)).total

@@ -7,14 +7,14 @@ import random
 import numpy as np
 import pytest
 
-from experiments import figures
+from experiments import figures, long_text
 from experiments.corpus import LongDocument
 from experiments.figures import difference
-from experiments.long_text import train_and_evaluate, training_summary
+from experiments.long_text import training_summary
 from experiments.prepare import write_documents
 from loglinear.cli.console import Interrupted
 from loglinear.recipes.comparison import KINDS
-from loglinear.training.json_files import write_object
+from loglinear.training.json_files import read_object, write_object
 from tests.training.tiny import tiny_recipe
 
 
@@ -35,18 +35,23 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory, data):
-    recipe = tiny_recipe(data / "train.jsonl.zst")
-    out = tmp_path_factory.mktemp("runs") / "run"
-    calls = 0
-    while True:
-        calls += 1
-        try:
-            found = train_and_evaluate(recipe, data / "validation.jsonl.zst", out, minutes=1e-9 if calls < 3 else None)
-        except Interrupted as stopped:
-            assert f"stopped at step {calls} of 8" in str(stopped)
-            continue
-        assert calls == 3
-        return found
+    """What `run` writes of a tiny model that it trained in three calls."""
+    folder = tmp_path_factory.mktemp("runs")
+    call = {"kind": "capped", "out": folder / "run", "data": data, "results": folder / "results"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(long_text, "get_recipe", lambda name: tiny_recipe(data, name=name))
+        for step in (1, 2):
+            with pytest.raises(Interrupted, match=f"stopped at step {step} of 8"):
+                long_text.run(**call, minutes=1e-9)
+        long_text.run(**call)
+    with pytest.raises(ValueError, match="holds a run of long_text_capped, expected long_text_linear"):
+        long_text.run(**{**call, "kind": "linear"})
+    return read_object(folder / "results" / "long-text-capped.json")
+
+
+def test_missing_data_says_how_to_make_it(tmp_path):
+    with pytest.raises(ValueError, match="train.jsonl.zst: make it with"):
+        long_text.run("linear", tmp_path / "run", data=tmp_path)
 
 
 def test_both_lengths_are_evaluated_on_the_same_text(result):
@@ -97,7 +102,7 @@ def test_figures_and_table_are_drawn_of_the_results_that_there_are(tmp_path, res
     figures.main(results, out)
     assert list(out.iterdir()) == []
     for kind in ("linear", "log_linear"):
-        write_object(results / f"long-text-{kind}.json", {"kind": kind, **result})
+        write_object(results / f"long-text-{kind}.json", {**result, "kind": kind})
     figures.main(results, out)
     assert {path.name for path in out.glob("*.png")} == {
         f"long-text-{n}.png" for n in ("positions", "differences", "training")
