@@ -37,7 +37,6 @@ def long_text(results: Path, out: Path) -> None:
     if REFERENCE in longest:
         reference = longest[REFERENCE]["by_document"]
         differences = {kind: difference(window["by_document"], reference) for kind, window in longest.items()}
-        del differences[REFERENCE]
         plot_differences(out / "long-text-differences.png", differences, reference=REFERENCE, training_length=length)
     write_atomically(out / "long-text.md", _long_text_table(found, length))
 

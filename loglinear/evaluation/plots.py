@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import SymmetricalLogLocator
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
@@ -57,10 +58,15 @@ def plot_positions(path: Path, curves: Curves, *, training_length: int | None = 
 
 
 def plot_differences(path: Path, curves: Curves, *, reference: str, training_length: int | None = None) -> None:
-    """Draw by how much each named model's loss is above that of `reference`, against position; below zero is better."""
+    """Draw by how much each named model's loss is above that of `reference`, against position; below zero is better.
+
+    Beyond 0.01 bits per byte the axis is logarithmic: one model may fail where the others differ by a hundredth.
+    """
     figure, axes = _axes(f"Validation loss less that of {reference}", "position (tokens)", "bits per byte")
-    axes.axhline(0, color="black", lw=0.8)
     _draw_curves(axes, curves, training_length)
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=0.01, subs=[0.2, 0.5, 1]))
+    axes.yaxis.set_major_formatter("{x:.3g}")
     figure.savefig(path, dpi=150)
 
 
