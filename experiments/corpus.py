@@ -2,7 +2,7 @@
 
 What is taken is decided by the code here alone, so equal versions of the packages give equal documents:
 
-- Files with a suffix of `SUFFIXES` in the folders of `SOURCES` that are UTF-8 text.
+- Files with a suffix of `SUFFIXES` in the folders of `SOURCES`, but not below `SKIPPED`, that are UTF-8 text.
 - Not what a program wrote (`is_generated`), nor tables of numbers (`is_table`), nor a file most of whose lines earlier
   files had (`NearDuplicates`).
 - A document is the files of one directory, by name, each below a line `==> path <==`. A directory of more than 1 MiB
@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 SUFFIXES = {".c", ".cc", ".h", ".rs", ".go", ".el", ".py", ".rst", ".txt", ".md", ".pod"}
+SKIPPED = "translations"  # of the kernel's documentation: the same text in other languages
 SMALLEST, LARGEST = 64 * 1024, 1024 * 1024  # UTF-8 bytes of a document
 VALIDATION_SHARE = 0.15  # of the directories
 MOST_DIGITS = 0.12  # of a text's characters that are no spaces: prose and code have about 0.02, register tables 0.2
@@ -99,13 +100,17 @@ def text_files(tar: tarfile.TarFile, source: Source) -> Iterator[File]:
             continue
         whole = member.name.removeprefix("./").removesuffix(".gz")
         path = whole.removeprefix(f"{source.root}/")
-        if path == whole or PurePosixPath(path).suffix not in SUFFIXES or (folders and not path.startswith(folders)):
+        if path == whole or not _is_wanted(PurePosixPath(path)) or (folders and not path.startswith(folders)):
             continue
         data = content.read()
         try:
             yield File(path, (gzip.decompress(data) if member.name.endswith(".gz") else data).decode())
         except UnicodeDecodeError:  # an old file in Latin-1
             continue
+
+
+def _is_wanted(path: PurePosixPath) -> bool:
+    return path.suffix in SUFFIXES and SKIPPED not in path.parts
 
 
 def is_generated(text: str) -> bool:

@@ -44,6 +44,7 @@ def prepare(out: Path) -> dict[str, Any]:
         "train": [document for document in documents if not document.validates],
         "validation": [document for document in documents if document.validates],
     }
+    (out / "statistics.json").unlink(missing_ok=True)
     sizes = {name: write_documents(out / f"{name}.jsonl.zst", part) for name, part in parts.items()}
     statistics = {
         "packages": versions,

@@ -30,7 +30,8 @@ def archive(files, mode="w"):
 
 
 def test_files_of_a_nested_archive_are_those_of_its_folders_and_suffixes():
-    nested = archive({"top/fs/a.c": b"int a;", "top/gpu/b.c": b"int b;", "top/fs/logo.ppm": b"P3"}, "w:xz")
+    skipped = {"top/gpu/b.c": b"int b;", "top/fs/logo.ppm": b"P3", "top/fs/translations/it/a.c": b"int a;"}
+    nested = archive({"top/fs/a.c": b"int a;", **skipped}, "w:xz")
     package = archive(
         {
             "./usr/src/top.tar.xz": nested,
