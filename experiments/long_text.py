@@ -62,7 +62,10 @@ def run(
 ) -> None:
     """Train one model, or go on where its run stands, and evaluate it once it is trained.
 
-    Example, until it exits with 0:
+    A call may be ended at any time: the next one goes on from the last checkpoint. The evaluation is not counted in
+    --minutes.
+
+    Example, to be called until it exits with 0:
 
     python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9
     """
