@@ -3,6 +3,8 @@
 import os
 import sys
 
+from typer import Typer
+
 from loglinear.cli.app import app
 from loglinear.cli.console import Interrupted
 
@@ -11,12 +13,17 @@ TRACEBACK = "LOGLINEAR_TRACEBACK"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0, 2 with one line for bad input, 130 with one line after Ctrl-C.
+    """The command `loglinear`."""
+    execute(app, "loglinear", arguments)
+
+
+def execute(program: Typer, name: str, arguments: list[str] | None = None) -> None:
+    """Run a command line and exit: 0, 2 with one line for bad input, 130 with one line after Ctrl-C.
 
     LOGLINEAR_TRACEBACK=1 shows the traceback behind such a line.
     """
     try:
-        code = app(args=arguments, prog_name="loglinear", standalone_mode=False)
+        code = program(args=arguments, prog_name=name, standalone_mode=False)
     except BrokenPipeError:  # the reader of our output left, as in `loglinear generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

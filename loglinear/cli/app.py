@@ -73,6 +73,9 @@ def train(
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile: fewer, larger kernels on a GPU.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, exactly.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="Save and stop (exit code 130) after about so long; --resume goes on.")
+    ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log for TensorBoard.")] = False,
 ) -> None:
     """Train a model.
@@ -91,7 +94,7 @@ def train(
 
     `loglinear train --recipe paper_mamba2 --tokenizer ./tokenizer --data datasets:NAME --out runs/paper`
 
-    `loglinear train --resume --out runs/books`
+    `loglinear train --resume --out runs/books --minutes 30`
     """
     from loglinear.cli.train import run
 
@@ -99,6 +102,7 @@ def train(
         out,
         recipe,
         resume=resume,
+        minutes=minutes,
         tensorboard=tensorboard,
         data=_all_data(data, more_data),
         tokenizer=tokenizer,

@@ -11,7 +11,15 @@ from loglinear.cli.console import Interrupted
 from loglinear.recipes import TrainingRecipe, get_recipe
 
 
-def run(out: Path, recipe_name: str | None, *, resume: bool, tensorboard: bool, **overrides: Any) -> None:
+def run(
+    out: Path,
+    recipe_name: str | None,
+    *,
+    resume: bool,
+    minutes: float | None,
+    tensorboard: bool,
+    **overrides: Any,
+) -> None:
     """Train, and say where the result is or how to go on."""
     recipe = _recipe(out, recipe_name, resume, overrides)
     from accelerate import PartialState
@@ -19,7 +27,7 @@ def run(out: Path, recipe_name: str | None, *, resume: bool, tensorboard: bool, 
     from loglinear.training import train
 
     try:
-        result = train(recipe, out, resume=resume, tensorboard=tensorboard)
+        result = train(recipe, out, resume=resume, minutes=minutes, tensorboard=tensorboard)
     finally:
         PartialState().destroy_process_group()  # a process that exits with its group's threads running may abort
     if result.interrupted:

@@ -9,6 +9,7 @@ The end of a document is predicted and has no bytes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -72,26 +73,49 @@ class Perplexity:
         Every bin averages the same windows, so the curve compares positions and not texts; its standard error is over
         their documents. Empty where no document is as long as `length`.
         """
-        windows, positions = self.nats_NT.shape
-        if windows == 0:
-            return {"position": [], "bits_per_byte": [], "standard_error": []}
-        doublings = max(0.0, math.log2(positions / FIRST_BIN))
-        edges = [FIRST_BIN * 2 ** (step / 2) for step in range(math.ceil(2 * doublings))]
-        edges_P = np.unique([0, *(round(edge) for edge in edges), positions])
-        nats_DP, bytes_DP = self._by_document(self.nats_NT, edges_P), self._by_document(self.bytes_NT, edges_P)
+        edges_P = self._edges()
+        nats_DP, bytes_DP = self._sums_DP(self.nats_NT, edges_P), self._sums_DP(self.bytes_NT, edges_P)
         with np.errstate(invalid="ignore", divide="ignore"):  # a bin of document ends alone has no bytes
             means_P = nats_DP.sum(0) / bytes_DP.sum(0)
         errors_P = [_ratio_error(nats_D, bytes_D) for nats_D, bytes_D in zip(nats_DP.T, bytes_DP.T, strict=True)]
         return {
-            "position": [float(low + high + 1) / 2 for low, high in zip(edges_P[:-1], edges_P[1:], strict=True)],
+            "position": _middles(edges_P),
             "bits_per_byte": [_bits(mean) for mean in means_P],
             "standard_error": [_bits(error) for error in errors_P],
         }
 
-    def _by_document(self, values_NT: np.ndarray, edges_P: np.ndarray) -> np.ndarray:
+    def by_document(self, width: int) -> dict[str, list[Any]]:
+        """Bits per byte in bins of `width` positions, for each document that has full windows: what pairs two models.
+
+        "bits_per_byte" has a row for each of "documents", rounded to 1e-4, and NaN where a bin has no bytes.
+        """
+        edges_P = self._edges(width)
+        nats_DP, bytes_DP = self._sums_DP(self.nats_NT, edges_P), self._sums_DP(self.bytes_NT, edges_P)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            bits_DP = nats_DP / bytes_DP / math.log(2)
+        return {
+            "documents": [self.names[d] for d in np.unique(self.documents_N)],
+            "position": _middles(edges_P),
+            "bits_per_byte": bits_DP.round(4).tolist(),
+        }
+
+    def _edges(self, width: int | None = None) -> np.ndarray:
+        """First positions of the bins, and the end of the last; one edge, that is no bin, without full windows."""
+        windows, positions = self.nats_NT.shape
+        if windows == 0:
+            return np.zeros(1, dtype=np.int64)
+        if width is not None:
+            return np.unique([*range(0, positions, width), positions])
+        doublings = max(0.0, math.log2(positions / FIRST_BIN))
+        edges = [FIRST_BIN * 2 ** (step / 2) for step in range(math.ceil(2 * doublings))]
+        return np.unique([0, *(round(edge) for edge in edges), positions])
+
+    def _sums_DP(self, values_NT: np.ndarray, edges_P: np.ndarray) -> np.ndarray:
         """Sums [documents that have full windows, bins] of values of windows and positions."""
-        _, rows_N = np.unique(self.documents_N, return_inverse=True)
-        sums_DP = np.zeros((rows_N.max() + 1, len(edges_P) - 1))
+        documents, rows_N = np.unique(self.documents_N, return_inverse=True)
+        sums_DP = np.zeros((len(documents), len(edges_P) - 1))
+        if len(documents) == 0:
+            return sums_DP
         np.add.at(sums_DP, rows_N, np.add.reduceat(values_NT, edges_P[:-1], axis=1))
         return sums_DP
 
@@ -108,6 +132,10 @@ class Perplexity:
             "full_windows": len(self.nats_NT),
             "by_position": self.by_position(),
         }
+
+
+def _middles(edges_P: np.ndarray) -> list[float]:
+    return [float(low + high + 1) / 2 for low, high in itertools.pairwise(edges_P)]
 
 
 def _bits(nats: float) -> float:

@@ -1,4 +1,4 @@
-"""The figures: loss against tokens seen, loss against position, and retrieval against length and depth."""
+"""Figures: loss against tokens and against position, the difference of two models, retrieval by length and depth."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import SymmetricalLogLocator
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
@@ -43,23 +44,41 @@ def plot_losses(path: Path, metrics: Mapping[str, list[dict[str, Any]]]) -> None
     figure.savefig(path, dpi=150)
 
 
-def plot_positions(
-    path: Path, curves: Mapping[str, Mapping[str, list[float]]], *, training_length: int | None = None
-) -> None:
+Curves = Mapping[str, Mapping[str, list[float]]]  # name -> what `Perplexity.by_position` gives
+
+
+def plot_positions(path: Path, curves: Curves, *, training_length: int | None = None) -> None:
     """Draw loss against position with a band of one standard error for each named curve of `Perplexity.by_position`."""
     figure, axes = _axes("Validation loss by position", "position (tokens)", "bits per byte")
-    for index, (name, curve) in enumerate(curves.items()):
-        bits, errors = np.asarray(curve["bits_per_byte"]), np.asarray(curve["standard_error"])
-        axes.plot(curve["position"], bits, f"C{index}.-", label=name)
-        axes.fill_between(curve["position"], bits - errors, bits + errors, color=f"C{index}", alpha=0.15, lw=0)
+    _draw_curves(axes, curves, training_length)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.3g}")
     axes.yaxis.set_minor_formatter("{x:.3g}")
+    figure.savefig(path, dpi=150)
+
+
+def plot_differences(path: Path, curves: Curves, *, reference: str, training_length: int | None = None) -> None:
+    """Draw by how much each named model's loss is above that of `reference`, against position; below zero is better.
+
+    Beyond 0.01 bits per byte the axis is logarithmic: one model may fail where the others differ by a hundredth.
+    """
+    figure, axes = _axes(f"Validation loss less that of {reference}", "position (tokens)", "bits per byte")
+    _draw_curves(axes, curves, training_length)
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=0.01, subs=[0.2, 0.5, 1]))
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    figure.savefig(path, dpi=150)
+
+
+def _draw_curves(axes: Axes, curves: Curves, training_length: int | None) -> None:
+    for index, (name, curve) in enumerate(curves.items()):
+        bits, errors = np.asarray(curve["bits_per_byte"]), np.asarray(curve["standard_error"])
+        axes.plot(curve["position"], bits, f"C{index}.-", label=name)
+        axes.fill_between(curve["position"], bits - errors, bits + errors, color=f"C{index}", alpha=0.15, lw=0)
     if training_length is not None:
         axes.axvline(training_length, color="grey", ls=":", label="training length")
     axes.legend()
-    figure.savefig(path, dpi=150)
 
 
 def plot_needle(path: Path, tasks: Mapping[str, list[dict[str, Any]]]) -> None:

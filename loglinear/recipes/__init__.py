@@ -6,13 +6,16 @@ from functools import partial
 
 from loglinear.recipes.bytes import demo, small
 from loglinear.recipes.comparison import KINDS
+from loglinear.recipes.long_text import long_text
 from loglinear.recipes.needle import needle
 from loglinear.recipes.paper import paper_gated_delta_net, paper_mamba2, paper_transformer
 from loglinear.recipes.recipe import TrainingRecipe
 
 RECIPES: dict[str, Callable[[], TrainingRecipe]] = {
     function.__name__: function for function in (demo, small, paper_mamba2, paper_gated_delta_net, paper_transformer)
-} | {f"needle_{kind}": partial(needle, kind) for kind in KINDS}
+}
+RECIPES |= {f"long_text_{kind}": partial(long_text, kind) for kind in KINDS}
+RECIPES |= {f"needle_{kind}": partial(needle, kind) for kind in KINDS}
 
 
 def get_recipe(name: str) -> TrainingRecipe:

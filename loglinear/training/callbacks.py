@@ -1,4 +1,4 @@
-"""What happens around the Trainer's steps: metrics.jsonl and the progress bar, and stopping on a signal."""
+"""What happens around the Trainer's steps: metrics.jsonl and the progress bar, and stopping before the last one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class RunLog(TrainerCallback):
 
     A line has: step, split ("train" | "validation"), loss (nats per predicted token), bits_per_byte (the same nats
     for each byte of these tokens, as in `loglinear.evaluation`); for training also learning_rate, grad_norm, tokens
-    (seen so far), seconds (spent in training steps so far, without validation and saving) and tokens_per_second.
+    (seen so far), seconds (spent in training steps so far, without validation and saving), tokens_per_second and, on a
+    GPU, peak_bytes (of its memory, since this process began).
     """
 
     def __init__(
@@ -67,7 +68,6 @@ class RunLog(TrainerCallback):
         self.step_began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter() - self.step_began
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
 
@@ -88,7 +88,9 @@ class RunLog(TrainerCallback):
             )
 
     def _log_training(self, step: int, logs: dict[str, float]) -> None:
-        rate = self.batch_tokens / max(time.perf_counter() - self.step_began, 1e-9)
+        seconds = max(time.perf_counter() - self.step_began, 1e-9)  # the loss has been read, so the GPU is done too
+        self.seconds += seconds
+        rate = self.batch_tokens / seconds
         rows = range((step - 1) * self.rows_per_step, step * self.rows_per_step)
         bits = bits_per_byte(logs["loss"], self.training, rows)
         if not math.isfinite(logs["loss"]):
@@ -103,6 +105,7 @@ class RunLog(TrainerCallback):
             tokens=step * self.batch_tokens,
             seconds=round(self.seconds, 3),
             tokens_per_second=round(rate),
+            **({"peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}),
         )
         if self.bar is not None:
             shown = {"loss": f"{logs['loss']:.3f}", "bits/byte": f"{bits:.3f}", "tok/s": f"{rate:,.0f}"}
@@ -124,17 +127,19 @@ class RunLog(TrainerCallback):
             self.bar.close()
 
 
-class StopOnSignal(TrainerCallback):
-    """While used as a context, SIGINT and SIGTERM ask for a checkpoint after the running step, and then for the end.
+class StopEarly(TrainerCallback):
+    """Ask for a checkpoint after the running step, and then for the end: after some minutes, or on a signal.
 
-    A second SIGINT stops at once.
+    The minutes count from the construction. SIGINT and SIGTERM are heard while this is used as a context; a second
+    SIGINT stops at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, minutes: float | None = None) -> None:
         self.requested = False
+        self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> StopOnSignal:
+    def __enter__(self) -> StopEarly:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             self._previous = {
                 number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)
@@ -152,7 +157,7 @@ class StopOnSignal(TrainerCallback):
         print("\nstopping after this step and saving; Ctrl-C again stops at once", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if _anywhere(self.requested) and state.global_step < state.max_steps:
+        if _anywhere(self.requested or time.monotonic() >= self.deadline) and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
             control.should_evaluate = False

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
 from loglinear.training import run_folder
-from loglinear.training.callbacks import RunLog, StopOnSignal
+from loglinear.training.callbacks import RunLog, StopEarly
 from loglinear.training.checkpoints import last_checkpoint, step_of
 from loglinear.training.compilation import compile_blocks, require_compiler
 from loglinear.training.data import Corpus, PackedRows, load_corpus
@@ -26,7 +26,7 @@ from loglinear.training.trainer import LogLinearTrainer
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where a run stands: its last checkpoint, and whether a signal stopped it before its last step."""
+    """Where a run stands: its last checkpoint, and whether a signal or its time ended it before its last step."""
 
     checkpoint: Path | None
     step: int
@@ -38,6 +38,7 @@ def train(
     out: Path,
     *,
     resume: bool = False,
+    minutes: float | None = None,
     tensorboard: bool = False,
     progress: bool = True,
     label: str | None = None,
@@ -45,10 +46,14 @@ def train(
     """Train `recipe` into the folder `out`, or continue the run that is there.
 
     A resumed run gives the loss curve of one that was never interrupted, bit for bit on the CPU. SIGINT and SIGTERM
-    save a checkpoint first. With several processes (torchrun, accelerate launch) every process calls this.
+    save a checkpoint first, and so do `minutes`, reading the data included, at the end of the step in which they pass.
+    With several processes (torchrun, accelerate launch) every process calls this.
 
     Raises ValueError for data, a tokenizer or a folder that cannot serve, and where the loss stops being finite.
     """
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes must be positive, got {minutes}")
+    stop = StopEarly(minutes)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # of writing weights; there is a bar of our own
     main_process = int(os.environ.get("RANK", "0")) == 0
@@ -92,7 +97,7 @@ def train(
             eval_dataset=validation,
             data_collator=_only_row,
             processing_class=tokenizer,
-            callbacks=[stop := StopOnSignal()] + ([log] if main_process else []),
+            callbacks=[stop] + ([log] if main_process else []),
         )
         trainer.remove_callback(PrinterCallback)
         with stop, contextlib.closing(log):

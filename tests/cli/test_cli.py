@@ -163,6 +163,10 @@ def batch_of_one_token(folder, run, text):
     return ["train", "--recipe", "demo", "--batch-tokens", "1", "--data", text, "--out", folder / "out"]
 
 
+def no_minutes(folder, run, text):
+    return ["train", "--recipe", "demo", "--minutes", "0", "--data", text, "--out", folder / "out"]
+
+
 def run_json_of_nothing(folder, run, text):
     (folder / "run.json").write_text("{}")
     return ["train", "--resume", "--out", folder]
@@ -209,6 +213,7 @@ BAD = {
     negative_micro_batch: "micro_batch_tokens must be at least 2, got -64",
     empty_micro_batch: "micro_batch_tokens must be at least 2, got 0",
     batch_of_one_token: "batch_tokens must be at least 2, got 1",
+    no_minutes: "minutes must be positive, got 0",
     run_json_of_nothing: "has no 'recipe' object",
     no_tokenizer_and_a_small_vocabulary: "has 259 tokens, the model's vocab_size is 50",
     evaluation_with_a_small_vocabulary: "has 259 tokens, the model's vocab_size is 50",
@@ -345,10 +350,12 @@ def test_help_is_fast_because_nothing_heavy_is_imported():
 
 def test_train_then_resume_needs_the_folder_alone(capsys, tmp_path, text):
     out = tmp_path / "run"
-    code, _, errors = in_process(capsys, "train", "--recipe", "demo", "--data", text, "--out", out, *FAST)
-    assert code == 0 and str(out / "checkpoint-2") in errors
-    code, _, errors = in_process(capsys, "train", "--resume", "--out", out)
-    assert code == 0 and str(out / "checkpoint-2") in errors
+    command = ["train", "--recipe", "demo", "--data", text, "--out", out, *FAST]
+    code, _, errors = in_process(capsys, *command, "--minutes", "1e-9")
+    assert code == 130 and errors.endswith(f"continue with: loglinear train --resume --out {out}\n")
+    for _ in range(2):  # to the end, and once more
+        code, _, errors = in_process(capsys, "train", "--resume", "--out", out)
+        assert code == 0 and str(out / "checkpoint-2") in errors
 
 
 def test_data_takes_all_names_that_follow(capsys, tmp_path, text):

@@ -50,6 +50,12 @@ def test_uniform_model_needs_log2_of_its_vocabulary(model, corpus):
     assert len(curve) == 5 and curve[:4] == pytest.approx([math.log2(264)] * 4, rel=1e-6)
 
 
+def test_curves_are_empty_where_no_document_is_long_enough(model, corpus):
+    result = evaluate_perplexity(model, corpus, length=10_000, max_tokens=10**6, progress=False)
+    assert result.by_position() == {"position": [], "bits_per_byte": [], "standard_error": []}
+    assert result.by_document(64) == {"documents": [], "position": [], "bits_per_byte": []}
+
+
 def test_short_documents_count_no_byte_for_their_first_token(model):
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -147,3 +153,23 @@ def test_position_bins_average_all_positions_once():
     assert edges[-1] == 63
     for low, high, bits in zip(edges[:-1], edges[1:], curve["bits_per_byte"], strict=True):
         assert bits == pytest.approx(nats[:, low:high].mean() / math.log(2))
+
+
+def test_curves_of_documents_are_those_of_their_windows_and_average_to_the_curve():
+    nats = np.random.default_rng(0).random((4, 63))
+    result = with_windows(nats, [0, 0, 1, 2])
+    found = result.by_document(20)
+    assert found["documents"] == ["0", "1", "2"] and found["position"] == [10.5, 30.5, 50.5, 62.0]
+    expected = [nats[:2, 60:].mean(), nats[2, 60:].mean(), nats[3, 60:].mean()]
+    assert [row[-1] for row in found["bits_per_byte"]] == pytest.approx(np.array(expected) / math.log(2), abs=1e-4)
+
+
+def test_windows_past_the_training_length_read_all_that_came_before(model, corpus):
+    """The tiny model has levels for 32 tokens; longer windows are the model's own forward all the same."""
+    document = corpus.document(0)
+    result = evaluate_perplexity(model, corpus, length=len(document), max_tokens=10**6, progress=False)
+    assert result.nats_NT.shape == (1, len(document) - 1) and result.documents_N.tolist() == [0]
+    ids = torch.from_numpy(document.astype(np.int64))
+    logits = model(ids[None]).logits[0, :-1].detach()
+    expected = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").double().numpy()
+    np.testing.assert_allclose(result.nats_NT[0], expected, rtol=1e-4, atol=1e-5)

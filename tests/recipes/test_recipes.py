@@ -12,7 +12,8 @@ PARAMETERS = {  # millions
     "paper_mamba2": (700, 826),
     "paper_gated_delta_net": (700, 825),
     "paper_transformer": (690, 825),
-} | {f"needle_{kind}": (10, 11) for kind in KINDS}
+}
+PARAMETERS |= {f"needle_{kind}": (10, 11) for kind in KINDS} | {f"long_text_{kind}": (13.1, 13.5) for kind in KINDS}
 
 
 @pytest.mark.parametrize("name", RECIPES)

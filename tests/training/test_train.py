@@ -137,6 +137,23 @@ def test_signal_saves_the_running_step_and_resumes_exactly(tmp_path, data, unint
     assert_same_run(out, uninterrupted)
 
 
+def test_minutes_stop_at_a_step_and_resume_exactly(tmp_path, data, uninterrupted):
+    out = tmp_path / "run"
+    for step in (1, 2):  # a time that has passed already still takes one step
+        result = train(tiny_recipe(data), out, resume=step > 1, minutes=1e-9, progress=False)
+        assert (result.step, result.interrupted) == (step, True)
+        assert result.checkpoint == out / f"checkpoint-{step}"
+    result = train(tiny_recipe(data), out, resume=True, minutes=60, progress=False)
+    assert (result.step, result.interrupted) == (8, False)
+    assert_same_run(out, uninterrupted)
+
+
+@pytest.mark.parametrize("minutes", [0, -1, math.nan])
+def test_minutes_must_be_positive(tmp_path, data, minutes):
+    with pytest.raises(ValueError, match="minutes must be positive, got"):
+        train(tiny_recipe(data), tmp_path / "run", minutes=minutes, progress=False)
+
+
 def test_incomplete_checkpoint_is_never_resumed_from(tmp_path, data, uninterrupted):
     out = tmp_path / "run"
     train(tiny_recipe(data), out, progress=False)

@@ -1,0 +1,44 @@
+"""Language modelling of long texts at the byte level: five models of 13.3 M parameters, see `experiments.long_text`."""
+
+from loglinear.recipes.bytes import BYTE_VOCABULARY
+from loglinear.recipes.comparison import model_kinds
+from loglinear.recipes.recipe import TrainingRecipe
+
+SEQUENCE = 16_384
+LEVELS = 15  # of SEQUENCE tokens
+CAPPED_LEVELS = 13  # what is 2,048 tokens or more away shares the last
+
+
+def long_text(kind: str) -> TrainingRecipe:
+    """One of `comparison.KINDS`, on documents of 64 KiB to 1 MiB: sources and manuals, 16,384 tokens at a time."""
+    base = {
+        "vocab_size": BYTE_VOCABULARY,
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "intermediate_size": 1024,
+        "variant": "mamba2",
+        "num_levels": LEVELS,
+        "num_heads": 12,
+        "num_groups": 1,
+        "key_dim": 64,
+        "head_dim": 64,
+        "chunk_size": 64,
+        "rope_theta": 500_000.0,
+        "tie_word_embeddings": True,
+    }
+    return TrainingRecipe(
+        name=f"long_text_{kind}",
+        summary=f"13.3 M parameters, long texts, 16,384 bytes at a time: {kind.replace('_', '-')}",
+        model=model_kinds(base, capped_levels=CAPPED_LEVELS)[kind],
+        data=("data/long_text/train.jsonl.zst",),
+        seq_len=SEQUENCE,
+        batch_tokens=131_072,
+        micro_batch_tokens=65_536,
+        steps=2000,
+        learning_rate=2e-3,
+        warmup_steps=100,
+        eval_every=200,
+        eval_tokens=1_048_576,
+        save_every=200,
+        validation_fraction=0.02,
+    )

@@ -1,0 +1,113 @@
+"""The experiment on a tiny model and a tiny text, and what is drawn of its results."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+
+from experiments import figures, long_text
+from experiments.corpus import LongDocument
+from experiments.figures import difference
+from experiments.long_text import training_summary
+from experiments.prepare import write_documents
+from loglinear.cli.console import Interrupted
+from loglinear.recipes.comparison import KINDS
+from loglinear.training.json_files import read_object, write_object
+from tests.training.tiny import tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Nine documents to train on, and five to validate, of which three are as long as four training lengths."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("experiments.prepare.LEVEL", 3)
+        for name, sizes in (("train", [400] * 9), ("validation", [100, 254, 255, 400, 200, 300])):
+            documents = [
+                LongDocument(f"{name}{i}", "".join(rng.choices("ab c", k=n)), False) for i, n in enumerate(sizes)
+            ]
+            write_documents(folder / f"{name}.jsonl.zst", documents)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory, data):
+    """What `run` writes of a tiny model that it trained in three calls."""
+    folder = tmp_path_factory.mktemp("runs")
+    call = {"kind": "capped", "out": folder / "run", "data": data, "results": folder / "results"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(long_text, "get_recipe", lambda name: tiny_recipe(data, name=name))
+        for step in (1, 2):
+            with pytest.raises(Interrupted, match=f"stopped at step {step} of 8"):
+                long_text.run(**call, minutes=1e-9)
+        long_text.run(**call)
+    with pytest.raises(ValueError, match="holds a run of long_text_capped, expected long_text_linear"):
+        long_text.run(**{**call, "kind": "linear"})
+    return read_object(folder / "results" / "long-text-capped.json")
+
+
+def test_missing_data_says_how_to_make_it(tmp_path):
+    with pytest.raises(ValueError, match="train.jsonl.zst: make it with"):
+        long_text.run("linear", tmp_path / "run", data=tmp_path)
+
+
+def test_both_lengths_are_evaluated_on_the_same_text(result):
+    evaluation = result["evaluation"]
+    assert evaluation["documents"] == 4  # of 256 tokens or more, <bos> and <eos> included
+    assert [evaluation[length]["full_windows"] for length in ("64", "256")] == [16, 4]
+    assert evaluation["64"]["tokens"] == 16 * 63 and evaluation["256"]["tokens"] == 4 * 255
+    curves = evaluation["256"]["by_document"]
+    assert len(curves["position"]) == 16 and np.shape(curves["bits_per_byte"]) == (4, 16)
+
+
+def test_result_says_what_it_cost_and_what_it_depends_on(result):
+    assert result["parameters"] > 0 and result["seed"] == 0 and result["versions"]["device"]
+    training = result["training"]
+    assert training["tokens"] == 8 * 128 and training["minutes"] > 0 and training["peak_bytes"] is None
+    assert [point["step"] for point in training["curve"]] == [1, 2, 3, 4, 5, 6, 7, 8, 4, 8]
+    assert len(json.dumps(result)) < 10_000
+
+
+def test_training_curve_keeps_the_mean_of_every_stretch():
+    rng = np.random.default_rng(0)
+    metrics = [
+        {"split": "train", "step": step, "bits_per_byte": rng.random(), "tokens": step * 10, "seconds": step / 2}
+        for step in range(1, 451)
+    ]
+    summary = training_summary(metrics)
+    assert len(summary["curve"]) == 90 and summary["curve"][-1]["step"] == 450
+    mean = np.mean([record["bits_per_byte"] for record in metrics])
+    assert np.mean([point["bits_per_byte"] for point in summary["curve"]]) == pytest.approx(mean)
+    assert summary["tokens_per_second"] == pytest.approx(20) and summary["minutes"] == pytest.approx(225 / 60)
+
+
+def test_difference_is_paired_by_document():
+    curve = {"documents": ["a", "b", "c"], "position": [1.0, 2.0], "bits_per_byte": [[1, 2], [3, 4], [9, 8]]}
+    better = {**curve, "bits_per_byte": [[0.5, 1], [2.5, 2], [8.5, 5]]}
+    found = difference(better, curve)
+    assert found["bits_per_byte"] == pytest.approx([-0.5, -2])
+    assert found["standard_error"] == pytest.approx([0, 1 / math.sqrt(3)])
+    with pytest.raises(ValueError, match="different validation texts"):
+        difference({**better, "documents": ["a", "b", "d"]}, curve)
+
+
+def test_figures_and_table_are_drawn_of_the_results_that_there_are(tmp_path, result):
+    results, out = tmp_path / "results", tmp_path / "figures"
+    results.mkdir()
+    with pytest.raises(ValueError, match="is no folder"):
+        figures.main(tmp_path / "missing", out)
+    figures.main(results, out)
+    assert list(out.iterdir()) == []
+    for kind in ("linear", "log_linear"):
+        write_object(results / f"long-text-{kind}.json", {**result, "kind": kind})
+    figures.main(results, out)
+    assert {path.name for path in out.glob("*.png")} == {
+        f"long-text-{n}.png" for n in ("positions", "differences", "training")
+    }
+    table = (out / "long-text.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:4]] == ["| linear", "| log-linear"]
+    assert table[3].count("+0.0000 ± 0.0000") == 2 and table[2].count("±") == 0
+    assert set(figures.read_kinds(results, "long-text")) <= set(KINDS)
