@@ -12,10 +12,9 @@ from loglinear.models import LogLinearForCausalLM
 def compile_blocks(model: LogLinearForCausalLM, **options: Any) -> None:
     """Compile every block of the model when it first runs; `options` are torch.compile's.
 
-    A step is then about 35 kernels a block besides the operator's own, forward and backward, instead of 200. Blocks of a
-    kind share their graphs: one for training, one for evaluation, and one more of each from the second number of packed
-    documents on. Names of parameters, checkpoints and what the model computes stay as they were. With impl="triton" a
-    block is one graph; impl="torch" and softmax attention over packed documents run between graphs.
+    Blocks of a kind share their graphs: one for the first row's number of packed documents, one for any number and one
+    for a single document, each for training and for evaluation. Names of parameters and checkpoints stay as they were.
+    With impl="triton" a block is one graph; impl="torch" and softmax attention over packed documents run between two.
     """
     for block in model.model.layers:
         block.compile(**options)
