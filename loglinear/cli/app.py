@@ -251,6 +251,10 @@ def mqar(
 ) -> None:
     """Multi-query associative recall: train small models to look up what they have read, and print the table.
 
+    Besides the five models of the table there are other choices for the log-linear ones, which run when they are named:
+    log_linear_mamba2_bounded, _unit (lambda's form), _capped (fewer levels), _blocks (one lambda for blocks of 64
+    tokens), and the same of log_linear_gated_delta_net.
+
     Without options: five models, three dimensions, three learning rates with the smallest seed, and the best of them
     with all seeds, as in the recipe `loglinear/recipes/mqar.py`. What --out holds already is not run again. A cell has
     up to 12,800 steps, which want a GPU: a CPU core takes 1 to 9 seconds for one. The last example takes some seconds

@@ -24,7 +24,7 @@ def run(out: Path, *, processes: int | None, minutes: float | None, task: dict[s
             cells,
             out,
             processes=min(processes or cores(), len(cells)),
-            seconds=None if minutes is None else 60 * minutes,
+            minutes=minutes,
         )
         results = list(read_results(out, cells.task).values())
         if results:

@@ -2,7 +2,7 @@
 
 from loglinear.layers.attention import Attention, AttentionContext, rotary_tables
 from loglinear.layers.gated_rms_norm import GatedRMSNorm
-from loglinear.layers.level_scales import LambdaForm, LevelScales, check_lambda_form
+from loglinear.layers.level_scales import LambdaForm, LevelScales, check_finest_block, check_lambda_form
 from loglinear.layers.mixer import Mixer, MixerDecodeState, MixerState
 from loglinear.layers.packing import Packing
 from loglinear.layers.short_convolution import ShortConvolution
@@ -20,6 +20,7 @@ __all__ = [
     "Packing",
     "ShortConvolution",
     "SwiGLU",
+    "check_finest_block",
     "check_lambda_form",
     "rotary_tables",
 ]

@@ -88,6 +88,7 @@ class Mixer(nn.Module):
         variant: str,
         num_levels: int,
         lambda_form: str = "softplus",
+        finest_block: int = 1,
         conv_kernel: int = 4,
         chunk_size: int = 64,
         norm_eps: float = 1e-5,
@@ -104,7 +105,7 @@ class Mixer(nn.Module):
         self.conv = ShortConvolution(conv_width, conv_kernel, bias=self.variant.conv_bias)
         self.level_scales: LevelScales | None = None
         if num_levels > 1:
-            self.level_scales = LevelScales(hidden_size, heads.num_heads, num_levels, lambda_form)
+            self.level_scales = LevelScales(hidden_size, heads.num_heads, num_levels, lambda_form, finest_block)
         self.norm = GatedRMSNorm(
             heads.num_heads,
             heads.head_dim,

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-from loglinear.layers import check_lambda_form
+from loglinear.layers import check_finest_block, check_lambda_form
 from loglinear.variants import HeadSizes, get_variant
 
 POSITIVE = (
@@ -22,6 +22,7 @@ class LogLinearConfig(PreTrainedConfig):
         num_levels: L, levels of the Fenwick partition; tokens more than 2**(L - 2) away share the last level.
             1: the linear model of the same variant, without any lambda parameter.
         lambda_form: "softplus" (as published), "bounded" or "unit" (starts at exactly 1), see `LevelScales`.
+        finest_block: tokens that share one lambda wherever they lie in an aligned block of so many; 1: as published.
         num_heads, num_groups, key_dim, head_dim: H value heads, G query/key groups (None: 1 where the variant shares
             one, as Mamba-2 does, otherwise H), K and V per head.
         conv_kernel: tokens seen by the short convolution.
@@ -46,6 +47,7 @@ class LogLinearConfig(PreTrainedConfig):
     variant: str = "mamba2"
     num_levels: int = 15
     lambda_form: str = "softplus"
+    finest_block: int = 1
     num_heads: int = 8
     num_groups: int | None = None
     key_dim: int = 64
@@ -80,6 +82,8 @@ class LogLinearConfig(PreTrainedConfig):
             self.num_groups = 1 if variant.paper_heads.num_groups == 1 else self.num_heads
         self.heads.check()
         check_lambda_form(self.lambda_form)
+        if self.num_levels > 1:
+            check_finest_block(self.finest_block, self.num_levels)
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
         if self.num_attention_heads is None:

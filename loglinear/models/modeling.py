@@ -36,6 +36,7 @@ class LogLinearBlock(GradientCheckpointingLayer):
                 variant=config.variant,
                 num_levels=config.num_levels,
                 lambda_form=config.lambda_form,
+                finest_block=config.finest_block,
                 conv_kernel=config.conv_kernel,
                 chunk_size=config.chunk_size,
                 norm_eps=config.rms_norm_eps,

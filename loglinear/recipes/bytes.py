@@ -55,6 +55,7 @@ def small() -> TrainingRecipe:
             "head_dim": 64,
             "chunk_size": 64,
             "tie_word_embeddings": True,
+            "loss_chunk_size": 16_384,  # 17 MB of logits: with this vocabulary a slice may be long
         },
         seq_len=8192,
         batch_tokens=131_072,

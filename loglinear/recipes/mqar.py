@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loglinear.fenwick import num_levels
 
@@ -46,13 +46,31 @@ def _attention(dim: int) -> dict[str, Any]:
     return dict(layer_types=["full_attention"] * LAYERS, num_attention_heads=1, attention_head_dim=dim)
 
 
-# name -> sizes of a dimension, and whether it has all levels of its length or one
-MODELS: dict[str, tuple[Callable[[int], dict[str, Any]], bool]] = {
-    "mamba2": (_mamba2, False),
-    "log_linear_mamba2": (_mamba2, True),
-    "gated_delta_net": (_gated_delta_net, False),
-    "log_linear_gated_delta_net": (_gated_delta_net, True),
-    "attention": (_attention, False),
+class Model(NamedTuple):
+    """The sizes of a dimension, and what else its configuration says; without num_levels, all levels of the length."""
+
+    sizes: Callable[[int], dict[str, Any]]
+    changes: dict[str, Any] = {}
+
+
+MODELS = {
+    "mamba2": Model(_mamba2, {"num_levels": 1}),
+    "log_linear_mamba2": Model(_mamba2),
+    "gated_delta_net": Model(_gated_delta_net, {"num_levels": 1}),
+    "log_linear_gated_delta_net": Model(_gated_delta_net),
+    "attention": Model(_attention, {"num_levels": 1}),
+}
+# Other choices for the log-linear models: lambda's form, levels that end at 16 tokens, one lambda for blocks of 64.
+CHOICES: dict[str, dict[str, Any]] = {
+    "bounded": {"lambda_form": "bounded"},
+    "unit": {"lambda_form": "unit"},
+    "capped": {"num_levels": 6},
+    "blocks": {"finest_block": 64},
+}
+ABLATIONS = {
+    f"{name}_{choice}": Model(MODELS[name].sizes, changes)
+    for name in ("log_linear_mamba2", "log_linear_gated_delta_net")
+    for choice, changes in CHOICES.items()
 }
 DIMS = (16, 32, 64)
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
@@ -109,9 +127,10 @@ class RecallCell:
     task: RecallTask = field(default_factory=RecallTask)
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            nearest = get_close_matches(self.model, MODELS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown model {self.model!r}: did you mean {nearest!r}? There are {', '.join(MODELS)}")
+        models = MODELS | ABLATIONS
+        if self.model not in models:
+            nearest = get_close_matches(self.model, models, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown model {self.model!r}: did you mean {nearest!r}? There are {', '.join(models)}")
         if self.dim < STATE_DIM or self.dim % STATE_DIM:
             raise ValueError(f"dim must be a multiple of {STATE_DIM}, got {self.dim}")
         if not 0 < self.learning_rate < float("inf"):
@@ -128,17 +147,17 @@ class RecallCell:
         """The model's configuration (imports transformers)."""
         from loglinear.models import LogLinearConfig
 
-        sizes, all_levels = MODELS[self.model]
-        return LogLinearConfig(
+        sizes, changes = (MODELS | ABLATIONS)[self.model]
+        shared = dict(
             vocab_size=self.task.vocab_size,
             hidden_size=self.dim,
             num_hidden_layers=LAYERS,
             intermediate_size=0,
             tie_word_embeddings=True,
-            num_levels=num_levels(self.task.length) if all_levels else 1,
+            num_levels=num_levels(self.task.length),
             chunk_size=CHUNK_SIZE,
-            **sizes(self.dim),
         )
+        return LogLinearConfig(**shared | sizes(self.dim) | changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` is its inverse."""

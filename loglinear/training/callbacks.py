@@ -156,8 +156,13 @@ class StopEarly(TrainerCallback):
         self.requested = True
         print("\nstopping after this step and saving; Ctrl-C again stops at once", file=sys.stderr)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether a signal came or the minutes are over."""
+        return self.requested or time.monotonic() >= self.deadline
+
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if _anywhere(self.requested or time.monotonic() >= self.deadline) and state.global_step < state.max_steps:
+        if _anywhere(self.is_due) and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
             control.should_evaluate = False

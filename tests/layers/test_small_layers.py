@@ -94,6 +94,25 @@ def test_unit_lambda_starts_at_exactly_one_and_still_learns() -> None:
     assert scales.weight.grad is not None and scales.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("form", ["softplus", "unit"])
+def test_tokens_of_a_finest_block_share_one_lambda(form: str) -> None:
+    torch.manual_seed(0)
+    scales = LevelScales(6, 2, 5, form, finest_block=4)
+    torch.nn.init.normal_(scales.weight)
+    assert scales.weight.shape == (2 * 3, 6)
+    out = scales(torch.randn(2, 4, 6))
+    assert out.shape == (2, 4, 2, 5)
+    near, middle, far = out[..., :3], out[..., 3], out[..., 4]  # levels 0 to 2 lie in a block of 4
+    assert torch.equal(near, near[..., :1].expand_as(near))
+    assert not torch.equal(near[..., 0], middle) and not torch.equal(middle, far)
+
+
+@pytest.mark.parametrize("block", [0, 3, 16])
+def test_a_finest_block_is_a_power_of_two_that_leaves_two_lambdas(block: int) -> None:
+    with pytest.raises(ValueError, match=f"finest_block must be a power of two .* got {block} with 5 levels"):
+        LevelScales(6, 2, 5, finest_block=block)
+
+
 def test_lambda_is_float32_for_16_bit_inputs() -> None:
     assert LevelScales(6, 2, 3).bfloat16()(torch.randn(1, 2, 6, dtype=torch.bfloat16)).dtype == torch.float32
 

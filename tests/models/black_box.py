@@ -18,7 +18,7 @@ def forward(q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, s
         sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
         chunks = delta_rule.count_chunks(*v.shape[:2], C, sequences, final)
         kept[1:] = v.new_zeros(chunks, H, C, C), v.new_zeros(chunks, H, C)
-    return v * (reads + gates).unsqueeze(-1), *kept
+    return (v * (reads + gates).unsqueeze(-1)).to(v.dtype), *kept
 
 
 def backward(do, dblocks, *inputs):

@@ -5,7 +5,17 @@ import json
 import pytest
 
 from loglinear.models import LogLinearForCausalLM, parameter_counts
-from loglinear.recipes.mqar import DIMS, LEARNING_RATES, MODELS, SEEDS, RecallCell, RecallTable, RecallTask
+from loglinear.recipes.mqar import (
+    ABLATIONS,
+    CHOICES,
+    DIMS,
+    LEARNING_RATES,
+    MODELS,
+    SEEDS,
+    RecallCell,
+    RecallTable,
+    RecallTask,
+)
 from loglinear.variants import HeadSizes
 
 HEADS = {  # heads, query/key groups, key dimension, head dimension
@@ -49,6 +59,13 @@ def test_attention_has_one_head_of_the_whole_dimension_and_nothing_else(dim):
     }
 
 
+def test_ablations_change_one_choice_of_a_log_linear_model():
+    for name in ABLATIONS:
+        base, choice = name.rsplit("_", 1)
+        changed, original = (cell(model=model).model_config().to_dict() for model in (name, base))
+        assert {key for key in original if changed[key] != original[key]} == set(CHOICES[choice])
+
+
 def test_cell_survives_json():
     changed = cell(learning_rate=3e-3, task=RecallTask(pairs=(2, 4), epochs=1))
     assert RecallCell.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
@@ -56,7 +73,7 @@ def test_cell_survives_json():
 
 def test_table_sweeps_with_one_seed_and_repeats_the_best_with_the_others():
     table = RecallTable(seeds=(2, 0, 1))
-    assert len(table) == len(MODELS) * len(DIMS) * (len(LEARNING_RATES) + len(SEEDS) - 1) == 90
+    assert len(table) == len(MODELS) * len(DIMS) * (len(LEARNING_RATES) + len(SEEDS) - 1) == 75
     assert len(table.groups()) == 15 and table.groups()[0][1] == 64
     sweep, repeats = table.sweep("mamba2", 32), table.repeats("mamba2", 32, 1e-2)
     assert [(c.learning_rate, c.seed) for c in sweep] == [(rate, 0) for rate in LEARNING_RATES]

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +20,7 @@ from loglinear.evaluation.mqar.folder import Result, read_results, require_same_
 from loglinear.evaluation.mqar.table import best_learning_rate
 from loglinear.evaluation.mqar.training import run_cell
 from loglinear.recipes.mqar import RecallCell, RecallTable
-from loglinear.training.callbacks import StopOnSignal
+from loglinear.training.callbacks import StopEarly
 
 POLL_SECONDS = 0.5  # how late a signal or the end of the time is noticed
 
@@ -40,21 +39,20 @@ def cores() -> int:
 
 
 def run_table(
-    table: RecallTable, out: Path, *, processes: int, seconds: float | None = None, progress: bool = True
+    table: RecallTable, out: Path, *, processes: int, minutes: float | None = None, progress: bool = True
 ) -> Progress:
     """Run all cells of a table that `out` does not hold yet, `processes` at a time.
 
-    After `seconds`, or on SIGINT or SIGTERM, every running cell saves a checkpoint; the next call with the same table
-    and folder continues, and gives the results of one that was never stopped.
+    After some minutes, or on SIGINT or SIGTERM, every running cell saves a checkpoint; the next call with the same
+    table and folder continues, and gives the results of one that was never stopped.
 
     Raises ValueError for a folder with another task, and where a worker died.
     """
     results = read_results(out, table.task)
     for cell in _missing(table, results):
         require_same_task(out, cell)
-    end = float("inf") if seconds is None else time.monotonic() + seconds
     pool, stop = _workers(processes)
-    with StopOnSignal() as signals, pool, _bar(table, results, progress) as bar:
+    with StopEarly(minutes) as early, pool, _bar(table, results, progress) as bar:
         running: dict[Future[Result | None], RecallCell] = {}
         try:
             while True:
@@ -70,14 +68,14 @@ def run_table(
                         results[cell.name] = result
                         bar.set_postfix(running=min(processes, len(running)), refresh=False)
                         bar.update()
-                if signals.requested or time.monotonic() >= end:
+                if early.is_due:
                     stop.set()
         except BrokenProcessPool:
-            if not signals.requested:  # one that reached the whole process group ends the workers too
+            if not early.requested:  # one that reached the whole process group ends the workers too
                 raise ValueError("a worker process died, for lack of memory perhaps: give fewer --processes") from None
         finally:
             stop.set()
-    return Progress(_finished(table, results), len(table), signals.requested)
+    return Progress(_finished(table, results), len(table), early.requested)
 
 
 def _known(table: RecallTable, results: Mapping[str, Result]) -> list[RecallCell]:

@@ -29,7 +29,7 @@ def two_cells(task):
 
 def test_table_stops_when_its_time_is_over(tmp_path):
     endless = dataclasses.replace(SHORT, epochs=100_000, good_enough=1.0)
-    assert run_table(two_cells(endless), tmp_path, seconds=0.0, **OPTIONS) == Progress(0, 2, False)
+    assert run_table(two_cells(endless), tmp_path, minutes=0.0, **OPTIONS) == Progress(0, 2, False)
 
 
 def test_table_in_two_processes_gives_what_its_cells_give_alone(tmp_path):
