@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loglinear.evaluation.mqar.folder import Result, cell_of
-from loglinear.recipes.mqar import MODELS
+from loglinear.recipes.mqar import ABLATIONS, MODELS
 
 ACCURACIES = ("test_accuracy", "test_accuracy_by_pairs", "validation_accuracy")
 COSTS = ("parameters", "epochs", "steps", "seconds")
@@ -25,10 +25,11 @@ def gather(results: Sequence[Result]) -> dict[str, Any]:
 
     Mean and standard deviation (of a sample; None for one seed) are over the seeds at the best learning rate.
     """
+    order = [*MODELS, *ABLATIONS]
     groups: dict[tuple[int, int], list[Result]] = {}
     for result in results:
         cell = cell_of(result)
-        groups.setdefault((list(MODELS).index(cell.model), cell.dim), []).append(result)
+        groups.setdefault((order.index(cell.model), cell.dim), []).append(result)
     made = [{name: result[name] for name in ("precision", "versions", "command")} for result in results]
     return {
         "task": results[0]["cell"]["task"],
