@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from loglinear.evaluation.plots import plot_needle
 from loglinear.training.checkpoints import load_model, resolve
 from loglinear.training.json_files import write_object
 from loglinear.training.needle import Haystack
-from loglinear.training.run_folder import versions
+from loglinear.training.run_folder import command, versions
 from loglinear.training.sources import read_documents
 from loglinear.training.tokenizer import load_tokenizer
 
@@ -47,7 +46,7 @@ def run(
         scores = evaluate_needle(model, tokenizer, examples, label=f"{task}, {length:,} tokens")
         results[task].append({"length": length, **scores.to_dict()})
     summary = {"model": str(path), "data": list(data), "seed": seed, "tasks": results}
-    write_object(out / "needle.json", {**summary, "versions": versions(), "command": sys.argv})
+    write_object(out / "needle.json", {**summary, "versions": versions(), "command": command()})
     plot_needle(out / "needle.png", results)
     rows = [[task, *(_accuracy(result) for result in results[task])] for task in results]
     columns = [f"{length:,}" for length in lengths]

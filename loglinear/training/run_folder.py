@@ -95,7 +95,7 @@ def write_run(out: Path, recipe: TrainingRecipe, data: dict[str, Any], parameter
             "parameters": parameters,
             "data": data,
             "versions": versions(),
-            "command": sys.argv,
+            "command": command(),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },
     )
@@ -118,6 +118,13 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     """The model's own fields as `model.name`."""
     model = {f"model.{name}": value for name, value in recipe["model"].items()}
     return {name: value for name, value in recipe.items() if name != "model"} | model
+
+
+def command() -> list[str]:
+    """The command line of this process, without where its program lies."""
+    program = Path(sys.argv[0])
+    is_ours = program.name in ("__main__.py", "loglinear")
+    return ["loglinear" if is_ours else "/".join(program.parts[-2:]), *sys.argv[1:]]
 
 
 def versions() -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes.mqar import RecallCell, RecallTask
 from loglinear.training.checkpoints import last_checkpoint
 from loglinear.training.compilation import compile_blocks
-from loglinear.training.run_folder import versions
+from loglinear.training.run_folder import command, versions
 from loglinear.training.trainer import LogLinearTrainer
 
 
@@ -76,7 +75,7 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
         **_accuracies("test", trainer.scores(test)),
         "course": course.records(trainer.state),
         "versions": versions(),
-        "command": sys.argv,
+        "command": command(),
     }
     finish(out, cell, result)
     return result
