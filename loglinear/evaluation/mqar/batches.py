@@ -7,7 +7,7 @@ are computed there and nowhere else.
 # N examples, T tokens, P pairs, B examples of a batch, D hidden size
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -16,12 +16,10 @@ from torch.nn import functional as F
 
 from loglinear.evaluation.mqar.examples import Recall, recall_examples
 from loglinear.models import LogLinearForCausalLM
-from loglinear.models.loss import sliced_cross_entropy
 from loglinear.recipes.mqar import RecallTask
 from loglinear.training.data import IGNORED
 
 SPLITS = ("train", "validation", "test")
-LOGIT_ROWS = 8192  # queries whose logits exist at once while training: bounds the memory of many processes on one GPU
 
 
 class RecallBatch(TypedDict):
@@ -72,16 +70,18 @@ def split_batches(recall: Recall, batch_size: int, device: str | torch.device) -
     ]
 
 
-def recall_loss(model: LogLinearForCausalLM, batch: RecallBatch) -> Tensor:
-    """Mean nats of the answers: what the model's own loss gives for the labels of these examples."""
-    answers = batch["answers"]
-    return sliced_cross_entropy(
-        model.lm_head,
-        _at_queries(model, batch).unsqueeze(0),
-        answers.unsqueeze(0),
-        slice_size=LOGIT_ROWS,
-        num_items=len(answers),
-    )
+def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor) -> Tensor:
+    """Mean nats of answers [N] from hidden states [N, D] and the vocabulary's weight [V, D]."""
+    logits = F.linear(hidden, weight)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), answers)
+
+
+def recall_loss(
+    model: LogLinearForCausalLM, batch: RecallBatch, loss: Callable[[Tensor, Tensor, Tensor], Tensor] = answer_loss
+) -> Tensor:
+    """Mean nats of the answers: what the model's own loss gives for the labels of these examples. `loss`: answer_loss,
+    compiled perhaps."""
+    return loss(_at_queries(model, batch), model.lm_head.weight, batch["answers"])
 
 
 def _at_queries(model: LogLinearForCausalLM, batch: RecallBatch) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from loglinear.evaluation.mqar.batches import SPLITS, RecallBatch, Scores, recall_batches, recall_loss, recall_scores
+from loglinear.evaluation.mqar.batches import (
+    SPLITS,
+    RecallBatch,
+    Scores,
+    answer_loss,
+    recall_batches,
+    recall_loss,
+    recall_scores,
+)
 from loglinear.evaluation.mqar.folder import Result, begin, finish
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes.mqar import RecallCell, RecallTask
@@ -50,9 +59,6 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
     training, validation, test = (_batches(cell.task, split, device) for split in SPLITS)
     set_seed(cell.seed)
     model = LogLinearForCausalLM(cell.model_config())
-    if device == "cuda":
-        torch.compiler.reset()  # a process that trains many kinds of model would come to the compiler's limit of them
-        compile_blocks(model)
     course = Course(stop, cell.task.good_enough)
     trainer = RecallTrainer(
         model=model,
@@ -63,6 +69,10 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
         callbacks=[course],
     )
     trainer.remove_callback(PrinterCallback)
+    if device == "cuda":
+        torch.compiler.reset()  # a process that trains many kinds of model would come to the compiler's limit of them
+        compile_blocks(model)
+        trainer.answer_loss = torch.compile(answer_loss)
     checkpoint = last_checkpoint(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if course.stopped:
@@ -99,11 +109,13 @@ def _costs(trainer: RecallTrainer, seconds: float, steps_per_epoch: int) -> dict
 class RecallTrainer(LogLinearTrainer):
     """The dataset's items are batches; vocabulary logits are computed at the queries only."""
 
+    answer_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(answer_loss)
+
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: RecallBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         with self.accelerator.autocast():  # what `accelerate` wraps around the whole model's forward
-            return recall_loss(model, inputs)  # type: ignore[arg-type]
+            return recall_loss(model, inputs, self.answer_loss)  # type: ignore[arg-type]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Accuracy and loss on the validation batches, into the state's log and to the callbacks."""
