@@ -187,6 +187,42 @@ def evaluate_needle(
     return NeedleScores(np.array(found_NV), np.array(exact_N), depths_NV)
 
 
+def evaluate_tasks(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    lengths: Sequence[int],
+    count: int,
+    tasks: Sequence[str] | None = None,
+    seed: int = 0,
+) -> dict[str, list[dict[str, Any]]]:
+    """`NeedleScores.to_dict` with its length, by task (default: all) and in the order of the lengths.
+
+    Needles are hidden in the sentences of `texts`; where there are none, in noise, and single_2 is left out.
+
+    Raises ValueError for single_2 without a text, and as `needle_examples` does, before the model reads anything.
+    """
+    if IN_TEXT in (tasks or ()) and not texts:
+        raise ValueError(f"task {IN_TEXT} hides its needle in text: give --data")
+    size = token_counter(tokenizer)
+    noise = Haystack.noise(size)
+    text = Haystack.of_texts(texts, size) if texts else noise
+    sets = {
+        (task, length): needle_examples(
+            task, count, length=length, haystack=noise if task == IN_NOISE else text, tokenizer=tokenizer, seed=seed
+        )
+        for task in tasks or TASKS
+        for length in sorted(set(lengths))
+        if texts or task != IN_TEXT
+    }
+    results: dict[str, list[dict[str, Any]]] = {task: [] for task, _ in sets}
+    for (task, length), examples in sets.items():
+        scores = evaluate_needle(model, tokenizer, examples, label=f"{task}, {length:,} tokens")
+        results[task].append({"length": length, **scores.to_dict()})
+    return results
+
+
 class _Encoded(NamedTuple):
     prompt: np.ndarray
     answer: np.ndarray

@@ -10,7 +10,6 @@ import pytest
 from experiments import figures, long_text
 from experiments.corpus import LongDocument
 from experiments.figures import difference
-from experiments.long_text import training_summary
 from experiments.prepare import write_documents
 from loglinear.cli.console import Interrupted
 from loglinear.recipes.comparison import KINDS
@@ -69,19 +68,6 @@ def test_result_says_what_it_cost_and_what_it_depends_on(result):
     assert training["tokens"] == 8 * 128 and training["minutes"] > 0 and training["peak_bytes"] is None
     assert [point["step"] for point in training["curve"]] == [1, 2, 3, 4, 5, 6, 7, 8, 4, 8]
     assert len(json.dumps(result)) < 10_000
-
-
-def test_training_curve_keeps_the_mean_of_every_stretch():
-    rng = np.random.default_rng(0)
-    metrics = [
-        {"split": "train", "step": step, "bits_per_byte": rng.random(), "tokens": step * 10, "seconds": step / 2}
-        for step in range(1, 451)
-    ]
-    summary = training_summary(metrics)
-    assert len(summary["curve"]) == 90 and summary["curve"][-1]["step"] == 450
-    mean = np.mean([record["bits_per_byte"] for record in metrics])
-    assert np.mean([point["bits_per_byte"] for point in summary["curve"]]) == pytest.approx(mean)
-    assert summary["tokens_per_second"] == pytest.approx(20) and summary["minutes"] == pytest.approx(225 / 60)
 
 
 def test_difference_is_paired_by_document():
