@@ -13,7 +13,7 @@ import typer
 
 from experiments.runs import Compile, Kind, Minutes, Out, Results, Seed, Steps, program, train_and_evaluate
 from loglinear.cli import execute
-from loglinear.evaluation.needle import evaluate_tasks
+from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe, get_recipe
 from loglinear.training import load_tokenizer
@@ -50,15 +50,16 @@ def run(
     python -m experiments.needle run --kind log_linear --out runs/needle/log_linear --minutes 9
     --data data/long_text/validation.jsonl.zst
     """
+    recipe = get_recipe(f"needle_{kind}")
+    tokenizer = load_tokenizer(recipe.tokenizer or "bytes")
     texts = [document.text for document in read_documents(data or ())]
+    sets = example_sets(tokenizer, texts, lengths=LENGTHS, count=examples)  # what is wrong is known before training
 
     def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:
-        tokenizer = load_tokenizer(recipe.tokenizer or "bytes")
-        tasks = evaluate_tasks(model, tokenizer, texts, lengths=LENGTHS, count=examples)
-        return {"data": data or [], "examples": examples, "tasks": tasks}
+        return {"data": data or [], "examples": examples, "tasks": evaluate_sets(model, tokenizer, sets)}
 
     train_and_evaluate(
-        get_recipe(f"needle_{kind}"),
+        recipe,
         out,
         evaluate,
         results / f"needle-{kind}.json",

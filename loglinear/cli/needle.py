@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from loglinear.cli import console
-from loglinear.evaluation.needle import evaluate_tasks
+from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.evaluation.plots import plot_needle
 from loglinear.training.checkpoints import load_model, resolve
 from loglinear.training.json_files import write_object
@@ -25,9 +25,9 @@ def run(
     texts = [document.text for document in read_documents(data)]
     model = load_model(path, device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(resolve(path), model.config.vocab_size)
+    sets = example_sets(tokenizer, texts, lengths=lengths, count=count, tasks=tasks, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
-
-    results = evaluate_tasks(model, tokenizer, texts, lengths=lengths, count=count, tasks=tasks, seed=seed)
+    results = evaluate_sets(model, tokenizer, sets)
     summary = {"model": str(path), "data": list(data), "seed": seed, "tasks": results}
     write_object(out / "needle.json", {**summary, "versions": versions(), "command": sys.argv})
     plot_needle(out / "needle.png", results)
