@@ -111,6 +111,39 @@ def _example(task: str, length: int, haystack: Haystack, tokenizer: PreTrainedTo
     return Example(prompt, question.answer, [depth_of[value] for value in question.values])
 
 
+ExampleSets = dict[tuple[str, int], list[Example]]  # by task and length
+
+
+def example_sets(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    lengths: Sequence[int],
+    count: int,
+    tasks: Sequence[str] | None = None,
+    seed: int = 0,
+) -> ExampleSets:
+    """`needle_examples` of every task (default: all) at every length, from the shortest on.
+
+    Needles are hidden in the sentences of `texts`; where there are none, in noise, and single_2 is left out.
+
+    Raises ValueError for single_2 without a text, and as `needle_examples` does.
+    """
+    if IN_TEXT in (tasks or ()) and not texts:
+        raise ValueError(f"task {IN_TEXT} hides its needle in text: give --data")
+    size = token_counter(tokenizer)
+    noise = Haystack.noise(size)
+    text = Haystack.of_texts(texts, size) if texts else noise
+    return {
+        (task, length): needle_examples(
+            task, count, length=length, haystack=noise if task == IN_NOISE else text, tokenizer=tokenizer, seed=seed
+        )
+        for task in tasks or TASKS
+        for length in sorted(set(lengths))
+        if texts or task != IN_TEXT
+    }
+
+
 @dataclass(frozen=True)
 class NeedleScores:
     """What one model found, in examples with equally many values."""
@@ -185,6 +218,15 @@ def evaluate_needle(
             bar.update(len(row))
     depths_NV = np.array([example.depths for example in examples])
     return NeedleScores(np.array(found_NV), np.array(exact_N), depths_NV)
+
+
+def evaluate_sets(model: Any, tokenizer: PreTrainedTokenizerBase, sets: ExampleSets) -> dict[str, list[dict[str, Any]]]:
+    """`NeedleScores.to_dict` with its length, by task and in the order of the lengths."""
+    results: dict[str, list[dict[str, Any]]] = {task: [] for task, _ in sets}
+    for (task, length), examples in sets.items():
+        scores = evaluate_needle(model, tokenizer, examples, label=f"{task}, {length:,} tokens")
+        results[task].append({"length": length, **scores.to_dict()})
+    return results
 
 
 class _Encoded(NamedTuple):

@@ -89,19 +89,43 @@ def plot_needle(path: Path, tasks: Mapping[str, list[dict[str, Any]]]) -> None:
     figure = Figure(figsize=(6 + 3 * len(tasks), 4.5), layout="constrained")
     lines, *maps = figure.subplots(1, 1 + len(tasks), width_ratios=[2] + [1] * len(tasks))
     for (task, results), axes in zip(tasks.items(), maps, strict=True):
-        lengths = [result["length"] for result in results]
-        accuracy = [result["accuracy"] for result in results]
-        errors = [result["standard_error"] for result in results]
-        lines.errorbar(lengths, accuracy, errors, fmt=".-", capsize=3, label=task)
         image = _draw_depths(axes, results)
         axes.set(title=task, xlabel="length (tokens)", ylabel="depth")
-    lines.set(title="Values found", xlabel="length (tokens)", ylabel="accuracy", ylim=(-0.03, 1.03))
-    lines.set_xscale("log", base=2)
-    lines.xaxis.set_major_formatter("{x:.0f}")
-    lines.grid(alpha=0.3)
+    _draw_accuracies(lines, "Values found", tasks)
+    lines.set_ylabel("accuracy")
     lines.legend()
     figure.colorbar(image, ax=maps, label="accuracy")
     figure.savefig(path, dpi=150)
+
+
+def plot_retrieval(
+    path: Path, models: Mapping[str, Mapping[str, list[dict[str, Any]]]], *, training_length: int | None = None
+) -> None:
+    """Draw accuracy against length for each named model, in a panel for each task; `models` as for `plot_needle`."""
+    tasks = list(dict.fromkeys(task for found in models.values() for task in found))
+    figure = Figure(figsize=(1 + 3 * len(tasks), 4), layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for task, axes in zip(tasks, panels, strict=True):
+        _draw_accuracies(axes, task, {name: found.get(task, []) for name, found in models.items()})
+        if training_length is not None:
+            axes.axvline(training_length, color="grey", ls=":", label="training length")
+        axes.tick_params(axis="x", rotation=90)
+    panels[0].set_ylabel("values found")
+    panels[-1].legend()
+    figure.savefig(path, dpi=150)
+
+
+def _draw_accuracies(axes: Axes, title: str, curves: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Accuracy with its standard error against length, a line for each name."""
+    for name, results in curves.items():
+        lengths, accuracy, errors = (
+            [result[of] for result in results] for of in ("length", "accuracy", "standard_error")
+        )
+        axes.errorbar(lengths, accuracy, errors, fmt=".-", capsize=3, label=name)
+    axes.set(title=title, xlabel="length (tokens)", ylim=(-0.03, 1.03))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.grid(alpha=0.3)
 
 
 def _draw_depths(axes: Axes, results: list[dict[str, Any]]) -> AxesImage:

@@ -1,7 +1,6 @@
 """The experiment on a tiny model and a tiny text, and what is drawn of its results."""
 
 import json
-import math
 import random
 
 import numpy as np
@@ -9,8 +8,7 @@ import pytest
 
 from experiments import figures, long_text
 from experiments.corpus import LongDocument
-from experiments.figures import difference
-from experiments.long_text import training_summary
+from experiments.figures.results import read_results
 from experiments.prepare import write_documents
 from loglinear.cli.console import Interrupted
 from loglinear.recipes.comparison import KINDS
@@ -71,29 +69,6 @@ def test_result_says_what_it_cost_and_what_it_depends_on(result):
     assert len(json.dumps(result)) < 10_000
 
 
-def test_training_curve_keeps_the_mean_of_every_stretch():
-    rng = np.random.default_rng(0)
-    metrics = [
-        {"split": "train", "step": step, "bits_per_byte": rng.random(), "tokens": step * 10, "seconds": step / 2}
-        for step in range(1, 451)
-    ]
-    summary = training_summary(metrics)
-    assert len(summary["curve"]) == 90 and summary["curve"][-1]["step"] == 450
-    mean = np.mean([record["bits_per_byte"] for record in metrics])
-    assert np.mean([point["bits_per_byte"] for point in summary["curve"]]) == pytest.approx(mean)
-    assert summary["tokens_per_second"] == pytest.approx(20) and summary["minutes"] == pytest.approx(225 / 60)
-
-
-def test_difference_is_paired_by_document():
-    curve = {"documents": ["a", "b", "c"], "position": [1.0, 2.0], "bits_per_byte": [[1, 2], [3, 4], [9, 8]]}
-    better = {**curve, "bits_per_byte": [[0.5, 1], [2.5, 2], [8.5, 5]]}
-    found = difference(better, curve)
-    assert found["bits_per_byte"] == pytest.approx([-0.5, -2])
-    assert found["standard_error"] == pytest.approx([0, 1 / math.sqrt(3)])
-    with pytest.raises(ValueError, match="different validation texts"):
-        difference({**better, "documents": ["a", "b", "d"]}, curve)
-
-
 def test_figures_and_table_are_drawn_of_the_results_that_there_are(tmp_path, result):
     results, out = tmp_path / "results", tmp_path / "figures"
     results.mkdir()
@@ -110,4 +85,4 @@ def test_figures_and_table_are_drawn_of_the_results_that_there_are(tmp_path, res
     table = (out / "long-text.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:4]] == ["| linear", "| log-linear"]
     assert table[3].count("+0.0000 ± 0.0000") == 2 and table[2].count("±") == 0
-    assert set(figures.read_kinds(results, "long-text")) <= set(KINDS)
+    assert list(read_results(results, "long-text", KINDS)) == ["linear", "log_linear"]

@@ -61,13 +61,13 @@ def _line(result: Result) -> dict[str, Any]:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """Rows are dimensions, columns models: mean test accuracy in percent (standard deviation over seeds)."""
+    """Rows are dimensions, columns models: mean test accuracy in percent (standard deviation over seeds), or '-'."""
     rows = table["table"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     texts = {(row["dim"], row["model"]): _percent(row) for row in rows}
     lines = [["dim", *models], ["---", *["---:"] * len(models)]]
     for dim in sorted({row["dim"] for row in rows}):
-        lines.append([str(dim), *(texts.get((dim, model), "") for model in models)])
+        lines.append([str(dim), *(texts.get((dim, model), "-") for model in models)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

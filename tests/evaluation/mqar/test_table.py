@@ -37,8 +37,8 @@ def test_markdown_has_a_row_for_each_dimension_and_a_column_for_each_model():
     assert markdown(gather(RESULTS)).splitlines() == [
         "| dim | mamba2 | attention |",
         "| --- | ---: | ---: |",
-        "| 16 |  | 60.0 (10.0) |",
-        "| 32 | 25.0 |  |",
+        "| 16 | - | 60.0 (10.0) |",
+        "| 32 | 25.0 | - |",
     ]
 
 

@@ -1,0 +1,17 @@
+"""Choices of the log-linear model: a table beside the published choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments.ablations import CHOICES, DEFAULT
+from experiments.figures.long_text import perplexity_table
+from experiments.figures.results import read_results
+from loglinear.training.json_files import write_atomically
+
+
+def ablations(results: Path, out: Path) -> None:
+    """Bits per byte of each choice, and by how much they are above those of the published one."""
+    found = read_results(results, "ablation", CHOICES)
+    if found:
+        write_atomically(out / "ablations.md", perplexity_table(found, "choice", DEFAULT))

@@ -1,0 +1,105 @@
+"""Language modelling of long texts: loss by position, differences, the course of training, and a table."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.figures.results import (
+    COST_COLUMNS,
+    MISSING,
+    Result,
+    conditions,
+    costs,
+    markdown_table,
+    read_results,
+    title,
+)
+from loglinear.evaluation.plots import plot_differences, plot_losses, plot_positions
+from loglinear.recipes.comparison import KINDS
+from loglinear.training.json_files import write_atomically
+
+REFERENCE = "linear"  # the model that the others are compared with
+
+
+def long_text(results: Path, out: Path) -> None:
+    """Loss by position, its difference from the linear model's, the training losses, and a table."""
+    found = read_results(results, "long-text", KINDS)
+    if not found:
+        return
+    length = next(iter(found.values()))["recipe"]["seq_len"]
+    longest = {kind: max(windows(result).items())[1] for kind, result in found.items()}
+    curves = {kind: window["by_position"] for kind, window in longest.items()}
+    plot_positions(out / "long-text-positions.png", curves, training_length=length)
+    plot_losses(out / "long-text-training.png", {kind: result["training"]["curve"] for kind, result in found.items()})
+    if REFERENCE in longest:
+        reference = longest[REFERENCE]["by_document"]
+        differences = {kind: difference(window["by_document"], reference) for kind, window in longest.items()}
+        plot_differences(out / "long-text-differences.png", differences, reference=REFERENCE, training_length=length)
+    write_atomically(out / "long-text.md", perplexity_table(found, "model", REFERENCE))
+
+
+def perplexity_table(found: dict[str, Result], column: str, reference: str) -> str:
+    """Bits per byte at each length of the windows, by how much they are above the reference's, and the costs.
+
+    Raises ValueError where two results are not of the same documents.
+    """
+    first = next(iter(found.values()))
+    lengths = sorted(windows(first))
+    header = [
+        column,
+        *(f"bits per byte, windows of {length:,}" for length in lengths),
+        *(f"less {title(reference)}'s, {length:,}" for length in lengths),
+        *COST_COLUMNS,
+    ]
+    base = windows(found[reference]) if reference in found else {}
+    rows = []
+    for name, result in found.items():
+        own = windows(result)
+        bits = [f"{own[length]['bits_per_byte']:.4f}" for length in lengths]
+        compared = base if name != reference else {}
+        differences = [_paired(own[length], compared[length]) if compared else MISSING for length in lengths]
+        rows.append([title(name), *bits, *differences, *costs(result)])
+    note = (
+        f"{first['evaluation']['documents']} validation documents, the first {max(lengths):,} tokens of each. "
+        f"{conditions(found)} Differences: ± the standard error over paired documents."
+    )
+    return f"{markdown_table(header, rows)}\n{note}\n"
+
+
+def windows(result: Result) -> dict[int, dict[str, Any]]:
+    """The evaluations of a result by the length of their windows."""
+    return {int(length): window for length, window in result["evaluation"].items() if length.isdigit()}
+
+
+def difference(model: dict[str, Any], reference: dict[str, Any]) -> dict[str, list[float]]:
+    """Curve of one model's `Perplexity.by_document` less another's, with the standard error of the paired documents.
+
+    Raises ValueError where they are not of the same documents.
+    """
+    means_P, errors_P = _mean_and_error(_differences_DP(model, reference))
+    return {
+        "position": reference["position"],
+        "bits_per_byte": means_P.tolist(),
+        "standard_error": errors_P.tolist(),
+    }
+
+
+def _paired(window: dict[str, Any], reference: dict[str, Any]) -> str:
+    mean, error = _mean_and_error(_differences_DP(window["by_document"], reference["by_document"]).mean(1))
+    return f"{mean:+.4f} ± {error:.4f}"
+
+
+def _differences_DP(model: dict[str, Any], reference: dict[str, Any]) -> np.ndarray:
+    if any(model[name] != reference[name] for name in ("documents", "position")):
+        raise ValueError("results of different validation texts cannot be compared: run all models on the same")
+    return np.array(model["bits_per_byte"], dtype=float) - np.array(reference["bits_per_byte"], dtype=float)
+
+
+def _mean_and_error(values_D: np.ndarray) -> tuple[Any, Any]:
+    documents = len(values_D)
+    error = values_D.std(0, ddof=1) / math.sqrt(documents) if documents > 1 else np.full_like(values_D[0], math.nan)
+    return values_D.mean(0), error

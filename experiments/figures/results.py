@@ -1,0 +1,58 @@
+"""What the results of all drivers have in common: reading them, and the parts of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from loglinear.training.json_files import read_object
+
+GIB = 2**30
+MISSING = "-"
+COST_COLUMNS = ("parameters", "M tokens", "tokens/s", "GPU minutes", "peak GiB")
+
+Result = dict[str, Any]  # what `experiments.runs.train_and_evaluate` writes
+
+
+def read_results(results: Path, experiment: str, names: Iterable[str]) -> dict[str, Result]:
+    """The results EXPERIMENT-NAME.json that there are, in the order of the names."""
+    files = {name: results / f"{experiment}-{name}.json" for name in names}
+    return {name: read_object(file) for name, file in files.items() if file.is_file()}
+
+
+def costs(result: Result) -> list[str]:
+    """The cells of COST_COLUMNS; minutes and tokens are those of training."""
+    training, peak = result["training"], result["training"]["peak_bytes"]
+    return [
+        f"{result['parameters']:,}",
+        f"{training['tokens'] / 1e6:.1f}",
+        f"{training['tokens_per_second']:,.0f}",
+        f"{training['minutes']:.1f}",
+        MISSING if peak is None else f"{peak / GIB:.1f}",
+    ]
+
+
+def title(name: str) -> str:
+    """A kind's name in a table."""
+    return name.replace("_", "-")
+
+
+def said(found: Iterable[Any], what: Callable[[Any], Any]) -> str:
+    """What all results say, once; where they differ, all that they say."""
+    return " or ".join(dict.fromkeys(str(what(result)) for result in found))
+
+
+def conditions(found: dict[str, Result]) -> str:
+    """What all models of a table were trained and evaluated with."""
+    models = found.values()
+    length = said(models, lambda result: f"{result['recipe']['seq_len']:,}")
+    seed = said(models, lambda result: result["seed"])
+    device = said(models, lambda result: result["versions"]["device"])
+    return f"Trained in windows of {length} tokens, seed {seed}, {device}."
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column names the row."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,0 +1,29 @@
+"""The choices of the log-linear model: what each changes."""
+
+import pytest
+
+from experiments import ablations
+from experiments.ablations import CHOICES, DEFAULT, ablation
+from loglinear.recipes import get_recipe
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_choice_changes_one_thing_of_the_model_and_nothing_of_its_training(choice):
+    recipe, default = ablation(choice), get_recipe("long_text_log_linear").override(steps=500)
+    configs = [of.model_config().to_dict() for of in (recipe, default)]
+    changed = [name for name in configs[0] if configs[0][name] != configs[1][name]]
+    assert changed == list(CHOICES[choice]) and len(changed) == (choice != DEFAULT)
+    trained = [{**of.to_dict(), "name": None, "model": None} for of in (recipe, default)]
+    assert trained[0] == trained[1]
+
+
+def test_the_default_choice_is_the_published_model():
+    config = ablation(DEFAULT).model_config()
+    assert (config.lambda_form, config.finest_block, config.num_levels) == ("softplus", 1, 15)
+
+
+def test_unknown_choice_and_missing_data_are_one_line(tmp_path):
+    with pytest.raises(ValueError, match="choice must be one of softplus, bounded, unit, capped, blocks, got 'hard'"):
+        ablations.run("hard", tmp_path / "run")
+    with pytest.raises(ValueError, match="train.jsonl.zst: make it with"):
+        ablations.run("unit", tmp_path / "run", data=tmp_path)

@@ -1,0 +1,118 @@
+"""Figures and tables of results that were made up: what a table says is what the results say."""
+
+import math
+
+import numpy as np
+import pytest
+
+from experiments.figures.ablations import ablations
+from experiments.figures.long_text import difference
+from experiments.figures.mqar import mqar
+from experiments.figures.needle import needle
+from loglinear.evaluation.mqar import gather
+from loglinear.evaluation.needle import NeedleScores
+from loglinear.training.json_files import write_object
+from tests.evaluation.mqar.tiny import result_of, tiny_cell
+
+
+def result(evaluation, tokens=5e6, device="a GPU"):
+    """What a driver writes, as far as it is drawn."""
+    training = {"tokens": tokens, "tokens_per_second": 1234.5, "minutes": 7.25, "peak_bytes": 3 * 2**30}
+    return {
+        "seed": 0,
+        "parameters": 1000,
+        "versions": {"device": device},
+        "recipe": {"seq_len": 64},
+        "training": training,
+        "evaluation": evaluation,
+    }
+
+
+def perplexity(*bits_of_documents):
+    """Two lengths of windows, two bins; the longer windows are 0.5 bits better."""
+    by_document = {"documents": [f"d{i}" for i in range(len(bits_of_documents))], "position": [1.0, 2.0]}
+    found = {"documents": len(bits_of_documents)}
+    for length, less in ((64, 0.0), (256, 0.5)):
+        bits_D = [bits - less for bits in bits_of_documents]
+        rows = [[bits - 0.25, bits + 0.25] for bits in bits_D]
+        found[str(length)] = {
+            "bits_per_byte": float(np.mean(bits_D)),
+            "by_document": {**by_document, "bits_per_byte": rows},
+        }
+    return found
+
+
+def cells(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+
+
+def test_difference_is_paired_by_document():
+    curve = {"documents": ["a", "b", "c"], "position": [1.0, 2.0], "bits_per_byte": [[1, 2], [3, 4], [9, 8]]}
+    better = {**curve, "bits_per_byte": [[0.5, 1], [2.5, 2], [8.5, 5]]}
+    found = difference(better, curve)
+    assert found["bits_per_byte"] == pytest.approx([-0.5, -2])
+    assert found["standard_error"] == pytest.approx([0, 1 / math.sqrt(3)])
+    with pytest.raises(ValueError, match="different validation texts"):
+        difference({**better, "documents": ["a", "b", "d"]}, curve)
+
+
+def test_ablations_are_compared_with_the_published_choice_document_by_document(tmp_path):
+    write_object(tmp_path / "ablation-unit.json", result(perplexity(1.0, 2.25, 3.5), tokens=6e6))
+    ablations(tmp_path, tmp_path)
+    assert cells((tmp_path / "ablations.md").read_text())[2][3:5] == ["-", "-"]  # there is no published choice yet
+    write_object(tmp_path / "ablation-softplus.json", result(perplexity(1.5, 2.5, 3.5)))
+    ablations(tmp_path, tmp_path)
+    text = (tmp_path / "ablations.md").read_text()
+    header, _, softplus, unit = cells(text)
+    assert header[:2] == ["choice", "bits per byte, windows of 64"] and header[4] == "less softplus's, 256"
+    assert softplus[:6] == ["softplus", "2.5000", "2.0000", "-", "-", "1,000"]
+    error = f"{np.std([0.5, 0.25, 0], ddof=1) / math.sqrt(3):.4f}"
+    assert unit[:5] == ["unit", "2.2500", "1.7500", *[f"-0.2500 ± {error}"] * 2]
+    assert (softplus[6], unit[6], unit[-1]) == ("5.0", "6.0", "3.0")  # M tokens, GiB
+    assert "3 validation documents, the first 256 tokens" in text and "a GPU" in text
+    write_object(tmp_path / "ablation-blocks.json", result(perplexity(1.5, 2.5)))
+    with pytest.raises(ValueError, match="different validation texts"):
+        ablations(tmp_path, tmp_path)
+
+
+def needles(found, lengths=(32, 128), examples=4):
+    """Scores of two tasks, in which so many of the examples are found at each of the lengths."""
+    depths_NV = np.linspace(0, 1, examples)[:, None]
+    scores = {
+        length: NeedleScores((np.arange(examples) < right)[:, None], np.ones(examples, dtype=bool), depths_NV)
+        for length, right in zip(lengths, found, strict=True)
+    }
+    tasks = [{"length": length, **score.to_dict()} for length, score in scores.items()]
+    return {"data": ["a.txt"], "examples": examples, "tasks": {"single_1": tasks, "multikey_1": tasks[:1]}}
+
+
+def test_needle_table_has_a_row_for_each_task_and_model(tmp_path):
+    write_object(tmp_path / "needle-log_linear.json", result(needles((4, 2))))
+    write_object(tmp_path / "needle-linear.json", result(needles((1, 0)), device="a CPU"))
+    needle(tmp_path, tmp_path)
+    text = (tmp_path / "needle.md").read_text()
+    table = cells(text)
+    assert table[0] == ["values found, %", "32 tokens", "128 tokens"]
+    assert table[2] == ["single_1, linear", f"25.0 ± {100 * math.sqrt(0.25 * 0.75 / 4):.1f}", "0.0 ± 0.0"]
+    assert table[3] == ["single_1, log-linear", "100.0 ± 0.0", "50.0 ± 25.0"]
+    assert [row[0] for row in table[4:6]] == ["multikey_1, linear", "multikey_1, log-linear"]
+    assert [row[2] for row in table[4:6]] == ["-", "-"]
+    assert "4 examples of every task and length, in a.txt" in text and "a CPU or a GPU" in text
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"needle.png", "needle-linear.png", "needle-log_linear.png"}
+
+
+def test_mqar_tables_keep_ours_the_papers_and_other_choices_apart(tmp_path):
+    mqar(tmp_path, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    models = {"mamba2": 0.25, "log_linear_mamba2": 0.5, "log_linear_mamba2_unit": 0.75}
+    results = [result_of(tiny_cell(model=model), test=test) for model, test in models.items()]
+    results.append(result_of(tiny_cell(model="mamba2", dim=32, seed=1), test=0.125))
+    write_object(tmp_path / "mqar.json", gather(results))
+    mqar(tmp_path, tmp_path)
+    ours, paper, choices = (tmp_path / "mqar.md").read_text().split("## ")[1:]
+    assert cells(ours)[0::2] == [["dim", "mamba2", "log_linear_mamba2"], ["16", "25.0", "50.0"]]
+    assert cells(ours)[3] == ["32", "12.5", "-"]
+    assert "paper" in paper.splitlines()[0] and "5 seeds" in paper.splitlines()[0]
+    assert cells(paper)[3][:3] == ["32", "75.1 (4.9)", "76.5 (4.8)"]
+    assert cells(choices)[0::2] == [["dim", "log_linear_mamba2", "log_linear_mamba2_unit"], ["16", "50.0", "75.0"]]

@@ -1,0 +1,66 @@
+"""The needle experiment on a tiny model: trained in pieces as if in one, evaluated once."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments import needle
+from loglinear.cli.console import Interrupted
+from loglinear.evaluation.needle import IN_TEXT, TASKS
+from loglinear.training.json_files import read_object
+from tests.training.test_needle import PROSE
+from tests.training.tiny import tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What `run` writes: of a model trained in three calls, the same in one, and another seed's without a text."""
+    folder = tmp_path_factory.mktemp("needle")
+    (folder / "prose.txt").write_text(PROSE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(needle, "LENGTHS", (1100, 900))
+        patch.setattr(needle, "get_recipe", lambda name: tiny_recipe(Path("needle:20:600"), name=name))
+        call = {"kind": "capped", "examples": 3, "steps": 3, "data": [str(folder / "prose.txt")]}
+        pieces = {**call, "out": folder / "pieces", "results": folder / "results"}
+        for step in (1, 2):
+            with pytest.raises(Interrupted, match=f"stopped at step {step} of 3"):
+                needle.run(**pieces, minutes=1e-9)
+        assert not pieces["results"].exists()
+        needle.run(**pieces)
+        needle.run(**call, out=folder / "whole", results=folder / "whole")
+        needle.run(**{**call, "data": None}, out=folder / "other", results=folder / "results", seed=1)
+        with pytest.raises(ValueError, match="holds a run of needle_capped, expected needle_linear"):
+            needle.run(**{**pieces, "kind": "linear"})
+    assert {path.name for path in pieces["results"].iterdir()} == {"needle-capped.json", "needle-capped-seed1.json"}
+    names = ("results/needle-capped", "whole/needle-capped", "results/needle-capped-seed1")
+    return [read_object(folder / f"{name}.json") for name in names]
+
+
+def test_pieces_give_what_one_call_gives(results):
+    pieces, whole, _ = results
+    assert pieces["training"]["curve"] == whole["training"]["curve"]
+    assert pieces["evaluation"] == whole["evaluation"]
+
+
+def test_every_task_is_asked_at_every_length(results):
+    *_, other = results
+    for result, tasks in ((results[0], set(TASKS)), (other, set(TASKS) - {IN_TEXT})):
+        found = result["evaluation"]["tasks"]
+        assert set(found) == tasks
+        for task, scores in found.items():
+            assert [score["length"] for score in scores] == [900, 1100]
+            values = TASKS[task].asked * TASKS[task].values
+            assert [sum(part["values"] for part in score["by_depth"]) for score in scores] == [3 * values] * 2
+
+
+def test_result_says_what_it_cost_and_what_it_depends_on(results):
+    result, _, other = results
+    assert (result["seed"], other["seed"]) == (0, 1) and result["parameters"] > 0 and result["versions"]["device"]
+    assert result["training"]["tokens"] == 3 * 128 and result["training"]["minutes"] > 0
+    assert len(result["evaluation"]["data"]) == 1 and other["evaluation"]["data"] == []
+
+
+def test_a_text_that_is_missing_is_known_before_training(tmp_path):
+    with pytest.raises(ValueError, match="neither a file, a folder nor a glob"):
+        needle.run("linear", tmp_path / "run", data=[str(tmp_path / "none.txt")])
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,38 @@
+"""What the drivers share: which recipe a call trains, and what is kept of the course of a run."""
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.runs import begun, training_summary
+from loglinear.training.run_folder import write_run
+from tests.training.tiny import tiny_recipe
+
+
+def test_blocks_are_compiled_where_there_is_a_gpu_and_nothing_else_is_said(tmp_path, monkeypatch):
+    recipe, out = tiny_recipe(tmp_path), tmp_path / "run"
+    assert not begun(recipe, out).compile
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert begun(recipe, out).compile and not begun(recipe, out, compile=False).compile
+
+
+def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, seed=3)
+    write_run(tmp_path, recipe, {}, parameters=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert begun(tiny_recipe(tmp_path), tmp_path, steps=None) == recipe
+    with pytest.raises(ValueError, match="holds a run of tiny, expected other"):
+        begun(tiny_recipe(tmp_path, name="other"), tmp_path)
+
+
+def test_training_curve_keeps_the_mean_of_every_stretch():
+    rng = np.random.default_rng(0)
+    metrics = [
+        {"split": "train", "step": step, "bits_per_byte": rng.random(), "tokens": step * 10, "seconds": step / 2}
+        for step in range(1, 451)
+    ]
+    summary = training_summary(metrics)
+    assert len(summary["curve"]) == 90 and summary["curve"][-1]["step"] == 450
+    mean = np.mean([record["bits_per_byte"] for record in metrics])
+    assert np.mean([point["bits_per_byte"] for point in summary["curve"]]) == pytest.approx(mean)
+    assert summary["tokens_per_second"] == pytest.approx(20) and summary["minutes"] == pytest.approx(225 / 60)
