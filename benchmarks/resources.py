@@ -118,7 +118,7 @@ def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, 
             values = dict(
                 K=K, C=C, J=min(C, 64), LOG_J=log2(min(C, 64)), LOG_C=log2(C), PACKED=False, NODES=False, LINEAR=False,
                 ENDS=True, TRANSITION=False, PARTS=call.parts(stage) if stage in delta_stages.PARTS else 1,
-                KEY_TILES=call.tiles("writes_backward", True), VALUE_TILES=call.tiles("writes_backward"),
+                KEY_TILES=triton.cdiv(K, call.key_tile("writes_backward")), VALUE_TILES=call.tiles("writes_backward"),
                 **options, **call.dots,
             )  # fmt: skip
             jobs.append((direction, stage, C, values, launch))
@@ -149,18 +149,20 @@ def main(
     """Registers, stack and shared memory of the default plans' kernels."""
     if dtype not in ("bfloat16", "float16", "float32"):
         raise typer.BadParameter(f"--dtype must be bfloat16, float16 or float32, got {dtype!r}")
-    if not (1 <= key_dim <= MAX_HEAD_DIM and 1 <= value_dim <= MAX_HEAD_DIM):
+    widest = 2 * MAX_HEAD_DIM if delta else MAX_HEAD_DIM
+    if not (1 <= key_dim <= MAX_HEAD_DIM and 1 <= value_dim <= widest):
         got = f"{key_dim} and {value_dim}"
-        raise typer.BadParameter(f"--key-dim and --value-dim must be 1 to {MAX_HEAD_DIM}, got {got}")
+        raise typer.BadParameter(f"--key-dim must be 1 to {MAX_HEAD_DIM}, --value-dim to {widest}, got {got}")
     of = getattr(torch, dtype)
     table = Table(title=f"K {key_dim}, V {value_dim}, {dtype}, sm_90, triton {triton.__version__}")
-    for column in ("direction", "stage", "chunk", "tile, warps, stages", "registers", "stack", "shared KiB"):
+    for column in ("direction", "stage", "chunk", "tiles, warps, stages", "registers", "stack", "shared KiB"):
         table.add_column(column)
     jobs = delta_jobs(key_dim, value_dim, of) if delta else scalar_jobs(key_dim, value_dim, of, chunk_size)
     for direction, stage, chunk, values, launch in track(jobs, console=Console(stderr=True), transient=True):
         kernel = getattr(delta_stages if delta else stages, f"{stage}_kernel")
         registers, stack, shared = resources(compiled(kernel, values, launch, of, values.pop("maxnreg", None)))
-        options = f"{launch.tile}, {launch.num_warps}, {launch.num_stages}"
+        tiles = f"{launch.tile} x {values['BV']}" if delta else launch.tile
+        options = f"{tiles}, {launch.num_warps}, {launch.num_stages}"
         row = [direction, stage, chunk, options, registers, stack, f"{shared / 1024:.0f}"]
         table.add_row(*map(str, row))
     Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -17,6 +17,8 @@ TABLE_FILE = "mqar.json"
 
 def run(out: Path, *, processes: int | None, minutes: float | None, task: dict[str, Any], **table: Any) -> None:
     """Run the cells that are missing, write mqar.json, and print the table of all cells in the folder."""
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes must be positive, got {minutes}")
     given = {name: tuple(values) for name, values in table.items() if values}
     cells = RecallTable(**given, task=RecallTask().override(**task))
     with claim(out):
@@ -32,6 +34,6 @@ def run(out: Path, *, processes: int | None, minutes: float | None, task: dict[s
             write_object(out / TABLE_FILE, summary)
             print(markdown(summary))
     state = f"{progress.finished} of {progress.total} cells finished"
-    if progress.interrupted:
+    if progress.finished < progress.total:
         raise Interrupted(f"{state}, checkpoints of the running ones saved; the same command continues")
-    print(state + ("" if progress.finished == progress.total else "; the same command continues"), file=sys.stderr)
+    print(state, file=sys.stderr)

@@ -95,8 +95,9 @@ def needle_examples(
 
 def _example(task: str, length: int, haystack: Haystack, tokenizer: PreTrainedTokenizerBase, rng: Random) -> Example:
     sizes = TASKS[task]
-    keys = [draw_key(rng, held_out=True) for _ in range(sizes.keys)]
-    needles = [Needle(key, draw_value(rng, held_out=True)) for key in keys for _ in range(sizes.values)]
+    keys = _different(partial(draw_key, rng, held_out=True), sizes.keys)
+    values = _different(partial(draw_value, rng, held_out=True), sizes.keys * sizes.values)
+    needles = [Needle(key, value) for key, value in zip(keys * sizes.values, values, strict=True)]
     rng.shuffle(needles)
     question = Question.about(rng.sample(keys, sizes.asked), needles)
     begin, end, answer = f"{question.introduction}\n", f"\n{question.text}", "".join(question.answer)
@@ -142,6 +143,13 @@ def example_sets(
         for length in sorted(set(lengths))
         if texts or task != IN_TEXT
     }
+
+
+def _different(draw: Callable[[], str], count: int) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[draw()] = None
+    return list(found)
 
 
 @dataclass(frozen=True)

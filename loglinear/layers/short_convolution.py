@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loglinear.layers.packing import Packing
+from loglinear.variants.base import at_least_float32
 
 
 class ShortConvolution(nn.Module):
@@ -71,13 +72,15 @@ class ShortConvolution(nn.Module):
         return self._sum_taps(extended, inside), torch.where(is_token.unsqueeze(2), new_state, 0.0)
 
     def _sum_taps(self, extended: Tensor, inside: list[Tensor] | None = None) -> Tensor:
-        """`_convolve` as one sum, of the taps that are `inside` [T, 1] for each (None: all of them)."""
-        time = extended.shape[1] - self.kernel + 1
-        y = extended.new_zeros(()) if self.bias is None else self.bias.to(extended.dtype)
-        for w, weight in enumerate(self.weight.to(extended.dtype).unbind(1)):
-            tap = extended[:, w : w + time] * weight
+        """`_convolve` as one sum, in float32 as conv1d has it, of the taps that are `inside` [T, 1] for each (None: all
+        of them)."""
+        time, dtype = extended.shape[1] - self.kernel + 1, extended.dtype
+        weight, wide = at_least_float32(self.weight.to(dtype)), at_least_float32(extended)
+        y = wide.new_zeros(()) if self.bias is None else at_least_float32(self.bias.to(dtype))
+        for w, tap_weight in enumerate(weight.unbind(1)):
+            tap = wide[:, w : w + time] * tap_weight
             y = y + (tap if inside is None else torch.where(inside[w], tap, 0.0))
-        return F.silu(y)
+        return F.silu(y).to(dtype)
 
     def _convolve(self, extended: Tensor) -> Tensor:
         """[B, T + W - 1, C] -> [B, T, C]"""

@@ -10,8 +10,8 @@ ATTENTION_PERIOD, ATTENTION_PLACE = 6, 3  # a hybrid's full attention: the fourt
 WIDTH_STEP = 16  # of the SwiGLU layers, by which parameters are made equal
 
 
-def model_kinds(base: Mapping[str, Any], *, capped_levels: int) -> dict[str, dict[str, Any]]:
-    """Arguments of LogLinearConfig for each of KINDS.
+def model_of_kind(kind: str, base: Mapping[str, Any], *, capped_levels: int) -> dict[str, Any]:
+    """Arguments of LogLinearConfig for one of KINDS.
 
     `base` is the log-linear model, with all the levels that its longest text has; it must name hidden_size,
     num_hidden_layers and intermediate_size. `linear` has one level, `capped` has `capped_levels` (what is more than
@@ -29,8 +29,7 @@ def model_kinds(base: Mapping[str, Any], *, capped_levels: int) -> dict[str, dic
         "hybrid": {"layer_types": hybrid},
         "transformer": {"layer_types": ["full_attention"] * layers},
     }
-    wanted = _parameters(base)
-    return {kind: _widened({**base, **changes[kind]}, wanted) for kind in KINDS}
+    return _widened({**base, **changes[kind]}, _parameters(base)) if changes[kind] else dict(base)
 
 
 def _widened(model: dict[str, Any], wanted: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Language modelling of long texts at the byte level: five models of 13.3 M parameters, see `experiments.long_text`."""
 
 from loglinear.recipes.bytes import BYTE_VOCABULARY
-from loglinear.recipes.comparison import model_kinds
+from loglinear.recipes.comparison import model_of_kind
 from loglinear.recipes.recipe import TrainingRecipe
 
 SEQUENCE = 16_384
@@ -29,7 +29,7 @@ def long_text(kind: str) -> TrainingRecipe:
     return TrainingRecipe(
         name=f"long_text_{kind}",
         summary=f"13.3 M parameters, long texts, 16,384 bytes at a time: {kind.replace('_', '-')}",
-        model=model_kinds(base, capped_levels=CAPPED_LEVELS)[kind],
+        model=model_of_kind(kind, base, capped_levels=CAPPED_LEVELS),
         data=("data/long_text/train.jsonl.zst",),
         seq_len=SEQUENCE,
         batch_tokens=131_072,

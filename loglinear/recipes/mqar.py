@@ -101,8 +101,10 @@ class RecallTask:
         for name in ("examples", "test_examples", "batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.pairs or min(self.pairs) < 1:
-            raise ValueError(f"pairs must be one or more positive numbers, got {self.pairs}")
+        if not self.pairs or min(self.pairs) < 1 or len(set(self.pairs)) < len(self.pairs):
+            raise ValueError(f"pairs must be one or more different positive numbers, got {self.pairs}")
+        if self.vocab_size <= 2 * max(self.pairs):
+            raise ValueError(f"vocab_size must be more than twice the pairs {self.pairs}, got {self.vocab_size}")
         if self.length % 2 or self.length < 4 * max(self.pairs):
             raise ValueError(f"length must be even and at least 4 times the pairs {self.pairs}, got {self.length}")
 
@@ -131,6 +133,9 @@ class RecallCell:
         if self.model not in models:
             nearest = get_close_matches(self.model, models, n=1, cutoff=0.0)[0]
             raise ValueError(f"unknown model {self.model!r}: did you mean {nearest!r}? There are {', '.join(models)}")
+        block = models[self.model].changes.get("finest_block", 1)
+        if self.task.length <= block:
+            raise ValueError(f"length must be more than {block} tokens for {self.model}, got {self.task.length}")
         if self.dim < STATE_DIM or self.dim % STATE_DIM:
             raise ValueError(f"dim must be a multiple of {STATE_DIM}, got {self.dim}")
         if not 0 < self.learning_rate < float("inf"):

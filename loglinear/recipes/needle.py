@@ -1,7 +1,7 @@
 """Retrieval from long text at the byte level: five models of 10.7 M parameters, for `loglinear eval needle`."""
 
 from loglinear.recipes.bytes import BYTE_VOCABULARY
-from loglinear.recipes.comparison import model_kinds
+from loglinear.recipes.comparison import model_of_kind
 from loglinear.recipes.recipe import TrainingRecipe
 
 LEVELS = 15  # of 16,384 tokens
@@ -31,7 +31,7 @@ def needle(kind: str) -> TrainingRecipe:
     return TrainingRecipe(
         name=f"needle_{kind}",
         summary=f"10.7 M parameters, needles in haystacks of 4,096 bytes: {kind.replace('_', '-')}",
-        model=model_kinds(base, capped_levels=CAPPED_LEVELS)[kind],
+        model=model_of_kind(kind, base, capped_levels=CAPPED_LEVELS),
         data=("needle:50000:4096:stdlib", "stdlib"),
         seq_len=4096,
         batch_tokens=131_072,

@@ -163,9 +163,8 @@ class StopEarly(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if _anywhere(self.is_due) and state.global_step < state.max_steps:
-            control.should_save = True
+            control.should_save = True  # behind the validation of this step, if it is due: nobody would make up for it
             control.should_training_stop = True
-            control.should_evaluate = False
 
 
 def _anywhere(flag: bool) -> bool:

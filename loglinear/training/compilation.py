@@ -8,15 +8,19 @@ import torch
 
 from loglinear.models import LogLinearForCausalLM
 
+GRAPHS = 16  # that the compiler may make of the blocks' one function: a hybrid has twice the six below
+
 
 def compile_blocks(model: LogLinearForCausalLM, **options: Any) -> None:
     """Compile every block of the model when it first runs; `options` are torch.compile's.
 
     A step is then about 35 kernels a block besides the operator's own, forward and backward, instead of 200. Blocks of
-    a kind share their graphs: one for training, one for evaluation, and one more of each from the second number of
-    packed documents on. Names of parameters, checkpoints and what the model computes stay as they were. With
-    impl="triton" a block is one graph; impl="torch" and softmax attention over packed documents run between graphs.
+    a kind share their graphs: for training and for evaluation one of the first number of packed documents, one of any
+    number, and one of a single document. Names of parameters, checkpoints and what the model computes stay as they
+    were. With impl="triton" a block is one graph; impl="torch" and softmax attention over packed documents run between
+    graphs.
     """
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     for block in model.model.layers:
         block.compile(**options)
 

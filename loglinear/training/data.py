@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from loglinear.training.sources import Document, read_documents
+from loglinear.training.sources import Document, name_hash, read_documents
 from loglinear.training.tokenizer import encode_document
 
 IGNORED = -100  # the label that the loss leaves out
@@ -86,15 +86,11 @@ def _corpus(parts: list[tuple[str, np.ndarray, int]], special: tuple[int, ...]) 
     )
 
 
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
-
-
 def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Tokenise documents, in memory (2 bytes for each byte of text with the byte tokenizer)."""
     parts = [(document.name, _size(document), encode_document(tokenizer, document.text)) for document in documents]
     special = tuple(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None)
-    in_order = sorted(parts, key=lambda part: (_hash(part[0]), part[0]))
+    in_order = sorted(parts, key=lambda part: (name_hash(part[0]), part[0]))
     return _corpus([(name, tokens, size) for name, size, tokens in in_order], special)
 
 
@@ -116,8 +112,7 @@ def split(corpus: Corpus, validation_fraction: float) -> tuple[Corpus, Corpus]:
     count = len(corpus.names)
     if count == 1:
         return _cut_single(corpus, validation_fraction)
-    threshold = int(validation_fraction * 2**64)
-    chosen = sum(_hash(name) < threshold for name in corpus.names)  # documents are in hash order
+    chosen = sum(name_hash(name) < validation_fraction for name in corpus.names)  # documents are in hash order
     chosen = min(max(chosen, 1), count - 1)
     return corpus.take(range(chosen, count)), corpus.take(range(chosen))
 

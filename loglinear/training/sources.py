@@ -7,6 +7,7 @@ they are split into training and validation whole, and packed so that nothing le
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib
 import json
 import sysconfig
@@ -17,15 +18,21 @@ from typing import NamedTuple
 
 import zstandard
 
-from loglinear.training.needle import needle_documents
+from loglinear.training.needle import SHORTEST, needle_documents
 
 STDLIB = "stdlib"
 DATASETS_PREFIX = "datasets:"
 NEEDLE_PREFIX = "needle:"
+NEVER_A_HAYSTACK = 0.1  # documents below it by `name_hash`: what validates is not to be trained on in haystacks
 END_TOKENS = 2  # of a document: where it begins, and where it ends
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what is taken from a folder, also with .zst behind
 # Folders of the standard library that not every installation has, or that are not library code.
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "ensurepip"}
+
+
+def name_hash(name: str) -> float:
+    """A document's fixed, arbitrary place in [0, 1): those below the validation fraction validate."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 class Document(NamedTuple):
@@ -44,7 +51,8 @@ def read_documents(sources: Iterable[str]) -> Iterator[Document]:
     A source is a file, a folder (its .txt .md .rst .py .jsonl files, each also as .zst), a glob, `stdlib`, or
     `datasets:NAME` / `datasets:NAME:CONFIG` (rows with a `text` column; needs the `datasets` extra). And
     `needle:COUNT:LENGTH` makes documents of needles in noise (`loglinear.training.needle`), of at most LENGTH byte
-    tokens with the two at its ends; `needle:COUNT:LENGTH:SOURCE` hides every second one in the text of another source.
+    tokens with the two at its ends; `needle:COUNT:LENGTH:SOURCE` hides every second one in the text of another source,
+    where it has several without the tenth of its documents that may validate.
 
     Raises ValueError for a source that is missing, holds nothing to read, or holds a file that is not text.
     """
@@ -177,6 +185,10 @@ def _make_needles(source: str) -> Iterator[Document]:
     count, length, text = (source.removeprefix(NEEDLE_PREFIX).split(":", 2) + ["", ""])[:3]
     if not (count.isdecimal() and length.isdecimal()):
         raise ValueError(f"data {source!r} must be {NEEDLE_PREFIX}COUNT:LENGTH or {NEEDLE_PREFIX}COUNT:LENGTH:SOURCE")
-    texts = [document.text for document in read_documents([text])] if text else []
+    documents = list(read_documents([text])) if text else []
+    training = [document for document in documents if name_hash(document.name) >= NEVER_A_HAYSTACK]
+    texts = [document.text for document in training or documents]
+    if int(length) < SHORTEST + END_TOKENS:
+        raise ValueError(f"data {source!r} must have a LENGTH of at least {SHORTEST + END_TOKENS}")
     for number, made in enumerate(needle_documents(int(count), int(length) - END_TOKENS, texts)):
-        yield Document(f"{NEEDLE_PREFIX}{number}", made)
+        yield Document(":".join([f"{NEEDLE_PREFIX}{length}", *([text] if text else []), str(number)]), made)

@@ -50,4 +50,4 @@ class Mamba2(Variant):
         return Operands(q, k, (v * time_step.unsqueeze(-1)).to(v.dtype), log_decay)
 
     def skip(self, output: Tensor, v: Tensor) -> Tensor:
-        return torch.addcmul(output, self.D.to(output.dtype).unsqueeze(-1), v)
+        return output + (self.D.unsqueeze(-1) * v).to(output.dtype)

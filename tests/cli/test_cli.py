@@ -221,7 +221,7 @@ BAD = {
     unknown_needle_task: "task must be one of single_1, single_2, multikey_1, multivalue, multiquery, got 'single_4'",
     needles_without_room: "length must leave room for a sentence of the haystack in multiquery, got 512 tokens",
     needle_documents_without_length: "data 'needle:100' must be needle:COUNT:LENGTH",
-    short_needle_documents: "needle documents must be 1 or more of 512 bytes or more, got 100 of 254",
+    short_needle_documents: "data 'needle:100:256' must have a LENGTH of at least 514",
     prompt_that_is_no_text: "the prompt is not UTF-8 text",
     binary_data: "is binary, expected UTF-8 text",
     empty_data: "holds no text",

@@ -63,6 +63,20 @@ def test_blocks_share_a_graph_that_takes_any_number_of_documents():
     assert graphs() == 3  # of the first number of documents, of any number, of one
 
 
+@pytest.mark.interpreter
+def test_blocks_of_a_hybrid_stay_within_the_compilers_limit():
+    models = blocks(num_hidden_layers=2, layer_types=[FULL, "linear_attention"])
+    compile_blocks(models[1], backend="eager")
+    for ends in ([0, 5, 21], [0, 21], [0, 1, 3, 3, 21]):
+        for is_training in (True, False):
+            with torch.set_grad_enabled(is_training):
+                for block in models[1].train(is_training).model.layers:
+                    x = torch.randn(1, 21, 16)
+                    block(x, token_layout(models[1].config, x, torch.tensor(ends), None, None, None))
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["ok"] == frames["total"] > 8  # the default limit, after which blocks would run as they are
+
+
 def test_a_softmax_block_is_one_graph_around_its_documents():
     models = blocks(layer_types=[FULL])
     compare(models, None)

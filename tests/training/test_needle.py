@@ -19,7 +19,7 @@ from loglinear.training.needle import (
     needle_documents,
     split_sentences,
 )
-from loglinear.training.sources import read_documents
+from loglinear.training.sources import name_hash, read_documents
 from loglinear.training.tokenizer import ByteTokenizer, encode_document
 
 PROSE = " ".join(f"Sentence {i} of the prose says {i * i} and ends." for i in range(400))
@@ -146,7 +146,7 @@ def test_sentences_keep_all_of_the_text():
 def test_source_makes_documents_that_fit_into_a_length(tmp_path):
     (tmp_path / "a:b.txt").write_text(PROSE)
     documents = list(read_documents([f"needle:40:700:{tmp_path / 'a:b.txt'}"]))
-    assert [document.name for document in documents] == [f"needle:{i}" for i in range(40)]
+    assert [document.name for document in documents] == [f"needle:700:{tmp_path / 'a:b.txt'}:{i}" for i in range(40)]
     assert max(len(encode_document(ByteTokenizer(), document.text)) for document in documents) <= 700
     assert any("of the prose says" in document.text for document in documents)
     assert not any("of the prose says" in document.text for document in read_documents(["needle:40:700"]))
@@ -156,6 +156,16 @@ def test_source_makes_documents_that_fit_into_a_length(tmp_path):
 def test_source_that_is_none_is_named(source):
     with pytest.raises(ValueError, match=f"data '{source}' must be needle:COUNT:LENGTH or needle:COUNT:LENGTH:SOURCE"):
         list(read_documents([source]))
+
+
+def test_what_may_validate_is_no_haystack(tmp_path):
+    for i in range(60):
+        (tmp_path / f"{i}.txt").write_text(" ".join(f"Sentence {word} of document {i}." for word in "abcdefgh"))
+    validating = [document.name for document in read_documents([str(tmp_path)]) if name_hash(document.name) < 0.1]
+    assert 0 < len(validating) < 30
+    made = " ".join(document.text for document in read_documents([f"needle:300:900:{tmp_path}"]))
+    seen = {i for i in range(60) if f"of document {i}." in made}
+    assert seen == {i for i in range(60) if f"{i}.txt" not in validating}
 
 
 def test_impossible_documents_are_named(tmp_path):

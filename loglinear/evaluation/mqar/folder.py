@@ -11,7 +11,11 @@ from loglinear.training.json_files import read_object, write_object
 
 Result = dict[str, Any]  # what `run_cell` gives
 CELL_FILE = "cell.json"
-NEEDED = ("test_accuracy", "validation_accuracy", "parameters", "steps", "precision", "versions", "command")
+# What the table is made of.
+ACCURACIES = ("test_accuracy", "test_accuracy_by_pairs", "validation_accuracy")
+COSTS = ("parameters", "epochs", "steps", "seconds")
+HOW = ("precision", "versions", "command")
+NEEDED = (*ACCURACIES, *COSTS, *HOW)
 
 
 def begin(out: Path, cell: RecallCell) -> Path:

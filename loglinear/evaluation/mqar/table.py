@@ -6,11 +6,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from loglinear.evaluation.mqar.folder import Result, cell_of
+from loglinear.evaluation.mqar.folder import ACCURACIES, COSTS, HOW, Result, cell_of
 from loglinear.recipes.mqar import ABLATIONS, MODELS
-
-ACCURACIES = ("test_accuracy", "test_accuracy_by_pairs", "validation_accuracy")
-COSTS = ("parameters", "epochs", "steps", "seconds")
 
 
 def best_learning_rate(results: Iterable[Result]) -> float:
@@ -30,7 +27,7 @@ def gather(results: Sequence[Result]) -> dict[str, Any]:
     for result in results:
         cell = cell_of(result)
         groups.setdefault((order.index(cell.model), cell.dim), []).append(result)
-    made = [{name: result[name] for name in ("precision", "versions", "command")} for result in results]
+    made = [{name: result[name] for name in HOW} for result in results]
     return {
         "task": results[0]["cell"]["task"],
         "table": [_row(group) for _, group in sorted(groups.items())],

@@ -26,7 +26,7 @@ from loglinear.evaluation.mqar.folder import Result, begin, finish
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes.mqar import RecallCell, RecallTask
 from loglinear.training.checkpoints import last_checkpoint
-from loglinear.training.compilation import compile_blocks
+from loglinear.training.compilation import compile_blocks, require_compiler
 from loglinear.training.run_folder import command, versions
 from loglinear.training.trainer import LogLinearTrainer
 
@@ -35,6 +35,9 @@ class Flag(Protocol):
     """A `threading.Event`, or that of multiprocessing: somebody wants the training to stop."""
 
     def is_set(self) -> bool: ...
+
+
+_require_compiler = functools.cache(require_compiler)
 
 
 @functools.cache
@@ -70,6 +73,7 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
     )
     trainer.remove_callback(PrinterCallback)
     if device == "cuda":
+        _require_compiler(torch.device(device))
         torch.compiler.reset()  # a process that trains many kinds of model would come to the compiler's limit of them
         compile_blocks(model)
         trainer.answer_loss = torch.compile(answer_loss)

@@ -63,7 +63,7 @@ def run_table(
                 if new:
                     bar.set_postfix(running=min(processes, len(running)))
                 for future in wait(running, POLL_SECONDS, FIRST_COMPLETED).done:
-                    cell, result = running.pop(future), future.result()
+                    cell, result = running.pop(future), _result(future)
                     if result is not None:
                         results[cell.name] = result
                         bar.set_postfix(running=min(processes, len(running)), refresh=False)
@@ -76,6 +76,13 @@ def run_table(
         finally:
             stop.set()
     return Progress(_finished(table, results), len(table), early.requested)
+
+
+def _result(future: Future[Result | None]) -> Result | None:
+    try:
+        return future.result()
+    except torch.OutOfMemoryError as error:
+        raise ValueError("the device has too little memory for so many cells: give fewer --processes") from error
 
 
 def _known(table: RecallTable, results: Mapping[str, Result]) -> list[RecallCell]:

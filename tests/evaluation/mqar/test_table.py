@@ -58,6 +58,10 @@ def test_gathered_json_has_every_cell_and_how_it_was_made_once():
         ("{", "is not JSON"),
         ("{}", "holds no cell"),
         (json.dumps({"cell": tiny_cell().to_dict()}), "is no result of a cell: it has no 'test_accuracy'"),
+        (
+            json.dumps(result_of(tiny_cell(), 0.5) | {"seconds": None}).replace('"seconds"', '"s"'),
+            "it has no 'seconds'",
+        ),
         (json.dumps({"cell": {**tiny_cell().to_dict(), "model": "mamba"}}), "holds no cell: unknown model 'mamba'"),
         (json.dumps(result_of(tiny_cell(task=TASK.override(epochs=2)), 0.5)), "made with epochs = 2, got 4"),
     ],

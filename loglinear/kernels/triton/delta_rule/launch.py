@@ -62,8 +62,8 @@ SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for lo
 
 class Launch(NamedTuple):
     """Columns of a tile at most, of the keys and of what is right of a state's K rows; warps for tiles of more than 64
-    rows; stages of the pipeline, of which what reads what it wrote may have but one; registers of a thread at most,
-    where a few less let one program more share a multiprocessor."""
+    rows; stages of the pipeline, one where a loop reads what it wrote; registers of a thread at most, where a few less
+    let one program more share a multiprocessor."""
 
     TK: int = 64
     BV: int = 64
@@ -319,7 +319,8 @@ class DeltaRule(Call):
             LOG_C=log2(C), PARTS=parts, LINEAR=self.L == 1,
             **constants, **self.dots, **self.wide("scores_backward"),
         )  # fmt: skip
-        key_tiles, value_tiles = (self.tiles("writes_backward", kind) for kind in (True, False))
+        key_tiles = triton.cdiv(K, self.key_tile("writes_backward"))
+        value_tiles = self.tiles("writes_backward")
         dkeys, sums = self.empty(y.chunks, H, C, K), self.empty(y.chunks, H, key_tiles + value_tiles, C)
         writes_backward_kernel[(y.chunks * (2 * key_tiles + value_tiles) * H,)](
             self.k, self.v, self.beta, self.cumulative, self.inverse, effective, weights, dslots, dtransitions, dseen,
