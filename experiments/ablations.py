@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from experiments.long_text import Data, run_on_long_text
-from experiments.runs import Compile, Minutes, Out, Results, Seed, Steps, program
+from experiments.runs import BatchTokens, Compile, Minutes, Out, Results, Seed, SeqLen, Steps, program
 from loglinear.cli import execute
 from loglinear.recipes import TrainingRecipe, get_recipe
 from loglinear.recipes.long_text import CAPPED_LEVELS
@@ -45,6 +45,8 @@ def run(
     out: Out,
     data: Data = Path("data/long_text"),
     steps: Steps = None,
+    seq_len: SeqLen = None,
+    batch_tokens: BatchTokens = None,
     seed: Seed = None,
     compile: Compile = None,
     minutes: Minutes = None,
@@ -52,8 +54,8 @@ def run(
 ) -> None:
     """Train a model with one choice, or go on where its run stands, and evaluate it: ablation-CHOICE.json.
 
-    A call may be ended at any time: the next one goes on from the last checkpoint. The evaluation is not counted in
-    --minutes.
+    Training may be ended at any time: the next call goes on from the last checkpoint. The evaluation behind it takes
+    minutes of its own, not counted in --minutes; one that is ended begins anew.
 
     Example, to be called until it exits with 0:
 
@@ -65,6 +67,8 @@ def run(
         data,
         results / f"ablation-{choice}.json",
         steps=steps,
+        seq_len=seq_len,
+        batch_tokens=batch_tokens,
         seed=seed,
         compile=compile,
         minutes=minutes,

@@ -13,12 +13,25 @@ from typing import Annotated, Any
 import typer
 
 from experiments.prepare import prepare as prepare_corpus
-from experiments.runs import Compile, Kind, Minutes, Out, Results, Seed, Steps, program, train_and_evaluate
+from experiments.runs import (
+    BatchTokens,
+    Compile,
+    Kind,
+    Minutes,
+    Out,
+    Results,
+    Seed,
+    SeqLen,
+    Steps,
+    kind_recipe,
+    program,
+    train_and_evaluate,
+)
 from loglinear.cli import execute
 from loglinear.cli.console import print_table
 from loglinear.evaluation import evaluate_perplexity
 from loglinear.models import LogLinearForCausalLM
-from loglinear.recipes import TrainingRecipe, get_recipe
+from loglinear.recipes import TrainingRecipe
 from loglinear.training import load_tokenizer
 from loglinear.training.data import Corpus, read_corpus
 
@@ -51,6 +64,8 @@ def run(
     out: Out,
     data: Data = Path("data/long_text"),
     steps: Steps = None,
+    seq_len: SeqLen = None,
+    batch_tokens: BatchTokens = None,
     seed: Seed = None,
     compile: Compile = None,
     minutes: Minutes = None,
@@ -58,19 +73,21 @@ def run(
 ) -> None:
     """Train one model, or go on where its run stands, and evaluate it once it is trained: long-text-KIND.json.
 
-    A call may be ended at any time: the next one goes on from the last checkpoint. The evaluation is not counted in
-    --minutes.
+    Training may be ended at any time: the next call goes on from the last checkpoint. The evaluation behind it takes
+    minutes of its own, not counted in --minutes; one that is ended begins anew.
 
     Example, to be called until it exits with 0:
 
     python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9
     """
     run_on_long_text(
-        get_recipe(f"long_text_{kind}"),
+        kind_recipe("long_text", kind),
         out,
         data,
         results / f"long-text-{kind}.json",
         steps=steps,
+        seq_len=seq_len,
+        batch_tokens=batch_tokens,
         seed=seed,
         compile=compile,
         minutes=minutes,
@@ -79,6 +96,8 @@ def run(
 
 def run_on_long_text(recipe: TrainingRecipe, out: Path, data: Path, result: Path, **options: Any) -> None:
     """`train_and_evaluate` with the two texts in the folder `data`. Raises ValueError where one of them is missing."""
+    if data.is_file():
+        raise ValueError(f"--data must be the folder of train.jsonl.zst and validation.jsonl.zst, got the file {data}")
     training, validation = data / "train.jsonl.zst", data / "validation.jsonl.zst"
     for file in (training, validation):
         if not file.is_file():

@@ -11,11 +11,24 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.runs import Compile, Kind, Minutes, Out, Results, Seed, Steps, program, train_and_evaluate
+from experiments.runs import (
+    BatchTokens,
+    Compile,
+    Kind,
+    Minutes,
+    Out,
+    Results,
+    Seed,
+    SeqLen,
+    Steps,
+    kind_recipe,
+    program,
+    train_and_evaluate,
+)
 from loglinear.cli import execute
 from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.models import LogLinearForCausalLM
-from loglinear.recipes import TrainingRecipe, get_recipe
+from loglinear.recipes import TrainingRecipe
 from loglinear.training import load_tokenizer
 from loglinear.training.sources import read_documents
 
@@ -34,6 +47,8 @@ def run(
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples of every task and length.")] = 200,
     steps: Steps = None,
+    seq_len: SeqLen = None,
+    batch_tokens: BatchTokens = None,
     seed: Seed = None,
     compile: Compile = None,
     minutes: Minutes = None,
@@ -41,17 +56,21 @@ def run(
 ) -> None:
     """Train one model, or go on where its run stands, and evaluate it once it is trained: needle-KIND.json.
 
-    A call may be ended at any time: the next one goes on from the last checkpoint. The evaluation is not counted in
-    --minutes. All models, of any seed, answer the same examples. --data should be a text that the training does not
-    have, which is Python's standard library: the validation text of `experiments.long_text`, for one.
+    Training may be ended at any time: the next call goes on from the last checkpoint. The evaluation behind it takes
+    minutes of its own, not counted in --minutes; one that is ended begins anew. All models, of any seed, answer the
+    same examples. --data should be a text that is not in the training, which has Python's standard library: the
+    validation text of `experiments.long_text`, for one.
 
     Example, to be called until it exits with 0:
 
     python -m experiments.needle run --kind log_linear --out runs/needle/log_linear --minutes 9
     --data data/long_text/validation.jsonl.zst
     """
-    recipe = get_recipe(f"needle_{kind}")
+    recipe = kind_recipe("needle", kind)
     tokenizer = load_tokenizer(recipe.tokenizer or "bytes")
+    for name in data or ():
+        if name.endswith(".jsonl.zst") and not Path(name).is_file():
+            raise ValueError(f"there is no {name}: `python -m experiments.long_text prepare` makes the long texts")
     texts = [document.text for document in read_documents(data or ())]
     sets = example_sets(tokenizer, texts, lengths=LENGTHS, count=examples)  # what is wrong is known before training
 
@@ -64,6 +83,8 @@ def run(
         evaluate,
         results / f"needle-{kind}.json",
         steps=steps,
+        seq_len=seq_len,
+        batch_tokens=batch_tokens,
         seed=seed,
         compile=compile,
         minutes=minutes,

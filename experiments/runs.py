@@ -13,7 +13,8 @@ import typer
 
 from loglinear.cli.console import Interrupted
 from loglinear.models import LogLinearForCausalLM
-from loglinear.recipes import TrainingRecipe
+from loglinear.recipes import TrainingRecipe, get_recipe
+from loglinear.recipes.comparison import KINDS
 from loglinear.training import load_model, train
 from loglinear.training.json_files import write_object
 from loglinear.training.run_folder import RUN_FILE, command, read_metrics, read_run, run_recipe, versions
@@ -22,7 +23,11 @@ CURVE_POINTS = 100  # that a result keeps of the training loss
 
 Kind = Annotated[str, typer.Option(help="linear, log_linear, capped, hybrid or transformer.")]
 Out = Annotated[Path, typer.Option(help="Folder of this model's training run.")]
-Steps = Annotated[int | None, typer.Option(help="Optimiser steps of 131,072 tokens, instead of the recipe's.")]
+Steps = Annotated[int | None, typer.Option(help="Optimiser steps, instead of the recipe's.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens read at once, instead of the recipe's: to try things out.")]
+BatchTokens = Annotated[
+    int | None, typer.Option(help="Tokens of a step, instead of the recipe's 131,072, which want a GPU of 80 GB.")
+]
 Seed = Annotated[int | None, typer.Option(help="Of the weights and of the data's order.")]
 Compile = Annotated[
     bool | None,
@@ -79,6 +84,13 @@ def train_and_evaluate(
     }
     write_object(result, written)
     print(f"written to {result}")
+
+
+def kind_recipe(experiment: str, kind: str) -> TrainingRecipe:
+    """The recipe EXPERIMENT_KIND. Raises ValueError for a kind that is none."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    return get_recipe(f"{experiment}_{kind}")
 
 
 def begun(recipe: TrainingRecipe, out: Path, *, compile: bool | None = None, **overrides: Any) -> TrainingRecipe:

@@ -52,7 +52,8 @@ def _note(found: dict[str, Any]) -> str:
     pairs = ", ".join(map(str, task["pairs"]))
     return (
         f"Percent, mean (standard deviation) over {seeds} seeds, at the learning rate that is best on validation; "
-        f"{MISSING}: not measured. Sequences of {task['length']} tokens with {pairs} pairs, "
+        f"{MISSING}: not measured; *: other learning rates are still to run. Sequences of {task['length']} tokens with "
+        f"{pairs} pairs, "
         f"{task['examples']:,} for training with each number of pairs, at most {task['epochs']} epochs. "
         f"{said(made, lambda how: how['precision'])}, {said(made, lambda how: how['versions'].get('device'))}."
     )

@@ -12,13 +12,24 @@ GIB = 2**30
 MISSING = "-"
 COST_COLUMNS = ("parameters", "M tokens", "tokens/s", "GPU minutes", "peak GiB")
 
+NEEDED = ("seed", "parameters", "versions", "recipe", "training", "evaluation")
 Result = dict[str, Any]  # what `experiments.runs.train_and_evaluate` writes
 
 
 def read_results(results: Path, experiment: str, names: Iterable[str]) -> dict[str, Result]:
-    """The results EXPERIMENT-NAME.json that there are, in the order of the names."""
+    """The results EXPERIMENT-NAME.json that there are, in the order of the names.
+
+    Raises ValueError, naming the file, where one is no result.
+    """
     files = {name: results / f"{experiment}-{name}.json" for name in names}
-    return {name: read_object(file) for name, file in files.items() if file.is_file()}
+    return {name: _read_result(file) for name, file in files.items() if file.is_file()}
+
+
+def _read_result(file: Path) -> Result:
+    result = read_object(file)
+    if missing := [name for name in NEEDED if name not in result]:
+        raise ValueError(f"{file} is no result of an experiment: it has no {missing[0]!r}")
+    return result
 
 
 def costs(result: Result) -> list[str]:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from loglinear.evaluation.packed import LOGIT_ROWS, read, rows
-from loglinear.training.needle import Haystack, Needle, Question, draw_key, draw_value, hide
+from loglinear.training.needle import LONGEST_SENTENCE, Haystack, Needle, Question, draw_key, draw_value, hide
 from loglinear.training.tokenizer import encode_document
 
 ROW_TOKENS = 65_536  # tokens of one forward pass, or one example where that is longer
@@ -105,7 +105,8 @@ def _example(task: str, length: int, haystack: Haystack, tokenizer: PreTrainedTo
     room = length - _special_tokens(tokenizer) - sum(len(_tokens(tokenizer, text)) for text in fixed)
     sentences = haystack.take(rng, room)
     if not sentences:
-        raise ValueError(f"length must leave room for a sentence of the haystack in {task}, got {length} tokens")
+        enough = length - room + LONGEST_SENTENCE  # bytes, which are tokens or more than those
+        raise ValueError(f"length must leave room for a sentence in {task}: {enough} tokens are enough, got {length}")
     mixed, depths = hide(rng, needles, sentences)
     depth_of = {needle.value: depth for needle, depth in zip(needles, depths, strict=True)}
     prompt = begin + haystack.separator.join(mixed) + end

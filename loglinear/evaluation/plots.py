@@ -73,7 +73,7 @@ def plot_differences(path: Path, curves: Curves, *, reference: str, training_len
 
 def _draw_curves(axes: Axes, curves: Curves, training_length: int | None) -> None:
     for index, (name, curve) in enumerate(curves.items()):
-        bits, errors = np.asarray(curve["bits_per_byte"]), np.asarray(curve["standard_error"])
+        bits, errors = np.array(curve["bits_per_byte"], float), np.array(curve["standard_error"], float)
         axes.plot(curve["position"], bits, f"C{index}.-", label=name)
         axes.fill_between(curve["position"], bits - errors, bits + errors, color=f"C{index}", alpha=0.15, lw=0)
     if training_length is not None:

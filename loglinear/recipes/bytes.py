@@ -38,10 +38,10 @@ def demo() -> TrainingRecipe:
 
 
 def small() -> TrainingRecipe:
-    """About 25 M parameters at the byte level: an evening on one GPU."""
+    """About 26 M parameters at the byte level: an evening on one GPU."""
     return TrainingRecipe(
         name="small",
-        summary="25 M parameters, bytes, an evening on one GPU",
+        summary="26 M parameters, bytes, an evening on one GPU",
         model={
             "vocab_size": BYTE_VOCABULARY,
             "hidden_size": 384,

@@ -219,7 +219,7 @@ BAD = {
     evaluation_with_a_small_vocabulary: "has 259 tokens, the model's vocab_size is 50",
     needle_in_text_without_data: "task single_2 hides its needle in text: give --data",
     unknown_needle_task: "task must be one of single_1, single_2, multikey_1, multivalue, multiquery, got 'single_4'",
-    needles_without_room: "length must leave room for a sentence of the haystack in multiquery, got 512 tokens",
+    needles_without_room: "tokens are enough, got 512",
     needle_documents_without_length: "data 'needle:100' must be needle:COUNT:LENGTH",
     short_needle_documents: "data 'needle:100:256' must have a LENGTH of at least 514",
     prompt_that_is_no_text: "the prompt is not UTF-8 text",

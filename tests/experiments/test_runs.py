@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.runs import begun, training_summary
+from experiments.figures.results import read_results
+from experiments.runs import begun, kind_recipe, training_summary
 from loglinear.training.run_folder import write_run
 from tests.training.tiny import tiny_recipe
 
@@ -36,3 +37,14 @@ def test_training_curve_keeps_the_mean_of_every_stretch():
     mean = np.mean([record["bits_per_byte"] for record in metrics])
     assert np.mean([point["bits_per_byte"] for point in summary["curve"]]) == pytest.approx(mean)
     assert summary["tokens_per_second"] == pytest.approx(20) and summary["minutes"] == pytest.approx(225 / 60)
+
+
+def test_a_kind_that_is_none_is_named():
+    with pytest.raises(ValueError, match="kind must be one of linear, .* got 'loglinear'"):
+        kind_recipe("long_text", "loglinear")
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path):
+    (tmp_path / "needle-linear.json").write_text("{}")
+    with pytest.raises(ValueError, match="needle-linear.json is no result of an experiment: it has no 'seed'"):
+        read_results(tmp_path, "needle", ["linear"])

@@ -45,6 +45,7 @@ def _row(results: Sequence[Result]) -> dict[str, Any]:
         "model": cell_of(results[0]).model,
         "dim": cell_of(results[0]).dim,
         "learning_rate": rate,
+        "learning_rates": sorted({cell_of(result).learning_rate for result in results}),
         "seeds": sorted(chosen),
         "mean": statistics.fmean(accuracies),
         "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
@@ -58,10 +59,17 @@ def _line(result: Result) -> dict[str, Any]:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """Rows are dimensions, columns models: mean test accuracy in percent (standard deviation over seeds), or '-'."""
+    """Rows are dimensions, columns models: mean test accuracy in percent (standard deviation over seeds), or '-'.
+
+    A star is behind what has not had all the learning rates that others had: its best one may still come.
+    """
     rows = table["table"]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    texts = {(row["dim"], row["model"]): _percent(row) for row in rows}
+    rates = {rate for row in rows for rate in row["learning_rates"]}
+    texts = {
+        (row["dim"], row["model"]): _percent(row) + ("" if rates == set(row["learning_rates"]) else " *")
+        for row in rows
+    }
     lines = [["dim", *models], ["---", *["---:"] * len(models)]]
     for dim in sorted({row["dim"] for row in rows}):
         lines.append([str(dim), *(texts.get((dim, model), "-") for model in models)])

@@ -38,7 +38,7 @@ def test_markdown_has_a_row_for_each_dimension_and_a_column_for_each_model():
         "| dim | mamba2 | attention |",
         "| --- | ---: | ---: |",
         "| 16 | - | 60.0 (10.0) |",
-        "| 32 | 25.0 | - |",
+        "| 32 | 25.0 * | - |",  # other rates may be better
     ]
 
 
