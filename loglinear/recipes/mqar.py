@@ -108,6 +108,11 @@ class RecallTask:
         if self.length % 2 or self.length < 4 * max(self.pairs):
             raise ValueError(f"length must be even and at least 4 times the pairs {self.pairs}, got {self.length}")
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of all numbers of pairs."""
+        return len(self.pairs) * -(-self.examples // self.batch_size)
+
     def override(self, **changes: Any) -> RecallTask:
         """The same task with every `changes` that is not None put in; lists become tuples."""
         given = {name: value for name, value in changes.items() if value is not None}

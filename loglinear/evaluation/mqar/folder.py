@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loglinear.recipes.mqar import RecallCell, RecallTask
+from loglinear.training.checkpoints import checkpoints, step_of
 from loglinear.training.json_files import read_object, write_object
 
 Result = dict[str, Any]  # what `run_cell` gives
@@ -28,6 +29,12 @@ def begin(out: Path, cell: RecallCell) -> Path:
     require_same_task(out, cell)
     write_object(folder / CELL_FILE, cell.to_dict())
     return folder
+
+
+def epochs_trained(out: Path, task: RecallTask) -> float:
+    """How many epochs unfinished cells have a checkpoint of, the mean over those that have one."""
+    saved = [found[-1] for folder in (out / "unfinished").glob("*") if (found := checkpoints(folder))]
+    return sum(step_of(checkpoint) for checkpoint in saved) / task.steps_per_epoch / max(1, len(saved))
 
 
 def finish(out: Path, cell: RecallCell, result: Result) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from loglinear.evaluation.mqar.folder import Result, read_results, require_same_task
+from loglinear.evaluation.mqar.folder import Result, epochs_trained, read_results, require_same_task
 from loglinear.evaluation.mqar.table import best_learning_rate
 from loglinear.evaluation.mqar.training import run_cell
 from loglinear.recipes.mqar import RecallCell, RecallTable
@@ -60,13 +60,11 @@ def run_table(
                 running |= {pool.submit(_work, cell, out): cell for cell in new}
                 if not running:
                     break
-                if new:
-                    bar.set_postfix(running=min(processes, len(running)))
+                bar.set_postfix(running=min(processes, len(running)), epochs=f"{epochs_trained(out, table.task):.1f}")
                 for future in wait(running, POLL_SECONDS, FIRST_COMPLETED).done:
                     cell, result = running.pop(future), _result(future)
                     if result is not None:
                         results[cell.name] = result
-                        bar.set_postfix(running=min(processes, len(running)), refresh=False)
                         bar.update()
                 if early.is_due:
                     stop.set()

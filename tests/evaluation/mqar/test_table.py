@@ -6,6 +6,7 @@ import math
 import pytest
 
 from loglinear.evaluation.mqar import gather, markdown, read_results
+from loglinear.evaluation.mqar.folder import epochs_trained
 from loglinear.evaluation.mqar.table import best_learning_rate
 from tests.evaluation.mqar.tiny import TASK, result_of, tiny_cell
 
@@ -71,3 +72,11 @@ def test_damaged_and_foreign_files_are_named(tmp_path, text, message):
     (tmp_path / "cells" / "a.json").write_text(text)
     with pytest.raises(ValueError, match=f"a.json.*{message}"):
         read_results(tmp_path, TASK)
+
+
+def test_epochs_of_unfinished_cells_are_counted_by_their_checkpoints(tmp_path):
+    assert epochs_trained(tmp_path, TASK) == 0
+    for name, steps in {"a": (1,), "b": (1, 2), "c": ()}.items():
+        for step in steps:
+            (tmp_path / "unfinished" / name / f"checkpoint-{step * TASK.steps_per_epoch}").mkdir(parents=True)
+    assert epochs_trained(tmp_path, TASK) == 1.5
