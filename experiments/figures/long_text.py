@@ -35,7 +35,7 @@ def long_text(results: Path, out: Path) -> None:
     curves = {kind: window["by_position"] for kind, window in longest.items()}
     plot_positions(out / "long-text-positions.png", curves, training_length=length)
     plot_losses(out / "long-text-training.png", {kind: result["training"]["curve"] for kind, result in found.items()})
-    if REFERENCE in longest:
+    if REFERENCE in longest and len(longest) > 1:
         reference = longest[REFERENCE]["by_document"]
         differences = {kind: difference(window["by_document"], reference) for kind, window in longest.items()}
         plot_differences(out / "long-text-differences.png", differences, reference=REFERENCE, training_length=length)

@@ -10,7 +10,7 @@ from loglinear.cli.console import Interrupted
 from loglinear.evaluation.mqar import cores, gather, markdown, read_results, run_table
 from loglinear.recipes.mqar import RecallTable, RecallTask
 from loglinear.training.json_files import write_object
-from loglinear.training.run_folder import claim
+from loglinear.training.run_folder import RUN_FILE, claim
 
 TABLE_FILE = "mqar.json"
 
@@ -21,6 +21,8 @@ def run(out: Path, *, processes: int | None, minutes: float | None, task: dict[s
         raise ValueError(f"minutes must be positive, got {minutes}")
     given = {name: tuple(values) for name, values in table.items() if values}
     cells = RecallTable(**given, task=RecallTask().override(**task))
+    if (out / RUN_FILE).exists():
+        raise ValueError(f"--out {out} holds a training run: choose another folder")
     with claim(out):
         progress = run_table(
             cells,
@@ -33,6 +35,7 @@ def run(out: Path, *, processes: int | None, minutes: float | None, task: dict[s
             summary = gather(results)
             write_object(out / TABLE_FILE, summary)
             print(markdown(summary))
+            print("test accuracy in percent, mean (standard deviation) over seeds", file=sys.stderr)
     state = f"{progress.finished} of {progress.total} cells finished"
     if progress.finished < progress.total:
         raise Interrupted(f"{state}, checkpoints of the running ones saved; the same command continues")

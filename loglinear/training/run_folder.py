@@ -19,6 +19,7 @@ import transformers
 
 import loglinear
 from loglinear.recipes import TrainingRecipe
+from loglinear.training.checkpoints import checkpoints
 from loglinear.training.json_files import read_object, write_atomically, write_object
 
 try:
@@ -109,7 +110,8 @@ def check_same_run(out: Path, recipe: TrainingRecipe, data: dict[str, Any]) -> N
     if changed:
         name = changed[0]
         had, has = old.get(name), new.get(name)
-        raise ValueError(f"{out} holds a run with {name} = {had!r}, which cannot resume with {has!r}")
+        hint = "" if checkpoints(out) else "; it has no checkpoint yet: delete the folder to begin anew"
+        raise ValueError(f"{out} holds a run with {name} = {had!r}, which cannot resume with {has!r}{hint}")
     if stored["data"] != data:
         raise ValueError(f"the data of the run in {out} has changed since it started, so it cannot resume exactly")
 

@@ -333,6 +333,12 @@ def test_resume_with_another_recipe_names_the_difference(uninterrupted, data):
         train(tiny_recipe(data, learning_rate=2e-2), uninterrupted, resume=True, progress=False)
 
 
+def test_a_run_without_a_checkpoint_may_be_deleted(tmp_path, uninterrupted, data):
+    (tmp_path / "run.json").write_text((uninterrupted / "run.json").read_text())
+    with pytest.raises(ValueError, match="steps = 8, which cannot resume with 9; it has no checkpoint yet: delete"):
+        train(tiny_recipe(data, steps=9), tmp_path, resume=True, progress=False)
+
+
 def test_resume_with_another_model_names_the_field(uninterrupted, data):
     recipe = tiny_recipe(data, model=tiny_recipe(data).model | {"num_levels": 3})
     with pytest.raises(ValueError, match=r"run with model.num_levels = 6, which cannot resume with 3$"):
