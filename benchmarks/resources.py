@@ -31,6 +31,7 @@ from loglinear.kernels.triton.call import DOT_TYPES
 from loglinear.kernels.triton.config import STAGES, Launch, default_plan
 from loglinear.kernels.triton.delta_rule import launch as delta_stages
 from loglinear.kernels.triton.delta_rule.tiles import SIZES
+from loglinear.kernels.triton.delta_rule.tiling import PARTS, Tiling
 from loglinear.kernels.triton.scalar_gate import launch as stages
 from loglinear.ops.impl_triton import MAX_HEAD_DIM
 
@@ -104,22 +105,19 @@ def constants(stage: str, direction: str, K: int, V: int, C: int, tile: int, dty
 
 def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, dict[str, Any], Launch]]:
     """Direction, stage, chunk, constants and launch of the delta rule's kernels."""
-    x = torch.empty(1, 128, 1, K, dtype=dtype), torch.empty(1, 128, 1, V, dtype=dtype)
-    jobs = []
-    C = delta_stages.choose_chunk_size(x[0], x[0], x[1], 0)
+    k, v = torch.empty(1, 1, 1, K, dtype=dtype), torch.empty(1, 1, 1, V, dtype=dtype)
+    C = delta_stages.choose_chunk_size(k, k, v, 0)
+    kept, dot, precision = DOT_TYPES[delta_stages.products_of(k, k, v)]
+    tiling, jobs = Tiling(K, V, C, kept), []
     for direction, names in delta_stages.STAGES.items():
-        gates = torch.empty(1, 128, 1)
-        call = delta_stages.DeltaRule(
-            x[0], x[0], x[1], gates, gates, gates[..., None], None, None, None, 1.0, C, False
-        )  # fmt: skip
         for stage in names:
-            options: dict[str, Any] = dict(call.wide(stage))
+            options: dict[str, Any] = dict(tiling.wide(stage))
             launch = Launch(options["TK"], options.pop("num_warps"), options.pop("num_stages"))
             values = dict(
                 K=K, C=C, J=min(C, 64), LOG_J=log2(min(C, 64)), LOG_C=log2(C), PACKED=False, NODES=False, LINEAR=False,
-                ENDS=True, TRANSITION=False, PARTS=call.parts(stage) if stage in delta_stages.PARTS else 1,
-                KEY_TILES=triton.cdiv(K, call.key_tile("writes_backward")), VALUE_TILES=call.tiles("writes_backward"),
-                **options, **call.dots,
+                ENDS=True, TRANSITION=False, PARTS=tiling.parts(stage) if stage in PARTS else 1,
+                KEY_TILES=tiling.key_tiles("writes_backward"), VALUE_TILES=tiling.tiles("writes_backward"),
+                DOT=dot, PRECISION=precision, **options,
             )  # fmt: skip
             jobs.append((direction, stage, C, values, launch))
     return jobs

@@ -13,20 +13,15 @@ from typing import Annotated, Any
 import typer
 
 from experiments.long_text import Data, run_on_long_text
-from experiments.runs import BatchTokens, Compile, Minutes, Out, Results, Seed, SeqLen, Steps, program
+from experiments.runs import Options, Out, program, with_options
 from loglinear.cli import execute
 from loglinear.recipes import TrainingRecipe, get_recipe
+from loglinear.recipes.comparison import choices
 from loglinear.recipes.long_text import CAPPED_LEVELS
 
 STEPS = 500
 DEFAULT = "softplus"  # the published choice: all levels, each with a lambda of its own, from single tokens on
-CHOICES: dict[str, dict[str, Any]] = {  # what each changes in the model's configuration
-    DEFAULT: {},
-    "bounded": {"lambda_form": "bounded"},
-    "unit": {"lambda_form": "unit"},
-    "capped": {"num_levels": CAPPED_LEVELS},
-    "blocks": {"finest_block": 64},  # one lambda for the tokens of a chunk: a hierarchy of chunks
-}
+CHOICES: dict[str, dict[str, Any]] = {DEFAULT: {}, **choices(capped_levels=CAPPED_LEVELS)}
 
 app = program(__doc__)
 
@@ -40,17 +35,13 @@ def ablation(choice: str) -> TrainingRecipe:
 
 
 @app.command()
+@with_options
 def run(
     choice: Annotated[str, typer.Option(help=f"{', '.join(CHOICES)}.")],
     out: Out,
     data: Data = Path("data/long_text"),
-    steps: Steps = None,
-    seq_len: SeqLen = None,
-    batch_tokens: BatchTokens = None,
-    seed: Seed = None,
-    compile: Compile = None,
-    minutes: Minutes = None,
-    results: Results = Path("results"),
+    *,
+    options: Options,
 ) -> None:
     """Train a model with one choice, or go on where its run stands, and evaluate it: ablation-CHOICE.json.
 
@@ -61,18 +52,7 @@ def run(
 
     python -m experiments.ablations run --choice unit --out runs/ablations/unit --minutes 9
     """
-    run_on_long_text(
-        ablation(choice),
-        out,
-        data,
-        results / f"ablation-{choice}.json",
-        steps=steps,
-        seq_len=seq_len,
-        batch_tokens=batch_tokens,
-        seed=seed,
-        compile=compile,
-        minutes=minutes,
-    )
+    run_on_long_text(ablation(choice), out, data, f"ablation-{choice}", options)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from experiments.prepare import prepare as prepare_corpus
-from experiments.runs import (
-    BatchTokens,
-    Compile,
-    Kind,
-    Minutes,
-    Out,
-    Results,
-    Seed,
-    SeqLen,
-    Steps,
-    kind_recipe,
-    program,
-    train_and_evaluate,
-)
+from experiments.runs import Kind, Options, Out, kind_recipe, program, train_and_evaluate, with_options
 from loglinear.cli import execute
 from loglinear.cli.console import print_table
 from loglinear.evaluation import evaluate_perplexity
@@ -59,17 +46,13 @@ def prepare(out: Data = Path("data/long_text")) -> None:
 
 
 @app.command()
+@with_options
 def run(
     kind: Kind,
     out: Out,
     data: Data = Path("data/long_text"),
-    steps: Steps = None,
-    seq_len: SeqLen = None,
-    batch_tokens: BatchTokens = None,
-    seed: Seed = None,
-    compile: Compile = None,
-    minutes: Minutes = None,
-    results: Results = Path("results"),
+    *,
+    options: Options,
 ) -> None:
     """Train one model, or go on where its run stands, and evaluate it once it is trained: long-text-KIND.json.
 
@@ -80,21 +63,10 @@ def run(
 
     python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9
     """
-    run_on_long_text(
-        kind_recipe("long_text", kind),
-        out,
-        data,
-        results / f"long-text-{kind}.json",
-        steps=steps,
-        seq_len=seq_len,
-        batch_tokens=batch_tokens,
-        seed=seed,
-        compile=compile,
-        minutes=minutes,
-    )
+    run_on_long_text(kind_recipe("long_text", kind), out, data, f"long-text-{kind}", options)
 
 
-def run_on_long_text(recipe: TrainingRecipe, out: Path, data: Path, result: Path, **options: Any) -> None:
+def run_on_long_text(recipe: TrainingRecipe, out: Path, data: Path, name: str, options: Options) -> None:
     """`train_and_evaluate` with the two texts in the folder `data`. Raises ValueError where one of them is missing."""
     if data.is_file():
         raise ValueError(f"--data must be the folder of train.jsonl.zst and validation.jsonl.zst, got the file {data}")
@@ -106,9 +78,9 @@ def run_on_long_text(recipe: TrainingRecipe, out: Path, data: Path, result: Path
         recipe,
         out,
         lambda model, recipe: evaluate(model, recipe, validation),
-        result,
+        name,
+        options,
         data=(str(training),),
-        **options,
     )
 
 

@@ -11,33 +11,22 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.runs import (
-    BatchTokens,
-    Compile,
-    Kind,
-    Minutes,
-    Out,
-    Results,
-    Seed,
-    SeqLen,
-    Steps,
-    kind_recipe,
-    program,
-    train_and_evaluate,
-)
+from experiments.runs import Kind, Options, Out, kind_recipe, program, train_and_evaluate, with_options
 from loglinear.cli import execute
 from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
+from loglinear.recipes.needle import LONGEST
 from loglinear.training import load_tokenizer
 from loglinear.training.sources import read_documents
 
-LENGTHS = (1024, 2048, 4096, 8192, 16_384)  # tokens of the examples
+LENGTHS = (1024, 2048, 4096, 8192, LONGEST)  # tokens of the examples
 
 app = program(__doc__)
 
 
 @app.command()
+@with_options
 def run(
     kind: Kind,
     out: Out,
@@ -46,13 +35,8 @@ def run(
         typer.Option(help="Text to hide the tests' needles in, as for training; without it in noise, and no single_2."),
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples of every task and length.")] = 200,
-    steps: Steps = None,
-    seq_len: SeqLen = None,
-    batch_tokens: BatchTokens = None,
-    seed: Seed = None,
-    compile: Compile = None,
-    minutes: Minutes = None,
-    results: Results = Path("results"),
+    *,
+    options: Options,
 ) -> None:
     """Train one model, or go on where its run stands, and evaluate it once it is trained: needle-KIND.json.
 
@@ -77,18 +61,7 @@ def run(
     def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:
         return {"data": data or [], "examples": examples, "tasks": evaluate_sets(model, tokenizer, sets)}
 
-    train_and_evaluate(
-        recipe,
-        out,
-        evaluate,
-        results / f"needle-{kind}.json",
-        steps=steps,
-        seq_len=seq_len,
-        batch_tokens=batch_tokens,
-        seed=seed,
-        compile=compile,
-        minutes=minutes,
-    )
+    train_and_evaluate(recipe, out, evaluate, f"needle-{kind}", options)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import numpy as np
 import torch
@@ -21,20 +24,50 @@ from loglinear.training.run_folder import RUN_FILE, command, read_metrics, read_
 
 CURVE_POINTS = 100  # that a result keeps of the training loss
 
-Kind = Annotated[str, typer.Option(help="linear, log_linear, capped, hybrid or transformer.")]
+Kind = Annotated[str, typer.Option(help=f"{', '.join(KINDS)}.")]
 Out = Annotated[Path, typer.Option(help="Folder of this model's training run.")]
-Steps = Annotated[int | None, typer.Option(help="Optimiser steps, instead of the recipe's.")]
-SeqLen = Annotated[int | None, typer.Option(help="Tokens read at once, instead of the recipe's: to try things out.")]
-BatchTokens = Annotated[
-    int | None, typer.Option(help="Tokens of a step, instead of the recipe's 131,072, which want a GPU of 80 GB.")
-]
-Seed = Annotated[int | None, typer.Option(help="Of the weights and of the data's order.")]
-Compile = Annotated[
-    bool | None,
-    typer.Option("--compile/--no-compile", help="torch.compile for the blocks; where there is a GPU, the default."),
-]
-Minutes = Annotated[float | None, typer.Option(help="Save and stop training (exit code 130) after so long.")]
-Results = Annotated[Path, typer.Option(help="Folder for the result, a JSON file.")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every driver's `run` takes besides: how to train, and where the result goes."""
+
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of the recipe's.")] = None
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens read at once, instead of the recipe's: to try things out.")
+    ] = None
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step, instead of the recipe's 131,072, which want a GPU of 80 GB.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Of the weights and of the data's order.")] = None
+    compile: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="torch.compile for the blocks; where there is a GPU, the default."),
+    ] = None
+    minutes: Annotated[float | None, typer.Option(help="Save and stop training (exit code 130) after so long.")] = None
+    results: Annotated[Path, typer.Option(help="Folder for the result, a JSON file.")] = Path("results")
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Those of the recipe."""
+        return {name: value for name, value in vars(self).items() if name not in ("minutes", "results")}
+
+
+def with_options(run: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter `options` is given as one option for each field of Options."""
+    hints = get_type_hints(run, include_extras=True) | get_type_hints(Options, include_extras=True)
+    own = [parameter for name, parameter in inspect.signature(run).parameters.items() if name != "options"]
+    shared = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default) for f in fields(Options)]
+
+    @functools.wraps(run)
+    def command_line(*args: Any, **given: Any) -> None:
+        options = {parameter.name: given.pop(parameter.name) for parameter in shared if parameter.name in given}
+        run(*args, **given, options=Options(**options))
+
+    parameters = [parameter.replace(annotation=hints[parameter.name]) for parameter in [*own, *shared]]
+    command_line.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command_line.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command_line
 
 
 def program(text: str | None) -> typer.Typer:
@@ -48,30 +81,28 @@ def train_and_evaluate(
     recipe: TrainingRecipe,
     out: Path,
     evaluate: Callable[[LogLinearForCausalLM, TrainingRecipe], dict[str, Any]],
-    result: Path,
-    *,
-    minutes: float | None = None,
+    name: str,
+    options: Options,
     **overrides: Any,
 ) -> None:
-    """Train a recipe in the folder `out`, or go on there; once it is trained evaluate it and write the file `result`.
+    """Train a recipe in the folder `out`, or go on there; once it is trained evaluate it and write the file NAME.json.
 
-    `overrides` are those of `TrainingRecipe.override`. The result of a seed that is not 0 has it in its file's name. On
+    `overrides` are more of `TrainingRecipe.override`. The result of a seed that is not 0 has it in its file's name. On
     a GPU the evaluation is in bfloat16, as the training is.
 
     Raises Interrupted where a signal, or the minutes, stopped the training before its end: call it again. Raises
     ValueError where `out` holds a run of another recipe.
     """
-    recipe = begun(recipe, out, **overrides)
-    state = train(recipe, out, resume=(out / RUN_FILE).exists(), minutes=minutes, label=result.stem)
+    recipe = begun(recipe, out, **options.overrides, **overrides)
+    state = train(recipe, out, resume=(out / RUN_FILE).exists(), minutes=options.minutes, label=name)
     if state.interrupted:
         raise Interrupted(f"stopped at step {state.step} of {recipe.steps}, saved in {out}: the same command goes on")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         evaluation = evaluate(load_model(out, device=device), recipe)
     stored = read_run(out)
-    if recipe.seed:
-        result = result.with_stem(f"{result.stem}-seed{recipe.seed}")
-    result.parent.mkdir(parents=True, exist_ok=True)
+    options.results.mkdir(parents=True, exist_ok=True)
+    result = options.results / f"{name}{f'-seed{recipe.seed}' if recipe.seed else ''}.json"
     written = {
         "seed": recipe.seed,
         "parameters": stored["parameters"],

@@ -1,8 +1,16 @@
 """Byte-level recipes, for machines without a GPU (demo) and with one (small)."""
 
+from typing import Any
+
 from loglinear.recipes.recipe import TrainingRecipe
 
 BYTE_VOCABULARY = 264  # 256 bytes, bos, eos, pad, and padding of the table to a multiple of 8
+
+
+def byte_model(**sizes: Any) -> dict[str, Any]:
+    """Arguments of LogLinearConfig for a byte-level Mamba-2 with heads of 64, whatever its sizes."""
+    shared = dict(vocab_size=BYTE_VOCABULARY, variant="mamba2", num_groups=1, key_dim=64, head_dim=64, chunk_size=64)
+    return {**shared, "tie_word_embeddings": True, **sizes}
 
 
 def demo() -> TrainingRecipe:
@@ -10,20 +18,13 @@ def demo() -> TrainingRecipe:
     return TrainingRecipe(
         name="demo",
         summary="1.0 M parameters, bytes of Python's standard library, minutes on two CPU cores",
-        model={
-            "vocab_size": BYTE_VOCABULARY,
-            "hidden_size": 192,
-            "num_hidden_layers": 2,
-            "intermediate_size": 512,
-            "variant": "mamba2",
-            "num_levels": 12,
-            "num_heads": 4,
-            "num_groups": 1,
-            "key_dim": 64,
-            "head_dim": 64,
-            "chunk_size": 64,
-            "tie_word_embeddings": True,
-        },
+        model=byte_model(
+            hidden_size=192,
+            num_hidden_layers=2,
+            intermediate_size=512,
+            num_levels=12,
+            num_heads=4,
+        ),
         data=("stdlib",),
         seq_len=2048,
         batch_tokens=4096,
@@ -42,21 +43,14 @@ def small() -> TrainingRecipe:
     return TrainingRecipe(
         name="small",
         summary="26 M parameters, bytes, an evening on one GPU",
-        model={
-            "vocab_size": BYTE_VOCABULARY,
-            "hidden_size": 384,
-            "num_hidden_layers": 12,
-            "intermediate_size": 1024,
-            "variant": "mamba2",
-            "num_levels": 14,
-            "num_heads": 12,
-            "num_groups": 1,
-            "key_dim": 64,
-            "head_dim": 64,
-            "chunk_size": 64,
-            "tie_word_embeddings": True,
-            "loss_chunk_size": 16_384,  # 17 MB of logits: with this vocabulary a slice may be long
-        },
+        model=byte_model(
+            hidden_size=384,
+            num_hidden_layers=12,
+            intermediate_size=1024,
+            num_levels=14,
+            num_heads=12,
+            loss_chunk_size=16_384,  # 17 MB of logits: with this vocabulary a slice may be long
+        ),
         seq_len=8192,
         batch_tokens=131_072,
         micro_batch_tokens=32_768,

@@ -1,4 +1,5 @@
-"""Five models to compare: the same sizes, variant and number of parameters, and another way to look back."""
+"""Models to compare: five of the same sizes, variant and number of parameters that look back in different ways, and
+other choices for the log-linear one."""
 
 from __future__ import annotations
 
@@ -8,6 +9,17 @@ from typing import Any
 KINDS = ("linear", "log_linear", "capped", "hybrid", "transformer")
 ATTENTION_PERIOD, ATTENTION_PLACE = 6, 3  # a hybrid's full attention: the fourth of every six layers
 WIDTH_STEP = 16  # of the SwiGLU layers, by which parameters are made equal
+
+
+def choices(*, capped_levels: int) -> dict[str, dict[str, Any]]:
+    """Other choices for a log-linear model than the published ones, as what each changes in its configuration: lambda's
+    two other forms, fewer levels, and one lambda for the tokens of a chunk of 64 (a hierarchy of chunks)."""
+    return {
+        "bounded": {"lambda_form": "bounded"},
+        "unit": {"lambda_form": "unit"},
+        "capped": {"num_levels": capped_levels},
+        "blocks": {"finest_block": 64},
+    }
 
 
 def model_of_kind(kind: str, base: Mapping[str, Any], *, capped_levels: int) -> dict[str, Any]:

@@ -1,31 +1,24 @@
 """Language modelling of long texts at the byte level: five models of 13.3 M parameters, see `experiments.long_text`."""
 
-from loglinear.recipes.bytes import BYTE_VOCABULARY
+from loglinear.fenwick import num_levels
+from loglinear.recipes.bytes import byte_model
 from loglinear.recipes.comparison import model_of_kind
 from loglinear.recipes.recipe import TrainingRecipe
 
 SEQUENCE = 16_384
-LEVELS = 15  # of SEQUENCE tokens
 CAPPED_LEVELS = 13  # what is 2,048 tokens or more away shares the last
 
 
 def long_text(kind: str) -> TrainingRecipe:
     """One of `comparison.KINDS`, on documents of 64 KiB to 1 MiB: sources and manuals, 16,384 tokens at a time."""
-    base = {
-        "vocab_size": BYTE_VOCABULARY,
-        "hidden_size": 384,
-        "num_hidden_layers": 6,
-        "intermediate_size": 1024,
-        "variant": "mamba2",
-        "num_levels": LEVELS,
-        "num_heads": 12,
-        "num_groups": 1,
-        "key_dim": 64,
-        "head_dim": 64,
-        "chunk_size": 64,
-        "rope_theta": 500_000.0,
-        "tie_word_embeddings": True,
-    }
+    base = byte_model(
+        hidden_size=384,
+        num_hidden_layers=6,
+        intermediate_size=1024,
+        num_levels=num_levels(SEQUENCE),
+        num_heads=12,
+        rope_theta=500_000.0,
+    )
     return TrainingRecipe(
         name=f"long_text_{kind}",
         summary=f"13.3 M parameters, long texts, 16,384 bytes at a time: {kind.replace('_', '-')}",

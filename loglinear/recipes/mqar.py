@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loglinear.fenwick import num_levels
+from loglinear.recipes.comparison import choices
 
 if TYPE_CHECKING:
     from loglinear.models import LogLinearConfig
@@ -60,13 +61,7 @@ MODELS = {
     "log_linear_gated_delta_net": Model(_gated_delta_net),
     "attention": Model(_attention, {"num_levels": 1}),
 }
-# Other choices for the log-linear models: lambda's form, levels that end at 16 tokens, one lambda for blocks of 64.
-CHOICES: dict[str, dict[str, Any]] = {
-    "bounded": {"lambda_form": "bounded"},
-    "unit": {"lambda_form": "unit"},
-    "capped": {"num_levels": 6},
-    "blocks": {"finest_block": 64},
-}
+CHOICES = choices(capped_levels=6)  # what is 16 tokens or more away shares the last
 ABLATIONS = {
     f"{name}_{choice}": Model(MODELS[name].sizes, changes)
     for name in ("log_linear_mamba2", "log_linear_gated_delta_net")

@@ -1,10 +1,11 @@
 """Retrieval from long text at the byte level: five models of 10.7 M parameters, for `loglinear eval needle`."""
 
-from loglinear.recipes.bytes import BYTE_VOCABULARY
+from loglinear.fenwick import num_levels
+from loglinear.recipes.bytes import byte_model
 from loglinear.recipes.comparison import model_of_kind
 from loglinear.recipes.recipe import TrainingRecipe
 
-LEVELS = 15  # of 16,384 tokens
+LONGEST = 16_384  # tokens, for which the log-linear model has all levels
 CAPPED_LEVELS = 12  # what is 1,024 tokens or more away shares the last
 
 
@@ -13,21 +14,14 @@ def needle(kind: str) -> TrainingRecipe:
 
     4,096 tokens at a time; 90 M tokens, each once.
     """
-    base = {
-        "vocab_size": BYTE_VOCABULARY,
-        "hidden_size": 320,
-        "num_hidden_layers": 8,
-        "intermediate_size": 640,
-        "variant": "mamba2",
-        "num_levels": LEVELS,
-        "num_heads": 10,
-        "num_groups": 1,
-        "key_dim": 64,
-        "head_dim": 64,
-        "chunk_size": 64,
-        "rope_theta": 500_000.0,
-        "tie_word_embeddings": True,
-    }
+    base = byte_model(
+        hidden_size=320,
+        num_hidden_layers=8,
+        intermediate_size=640,
+        num_levels=num_levels(LONGEST),
+        num_heads=10,
+        rope_theta=500_000.0,
+    )
     return TrainingRecipe(
         name=f"needle_{kind}",
         summary=f"10.7 M parameters, needles in haystacks of 4,096 bytes: {kind.replace('_', '-')}",

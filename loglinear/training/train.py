@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
@@ -21,7 +20,7 @@ from loglinear.training.checkpoints import last_checkpoint, step_of
 from loglinear.training.compilation import compile_blocks, require_compiler
 from loglinear.training.data import Corpus, PackedRows, load_corpus
 from loglinear.training.tokenizer import load_tokenizer
-from loglinear.training.trainer import LogLinearTrainer
+from loglinear.training.trainer import LogLinearTrainer, quiet, training_arguments
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,7 @@ def train(
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
     stop = StopEarly(minutes)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # of writing weights; there is a bar of our own
+    quiet()
     main_process = int(os.environ.get("RANK", "0")) == 0
     with run_folder.claim(out) if main_process else contextlib.nullcontext():
         if main_process and not resume:
@@ -95,11 +93,9 @@ def train(
             args=arguments,
             train_dataset=training,
             eval_dataset=validation,
-            data_collator=_only_row,
             processing_class=tokenizer,
             callbacks=[stop] + ([log] if main_process else []),
         )
-        trainer.remove_callback(PrinterCallback)
         with stop, contextlib.closing(log):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step = trainer.state.global_step
@@ -140,11 +136,6 @@ def _validation_rows(recipe: TrainingRecipe, corpus: Corpus) -> PackedRows:
     return rows
 
 
-def _only_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    (row,) = rows
-    return row
-
-
 def _data_facts(training: Corpus, validation: Corpus) -> dict[str, Any]:
     return {
         name: {"documents": len(corpus.names), "tokens": len(corpus.tokens), "fingerprint": corpus.fingerprint}
@@ -155,13 +146,10 @@ def _data_facts(training: Corpus, validation: Corpus) -> dict[str, Any]:
 def _arguments(recipe: TrainingRecipe, out: Path, tensorboard: bool) -> TrainingArguments:
     if tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs the tensorboard package: pip install 'loglinear[tensorboard]'")
-    arguments = TrainingArguments(
-        output_dir=str(out),
+    return training_arguments(
+        out,
         max_steps=recipe.steps,
-        per_device_train_batch_size=1,
-        per_device_eval_batch_size=1,
         gradient_accumulation_steps=_accumulation(recipe),
-        optim="adamw_torch_fused",
         learning_rate=recipe.learning_rate,
         adam_beta1=recipe.adam_betas[0],
         adam_beta2=recipe.adam_betas[1],
@@ -170,24 +158,15 @@ def _arguments(recipe: TrainingRecipe, out: Path, tensorboard: bool) -> Training
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.final_lr_ratio},
         warmup_steps=recipe.warmup_steps,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         seed=recipe.seed,
         train_sampling_strategy="sequential",  # PackedRows shuffles
-        remove_unused_columns=False,
         label_names=["labels"],
         prediction_loss_only=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=1,  # an average over several steps would not survive a resume exactly
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
         eval_steps=recipe.eval_every,
-        save_strategy="steps",
         save_steps=recipe.save_every,
         save_total_limit=recipe.keep_checkpoints,
         report_to=["tensorboard"] if tensorboard else [],
         use_cache=True,  # the Trainer writes this into the model's configuration; a loss builds no cache anyway
-        disable_tqdm=True,
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one process trains on one GPU; more would mean nn.DataParallel
-    return arguments

@@ -6,16 +6,55 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 from loglinear.training.checkpoints import checkpoints, defect
 
 
+def quiet() -> None:
+    """No warnings of transformers, and none of its bars, of writing weights: there is a bar of our own."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def training_arguments(out: Path, **own: Any) -> TrainingArguments:
+    """What the trainings of this library have in common: items of the data are whole batches, AdamW in one kernel,
+    bfloat16 where there is a GPU, and no output of transformers' own. `own` are those of one training."""
+    on_gpu = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        optim="adamw_torch_fused",
+        use_cpu=not on_gpu,
+        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,  # it would wait for the loss
+        eval_strategy="steps",
+        save_strategy="steps",
+        disable_tqdm=True,
+        **{"report_to": [], **own},
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process trains on one GPU; more would mean nn.DataParallel
+    return arguments
+
+
+def _only_item(items: list[Any]) -> Any:
+    (item,) = items
+    return item
+
+
 class LogLinearTrainer(Trainer):
-    """The Trainer of transformers, with two of its steps replaced."""
+    """The Trainer of transformers with two of its steps replaced, quiet, for data whose items are batches."""
 
     _staging: Path | None = None
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(data_collator=_only_item, **options)
+        self.remove_callback(PrinterCallback)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices decay; vectors (norms, biases) and what is marked `_no_weight_decay` (A_log, lambda's L) do not."""

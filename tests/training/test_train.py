@@ -194,9 +194,8 @@ def test_one_process_trains_on_one_gpu_of_several(tmp_path, data, monkeypatch):
             super().__post_init__()
             self._n_gpu = 2  # what transformers sets where it sees two
 
-    module = sys.modules["loglinear.training.train"]
-    monkeypatch.setattr(module, "TrainingArguments", OnTwoGpus)
-    arguments = module._arguments(tiny_recipe(data), tmp_path, tensorboard=False)
+    monkeypatch.setattr("loglinear.training.trainer.TrainingArguments", OnTwoGpus)
+    arguments = sys.modules["loglinear.training.train"]._arguments(tiny_recipe(data), tmp_path, tensorboard=False)
     assert (arguments.n_gpu, arguments.train_batch_size, arguments.eval_batch_size) == (1, 1, 1)
 
 

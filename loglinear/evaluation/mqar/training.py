@@ -10,8 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
-from transformers.utils import logging as transformers_logging
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from loglinear.evaluation.mqar.batches import (
     SPLITS,
@@ -28,7 +27,7 @@ from loglinear.recipes.mqar import RecallCell, RecallTask
 from loglinear.training.checkpoints import last_checkpoint
 from loglinear.training.compilation import compile_blocks, require_compiler
 from loglinear.training.run_folder import command, versions
-from loglinear.training.trainer import LogLinearTrainer
+from loglinear.training.trainer import LogLinearTrainer, quiet, training_arguments
 
 
 class Flag(Protocol):
@@ -55,8 +54,7 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
     """
     if stop.is_set():
         return None
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = begin(out, cell)
     training, validation, test = (_batches(cell.task, split, device) for split in SPLITS)
@@ -68,10 +66,8 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
         args=_arguments(cell, folder, len(training)),
         train_dataset=training,  # type: ignore[arg-type]  # a list of batches is one
         eval_dataset=validation,  # type: ignore[arg-type]
-        data_collator=_only_batch,  # type: ignore[arg-type]
         callbacks=[course],
     )
-    trainer.remove_callback(PrinterCallback)
     if device == "cuda":
         _require_compiler(torch.device(device))
         torch.compiler.reset()  # a process that trains many kinds of model would come to the compiler's limit of them
@@ -183,18 +179,11 @@ class Course(TrainerCallback):
         ]
 
 
-def _only_batch(batches: list[RecallBatch]) -> RecallBatch:
-    (batch,) = batches
-    return batch
-
-
 def _arguments(cell: RecallCell, folder: Path, steps_per_epoch: int) -> TrainingArguments:
-    task, on_gpu = cell.task, torch.cuda.is_available()
-    arguments = TrainingArguments(
-        output_dir=str(folder),
+    task = cell.task
+    return training_arguments(
+        folder,
         num_train_epochs=task.epochs,
-        per_device_train_batch_size=1,  # an item of the dataset is a batch
-        optim="adamw_torch_fused",
         learning_rate=cell.learning_rate,
         adam_beta1=task.adam_betas[0],
         adam_beta2=task.adam_betas[1],
@@ -202,20 +191,10 @@ def _arguments(cell: RecallCell, folder: Path, steps_per_epoch: int) -> Training
         max_grad_norm=task.max_grad_norm,
         lr_scheduler_type="cosine",
         warmup_steps=0,
-        use_cpu=not on_gpu,
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
         seed=cell.seed,
-        remove_unused_columns=False,
         dataloader_pin_memory=False,  # batches lie on the device already
         logging_strategy="no",  # the loss of a step would be waited for
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
         eval_steps=steps_per_epoch,
-        save_strategy="steps",
         save_steps=steps_per_epoch,
         save_total_limit=1,
-        report_to=[],
-        disable_tqdm=True,
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one process trains on one GPU; more would mean nn.DataParallel
-    return arguments

@@ -30,7 +30,6 @@ class Progress(NamedTuple):
 
     finished: int
     total: int
-    interrupted: bool  # by a signal
 
 
 def cores() -> int:
@@ -73,7 +72,7 @@ def run_table(
                 raise ValueError("a worker process died, for lack of memory perhaps: give fewer --processes") from None
         finally:
             stop.set()
-    return Progress(_finished(table, results), len(table), early.requested)
+    return Progress(_finished(table, results), len(table))
 
 
 def _result(future: Future[Result | None]) -> Result | None:

@@ -29,7 +29,7 @@ def two_cells(task):
 
 def test_table_stops_when_its_time_is_over(tmp_path):
     endless = dataclasses.replace(SHORT, epochs=100_000, good_enough=1.0)
-    assert run_table(two_cells(endless), tmp_path, minutes=0.0, **OPTIONS) == Progress(0, 2, False)
+    assert run_table(two_cells(endless), tmp_path, minutes=0.0, **OPTIONS) == Progress(0, 2)
 
 
 def test_table_in_two_processes_gives_what_its_cells_give_alone(tmp_path):
@@ -37,7 +37,7 @@ def test_table_in_two_processes_gives_what_its_cells_give_alone(tmp_path):
     table = two_cells(SHORT)
     stopped = tiny_cell(task=SHORT)
     assert run_cell(stopped, tmp_path / "a", AfterSteps(5)) is None
-    assert run_table(table, tmp_path / "a", **OPTIONS) == Progress(2, 2, False)
+    assert run_table(table, tmp_path / "a", **OPTIONS) == Progress(2, 2)
     found = read_results(tmp_path / "a", SHORT)
     alone = {}
     for dim in (16, 32):
@@ -45,7 +45,7 @@ def test_table_in_two_processes_gives_what_its_cells_give_alone(tmp_path):
         alone[cell.name] = run_cell(cell, tmp_path / "b", threading.Event())
     assert exact(found) == exact(alone)
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "a" / "cells").iterdir()}
-    assert run_table(table, tmp_path / "a", **OPTIONS) == Progress(2, 2, False)  # nothing is run again
+    assert run_table(table, tmp_path / "a", **OPTIONS) == Progress(2, 2)  # nothing is run again
     assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "a" / "cells").iterdir()}
 
 

@@ -8,10 +8,8 @@ inverses and the cumulative decays; the backward makes the states again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from loglinear.fenwick import block_cap, log2
@@ -40,6 +38,7 @@ from loglinear.kernels.triton.delta_rule.state_backward import (
     prefix_backward_kernel,
     state_backward_kernel,
 )
+from loglinear.kernels.triton.delta_rule.tiling import Tiling
 from loglinear.kernels.triton.delta_rule.transport import transport_kernel
 from loglinear.kernels.triton.delta_rule.transport_backward import (
     transition_backward_kernel,
@@ -58,44 +57,6 @@ STAGES = {
     ),
 }  # fmt: skip
 SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for long inputs 1.5 times their size
-
-
-class Launch(NamedTuple):
-    """Columns of a tile at most, of the keys and of what is right of a state's K rows; warps for tiles of more than 64
-    rows; stages of the pipeline, one where a loop reads what it wrote; registers of a thread at most, where a few less
-    let one program more share a multiprocessor."""
-
-    TK: int = 64
-    BV: int = 64
-    num_warps: int = 4
-    num_stages: int = 1
-    registers: int | None = None
-
-
-# Measured on an H100 (docs/performance.md): bfloat16 products of K up to 128, and of more. All others take Launch().
-NARROW = {
-    "chunk_inverse": Launch(128), "chunk_state": Launch(128, 64, 8, registers=64),
-    "transport": Launch(128, 64, 8, registers=128), "carry": Launch(128, 64, 8), "output": Launch(128, 128),
-    "in_chunk": Launch(num_stages=3), "walk_backward": Launch(128, 64, num_stages=2),
-    "state_backward": Launch(128), "prefix_backward": Launch(128, 128, 8), "carried_backward": Launch(128),
-    "carry_states_backward": Launch(128, 64, 8), "carry_prefixes_backward": Launch(128, 128, 8),
-    "transport_backward": Launch(128, 64, 8), "transition_backward": Launch(128),
-    "writes_backward": Launch(64, 64, 8), "lower_backward": Launch(128, num_stages=2),
-    "keys_backward": Launch(128), "decay_backward": Launch(128),
-}  # fmt: skip
-WIDE = {
-    "chunk_state": Launch(64, 128, num_stages=2), "transport": Launch(registers=168),
-    "output": Launch(64, 128, num_stages=2), "in_chunk": Launch(num_stages=2), "walk_backward": Launch(num_stages=3),
-    "state_backward": Launch(64, 128), "prefix_backward": Launch(64, 64, 8),
-    "carried_backward": Launch(64, 128, num_stages=2), "transport_backward": Launch(registers=168),
-    "scores_backward": Launch(num_stages=2), "writes_backward": Launch(64, 64, 8),
-}  # fmt: skip
-# Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
-PARTS = {
-    "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "state_backward": 1,
-    "prefix_backward": 1, "carried_backward": 1, "scores_backward": 2, "writes_backward": 1, "lower_backward": 2,
-    "keys_backward": 2,
-}  # fmt: skip
 
 
 def choose_chunk_size(q: Tensor, k: Tensor, v: Tensor, prescribed: int) -> int:
@@ -142,52 +103,7 @@ class DeltaRule(Call):
         self.layout = layout(self.B, self.T, self.C, self.L, cu_seqlens, starts, final)
         self.packed, self.sizes = dict(PACKED=self.layout.packed), (self.T, self.layout.chunks_per_row, self.H)
         self.beta, self.starts, self.precision = beta, starts, dict(PRECISION=self.dots["PRECISION"])
-
-    def launch(self, stage: str) -> Launch:
-        if self.dtype != torch.bfloat16:
-            return Launch()
-        return (NARROW if self.K <= 128 else WIDE).get(stage, Launch())
-
-    def key_tile(self, stage: str) -> int:
-        """Columns of a tile of what is K wide."""
-        return min(self.launch(stage).TK, max(16, triton.next_power_of_2(self.K)))
-
-    def parts(self, stage: str) -> int:
-        return PARTS[stage] if self.C > 64 else 1
-
-    def options(self, stage: str) -> dict[str, int | None]:
-        """The tile of the keys' columns, and the compiler's."""
-        launch, TK = self.launch(stage), self.key_tile(stage)
-        rows = self.C // self.parts(stage) if stage in PARTS else TK
-        num_warps = launch.num_warps if rows > 64 else 4
-        registers = launch.registers if num_warps == launch.num_warps else None
-        return dict(TK=TK, num_warps=num_warps, num_stages=launch.num_stages, maxnreg=registers)
-
-    def columns(self, stage: str, transition: bool = False) -> dict[str, int]:
-        """What is right of the K rows of a state, or of a transition, and its tile."""
-        width = self.K if transition else self.V
-        return dict(V=width, BV=min(self.launch(stage).BV, max(16, triton.next_power_of_2(width))))
-
-    def wide(self, stage: str, transition: bool = False) -> dict[str, int | None]:
-        return self.columns(stage, transition) | self.options(stage)
-
-    def tiles(self, stage: str, transition: bool = False) -> int:
-        """How many tiles a state, or a transition, has across."""
-        columns = self.columns(stage, transition)
-        return triton.cdiv(columns["V"], columns["BV"])
-
-    def column_tiles(self, stage: str) -> int:
-        """How many tiles [states | transitions] have across."""
-        BV = self.columns(stage)["BV"]
-        return triton.cdiv(self.V, BV) + triton.cdiv(self.K, BV)
-
-    def all_tiles(self, stage: str) -> int:
-        """How many tiles a state has."""
-        return triton.cdiv(self.K, self.key_tile(stage)) * self.tiles(stage)
-
-    def square_tiles(self, stage: str) -> int:
-        """How many tiles a transition has, where they are square."""
-        return triton.cdiv(self.K, self.key_tile(stage)) ** 2
+        self.tiling = Tiling(self.K, self.V, self.C, self.dtype)
 
     def invert(self) -> tuple[Tensor, Tensor]:
         """Each chunk's inverse, and its cumulative log decay."""
@@ -199,7 +115,7 @@ class DeltaRule(Call):
             self.k, self.beta, self.log_decay, self.inverse, self.cumulative, y.table, *self.sizes, self.R,
             *self.strides("k", "beta", "log_decay"),
             K=K, C=C, J=J, LOG_J=log2(J), DOT=self.dots["DOT"], PRECISION="tf32x3",
-            **self.packed, **self.options("chunk_inverse"),
+            **self.packed, **self.tiling.options("chunk_inverse"),
         )  # fmt: skip
         return self.inverse, self.cumulative
 
@@ -209,10 +125,10 @@ class DeltaRule(Call):
         transitions, states = (self.empty(y.chunks, H, K, width, dtype=self.dtype) for width in (K, V))
         totals = self.cumulative[:, :, -1].contiguous()
         for v, out, kind in ((self.v, states, False), (self.k, transitions, True)):
-            chunk_state_kernel[(y.chunks * H * self.tiles("chunk_state", kind),)](
+            chunk_state_kernel[(y.chunks * H * self.tiling.tiles("chunk_state", kind),)](
                 self.k, v, self.beta, self.inverse, self.cumulative, out, y.table, *self.sizes, self.R,
                 *self.strides("k"), *v.stride()[:3], *self.strides("beta"), self.inverse.stride(0),
-                C=C, TRANSITION=kind, **self.dots, **self.packed, **self.wide("chunk_state", kind), K=K,
+                C=C, TRANSITION=kind, **self.dots, **self.packed, **self.tiling.wide("chunk_state", kind), K=K,
             )  # fmt: skip
         self.storeys: list[Entries] = []
         for storey in y.storeys:
@@ -223,10 +139,10 @@ class DeltaRule(Call):
         for below, entries in zip(reversed(self.storeys[:-1]), reversed(self.storeys[1:]), strict=True):
             s, places = entries.storey, below.storey.columns
             below.carried = self.empty(s.entries, places, H, K, V, dtype=self.dtype)
-            carry_kernel[(s.runs * RUN * places * H * self.tiles("carry"),)](
+            carry_kernel[(s.runs * RUN * places * H * self.tiling.tiles("carry"),)](
                 entries.kept, entries.prefixes, entries.prefix_totals, entries.carried, below.carried, s.table,
                 s.per_row, H, *s.older, places,
-                K=K, NODES=self.has_nodes, **self.dots, **self.packed, **self.wide("carry"),
+                K=K, NODES=self.has_nodes, **self.dots, **self.packed, **self.tiling.wide("carry"),
             )  # fmt: skip
 
     def transport(
@@ -240,10 +156,10 @@ class DeltaRule(Call):
         prefixes, prefix_totals = torch.empty_like(transitions), torch.empty_like(totals)
         ends, end_transitions = (self.empty(runs, H, K, width, dtype=self.dtype) for width in (V, K))
         end_totals = self.empty(runs, H)
-        transport_kernel[(storey.runs * H * self.column_tiles("transport"),)](
+        transport_kernel[(storey.runs * H * self.tiling.column_tiles("transport"),)](
             transitions, totals, states, self.nodes, kept, prefixes, prefix_totals, ends, end_transitions, end_totals,
             storey.table, storey.per_row, H, self.layout.cap, storey.slots, storey.first_level,
-            K=K, ENDS=not is_last, NODES=self.has_nodes, **self.dots, **self.packed, **self.wide("transport"),
+            K=K, ENDS=not is_last, NODES=self.has_nodes, **self.dots, **self.packed, **self.tiling.wide("transport"),
         )  # fmt: skip
         entries = Entries(storey, transitions, totals, kept, prefixes, prefix_totals, self.empty(0, dtype=self.dtype))
         return entries, end_transitions, end_totals, ends
@@ -251,14 +167,14 @@ class DeltaRule(Call):
     def output(self) -> Tensor:
         y, own = self.layout, self.storeys[0]
         out = self.empty(self.B, self.T, self.H, self.V, dtype=self.v.dtype)
-        output_kernel[(y.chunks * self.parts("output") * self.H * self.tiles("output"),)](
+        output_kernel[(y.chunks * self.tiling.parts("output") * self.H * self.tiling.tiles("output"),)](
             self.q, self.k, self.v, self.beta, self.level_scales, self.inverse, self.cumulative, own.kept,
             own.prefixes, own.prefix_totals, own.carried, out, y.table, y.first_runs,
             *self.sizes, self.R, self.L, self.scale, own.storey.slots, own.storey.columns,
             *self.strides("q", "k", "v", "beta", "level_scales"),
-            K=self.K, C=self.C, LOG_C=log2(self.C), J=self.C // self.parts("output"), LINEAR=self.L == 1,
+            K=self.K, C=self.C, LOG_C=log2(self.C), J=self.C // self.tiling.parts("output"), LINEAR=self.L == 1,
             NODES=self.has_nodes,
-            **self.dots, **self.packed, **self.wide("output"),
+            **self.dots, **self.packed, **self.tiling.wide("output"),
         )  # fmt: skip
         return out
 
@@ -266,10 +182,10 @@ class DeltaRule(Call):
         """[N, M, H, K, V]: what each sequence leaves at the start of its unfinished chunk."""
         y, own, blocks = self.layout, self.storeys[0], self.layout.cap + 1
         out = self.empty(y.sequences, blocks, self.H, self.K, self.V)
-        final_blocks_kernel[(y.sequences * blocks * self.H * self.tiles("carry"),)](
+        final_blocks_kernel[(y.sequences * blocks * self.H * self.tiling.tiles("carry"),)](
             own.kept, own.prefixes, own.prefix_totals, own.carried, out, y.ends, y.first_runs,
             *self.sizes[1:], *own.storey.older, blocks,
-            K=self.K, NODES=self.has_nodes, **self.dots, **self.packed, **self.wide("carry"),
+            K=self.K, NODES=self.has_nodes, **self.dots, **self.packed, **self.tiling.wide("carry"),
         )  # fmt: skip
         return out
 
@@ -285,29 +201,29 @@ class DeltaRule(Call):
         self.build_states()
         effective, weights = (self.empty(y.chunks, H, C, C, dtype=self.dtype) for _ in range(2))
         seen = self.empty(y.chunks, H, C, K, dtype=self.dtype)
-        in_chunk_kernel[(y.chunks * self.parts("in_chunk") * H,)](
+        in_chunk_kernel[(y.chunks * self.tiling.parts("in_chunk") * H,)](
             self.q, self.k, self.beta, self.level_scales, self.inverse, self.cumulative, effective, weights, seen,
             y.table, *self.sizes, self.R, self.L, self.scale,
             *self.strides("q", "k", "beta", "level_scales"), inverse.stride(0),
-            K=K, C=C, LOG_C=log2(C), PARTS=self.parts("in_chunk"), LINEAR=self.L == 1,
-            **self.dots, **self.packed, **self.options("in_chunk"),
+            K=K, C=C, LOG_C=log2(C), PARTS=self.tiling.parts("in_chunk"), LINEAR=self.L == 1,
+            **self.dots, **self.packed, **self.tiling.options("in_chunk"),
         )  # fmt: skip
         own = self.storeys[0]
         dseen, brought, dbrought = (torch.empty_like(seen) for _ in range(3))
         o_ = do.stride()[:3]
-        walk_backward_kernel[(y.chunks * self.parts("walk_backward") * H,)](
+        walk_backward_kernel[(y.chunks * self.tiling.parts("walk_backward") * H,)](
             self.level_scales, seen, own.kept, own.prefixes, own.prefix_totals, own.carried, do, dseen, brought,
             dbrought, dlevel_scales, y.table, y.first_runs,
             *self.sizes, self.L, own.storey.slots, own.storey.columns,
             *self.strides("level_scales"), *o_, dlevel_scales.stride(1),
-            K=K, C=C, LOG_C=log2(C), PARTS=self.parts("walk_backward"), NODES=self.has_nodes,
-            **self.dots, **self.packed, **self.wide("walk_backward"),
+            K=K, C=C, LOG_C=log2(C), PARTS=self.tiling.parts("walk_backward"), NODES=self.has_nodes,
+            **self.dots, **self.packed, **self.tiling.wide("walk_backward"),
         )  # fmt: skip
         reads = self.read_gradients(seen, brought, dbrought, do, dblocks)
         del seen, brought, dbrought, own  # their memory is what the next ones take
         dslots, dtransitions, dnodes = self.state_gradients(*reads)
         del reads, self.storeys
-        parts, constants = self.parts("scores_backward"), dict(K=K, C=C, **self.packed)
+        parts, constants = self.tiling.parts("scores_backward"), dict(K=K, C=C, **self.packed)
         dscores = torch.empty_like(effective)
         flow, held, shares = *(self.empty(y.chunks, H, C) for _ in range(2)), self.empty(y.chunks, H, 2, parts, C)
         scores_backward_kernel[(y.chunks * parts * H,)](
@@ -317,16 +233,16 @@ class DeltaRule(Call):
             *self.strides("q", "k", "v", "beta", "level_scales"), *o_, dq.stride(1), dlevel_scales.stride(1),
             inverse.stride(0),
             LOG_C=log2(C), PARTS=parts, LINEAR=self.L == 1,
-            **constants, **self.dots, **self.wide("scores_backward"),
+            **constants, **self.dots, **self.tiling.wide("scores_backward"),
         )  # fmt: skip
-        key_tiles = triton.cdiv(K, self.key_tile("writes_backward"))
-        value_tiles = self.tiles("writes_backward")
+        key_tiles = self.tiling.key_tiles("writes_backward")
+        value_tiles = self.tiling.tiles("writes_backward")
         dkeys, sums = self.empty(y.chunks, H, C, K), self.empty(y.chunks, H, key_tiles + value_tiles, C)
         writes_backward_kernel[(y.chunks * (2 * key_tiles + value_tiles) * H,)](
             self.k, self.v, self.beta, self.cumulative, self.inverse, effective, weights, dslots, dtransitions, dseen,
             do, dkeys, dk, dv, sums, y.table,
             *self.sizes, self.R, *self.strides("k", "v", "beta"), *o_, dk.stride(1), dv.stride(1), inverse.stride(0),
-            **constants, **self.dots, **self.wide("writes_backward"),
+            **constants, **self.dots, **self.tiling.wide("writes_backward"),
         )  # fmt: skip
         dlower = weights  # which nobody reads any more
         lower_backward_kernel[(y.chunks * parts * H,)](
@@ -334,17 +250,17 @@ class DeltaRule(Call):
             dlower, flow, held, shares, dbeta, y.table,
             *self.sizes, self.R, *self.strides("k", "beta"), dbeta.stride(1), inverse.stride(0),
             PARTS=parts, KEY_TILES=key_tiles, VALUE_TILES=value_tiles,
-            **constants, **self.dots, **self.options("lower_backward"),
+            **constants, **self.dots, **self.tiling.options("lower_backward"),
         )  # fmt: skip
-        keys_backward_kernel[(y.chunks * parts * H * triton.cdiv(K, self.key_tile("keys_backward")),)](
+        keys_backward_kernel[(y.chunks * parts * H * self.tiling.key_tiles("keys_backward"),)](
             self.q, self.k, self.cumulative, dscores, dkeys, dlower, dk, y.table,
             *self.sizes, self.R, self.scale, *self.strides("q", "k"), dk.stride(1),
-            PARTS=parts, **constants, **self.dots, **self.options("keys_backward"),
+            PARTS=parts, **constants, **self.dots, **self.tiling.options("keys_backward"),
         )  # fmt: skip
         decay_backward_kernel[(y.chunks * H,)](
             self.log_decay, self.cumulative, dtransitions, flow, held, shares, dlog_decay, y.table, *self.sizes,
             *self.strides("log_decay"), dlog_decay.stride(1),
-            PARTS=parts, **constants, **self.options("decay_backward"),
+            PARTS=parts, **constants, **self.tiling.options("decay_backward"),
         )  # fmt: skip
         return dnodes
 
@@ -357,29 +273,29 @@ class DeltaRule(Call):
         nodes, of_chunks = dict(NODES=self.has_nodes), dict(C=C, LOG_C=log2(C))
         strides = (*self.level_scales.stride()[:3], *do.stride()[:3])
         dkept, dprefixes, dcarried = (torch.empty_like(x) for x in (own.kept, own.prefixes, own.carried))
-        state_backward_kernel[(y.chunks * H * self.all_tiles("state_backward"),)](
+        state_backward_kernel[(y.chunks * H * self.tiling.all_tiles("state_backward"),)](
             seen, self.level_scales, do, dkept, y.table, *self.sizes, self.L, s.slots, *strides,
-            **of_chunks, **constants, **self.wide("state_backward"),
+            **of_chunks, **constants, **self.tiling.wide("state_backward"),
         )  # fmt: skip
-        prefix_backward_kernel[(y.chunks * H * self.square_tiles("prefix_backward"),)](
+        prefix_backward_kernel[(y.chunks * H * self.tiling.square_tiles("prefix_backward"),)](
             seen, dbrought, dprefixes, y.table, y.first_runs, *self.sizes, s.columns,
-            K=K, C=C, **self.precision, **self.packed, **nodes, **self.options("prefix_backward"),
+            K=K, C=C, **self.precision, **self.packed, **nodes, **self.tiling.options("prefix_backward"),
         )  # fmt: skip
         if s.columns > 0:
-            carried_backward_kernel[(s.runs * s.columns * H * self.all_tiles("carried_backward"),)](
+            carried_backward_kernel[(s.runs * s.columns * H * self.tiling.all_tiles("carried_backward"),)](
                 brought, self.level_scales, do, dcarried, y.table, s.table, *self.sizes, self.L, s.columns, *strides,
-                **of_chunks, **constants, **nodes, **self.wide("carried_backward"),
+                **of_chunks, **constants, **nodes, **self.tiling.wide("carried_backward"),
             )  # fmt: skip
         if dblocks is not None:
             blocks, dblocks = y.cap + 1, dblocks.contiguous()
             sizes = (y.ends, y.first_runs, *self.sizes[1:], *s.older, blocks)
-            final_states_backward_kernel[(y.sequences * blocks * H * self.all_tiles("carry_states_backward"),)](
+            final_states_backward_kernel[(y.sequences * blocks * H * self.tiling.all_tiles("carry_states_backward"),)](
                 own.prefixes, own.prefix_totals, dblocks, dkept, dcarried, *sizes,
-                **constants, **nodes, **self.wide("carry_states_backward"),
+                **constants, **nodes, **self.tiling.wide("carry_states_backward"),
             )  # fmt: skip
-            final_prefixes_backward_kernel[(y.sequences * H * self.square_tiles("carry_prefixes_backward"),)](
+            final_prefixes_backward_kernel[(y.sequences * H * self.tiling.square_tiles("carry_prefixes_backward"),)](
                 dblocks, own.carried, dprefixes, *sizes,
-                **constants, **nodes, **self.wide("carry_prefixes_backward"),
+                **constants, **nodes, **self.tiling.wide("carry_prefixes_backward"),
             )  # fmt: skip
         return dkept, dprefixes, dcarried
 
@@ -387,7 +303,7 @@ class DeltaRule(Call):
         self, dkept: Tensor, dprefixes: Tensor, dcarried: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of every chunk's own state and transition, and of the nodes."""
-        y, H, K, own = self.layout, self.H, self.K, self.storeys[0]
+        y, H, K, own, tiling = self.layout, self.H, self.K, self.storeys[0], self.tiling
         s, constants, nodes = own.storey, dict(K=K, **self.dots, **self.packed), dict(NODES=self.has_nodes)
         gradients = [(dkept, s.slots, dkept, dprefixes)]
         for entries in self.storeys[1:]:
@@ -396,13 +312,13 @@ class DeltaRule(Call):
             dcarried = torch.empty_like(entries.carried)
             sizes = (s.table, s.per_row, H, *s.older, places)
             if s.columns > 0:
-                carry_states_backward_kernel[(s.runs * s.columns * H * self.all_tiles("carry_states_backward"),)](
+                carry_states_backward_kernel[(s.runs * s.columns * H * tiling.all_tiles("carry_states_backward"),)](
                     entries.prefixes, entries.prefix_totals, dreads, dcarried, *sizes,
-                    **constants, **nodes, **self.wide("carry_states_backward"),
+                    **constants, **nodes, **tiling.wide("carry_states_backward"),
                 )  # fmt: skip
-            carry_prefixes_backward_kernel[(s.runs * RUN * H * self.square_tiles("carry_prefixes_backward"),)](
+            carry_prefixes_backward_kernel[(s.runs * RUN * H * tiling.square_tiles("carry_prefixes_backward"),)](
                 dreads, entries.carried, dprefixes, *sizes,
-                **constants, **nodes, **self.wide("carry_prefixes_backward"),
+                **constants, **nodes, **tiling.wide("carry_prefixes_backward"),
             )  # fmt: skip
             gradients.append((dreads, places, torch.empty_like(entries.kept), dprefixes))
         dnodes = None
@@ -430,15 +346,15 @@ class DeltaRule(Call):
         dstates = self.empty(s.entries, H, K, self.V, dtype=self.dtype)
         dtransitions = torch.empty_like(entries.transitions)
         constants = dict(K=K, ENDS=dends is not None, **self.dots, **self.packed)
-        transport_backward_kernel[(s.runs * H * self.column_tiles("transport_backward"),)](
+        transport_backward_kernel[(s.runs * H * self.tiling.column_tiles("transport_backward"),)](
             entries.transitions, entries.totals, dreads, dkept, dprefixes, dends, dend_transitions, dstates, dnodes,
             s.table, s.per_row, H, self.layout.cap, s.slots, s.first_level, places,
-            NODES=self.has_nodes, **constants, **self.wide("transport_backward"),
+            NODES=self.has_nodes, **constants, **self.tiling.wide("transport_backward"),
         )  # fmt: skip
-        transition_backward_kernel[(s.runs * RUN * H * self.square_tiles("transition_backward"),)](
+        transition_backward_kernel[(s.runs * RUN * H * self.tiling.square_tiles("transition_backward"),)](
             entries.kept, entries.prefixes, entries.prefix_totals, dkept, dends, dprefixes, dend_transitions,
             dtransitions, s.table, s.per_row, H, s.slots,
-            **constants, **self.wide("transition_backward"),
+            **constants, **self.tiling.wide("transition_backward"),
         )  # fmt: skip
         return dstates, dtransitions
 
