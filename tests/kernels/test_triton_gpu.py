@@ -93,6 +93,19 @@ def test_error_of_the_delta_rule_with_hard_keys(keys, decay, dtype):
     check(inputs, dtype, emulated=KEYS[keys], by_flows=True)
 
 
+@pytest.mark.parametrize("keys", ["one", "eight", "orthogonal"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_reflections_are_finite(keys, dtype):
+    """beta = 2, the largest, turns what a key holds around, without decay for ever: never a NaN."""
+    inputs = repeat_keys(make(1, 5000, 2, 2, 64, 64, 14, dtype, delta=True), keys, decay=0.0)
+    with torch.no_grad():
+        inputs["beta"].fill_(2.0)
+    poison()
+    output = OPERATORS[True](inputs, impl="triton").output
+    grads = torch.autograd.grad(output, list(inputs.values()), torch.ones_like(output))
+    assert all(bool(x.isfinite().all()) for x in (output, *grads))
+
+
 STATE_CHUNKS = [(size, torch.bfloat16) for size in (16, 32, 64, 128)] + [(size, torch.float32) for size in (16, 32, 64)]
 
 
