@@ -128,7 +128,8 @@ class DeltaRule(Call):
             chunk_state_kernel[(y.chunks * H * self.tiling.tiles("chunk_state", kind),)](
                 self.k, v, self.beta, self.inverse, self.cumulative, out, y.table, *self.sizes, self.R,
                 *self.strides("k"), *v.stride()[:3], *self.strides("beta"), self.inverse.stride(0),
-                C=C, TRANSITION=kind, **self.dots, **self.packed, **self.tiling.wide("chunk_state", kind), K=K,
+                C=C, TRANSITION=kind, K=K, DOT=self.dots["DOT"], PRECISION="tf32x3",
+                **self.packed, **self.tiling.wide("chunk_state", kind),
             )  # fmt: skip
         self.storeys: list[Entries] = []
         for storey in y.storeys:
