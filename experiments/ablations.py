@@ -16,12 +16,12 @@ from experiments.long_text import Data, run_on_long_text
 from experiments.runs import Options, Out, program, with_options
 from loglinear.cli import execute
 from loglinear.recipes import TrainingRecipe, get_recipe
-from loglinear.recipes.comparison import choices
+from loglinear.recipes.comparison import PUBLISHED, choices
 from loglinear.recipes.long_text import CAPPED_LEVELS
 
 STEPS = 500
-DEFAULT = "softplus"  # the published choice: all levels, each with a lambda of its own, from single tokens on
-CHOICES: dict[str, dict[str, Any]] = {DEFAULT: {}, **choices(capped_levels=CAPPED_LEVELS)}
+DEFAULT = "softplus"  # the published model
+CHOICES: dict[str, dict[str, Any]] = {DEFAULT: PUBLISHED, **choices(capped_levels=CAPPED_LEVELS)}
 
 app = program(__doc__)
 

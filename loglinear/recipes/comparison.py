@@ -8,18 +8,20 @@ from typing import Any
 
 KINDS = ("linear", "log_linear", "capped", "hybrid", "transformer")
 ATTENTION_PERIOD, ATTENTION_PLACE = 6, 3  # a hybrid's full attention: the fourth of every six layers
+PUBLISHED = {"lambda_form": "softplus"}  # and all levels, each with a lambda of its own, from single tokens on
 WIDTH_STEP = 16  # of the SwiGLU layers, by which parameters are made equal
 
 
 def choices(*, capped_levels: int) -> dict[str, dict[str, Any]]:
-    """Other choices for a log-linear model than the published ones, as what each changes in its configuration: lambda's
-    two other forms, fewer levels, and one lambda for the tokens of a chunk of 64 (a hierarchy of chunks)."""
-    return {
+    """Log-linear models that differ from the published one in one thing, as what their configuration says: lambda's two
+    other forms, fewer levels, and one lambda for the tokens of a chunk of 64 (a hierarchy of chunks)."""
+    changes: dict[str, dict[str, Any]] = {
         "bounded": {"lambda_form": "bounded"},
         "unit": {"lambda_form": "unit"},
         "capped": {"num_levels": capped_levels},
         "blocks": {"finest_block": 64},
     }
+    return {name: {**PUBLISHED, **change} for name, change in changes.items()}
 
 
 def model_of_kind(kind: str, base: Mapping[str, Any], *, capped_levels: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loglinear.fenwick import num_levels
-from loglinear.recipes.comparison import choices
+from loglinear.recipes.comparison import PUBLISHED, choices
 
 if TYPE_CHECKING:
     from loglinear.models import LogLinearConfig
@@ -56,9 +56,9 @@ class Model(NamedTuple):
 
 MODELS = {
     "mamba2": Model(_mamba2, {"num_levels": 1}),
-    "log_linear_mamba2": Model(_mamba2),
+    "log_linear_mamba2": Model(_mamba2, PUBLISHED),
     "gated_delta_net": Model(_gated_delta_net, {"num_levels": 1}),
-    "log_linear_gated_delta_net": Model(_gated_delta_net),
+    "log_linear_gated_delta_net": Model(_gated_delta_net, PUBLISHED),
     "attention": Model(_attention, {"num_levels": 1}),
 }
 CHOICES = choices(capped_levels=6)  # what is 16 tokens or more away shares the last

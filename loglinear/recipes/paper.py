@@ -19,6 +19,7 @@ def _paper(name: str, summary: str, **model: Any) -> TrainingRecipe:
         "num_hidden_layers": 21,
         "intermediate_size": 4096,
         "num_levels": 15,
+        "lambda_form": "softplus",
         "initializer_range": 0.006,
         "tie_word_embeddings": False,
     }

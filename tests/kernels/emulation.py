@@ -1,6 +1,6 @@
 """bfloat16 and tf32 in Triton's interpreter as on a GPU, and the errors that this rounding makes in the kernels.
 
-TRITON_INTERPRET=1 python -m tests.kernels.emulation          (half an hour; prints the tables below)
+TRITON_INTERPRET=1 python -m tests.kernels.emulation          (a quarter of an hour; prints the tables below)
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loglinear.ops import FenwickState, impl_triton
+from tests.kernels.interpreter import teach_haste
 from tests.ops.operators import OPERATORS, Operator, gradients, parts, random_loss, relative_error
 
 # The largest of ||x - float64|| / ||float64|| over the head dims below and four seeds, T = 1,111, 12 levels, inputs as
@@ -335,6 +336,7 @@ def largest(all_found: list[dict[str, float]]) -> dict[str, float]:
 
 if __name__ == "__main__":
     teach_rounding()
+    teach_haste()
     impl_triton.unsupported = lambda problem: None  # bfloat16, now that the interpreter can multiply it
     options = dict(device="cpu", delta=True)
     for chunk_size in (16, 32, 64, 128):

@@ -7,8 +7,8 @@ of the kernels is checked on a GPU (test_triton_gpu.py).
 import pytest
 import torch
 
-from tests.kernels.bounds import teach_bounds
 from tests.kernels.emulation import EMULATED, errors, flows, make, operator_of, repeat_keys, run_chunks, teach_rounding
+from tests.kernels.interpreter import teach_interpreter
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
 
 triton = pytest.importorskip("triton")
@@ -61,8 +61,8 @@ def compare(inputs, *, chunk_size=16, initial_state=None, final=True, budget=BUD
 
 
 @pytest.fixture(autouse=True)
-def _bounds(monkeypatch):
-    teach_bounds(monkeypatch.setattr)
+def _interpreter(monkeypatch):
+    teach_interpreter(monkeypatch.setattr)
 
 
 @pytest.fixture(params=OPERATORS, ids=lambda operator: operator.name)

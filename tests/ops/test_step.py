@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
-from tests.kernels.bounds import teach_bounds
+from tests.kernels.interpreter import teach_interpreter
 from tests.ops.operators import OPERATORS, parts, relative_error
 
 IMPLS = [pytest.param("torch"), pytest.param("triton", marks=pytest.mark.interpreter)]
@@ -16,10 +16,10 @@ def operator(request):
 
 
 @pytest.fixture(autouse=True)
-def _bounds(monkeypatch, request):
+def _interpreter(monkeypatch, request):
     if "triton" in request.node.name:
         pytest.importorskip("triton")
-        teach_bounds(monkeypatch.setattr)
+        teach_interpreter(monkeypatch.setattr)
 
 
 def take_step(operator, token, state, **options):
