@@ -15,23 +15,32 @@ import typer
 from experiments.long_text import Data, run_on_long_text
 from experiments.runs import Options, Out, program, with_options
 from loglinear.cli import execute
-from loglinear.recipes import TrainingRecipe, get_recipe
+from loglinear.recipes import TrainingRecipe
 from loglinear.recipes.comparison import PUBLISHED, choices
-from loglinear.recipes.long_text import CAPPED_LEVELS
+from loglinear.recipes.long_text import CAPPED_BY, long_text
 
 STEPS = 500
 DEFAULT = "softplus"  # the published model
-CHOICES: dict[str, dict[str, Any]] = {DEFAULT: PUBLISHED, **choices(capped_levels=CAPPED_LEVELS)}
 
 app = program(__doc__)
 
 
-def ablation(choice: str) -> TrainingRecipe:
+def changes(recipe: TrainingRecipe) -> dict[str, dict[str, Any]]:
+    """What the configuration of each choice says, of the recipe's log-linear model."""
+    return {DEFAULT: PUBLISHED, **choices(capped_levels=recipe.model["num_levels"] - CAPPED_BY)}
+
+
+CHOICES = tuple(changes(long_text("log_linear")))
+
+
+def ablation(choice: str, *, miniature: bool = False) -> TrainingRecipe:
     """The recipe long_text_log_linear with one of CHOICES, for STEPS steps. Raises ValueError for another choice."""
     if choice not in CHOICES:
         raise ValueError(f"choice must be one of {', '.join(CHOICES)}, got {choice!r}")
-    recipe = get_recipe("long_text_log_linear").override(steps=STEPS)
-    return dataclasses.replace(recipe, name=f"ablation_{choice}", model={**recipe.model, **CHOICES[choice]})
+    recipe = long_text("log_linear", miniature=miniature)
+    model = {**recipe.model, **changes(recipe)[choice]}
+    name = f"ablation_{choice}{'_miniature' * miniature}"
+    return dataclasses.replace(recipe.override(steps=min(STEPS, recipe.steps)), name=name, model=model)
 
 
 @app.command()
@@ -52,7 +61,7 @@ def run(
 
     python -m experiments.ablations run --choice unit --out runs/ablations/unit --minutes 9
     """
-    run_on_long_text(ablation(choice), out, data, f"ablation-{choice}", options)
+    run_on_long_text(ablation(choice, miniature=options.miniature), out, data, f"ablation-{choice}", options)
 
 
 if __name__ == "__main__":

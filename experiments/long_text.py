@@ -63,7 +63,7 @@ def run(
 
     python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9
     """
-    run_on_long_text(kind_recipe("long_text", kind), out, data, f"long-text-{kind}", options)
+    run_on_long_text(kind_recipe("long_text", kind, options.miniature), out, data, f"long-text-{kind}", options)
 
 
 def run_on_long_text(recipe: TrainingRecipe, out: Path, data: Path, name: str, options: Options) -> None:

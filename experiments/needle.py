@@ -50,7 +50,7 @@ def run(
     python -m experiments.needle run --kind log_linear --out runs/needle/log_linear --minutes 9
     --data data/long_text/validation.jsonl.zst
     """
-    recipe = kind_recipe("needle", kind)
+    recipe = kind_recipe("needle", kind, options.miniature)
     tokenizer = load_tokenizer(recipe.tokenizer or "bytes")
     for name in data or ():
         if name.endswith(".jsonl.zst") and not Path(name).is_file():

@@ -16,12 +16,15 @@ import typer
 
 from loglinear.cli.console import Interrupted
 from loglinear.models import LogLinearForCausalLM
-from loglinear.recipes import TrainingRecipe, get_recipe
+from loglinear.recipes import TrainingRecipe
 from loglinear.recipes.comparison import KINDS
+from loglinear.recipes.long_text import long_text
+from loglinear.recipes.needle import needle
 from loglinear.training import load_model, train
 from loglinear.training.json_files import write_object
 from loglinear.training.run_folder import RUN_FILE, command, read_metrics, read_run, run_recipe, versions
 
+EXPERIMENTS = {"long_text": long_text, "needle": needle}
 CURVE_POINTS = 100  # that a result keeps of the training loss
 
 Kind = Annotated[str, typer.Option(help=f"{', '.join(KINDS)}.")]
@@ -44,13 +47,18 @@ class Options:
         bool | None,
         typer.Option("--compile/--no-compile", help="torch.compile for the blocks; where there is a GPU, the default."),
     ] = None
+    miniature: Annotated[
+        bool, typer.Option("--miniature", help="Small, for minutes on a CPU: it shows that all works, no more.")
+    ] = False
     minutes: Annotated[float | None, typer.Option(help="Save and stop training (exit code 130) after so long.")] = None
-    results: Annotated[Path, typer.Option(help="Folder for the result, a JSON file.")] = Path("results")
+    results: Annotated[
+        Path, typer.Option(help="Folder for the result, a JSON file; a miniature's goes to miniature/ in it.")
+    ] = Path("results")
 
     @property
     def overrides(self) -> dict[str, Any]:
         """Those of the recipe."""
-        return {name: value for name, value in vars(self).items() if name not in ("minutes", "results")}
+        return {name: value for name, value in vars(self).items() if name not in ("miniature", "minutes", "results")}
 
 
 def with_options(run: Callable[..., None]) -> Callable[..., None]:
@@ -101,8 +109,9 @@ def train_and_evaluate(
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         evaluation = evaluate(load_model(out, device=device), recipe)
     stored = read_run(out)
-    options.results.mkdir(parents=True, exist_ok=True)
-    result = options.results / f"{name}{f'-seed{recipe.seed}' if recipe.seed else ''}.json"
+    folder = options.results / "miniature" if options.miniature else options.results
+    folder.mkdir(parents=True, exist_ok=True)
+    result = folder / f"{name}{f'-seed{recipe.seed}' if recipe.seed else ''}.json"
     written = {
         "seed": recipe.seed,
         "parameters": stored["parameters"],
@@ -117,11 +126,11 @@ def train_and_evaluate(
     print(f"written to {result}")
 
 
-def kind_recipe(experiment: str, kind: str) -> TrainingRecipe:
-    """The recipe EXPERIMENT_KIND. Raises ValueError for a kind that is none."""
+def kind_recipe(experiment: str, kind: str, miniature: bool) -> TrainingRecipe:
+    """The recipe EXPERIMENT_KIND, or its miniature. Raises ValueError for a kind that is none."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    return get_recipe(f"{experiment}_{kind}")
+    return EXPERIMENTS[experiment](kind, miniature=miniature)
 
 
 def begun(recipe: TrainingRecipe, out: Path, *, compile: bool | None = None, **overrides: Any) -> TrainingRecipe:

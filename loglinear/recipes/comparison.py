@@ -9,6 +9,17 @@ from typing import Any
 KINDS = ("linear", "log_linear", "capped", "hybrid", "transformer")
 ATTENTION_PERIOD, ATTENTION_PLACE = 6, 3  # a hybrid's full attention: the fourth of every six layers
 PUBLISHED = {"lambda_form": "softplus"}  # and all levels, each with a lambda of its own, from single tokens on
+# An experiment in small, for minutes on two CPU cores: it shows that all works, not what models can learn.
+MINIATURE_MODEL = dict(hidden_size=96, num_hidden_layers=2, intermediate_size=256, num_heads=3)
+MINIATURE_TRAINING = dict(
+    batch_tokens=4096,
+    micro_batch_tokens=4096,
+    steps=120,
+    warmup_steps=12,
+    eval_every=60,
+    eval_tokens=16_384,
+    save_every=60,
+)
 WIDTH_STEP = 16  # of the SwiGLU layers, by which parameters are made equal
 
 

@@ -7,12 +7,15 @@ from experiments.ablations import CHOICES, DEFAULT, ablation
 from loglinear.recipes import get_recipe
 
 
+@pytest.mark.parametrize("miniature", [False, True])
 @pytest.mark.parametrize("choice", CHOICES)
-def test_a_choice_changes_one_thing_of_the_model_and_nothing_of_its_training(choice):
-    recipe, default = ablation(choice), ablation(DEFAULT)
+def test_a_choice_changes_one_thing_of_the_model_and_nothing_of_its_training(choice, miniature):
+    recipe, default = (ablation(of, miniature=miniature) for of in (choice, DEFAULT))
     configs = [of.model_config().to_dict() for of in (recipe, default)]
     changed = [name for name in configs[0] if configs[0][name] != configs[1][name]]
-    assert len(changed) == (choice != DEFAULT) and set(changed) <= set(CHOICES[choice])
+    one = {"bounded": "lambda_form", "unit": "lambda_form", "capped": "num_levels", "blocks": "finest_block"}
+    assert changed == [one[name] for name in (choice,) if name != DEFAULT]
+    assert configs[0]["num_levels"] <= configs[1]["num_levels"]
     trained = [{**of.to_dict(), "name": None, "model": None} for of in (recipe, default)]
     assert trained[0] == trained[1]
 

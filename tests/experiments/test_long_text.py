@@ -37,7 +37,7 @@ def result(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("runs")
     call = {"kind": "capped", "out": folder / "run", "data": data, "results": folder / "results"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(long_text, "kind_recipe", lambda name, kind: tiny_recipe(data, name=f"{name}_{kind}"))
+        patch.setattr(long_text, "kind_recipe", lambda name, kind, miniature: tiny_recipe(data, name=f"{name}_{kind}"))
         for step in (1, 2):
             with pytest.raises(Interrupted, match=f"stopped at step {step} of 8"):
                 long_text.run(**call, minutes=1e-9)

@@ -20,7 +20,9 @@ def results(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(needle, "LENGTHS", (1100, 900))
         patch.setattr(
-            needle, "kind_recipe", lambda name, kind: tiny_recipe(Path("needle:20:600"), name=f"{name}_{kind}")
+            needle,
+            "kind_recipe",
+            lambda name, kind, miniature: tiny_recipe(Path("needle:20:600"), name=f"{name}_{kind}"),
         )
         call = {"kind": "capped", "examples": 3, "steps": 3, "data": [str(folder / "prose.txt")]}
         pieces = {**call, "out": folder / "pieces", "results": folder / "results"}

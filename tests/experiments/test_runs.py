@@ -41,7 +41,7 @@ def test_training_curve_keeps_the_mean_of_every_stretch():
 
 def test_a_kind_that_is_none_is_named():
     with pytest.raises(ValueError, match="kind must be one of linear, .* got 'loglinear'"):
-        kind_recipe("long_text", "loglinear")
+        kind_recipe("long_text", "loglinear", False)
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path):

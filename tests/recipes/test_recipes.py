@@ -5,6 +5,8 @@ import pytest
 from loglinear.models import LogLinearConfig, parameter_counts
 from loglinear.recipes import RECIPES, TrainingRecipe, get_recipe
 from loglinear.recipes.comparison import KINDS, model_of_kind
+from loglinear.recipes.long_text import long_text
+from loglinear.recipes.needle import needle
 
 PARAMETERS = {  # millions
     "demo": (1, 2),
@@ -58,6 +60,15 @@ def test_kinds_of_model_differ_in_their_past_and_not_in_their_size(layers, hybri
     full = {kind: config.layer_types.count("full_attention") for kind, config in models.items()}
     assert full == {"linear": 0, "log_linear": 0, "capped": 0, "hybrid": hybrid, "transformer": layers}
     assert [models[kind].num_levels for kind in ("linear", "capped", "log_linear", "hybrid")] == [1, 12, 15, 15]
+
+
+@pytest.mark.parametrize("experiment", [long_text, needle])
+def test_miniatures_are_small_and_of_one_size(experiment):
+    recipes = [experiment(kind, miniature=True) for kind in KINDS]
+    totals = [parameter_counts(recipe.model_config()).total for recipe in recipes]
+    assert min(totals) > 2e5 and max(totals) < 4e5 and max(totals) / min(totals) < 1.03
+    trained = [{**recipe.to_dict(), "name": None, "summary": None, "model": None} for recipe in recipes]
+    assert trained[1:] == trained[:-1] and trained[0]["steps"] == 120
 
 
 def test_needle_documents_are_read_whole():
