@@ -10,7 +10,7 @@ from loglinear.training.json_files import read_object
 
 GIB = 2**30
 MISSING = "-"
-COST_COLUMNS = ("parameters", "M tokens", "tokens/s", "GPU minutes", "peak GiB")
+COST_COLUMNS = ("parameters", "M tokens", "tokens/s", "minutes", "peak GiB")
 
 NEEDED = ("seed", "parameters", "versions", "recipe", "training", "evaluation")
 Result = dict[str, Any]  # what `experiments.runs.train_and_evaluate` writes
