@@ -145,7 +145,8 @@ def begun(recipe: TrainingRecipe, out: Path, *, compile: bool | None = None, **o
 
 
 def training_summary(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """Cost and course of a training run: minutes of its steps alone, and the loss averaged over stretches of steps."""
+    """Cost and course of a training run: minutes of its steps, with what was compiled in them, the speed of the median
+    step, and the loss averaged over stretches of steps."""
     steps = [record for record in metrics if record["split"] == "train"]
     tokens, seconds = steps[-1]["tokens"], steps[-1]["seconds"]
     peaks = [record["peak_bytes"] for record in steps if "peak_bytes" in record]
@@ -168,7 +169,7 @@ def training_summary(metrics: list[dict[str, Any]]) -> dict[str, Any]:
         "steps": steps[-1]["step"],
         "tokens": tokens,
         "minutes": seconds / 60,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": float(np.median([record["tokens_per_second"] for record in steps])),
         "peak_bytes": max(peaks, default=None),
         "curve": [*curve, *validation],
     }

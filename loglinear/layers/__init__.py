@@ -4,7 +4,7 @@ from loglinear.layers.attention import Attention, AttentionContext, rotary_table
 from loglinear.layers.gated_rms_norm import GatedRMSNorm
 from loglinear.layers.level_scales import LambdaForm, LevelScales, check_finest_block, check_lambda_form
 from loglinear.layers.mixer import Mixer, MixerDecodeState, MixerState
-from loglinear.layers.packing import Packing
+from loglinear.layers.packing import Packing, of_any_length
 from loglinear.layers.short_convolution import ShortConvolution
 from loglinear.layers.swiglu import SwiGLU
 
@@ -18,6 +18,7 @@ __all__ = [
     "MixerDecodeState",
     "MixerState",
     "Packing",
+    "of_any_length",
     "ShortConvolution",
     "SwiGLU",
     "check_finest_block",

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+PLANNED = 1024  # cuDNN makes a plan for each new length, in tens of milliseconds: lengths that come again are multiples
+
 
 class KeyValueStore(Protocol):
     """A cache layer: takes the new keys and values [B, G, T, K], returns all of them [B, G, S, K]."""
@@ -72,8 +74,17 @@ class Attention(nn.Module):
 
     @torch._disable_dynamo  # a graph would be one for these lengths; torch.compiler.disable imports the whole compiler
     def _attend_documents(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-        documents = zip(*(t.split(lengths.tolist(), dim=2) for t in (q, k, v)), strict=True)
-        return torch.cat([self._attend(*document) for document in documents if document[0].shape[2]], dim=2)
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        attended = []
+        try:
+            for document in zip(*(t.split(lengths.tolist(), dim=2) for t in (q, k, v)), strict=True):
+                length = document[0].shape[2]
+                torch.backends.cuda.enable_cudnn_sdp(cudnn and length % PLANNED == 0)
+                if length:
+                    attended.append(self._attend(*document))
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        return torch.cat(attended, dim=2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         causal = mask is None and q.shape[2] > 1

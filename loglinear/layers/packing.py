@@ -1,11 +1,19 @@
 # B batch, T time, N tokens of all sequences together, S sequences, W convolution kernel
 """Where the tokens of a batch lie. Computed once per forward, used by every layer."""
 
+import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def of_any_length(x: Tensor) -> Tensor:
+    """x; blocks that are compiled with it get one graph for every length that it may have, from the first on."""
+    if not torch.compiler.is_compiling() and "torch._dynamo" in sys.modules:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    return x
 
 
 class Packing(NamedTuple):
@@ -32,7 +40,7 @@ class Packing(NamedTuple):
         sequences = cu_seqlens.numel() - 1
         sequence_S = torch.arange(sequences, device=cu_seqlens.device)
         gap_W = torch.arange(gap, device=cu_seqlens.device)
-        cu_seqlens = cu_seqlens.long()  # as the operators' kernels take it
+        cu_seqlens = of_any_length(cu_seqlens.long())  # as the operators' kernels take it
         first_S, last_S = cu_seqlens[:-1], cu_seqlens[1:]
         sequence_N = sequence_S.repeat_interleave(last_S - first_S, output_size=num_tokens)
         token_N = torch.arange(num_tokens, device=cu_seqlens.device)

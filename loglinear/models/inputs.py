@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loglinear.layers import AttentionContext, Packing, rotary_tables
+from loglinear.layers import AttentionContext, Packing, of_any_length, rotary_tables
 from loglinear.models.cache import LogLinearCache
 from loglinear.models.configuration import LogLinearConfig
 
@@ -121,7 +121,7 @@ def token_layout(
         position_ids = _positions(column_T, packing, columns_BS)
     assert config.attention_head_dim is not None
     cos, sin = rotary_tables(position_ids, config.attention_head_dim, config.rope_theta)
-    lengths = None if cu_seqlens is None else cu_seqlens.diff().cpu()
+    lengths = None if cu_seqlens is None else of_any_length(cu_seqlens.diff().cpu())
     mask = _attention_mask(columns_BS, column_T, past)
     return TokenLayout(packing, AttentionContext(cos, sin, mask, lengths), is_step, active)
 

@@ -10,6 +10,7 @@ BYTE_VOCABULARY = 264  # 256 bytes, bos, eos, pad, and padding of the table to a
 def byte_model(**sizes: Any) -> dict[str, Any]:
     """Arguments of LogLinearConfig for a byte-level Mamba-2 with heads of 64, whatever its sizes."""
     shared = dict(vocab_size=BYTE_VOCABULARY, variant="mamba2", num_groups=1, key_dim=64, head_dim=64, chunk_size=64)
+    shared["loss_chunk_size"] = 16_384  # 17 MB of logits: with this vocabulary a slice may be long
     return {**shared, "tie_word_embeddings": True, **sizes}
 
 
@@ -49,7 +50,6 @@ def small() -> TrainingRecipe:
             intermediate_size=1024,
             num_levels=14,
             num_heads=12,
-            loss_chunk_size=16_384,  # 17 MB of logits: with this vocabulary a slice may be long
         ),
         seq_len=8192,
         batch_tokens=131_072,

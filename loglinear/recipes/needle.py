@@ -7,7 +7,7 @@ from loglinear.recipes.bytes import byte_model
 from loglinear.recipes.comparison import MINIATURE_MODEL, MINIATURE_TRAINING, model_of_kind
 from loglinear.recipes.recipe import TrainingRecipe
 
-LONGEST = 16_384  # tokens, for which the log-linear model has all levels
+LONGEST = 16_384  # tokens, for which the log-linear model has all levels; those past 4,096 are read untrained
 CAPPED_LEVELS = 12  # what is 1,024 tokens or more away shares the last
 MODEL = dict(hidden_size=320, num_hidden_layers=8, intermediate_size=640, num_heads=10)
 TRAINING = dict(

@@ -8,15 +8,15 @@ import torch
 
 from loglinear.models import LogLinearForCausalLM
 
-GRAPHS = 16  # that the compiler may make of the blocks' one function: a hybrid has twice the six below
+GRAPHS = 16  # that the compiler may make of the blocks' one function: a hybrid has twice the four below
 
 
 def compile_blocks(model: LogLinearForCausalLM, **options: Any) -> None:
     """Compile every block of the model when it first runs; `options` are torch.compile's.
 
     A step is then about 35 kernels a block besides the operator's own, forward and backward, instead of 200. Blocks of
-    a kind share their graphs: for training and for evaluation one of the first number of packed documents, one of any
-    number, and one of a single document. Names of parameters, checkpoints and what the model computes stay as they
+    a kind share their graphs: for training and for evaluation one of any number of packed documents, and one of a
+    single document. Names of parameters, checkpoints and what the model computes stay as they
     were. With impl="triton" a block is one graph; impl="torch" and softmax attention over packed documents run between
     graphs.
     """

@@ -29,7 +29,14 @@ def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
 def test_training_curve_keeps_the_mean_of_every_stretch():
     rng = np.random.default_rng(0)
     metrics = [
-        {"split": "train", "step": step, "bits_per_byte": rng.random(), "tokens": step * 10, "seconds": step / 2}
+        {
+            "split": "train",
+            "step": step,
+            "bits_per_byte": rng.random(),
+            "tokens": step * 10,
+            "seconds": step / 2,
+            "tokens_per_second": 1 if step < 9 else 20,  # the first ones compile
+        }
         for step in range(1, 451)
     ]
     summary = training_summary(metrics)

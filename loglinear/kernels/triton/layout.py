@@ -7,16 +7,62 @@ large as it could need, and the rows of the tables that it does not need say so 
 # N sequences, C chunk
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from loglinear.fenwick import block_cap
 
 STOREY = 6  # levels that one sweep builds, where nobody says otherwise
 READS = 16  # levels between chunks that a walk can read
 MAX_CHUNKS = 1 << READS
+
+
+Made = TypeVar("Made")
+
+
+def once_a_batch(make: Callable[..., Made]) -> Callable[..., Made]:
+    """`make`, a layout of packed sequences, once for all calls with the same tensor cu_seqlens and the same sizes: the
+    layers of a model, and their backward. It is a hundred small operations, which take the host a millisecond.
+
+    Not for sequences that continue, whose starts differ by layer; nor in a CUDA graph, which reads cu_seqlens anew
+    each time it runs; nor for inference tensors, which do not tell that they were changed.
+    """
+    kept = WeakIdKeyDictionary()  # cu_seqlens -> (its version, layouts by all the rest)
+
+    @functools.wraps(make)
+    def remembering(
+        rows: int,
+        tokens: int,
+        chunk_size: int,
+        levels: int,
+        cu_seqlens: Tensor | None,
+        starts: Tensor | None,
+        *rest: bool,
+    ) -> Made:
+        arguments = (rows, tokens, chunk_size, levels, cu_seqlens, starts, *rest)
+        if cu_seqlens is None or starts is not None or cu_seqlens.is_inference():
+            return make(*arguments)
+        stream = 0
+        if cu_seqlens.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return make(*arguments)
+            stream = torch.cuda.current_stream(cu_seqlens.device).cuda_stream
+        version, layouts = kept.get(cu_seqlens, (None, {}))
+        if version != cu_seqlens._version:
+            layouts = {}
+            kept[cu_seqlens] = cu_seqlens._version, layouts
+        key = (rows, tokens, chunk_size, levels, *rest, stream)
+        if key not in layouts:
+            layouts[key] = make(*arguments)
+        return layouts[key]
+
+    return remembering
 
 
 @dataclass(frozen=True)
@@ -39,6 +85,7 @@ class Layout:
         return self.table is not None
 
 
+@once_a_batch
 def layout(
     rows: int,
     tokens: int,

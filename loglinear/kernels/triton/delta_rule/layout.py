@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loglinear.fenwick import block_cap
-from loglinear.kernels.triton.layout import MAX_CHUNKS, READS, ragged
+from loglinear.kernels.triton.layout import MAX_CHUNKS, READS, once_a_batch, ragged
 
 STOREY = 3  # levels of one storey: runs of 8 entries
 RUN = 1 << STOREY
@@ -71,6 +71,7 @@ def count_chunks(rows: int, tokens: int, chunk_size: int, sequences: int | None,
     return rows * (tokens // chunk_size + 1 if final else -(-tokens // chunk_size))
 
 
+@once_a_batch
 def layout(
     rows: int, tokens: int, chunk_size: int, num_levels: int, cu_seqlens: Tensor | None, starts: Tensor | None,
     final: bool,
