@@ -1,6 +1,7 @@
 # B batch, T time (queries), S keys seen so far, H query heads, G key/value heads, K head width
 """Softmax attention, for hybrid models and the Transformer baseline."""
 
+import threading
 from typing import NamedTuple, Protocol
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PLANNED = 1024  # cuDNN makes a plan for each new length, in tens of milliseconds: lengths that come again are multiples
+CHOOSING = threading.Lock()  # whether cuDNN may be taken is said for the whole process
 
 
 class KeyValueStore(Protocol):
@@ -74,16 +76,19 @@ class Attention(nn.Module):
 
     @torch._disable_dynamo  # a graph would be one for these lengths; torch.compiler.disable imports the whole compiler
     def _attend_documents(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        pieces = zip(*(t.split(lengths.tolist(), dim=2) for t in (q, k, v)), strict=True)
+        documents = [document for document in pieces if document[0].shape[2]]
+        backends = torch.backends.cuda
+        if not (q.is_cuda and backends.cudnn_sdp_enabled() and backends.flash_sdp_enabled()):
+            return torch.cat([self._attend(*document) for document in documents], dim=2)
         attended = []
-        try:
-            for document in zip(*(t.split(lengths.tolist(), dim=2) for t in (q, k, v)), strict=True):
-                length = document[0].shape[2]
-                torch.backends.cuda.enable_cudnn_sdp(cudnn and length % PLANNED == 0)
-                if length:
+        with CHOOSING:
+            try:
+                for document in documents:
+                    backends.enable_cudnn_sdp(document[0].shape[2] % PLANNED == 0)
                     attended.append(self._attend(*document))
-        finally:
-            torch.backends.cuda.enable_cudnn_sdp(cudnn)
+            finally:
+                backends.enable_cudnn_sdp(True)
         return torch.cat(attended, dim=2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -16,6 +16,15 @@ def of_any_length(x: Tensor) -> Tensor:
     return x
 
 
+def own_boundaries(cu_seqlens: Tensor) -> Tensor:
+    """A copy that nobody changes, as the operators' kernels take it. At `layouts` they keep what they make of it, for
+    all layers and their backward."""
+    boundaries = of_any_length(cu_seqlens.to(torch.int64, copy=True))
+    if not torch.compiler.is_compiling():
+        boundaries.layouts = {}  # type: ignore[attr-defined]
+    return boundaries
+
+
 class Packing(NamedTuple):
     """Ragged sequences, one behind the other in a batch of one: `cu_seqlens` [S+1] as FlashAttention names it.
 
@@ -40,7 +49,7 @@ class Packing(NamedTuple):
         sequences = cu_seqlens.numel() - 1
         sequence_S = torch.arange(sequences, device=cu_seqlens.device)
         gap_W = torch.arange(gap, device=cu_seqlens.device)
-        cu_seqlens = of_any_length(cu_seqlens.long())  # as the operators' kernels take it
+        cu_seqlens = own_boundaries(cu_seqlens)
         first_S, last_S = cu_seqlens[:-1], cu_seqlens[1:]
         sequence_N = sequence_S.repeat_interleave(last_S - first_S, output_size=num_tokens)
         token_N = torch.arange(num_tokens, device=cu_seqlens.device)

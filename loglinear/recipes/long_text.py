@@ -25,13 +25,13 @@ def long_text(kind: str, *, miniature: bool = False) -> TrainingRecipe:
     """One of `comparison.KINDS`, on documents of 64 KiB to 1 MiB: sources and manuals, 16,384 tokens at a time (in
     miniature 1,024)."""
     sequence = SEQUENCE // 16 if miniature else SEQUENCE
-    sizes = MINIATURE_MODEL if miniature else MODEL
+    size, sizes = ("0.3 M", MINIATURE_MODEL) if miniature else ("13.3 M", MODEL)
     levels = num_levels(sequence)
     base = byte_model(num_levels=levels, rope_theta=500_000.0, **sizes)
     training: dict[str, Any] = {**TRAINING, **(MINIATURE_TRAINING if miniature else {})}
     return TrainingRecipe(
         name=f"long_text_{kind}{'_miniature' * miniature}",
-        summary=f"13.3 M parameters, long texts, 16,384 bytes at a time: {kind.replace('_', '-')}",
+        summary=f"{size} parameters, long texts, {sequence:,} bytes at a time: {kind.replace('_', '-')}",
         model=model_of_kind(kind, base, capped_levels=levels - CAPPED_BY),
         data=("data/long_text/train.jsonl.zst",),
         seq_len=sequence,

@@ -26,12 +26,12 @@ def needle(kind: str, *, miniature: bool = False) -> TrainingRecipe:
 
     4,096 tokens at a time; 90 M tokens, each once (in miniature the first 0.5 M).
     """
-    sizes = MINIATURE_MODEL if miniature else MODEL
+    size, sizes = ("0.3 M", MINIATURE_MODEL) if miniature else ("10.7 M", MODEL)
     base = byte_model(num_levels=num_levels(LONGEST), rope_theta=500_000.0, **sizes)
     training: dict[str, Any] = {**TRAINING, **(MINIATURE_TRAINING if miniature else {})}
     return TrainingRecipe(
         name=f"needle_{kind}{'_miniature' * miniature}",
-        summary=f"10.7 M parameters, needles in haystacks of 4,096 bytes: {kind.replace('_', '-')}",
+        summary=f"{size} parameters, needles in haystacks of 4,096 bytes: {kind.replace('_', '-')}",
         model=model_of_kind(kind, base, capped_levels=CAPPED_LEVELS),
         data=("needle:50000:4096:stdlib", "stdlib"),
         seq_len=4096,

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 # What the matrix units multiply, what states are kept in, and how. float16 has the mantissa of tf32 but not the range
-# that a sum over a long past needs, so its products are single tf32 products of float32 states.
+# that a sum over a long past needs, so its products are single tf32 products of float32 states
+# (three where a chunk's error would be carried on: the delta rule's inverse, transition and state).
 DOT_TYPES = {
     torch.float32: (torch.float32, tl.float32, "tf32x3"),
     torch.float16: (torch.float32, tl.float32, "tf32"),

@@ -14,7 +14,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from loglinear.fenwick import block_cap
 
@@ -27,13 +26,13 @@ Made = TypeVar("Made")
 
 
 def once_a_batch(make: Callable[..., Made]) -> Callable[..., Made]:
-    """`make`, a layout of packed sequences, once for all calls with the same tensor cu_seqlens and the same sizes: the
-    layers of a model, and their backward. It is a hundred small operations, which take the host a millisecond.
+    """`make`, a layout of packed sequences, once for all layers of a model and their backward. It is a hundred small
+    operations and more, which take the host a millisecond.
 
-    Not for sequences that continue, whose starts differ by layer; nor in a CUDA graph, which reads cu_seqlens anew
-    each time it runs; nor for inference tensors, which do not tell that they were changed.
+    It is kept at the tensor cu_seqlens, where that has a dictionary `layouts`, by which its maker says that nobody
+    changes it (`layers.Packing`). Not for sequences that continue, whose starts differ by layer, and on the default
+    stream alone: a CUDA graph, recorded or warmed up, has memory of its own, and reads cu_seqlens anew when it runs.
     """
-    kept = WeakIdKeyDictionary()  # cu_seqlens -> (its version, layouts by all the rest)
 
     @functools.wraps(make)
     def remembering(
@@ -46,23 +45,21 @@ def once_a_batch(make: Callable[..., Made]) -> Callable[..., Made]:
         *rest: bool,
     ) -> Made:
         arguments = (rows, tokens, chunk_size, levels, cu_seqlens, starts, *rest)
-        if cu_seqlens is None or starts is not None or cu_seqlens.is_inference():
+        layouts = getattr(cu_seqlens, "layouts", None)
+        if layouts is None or starts is not None or not _is_on_default_stream(cu_seqlens):
             return make(*arguments)
-        stream = 0
-        if cu_seqlens.is_cuda:
-            if torch.cuda.is_current_stream_capturing():
-                return make(*arguments)
-            stream = torch.cuda.current_stream(cu_seqlens.device).cuda_stream
-        version, layouts = kept.get(cu_seqlens, (None, {}))
-        if version != cu_seqlens._version:
-            layouts = {}
-            kept[cu_seqlens] = cu_seqlens._version, layouts
-        key = (rows, tokens, chunk_size, levels, *rest, stream)
+        key = (make, rows, tokens, chunk_size, levels, *rest)
         if key not in layouts:
             layouts[key] = make(*arguments)
         return layouts[key]
 
     return remembering
+
+
+def _is_on_default_stream(x: Tensor | None) -> bool:
+    if x is None or not x.is_cuda:
+        return True
+    return torch.cuda.current_stream(x.device) == torch.cuda.default_stream(x.device)
 
 
 @dataclass(frozen=True)
