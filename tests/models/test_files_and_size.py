@@ -56,7 +56,7 @@ def test_a_missing_parameter_leaves_its_neighbours_as_loaded(make_model, tmp_pat
 
 
 def test_gate_parameters_stay_float32_in_a_16_bit_model(make_model, tmp_path) -> None:
-    make_model(torch.float32).save_pretrained(tmp_path)
+    make_model(torch.float32, lambda_form="softplus").save_pretrained(tmp_path)
     mixer = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).model.layers[0].mixer
     assert mixer.in_proj.weight.dtype == torch.bfloat16
     assert mixer.variant.A_log.dtype == mixer.variant.dt_bias.dtype == mixer.level_scales.L.dtype == torch.float32

@@ -295,7 +295,9 @@ def test_checkpoint_carries_the_tokenizer(uninterrupted):
 
 
 def test_vectors_and_marked_parameters_do_not_decay(data):
-    model = LogLinearForCausalLM(tiny_recipe(data).model_config())
+    config = tiny_recipe(data).model_config()
+    config.lambda_form = "softplus"
+    model = LogLinearForCausalLM(config)
     decayed = set(LogLinearTrainer.get_decay_parameter_names(None, model))
     parameters = dict(model.named_parameters())
     marked = {name for name, parameter in parameters.items() if getattr(parameter, "_no_weight_decay", False)}
