@@ -107,8 +107,7 @@ def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, 
     """Direction, stage, chunk, constants and launch of the delta rule's kernels."""
     k, v = torch.empty(1, 1, 1, K, dtype=dtype), torch.empty(1, 1, 1, V, dtype=dtype)
     C = delta_stages.choose_chunk_size(k, k, v, 0)
-    kept, dot, precision = DOT_TYPES[delta_stages.products_of(k, k, v)]
-    tiling, jobs = Tiling(K, V, C, kept), []
+    tiling, jobs = Tiling(K, V, C, delta_stages.state_dtype(k, k, v)), []
     for direction, names in delta_stages.STAGES.items():
         for stage in names:
             options: dict[str, Any] = dict(tiling.wide(stage))
@@ -117,7 +116,7 @@ def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, 
                 K=K, C=C, J=min(C, 64), LOG_J=log2(min(C, 64)), LOG_C=log2(C), PACKED=False, NODES=False, LINEAR=False,
                 ENDS=True, TRANSITION=False, PARTS=tiling.parts(stage) if stage in PARTS else 1,
                 KEY_TILES=tiling.key_tiles("writes_backward"), VALUE_TILES=tiling.tiles("writes_backward"),
-                DOT=dot, PRECISION=precision, **options,
+                **delta_stages.dots_of(stage, delta_stages.products_of(k, k, v)), **options,
             )  # fmt: skip
             jobs.append((direction, stage, C, values, launch))
     return jobs

@@ -39,7 +39,7 @@ def ablation(choice: str, *, miniature: bool = False) -> TrainingRecipe:
         raise ValueError(f"choice must be one of {', '.join(CHOICES)}, got {choice!r}")
     recipe = long_text("log_linear", miniature=miniature)
     model = {**recipe.model, **changes(recipe)[choice]}
-    name = f"ablation_{choice}{'_miniature' * miniature}"
+    name = recipe.name.replace("long_text_log_linear", f"ablation_{choice}")
     return dataclasses.replace(recipe.override(steps=min(STEPS, recipe.steps)), name=name, model=model)
 
 

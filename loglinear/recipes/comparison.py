@@ -6,10 +6,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from loglinear.recipes.bytes import byte_model
+from loglinear.recipes.recipe import TrainingRecipe
+
 KINDS = ("linear", "log_linear", "capped", "hybrid", "transformer")
 ATTENTION_PERIOD, ATTENTION_PLACE = 6, 3  # a hybrid's full attention: the fourth of every six layers
 PUBLISHED = {"lambda_form": "softplus"}  # and all levels, each with a lambda of its own, from single tokens on
-# An experiment in small, for minutes on two CPU cores: it shows that all works, not what models can learn.
+# What the experiments share; and one in small, for minutes on two CPU cores, which shows no more than that all works.
+TRAINING = dict(
+    batch_tokens=131_072,
+    micro_batch_tokens=65_536,
+    eval_tokens=1_048_576,
+    learning_rate=2e-3,
+    validation_fraction=0.02,
+)
+MINIATURE_PARAMETERS = "0.3 M"
 MINIATURE_MODEL = dict(hidden_size=96, num_hidden_layers=2, intermediate_size=256, num_heads=3)
 MINIATURE_TRAINING = dict(
     batch_tokens=4096,
@@ -33,6 +44,31 @@ def choices(*, capped_levels: int) -> dict[str, dict[str, Any]]:
         "blocks": {"finest_block": 64},
     }
     return {name: {**PUBLISHED, **change} for name, change in changes.items()}
+
+
+def recipe_of_kind(
+    experiment: str,
+    kind: str,
+    *,
+    about: str,
+    parameters: str,
+    sizes: Mapping[str, int],
+    levels: int,
+    capped_levels: int,
+    miniature: bool,
+    **training: Any,
+) -> TrainingRecipe:
+    """The recipe EXPERIMENT_KIND: a byte-level model of one of KINDS with these sizes, TRAINING and `training`; or its
+    miniature. `about` and `parameters` are for its summary."""
+    if miniature:
+        parameters, sizes, training = MINIATURE_PARAMETERS, MINIATURE_MODEL, {**training, **MINIATURE_TRAINING}
+    base = byte_model(num_levels=levels, rope_theta=500_000.0, **sizes)
+    return TrainingRecipe(
+        name=f"{experiment}_{kind}{'_miniature' * miniature}",
+        summary=f"{parameters} parameters, {about}: {kind.replace('_', '-')}",
+        model=model_of_kind(kind, base, capped_levels=capped_levels),
+        **{**TRAINING, **training},
+    )
 
 
 def model_of_kind(kind: str, base: Mapping[str, Any], *, capped_levels: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ inverses and the cumulative decays; the backward makes the states again.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ STAGES = {
         "decay_backward",
     ),
 }  # fmt: skip
+CARRIED_ON = ("chunk_inverse", "chunk_state")  # stages whose error every later chunk has too: three tf32 products
 SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for long inputs 1.5 times their size
 
 
@@ -75,6 +77,12 @@ def products_of(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
 def state_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     """Of what is kept of each chunk."""
     return DOT_TYPES[products_of(q, k, v)][0]
+
+
+def dots_of(stage: str, products: torch.dtype) -> dict[str, Any]:
+    """What the stage multiplies, and how."""
+    _, dot, precision = DOT_TYPES[products]
+    return dict(DOT=dot, PRECISION="tf32x3" if stage in CARRIED_ON else precision)
 
 
 @dataclass
@@ -99,7 +107,8 @@ class DeltaRule(Call):
         q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, level_scales: Tensor, nodes: Tensor | None,
         cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int, final: bool,
     ) -> None:  # fmt: skip
-        super().__init__(q, k, v, log_decay, level_scales, nodes, scale, chunk_size, products_of(q, k, v))
+        self.products = products_of(q, k, v)
+        super().__init__(q, k, v, log_decay, level_scales, nodes, scale, chunk_size, self.products)
         self.layout = layout(self.B, self.T, self.C, self.L, cu_seqlens, starts, final)
         self.packed, self.sizes = dict(PACKED=self.layout.packed), (self.T, self.layout.chunks_per_row, self.H)
         self.beta, self.starts, self.precision = beta, starts, dict(PRECISION=self.dots["PRECISION"])
@@ -114,8 +123,8 @@ class DeltaRule(Call):
         chunk_inverse_kernel[(y.chunks * H,)](
             self.k, self.beta, self.log_decay, self.inverse, self.cumulative, y.table, *self.sizes, self.R,
             *self.strides("k", "beta", "log_decay"),
-            K=K, C=C, J=J, LOG_J=log2(J), DOT=self.dots["DOT"], PRECISION="tf32x3",
-            **self.packed, **self.tiling.options("chunk_inverse"),
+            K=K, C=C, J=J, LOG_J=log2(J),
+            **dots_of("chunk_inverse", self.products), **self.packed, **self.tiling.options("chunk_inverse"),
         )  # fmt: skip
         return self.inverse, self.cumulative
 
@@ -128,8 +137,8 @@ class DeltaRule(Call):
             chunk_state_kernel[(y.chunks * H * self.tiling.tiles("chunk_state", kind),)](
                 self.k, v, self.beta, self.inverse, self.cumulative, out, y.table, *self.sizes, self.R,
                 *self.strides("k"), *v.stride()[:3], *self.strides("beta"), self.inverse.stride(0),
-                C=C, TRANSITION=kind, K=K, DOT=self.dots["DOT"], PRECISION="tf32x3",
-                **self.packed, **self.tiling.wide("chunk_state", kind),
+                C=C, TRANSITION=kind, K=K, **dots_of("chunk_state", self.products), **self.packed,
+                **self.tiling.wide("chunk_state", kind),
             )  # fmt: skip
         self.storeys: list[Entries] = []
         for storey in y.storeys:
