@@ -48,7 +48,8 @@ def _paper() -> str:
 
 def _note(found: dict[str, Any]) -> str:
     task, made = found["task"], found["made"]
-    seeds = said(sorted(found["table"], key=lambda row: len(row["seeds"])), lambda row: len(row["seeds"]))
+    compared = sorted(len(row["seeds"]) for row in found["table"] if row["model"] in MODELS)
+    seeds = said(compared, lambda count: count)
     pairs = ", ".join(map(str, task["pairs"]))
     return (
         f"Percent, mean (standard deviation) over {seeds} seeds, at the learning rate that is best on validation; "

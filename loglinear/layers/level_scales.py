@@ -47,7 +47,7 @@ class LevelScales(Undecayed, nn.Linear):
     no_weight_decay = ("L", "bias")
 
     def __init__(
-        self, hidden_size: int, num_heads: int, num_levels: int, form: str = "softplus", finest_block: int = 1
+        self, hidden_size: int, num_heads: int, num_levels: int, form: str = "unit", finest_block: int = 1
     ) -> None:
         check_lambda_form(form)
         if num_levels < 2:

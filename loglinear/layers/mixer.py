@@ -87,7 +87,7 @@ class Mixer(nn.Module):
         *,
         variant: str,
         num_levels: int,
-        lambda_form: str = "softplus",
+        lambda_form: str = "unit",
         finest_block: int = 1,
         conv_kernel: int = 4,
         chunk_size: int = 64,

@@ -21,7 +21,8 @@ class LogLinearConfig(PreTrainedConfig):
         variant: the base model, a name in `loglinear.variants.VARIANTS`.
         num_levels: L, levels of the Fenwick partition; tokens more than 2**(L - 2) away share the last level.
             1: the linear model of the same variant, without any lambda parameter.
-        lambda_form: "softplus" (as published), "bounded" or "unit" (starts at exactly 1), see `LevelScales`.
+        lambda_form: "unit" (starts at exactly 1, as the linear model of the same variant), "softplus" (as published)
+            or "bounded", see `LevelScales`.
         finest_block: tokens that share one lambda wherever they lie in an aligned block of so many; 1: as published.
         num_heads, num_groups, key_dim, head_dim: H value heads, G query/key groups (None: 1 where the variant shares
             one, as Mamba-2 does, otherwise H), K and V per head.
@@ -46,7 +47,7 @@ class LogLinearConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     variant: str = "mamba2"
     num_levels: int = 15
-    lambda_form: str = "softplus"
+    lambda_form: str = "unit"
     finest_block: int = 1
     num_heads: int = 8
     num_groups: int | None = None
