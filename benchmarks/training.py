@@ -51,7 +51,9 @@ def kinds(recipe: str, device: str) -> dict[str, LogLinearConfig]:
 def sized(recipe: str, changes: dict[str, Any]) -> LogLinearConfig:
     """The recipe's model with these changes, and other MLPs where it would have more or fewer parameters."""
     original = get_recipe(recipe).model_config()
-    wanted, options = parameter_counts(original).total, {**get_recipe(recipe).model, **changes}
+    # the published lambda, which weights that are not trained differ by: losses would not see what levels are read
+    options = {**get_recipe(recipe).model, "lambda_form": "softplus", **changes}
+    wanted = parameter_counts(original).total
     config = LogLinearConfig(**options)
     missing = wanted - parameter_counts(config).total
     if abs(missing) > SIZE_BUDGET * wanted:

@@ -79,10 +79,12 @@ class Attention(nn.Module):
         pieces = zip(*(t.split(lengths.tolist(), dim=2) for t in (q, k, v)), strict=True)
         documents = [document for document in pieces if document[0].shape[2]]
         backends = torch.backends.cuda
-        if not (q.is_cuda and backends.cudnn_sdp_enabled() and backends.flash_sdp_enabled()):
+        if not q.is_cuda:
             return torch.cat([self._attend(*document) for document in documents], dim=2)
         attended = []
         with CHOOSING:
+            if not (backends.cudnn_sdp_enabled() and backends.flash_sdp_enabled()):
+                return torch.cat([self._attend(*document) for document in documents], dim=2)
             try:
                 for document in documents:
                     backends.enable_cudnn_sdp(document[0].shape[2] % PLANNED == 0)

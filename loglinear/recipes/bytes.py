@@ -11,7 +11,7 @@ def byte_model(**sizes: Any) -> dict[str, Any]:
     """Arguments of LogLinearConfig for a byte-level Mamba-2 with heads of 64, whatever its sizes."""
     shared = dict(vocab_size=BYTE_VOCABULARY, variant="mamba2", num_groups=1, key_dim=64, head_dim=64, chunk_size=64)
     shared["loss_chunk_size"] = 16_384  # 17 MB of logits: with this vocabulary a slice may be long
-    return {**shared, "tie_word_embeddings": True, **sizes}
+    return {**shared, "lambda_form": "unit", "tie_word_embeddings": True, **sizes}
 
 
 def demo() -> TrainingRecipe:

@@ -97,7 +97,7 @@ def load_model(path: Path | str, *, device: str | torch.device = "cpu") -> LogLi
     """
     checkpoint = resolve(path)
     config = _config(checkpoint)
-    _check_weights(checkpoint, config)
+    check_weights(checkpoint, config, described_by="its config.json")
     model = LogLinearForCausalLM.from_pretrained(checkpoint, device_map={"": torch.device(device)})
     return model.eval()
 
@@ -123,8 +123,11 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, (*options, int) if float in options else tuple(options))
 
 
-def _check_weights(checkpoint: Path, config: LogLinearConfig) -> None:
-    """Compare the names and shapes of the stored weights with the model that the configuration describes."""
+def check_weights(checkpoint: Path, config: LogLinearConfig, *, described_by: str) -> None:
+    """Raise ValueError unless names and shapes of the stored weights are those of the configuration's model.
+
+    transformers itself would leave out, or draw anew, what does not fit. `described_by` is whose configuration it is.
+    """
     with torch.device("meta"):
         model = LogLinearForCausalLM(config)
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -138,6 +141,6 @@ def _check_weights(checkpoint: Path, config: LogLinearConfig) -> None:
     if differing:
         name = differing[0]
         raise ValueError(
-            f"checkpoint {checkpoint} holds the weights of another model than its config.json: {name} is "
+            f"checkpoint {checkpoint} holds the weights of another model than {described_by} says: {name} is "
             f"{stored.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
         )

@@ -16,7 +16,7 @@ from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
 from loglinear.training import run_folder
 from loglinear.training.callbacks import RunLog, StopEarly
-from loglinear.training.checkpoints import last_checkpoint, step_of
+from loglinear.training.checkpoints import check_weights, last_checkpoint, step_of
 from loglinear.training.compilation import compile_blocks, require_compiler
 from loglinear.training.data import Corpus, PackedRows, load_corpus
 from loglinear.training.tokenizer import load_tokenizer
@@ -75,8 +75,10 @@ def train(
         elif main_process:
             run_folder.write_run(out, recipe, facts, parameters=model.num_parameters())
         checkpoint = last_checkpoint(out) if resume else None
-        if checkpoint is not None and step_of(checkpoint) >= recipe.steps:
-            return TrainingResult(checkpoint, recipe.steps, interrupted=False)
+        if checkpoint is not None:
+            check_weights(checkpoint, config, described_by="the run's recipe")
+            if step_of(checkpoint) >= recipe.steps:
+                return TrainingResult(checkpoint, recipe.steps, interrupted=False)
 
         log = RunLog(
             out,

@@ -1,5 +1,7 @@
 """Layouts of packed sequences: the layers of a model share one."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -46,6 +48,14 @@ def test_a_packing_has_a_tensor_of_its_own():
     packing = Packing.from_cu_seqlens(ends, 40, 4)
     ends[1] = 20
     assert packing.cu_seqlens.tolist() == [0, 7, 40] and not hasattr(ends, "layouts")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_used_packing_is_pickled(layout):
+    packing = Packing.from_cu_seqlens(boundaries(), 40, 4)
+    used = layout(packing.cu_seqlens)
+    loaded = pickle.loads(pickle.dumps(packing)).cu_seqlens
+    assert torch.equal(layout(loaded).table, used.table)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from loglinear.models import LogLinearForCausalLM
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.training import run_folder
 from loglinear.training.checkpoints import defect, last_checkpoint, load_model
 from loglinear.training.data import IGNORED, PackedRows, load_corpus
@@ -344,6 +344,17 @@ def test_resume_with_another_model_names_the_field(uninterrupted, data):
     recipe = tiny_recipe(data, model=tiny_recipe(data).model | {"num_levels": 3})
     with pytest.raises(ValueError, match=r"run with model.num_levels = 6, which cannot resume with 3$"):
         train(recipe, uninterrupted, resume=True, progress=False)
+
+
+def test_resume_of_weights_that_the_recipe_does_not_describe_is_refused(tmp_path, data, uninterrupted):
+    """As where a default has changed that run.json does not name: the Trainer would leave such weights out."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(last_checkpoint(tmp_path / "run"))
+    checkpoint = last_checkpoint(tmp_path / "run")
+    other = LogLinearConfig.from_pretrained(checkpoint, lambda_form="softplus")
+    LogLinearForCausalLM(other).save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match=r"checkpoint-6 holds .* than the run's recipe says: .*level_scales"):
+        train(tiny_recipe(data), tmp_path / "run", resume=True, progress=False)
 
 
 def test_resume_with_changed_text_is_refused(tmp_path):

@@ -34,21 +34,23 @@ def once_a_batch(make: Callable[..., Made]) -> Callable[..., Made]:
     stream alone: a CUDA graph, recorded or warmed up, has memory of its own, and reads cu_seqlens anew when it runs.
     """
 
+    name = f"{make.__module__}.{make.__qualname__}"  # not the function: what is kept at a tensor is pickled with it
+
     @functools.wraps(make)
     def remembering(
         rows: int,
         tokens: int,
         chunk_size: int,
-        levels: int,
+        num_levels: int,
         cu_seqlens: Tensor | None,
         starts: Tensor | None,
         *rest: bool,
     ) -> Made:
-        arguments = (rows, tokens, chunk_size, levels, cu_seqlens, starts, *rest)
+        arguments = (rows, tokens, chunk_size, num_levels, cu_seqlens, starts, *rest)
         layouts = getattr(cu_seqlens, "layouts", None)
         if layouts is None or starts is not None or not _is_on_default_stream(cu_seqlens):
             return make(*arguments)
-        key = (make, rows, tokens, chunk_size, levels, *rest)
+        key = (name, rows, tokens, chunk_size, num_levels, *rest)
         if key not in layouts:
             layouts[key] = make(*arguments)
         return layouts[key]
