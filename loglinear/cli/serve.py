@@ -39,6 +39,8 @@ def run(path: Path, host: str, port: int) -> None:
     model_manager.ModelManager = _manager(str(path), model, tokenizer)  # type: ignore[misc]
     print(f"model {str(path)!r} at http://{host}:{port}/v1", file=sys.stderr)
     Serve(force_model=str(path), host=host, port=port, log_level="error")
+    # Only a signal ends the server, and is raised again then: as an exception, which a destructor or a callback loses.
+    raise KeyboardInterrupt
 
 
 def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

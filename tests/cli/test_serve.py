@@ -136,6 +136,14 @@ def test_missing_packages_are_one_line(capsys, monkeypatch, run):
     assert "pip install 'loglinear[serve]'" in one_line(capsys, "--model", run)
 
 
+def test_a_server_that_a_lost_signal_ended_was_interrupted(capsys, monkeypatch, run):
+    """uvicorn raises the signal again when it has shut down; the exception is lost where nobody can catch it."""
+    monkeypatch.setattr(serve, "Serve", lambda **options: None)
+    with pytest.raises(SystemExit) as exit_:
+        main(["serve", "--model", str(run), "--port", str(free_port())])
+    assert exit_.value.code == 130 and capsys.readouterr().err.endswith("interrupted\n")
+
+
 def test_a_taken_port_is_one_line(capsys, run):
     with socket.create_server(("localhost", 0)) as listener:
         message = one_line(capsys, "--model", run, "--port", listener.getsockname()[1])
