@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from loglinear.training.sources import Document, name_hash, read_documents
-from loglinear.training.tokenizer import encode_document
+from loglinear.training.tokenizer import encode_document, tokens_within
 
 IGNORED = -100  # the label that the loss leaves out
 
@@ -34,6 +34,7 @@ class Corpus:
     tokens: np.ndarray  # all documents behind one another
     offsets_D: np.ndarray  # int64 [D + 1]; document d is tokens[offsets_D[d] : offsets_D[d + 1]]
     bytes_D: np.ndarray  # int64 [D]; UTF-8 bytes of each document's text
+    learnt: np.ndarray  # bool: which of the tokens the loss counts
     special: tuple[int, ...]  # tokens that stand for no text: beginning and end of a document
 
     @cached_property
@@ -63,35 +64,58 @@ class Corpus:
         digest = hashlib.blake2b("\0".join(self.names).encode(), digest_size=16)
         digest.update(self.offsets_D.tobytes())
         digest.update(self.tokens.tobytes())
+        if not self.learnt.all():
+            digest.update(np.packbits(self.learnt).tobytes())
         return digest.hexdigest()
 
     def document(self, d: int) -> np.ndarray:
         """The tokens of document d."""
-        return self.tokens[self.offsets_D[d] : self.offsets_D[d + 1]]
+        return self.tokens[self._place(d)]
+
+    def _place(self, d: int) -> slice:
+        return slice(self.offsets_D[d], self.offsets_D[d + 1])
 
     def take(self, documents: Iterable[int]) -> Corpus:
         """The corpus of these documents only."""
-        chosen = list(documents)
-        return _corpus([(self.names[d], self.document(d), int(self.bytes_D[d])) for d in chosen], self.special)
+        places = [(d, self._place(d)) for d in documents]
+        parts = [_Part(self.names[d], self.tokens[p], self.learnt[p], int(self.bytes_D[d])) for d, p in places]
+        return _corpus(parts, self.special)
 
 
-def _corpus(parts: list[tuple[str, np.ndarray, int]], special: tuple[int, ...]) -> Corpus:
-    lengths = [len(tokens) for _, tokens, _ in parts]
+class _Part(NamedTuple):
+    """One document of a corpus."""
+
+    name: str
+    tokens: np.ndarray
+    learnt: np.ndarray
+    size: int
+
+
+def _corpus(parts: list[_Part], special: tuple[int, ...]) -> Corpus:
     return Corpus(
-        names=tuple(name for name, _, _ in parts),
-        tokens=np.concatenate([tokens for _, tokens, _ in parts]) if parts else np.zeros(0, np.uint16),
-        offsets_D=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
-        bytes_D=np.asarray([size for _, _, size in parts], dtype=np.int64),
+        names=tuple(part.name for part in parts),
+        tokens=np.concatenate([part.tokens for part in parts]) if parts else np.zeros(0, np.uint16),
+        offsets_D=np.cumsum([0, *(len(part.tokens) for part in parts)], dtype=np.int64),
+        bytes_D=np.asarray([part.size for part in parts], dtype=np.int64),
+        learnt=np.concatenate([part.learnt for part in parts]) if parts else np.zeros(0, bool),
         special=special,
     )
 
 
 def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Tokenise documents, in memory (2 bytes for each byte of text with the byte tokenizer)."""
-    parts = [(document.name, _size(document), encode_document(tokenizer, document.text)) for document in documents]
+    parts = [_part(document, tokenizer) for document in documents]
     special = tuple(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None)
-    in_order = sorted(parts, key=lambda part: (name_hash(part[0]), part[0]))
-    return _corpus([(name, tokens, size) for name, size, tokens in in_order], special)
+    return _corpus(sorted(parts, key=lambda part: (name_hash(part.name), part.name)), special)
+
+
+def _part(document: Document, tokenizer: PreTrainedTokenizerBase) -> _Part:
+    size, tokens = _size(document), encode_document(tokenizer, document.text)
+    learnt = np.full(len(tokens), document.learnt is None)
+    if document.learnt is not None:
+        for start, end in tokens_within(tokenizer, document.text, document.learnt):
+            learnt[start:end] = True
+    return _Part(document.name, tokens, learnt, size)
 
 
 def _size(document: Document) -> int:
@@ -121,10 +145,10 @@ def _cut_single(corpus: Corpus, validation_fraction: float) -> tuple[Corpus, Cor
     tokens = corpus.tokens
     cut = len(tokens) - max(1, int(len(tokens) * validation_fraction))
     train, validation = (
-        _corpus([(corpus.names[0], tokens[start:end], round(corpus.token_bytes(start, end).sum()))], corpus.special)
+        _Part(corpus.names[0], tokens[start:end], corpus.learnt[start:end], round(corpus.token_bytes(start, end).sum()))
         for start, end in ((0, cut), (cut, len(tokens)))
     )
-    return train, validation
+    return _corpus([train], corpus.special), _corpus([validation], corpus.special)
 
 
 def load_corpus(
@@ -163,13 +187,18 @@ def pieces_by_rounds(corpus: Corpus, seq_len: int) -> np.ndarray:
     return parts_P2[np.lexsort((documents_P, rounds_P))]
 
 
-def pack(parts: Iterable[np.ndarray]) -> dict[str, Tensor]:
-    """One row for the model: input_ids and labels [1, R], cu_seqlens [n + 1]. No label crosses into another part."""
-    arrays = list(parts)
+def pack(parts: Iterable[np.ndarray], learnt: Iterable[np.ndarray] = ()) -> dict[str, Tensor]:
+    """One row for the model: input_ids and labels [1, R], cu_seqlens [n + 1]. No label crosses into another part.
+
+    `learnt` are masks of the parts' tokens that the loss counts; without it all count.
+    """
+    arrays, masks = list(parts), list(learnt)
     input_ids = torch.from_numpy(np.concatenate(arrays).astype(np.int64))
     cu_seqlens = torch.tensor(np.cumsum([0, *map(len, arrays)]), dtype=torch.int32)
     labels = input_ids.clone()
     labels[cu_seqlens[:-1].long()] = IGNORED  # a sequence's first token has nothing to be predicted from
+    if masks:
+        labels[~torch.from_numpy(np.concatenate(masks))] = IGNORED
     return {"input_ids": input_ids[None], "labels": labels[None], "cu_seqlens": cu_seqlens}
 
 
@@ -212,11 +241,13 @@ class PackedRows(Dataset):
         return self._epoch[1], self._epoch[2]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return pack(self.corpus.tokens[start:end] for start, end in self._spans_P2(index))
+        places = [slice(*span) for span in self._spans_P2(index)]
+        return pack((self.corpus.tokens[p] for p in places), (self.corpus.learnt[p] for p in places))
 
     def predicted(self, rows: range) -> tuple[int, float]:
-        """Tokens that are predicted in these rows, that is all but each sequence's first, and their bytes of text."""
-        sizes = [self.corpus.token_bytes(start + 1, end) for row in rows for start, end in self._spans_P2(row)]
+        """Tokens whose prediction counts in these rows, never a sequence's first, and their bytes of text."""
+        spans = [(start + 1, end) for row in rows for start, end in self._spans_P2(row)]
+        sizes = [self.corpus.token_bytes(start, end)[self.corpus.learnt[start:end]] for start, end in spans]
         return sum(map(len, sizes)), float(sum(size.sum() for size in sizes))
 
     def _spans_P2(self, index: int) -> np.ndarray:

@@ -25,6 +25,8 @@ CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 HELD_OUT = 0.25  # share of all keys, and of all values, that tests use
 LONGEST_SENTENCE = 256  # characters; text without full stops is cut between words
 
+KEY_OR_VALUE = re.compile(r"\b(?:[a-z]{5}-[a-z]{5}|\d{7})\b")
+
 SHORTEST = 512  # bytes of the shortest training document
 FRAME = 384  # bytes: more than an introduction and a question about one key
 ROOM = 96  # bytes of a training document for each of its needles: for the needle, and for what is asked about it
@@ -186,6 +188,18 @@ def needle_documents(count: int, length: int, texts: Iterable[str] = ()) -> Iter
     haystacks = [Haystack.noise(_bytes)] + ([Haystack.of_texts(texts, _bytes)] if texts else [])
     for index in range(count):
         yield _document(Random(f"needle document {index}"), length, haystacks)
+
+
+def told_again(text: str) -> Iterator[tuple[int, int]]:
+    """Where in a document a key or a value comes again, as ranges of characters: what can be known of it.
+
+    The loss counts nothing else. New keys and values nobody can predict, and their noise drowns what there is to learn.
+    """
+    known: set[str] = set()
+    for found in KEY_OR_VALUE.finditer(text):
+        if found[0] in known:
+            yield found.span()
+        known.add(found[0])
 
 
 def _bytes(text: str) -> int:

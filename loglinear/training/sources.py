@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import zstandard
 
-from loglinear.training.needle import SHORTEST, needle_documents
+from loglinear.training.needle import SHORTEST, needle_documents, told_again
 
 STDLIB = "stdlib"
 DATASETS_PREFIX = "datasets:"
@@ -43,6 +43,7 @@ class Document(NamedTuple):
 
     name: str
     text: str
+    learnt: tuple[tuple[int, int], ...] | None = None  # ranges of characters that the loss counts; None: all
 
 
 def read_documents(sources: Iterable[str]) -> Iterator[Document]:
@@ -52,7 +53,8 @@ def read_documents(sources: Iterable[str]) -> Iterator[Document]:
     `datasets:NAME` / `datasets:NAME:CONFIG` (rows with a `text` column; needs the `datasets` extra). And
     `needle:COUNT:LENGTH` makes documents of needles in noise (`loglinear.training.needle`), of at most LENGTH byte
     tokens with the two at its ends; `needle:COUNT:LENGTH:SOURCE` hides every second one in the text of another source,
-    where it has several without the tenth of its documents that may validate.
+    where it has several without the tenth of its documents that may validate. The loss counts what can be known of
+    them alone: keys and values where they come again, and so all answers.
 
     Raises ValueError for a source that is missing, holds nothing to read, or holds a file that is not text.
     """
@@ -191,4 +193,5 @@ def _make_needles(source: str) -> Iterator[Document]:
     if int(length) < SHORTEST + END_TOKENS:
         raise ValueError(f"data {source!r} must have a LENGTH of at least {SHORTEST + END_TOKENS}")
     for number, made in enumerate(needle_documents(int(count), int(length) - END_TOKENS, texts)):
-        yield Document(":".join([f"{NEEDLE_PREFIX}{length}", *([text] if text else []), str(number)]), made)
+        name = ":".join([f"{NEEDLE_PREFIX}{length}", *([text] if text else []), str(number)])
+        yield Document(name, made, tuple(told_again(made)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,23 @@ def _load_folder(name: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name} has no end-of-sequence token, which separates documents")
     return tokenizer
+
+
+def tokens_within(
+    tokenizer: PreTrainedTokenizerBase, text: str, ranges: Iterable[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """The tokens of `encode_document` whose text begins in one of these ranges of characters, as ranges themselves.
+
+    Raises ValueError for a tokenizer that does not say where its tokens begin (a slow one of transformers').
+    """
+    special = 0 if tokenizer.bos_token_id is None else 1
+    if isinstance(tokenizer, ByteTokenizer):
+        return [tuple(special + len(text[:place].encode()) for place in part) for part in ranges]  # type: ignore[misc]
+    if not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} does not say where tokens begin: give a fast tokenizer")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    begins = [begin for begin, _ in encoded["offset_mapping"]]
+    return [tuple(special + bisect_left(begins, place) for place in part) for part in ranges]  # type: ignore[misc]
 
 
 def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:

@@ -67,7 +67,8 @@ def test_short_documents_count_no_byte_for_their_first_token(model):
 
 def test_bytes_are_those_of_the_text_that_was_read(model):
     # Another tokenizer's corpus: 1 byte for each token of one document, 9 for each of the other.
-    corpus = Corpus(("a", "b"), np.arange(8) % 4 + 2, np.array([0, 4, 8]), np.array([4, 36]), (0, 1))
+    all_learnt = np.ones(8, bool)
+    corpus = Corpus(("a", "b"), np.arange(8) % 4 + 2, np.array([0, 4, 8]), np.array([4, 36]), all_learnt, (0, 1))
     result = evaluate_perplexity(model, corpus, length=4, max_tokens=2, progress=False)
     assert result.names == ("a",) and result.bytes_D.tolist() == [3]
 

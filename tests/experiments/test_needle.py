@@ -22,7 +22,9 @@ def results(tmp_path_factory):
         patch.setattr(
             needle,
             "kind_recipe",
-            lambda name, kind, miniature: tiny_recipe(Path("needle:20:600"), name=f"{name}_{kind}"),
+            lambda name, kind, miniature: tiny_recipe(
+                Path("needle:20:600"), name=f"{name}_{kind}", seq_len=600, batch_tokens=1200, eval_tokens=1200
+            ),
         )
         call = {"kind": "capped", "examples": 3, "steps": 3, "data": [str(folder / "prose.txt")]}
         pieces = {**call, "out": folder / "pieces", "results": folder / "results"}
@@ -60,7 +62,7 @@ def test_every_task_is_asked_at_every_length(results):
 def test_result_says_what_it_cost_and_what_it_depends_on(results):
     result, _, other = results
     assert (result["seed"], other["seed"]) == (0, 1) and result["parameters"] > 0 and result["versions"]["device"]
-    assert result["training"]["tokens"] == 3 * 128 and result["training"]["minutes"] > 0
+    assert result["training"]["tokens"] == 3 * 1200 and result["training"]["minutes"] > 0
     assert len(result["evaluation"]["data"]) == 1 and other["evaluation"]["data"] == []
 
 

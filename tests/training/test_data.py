@@ -119,7 +119,8 @@ def test_byte_tokens_stand_for_one_byte_and_special_ones_for_none(tmp_path):
 
 
 def test_tokens_of_any_tokenizer_share_their_own_documents_bytes():
-    corpus = Corpus(("a", "b"), np.array([0, 7, 7, 1, 0, 7, 1]), np.array([0, 4, 7]), np.array([10, 3]), (0, 1))
+    tokens, all_learnt = np.array([0, 7, 7, 1, 0, 7, 1]), np.ones(7, bool)
+    corpus = Corpus(("a", "b"), tokens, np.array([0, 4, 7]), np.array([10, 3]), all_learnt, (0, 1))
     assert corpus.token_bytes(0, 4).tolist() == [0, 5, 5, 0]
     assert corpus.token_bytes(5, 7).tolist() == [3, 0]
 
@@ -135,3 +136,23 @@ def test_predicted_tokens_and_bytes_are_those_of_the_labels():
 def test_lone_surrogate_names_the_document():
     with pytest.raises(ValueError, match="document rows.jsonl:3 is not text"):
         tokenize([Document("rows.jsonl:3", "a\ud800")], ByteTokenizer())
+
+
+def test_the_loss_counts_what_documents_say():
+    text = "é one é two one"
+    documents = [Document("a", text, ((2, 5), (12, 15))), Document("b", "all of it"), Document("c", "nothing", ())]
+    corpus = tokenize(documents, ByteTokenizer())
+    rows = rows_of(corpus, seq_len=32, row_tokens=len(corpus.tokens))
+    row = rows[0]
+    counted = [
+        bytes(ids[(labels != IGNORED) & (ids < 256)].tolist()).decode()
+        for ids, labels in zip(sequences(row), sequences({**row, "input_ids": row["labels"]}), strict=True)
+    ]
+    assert sorted(counted) == ["", "all of it", "oneone"]
+    assert rows.predicted(range(1)) == (6 + len("all of it") + 1, 6 + len("all of it"))
+    everything = tokenize([document._replace(learnt=None) for document in documents], ByteTokenizer())
+    assert corpus.fingerprint != everything.fingerprint
+    alone, *_ = split(tokenize(documents[:1], ByteTokenizer()), 0.2)
+    assert alone.learnt.sum() == 4  # of <bos>, 17 bytes and <eos> the last three validate, "ne" among them
+    train, validation = split(corpus, 0.5)
+    assert train.learnt.sum() + validation.learnt.sum() == corpus.learnt.sum()

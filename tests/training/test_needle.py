@@ -18,6 +18,7 @@ from loglinear.training.needle import (
     is_held_out,
     needle_documents,
     split_sentences,
+    told_again,
 )
 from loglinear.training.sources import name_hash, read_documents
 from loglinear.training.tokenizer import ByteTokenizer, encode_document
@@ -181,3 +182,21 @@ def test_impossible_documents_are_named(tmp_path):
 def test_an_answer_names_a_value_once_however_often_it_is_told():
     needles = [Needle("a-b", "1"), Needle("a-b", "2"), Needle("a-b", "1")]
     assert Question.about(["a-b"], needles).values == ("1", "2")
+
+
+def test_the_loss_counts_answers_and_whatever_comes_again(documents):
+    for text in documents:
+        ranges = list(told_again(text))
+        for start, end in ranges:
+            assert text.find(text[start:end]) < start and re.fullmatch(r"\d{7}|[a-z]{5}-[a-z]{5}", text[start:end])
+        for question in QUESTION.finditer(text):
+            answer = re.compile(r"\d{7}")
+            begins = [found.start() for found in answer.finditer(text, question.start(2), question.end(2))]
+            assert begins and set(begins) <= {start for start, _ in ranges}
+        first = {found[0]: found.start() for found in reversed(list(re.finditer(r"\d{7}", text)))}
+        assert not set(first.values()) & {start for start, _ in ranges}
+
+
+def test_needle_documents_say_what_the_loss_counts():
+    for document in read_documents(["needle:20:700"]):
+        assert document.learnt == tuple(told_again(document.text)) != ()

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizer
 
-from loglinear.training.tokenizer import ByteTokenizer, encode_document, load_tokenizer
+from loglinear.training.tokenizer import ByteTokenizer, encode_document, load_tokenizer, tokens_within
 
 TEXT = "naïve café, 数学\n\ttabs \x00 and 😀"
 
@@ -53,6 +53,19 @@ def test_any_hugging_face_tokenizer_by_path(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
     ids = encode_document(load_tokenizer(tmp_path), "hello world again")
     assert ids.dtype == np.uint32 and ids.tolist() == [2, 3, 0, 1]
+    assert tokens_within(load_tokenizer(tmp_path), "hello world again", [(6, 11), (11, 17), (0, 0)]) == [
+        (1, 2),
+        (2, 3),
+        (0, 0),
+    ]
+
+
+def test_a_tokenizer_that_does_not_say_where_tokens_begin_is_named():
+    class Slow:
+        bos_token_id, is_fast = None, False
+
+    with pytest.raises(ValueError, match="Slow does not say where tokens begin: give a fast tokenizer"):
+        tokens_within(Slow(), "text", [(0, 1)])
 
 
 def test_missing_tokenizer_is_one_clear_line(tmp_path):
