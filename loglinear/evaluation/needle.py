@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loglinear.evaluation.packed import LOGIT_ROWS, read, rows
 from loglinear.training.needle import LONGEST_SENTENCE, Haystack, Needle, Question, draw_key, draw_value, hide
-from loglinear.training.tokenizer import encode_document
+from loglinear.training.tokenizer import encode_document, first_tokens
 
 ROW_TOKENS = 65_536  # tokens of one forward pass, or one example where that is longer
 DEPTH_BINS = 10
@@ -69,12 +69,7 @@ def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    return encode_document(tokenizer, text)[_special_tokens(tokenizer) : -1]
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens before a text."""
-    return 0 if tokenizer.bos_token_id is None else 1
+    return encode_document(tokenizer, text)[len(first_tokens(tokenizer)) : -1]
 
 
 def needle_examples(
@@ -102,7 +97,7 @@ def _example(task: str, length: int, haystack: Haystack, tokenizer: PreTrainedTo
     question = Question.about(rng.sample(keys, sizes.asked), needles)
     begin, end, answer = f"{question.introduction}\n", f"\n{question.text}", "".join(question.answer)
     fixed = [begin, end, answer, *(haystack.separator + needle.sentence for needle in needles)]
-    room = length - _special_tokens(tokenizer) - sum(len(_tokens(tokenizer, text)) for text in fixed)
+    room = length - len(first_tokens(tokenizer)) - sum(len(_tokens(tokenizer, text)) for text in fixed)
     sentences = haystack.take(rng, room)
     if not sentences:
         enough = length - room + LONGEST_SENTENCE  # bytes, which are tokens or more than those

@@ -111,10 +111,11 @@ def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) 
 
 def _part(document: Document, tokenizer: PreTrainedTokenizerBase) -> _Part:
     size, tokens = _size(document), encode_document(tokenizer, document.text)
-    learnt = np.full(len(tokens), document.learnt is None)
-    if document.learnt is not None:
-        for start, end in tokens_within(tokenizer, document.text, document.learnt):
-            learnt[start:end] = True
+    everything = [(0, len(tokens))]
+    counted = everything if document.learnt is None else tokens_within(tokenizer, document.text, document.learnt)
+    learnt = np.zeros(len(tokens), bool)
+    for start, end in counted:
+        learnt[start:end] = True
     return _Part(document.name, tokens, learnt, size)
 
 

@@ -109,14 +109,24 @@ def tokens_within(
 
     Raises ValueError for a tokenizer that does not say where its tokens begin (a slow one of transformers').
     """
-    special = 0 if tokenizer.bos_token_id is None else 1
     if isinstance(tokenizer, ByteTokenizer):
-        return [tuple(special + len(text[:place].encode()) for place in part) for part in ranges]  # type: ignore[misc]
-    if not tokenizer.is_fast:
+
+        def tokens_before(place: int) -> int:
+            return len(text[:place].encode())
+    elif tokenizer.is_fast:
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+
+        def tokens_before(place: int) -> int:
+            return bisect_left(offsets, place, key=lambda offset: offset[0])
+    else:
         raise ValueError(f"{type(tokenizer).__name__} does not say where tokens begin: give a fast tokenizer")
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    begins = [begin for begin, _ in encoded["offset_mapping"]]
-    return [tuple(special + bisect_left(begins, place) for place in part) for part in ranges]  # type: ignore[misc]
+    first = len(first_tokens(tokenizer))
+    return [(first + tokens_before(start), first + tokens_before(end)) for start, end in ranges]
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands before a document's text: its beginning-of-sequence token, where there is one."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
@@ -125,5 +135,5 @@ def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray
         body = tokenizer.encode_document(text)
     else:
         body = np.asarray(tokenizer.encode(text, add_special_tokens=False), dtype=np.uint32)
-    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return np.concatenate([np.asarray(first, body.dtype), body, np.asarray([tokenizer.eos_token_id], body.dtype)])
+    first, last = first_tokens(tokenizer), [tokenizer.eos_token_id]
+    return np.concatenate([np.asarray(first, body.dtype), body, np.asarray(last, body.dtype)])
