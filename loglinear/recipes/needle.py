@@ -11,8 +11,8 @@ CAPPED_LEVELS = 12  # what is 1,024 tokens or more away shares the last
 def needle(kind: str, *, miniature: bool = False) -> TrainingRecipe:
     """One of `comparison.KINDS`, on documents of needles in noise and in Python's standard library, and on its files.
 
-    4,096 tokens at a time; 295 M tokens, which is 1.4 times all (in miniature the first 0.5 M). Steps are small and
-    many: in 680 of 131,072 tokens, with a loss that counted new keys and values too, no model learnt to copy.
+    4,096 tokens at a time; 295 M tokens, about all there are (in miniature the first 0.5 M). Steps are small and many:
+    in 680 of 131,072 tokens, with a loss that counted new keys and values too, no model learnt to copy.
     """
     return recipe_of_kind(
         "needle",
@@ -23,7 +23,7 @@ def needle(kind: str, *, miniature: bool = False) -> TrainingRecipe:
         levels=num_levels(LONGEST),
         capped_levels=CAPPED_LEVELS,
         miniature=miniature,
-        data=("needle:120000:4096:stdlib", "stdlib"),
+        data=("needle:400000:4096:stdlib", "stdlib"),
         seq_len=4096,
         batch_tokens=32_768,
         micro_batch_tokens=32_768,

@@ -27,7 +27,10 @@ LONGEST_SENTENCE = 256  # characters; text without full stops is cut between wor
 
 KEY_OR_VALUE = re.compile(r"\b(?:[a-z]{5}-[a-z]{5}|\d{7})\b")
 
-SHORTEST = 512  # bytes of the shortest training document
+SHORTEST = 512  # bytes of the shortest training document with questions
+FACTS = 0.8  # share of documents without questions or haystack, half of all bytes: there copying is found out first
+TELLING = 62  # bytes of a needle with the separator behind it
+SHORTEST_FACTS = 2 * TELLING
 FRAME = 384  # bytes: more than an introduction and a question about one key
 ROOM = 96  # bytes of a training document for each of its needles: for the needle, and for what is asked about it
 MOST = 4  # keys of one question, and values of one key, as RULER has it
@@ -173,12 +176,14 @@ def hide(rng: Random, needles: Sequence[Needle], sentences: Sequence[str]) -> tu
 
 
 def needle_documents(count: int, length: int, texts: Iterable[str] = ()) -> Iterator[str]:
-    """Training documents for lengths of 512 to `length` bytes; document i is the same for every `count`.
+    """Training documents of at most `length` bytes; document i is the same for every `count`.
 
-    Lengths are drawn log-uniformly, and filled to within one sentence. Each document has 1 to (length - 384) / 96
-    needles in noise or, with equal probability, in the sentences of `texts` where these are given; some keys have up to
-    4 values, and half of the needles come twice. Behind them lie questions about 1 to 4 keys each, in random order,
-    until all are asked or the room is used.
+    Four of five are facts alone, told again and again, in 124 bytes or more, with as many bytes in documents of 124 to
+    248 as of 248 to 496, and so on. The others have questions: their lengths are drawn log-uniformly from 512 bytes on,
+    and filled to within one sentence. Each of these has 1 to (length - 384) / 96 needles in noise or, with equal
+    probability, in the sentences of `texts` where these are given; some keys have up to 4 values, and half of the
+    needles come twice. Behind them lie questions about 1 to 4 keys each, in random order, until all are asked or the
+    room is used.
 
     Raises ValueError for a count below 1 or a length below 512.
     """
@@ -187,7 +192,8 @@ def needle_documents(count: int, length: int, texts: Iterable[str] = ()) -> Iter
     texts = list(texts)
     haystacks = [Haystack.noise(_bytes)] + ([Haystack.of_texts(texts, _bytes)] if texts else [])
     for index in range(count):
-        yield _document(Random(f"needle document {index}"), length, haystacks)
+        rng = Random(f"needle document {index}")
+        yield _facts(rng, length) if rng.random() < FACTS else _document(rng, length, haystacks)
 
 
 def told_again(text: str) -> Iterator[tuple[int, int]]:
@@ -204,6 +210,13 @@ def told_again(text: str) -> Iterator[tuple[int, int]]:
 
 def _bytes(text: str) -> int:
     return len(text.encode())
+
+
+def _facts(rng: Random, longest: int) -> str:
+    count = round(1 / rng.uniform(1 / longest, 1 / SHORTEST_FACTS)) // TELLING
+    told = _needles(rng, round(math.exp(rng.uniform(0, math.log(count // 2)))))  # few rather than many
+    told += rng.choices(told, k=count - len(told))
+    return "\n".join(needle.sentence for needle in told)
 
 
 def _document(rng: Random, longest: int, haystacks: Sequence[Haystack]) -> str:

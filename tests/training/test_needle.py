@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from loglinear.training.needle import (
+    FACTS,
     HELD_OUT,
     LONGEST_SENTENCE,
     NOISE,
+    TELLING,
     Haystack,
     Needle,
     Question,
@@ -29,8 +31,20 @@ QUESTION = re.compile(r"for ([a-z, -]+) mentioned in the provided text (?:is|are
 
 
 @pytest.fixture(scope="module")
-def documents():
-    return list(needle_documents(400, 2000, [PROSE]))
+def made():
+    return list(needle_documents(2000, 2000, [PROSE]))
+
+
+@pytest.fixture(scope="module")
+def documents(made):
+    """Those with questions."""
+    return [text for text in made if "I will quiz you" in text]
+
+
+@pytest.fixture(scope="module")
+def facts(made):
+    """Those without."""
+    return [text for text in made if "I will quiz you" not in text]
 
 
 def listed(text):
@@ -73,6 +87,20 @@ def test_needles_are_many_and_lie_in_noise_or_in_text(documents):
     assert 0.25 < again / counts.sum() < 0.4  # a third, less what a document had no room for
     answers = sum(len(re.findall(r"\d{7}", values)) for text in documents for _, values in QUESTION.findall(text))
     assert 7 * (answers + again) / sum(map(len, documents)) > 0.025  # digits that can be predicted
+
+
+def test_facts_are_told_again_and_again_and_nothing_else(made, facts):
+    assert len(facts) / len(made) == pytest.approx(FACTS, abs=4 * math.sqrt(FACTS * (1 - FACTS) / len(made)))
+    again = []
+    for text in facts:
+        told = NEEDLE.findall(text)
+        assert text == "\n".join(Needle(*needle).sentence for needle in told)
+        assert 2 * TELLING <= len(text) + 1 <= 2000 and 1 <= len(set(told)) <= len(told)
+        again.append(1 - len(set(told)) / len(told))
+    assert 0.5 < np.mean(again) < 0.8  # how many facts are among the ones that were told before
+    sizes = np.array([len(text) + 1 for text in facts])
+    shares = [sizes[(sizes >= low) & (sizes < 2 * low)].sum() / sizes.sum() for low in (124, 248, 496, 992)]
+    assert shares == pytest.approx([0.25] * 4, abs=0.05)  # as many bytes in each octave
 
 
 def test_documents_are_the_same_for_every_count():
@@ -164,7 +192,7 @@ def test_what_may_validate_is_no_haystack(tmp_path):
         (tmp_path / f"{i}.txt").write_text(" ".join(f"Sentence {word} of document {i}." for word in "abcdefgh"))
     validating = [document.name for document in read_documents([str(tmp_path)]) if name_hash(document.name) < 0.1]
     assert 0 < len(validating) < 30
-    made = " ".join(document.text for document in read_documents([f"needle:300:900:{tmp_path}"]))
+    made = " ".join(document.text for document in read_documents([f"needle:1500:900:{tmp_path}"]))
     seen = {i for i in range(60) if f"of document {i}." in made}
     assert seen == {i for i in range(60) if f"{i}.txt" not in validating}
 
