@@ -21,9 +21,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from loglinear.training.sources import Document, name_hash, read_documents
-from loglinear.training.tokenizer import encode_document, tokens_within
+from loglinear.training.tokenizer import encode_documents
 
 IGNORED = -100  # the label that the loss leaves out
+TOGETHER = 1024  # documents that a tokenizer takes at once
 
 
 @dataclass(frozen=True)
@@ -104,19 +105,15 @@ def _corpus(parts: list[_Part], special: tuple[int, ...]) -> Corpus:
 
 def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Tokenise documents, in memory (2 bytes for each byte of text with the byte tokenizer)."""
-    parts = [_part(document, tokenizer) for document in documents]
+    documents = iter(documents)
+    parts: list[_Part] = []
+    while some := list(itertools.islice(documents, TOGETHER)):
+        sizes = [_size(document) for document in some]
+        encoded = encode_documents(tokenizer, [d.text for d in some], [d.learnt for d in some])
+        for document, size, (tokens, learnt) in zip(some, sizes, encoded, strict=True):
+            parts.append(_Part(document.name, tokens, learnt, size))
     special = tuple(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None)
     return _corpus(sorted(parts, key=lambda part: (name_hash(part.name), part.name)), special)
-
-
-def _part(document: Document, tokenizer: PreTrainedTokenizerBase) -> _Part:
-    size, tokens = _size(document), encode_document(tokenizer, document.text)
-    everything = [(0, len(tokens))]
-    counted = everything if document.learnt is None else tokens_within(tokenizer, document.text, document.learnt)
-    learnt = np.zeros(len(tokens), bool)
-    for start, end in counted:
-        learnt[start:end] = True
-    return _Part(document.name, tokens, learnt, size)
 
 
 def _size(document: Document) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Encoding
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import AddedToken
 
@@ -102,28 +103,6 @@ def _load_folder(name: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def tokens_within(
-    tokenizer: PreTrainedTokenizerBase, text: str, ranges: Iterable[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """The tokens of `encode_document` whose text begins in one of these ranges of characters, as ranges themselves.
-
-    Raises ValueError for a tokenizer that does not say where its tokens begin (a slow one of transformers').
-    """
-    if isinstance(tokenizer, ByteTokenizer):
-
-        def tokens_before(place: int) -> int:
-            return len(text[:place].encode())
-    elif tokenizer.is_fast:
-        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-
-        def tokens_before(place: int) -> int:
-            return bisect_left(offsets, place, key=lambda offset: offset[0])
-    else:
-        raise ValueError(f"{type(tokenizer).__name__} does not say where tokens begin: give a fast tokenizer")
-    first = len(first_tokens(tokenizer))
-    return [(first + tokens_before(start), first + tokens_before(end)) for start, end in ranges]
-
-
 def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What stands before a document's text: its beginning-of-sequence token, where there is one."""
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -131,9 +110,44 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     """Ids of one document: beginning-of-sequence token (where there is one), text, end-of-sequence token."""
-    if isinstance(tokenizer, ByteTokenizer):
-        body = tokenizer.encode_document(text)
-    else:
-        body = np.asarray(tokenizer.encode(text, add_special_tokens=False), dtype=np.uint32)
+    ((tokens, _),) = encode_documents(tokenizer, [text], [None])
+    return tokens
+
+
+def encode_documents(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ranges: Sequence[Iterable[tuple[int, int]] | None]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`encode_document` of each text, and which of the tokens' text begins in its ranges of characters (None: all).
+
+    A fast tokenizer of transformers' takes all texts at once, on all cores. Raises ValueError for ranges with a slow
+    one, which does not say where its tokens begin.
+    """
     first, last = first_tokens(tokenizer), [tokenizer.eos_token_id]
-    return np.concatenate([np.asarray(first, body.dtype), body, np.asarray(last, body.dtype)])
+    whole = [None] * len(texts)
+    encodings = (tokenizer(list(texts), add_special_tokens=False).encodings if tokenizer.is_fast else None) or whole
+    for text, own, encoding in zip(texts, ranges, encodings, strict=True):
+        body = _ids(tokenizer, text, encoding)
+        tokens = np.concatenate([np.asarray(first, body.dtype), body, np.asarray(last, body.dtype)])
+        mask = np.full(len(tokens), own is None)
+        if own is not None:
+            begins = _begins(tokenizer, text, encoding)
+            for start, end in own:
+                mask[len(first) + bisect_left(begins, start) : len(first) + bisect_left(begins, end)] = True
+        yield tokens, mask
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, encoding: Encoding | None) -> np.ndarray:
+    if isinstance(tokenizer, ByteTokenizer):
+        return tokenizer.encode_document(text)
+    ids = tokenizer.encode(text, add_special_tokens=False) if encoding is None else encoding.ids
+    return np.asarray(ids, dtype=np.uint32)
+
+
+def _begins(tokenizer: PreTrainedTokenizerBase, text: str, encoding: Encoding | None) -> Sequence[int]:
+    """For each token the first character of which it is a part."""
+    if isinstance(tokenizer, ByteTokenizer):
+        every_byte = (place for place, character in enumerate(text) for _ in character.encode())
+        return range(len(text)) if text.isascii() else list(every_byte)
+    if encoding is None:
+        raise ValueError(f"{type(tokenizer).__name__} does not say where tokens begin: give a fast tokenizer")
+    return [begin for begin, _ in encoding.offsets]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizer
 
-from loglinear.training.tokenizer import ByteTokenizer, encode_document, load_tokenizer, tokens_within
+from loglinear.training.tokenizer import ByteTokenizer, encode_document, encode_documents, load_tokenizer
 
 TEXT = "naïve café, 数学\n\ttabs \x00 and 😀"
 
@@ -53,19 +53,23 @@ def test_any_hugging_face_tokenizer_by_path(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
     ids = encode_document(load_tokenizer(tmp_path), "hello world again")
     assert ids.dtype == np.uint32 and ids.tolist() == [2, 3, 0, 1]
-    assert tokens_within(load_tokenizer(tmp_path), "hello world again", [(6, 11), (11, 17), (0, 0)]) == [
-        (1, 2),
-        (2, 3),
-        (0, 0),
+    texts, ranges = ["hello world again", "world", "hello hello"], [[(6, 11), (11, 17), (0, 0)], None, [(0, 1)]]
+    encoded = encode_documents(load_tokenizer(tmp_path), texts, ranges)
+    assert [(tokens.tolist(), mask.tolist()) for tokens, mask in encoded] == [
+        ([2, 3, 0, 1], [False, True, True, False]),
+        ([3, 1], [True, True]),
+        ([2, 2, 1], [True, False, False]),
     ]
 
 
 def test_a_tokenizer_that_does_not_say_where_tokens_begin_is_named():
     class Slow:
-        bos_token_id, is_fast = None, False
+        bos_token_id, eos_token_id, is_fast = None, 1, False
+        encode = staticmethod(lambda text, **_: [2] * len(text))
 
+    assert encode_document(Slow(), "text").tolist() == [2, 2, 2, 2, 1]
     with pytest.raises(ValueError, match="Slow does not say where tokens begin: give a fast tokenizer"):
-        tokens_within(Slow(), "text", [(0, 1)])
+        list(encode_documents(Slow(), ["text"], [[(0, 1)]]))
 
 
 def test_missing_tokenizer_is_one_clear_line(tmp_path):
