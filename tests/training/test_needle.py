@@ -212,17 +212,24 @@ def test_an_answer_names_a_value_once_however_often_it_is_told():
     assert Question.about(["a-b"], needles).values == ("1", "2")
 
 
-def test_the_loss_counts_answers_and_whatever_comes_again(documents):
+def test_the_loss_counts_whatever_comes_again_and_nothing_new(documents):
+    key_or_value = re.compile(r"\d{7}|[a-z]{5}-[a-z]{5}")
     for text in documents:
-        ranges = list(told_again(text))
-        for start, end in ranges:
-            assert text.find(text[start:end]) < start and re.fullmatch(r"\d{7}|[a-z]{5}-[a-z]{5}", text[start:end])
+        counted = {place for start, end in told_again(text) for place in range(start, end)}
+        seen = set()
+        for found in key_or_value.finditer(text):
+            assert (set(range(*found.span())) <= counted) == (found[0] in seen)
+            assert counted.isdisjoint(range(*found.span())) == (found[0] not in seen)
+            seen.add(found[0])
+
+
+def test_the_loss_counts_all_that_an_answer_is_scored_by(documents):
+    """Also the space before a value: without it models that could recall every value answered none."""
+    for text in documents:
+        counted = {place for start, end in told_again(text) for place in range(start, end)}
         for question in QUESTION.finditer(text):
-            answer = re.compile(r"\d{7}")
-            begins = [found.start() for found in answer.finditer(text, question.start(2), question.end(2))]
-            assert begins and set(begins) <= {start for start, _ in ranges}
-        first = {found[0]: found.start() for found in reversed(list(re.finditer(r"\d{7}", text)))}
-        assert not set(first.values()) & {start for start, _ in ranges}
+            answer = range(question.start(2) - len(" "), question.end())  # " 1, 2, and 3."
+            assert text[answer.start] == " " and set(answer) <= counted
 
 
 def test_needle_documents_say_what_the_loss_counts():
