@@ -1,28 +1,67 @@
 """Retrieval from long text: five models of one size, trained at 4,096 tokens and asked within and past that length.
 
+python -m experiments.needle prepare
 python -m experiments.needle run --kind log_linear --out runs/needle/log_linear --minutes 9
 python -m experiments.figures
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from experiments.runs import Kind, Options, Out, kind_recipe, program, train_and_evaluate, with_options
 from loglinear.cli import execute
 from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
-from loglinear.recipes.needle import LONGEST
+from loglinear.recipes.needle import LONGEST, VOCABULARY
 from loglinear.training import load_tokenizer
 from loglinear.training.sources import read_documents
 
 LENGTHS = (1024, 2048, 4096, 8192, LONGEST)  # tokens of the examples
+TOKENIZER_DATA = ("needle:20000:12000", "stdlib")  # what the tokenizer is made from
+TIMES = 2000  # more often than most pairs of tokens
+END = "<|endoftext|>"
 
 app = program(__doc__)
+TokenizerFolder = Annotated[Path, typer.Option(help="Folder of the tokenizer that `prepare` makes.")]
+
+
+@app.command()
+def prepare(tokenizer: TokenizerFolder = Path("data/needle/tokenizer")) -> None:
+    """Make the tokenizer, in half a minute: the same one on every machine with the same Python.
+
+    Example:
+
+    python -m experiments.needle prepare
+    """
+    texts = (document.text for document in read_documents(TOKENIZER_DATA))
+    made = byte_pair_tokenizer(texts, VOCABULARY)
+    made.save_pretrained(str(tokenizer))
+    print(f"written to {tokenizer}: {len(made):,} tokens")
+
+
+def byte_pair_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) of bytes, with digits in groups of three from the left.
+
+    All groups of three are tokens: numbers that are random have no common parts to be found.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Split(Regex(r"\d{1,3}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    groups = " ".join(f"{number:03}" for number in range(1000))
+    tokenizer.train_from_iterator(itertools.chain(texts, itertools.repeat(groups, TIMES)), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END)
 
 
 @app.command()
@@ -35,6 +74,7 @@ def run(
         typer.Option(help="Text to hide the tests' needles in, as for training; without it in noise, and no single_2."),
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples of every task and length.")] = 200,
+    tokenizer: TokenizerFolder = Path("data/needle/tokenizer"),
     *,
     options: Options,
 ) -> None:
@@ -51,17 +91,19 @@ def run(
     --data data/long_text/validation.jsonl.zst
     """
     recipe = kind_recipe("needle", kind, options.miniature)
-    tokenizer = load_tokenizer(recipe.tokenizer or "bytes")
+    if not tokenizer.is_dir():
+        raise ValueError(f"there is no tokenizer {tokenizer}: `python -m experiments.needle prepare` makes it")
+    tokens = load_tokenizer(tokenizer)
     for name in data or ():
         if name.endswith(".jsonl.zst") and not Path(name).is_file():
             raise ValueError(f"there is no {name}: `python -m experiments.long_text prepare` makes the long texts")
     texts = [document.text for document in read_documents(data or ())]
-    sets = example_sets(tokenizer, texts, lengths=LENGTHS, count=examples)  # what is wrong is known before training
+    sets = example_sets(tokens, texts, lengths=LENGTHS, count=examples)  # what is wrong is known before training
 
     def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:
-        return {"data": data or [], "examples": examples, "tasks": evaluate_sets(model, tokenizer, sets)}
+        return {"data": data or [], "examples": examples, "tasks": evaluate_sets(model, tokens, sets)}
 
-    train_and_evaluate(recipe, out, evaluate, f"needle-{kind}", options)
+    train_and_evaluate(recipe, out, evaluate, f"needle-{kind}", options, tokenizer=str(tokenizer))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ TRAINING = dict(
     learning_rate=2e-3,
     validation_fraction=0.02,
 )
-MINIATURE_PARAMETERS = "0.3 M"
 MINIATURE_MODEL = dict(hidden_size=96, num_hidden_layers=2, intermediate_size=256, num_heads=3)
 MINIATURE_TRAINING = dict(
     batch_tokens=4096,
@@ -53,16 +52,18 @@ def recipe_of_kind(
     about: str,
     parameters: str,
     sizes: Mapping[str, int],
+    shared: Mapping[str, Any],
     levels: int,
     capped_levels: int,
     miniature: bool,
     **training: Any,
 ) -> TrainingRecipe:
-    """The recipe EXPERIMENT_KIND: a byte-level model of one of KINDS with these sizes, TRAINING and `training`; or its
-    miniature. `about` and `parameters` are for its summary."""
+    """The recipe EXPERIMENT_KIND: a model of one of KINDS with these sizes, TRAINING and `training`; or its miniature,
+    with MINIATURE_MODEL for the sizes. `shared` is what else the model's configuration says; `about` and `parameters`
+    are for the summary."""
     if miniature:
-        parameters, sizes, training = MINIATURE_PARAMETERS, MINIATURE_MODEL, {**training, **MINIATURE_TRAINING}
-    base = byte_model(num_levels=levels, rope_theta=500_000.0, **sizes)
+        sizes, training = MINIATURE_MODEL, {**training, **MINIATURE_TRAINING}
+    base = byte_model(num_levels=levels, **sizes, **shared)
     return TrainingRecipe(
         name=f"{experiment}_{kind}{'_miniature' * miniature}",
         summary=f"{parameters} parameters, {about}: {kind.replace('_', '-')}",

@@ -3,7 +3,8 @@
 After RULER (Hsieh et al., arXiv 2404.06654, section 3.1), with the wording of its code. A needle is one sentence with a
 key and a value; the haystack is a repeated line of noise, or sentences of real text; a question names one key or
 several, and its answer is their values. Keys are two words joined by a hyphen, values are numbers of seven digits.
-Words are made of random syllables, where RULER has a list of English ones: 4.7e9 keys, which nobody learns by heart.
+The words are a thousand made of syllables, where RULER has a list of English ones: a million keys, and a tokenizer can
+learn the words by heart, but nobody the keys.
 
 What is held out for tests is never in a training document, neither as a key nor as a value: a hash of the key or value
 decides on which side it is.
@@ -11,6 +12,7 @@ decides on which side it is.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -25,17 +27,14 @@ CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 HELD_OUT = 0.25  # share of all keys, and of all values, that tests use
 LONGEST_SENTENCE = 256  # characters; text without full stops is cut between words
 
+WORD_COUNT = 1000
 KEY_OR_VALUE = re.compile(r" ([a-z]{5}-[a-z]{5}|\d{7})\b(,(?: and)?(?= \d)|\.)?")
 
-SHORTEST = 512  # bytes of the shortest training document with questions
-FACTS = 0.8  # share of documents without questions or haystack, half of all bytes: there copying is found out first
+SHORTEST = 200  # bytes of the shortest training document
 TELLING = 62  # bytes of a needle with the separator behind it
-SHORTEST_FACTS = 2 * TELLING
-FRAME = 384  # bytes: more than an introduction and a question about one key
-ROOM = 96  # bytes of a training document for each of its needles: for the needle, and for what is asked about it
+HAY = "<hay>"  # stands for the haystack until the rest of a document is known
 MOST = 4  # keys of one question, and values of one key, as RULER has it
 SINGLE = 0.6  # share of questions about one key, and of keys with one value
-TOLD_TWICE = 0.5  # share of needles that come again: their value can be predicted there, five bytes behind the key
 
 
 class Needle(NamedTuple):
@@ -101,12 +100,22 @@ def _listed(words: Sequence[str]) -> str:
 
 def draw_key(rng: Random, *, held_out: bool) -> str:
     """A new key such as 'tabem-zulor', of those for tests or of those for training."""
-    return _draw(lambda: f"{_word(rng)}-{_word(rng)}", held_out)
+    return _draw(lambda: f"{rng.choice(words())}-{rng.choice(words())}", held_out)
 
 
 def draw_value(rng: Random, *, held_out: bool) -> str:
     """A new value, a number of seven digits, of those for tests or of those for training."""
     return _draw(lambda: str(rng.randrange(10**6, 10**7)), held_out)
+
+
+@functools.cache
+def words() -> list[str]:
+    """What keys are made of."""
+    rng = Random("words of needles")
+    found: dict[str, None] = {}
+    while len(found) < WORD_COUNT:
+        found[_word(rng)] = None
+    return list(found)
 
 
 def _word(rng: Random) -> str:
@@ -176,24 +185,22 @@ def hide(rng: Random, needles: Sequence[Needle], sentences: Sequence[str]) -> tu
 
 
 def needle_documents(count: int, length: int, texts: Iterable[str] = ()) -> Iterator[str]:
-    """Training documents of at most `length` bytes; document i is the same for every `count`.
+    """Training documents of 200 to `length` bytes; document i is the same for every `count`.
 
-    Four of five are facts alone, told again and again, in 124 bytes or more, with as many bytes in documents of 124 to
-    248 as of 248 to 496, and so on. The others have questions: their lengths are drawn log-uniformly from 512 bytes on,
-    and filled to within one sentence. Each of these has 1 to (length - 384) / 96 needles in noise or, with equal
-    probability, in the sentences of `texts` where these are given; some keys have up to 4 values, and half of the
-    needles come twice. Behind them lie questions about 1 to 4 keys each, in random order, until all are asked or the
-    room is used.
+    There are as many bytes in documents of 200 to 400 bytes as of 400 to 800, and so on: what can be found out in short
+    ones need not be in long ones. Each has 1 to length / 124 facts, log-uniformly, some keys with up to 4 values; some
+    are told again, until a random share of the document is full. They lie in noise or, with equal probability, in the
+    sentences of `texts` where these are given. Behind them stand questions about 1 to 4 keys each, until all are asked
+    or half of the document is used. It is filled to within one sentence.
 
-    Raises ValueError for a count below 1 or a length below 512.
+    Raises ValueError for a count below 1 or a length below 200.
     """
     if count < 1 or length < SHORTEST:
         raise ValueError(f"needle documents must be 1 or more of {SHORTEST} bytes or more, got {count} of {length}")
     texts = list(texts)
     haystacks = [Haystack.noise(_bytes)] + ([Haystack.of_texts(texts, _bytes)] if texts else [])
     for index in range(count):
-        rng = Random(f"needle document {index}")
-        yield _facts(rng, length) if rng.random() < FACTS else _document(rng, length, haystacks)
+        yield _document(Random(f"needle document {index}"), length, haystacks)
 
 
 def told_again(text: str) -> Iterator[tuple[int, int]]:
@@ -213,53 +220,41 @@ def _bytes(text: str) -> int:
     return len(text.encode())
 
 
-def _facts(rng: Random, longest: int) -> str:
-    count = round(1 / rng.uniform(1 / longest, 1 / SHORTEST_FACTS)) // TELLING
-    told = _needles(rng, round(math.exp(rng.uniform(0, math.log(count // 2)))))  # few rather than many
-    told += rng.choices(told, k=count - len(told))
-    return "\n".join(needle.sentence for needle in told)
-
-
 def _document(rng: Random, longest: int, haystacks: Sequence[Haystack]) -> str:
-    length = round(math.exp(rng.uniform(math.log(SHORTEST), math.log(longest))))
+    length = round(1 / rng.uniform(1 / longest, 1 / SHORTEST))
     haystack = rng.choice(haystacks)
-    most = (length - FRAME) // ROOM
-    needles = _needles(rng, max(rng.randint(1, most), rng.randint(1, most)))  # rather many than few: more to learn from
-    room = length - sum(len(needle.sentence) + 1 for needle in needles)
-    questions = _questions(rng, needles, room - FRAME)
-    asked = [f"{question.text}{''.join(question.answer)}." for question in questions]
-    introduction = questions[0].introduction
-    room -= len(introduction) + sum(len(text) + 1 for text in asked) + 1
-    mixed, _ = hide(rng, needles, haystack.take(rng, room))
-    return "\n".join([introduction, haystack.separator.join(mixed), *asked])
-
-
-def _needles(rng: Random, count: int) -> list[Needle]:
-    needles: list[Needle] = []
-    while len(needles) < count:
-        key = draw_key(rng, held_out=False)
-        for _ in range(_few(rng)):
-            needles += [Needle(key, draw_value(rng, held_out=False))] * (2 if rng.random() < TOLD_TWICE else 1)
-    needles = needles[:count]
+    needles = _facts(rng, round(math.exp(rng.uniform(0, math.log(length // 2 // TELLING)))))
+    needles += rng.choices(needles, k=max(1, int(length * rng.random() / TELLING) - len(needles)))
     rng.shuffle(needles)
-    return needles
+    room = length - TELLING * len(needles)
+    asked = _asked(rng, needles, min(room, length // 2))
+    mixed, _ = hide(rng, needles, haystack.take(rng, room - _bytes(asked)))
+    return asked.replace(HAY, haystack.separator.join(mixed))
+
+
+def _facts(rng: Random, count: int) -> list[Needle]:
+    facts: list[Needle] = []
+    while len(facts) < count:
+        key = draw_key(rng, held_out=False)
+        facts += [Needle(key, draw_value(rng, held_out=False)) for _ in range(_few(rng))]
+    return facts[:count]
 
 
 def _few(rng: Random) -> int:
     return 1 if rng.random() < SINGLE else rng.randint(2, MOST)
 
 
-def _questions(rng: Random, needles: Sequence[Needle], room: int) -> list[Question]:
-    """At least one question, and more until the room is used or all keys are asked."""
+def _asked(rng: Random, needles: Sequence[Needle], room: int) -> str:
+    """Questions with their answers, as many as have room, behind an introduction and the place of the haystack."""
     keys = list(dict.fromkeys(needle.key for needle in needles))
     rng.shuffle(keys)
-    questions: list[Question] = []
+    text = HAY
     while keys:
         count = _few(rng)
         question = Question.about(keys[:count], needles)
-        room -= len(question.text) + len("".join(question.answer)) + 2
-        if questions and room < 0:
+        begin = "" if "\n" in text else f"{question.introduction}\n"
+        more = f"{begin}{text}\n{question.text}{''.join(question.answer)}."
+        if _bytes(more) > room:
             break
-        questions.append(question)
-        keys = keys[count:]
-    return questions
+        text, keys = more, keys[count:]
+    return text

@@ -201,7 +201,7 @@ def needle_documents_without_length(folder, run, text):
 
 
 def short_needle_documents(folder, run, text):
-    return ["train", "--recipe", "demo", "--data", "needle:100:256", "--out", folder / "out"]
+    return ["train", "--recipe", "demo", "--data", "needle:100:201", "--out", folder / "out"]
 
 
 def prompt_that_is_no_text(folder, run, text):
@@ -221,7 +221,7 @@ BAD = {
     unknown_needle_task: "task must be one of single_1, single_2, multikey_1, multivalue, multiquery, got 'single_4'",
     needles_without_room: "tokens are enough, got 512",
     needle_documents_without_length: "data 'needle:100' must be needle:COUNT:LENGTH",
-    short_needle_documents: "data 'needle:100:256' must have a LENGTH of at least 514",
+    short_needle_documents: "data 'needle:100:201' must have a LENGTH of at least 202",
     prompt_that_is_no_text: "the prompt is not UTF-8 text",
     binary_data: "is binary, expected UTF-8 text",
     empty_data: "holds no text",

