@@ -26,6 +26,7 @@ from loglinear.training import load_tokenizer
 from loglinear.training.sources import read_documents
 
 LENGTHS = (1024, 2048, 4096, 8192, LONGEST)  # tokens of the examples
+TOKENIZER = Path("data/needle/tokenizer")
 TOKENIZER_DATA = ("needle:20000:12000", "stdlib")  # what the tokenizer is made from
 TIMES = 2000  # more often than most pairs of tokens
 END = "<|endoftext|>"
@@ -35,7 +36,7 @@ TokenizerFolder = Annotated[Path, typer.Option(help="Folder of the tokenizer tha
 
 
 @app.command()
-def prepare(tokenizer: TokenizerFolder = Path("data/needle/tokenizer")) -> None:
+def prepare(tokenizer: TokenizerFolder = TOKENIZER) -> None:
     """Make the tokenizer, in half a minute: the same one on every machine with the same Python.
 
     Example:
@@ -74,7 +75,7 @@ def run(
         typer.Option(help="Text to hide the tests' needles in, as for training; without it in noise, and no single_2."),
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples of every task and length.")] = 200,
-    tokenizer: TokenizerFolder = Path("data/needle/tokenizer"),
+    tokenizer: TokenizerFolder = TOKENIZER,
     *,
     options: Options,
 ) -> None:

@@ -31,7 +31,6 @@ WORD_COUNT = 1000
 KEY_OR_VALUE = re.compile(r" ([a-z]{5}-[a-z]{5}|\d{7})\b(,(?: and)?(?= \d)|\.)?")
 
 SHORTEST = 200  # bytes of the shortest training document
-TELLING = 62  # bytes of a needle with the separator behind it
 HAY = "<hay>"  # stands for the haystack until the rest of a document is known
 MOST = 4  # keys of one question, and values of one key, as RULER has it
 SINGLE = 0.6  # share of questions about one key, and of keys with one value
@@ -47,6 +46,9 @@ class Needle(NamedTuple):
     def sentence(self) -> str:
         """What stands in the text."""
         return f"One of the special magic numbers for {self.key} is: {self.value}."
+
+
+TELLING = len(Needle("tabem-zulor", "1234567").sentence) + 1  # bytes of any needle, with the separator behind it
 
 
 class Question(NamedTuple):
@@ -252,7 +254,7 @@ def _asked(rng: Random, needles: Sequence[Needle], room: int) -> str:
     while keys:
         count = _few(rng)
         question = Question.about(keys[:count], needles)
-        begin = "" if "\n" in text else f"{question.introduction}\n"
+        begin = f"{question.introduction}\n" if text == HAY else ""
         more = f"{begin}{text}\n{question.text}{''.join(question.answer)}."
         if _bytes(more) > room:
             break

@@ -52,8 +52,8 @@ def read_documents(sources: Iterable[str]) -> Iterator[Document]:
     A source is a file, a folder (its .txt .md .rst .py .jsonl files, each also as .zst), a glob, `stdlib`, or
     `datasets:NAME` / `datasets:NAME:CONFIG` (rows with a `text` column; needs the `datasets` extra). And
     `needle:COUNT:LENGTH` makes documents of needles in noise (`loglinear.training.needle`), of at most LENGTH byte
-    tokens with the two at its ends; `needle:COUNT:LENGTH:SOURCE` hides half of the needles asked for in the text of
-    another source, where it has several without the tenth of its documents that may validate. The loss counts
+    tokens with the two at its ends; `needle:COUNT:LENGTH:SOURCE` hides those of half of the documents in the text
+    of another source, where it has several without the tenth of its documents that may validate. The loss counts
     what can be known of them alone: keys and values where they come again, and so all answers.
 
     Raises ValueError for a source that is missing, holds nothing to read, or holds a file that is not text.
