@@ -1,14 +1,23 @@
-"""torch.compile for training: the blocks of a model, each in place."""
+"""torch.compile for training: the blocks of a model, each in place, and on one GPU as CUDA graphs.
+
+Of a small model's step on a GPU most is the host's: it launches some hundred kernels for each block. A CUDA graph is
+recorded once and launched whole.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import TrainerCallback
 
 from loglinear.models import LogLinearForCausalLM
 
 GRAPHS = 16  # that the compiler may make of the blocks' one function: a hybrid has twice the four below
+CUDA_GRAPHS = {"mode": "reduce-overhead"}  # of torch.compile
+SEQUENCES = 32  # in a row; or a multiple: each number of them is recorded by itself
 
 
 def compile_blocks(model: LogLinearForCausalLM, **options: Any) -> None:
@@ -32,3 +41,20 @@ def require_compiler(device: torch.device) -> None:
     except Exception as error:  # each part of the compiler has errors of its own
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"compile needs a compiler that works for {device.type}, or leave it out: {reason}") from error
+
+
+def in_few_sizes(row: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The row with empty sequences behind its own, up to a multiple of SEQUENCES: what it gives stays the same."""
+    cu_seqlens = row["cu_seqlens"]
+    missing = -(len(cu_seqlens) - 1) % SEQUENCES
+    return {**row, "cu_seqlens": F.pad(cu_seqlens, (0, missing), value=int(cu_seqlens[-1]))}
+
+
+class GraphSteps(TrainerCallback):
+    """Says where a step begins: until then what graphs gave, gradients too, must not be written over by the next."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        torch.compiler.cudagraph_mark_step_begin()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +44,21 @@ def training_arguments(out: Path, **own: Any) -> TrainingArguments:
     return arguments
 
 
-def _only_item(items: list[Any]) -> Any:
+def _only_item(items: list[Any], prepare: Callable[[Any], Any] | None = None) -> Any:
     (item,) = items
-    return item
+    return item if prepare is None else prepare(item)
 
 
 class LogLinearTrainer(Trainer):
-    """The Trainer of transformers with two of its steps replaced, quiet, for data whose items are batches."""
+    """The Trainer of transformers with two of its steps replaced, quiet, for data whose items are batches.
+
+    `prepare` is what the loader does with every item.
+    """
 
     _staging: Path | None = None
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(data_collator=_only_item, **options)
+    def __init__(self, *, prepare: Callable[[Any], Any] | None = None, **options: Any) -> None:
+        super().__init__(data_collator=partial(_only_item, prepare=prepare), **options)
         self.remove_callback(PrinterCallback)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

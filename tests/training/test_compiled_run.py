@@ -1,16 +1,19 @@
 """Runs with compiled blocks: the names of parameters, exact resume, and one line where there is no compiler."""
 
 import importlib
+import json
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from loglinear.models import LogLinearForCausalLM
 from loglinear.training import run_folder
-from loglinear.training.compilation import compile_blocks, require_compiler
+from loglinear.training.compilation import SEQUENCES, compile_blocks, in_few_sizes, require_compiler
+from loglinear.training.data import pack
 from tests.models.black_box import replace_kernels
 from tests.training.test_train import assert_same_run
 from tests.training.tiny import tiny_recipe, write_text
@@ -48,6 +51,31 @@ def test_a_compiled_run_is_recorded_resumes_exactly_and_keeps_names(tmp_path, co
     assert_same_run(stopped, whole)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("layers", ["mamba2", "gated_delta_net", "full_attention"])
+def test_cuda_graphs_train_as_eager_mode_does_and_resume_exactly(tmp_path, monkeypatch, layers):
+    changes = dict(steps=12, batch_tokens=1024, micro_batch_tokens=512)  # documents of up to 64: 8 to 15 in a row
+    recipe = tiny_recipe(write_text(tmp_path / "text"), **changes)
+    own = dict(layer_types=[layers]) if layers == "full_attention" else dict(variant=layers)
+    recipe = replace(recipe, model={**recipe.model, **own})
+    runs = {}
+    for name, compiled in (("eager", False), ("graphs", True)):
+        torch._dynamo.reset()
+        training.train(recipe.override(compile=compiled), tmp_path / name, progress=False)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        runs[name] = np.array([line["loss"] for line in lines])
+    np.testing.assert_allclose(runs["graphs"], runs["eager"], rtol=5e-3)
+    if layers == "full_attention":
+        return  # the gradients of flash attention are sums in no fixed order
+    append = training.RunLog._append
+    with monkeypatch.context() as patch:
+        patch.setattr(training.RunLog, "_append", lambda log, **record: append(log, **record) or stop(record))
+        with pytest.raises(KeyboardInterrupt):
+            training.train(recipe.override(compile=True), tmp_path / "stopped", progress=False)
+    training.train(recipe.override(compile=True), tmp_path / "stopped", resume=True, progress=False)
+    assert_same_run(tmp_path / "stopped", tmp_path / "graphs")
+
+
 def stop(record):
     if record["step"] == 3:
         raise KeyboardInterrupt
@@ -73,3 +101,23 @@ def test_no_compiler_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     with pytest.raises(ValueError, match="^compile needs a compiler that works for cpu, or leave it out: [^\n]+$"):
         require_compiler(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("layer", ["linear_attention", "full_attention"])
+@pytest.mark.parametrize("documents", [1, SEQUENCES, SEQUENCES + 1])
+def test_empty_sequences_behind_a_row_change_nothing(tmp_path, layer, documents):
+    config = tiny_recipe(tmp_path).model_config()
+    config.layer_types = [layer]
+    torch.manual_seed(0)
+    model = LogLinearForCausalLM(config).double()
+    row = pack([np.arange(n % 5 + 1) for n in range(documents)])
+    padded = in_few_sizes(row)
+    assert len(padded["cu_seqlens"]) == 1 + SEQUENCES * -(-documents // SEQUENCES)
+    results = []
+    for inputs in (row, padded):
+        model.zero_grad()
+        loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
