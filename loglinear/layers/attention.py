@@ -1,15 +1,18 @@
 # B batch, T time (queries), S keys seen so far, H query heads, G key/value heads, K head width
 """Softmax attention, for hybrid models and the Transformer baseline."""
 
-import threading
+import itertools
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-PLANNED = 1024  # cuDNN makes a plan for each new length, in tens of milliseconds: lengths that come again are multiples
-CHOOSING = threading.Lock()  # whether cuDNN may be taken is said for the whole process
+AT_ONCE = torch.__version__ >= "2.11"  # varlen_attn has its window, which makes it causal
+HALF, FLASH_WIDTHS = (torch.float16, torch.bfloat16), range(8, 129, 8)  # of q, that varlen_attn takes
+PLANNED = 1024  # cuDNN is the fastest, but plans each new length for tens of milliseconds: for multiples only
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class KeyValueStore(Protocol):
@@ -25,6 +28,7 @@ class AttentionContext(NamedTuple):
     sin: Tensor  # [B, T, K / 2]
     mask: Tensor | None = None  # [B, 1, T, S] True where a query may look; None: plain causal
     lengths: Tensor | None = None  # [N] on the CPU: tokens of each packed document (B = 1); None: not packed
+    cu_seqlens: Tensor | None = None  # [N + 1] on the device: where they begin and end
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -39,6 +43,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def _is_planned(length: int) -> bool:
+    return length > 0 and length % PLANNED == 0
 
 
 class Attention(nn.Module):
@@ -68,30 +76,46 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if store is not None:
             k, v = store.update(k, v)
-        if context.lengths is None:
+        if context.lengths is None or context.cu_seqlens is None:
             y = self._attend(q, k, v, context.mask)
         else:
-            y = self._attend_documents(q, k, v, context.lengths)
+            y = self._attend_documents(q, k, v, context.lengths, context.cu_seqlens)
         return self.out_proj(y.transpose(1, 2).flatten(-2))
 
     @torch._disable_dynamo  # a graph would be one for these lengths; torch.compiler.disable imports the whole compiler
-    def _attend_documents(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-        pieces = zip(*(t.split(lengths.tolist(), dim=2) for t in (q, k, v)), strict=True)
-        documents = [document for document in pieces if document[0].shape[2]]
-        backends = torch.backends.cuda
-        if not q.is_cuda:
-            return torch.cat([self._attend(*document) for document in documents], dim=2)
-        attended = []
-        with CHOOSING:
-            if not (backends.cudnn_sdp_enabled() and backends.flash_sdp_enabled()):
-                return torch.cat([self._attend(*document) for document in documents], dim=2)
-            try:
-                for document in documents:
-                    backends.enable_cudnn_sdp(document[0].shape[2] % PLANNED == 0)
-                    attended.append(self._attend(*document))
-            finally:
-                backends.enable_cudnn_sdp(True)
+    def _attend_documents(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, cu_seqlens: Tensor) -> Tensor:
+        possible = q.is_cuda and q.dtype in HALF and q.shape[-1] in FLASH_WIDTHS
+        flash = possible and torch.backends.cuda.flash_sdp_enabled()
+        if flash and not AT_ONCE:
+            with sdpa_kernel(WITHOUT_PLANS):
+                return torch.cat(self._one_by_one(q, k, v, lengths.tolist()), dim=2)
+        attended: list[Tensor] = []
+        first = begin = 0
+        for planned, group in itertools.groupby(lengths.tolist(), key=_is_planned):
+            run = list(group)
+            end = begin + sum(run)
+            own_q, own_k, own_v = (t[:, :, begin:end] for t in (q, k, v))
+            if planned or not flash:
+                attended += self._one_by_one(own_q, own_k, own_v, run)
+            elif any(run):
+                own_ends = (cu_seqlens[first : first + len(run) + 1] - begin).to(torch.int32)
+                attended.append(self._at_once(own_q, own_k, own_v, own_ends, max(run)))
+            first, begin = first + len(run), end
         return torch.cat(attended, dim=2)
+
+    def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> list[Tensor]:
+        documents = zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True)
+        return [self._attend(*document) for document in documents if document[0].shape[2]]
+
+    def _at_once(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        copies = q.shape[1] // k.shape[1]
+        q, k, v = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))
+        k, v = (t.repeat_interleave(copies, dim=1) if self.grouped else t for t in (k, v))
+        y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
+        assert isinstance(y, Tensor)  # it gives more only where it is asked to
+        return y.transpose(0, 1).unsqueeze(0)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         causal = mask is None and q.shape[2] > 1

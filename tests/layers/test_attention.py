@@ -1,13 +1,23 @@
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loglinear.layers import Attention, AttentionContext, rotary_tables
+from loglinear.layers import Attention, AttentionContext, attention, rotary_tables
 
 
 def context(positions: Tensor, **options) -> AttentionContext:
     return AttentionContext(*rotary_tables(positions, 6, 100.0), **options)
+
+
+def packed_context(lengths: list[int], head_dim: int, device: str = "cpu") -> AttentionContext:
+    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+    return AttentionContext(
+        *rotary_tables(positions, head_dim, 100.0), lengths=torch.tensor(lengths), cu_seqlens=cu_seqlens
+    )
 
 
 def test_attention_is_the_softmax_definition_with_grouped_heads_and_rotation() -> None:
@@ -36,10 +46,35 @@ def test_packed_documents_attend_only_to_themselves() -> None:
     torch.manual_seed(0)
     layer = Attention(8, 4, 2, 6).double()
     x = torch.randn(1, 7, 8, dtype=torch.float64)
-    positions = torch.tensor([[0, 1, 2, 0, 0, 1, 2]])
-    packed = layer(x, context(positions, lengths=torch.tensor([3, 1, 0, 3])))
+    packed = layer(x, packed_context([3, 1, 0, 3], 6))
     parts = [layer(x[:, a:b], context(torch.arange(b - a)[None])) for a, b in ((0, 3), (3, 4), (4, 7))]
     torch.testing.assert_close(packed, torch.cat(parts, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "key_heads", "head_dim"), [(4, 4, 32), (4, 2, 64), (2, 1, 128)])
+@pytest.mark.parametrize("lengths", [[1, 3, 0, 200] * 5, [127, 129, 1500, 64, 1024, 1, 2048, 1024] + [0] * 14])
+def test_many_documents_at_once_are_as_exact_as_one_by_one(heads, key_heads, head_dim, lengths, monkeypatch) -> None:
+    torch.manual_seed(0)
+    layer = Attention(64, heads, key_heads, head_dim).double()
+    x = torch.randn(1, sum(lengths), 64, dtype=torch.float64)
+    weight = torch.randn_like(x)
+
+    def results(device: str, dtype: torch.dtype) -> list[Tensor]:
+        own = copy.deepcopy(layer).to(device, dtype)
+        inputs = x.to(device, dtype, copy=True).requires_grad_()
+        y = own(inputs, packed_context(lengths, head_dim, device))
+        y.backward(weight.to(device, dtype))
+        return [t.double().cpu() for t in (y, inputs.grad, own.qkv_proj.weight.grad)]
+
+    calls = []
+    at_once = Attention._at_once
+    monkeypatch.setattr(Attention, "_at_once", lambda *args: calls.append(1) or at_once(*args))
+    exact, together = results("cpu", torch.float64), results("cuda", torch.bfloat16)
+    assert bool(calls) == attention.AT_ONCE
+    monkeypatch.setattr(attention, "AT_ONCE", False)
+    for wanted, ours, theirs in zip(exact, together, results("cuda", torch.bfloat16), strict=True):
+        assert (ours - wanted).norm() <= 1.1 * (theirs - wanted).norm()
 
 
 @pytest.mark.parametrize(
