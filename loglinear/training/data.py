@@ -41,7 +41,7 @@ class Corpus:
     @cached_property
     def bytes_per_text_token_D(self) -> np.ndarray:
         """Bytes of each document's text for each of its tokens that are not special: exactly 1 for byte tokens."""
-        counts_D = [self._is_text(start, end).sum() for start, end in itertools.pairwise(self.offsets_D)]
+        counts_D = [self._is_text(self.document(d)).sum() for d in range(len(self.names))]
         return self.bytes_D / np.maximum(1, np.array(counts_D, dtype=np.int64))
 
     def token_bytes(self, start: int, end: int) -> np.ndarray:
@@ -50,10 +50,24 @@ class Corpus:
         Special tokens stand for none and all others of a document for equally many: exact for the byte tokenizer, and
         for the sum over a whole document with any.
         """
-        return self.bytes_per_text_token_D[self.document_of(end - 1)] * self._is_text(start, end)
+        return self.bytes_per_text_token_D[self.document_of(end - 1)] * self._is_text(self.tokens[start:end])
 
-    def _is_text(self, start: int, end: int) -> np.ndarray:
-        return ~np.isin(self.tokens[start:end], self.special)
+    def predicted_in(self, spans_P2: np.ndarray) -> tuple[int, float]:
+        """Tokens of these stretches that the loss counts, never a first one, and their bytes as `token_bytes` gives
+        them; each stretch is a part of one document."""
+        begins_P, ends_P = spans_P2[:, 0] + 1, spans_P2[:, 1]
+        span_N = np.repeat(np.arange(len(spans_P2)), ends_P - begins_P)
+        inner = [slice(*span) for span in zip(begins_P, ends_P, strict=True)]
+        learnt_N = np.concatenate([self.learnt[part] for part in inner])
+        text_N = self._is_text(np.concatenate([self.tokens[part] for part in inner]))
+        counts_P = np.bincount(span_N[learnt_N & text_N], minlength=len(spans_P2))
+        return int(learnt_N.sum()), float(counts_P @ self.bytes_per_text_token_D[self.document_of(spans_P2[:, 0])])
+
+    def _is_text(self, tokens: np.ndarray) -> np.ndarray:
+        text = np.ones(len(tokens), bool)
+        for token in self.special:  # two of them: faster than np.isin
+            text &= tokens != token
+        return text
 
     def document_of(self, place: ArrayLike) -> Any:
         """The document that holds a place of `tokens`, or the documents of several places."""
@@ -191,13 +205,14 @@ def pack(parts: Iterable[np.ndarray], learnt: Iterable[np.ndarray] = ()) -> dict
     `learnt` are masks of the parts' tokens that the loss counts; without it all count.
     """
     arrays, masks = list(parts), list(learnt)
-    input_ids = torch.from_numpy(np.concatenate(arrays).astype(np.int64))
-    cu_seqlens = torch.tensor(np.cumsum([0, *map(len, arrays)]), dtype=torch.int32)
-    labels = input_ids.clone()
-    labels[cu_seqlens[:-1].long()] = IGNORED  # a sequence's first token has nothing to be predicted from
+    input_ids = np.concatenate(arrays).astype(np.int64)  # in numpy: torch would wake all cores for each small operation
+    cu_seqlens = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    labels = input_ids.copy()
+    labels[cu_seqlens[:-1]] = IGNORED  # a sequence's first token has nothing to be predicted from
     if masks:
-        labels[~torch.from_numpy(np.concatenate(masks))] = IGNORED
-    return {"input_ids": input_ids[None], "labels": labels[None], "cu_seqlens": cu_seqlens}
+        labels[~np.concatenate(masks)] = IGNORED
+    row = {"input_ids": input_ids[None], "labels": labels[None], "cu_seqlens": cu_seqlens}
+    return {name: torch.from_numpy(array) for name, array in row.items()}
 
 
 class PackedRows(Dataset):
@@ -244,9 +259,7 @@ class PackedRows(Dataset):
 
     def predicted(self, rows: range) -> tuple[int, float]:
         """Tokens whose prediction counts in these rows, never a sequence's first, and their bytes of text."""
-        spans = [(start + 1, end) for row in rows for start, end in self._spans_P2(row)]
-        sizes = [self.corpus.token_bytes(start, end)[self.corpus.learnt[start:end]] for start, end in spans]
-        return sum(map(len, sizes)), float(sum(size.sum() for size in sizes))
+        return self.corpus.predicted_in(np.concatenate([self._spans_P2(row) for row in rows]))
 
     def _spans_P2(self, index: int) -> np.ndarray:
         """Start and end of the sequences of a row."""

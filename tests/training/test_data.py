@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -123,6 +125,10 @@ def test_tokens_of_any_tokenizer_share_their_own_documents_bytes():
     corpus = Corpus(("a", "b"), tokens, np.array([0, 4, 7]), np.array([10, 3]), all_learnt, (0, 1))
     assert corpus.token_bytes(0, 4).tolist() == [0, 5, 5, 0]
     assert corpus.token_bytes(5, 7).tolist() == [3, 0]
+    spans = np.array([[0, 4], [1, 2], [4, 7], [6, 7]])  # of a single token nothing is predicted
+    assert corpus.predicted_in(spans) == (5, 13.0)
+    some = replace(corpus, learnt=np.array([True, False, True, True, False, False, True]))
+    assert some.predicted_in(spans) == (3, 5.0)
 
 
 def test_predicted_tokens_and_bytes_are_those_of_the_labels():
