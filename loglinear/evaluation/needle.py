@@ -17,7 +17,7 @@ where the model begins with it; of several, ours takes no account of mistakes in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -30,8 +30,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from loglinear.evaluation.packed import LOGIT_ROWS, read, rows
-from loglinear.training.needle import LONGEST_SENTENCE, Haystack, Needle, Question, draw_key, draw_value, hide
-from loglinear.training.tokenizer import encode_document, first_tokens
+from loglinear.training.needle import LONGEST_SENTENCE, Haystack, Needle, Question, Sizes, draw_key, draw_value, hide
+from loglinear.training.tokenizer import encode_documents, first_tokens
 
 ROW_TOKENS = 65_536  # tokens of one forward pass, or one example where that is longer
 DEPTH_BINS = 10
@@ -63,13 +63,14 @@ class Example(NamedTuple):
     depths: list[float]  # 0 to 1
 
 
-def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
-    """The function that counts a text's tokens, without special ones."""
-    return lambda text: len(_tokens(tokenizer, text))
+def token_counter(tokenizer: PreTrainedTokenizerBase) -> Sizes:
+    """The function that counts the tokens of each of several texts, without special ones."""
+    return lambda texts: [len(tokens) for tokens in _tokens(tokenizer, texts)]
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    return encode_document(tokenizer, text)[len(first_tokens(tokenizer)) : -1]
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    first = len(first_tokens(tokenizer))
+    return [tokens[first:-1] for tokens, _ in encode_documents(tokenizer, texts, [None] * len(texts))]
 
 
 def needle_examples(
@@ -97,7 +98,7 @@ def _example(task: str, length: int, haystack: Haystack, tokenizer: PreTrainedTo
     question = Question.about(rng.sample(keys, sizes.asked), needles)
     begin, end, answer = f"{question.introduction}\n", f"\n{question.text}", "".join(question.answer)
     fixed = [begin, end, answer, *(haystack.separator + needle.sentence for needle in needles)]
-    room = length - len(first_tokens(tokenizer)) - sum(len(_tokens(tokenizer, text)) for text in fixed)
+    room = length - len(first_tokens(tokenizer)) - sum(token_counter(tokenizer)(fixed))
     sentences = haystack.take(rng, room)
     if not sentences:
         enough = length - room + LONGEST_SENTENCE  # bytes, which are tokens or more than those
@@ -128,9 +129,9 @@ def example_sets(
     """
     if IN_TEXT in (tasks or ()) and not texts:
         raise ValueError(f"task {IN_TEXT} hides its needle in text: give --data")
-    size = token_counter(tokenizer)
-    noise = Haystack.noise(size)
-    text = Haystack.of_texts(texts, size) if texts else noise
+    sizes = token_counter(tokenizer)
+    noise = Haystack.noise(sizes)
+    text = Haystack.of_texts(texts, sizes) if texts else noise
     return {
         (task, length): needle_examples(
             task, count, length=length, haystack=noise if task == IN_NOISE else text, tokenizer=tokenizer, seed=seed
@@ -211,7 +212,7 @@ def evaluate_needle(
     `label` is what the progress bar says; None: no bar.
     """
     found_NV, exact_N = [], []
-    encoded = (_encode(tokenizer, example) for example in examples)
+    encoded = _encode(tokenizer, examples)
     with tqdm(total=len(examples), desc=label, unit=" examples", disable=label is None, leave=False) as bar:
         for row in rows(encoded, _Encoded.size, row_tokens):
             hits = answer_hits(model, [(example.prompt, example.answer) for example in row])
@@ -242,10 +243,12 @@ class _Encoded(NamedTuple):
         return len(self.prompt) + len(self.answer)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> _Encoded:
-    pieces = [_tokens(tokenizer, piece) for piece in example.answer]
-    starts = np.cumsum([0, *map(len, pieces[:-1])])
-    return _Encoded(encode_document(tokenizer, example.prompt)[:-1], np.concatenate(pieces), starts)
+def _encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterator[_Encoded]:
+    prompts = encode_documents(tokenizer, [example.prompt for example in examples], [None] * len(examples))
+    for example, (prompt, _) in zip(examples, prompts, strict=True):
+        pieces = _tokens(tokenizer, example.answer)
+        starts = np.cumsum([0, *map(len, pieces[:-1])])
+        yield _Encoded(prompt[:-1], np.concatenate(pieces), starts)
 
 
 @torch.no_grad()

@@ -135,20 +135,23 @@ def is_held_out(text: str) -> bool:
     return hashlib.blake2b(text.encode(), digest_size=1).digest()[0] < 256 * HELD_OUT
 
 
+Sizes = Callable[[Sequence[str]], Sequence[int]]  # of several texts
+
+
 class Haystack:
-    """Sentences in a ring, and the size of each with its separator, in whatever unit `size` counts."""
+    """Sentences in a ring, and the size of each with its separator, in whatever unit `sizes` counts."""
 
-    def __init__(self, sentences: Sequence[str], separator: str, size: Callable[[str], int]) -> None:
+    def __init__(self, sentences: Sequence[str], separator: str, sizes: Sizes) -> None:
         self.sentences, self.separator = sentences, separator
-        self._ends = np.cumsum([size(separator + sentence) for sentence in sentences])
+        self._ends = np.cumsum(sizes([separator + sentence for sentence in sentences]))
 
     @classmethod
-    def noise(cls, size: Callable[[str], int]) -> Haystack:
+    def noise(cls, sizes: Sizes) -> Haystack:
         """RULER's line of noise, again and again."""
-        return cls([NOISE], "\n", size)
+        return cls([NOISE], "\n", sizes)
 
     @classmethod
-    def of_texts(cls, texts: Iterable[str], size: Callable[[str], int]) -> Haystack:
+    def of_texts(cls, texts: Iterable[str], sizes: Sizes) -> Haystack:
         """The sentences of texts, behind one another, with single spaces for all white space.
 
         Raises ValueError where there is none.
@@ -156,7 +159,7 @@ class Haystack:
         sentences = [sentence for text in texts for sentence in split_sentences(text)]
         if not sentences:
             raise ValueError("the haystack's text has no sentence")
-        return cls(sentences, " ", size)
+        return cls(sentences, " ", sizes)
 
     def take(self, rng: Random, size: int) -> list[str]:
         """As many consecutive sentences as fit into `size`, from a random one on; behind the last comes the first."""
@@ -200,7 +203,7 @@ def needle_documents(count: int, length: int, texts: Iterable[str] = ()) -> Iter
     if count < 1 or length < SHORTEST:
         raise ValueError(f"needle documents must be 1 or more of {SHORTEST} bytes or more, got {count} of {length}")
     texts = list(texts)
-    haystacks = [Haystack.noise(_bytes)] + ([Haystack.of_texts(texts, _bytes)] if texts else [])
+    haystacks = [Haystack.noise(_all_bytes)] + ([Haystack.of_texts(texts, _all_bytes)] if texts else [])
     for index in range(count):
         yield _document(Random(f"needle document {index}"), length, haystacks)
 
@@ -220,6 +223,10 @@ def told_again(text: str) -> Iterator[tuple[int, int]]:
 
 def _bytes(text: str) -> int:
     return len(text.encode())
+
+
+def _all_bytes(texts: Sequence[str]) -> list[int]:
+    return [_bytes(text) for text in texts]
 
 
 def _document(rng: Random, longest: int, haystacks: Sequence[Haystack]) -> str:

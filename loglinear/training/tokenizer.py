@@ -124,7 +124,8 @@ def encode_documents(
     """
     first, last = first_tokens(tokenizer), [tokenizer.eos_token_id]
     whole = [None] * len(texts)
-    encodings = (tokenizer(list(texts), add_special_tokens=False).encodings if tokenizer.is_fast else None) or whole
+    ids_only = dict(add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+    encodings = (tokenizer(list(texts), **ids_only).encodings if tokenizer.is_fast else None) or whole
     for text, own, encoding in zip(texts, ranges, encodings, strict=True):
         body = _ids(tokenizer, text, encoding)
         tokens = np.concatenate([np.asarray(first, body.dtype), body, np.asarray(last, body.dtype)])

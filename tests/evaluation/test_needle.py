@@ -24,8 +24,8 @@ from tests.training.test_needle import NEEDLE, PROSE, listed
 from tests.training.tiny import tiny_recipe
 
 TOKENIZER = ByteTokenizer()
-SIZE = token_counter(TOKENIZER)
-HAYSTACKS = {"noise": Haystack.noise(SIZE), "text": Haystack.of_texts([PROSE], SIZE)}
+SIZES = token_counter(TOKENIZER)
+HAYSTACKS = {"noise": Haystack.noise(SIZES), "text": Haystack.of_texts([PROSE], SIZES)}
 ASKED = re.compile(r"for ([a-z, -]+) mentioned in the provided text (?:is|are)$")
 
 
@@ -44,7 +44,7 @@ def looked_up(prompt):
 @pytest.mark.parametrize("haystack", HAYSTACKS)
 @pytest.mark.parametrize("task", TASKS)
 def test_examples_have_their_needles_answer_and_length(task, haystack):
-    sizes, sentence = TASKS[task], max(SIZE(s) for s in [NOISE, *HAYSTACKS["text"].sentences])
+    sizes, sentence = TASKS[task], max(SIZES([NOISE, *HAYSTACKS["text"].sentences]))
     for length in (801, 1500):
         for example in examples_of(task, 5, length, haystack):
             needles = NEEDLE.findall(example.prompt)
@@ -52,7 +52,7 @@ def test_examples_have_their_needles_answer_and_length(task, haystack):
             assert len(listed(ASKED.search(example.prompt)[1])) == sizes.asked
             assert len(example.depths) == len(example.answer[::2]) == sizes.asked * sizes.values
             assert "".join(example.answer) == looked_up(example.prompt)
-            tokens = 1 + SIZE(example.prompt) + SIZE("".join(example.answer))
+            tokens = 1 + sum(SIZES([example.prompt, "".join(example.answer)]))
             assert length - sentence - 2 <= tokens <= length
 
 
@@ -116,7 +116,7 @@ def test_a_perfect_memory_finds_all_and_chance_finds_nothing(task):
     reader = Reader(remembers=True)
     scores = evaluate_needle(reader, TOKENIZER, examples, row_tokens=3500, label=None)
     assert scores.accuracy == scores.exact_match == 1 and scores.standard_error == 0
-    assert reader.logit_rows == sum(SIZE("".join(example.answer)) for example in examples)
+    assert reader.logit_rows == sum(SIZES(["".join(example.answer) for example in examples]))
     assert evaluate_needle(Reader(remembers=False), TOKENIZER, examples, label=None).accuracy < 0.05
 
 

@@ -119,7 +119,7 @@ def test_wording_follows_the_number_of_values():
 
 def test_haystack_gives_what_fits_and_not_a_sentence_less():
     sentences = ["a" * n for n in (3, 1, 7, 2)]
-    haystack = Haystack(sentences, " ", len)
+    haystack = Haystack(sentences, " ", lambda texts: [len(text) for text in texts])
     for size in (-5, 0, 1, 2, 17, 40, 41):
         for seed in range(20):
             taken = haystack.take(Random(seed), size)
