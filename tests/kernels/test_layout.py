@@ -63,3 +63,28 @@ def test_continued_sequences_have_layouts_of_their_own(layout):
     ends = Packing.from_cu_seqlens(boundaries(), 40, 4).cu_seqlens
     tables = [layout(ends, starts=torch.tensor(starts)).table for starts in ([0, 0], [1, 3])]
     assert not torch.equal(*tables)
+
+
+@pytest.mark.parametrize("continued", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_tables_hold_every_run_of_the_sweeps_and_few_others(seed, continued):
+    generator = torch.Generator().manual_seed(seed)
+    shortest = [0, 30, 500, 3000, 0][seed]
+    lengths = torch.randint(shortest, 10 * shortest + 40, (60,), generator=generator)
+    lengths[torch.randint(0, 60, (20,), generator=generator)] = 0
+    starts = torch.randint(0, 9000, (60,), generator=generator) if continued else None
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    found = scalar_gate.layout(1, int(ends[-1]), 16, 20, ends, starts)
+    first = starts if continued else torch.zeros_like(lengths)
+    run = 1 << scalar_gate.STOREY
+    for storey, table in enumerate(found.run_tables):
+        real = table[table[:, 1] > 0]
+        expected = []
+        for n, (z0, own) in enumerate(zip(first.tolist(), (-(-lengths // 16)).tolist(), strict=True)):
+            entries = (z0 + own) >> (scalar_gate.STOREY * storey)
+            begin = z0 >> (scalar_gate.STOREY * (storey + 1))
+            expected += [[n, number] for number in range(begin, -(-entries // run)) if own]
+        assert real[:, [4, 2]].tolist() == expected
+        assert len(table) == found.runs[storey]
+        if not continued:
+            assert len(table) <= len(expected) + min(60, found.chunks >> (scalar_gate.STOREY * storey))

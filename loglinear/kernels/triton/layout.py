@@ -127,7 +127,9 @@ def layout(
         runs_of = torch.where(own > 0, runs_of, 0)  # without chunks of its own a sequence only hands its nodes on
         if s == 0:
             first_runs = runs_of.cumsum(0) - runs_of
-        sequence, number, is_real = ragged(runs_of, (chunks >> (STOREY * (s + 1))) + 2 * N)
+        # A run more than full ones for every sequence that has entries here, and two where its first is not full either.
+        more = min(N, chunks >> (STOREY * s)) if starts is None else 2 * N
+        sequence, number, is_real = ragged(runs_of, (chunks >> (STOREY * (s + 1))) + more)
         columns = [origin[sequence], torch.where(is_real, count[sequence], 0), number + skipped[sequence]]
         run_tables.append(torch.stack([*columns, z0[sequence], sequence], 1).int())
     levels = READS - STOREY if starts is not None else max(0, (per_row - 1).bit_length() - STOREY)
