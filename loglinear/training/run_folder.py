@@ -132,6 +132,8 @@ def command() -> list[str]:
 def versions() -> dict[str, str]:
     """Versions and hardware that a figure depends on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and os.environ.get("CUDA_MPS_PIPE_DIRECTORY"):
+        device += " shared with other processes (MPS)"  # times are not those of the whole device
     return {
         "loglinear": loglinear.__version__,
         "python": platform.python_version(),

@@ -127,7 +127,7 @@ def layout(
         runs_of = torch.where(own > 0, runs_of, 0)  # without chunks of its own a sequence only hands its nodes on
         if s == 0:
             first_runs = runs_of.cumsum(0) - runs_of
-        # A run more than full ones for every sequence that has entries here, and two where its first is not full either.
+        # One run more than full ones for each sequence with entries here; two where its first need not be full either.
         more = min(N, chunks >> (STOREY * s)) if starts is None else 2 * N
         sequence, number, is_real = ragged(runs_of, (chunks >> (STOREY * (s + 1))) + more)
         columns = [origin[sequence], torch.where(is_real, count[sequence], 0), number + skipped[sequence]]
