@@ -68,9 +68,9 @@ def token_counter(tokenizer: PreTrainedTokenizerBase) -> Sizes:
     return lambda texts: [len(tokens) for tokens in _tokens(tokenizer, texts)]
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[np.ndarray]:
     first = len(first_tokens(tokenizer))
-    return [tokens[first:-1] for tokens, _ in encode_documents(tokenizer, texts, [None] * len(texts))]
+    return (tokens[first:-1] for tokens, _ in encode_documents(tokenizer, ((text, None) for text in texts)))
 
 
 def needle_examples(
@@ -244,9 +244,9 @@ class _Encoded(NamedTuple):
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Iterator[_Encoded]:
-    prompts = encode_documents(tokenizer, [example.prompt for example in examples], [None] * len(examples))
+    prompts = encode_documents(tokenizer, ((example.prompt, None) for example in examples))
     for example, (prompt, _) in zip(examples, prompts, strict=True):
-        pieces = _tokens(tokenizer, example.answer)
+        pieces = list(_tokens(tokenizer, example.answer))
         starts = np.cumsum([0, *map(len, pieces[:-1])])
         yield _Encoded(prompt[:-1], np.concatenate(pieces), starts)
 

@@ -2,17 +2,20 @@
 """Softmax attention, for hybrid models and the Transformer baseline."""
 
 import itertools
+import threading
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 AT_ONCE = torch.__version__ >= "2.11"  # varlen_attn has its window, which makes it causal
-HALF, FLASH_WIDTHS = (torch.float16, torch.bfloat16), range(8, 129, 8)  # of q, that varlen_attn takes
-PLANNED = 1024  # cuDNN is the fastest, but plans each new length for tens of milliseconds: for multiples only
-WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+WIDTHS = range(8, 129, 8)  # of heads, for varlen_attn
+PLANNED = 1024  # cuDNN makes a plan for each new length, in tens of milliseconds: lengths that come again are multiples
+LONG = 4096  # tokens from which on cuDNN with a plan is faster than what all other documents share
+CHOOSING = threading.Lock()  # whether cuDNN may be taken is said for the whole process
+
+Heads = tuple[Tensor, Tensor, Tensor]  # q [B, H, T, K], k and v [B, G, T, K]
 
 
 class KeyValueStore(Protocol):
@@ -28,7 +31,6 @@ class AttentionContext(NamedTuple):
     sin: Tensor  # [B, T, K / 2]
     mask: Tensor | None = None  # [B, 1, T, S] True where a query may look; None: plain causal
     lengths: Tensor | None = None  # [N] on the CPU: tokens of each packed document (B = 1); None: not packed
-    cu_seqlens: Tensor | None = None  # [N + 1] on the device: where they begin and end
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -45,8 +47,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def _is_planned(length: int) -> bool:
-    return length > 0 and length % PLANNED == 0
+def _is_long(length: int) -> bool:
+    return length >= LONG and length % PLANNED == 0
+
+
+def _split(heads: Heads, lengths: list[int]) -> list[Heads]:
+    return list(zip(*(t.split(lengths, dim=2) for t in heads), strict=True))
+
+
+def _has_flash(heads: Heads) -> bool:
+    """Whether FlashAttention's kernels take these, and are not switched off."""
+    q, k, v = heads
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1])
+    return q.is_cuda and torch.backends.cuda.can_use_flash_attention(params)
 
 
 class Attention(nn.Module):
@@ -76,44 +89,50 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if store is not None:
             k, v = store.update(k, v)
-        if context.lengths is None or context.cu_seqlens is None:
+        if context.lengths is None:
             y = self._attend(q, k, v, context.mask)
         else:
-            y = self._attend_documents(q, k, v, context.lengths, context.cu_seqlens)
+            y = self._attend_documents((q, k, v), context.lengths)
         return self.out_proj(y.transpose(1, 2).flatten(-2))
 
     @torch._disable_dynamo  # a graph would be one for these lengths; torch.compiler.disable imports the whole compiler
-    def _attend_documents(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, cu_seqlens: Tensor) -> Tensor:
-        possible = q.is_cuda and q.dtype in HALF and q.shape[-1] in FLASH_WIDTHS
-        flash = possible and torch.backends.cuda.flash_sdp_enabled()
-        if flash and not AT_ONCE:
-            with sdpa_kernel(WITHOUT_PLANS):
-                return torch.cat(self._one_by_one(q, k, v, lengths.tolist()), dim=2)
+    def _attend_documents(self, heads: Heads, lengths: Tensor) -> Tensor:
+        if not (AT_ONCE and self.head_dim in WIDTHS and _has_flash(heads)):
+            return torch.cat(self._one_by_one(heads, lengths.tolist()), dim=2)
+        runs = [(alone, list(run)) for alone, run in itertools.groupby(lengths.tolist(), key=_is_long)]
         attended: list[Tensor] = []
-        first = begin = 0
-        for planned, group in itertools.groupby(lengths.tolist(), key=_is_planned):
-            run = list(group)
-            end = begin + sum(run)
-            own_q, own_k, own_v = (t[:, :, begin:end] for t in (q, k, v))
-            if planned or not flash:
-                attended += self._one_by_one(own_q, own_k, own_v, run)
+        for (alone, run), part in zip(runs, _split(heads, [sum(run) for _, run in runs]), strict=True):
+            if alone:
+                attended += [self._attend(*document) for document in _split(part, run)]
             elif any(run):
-                own_ends = (cu_seqlens[first : first + len(run) + 1] - begin).to(torch.int32)
-                attended.append(self._at_once(own_q, own_k, own_v, own_ends, max(run)))
-            first, begin = first + len(run), end
+                attended.append(self._at_once(part, run))
         return torch.cat(attended, dim=2)
 
-    def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> list[Tensor]:
-        documents = zip(*(t.split(lengths, dim=2) for t in (q, k, v)), strict=True)
-        return [self._attend(*document) for document in documents if document[0].shape[2]]
+    def _one_by_one(self, heads: Heads, lengths: list[int]) -> list[Tensor]:
+        documents = [document for document in _split(heads, lengths) if document[0].shape[2]]
+        backends = torch.backends.cuda
+        if not heads[0].is_cuda:
+            return [self._attend(*document) for document in documents]
+        attended = []
+        with CHOOSING:
+            if not (backends.cudnn_sdp_enabled() and backends.flash_sdp_enabled()):
+                return [self._attend(*document) for document in documents]
+            try:
+                for document in documents:
+                    backends.enable_cudnn_sdp(document[0].shape[2] % PLANNED == 0)
+                    attended.append(self._attend(*document))
+            finally:
+                backends.enable_cudnn_sdp(True)
+        return attended
 
-    def _at_once(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    def _at_once(self, heads: Heads, lengths: list[int]) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        copies = q.shape[1] // k.shape[1]
-        q, k, v = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))
-        k, v = (t.repeat_interleave(copies, dim=1) if self.grouped else t for t in (k, v))
-        y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))
+        q, k, v = (t.squeeze(0).transpose(0, 1) for t in heads)
+        if self.grouped:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(q.device, non_blocking=True)
+        y = varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths), window_size=(-1, 0))
         assert isinstance(y, Tensor)  # it gives more only where it is asked to
         return y.transpose(0, 1).unsqueeze(0)
 

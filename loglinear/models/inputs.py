@@ -123,8 +123,7 @@ def token_layout(
     cos, sin = rotary_tables(position_ids, config.attention_head_dim, config.rope_theta)
     lengths = None if cu_seqlens is None else of_any_length(cu_seqlens.diff().cpu())
     mask = _attention_mask(columns_BS, column_T, past)
-    boundaries = None if lengths is None or packing is None else packing.cu_seqlens
-    return TokenLayout(packing, AttentionContext(cos, sin, mask, lengths, boundaries), is_step, active)
+    return TokenLayout(packing, AttentionContext(cos, sin, mask, lengths), is_step, active)
 
 
 def _positions(column_T: Tensor, packing: Packing | None, columns_BS: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from loglinear.models import LogLinearForCausalLM
 
 GRAPHS = 16  # that the compiler may make of the blocks' one function: a hybrid has twice the four below
 CUDA_GRAPHS = {"mode": "reduce-overhead"}  # of torch.compile
-SEQUENCES = 32  # in a row; or a multiple: each number of them is recorded by itself
+SEQUENCES = 32  # in a row, or a multiple or power of two: each number of them is recorded by itself
 
 
 def compile_blocks(model: LogLinearForCausalLM, **options: Any) -> None:
@@ -44,16 +44,28 @@ def require_compiler(device: torch.device) -> None:
 
 
 def in_few_sizes(row: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The row with empty sequences behind its own, up to a multiple of SEQUENCES: what it gives stays the same."""
+    """The row with empty sequences behind its own, up to a power of two or a multiple of SEQUENCES: what it gives stays
+    the same, to rounding."""
     cu_seqlens = row["cu_seqlens"]
-    missing = -(len(cu_seqlens) - 1) % SEQUENCES
-    return {**row, "cu_seqlens": F.pad(cu_seqlens, (0, missing), value=int(cu_seqlens[-1]))}
+    count = len(cu_seqlens) - 1
+    wanted = 1 << (count - 1).bit_length() if count < SEQUENCES else -(-count // SEQUENCES) * SEQUENCES
+    return {**row, "cu_seqlens": F.pad(cu_seqlens, (0, wanted - count), value=int(cu_seqlens[-1]))}
 
 
 class GraphSteps(TrainerCallback):
-    """Says where a step begins: until then what graphs gave, gradients too, must not be written over by the next."""
+    """Says where a row is done: until then what graphs gave must not be written over by their next replays."""
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The next row's gradients are to be added to those so far, which get memory of their own.
+
+        Without it all rows of a step would be one sequence of graphs, recorded for every combination of their sizes.
+        """
+        for parameter in kwargs["model"].parameters():
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
+        torch.compiler.cudagraph_mark_step_begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         torch.compiler.cudagraph_mark_step_begin()
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -21,10 +20,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from loglinear.training.sources import Document, name_hash, read_documents
-from loglinear.training.tokenizer import encode_documents
+from loglinear.training.tokenizer import Ranges, encode_documents
 
 IGNORED = -100  # the label that the loss leaves out
-TOGETHER = 1024  # documents that a tokenizer takes at once
 
 
 @dataclass(frozen=True)
@@ -119,13 +117,17 @@ def _corpus(parts: list[_Part], special: tuple[int, ...]) -> Corpus:
 
 def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Tokenise documents, in memory (2 bytes for each byte of text with the byte tokenizer)."""
-    documents = iter(documents)
-    parts: list[_Part] = []
-    while some := list(itertools.islice(documents, TOGETHER)):
-        sizes = [_size(document) for document in some]
-        encoded = encode_documents(tokenizer, [d.text for d in some], [d.learnt for d in some])
-        for document, size, (tokens, learnt) in zip(some, sizes, encoded, strict=True):
-            parts.append(_Part(document.name, tokens, learnt, size))
+    read: list[tuple[str, int]] = []
+
+    def texts() -> Iterator[tuple[str, Ranges | None]]:
+        for document in documents:
+            read.append((document.name, _size(document)))
+            yield document.text, document.learnt
+
+    parts = [
+        _Part(read[number][0], tokens, learnt, read[number][1])
+        for number, (tokens, learnt) in enumerate(encode_documents(tokenizer, texts()))
+    ]
     special = tuple(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None)
     return _corpus(sorted(parts, key=lambda part: (name_hash(part.name), part.name)), special)
 

@@ -14,6 +14,8 @@ from transformers.tokenization_utils_base import AddedToken
 
 from loglinear.models import LogLinearConfig
 
+TOGETHER = 1 << 22  # characters that a tokenizer takes at once: a hundred megabytes of what it makes of them
+Ranges = Sequence[tuple[int, int]]  # of a text's characters
 BYTES = "bytes"  # the name of the built-in tokenizer wherever a tokenizer is asked for
 
 
@@ -110,29 +112,44 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     """Ids of one document: beginning-of-sequence token (where there is one), text, end-of-sequence token."""
-    ((tokens, _),) = encode_documents(tokenizer, [text], [None])
+    ((tokens, _),) = encode_documents(tokenizer, [(text, None)])
     return tokens
 
 
 def encode_documents(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ranges: Sequence[Iterable[tuple[int, int]] | None]
+    tokenizer: PreTrainedTokenizerBase, documents: Iterable[tuple[str, Ranges | None]]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`encode_document` of each text, and which of the tokens' text begins in its ranges of characters (None: all).
+    """For each text and its ranges of characters: `encode_document`, and which tokens begin in the ranges (None: all).
 
-    A fast tokenizer of transformers' takes all texts at once, on all cores. Raises ValueError for ranges with a slow
-    one, which does not say where its tokens begin.
+    A fast tokenizer of transformers' takes many texts at once, on all cores; they are read as they are needed. Raises
+    ValueError for ranges with a slow one, which does not say where its tokens begin.
     """
+    batch: list[tuple[str, Ranges | None]] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document[0])
+        if size >= TOGETHER:
+            yield from _encode_batch(tokenizer, batch)
+            batch, size = [], 0
+    yield from _encode_batch(tokenizer, batch)
+
+
+def _encode_batch(
+    tokenizer: PreTrainedTokenizerBase, batch: Sequence[tuple[str, Ranges | None]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     first, last = first_tokens(tokenizer), [tokenizer.eos_token_id]
-    whole = [None] * len(texts)
-    ids_only = dict(add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
-    encodings = (tokenizer(list(texts), **ids_only).encodings if tokenizer.is_fast else None) or whole
-    for text, own, encoding in zip(texts, ranges, encodings, strict=True):
+    encodings: Sequence[Encoding | None] = [None] * len(batch)
+    if tokenizer.is_fast and batch:
+        options = dict(add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
+        encodings = tokenizer([text for text, _ in batch], **options).encodings
+    for (text, ranges), encoding in zip(batch, encodings, strict=True):
         body = _ids(tokenizer, text, encoding)
         tokens = np.concatenate([np.asarray(first, body.dtype), body, np.asarray(last, body.dtype)])
-        mask = np.full(len(tokens), own is None)
-        if own is not None:
+        mask = np.full(len(tokens), ranges is None)
+        if ranges is not None:
             begins = _begins(tokenizer, text, encoding)
-            for start, end in own:
+            for start, end in ranges:
                 mask[len(first) + bisect_left(begins, start) : len(first) + bisect_left(begins, end)] = True
         yield tokens, mask
 

@@ -65,16 +65,26 @@ def test_continued_sequences_have_layouts_of_their_own(layout):
     assert not torch.equal(*tables)
 
 
-@pytest.mark.parametrize("continued", [False, True])
-@pytest.mark.parametrize("seed", range(5))
-def test_tables_hold_every_run_of_the_sweeps_and_few_others(seed, continued):
+def random_lengths(seed, shortest):
     generator = torch.Generator().manual_seed(seed)
-    shortest = [0, 30, 500, 3000, 0][seed]
     lengths = torch.randint(shortest, 10 * shortest + 40, (60,), generator=generator)
     lengths[torch.randint(0, 60, (20,), generator=generator)] = 0
-    starts = torch.randint(0, 9000, (60,), generator=generator) if continued else None
+    return lengths, torch.randint(0, 9000, (60,), generator=generator)
+
+
+SEQUENCES = [random_lengths(seed, shortest) for seed, shortest in enumerate([0, 30, 500, 3000, 0])]
+SEQUENCES += [  # these need all runs there are, and all but one
+    (torch.full((60,), 1), torch.zeros(60, dtype=torch.int64)),
+    (torch.full((60,), 17), torch.full((60,), 63)),
+    (torch.full((60,), 64 * 16), torch.full((60,), 63)),
+]
+
+
+@pytest.mark.parametrize("continued", [False, True])
+@pytest.mark.parametrize(("lengths", "starts"), SEQUENCES)
+def test_tables_hold_every_run_of_the_sweeps_and_few_others(lengths, starts, continued):
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    found = scalar_gate.layout(1, int(ends[-1]), 16, 20, ends, starts)
+    found = scalar_gate.layout(1, int(ends[-1]), 16, 20, ends, starts if continued else None)
     first = starts if continued else torch.zeros_like(lengths)
     run = 1 << scalar_gate.STOREY
     for storey, table in enumerate(found.run_tables):

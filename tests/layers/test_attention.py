@@ -13,11 +13,8 @@ def context(positions: Tensor, **options) -> AttentionContext:
 
 
 def packed_context(lengths: list[int], head_dim: int, device: str = "cpu") -> AttentionContext:
-    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device)
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
-    return AttentionContext(
-        *rotary_tables(positions, head_dim, 100.0), lengths=torch.tensor(lengths), cu_seqlens=cu_seqlens
-    )
+    return AttentionContext(*rotary_tables(positions, head_dim, 100.0), lengths=torch.tensor(lengths))
 
 
 def test_attention_is_the_softmax_definition_with_grouped_heads_and_rotation() -> None:
@@ -51,10 +48,30 @@ def test_packed_documents_attend_only_to_themselves() -> None:
     torch.testing.assert_close(packed, torch.cat(parts, 1))
 
 
+@pytest.mark.parametrize("lengths", [[4, 1, 0, 6, 4, 3, 8], [5, 0, 3], [8, 4], [0, 7, 0]])
+def test_runs_of_documents_and_long_ones_keep_their_order(lengths: list[int], monkeypatch) -> None:
+    torch.manual_seed(0)
+    layer = Attention(8, 4, 2, 8).double()
+    x = torch.randn(1, sum(lengths), 8, dtype=torch.float64)
+    expected = layer(x, packed_context(lengths, 8))
+    runs = []
+
+    def at_once(heads: attention.Heads, lengths: list[int]) -> Tensor:
+        runs.append(lengths)
+        return torch.cat(layer._one_by_one(heads, lengths), dim=2)
+
+    monkeypatch.setattr(layer, "_at_once", at_once)
+    for name, value in (("AT_ONCE", True), ("_has_flash", lambda heads: True), ("LONG", 4), ("PLANNED", 4)):
+        monkeypatch.setattr(attention, name, value)
+    torch.testing.assert_close(layer(x, packed_context(lengths, 8)), expected)
+    assert [n for run in runs for n in run if n] == [n for n in lengths if n % 4]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("heads", "key_heads", "head_dim"), [(4, 4, 32), (4, 2, 64), (2, 1, 128)])
-@pytest.mark.parametrize("lengths", [[1, 3, 0, 200] * 5, [127, 129, 1500, 64, 1024, 1, 2048, 1024] + [0] * 14])
-def test_many_documents_at_once_are_as_exact_as_one_by_one(heads, key_heads, head_dim, lengths, monkeypatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("heads", "key_heads", "head_dim"), [(4, 4, 32), (4, 2, 64), (2, 1, 128), (1, 1, 160)])
+@pytest.mark.parametrize("lengths", [[1, 3, 0, 200] * 5, [127, 129, 4096, 0, 1500, 64, 1024, 1, 4096, 5120] + [0] * 14])
+def test_documents_at_once_are_as_exact_as_one_by_one(heads, key_heads, head_dim, lengths, dtype, monkeypatch) -> None:
     torch.manual_seed(0)
     layer = Attention(64, heads, key_heads, head_dim).double()
     x = torch.randn(1, sum(lengths), 64, dtype=torch.float64)
@@ -70,10 +87,10 @@ def test_many_documents_at_once_are_as_exact_as_one_by_one(heads, key_heads, hea
     calls = []
     at_once = Attention._at_once
     monkeypatch.setattr(Attention, "_at_once", lambda *args: calls.append(1) or at_once(*args))
-    exact, together = results("cpu", torch.float64), results("cuda", torch.bfloat16)
-    assert bool(calls) == attention.AT_ONCE
+    exact, together = results("cpu", torch.float64), results("cuda", dtype)
+    assert bool(calls) == (attention.AT_ONCE and dtype != torch.float32 and head_dim in attention.WIDTHS)
     monkeypatch.setattr(attention, "AT_ONCE", False)
-    for wanted, ours, theirs in zip(exact, together, results("cuda", torch.bfloat16), strict=True):
+    for wanted, ours, theirs in zip(exact, together, results("cuda", dtype), strict=True):
         assert (ours - wanted).norm() <= 1.1 * (theirs - wanted).norm()
 
 

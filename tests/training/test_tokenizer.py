@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizer
 
+from loglinear.training import tokenizer
 from loglinear.training.tokenizer import ByteTokenizer, encode_document, encode_documents, load_tokenizer
 
 TEXT = "naïve café, 数学\n\ttabs \x00 and 😀"
@@ -44,7 +45,7 @@ def test_batches_pad_on_the_left():
     assert batch["attention_mask"][1] == [0, 0, 1, 1]
 
 
-def test_any_hugging_face_tokenizer_by_path(tmp_path):
+def test_any_hugging_face_tokenizer_by_path(tmp_path, monkeypatch):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -54,7 +55,8 @@ def test_any_hugging_face_tokenizer_by_path(tmp_path):
     ids = encode_document(load_tokenizer(tmp_path), "hello world again")
     assert ids.dtype == np.uint32 and ids.tolist() == [2, 3, 0, 1]
     texts, ranges = ["hello world again", "world", "hello hello"], [[(6, 11), (11, 17), (0, 0)], None, [(0, 1)]]
-    encoded = encode_documents(load_tokenizer(tmp_path), texts, ranges)
+    monkeypatch.setattr(tokenizer, "TOGETHER", 20)  # two batches
+    encoded = encode_documents(load_tokenizer(tmp_path), zip(texts, ranges, strict=True))
     assert [(tokens.tolist(), mask.tolist()) for tokens, mask in encoded] == [
         ([2, 3, 0, 1], [False, True, True, False]),
         ([3, 1], [True, True]),
@@ -69,7 +71,7 @@ def test_a_tokenizer_that_does_not_say_where_tokens_begin_is_named():
 
     assert encode_document(Slow(), "text").tolist() == [2, 2, 2, 2, 1]
     with pytest.raises(ValueError, match="Slow does not say where tokens begin: give a fast tokenizer"):
-        list(encode_documents(Slow(), ["text"], [[(0, 1)]]))
+        list(encode_documents(Slow(), [("text", [(0, 1)])]))
 
 
 def test_missing_tokenizer_is_one_clear_line(tmp_path):
