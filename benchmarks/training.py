@@ -1,4 +1,5 @@
-"""Training speed of one model size in several kinds, in one run on one machine, in eager mode and compiled.
+"""Training speed of one model size in several kinds, in one run on one machine, in eager mode and compiled (on a GPU as
+CUDA graphs), as `loglinear train --compile` does.
 
     python -m benchmarks.training --out results/training.json
 
@@ -28,7 +29,7 @@ from rich.table import Table
 from benchmarks.machine import about, check_options, keep
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts
 from loglinear.recipes import RECIPES, get_recipe
-from loglinear.training.compilation import compile_blocks
+from loglinear.training.compilation import CUDA_GRAPHS, compile_blocks
 
 LOSS_BUDGET = 2e-2  # between two implementations under bf16 autocast, of a loss near log(vocabulary)
 SIZE_BUDGET = 0.03  # of the recipe's parameters
@@ -88,6 +89,7 @@ def step_of(model: LogLinearForCausalLM, tokens: torch.Tensor) -> Callable[[], t
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        torch.compiler.cudagraph_mark_step_begin()
         return loss.detach()
 
     return step
@@ -122,7 +124,7 @@ def measure_one(config: LogLinearConfig, length: int, compiled: bool, steps: int
     model = build(config, device)
     if compiled:
         torch._dynamo.reset()  # graphs are for one length, as in training
-        compile_blocks(model)
+        compile_blocks(model, **(CUDA_GRAPHS if device == "cuda" else {}))
     measured: dict[str, Any] = time_steps(step_of(model, random_row(length, device)), steps)
     measured["tokens_per_second"] = length / measured["step_s"]
     if device == "cuda":
