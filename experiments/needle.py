@@ -21,11 +21,11 @@ from loglinear.cli import execute
 from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
-from loglinear.recipes.needle import LONGEST, VOCABULARY
+from loglinear.recipes.needle import SEQUENCE, VOCABULARY
 from loglinear.training import load_tokenizer
 from loglinear.training.sources import read_documents
 
-LENGTHS = (1024, 2048, 4096, 8192, LONGEST)  # tokens of the examples
+LENGTHS = (SEQUENCE // 4, SEQUENCE // 2, SEQUENCE, 2 * SEQUENCE, 4 * SEQUENCE)  # tokens of the examples
 TOKENIZER = Path("data/needle/tokenizer")
 TOKENIZER_DATA = ("needle:20000:12000", "stdlib")  # what the tokenizer is made from
 TIMES = 2000  # more often than most pairs of tokens
@@ -76,6 +76,9 @@ def run(
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples of every task and length.")] = 200,
     tokenizer: TokenizerFolder = TOKENIZER,
+    levels: Annotated[
+        int | None, typer.Option(help="Levels of the log-linear model instead of the recipe's: a result of its own.")
+    ] = None,
     *,
     options: Options,
 ) -> None:
@@ -92,6 +95,8 @@ def run(
     --data data/long_text/validation.jsonl.zst
     """
     recipe = kind_recipe("needle", kind, options.miniature)
+    if levels is not None and kind != "log_linear":
+        raise ValueError(f"--levels goes with --kind log_linear, got {kind}")
     if not tokenizer.is_dir():
         raise ValueError(f"there is no tokenizer {tokenizer}: `python -m experiments.needle prepare` makes it")
     tokens = load_tokenizer(tokenizer)
@@ -104,7 +109,8 @@ def run(
     def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:
         return {"data": data or [], "examples": examples, "tasks": evaluate_sets(model, tokens, sets)}
 
-    train_and_evaluate(recipe, out, evaluate, f"needle-{kind}", options, tokenizer=str(tokenizer))
+    name = f"needle-{kind}" if levels is None else f"needle-{kind}-levels{levels}"
+    train_and_evaluate(recipe, out, evaluate, name, options, tokenizer=str(tokenizer), num_levels=levels)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,12 @@ from loglinear.evaluation.plots import plot_needle, plot_retrieval
 from loglinear.recipes.comparison import KINDS
 from loglinear.training.json_files import write_atomically
 
+LEVELS = ("log_linear-levels15",)  # of `experiments.needle run --levels`: some that its windows never train
+
 
 def needle(results: Path, out: Path) -> None:
     """needle.png with a panel for each task, needle-KIND.png with a map of lengths and depths, and needle.md."""
-    found = read_results(results, "needle", KINDS)
+    found = read_results(results, "needle", (*KINDS, *LEVELS))
     if not found:
         return
     models = {kind: result["evaluation"]["tasks"] for kind, result in found.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loglinear.cli.console import Interrupted
+from loglinear.fenwick import num_levels
 from loglinear.recipes import TrainingRecipe, get_recipe
 
 
@@ -22,6 +23,8 @@ def run(
 ) -> None:
     """Train, and say where the result is or how to go on."""
     recipe = _recipe(out, recipe_name, resume, overrides)
+    if note := _untrained_levels(recipe):
+        print(note, file=sys.stderr)
     from accelerate import PartialState
 
     from loglinear.training import train
@@ -53,3 +56,14 @@ def _recipe(out: Path, name: str | None, resume: bool, overrides: dict[str, Any]
 
         get_variant(variant)
     return recipe.override(**overrides)
+
+
+def _untrained_levels(recipe: TrainingRecipe) -> str | None:
+    """What a longer text than those of the training would read of a model with more levels than these have."""
+    trained, levels = num_levels(recipe.seq_len), recipe.model_config().num_levels
+    if trained >= levels:
+        return None
+    return (
+        f"note: windows of {recipe.seq_len:,} tokens train {trained} of {levels} levels, and longer texts would read "
+        f"the others untrained: --num-levels {trained} leaves them out"
+    )

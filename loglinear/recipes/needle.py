@@ -4,8 +4,8 @@ from loglinear.fenwick import num_levels
 from loglinear.recipes.comparison import recipe_of_kind
 from loglinear.recipes.recipe import TrainingRecipe
 
-LONGEST = 16_384  # tokens, for which the log-linear model has all levels; those past 4,096 are read untrained
-CAPPED_LEVELS = 12  # what is 1,024 tokens or more away shares the last
+SEQUENCE = 4096  # tokens
+CAPPED_BY = 2  # levels: what is an eighth of a sequence or more away shares the last
 VOCABULARY = 4096  # tokens, where the long texts have bytes: a key of eleven is hard to recognise
 
 
@@ -13,20 +13,22 @@ def needle(kind: str, *, miniature: bool = False) -> TrainingRecipe:
     """One of `comparison.KINDS`, on documents of needles in noise and in Python's standard library, and on its files.
 
     4,096 tokens at a time; 197 M tokens, of a tokenizer that is to be given (`python -m experiments.needle prepare`).
+    The log-linear model has the levels of so many tokens: of a longer text the last holds all that is older.
     """
+    levels = num_levels(SEQUENCE)
     return recipe_of_kind(
         "needle",
         kind,
-        about="needles in haystacks of 4,096 tokens",
+        about=f"needles in haystacks of {SEQUENCE:,} tokens",
         parameters="0.7 M" if miniature else "12 M",
         sizes=dict(hidden_size=320, num_hidden_layers=8, intermediate_size=640, num_heads=10),
         shared=dict(vocab_size=VOCABULARY, rope_theta=10_000.0),
-        levels=num_levels(LONGEST),
-        capped_levels=CAPPED_LEVELS,
+        levels=levels,
+        capped_levels=levels - CAPPED_BY,
         miniature=miniature,
         tokenizer=None,
         data=(f"needle:{6000 if miniature else 300_000}:12000:stdlib", "stdlib"),
-        seq_len=4096,
+        seq_len=SEQUENCE,
         batch_tokens=32_768,
         micro_batch_tokens=32_768,
         steps=6000,

@@ -376,6 +376,15 @@ def test_train_overrides_reach_the_model(capsys, tmp_path, text):
     assert (recipe["seed"], recipe["learning_rate"], recipe["steps"]) == (3, 0.001, 2)
 
 
+@pytest.mark.parametrize(("levels", "noted"), [(8, True), (7, False), (1, False)])
+def test_levels_that_the_training_cannot_reach_are_named(capsys, tmp_path, text, levels, noted):
+    options = ["--recipe", "demo", "--data", text, "--out", tmp_path / "run", *FAST, "--seq-len", "60"]
+    code, _, errors = in_process(capsys, "train", *options, "--num-levels", levels)
+    note = "note: windows of 60 tokens train 7 of 8 levels, and longer texts would read the others untrained: "
+    assert code == 0, errors
+    assert (note + "--num-levels 7 leaves them out" in errors) == noted
+
+
 def test_generate_continues_the_prompt_and_reports_speed(capsys, run):
     code, out, errors = in_process(capsys, "generate", "--model", run, "--prompt", "line 1", "--max-new-tokens", "20")
     assert code == 0 and out.startswith("line 1")

@@ -83,6 +83,18 @@ def test_a_text_that_is_missing_is_known_before_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_another_number_of_levels_is_a_result_of_its_own(tmp_path, monkeypatch):
+    ByteTokenizer().save_pretrained(tmp_path / "bytes")
+    recipe = tiny_recipe(Path("needle:20:600"), name="needle_log_linear", seq_len=600, batch_tokens=1200, steps=1)
+    monkeypatch.setattr(needle, "kind_recipe", lambda *_: recipe)
+    monkeypatch.setattr(needle, "LENGTHS", (900,))
+    common = dict(tokenizer=tmp_path / "bytes", results=tmp_path, examples=1, levels=4)
+    needle.run("log_linear", tmp_path / "run", **common)
+    assert read_object(tmp_path / "needle-log_linear-levels4.json")["recipe"]["model"]["num_levels"] == 4
+    with pytest.raises(ValueError, match="--levels goes with --kind log_linear, got linear"):
+        needle.run("linear", tmp_path / "linear", **common)
+
+
 def test_a_tokenizer_that_is_missing_is_known_before_training(tmp_path):
     with pytest.raises(ValueError, match="there is no tokenizer .*: `python -m experiments.needle prepare` makes it"):
         needle.run("linear", tmp_path / "run", tokenizer=tmp_path / "none")
