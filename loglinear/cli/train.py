@@ -60,8 +60,9 @@ def _recipe(out: Path, name: str | None, resume: bool, overrides: dict[str, Any]
 
 def _untrained_levels(recipe: TrainingRecipe) -> str | None:
     """What a longer text than those of the training would read of a model with more levels than these have."""
-    trained, levels = num_levels(recipe.seq_len), recipe.model_config().num_levels
-    if trained >= levels:
+    config = recipe.model_config()
+    trained, levels = num_levels(recipe.seq_len), config.num_levels
+    if trained >= levels or "linear_attention" not in (config.layer_types or ()):
         return None
     return (
         f"note: windows of {recipe.seq_len:,} tokens train {trained} of {levels} levels, and longer texts would read "
