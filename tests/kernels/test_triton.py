@@ -118,8 +118,9 @@ def test_decays_from_none_to_strong(operator, decay):
 
 
 @pytest.mark.parametrize("levels", [1, 7, 20])
-def test_packed_sequences(operator, levels):
-    cu_seqlens = torch.tensor([0, 1, 40, 40, 72, 200])
+@pytest.mark.parametrize("ends", [[0, 1, 40, 40, 72, 200], [*range(0, 200, 23), *[200] * 5]])
+def test_packed_sequences(operator, levels, ends):
+    cu_seqlens = torch.tensor(ends)
     compare(operator.inputs(B=1, T=200, G=1, H=1, K=8, V=8, L=levels), cu_seqlens=cu_seqlens)
 
 

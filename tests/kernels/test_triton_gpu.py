@@ -164,8 +164,11 @@ def test_head_major_tensors_beyond_32_bits():
 
 @DELTA
 @pytest.mark.parametrize("levels", [1, 9, 20])
-def test_packed_sequences(delta, levels):
-    cu_seqlens = torch.tensor([0, 1, 640, 640, 5001, 9000], device="cuda")
+@pytest.mark.parametrize(
+    "ends", [[0, 1, 640, 640, 5001, 9000], [*range(0, 9000, 70), *[9000] * 31]], ids=["few", "many and empty ones"]
+)
+def test_packed_sequences(delta, levels, ends):
+    cu_seqlens = torch.tensor(ends, device="cuda")
     check(make(1, 9000, 1, 2, 128, 64, levels, torch.bfloat16, delta=delta), torch.bfloat16, cu_seqlens=cu_seqlens)
 
 
