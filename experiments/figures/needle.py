@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from loglinear.evaluation.plots import plot_needle, plot_retrieval
 from loglinear.recipes.comparison import KINDS
 from loglinear.training.json_files import write_atomically
 
-LEVELS = ("log_linear-levels15",)  # of `experiments.needle run --levels`: some that its windows never train
+LEVELS = re.compile(r"needle-(log_linear-levels(\d+))\.json")  # what `experiments.needle run --levels` writes
 
 
 def needle(results: Path, out: Path) -> None:
-    """needle.png with a panel for each task, needle-KIND.png with a map of lengths and depths, and needle.md."""
-    found = read_results(results, "needle", (*KINDS, *LEVELS))
+    """needle.png with a panel for each task, needle-KIND.png with a map of lengths and depths, and needle.md; other
+    numbers of levels are kinds of their own."""
+    others = [match for file in results.glob("needle-*.json") if (match := LEVELS.fullmatch(file.name))]
+    names = [match[1] for match in sorted(others, key=lambda match: int(match[2]))]
+    found = read_results(results, "needle", (*KINDS, *names))
     if not found:
         return
     models = {kind: result["evaluation"]["tasks"] for kind, result in found.items()}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from loglinear.cli.console import Interrupted
-from loglinear.fenwick import num_levels
 from loglinear.recipes import TrainingRecipe, get_recipe
 
 
@@ -23,8 +22,6 @@ def run(
 ) -> None:
     """Train, and say where the result is or how to go on."""
     recipe = _recipe(out, recipe_name, resume, overrides)
-    if note := _untrained_levels(recipe):
-        print(note, file=sys.stderr)
     from accelerate import PartialState
 
     from loglinear.training import train
@@ -56,15 +53,3 @@ def _recipe(out: Path, name: str | None, resume: bool, overrides: dict[str, Any]
 
         get_variant(variant)
     return recipe.override(**overrides)
-
-
-def _untrained_levels(recipe: TrainingRecipe) -> str | None:
-    """What a longer text than those of the training would read of a model with more levels than these have."""
-    config = recipe.model_config()
-    trained, levels = num_levels(recipe.seq_len), config.num_levels
-    if trained >= levels or "linear_attention" not in (config.layer_types or ()):
-        return None
-    return (
-        f"note: windows of {recipe.seq_len:,} tokens train {trained} of {levels} levels, and longer texts would read "
-        f"the others untrained: --num-levels {trained} leaves them out"
-    )

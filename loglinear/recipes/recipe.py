@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from loglinear.fenwick import num_levels
+
 if TYPE_CHECKING:
     from loglinear.models import LogLinearConfig
 
@@ -82,6 +84,11 @@ class TrainingRecipe:
         from loglinear.models import LogLinearConfig
 
         return LogLinearConfig(**self.model)
+
+    @property
+    def trained_levels(self) -> int:
+        """Levels that `seq_len` tokens read. If the model has more, those stay as they begin."""
+        return num_levels(self.seq_len)
 
     def override(self, **changes: Any) -> TrainingRecipe:
         """The same recipe with every `changes` that is not None put in, fields of the recipe or MODEL_OVERRIDES.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from loglinear.models import LogLinearForCausalLM
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
 from loglinear.training import run_folder
 from loglinear.training.callbacks import RunLog, StopEarly
@@ -75,6 +76,8 @@ def train(
             run_folder.check_same_run(out, recipe, facts)
         elif main_process:
             run_folder.write_run(out, recipe, facts, parameters=model.num_parameters())
+        if progress and main_process and (note := _untrained_levels(recipe, config)):
+            print(note, file=sys.stderr)
         checkpoint = last_checkpoint(out) if resume else None
         if checkpoint is not None:
             check_weights(checkpoint, config, described_by="the run's recipe")
@@ -105,6 +108,17 @@ def train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step = trainer.state.global_step
         return TrainingResult(last_checkpoint(out), step, interrupted=step < recipe.steps)
+
+
+def _untrained_levels(recipe: TrainingRecipe, config: LogLinearConfig) -> str | None:
+    """What a longer text than those of the training would read of a model with more levels than these have."""
+    trained, levels = recipe.trained_levels, config.num_levels
+    if trained >= levels or "linear_attention" not in (config.layer_types or ()):
+        return None
+    return (
+        f"note: windows of {recipe.seq_len:,} tokens train {trained} of {levels} levels, and longer texts would read "
+        f"the others untrained: num_levels {trained} leaves them out"
+    )
 
 
 def _tokenizer(recipe: TrainingRecipe, vocab_size: int) -> PreTrainedTokenizerBase:

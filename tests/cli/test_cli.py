@@ -382,7 +382,7 @@ def test_levels_that_the_training_cannot_reach_are_named(capsys, tmp_path, text,
     code, _, errors = in_process(capsys, "train", *options, "--num-levels", levels)
     note = "note: windows of 60 tokens train 7 of 8 levels, and longer texts would read the others untrained: "
     assert code == 0, errors
-    assert (note + "--num-levels 7 leaves them out" in errors) == noted
+    assert (note + "num_levels 7 leaves them out" in errors) == noted
 
 
 def test_generate_continues_the_prompt_and_reports_speed(capsys, run):

@@ -89,17 +89,21 @@ def needles(found, lengths=(32, 128), examples=4):
 def test_needle_table_has_a_row_for_each_task_and_model(tmp_path):
     write_object(tmp_path / "needle-log_linear.json", result(needles((4, 2))))
     write_object(tmp_path / "needle-linear.json", result(needles((1, 0)), device="a CPU"))
+    for name in ("linear-seed1", "log_linear-levels10", "log_linear-levels9"):
+        write_object(tmp_path / f"needle-{name}.json", result(needles((0, 0))))
     needle(tmp_path, tmp_path)
     text = (tmp_path / "needle.md").read_text()
     table = cells(text)
     assert table[0] == ["values found, %", "32 tokens", "128 tokens"]
     assert table[2] == ["single_1, linear", f"25.0 ± {100 * math.sqrt(0.25 * 0.75 / 4):.1f}", "0.0 ± 0.0"]
     assert table[3] == ["single_1, log-linear", "100.0 ± 0.0", "50.0 ± 25.0"]
-    assert [row[0] for row in table[4:6]] == ["multikey_1, linear", "multikey_1, log-linear"]
-    assert [row[2] for row in table[4:6]] == ["-", "-"]
+    assert [row[0] for row in table[4:6]] == ["single_1, log-linear-levels9", "single_1, log-linear-levels10"]
+    assert [row[0] for row in table[6:8]] == ["multikey_1, linear", "multikey_1, log-linear"]
+    assert [row[2] for row in table[6:8]] == ["-", "-"]
     assert "4 examples of every task and length, in a.txt" in text and "a CPU or a GPU" in text
     pictures = {path.name for path in tmp_path.glob("*.png")}
-    assert pictures == {"needle.png", "needle-linear.png", "needle-log_linear.png"}
+    names = ("linear", "log_linear", "log_linear-levels9", "log_linear-levels10")
+    assert pictures == {"needle.png", *(f"needle-{name}.png" for name in names)}
 
 
 def test_mqar_tables_keep_ours_the_papers_and_other_choices_apart(tmp_path):
