@@ -15,7 +15,7 @@ from loglinear.training import run_folder
 from loglinear.training.compilation import compile_blocks, in_few_sizes, require_compiler
 from loglinear.training.data import pack
 from tests.models.black_box import replace_kernels
-from tests.training.test_train import assert_same_run
+from tests.training.test_train import assert_same_run, curve
 from tests.training.tiny import tiny_recipe, write_text
 
 training = importlib.import_module("loglinear.training.train")  # the package has a function of that name
@@ -88,6 +88,20 @@ def test_cuda_graphs_train_as_eager_mode_does_and_resume_exactly(tmp_path, monke
 def stop(record):
     if record["step"] == 3:
         raise KeyboardInterrupt
+
+
+@pytest.mark.interpreter
+def test_what_graphs_need_changes_no_training(tmp_path, compiled_recipe, monkeypatch):
+    """All that a GPU's training has for its graphs, without recording: two rows a step, with few documents and many."""
+    for number in range(100):
+        (tmp_path / "text" / f"short{number}.txt").write_text("abcdefghij"[: number % 10 + 1])
+    recipe = replace(compiled_recipe, batch_tokens=256, micro_batch_tokens=128)
+    training.train(recipe, tmp_path / "plain", progress=False)
+    monkeypatch.setattr(training, "_can_record", lambda device: True)
+    monkeypatch.setattr(training, "CUDA_GRAPHS", {})
+    training.train(recipe, tmp_path / "graphs", progress=False)
+    plain, graphs = (np.array([line["loss"] for line in curve(tmp_path / name)]) for name in ("plain", "graphs"))
+    np.testing.assert_allclose(graphs, plain, rtol=1e-5)
 
 
 def test_resuming_without_the_compiler_is_refused(tmp_path, compiled_recipe):
