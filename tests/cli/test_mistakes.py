@@ -1,0 +1,121 @@
+"""A user's mistakes: each ends with exit code 2 and one line that names what was wrong."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from loglinear.cli import main
+from loglinear.models import LogLinearForCausalLM
+from loglinear.training.tokenizer import ByteTokenizer
+from tests.cli.command_line import assert_one_line, in_process, in_subprocess
+from tests.training.tiny import tiny_recipe
+
+# What is called, and a part of the line. {run} is a trained model, {text} a folder of text, {out} a folder that is not
+# there, {bad} the folder of `bad` below.
+TRAIN, GENERATE = "train --recipe demo --data {text} --out {out}", "generate --prompt a --model"
+NEEDLE = "eval needle --model {run} --out {out}"
+MISTAKES = {
+    "train --recipe demo --data {bad}/image.txt --out {out}": "is binary, expected UTF-8 text",
+    "train --recipe demo --data {bad}/empty.txt --out {out}": "holds no text",
+    "train --recipe demo --data {bad}/nothing --out {out}": "is neither a file, a folder nor a glob",
+    "train --recipe demo --data {bad}/short.txt --out {out}": "give more data or lower --batch-tokens",
+    "train --recipe demo --out {out} {text}": "data is named with --data",
+    "train --recipe demo --data needle:100 --out {out}": "data 'needle:100' must be needle:COUNT:LENGTH",
+    "train --recipe demo --data needle:100:201 --out {out}": "data 'needle:100:201' must have a LENGTH of at least 202",
+    "train --recipe demmo --data {text} --out {out}": "did you mean 'demo'",
+    "train --data {text} --out {out}": "--recipe is missing",
+    "train --recipe small --out {out}": "give --data",
+    "train --recipe paper_mamba2 --data {text} --out {out}": "give --tokenizer",
+    "train --recipe demo --data {text} --out {run}": "holds another run: add --resume",
+    "train --recipe demo --data {text} --out {bad}/image.txt": "cannot be written",
+    "train --resume --out {out}": "holds no run to resume",
+    "train --resume --out {bad}/run": "has no 'recipe' object",
+    "train --recpie demo": "--recpie",
+    f"{TRAIN} --variant mamba22": "did you mean 'mamba2'",
+    f"{TRAIN} --steps 0": "steps must be at least 1, got 0",
+    f"{TRAIN} --micro-batch-tokens -64": "micro_batch_tokens must be at least 2, got -64",
+    f"{TRAIN} --micro-batch-tokens 0": "micro_batch_tokens must be at least 2, got 0",
+    f"{TRAIN} --batch-tokens 1": "batch_tokens must be at least 2, got 1",
+    f"{TRAIN} --minutes 0": "minutes must be positive, got 0",
+    f"{TRAIN} --tokenizer {{bad}}/tokenizer": "has 269 tokens, the model's vocab_size is 264",
+    "generate": "--model",
+    "generate --model {run} --top-p many": "--top-p",
+    "generate --model {run} --prompt a\udcff": "the prompt is not UTF-8 text",
+    f"{GENERATE} {{bad}}/truncated": "model.safetensors is truncated",
+    f"{GENERATE} {{bad}}/mixed": "holds the weights of another model",
+    f"{GENERATE} {{bad}}/small": "has 259 tokens, the model's vocab_size is 50",
+    "info --model {bad}/nothing": "no checkpoint at",
+    "eval perplexity --model {run} --data {bad}/nothing --out {out}": "is neither a file",
+    "eval perplexity --model {bad}/small --data {text} --out {out}": "has 259 tokens, the model's vocab_size is 50",
+    f"{NEEDLE} --task single_2": "task single_2 hides its needle in text: give --data",
+    f"{NEEDLE} --task single_4": "task must be one of single_1, single_2, multikey_1, multivalue, multiquery, got",
+    f"{NEEDLE} --task multiquery --length 512": "tokens are enough, got 512",
+}
+# A process costs seconds of imports, so only these, which fail at different depths, get one of their own.
+IN_SUBPROCESS = [call for call in MISTAKES if any(part in call for part in ("demmo", "recpie", "--data {bad}/image"))]
+IN_SUBPROCESS += [f"{GENERATE} {{bad}}/truncated"]
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory, run, text):
+    """A folder of what is no text, no model of its configuration, or no run."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "image.txt").write_bytes(b"\x89PNG\0\0\0")
+    (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("short")
+    (folder / "run").mkdir()
+    (folder / "run" / "run.json").write_text("{}")
+    tokenizer = ByteTokenizer()
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(10)])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    for name in ("truncated", "mixed"):
+        shutil.copytree(run / "checkpoint-8", folder / name)
+    weights = folder / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    recipe = tiny_recipe(text)
+    LogLinearForCausalLM(recipe.override(num_levels=3).model_config()).save_pretrained(folder / "other")
+    shutil.copy(folder / "other" / "model.safetensors", folder / "mixed" / "model.safetensors")
+    small = dataclasses.replace(recipe, model={**recipe.model, "vocab_size": 50}).model_config()
+    LogLinearForCausalLM(small).save_pretrained(folder / "small")
+    return folder
+
+
+@pytest.fixture
+def arguments_of(tmp_path, run, text, bad):
+    places = {"run": run, "text": text, "out": tmp_path / "out", "bad": bad}
+    return lambda call: [part.format(**places) for part in call.split()]
+
+
+@pytest.mark.parametrize("call", MISTAKES, ids=ascii)
+def test_a_mistake_is_one_line_and_code_2(capsys, arguments_of, call):
+    assert_one_line(in_process(capsys, *arguments_of(call)), MISTAKES[call])
+
+
+@pytest.mark.parametrize("call", IN_SUBPROCESS)
+def test_a_mistake_in_a_process_of_its_own(arguments_of, call):
+    assert_one_line(in_subprocess(*arguments_of(call)), MISTAKES[call])
+
+
+def test_folder_in_use(capsys, tmp_path, text):
+    holder = "import sys; from pathlib import Path; from loglinear.training.run_folder import claim\n"
+    holder += "with claim(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    try:
+        result = in_process(capsys, "train", "--recipe", "demo", "--data", text, "--out", tmp_path)
+        assert_one_line(result, f"in use by another process (pid {process.pid})")
+    finally:
+        process.communicate()
+
+
+def test_bugs_are_not_dressed_up_as_mistakes(monkeypatch):
+    import loglinear.cli.info
+
+    monkeypatch.setattr(loglinear.cli.info, "run", lambda *args: [][1])
+    with pytest.raises(IndexError):
+        main(["info"])
