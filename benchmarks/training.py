@@ -29,7 +29,7 @@ from rich.table import Table
 from benchmarks.machine import about, check_options, keep
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts
 from loglinear.recipes import RECIPES, get_recipe
-from loglinear.training.compilation import CUDA_GRAPHS, compile_blocks
+from loglinear.training.compilation import compile_blocks
 
 LOSS_BUDGET = 2e-2  # between two implementations under bf16 autocast, of a loss near log(vocabulary)
 SIZE_BUDGET = 0.03  # of the recipe's parameters
@@ -124,7 +124,7 @@ def measure_one(config: LogLinearConfig, length: int, compiled: bool, steps: int
     model = build(config, device)
     if compiled:
         torch._dynamo.reset()  # graphs are for one length, as in training
-        compile_blocks(model, **(CUDA_GRAPHS if device == "cuda" else {}))
+        compile_blocks(model, cuda_graphs=device == "cuda")
     measured: dict[str, Any] = time_steps(step_of(model, random_row(length, device)), steps)
     measured["tokens_per_second"] = length / measured["step_s"]
     if device == "cuda":

@@ -16,8 +16,8 @@ from experiments.long_text import Data, run_on_long_text
 from experiments.runs import Options, Out, program, with_options
 from loglinear.cli import execute
 from loglinear.recipes import TrainingRecipe
-from loglinear.recipes.comparison import PUBLISHED, choices
-from loglinear.recipes.long_text import CAPPED_BY, long_text
+from loglinear.recipes.comparison import CAPPED_BY, PUBLISHED, choices
+from loglinear.recipes.long_text import long_text
 
 STEPS = 500
 DEFAULT = "softplus"  # the published model

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from loglinear.fenwick import num_levels
 from loglinear.recipes.bytes import byte_model
 from loglinear.recipes.recipe import TrainingRecipe
 
@@ -30,6 +31,7 @@ MINIATURE_TRAINING = dict(
     eval_tokens=16_384,
     save_every=60,
 )
+CAPPED_BY = 2  # levels: what is an eighth of a sequence or more away shares the last
 WIDTH_STEP = 16  # of the SwiGLU layers, by which parameters are made equal
 
 
@@ -53,32 +55,33 @@ def recipe_of_kind(
     parameters: str,
     sizes: Mapping[str, int],
     shared: Mapping[str, Any],
-    levels: int,
-    capped_levels: int,
+    seq_len: int,
     miniature: bool,
     **training: Any,
 ) -> TrainingRecipe:
     """The recipe EXPERIMENT_KIND: a model of one of KINDS with these sizes, TRAINING and `training`; or its miniature,
-    with MINIATURE_MODEL for the sizes. `shared` is what else the model's configuration says; `about` and `parameters`
-    are for the summary."""
+    with MINIATURE_MODEL for the sizes.
+
+    The log-linear model has the levels of `seq_len` tokens: of a longer text the last holds all that is older. `shared`
+    is what else the model's configuration says; `about` and `parameters` are for the summary."""
     if miniature:
         sizes, training = MINIATURE_MODEL, {**training, **MINIATURE_TRAINING}
-    base = byte_model(num_levels=levels, **sizes, **shared)
+    base = byte_model(num_levels=num_levels(seq_len), **sizes, **shared)
     return TrainingRecipe(
         name=f"{experiment}_{kind}{'_miniature' * miniature}",
         summary=f"{parameters} parameters, {about}: {kind.replace('_', '-')}",
-        model=model_of_kind(kind, base, capped_levels=capped_levels),
+        model=model_of_kind(kind, base),
+        seq_len=seq_len,
         **{**TRAINING, **training},
     )
 
 
-def model_of_kind(kind: str, base: Mapping[str, Any], *, capped_levels: int) -> dict[str, Any]:
+def model_of_kind(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of LogLinearConfig for one of KINDS.
 
-    `base` is the log-linear model, with all the levels that its longest text has; it must name hidden_size,
-    num_hidden_layers and intermediate_size. `linear` has one level, `capped` has `capped_levels` (what is more than
-    2**(capped_levels - 2) tokens away shares the last), `hybrid` has full attention in one layer of six, and in one at
-    least, `transformer` in all of them. The width of the SwiGLU layers, in steps of WIDTH_STEP, makes their parameters
+    `base` is the log-linear model, with all the levels that its training sequences have; it must name num_levels,
+    hidden_size, num_hidden_layers and intermediate_size. `linear` has one level, `capped` CAPPED_BY fewer, `hybrid` has
+    full attention in one layer of six, and in one at least, `transformer` in all of them. The width of the SwiGLU layers, in steps of WIDTH_STEP, makes their parameters
     as many as those of `base`.
     """
     layers = base["num_hidden_layers"]
@@ -87,7 +90,7 @@ def model_of_kind(kind: str, base: Mapping[str, Any], *, capped_levels: int) -> 
     changes: dict[str, dict[str, Any]] = {
         "linear": {"num_levels": 1},
         "log_linear": {},
-        "capped": {"num_levels": capped_levels},
+        "capped": {"num_levels": base["num_levels"] - CAPPED_BY},
         "hybrid": {"layer_types": hybrid},
         "transformer": {"layer_types": ["full_attention"] * layers},
     }

@@ -1,18 +1,15 @@
 """Language modelling of long texts at the byte level: five models of 13.3 M parameters, see `experiments.long_text`."""
 
-from loglinear.fenwick import num_levels
 from loglinear.recipes.comparison import recipe_of_kind
 from loglinear.recipes.recipe import TrainingRecipe
 
 SEQUENCE = 16_384
-CAPPED_BY = 2  # levels: what is an eighth of a sequence or more away shares the last
 
 
 def long_text(kind: str, *, miniature: bool = False) -> TrainingRecipe:
     """One of `comparison.KINDS`, on documents of 64 KiB to 1 MiB: sources and manuals, 16,384 tokens at a time (in
     miniature 1,024)."""
     sequence = SEQUENCE // 16 if miniature else SEQUENCE
-    levels = num_levels(sequence)
     return recipe_of_kind(
         "long_text",
         kind,
@@ -20,8 +17,6 @@ def long_text(kind: str, *, miniature: bool = False) -> TrainingRecipe:
         parameters="0.3 M" if miniature else "13.3 M",
         sizes=dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1024, num_heads=12),
         shared=dict(rope_theta=500_000.0),
-        levels=levels,
-        capped_levels=levels - CAPPED_BY,
         miniature=miniature,
         data=("data/long_text/train.jsonl.zst",),
         seq_len=sequence,

@@ -1,11 +1,9 @@
 """Retrieval from long text: five models of 12 M parameters, for `loglinear eval needle`."""
 
-from loglinear.fenwick import num_levels
 from loglinear.recipes.comparison import recipe_of_kind
 from loglinear.recipes.recipe import TrainingRecipe
 
 SEQUENCE = 4096  # tokens
-CAPPED_BY = 2  # levels: what is an eighth of a sequence or more away shares the last
 VOCABULARY = 4096  # tokens, where the long texts have bytes: a key of eleven is hard to recognise
 
 
@@ -13,9 +11,7 @@ def needle(kind: str, *, miniature: bool = False) -> TrainingRecipe:
     """One of `comparison.KINDS`, on documents of needles in noise and in Python's standard library, and on its files.
 
     4,096 tokens at a time; 197 M tokens, of a tokenizer that is to be given (`python -m experiments.needle prepare`).
-    The log-linear model has the levels of so many tokens: of a longer text the last holds all that is older.
     """
-    levels = num_levels(SEQUENCE)
     return recipe_of_kind(
         "needle",
         kind,
@@ -23,8 +19,6 @@ def needle(kind: str, *, miniature: bool = False) -> TrainingRecipe:
         parameters="0.7 M" if miniature else "12 M",
         sizes=dict(hidden_size=320, num_hidden_layers=8, intermediate_size=640, num_heads=10),
         shared=dict(vocab_size=VOCABULARY, rope_theta=10_000.0),
-        levels=levels,
-        capped_levels=levels - CAPPED_BY,
         miniature=miniature,
         tokenizer=None,
         data=(f"needle:{6000 if miniature else 300_000}:12000:stdlib", "stdlib"),

@@ -16,12 +16,14 @@ from transformers import TrainerCallback
 from loglinear.models import LogLinearForCausalLM
 
 GRAPHS = 16  # that the compiler may make of the blocks' one function: a hybrid has twice the four below
-CUDA_GRAPHS = {"mode": "reduce-overhead"}  # of torch.compile
 SEQUENCES = 32  # in a row, or a multiple or power of two: each number of them is recorded by itself
 
 
-def compile_blocks(model: LogLinearForCausalLM, **options: Any) -> None:
+def compile_blocks(model: LogLinearForCausalLM, *, cuda_graphs: bool = False, **options: Any) -> None:
     """Compile every block of the model when it first runs; `options` are torch.compile's.
+
+    With `cuda_graphs` each becomes graphs whose results the next replays write over: where they are not needed any more
+    `torch.compiler.cudagraph_mark_step_begin` has to say so, in training by GraphSteps.
 
     A step is then about 35 kernels a block besides the operator's own, forward and backward, instead of 200. Blocks of
     a kind share their graphs: for training and for evaluation one of any number of packed documents, and one of a
@@ -30,6 +32,8 @@ def compile_blocks(model: LogLinearForCausalLM, **options: Any) -> None:
     graphs.
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    if cuda_graphs:
+        options["mode"] = "reduce-overhead"
     for block in model.model.layers:
         block.compile(**options)
 

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from loglinear.training.sources import Document, name_hash, read_documents
-from loglinear.training.tokenizer import Ranges, encode_documents
+from loglinear.training.tokenizer import encode_documents
 
 IGNORED = -100  # the label that the loss leaves out
 
@@ -117,16 +118,11 @@ def _corpus(parts: list[_Part], special: tuple[int, ...]) -> Corpus:
 
 def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Tokenise documents, in memory (2 bytes for each byte of text with the byte tokenizer)."""
-    read: list[tuple[str, int]] = []
-
-    def texts() -> Iterator[tuple[str, Ranges | None]]:
-        for document in documents:
-            read.append((document.name, _size(document)))
-            yield document.text, document.learnt
-
+    measured, texts = itertools.tee((document, _size(document)) for document in documents)
+    encoded = encode_documents(tokenizer, ((document.text, document.learnt) for document, _ in texts))
     parts = [
-        _Part(read[number][0], tokens, learnt, read[number][1])
-        for number, (tokens, learnt) in enumerate(encode_documents(tokenizer, texts()))
+        _Part(document.name, tokens, learnt, size)
+        for (document, size), (tokens, learnt) in zip(measured, encoded, strict=True)
     ]
     special = tuple(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None)
     return _corpus(sorted(parts, key=lambda part: (name_hash(part.name), part.name)), special)

@@ -19,7 +19,7 @@ from loglinear.recipes import TrainingRecipe
 from loglinear.training import run_folder
 from loglinear.training.callbacks import RunLog, StopEarly
 from loglinear.training.checkpoints import check_weights, last_checkpoint, step_of
-from loglinear.training.compilation import CUDA_GRAPHS, GraphSteps, compile_blocks, in_few_sizes, require_compiler
+from loglinear.training.compilation import GraphSteps, compile_blocks, in_few_sizes, require_compiler
 from loglinear.training.data import Corpus, PackedRows, load_corpus
 from loglinear.training.tokenizer import load_tokenizer
 from loglinear.training.trainer import LogLinearTrainer, quiet, training_arguments
@@ -94,7 +94,7 @@ def train(
         )
         graphs = recipe.compile and _can_record(arguments.device)
         if recipe.compile:
-            compile_blocks(model, **(CUDA_GRAPHS if graphs else {}))
+            compile_blocks(model, cuda_graphs=graphs)
         trainer = LogLinearTrainer(
             model=model,
             args=arguments,

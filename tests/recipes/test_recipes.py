@@ -53,13 +53,13 @@ def test_overrides_change_only_what_is_given():
 @pytest.mark.parametrize(("layers", "hybrid"), [(1, 1), (8, 1), (10, 2)])
 def test_kinds_of_model_differ_in_their_past_and_not_in_their_size(layers, hybrid):
     base = {**get_recipe("needle_log_linear").model, "num_hidden_layers": layers}
-    models = {kind: LogLinearConfig(**model_of_kind(kind, base, capped_levels=12)) for kind in KINDS}
+    models = {kind: LogLinearConfig(**model_of_kind(kind, base)) for kind in KINDS}
     totals = {kind: parameter_counts(config).total for kind, config in models.items()}
     assert max(totals.values()) / min(totals.values()) < 1.03
     assert totals["log_linear"] == parameter_counts(LogLinearConfig(**base)).total
     full = {kind: config.layer_types.count("full_attention") for kind, config in models.items()}
     assert full == {"linear": 0, "log_linear": 0, "capped": 0, "hybrid": hybrid, "transformer": layers}
-    assert [models[kind].num_levels for kind in ("linear", "capped", "log_linear", "hybrid")] == [1, 12, 13, 13]
+    assert [models[kind].num_levels for kind in ("linear", "capped", "log_linear", "hybrid")] == [1, 11, 13, 13]
 
 
 @pytest.mark.parametrize("experiment", [long_text, needle])

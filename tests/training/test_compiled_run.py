@@ -1,7 +1,6 @@
 """Runs with compiled blocks: the names of parameters, exact resume, and one line where there is no compiler."""
 
 import importlib
-import json
 from dataclasses import replace
 from functools import partial
 
@@ -32,6 +31,33 @@ def compiled_recipe(tmp_path, monkeypatch):
     return replace(recipe, model={**recipe.model, "impl": "triton"})
 
 
+def train_in_two_pieces(recipe, out, monkeypatch):
+    """Killed at the third step, and continued."""
+    append = training.RunLog._append
+
+    def append_and_stop(log, **record):
+        append(log, **record)
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.RunLog, "_append", append_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(recipe, out, progress=False)
+    training.train(recipe, out, resume=True, progress=False)
+
+
+def losses(out):
+    return np.array([line["loss"] for line in curve(out)])
+
+
+def write_short_texts(folder):
+    """Beside longer ones: then some rows have few documents and others many."""
+    for number in range(100):
+        (folder / f"short{number}.txt").write_text("abcdefghij"[: number % 10 + 1])
+    return folder
+
+
 @pytest.mark.interpreter
 def test_a_compiled_run_is_recorded_resumes_exactly_and_keeps_names(tmp_path, compiled_recipe, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -42,21 +68,14 @@ def test_a_compiled_run_is_recorded_resumes_exactly_and_keeps_names(tmp_path, co
     model = LogLinearForCausalLM(compiled_recipe.model_config())
     assert weights.keys() == model.state_dict().keys() - {"lm_head.weight"}  # tied
 
-    append = training.RunLog._append
-    with monkeypatch.context() as patch:
-        patch.setattr(training.RunLog, "_append", lambda log, **record: append(log, **record) or stop(record))
-        with pytest.raises(KeyboardInterrupt):
-            training.train(compiled_recipe, stopped, progress=False)
-    training.train(compiled_recipe, stopped, resume=True, progress=False)
+    train_in_two_pieces(compiled_recipe, stopped, monkeypatch)
     assert_same_run(stopped, whole)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layers", ["mamba2", "gated_delta_net", "full_attention"])
 def test_cuda_graphs_train_as_eager_mode_does_and_resume_exactly(tmp_path, monkeypatch, layers):
-    text = write_text(tmp_path / "text")
-    for number in range(100):  # some rows have 8 documents, others 30
-        (text / f"short{number}.txt").write_text("abcdefghij"[: number % 10 + 1])
+    text = write_short_texts(write_text(tmp_path / "text"))  # some rows have 8 documents, others 30
     recipe = tiny_recipe(text, steps=12, batch_tokens=1024, micro_batch_tokens=512)
     own = dict(layer_types=[layers]) if layers == "full_attention" else dict(variant=layers)
     recipe = replace(recipe, model={**recipe.model, **own})
@@ -68,40 +87,26 @@ def test_cuda_graphs_train_as_eager_mode_does_and_resume_exactly(tmp_path, monke
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         training.train(recipe.override(compile=compiled), tmp_path / name, progress=False)
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        runs[name] = np.array([line["loss"] for line in lines])
+        runs[name] = losses(tmp_path / name)
     np.testing.assert_allclose(runs["graphs"], runs["eager"], rtol=5e-3)
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     parts = 2 if layers == "full_attention" else 1  # before and behind what no graph takes
     assert 0 < len(recorded) <= 3 * 3 * parts  # forward, backward and validation for rows of 8, 16 and 32, and no pairs
     if layers == "full_attention":
         return  # the gradients of flash attention are sums in no fixed order
-    append = training.RunLog._append
-    with monkeypatch.context() as patch:
-        patch.setattr(training.RunLog, "_append", lambda log, **record: append(log, **record) or stop(record))
-        with pytest.raises(KeyboardInterrupt):
-            training.train(recipe.override(compile=True), tmp_path / "stopped", progress=False)
-    training.train(recipe.override(compile=True), tmp_path / "stopped", resume=True, progress=False)
+    train_in_two_pieces(recipe.override(compile=True), tmp_path / "stopped", monkeypatch)
     assert_same_run(tmp_path / "stopped", tmp_path / "graphs")
-
-
-def stop(record):
-    if record["step"] == 3:
-        raise KeyboardInterrupt
 
 
 @pytest.mark.interpreter
 def test_what_graphs_need_changes_no_training(tmp_path, compiled_recipe, monkeypatch):
     """All that a GPU's training has for its graphs, without recording: two rows a step, with few documents and many."""
-    for number in range(100):
-        (tmp_path / "text" / f"short{number}.txt").write_text("abcdefghij"[: number % 10 + 1])
+    write_short_texts(tmp_path / "text")
     recipe = replace(compiled_recipe, batch_tokens=256, micro_batch_tokens=128)
     training.train(recipe, tmp_path / "plain", progress=False)
     monkeypatch.setattr(training, "_can_record", lambda device: True)
-    monkeypatch.setattr(training, "CUDA_GRAPHS", {})
     training.train(recipe, tmp_path / "graphs", progress=False)
-    plain, graphs = (np.array([line["loss"] for line in curve(tmp_path / name)]) for name in ("plain", "graphs"))
-    np.testing.assert_allclose(graphs, plain, rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "graphs"), losses(tmp_path / "plain"), rtol=1e-5)
 
 
 def test_resuming_without_the_compiler_is_refused(tmp_path, compiled_recipe):
@@ -143,6 +148,4 @@ def test_empty_sequences_behind_a_row_change_nothing(tmp_path, layer, documents,
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(
-            a, b, rtol=1e-12, atol=1e-15
-        )  # of float64; sums of other lengths may round otherwise
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)  # sums over more rows may round otherwise
