@@ -81,8 +81,8 @@ def model_of_kind(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
 
     `base` is the log-linear model, with all the levels that its training sequences have; it must name num_levels,
     hidden_size, num_hidden_layers and intermediate_size. `linear` has one level, `capped` CAPPED_BY fewer, `hybrid` has
-    full attention in one layer of six, and in one at least, `transformer` in all of them. The width of the SwiGLU layers, in steps of WIDTH_STEP, makes their parameters
-    as many as those of `base`.
+    full attention in one layer of six, and in one at least, `transformer` in all of them. The width of the SwiGLU
+    layers, in steps of WIDTH_STEP, makes their parameters as many as those of `base`.
     """
     layers = base["num_hidden_layers"]
     place = min(ATTENTION_PLACE, layers - 1)
