@@ -19,7 +19,7 @@ from loglinear.recipes import TrainingRecipe
 from loglinear.recipes.comparison import CAPPED_BY, PUBLISHED, choices
 from loglinear.recipes.long_text import long_text
 
-STEPS = 500
+STEPS, BATCH_TOKENS = 500, 131_072
 DEFAULT = "softplus"  # the published model
 
 app = program(__doc__)
@@ -39,8 +39,9 @@ def ablation(choice: str, *, miniature: bool = False) -> TrainingRecipe:
         raise ValueError(f"choice must be one of {', '.join(CHOICES)}, got {choice!r}")
     recipe = long_text("log_linear", miniature=miniature)
     model = {**recipe.model, **changes(recipe)[choice]}
+    size = {} if miniature else dict(steps=STEPS, batch_tokens=BATCH_TOKENS, eval_every=150, save_every=150)
     name = recipe.name.replace("long_text_log_linear", f"ablation_{choice}")
-    return dataclasses.replace(recipe.override(steps=min(STEPS, recipe.steps)), name=name, model=model)
+    return dataclasses.replace(recipe.override(**size), name=name, model=model)
 
 
 @app.command()

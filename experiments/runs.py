@@ -111,7 +111,7 @@ def train_and_evaluate(
     stored = read_run(out)
     folder = options.results / "miniature" if options.miniature else options.results
     folder.mkdir(parents=True, exist_ok=True)
-    result = folder / f"{name}{f'-seed{recipe.seed}' if recipe.seed else ''}.json"
+    result = folder / f"{name}{seed_suffix(recipe.seed)}.json"
     written = {
         "seed": recipe.seed,
         "parameters": stored["parameters"],
@@ -124,6 +124,11 @@ def train_and_evaluate(
     }
     write_object(result, written)
     print(f"written to {result}")
+
+
+def seed_suffix(seed: int) -> str:
+    """What a file's name has of a seed."""
+    return f"-seed{seed}" if seed else ""
 
 
 def kind_recipe(experiment: str, kind: str, miniature: bool) -> TrainingRecipe:

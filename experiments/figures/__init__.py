@@ -28,8 +28,8 @@ def main(
 ) -> None:
     """Draw all figures and write all tables whose results there are.
 
-    Results are long-text-KIND.json, ablation-CHOICE.json and needle-KIND.json, of seed 0, and mqar.json, which
-    `loglinear eval mqar` writes.
+    Results are long-text-KIND.json and ablation-CHOICE.json, of seed 0, needle-KIND.json with all its seeds, and
+    mqar.json, which `loglinear eval mqar` writes.
 
     Example:
 

@@ -65,7 +65,7 @@ def perplexity_table(found: dict[str, Result], column: str, reference: str) -> s
         rows.append([title(name), *bits, *differences, *costs(result)])
     note = (
         f"{first['evaluation']['documents']} validation documents, the first {max(lengths):,} tokens of each. "
-        f"{conditions(found)} Differences: ± the standard error over paired documents."
+        f"{conditions(found.values())} Differences: ± the standard error over paired documents."
     )
     return f"{markdown_table(header, rows)}\n{note}\n"
 

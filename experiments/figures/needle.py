@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -13,57 +14,65 @@ from experiments.figures.results import (
     conditions,
     costs,
     markdown_table,
-    read_results,
+    read_seeds,
     said,
     title,
 )
+from experiments.runs import seed_suffix
 from loglinear.evaluation.needle import TASKS
 from loglinear.evaluation.plots import plot_needle, plot_retrieval
 from loglinear.recipes.comparison import KINDS
 from loglinear.training.json_files import write_atomically
 
-LEVELS = re.compile(r"needle-(log_linear-levels(\d+))\.json")  # what `experiments.needle run --levels` writes
+LEVELS = re.compile(r"needle-(log_linear-levels(\d+))(-seed\d+)?\.json")  # of `experiments.needle run --levels`
 
 
 def needle(results: Path, out: Path) -> None:
-    """needle.png with a panel for each task, needle-KIND.png with a map of lengths and depths, and needle.md; other
-    numbers of levels are kinds of their own."""
-    others = [match for file in results.glob("needle-*.json") if (match := LEVELS.fullmatch(file.name))]
-    names = [match[1] for match in sorted(others, key=lambda match: int(match[2]))]
-    found = read_results(results, "needle", (*KINDS, *names))
+    """needle.png with a panel for each task, needle-KIND.png with a map of lengths and depths for each seed, and
+    needle.md; other numbers of levels are kinds of their own."""
+    others = {match[1]: int(match[2]) for file in results.iterdir() if (match := LEVELS.fullmatch(file.name))}
+    found = read_seeds(results, "needle", (*KINDS, *sorted(others, key=lambda name: others[name])))
     if not found:
         return
-    models = {kind: result["evaluation"]["tasks"] for kind, result in found.items()}
-    length = next(iter(found.values()))["recipe"]["seq_len"]
+    models = {kind: [run["evaluation"]["tasks"] for run in runs] for kind, runs in found.items()}
+    length = next(iter(found.values()))[0]["recipe"]["seq_len"]
     plot_retrieval(out / "needle.png", models, training_length=length)
-    for kind, tasks in models.items():
-        plot_needle(out / f"needle-{kind}.png", tasks)
+    for kind, runs in found.items():
+        for run in runs:
+            plot_needle(out / f"needle-{kind}{seed_suffix(run['seed'])}.png", run["evaluation"]["tasks"])
     write_atomically(out / "needle.md", _table(found))
 
 
-def _table(found: dict[str, Result]) -> str:
-    cells = {
-        (task, kind, score["length"]): _accuracy(score)
-        for kind, result in found.items()
-        for task, scores in result["evaluation"]["tasks"].items()
-        for score in scores
-    }
-    lengths = sorted({length for *_, length in cells})
-    asked = dict.fromkeys((task, kind) for task in TASKS for kind in found if (task, kind, lengths[0]) in cells)
+def _table(found: dict[str, list[Result]]) -> str:
+    scores: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
+    for kind, runs in found.items():
+        for run in runs:
+            for task, results in run["evaluation"]["tasks"].items():
+                for score in results:
+                    scores[task, kind, score["length"]].append(score)
+    lengths = sorted({length for *_, length in scores})
+    asked = dict.fromkeys((task, kind) for task in TASKS for kind in found if (task, kind, lengths[0]) in scores)
     rows = [
-        [f"{task}, {title(kind)}", *(cells.get((task, kind, length), MISSING) for length in lengths)]
+        [f"{task}, {title(kind)}", *(_accuracy(scores.get((task, kind, length), [])) for length in lengths)]
         for task, kind in asked
     ]
     accuracies = markdown_table(["values found, %", *(f"{length:,} tokens" for length in lengths)], rows)
-    prices = markdown_table(["model", *COST_COLUMNS], [[title(kind), *costs(result)] for kind, result in found.items()])
-    evaluations = [result["evaluation"] for result in found.values()]
+    all_runs = [(kind, run) for kind, runs in found.items() for run in runs]
+    prices = markdown_table(
+        ["model", "seed", *COST_COLUMNS], [[title(kind), str(run["seed"]), *costs(run)] for kind, run in all_runs]
+    )
+    evaluations = [run["evaluation"] for _, run in all_runs]
     note = (
         f"{said(evaluations, lambda of: of['examples'])} examples of every task and length, in "
         f"{said(evaluations, lambda of: ', '.join(of['data']) or 'noise')} (single_1: in noise), ± the standard error "
-        f"over examples. {conditions(found)}"
+        f"over examples; where there are several seeds, the mean and each of them. "
+        f"{conditions([run for _, run in all_runs])}"
     )
     return f"{accuracies}\n{note}\n\n{prices}"
 
 
-def _accuracy(score: dict[str, Any]) -> str:
-    return f"{100 * score['accuracy']:.1f} ± {100 * score['standard_error']:.1f}"
+def _accuracy(seeds: list[dict[str, Any]]) -> str:
+    percent = [100 * score["accuracy"] for score in seeds]
+    if len(seeds) > 1:
+        return f"{sum(percent) / len(percent):.1f} ({', '.join(f'{one:.1f}' for one in percent)})"
+    return f"{percent[0]:.1f} ± {100 * seeds[0]['standard_error']:.1f}" if seeds else MISSING

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ GIB = 2**30
 MISSING = "-"
 COST_COLUMNS = ("parameters", "M tokens", "tokens/s", "minutes", "peak GiB")
 
+SEED = r"(-seed\d+)?"  # behind a name
 NEEDED = ("seed", "parameters", "versions", "recipe", "training", "evaluation")
 Result = dict[str, Any]  # what `experiments.runs.train_and_evaluate` writes
 
@@ -23,6 +25,29 @@ def read_results(results: Path, experiment: str, names: Iterable[str]) -> dict[s
     """
     files = {name: results / f"{experiment}-{name}.json" for name in names}
     return {name: _read_result(file) for name, file in files.items() if file.is_file()}
+
+
+def read_seeds(results: Path, experiment: str, names: Iterable[str]) -> dict[str, list[Result]]:
+    """As `read_results`, each name with all its seeds in their order: those but 0 are EXPERIMENT-NAME-seedSEED.json.
+
+    Raises ValueError where two seeds differ in more than that.
+    """
+    found = {}
+    for name in names:
+        file = f"{experiment}-{name}"
+        runs = [
+            _read_result(path) for path in results.glob(f"{file}*.json") if re.fullmatch(SEED, path.stem[len(file) :])
+        ]
+        if any(_but_for_the_seed(run) != _but_for_the_seed(runs[0]) for run in runs):
+            raise ValueError(f"{results / file}*.json differ in more than the seed: run all of them with one recipe")
+        if runs:
+            found[name] = sorted(runs, key=lambda run: run["seed"])
+    return found
+
+
+def _but_for_the_seed(run: Result) -> dict[str, Any]:
+    asked = {name: run["evaluation"].get(name) for name in ("data", "examples")}
+    return {**run["recipe"], **asked, "seed": None}
 
 
 def _read_result(file: Path) -> Result:
@@ -54,9 +79,8 @@ def said(found: Iterable[Any], what: Callable[[Any], Any]) -> str:
     return " or ".join(dict.fromkeys(str(what(result)) for result in found))
 
 
-def conditions(found: dict[str, Result]) -> str:
+def conditions(models: Collection[Result]) -> str:
     """What all models of a table were trained and evaluated with."""
-    models = found.values()
     length = said(models, lambda result: f"{result['recipe']['seq_len']:,}")
     seed = said(models, lambda result: result["seed"])
     device = said(models, lambda result: result["versions"]["device"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,47 +81,48 @@ def _draw_curves(axes: Axes, curves: Curves, training_length: int | None) -> Non
     axes.legend()
 
 
-def plot_needle(path: Path, tasks: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Draw accuracy against length for each task and, beside it, against length and depth for each task alone.
+Tasks = Mapping[str, list[dict[str, Any]]]  # name -> `NeedleScores.to_dict` with their `length`, in its order
 
-    A task's results are those of `NeedleScores.to_dict` with their `length`, in the order of the lengths.
-    """
+
+def plot_needle(path: Path, tasks: Tasks) -> None:
+    """Draw accuracy against length for each task and, beside it, against length and depth for each task alone."""
     figure = Figure(figsize=(6 + 3 * len(tasks), 4.5), layout="constrained")
     lines, *maps = figure.subplots(1, 1 + len(tasks), width_ratios=[2] + [1] * len(tasks))
     for (task, results), axes in zip(tasks.items(), maps, strict=True):
         image = _draw_depths(axes, results)
         axes.set(title=task, xlabel="length (tokens)", ylabel="depth")
-    _draw_accuracies(lines, "Values found", tasks)
+    _draw_accuracies(lines, "Values found", {task: [results] for task, results in tasks.items()})
     lines.set_ylabel("accuracy")
     lines.legend()
     figure.colorbar(image, ax=maps, label="accuracy")
     figure.savefig(path, dpi=150)
 
 
-def plot_retrieval(
-    path: Path, models: Mapping[str, Mapping[str, list[dict[str, Any]]]], *, training_length: int | None = None
-) -> None:
-    """Draw accuracy against length for each named model, in a panel for each task; `models` as for `plot_needle`."""
-    tasks = list(dict.fromkeys(task for found in models.values() for task in found))
-    figure = Figure(figsize=(1 + 3 * len(tasks), 4), layout="constrained")
+def plot_retrieval(path: Path, models: Mapping[str, Sequence[Tasks]], *, training_length: int | None = None) -> None:
+    """Draw accuracy against length for each named model, in a panel for each task; a model has a run for each seed."""
+    tasks = list(dict.fromkeys(task for runs in models.values() for run in runs for task in run))
+    figure = Figure(figsize=(3 + 3 * len(tasks), 4), layout="constrained")
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for task, axes in zip(tasks, panels, strict=True):
-        _draw_accuracies(axes, task, {name: found.get(task, []) for name, found in models.items()})
+        _draw_accuracies(axes, task, {name: [run.get(task, []) for run in runs] for name, runs in models.items()})
         if training_length is not None:
             axes.axvline(training_length, color="grey", ls=":", label="training length")
         axes.tick_params(axis="x", rotation=90)
     panels[0].set_ylabel("values found")
-    panels[-1].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=150)
 
 
-def _draw_accuracies(axes: Axes, title: str, curves: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Accuracy with its standard error against length, a line for each name."""
-    for name, results in curves.items():
-        lengths, accuracy, errors = (
-            [result[of] for result in results] for of in ("length", "accuracy", "standard_error")
-        )
-        axes.errorbar(lengths, accuracy, errors, fmt=".-", capsize=3, label=name)
+def _draw_accuracies(axes: Axes, title: str, curves: Mapping[str, Sequence[list[dict[str, Any]]]]) -> None:
+    """Accuracy against length for each name: of one run with its standard error over examples, of several their mean,
+    and each of them as a thin dashed line."""
+    for name, runs in curves.items():
+        lengths = [result["length"] for result in runs[0]]
+        accuracies_RL = np.array([[result["accuracy"] for result in run] for run in runs])
+        errors = [result["standard_error"] for result in runs[0]] if len(runs) == 1 else None
+        line = axes.errorbar(lengths, accuracies_RL.mean(0), errors, fmt=".-", capsize=3, label=name).lines[0]
+        if len(runs) > 1:
+            axes.plot(lengths, accuracies_RL.T, color=line.get_color(), lw=0.8, ls="--")
     axes.set(title=title, xlabel="length (tokens)", ylim=(-0.03, 1.03))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")

@@ -20,8 +20,9 @@ def long_text(kind: str, *, miniature: bool = False) -> TrainingRecipe:
         miniature=miniature,
         data=("data/long_text/train.jsonl.zst",),
         seq_len=sequence,
-        steps=1500,  # the whole text once, and 2 % of it again
-        warmup_steps=75,
-        eval_every=150,
-        save_every=150,
+        batch_tokens=65_536,
+        steps=6000,  # the whole text twice
+        warmup_steps=150,
+        eval_every=600,
+        save_every=600,
     )

@@ -89,7 +89,7 @@ def needles(found, lengths=(32, 128), examples=4):
 def test_needle_table_has_a_row_for_each_task_and_model(tmp_path):
     write_object(tmp_path / "needle-log_linear.json", result(needles((4, 2))))
     write_object(tmp_path / "needle-linear.json", result(needles((1, 0)), device="a CPU"))
-    for name in ("linear-seed1", "log_linear-levels10", "log_linear-levels9"):
+    for name in ("log_linear-levels10", "log_linear-levels9"):
         write_object(tmp_path / f"needle-{name}.json", result(needles((0, 0))))
     needle(tmp_path, tmp_path)
     text = (tmp_path / "needle.md").read_text()
@@ -104,6 +104,32 @@ def test_needle_table_has_a_row_for_each_task_and_model(tmp_path):
     pictures = {path.name for path in tmp_path.glob("*.png")}
     names = ("linear", "log_linear", "log_linear-levels9", "log_linear-levels10")
     assert pictures == {"needle.png", *(f"needle-{name}.png" for name in names)}
+
+
+def test_needle_table_and_figures_have_every_seed(tmp_path):
+    for seed, found in ((10, (2, 1)), (0, (1, 0)), (2, (4, 1))):
+        name = f"needle-linear-seed{seed}.json" if seed else "needle-linear.json"
+        write_object(tmp_path / name, {**result(needles(found)), "seed": seed})
+    write_object(tmp_path / "needle-log_linear-levels9-seed1.json", {**result(needles((4, 2))), "seed": 1})
+    needle(tmp_path, tmp_path)
+    table = cells((tmp_path / "needle.md").read_text())
+    assert table[2] == ["single_1, linear", "58.3 (25.0, 100.0, 50.0)", "16.7 (0.0, 25.0, 25.0)"]
+    assert table[3] == ["single_1, log-linear-levels9", "100.0 ± 0.0", "50.0 ± 25.0"]
+    assert [row[:2] for row in table[-4:]] == [
+        *(["linear", seed] for seed in ["0", "2", "10"]),
+        ["log-linear-levels9", "1"],
+    ]
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    names = ("linear", "linear-seed2", "linear-seed10", "log_linear-levels9-seed1")
+    assert pictures == {"needle.png", *(f"needle-{name}.png" for name in names)}
+
+
+@pytest.mark.parametrize("other", [{"recipe": {"seq_len": 32}}, {"evaluation": {**needles((1, 0)), "data": ["b.txt"]}}])
+def test_seeds_that_differ_in_more_are_not_averaged(tmp_path, other):
+    write_object(tmp_path / "needle-linear.json", result(needles((1, 0))))
+    write_object(tmp_path / "needle-linear-seed1.json", {**result(needles((1, 0))), "seed": 1, **other})
+    with pytest.raises(ValueError, match="needle-linear.*differ in more than the seed"):
+        needle(tmp_path, tmp_path)
 
 
 def test_mqar_tables_keep_ours_the_papers_and_other_choices_apart(tmp_path):

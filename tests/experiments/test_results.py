@@ -1,0 +1,27 @@
+"""The results in results/ are those of the recipes here: one line makes any of them again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.ablations import CHOICES, ablation
+from experiments.runs import kind_recipe
+from loglinear.recipes.comparison import KINDS
+
+RESULTS = Path(__file__).parents[2] / "results"
+RUNS = {
+    **{f"long-text-{kind}": kind_recipe("long_text", kind, miniature=False) for kind in KINDS},
+    **{f"needle-{kind}": kind_recipe("needle", kind, miniature=False) for kind in KINDS},
+    **{f"ablation-{choice}": ablation(choice) for choice in CHOICES},
+}
+OF_A_RUN = ("compile", "tokenizer", "seed")  # what a command says, not the recipe
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_result_is_of_the_recipe_that_its_name_says(name: str) -> None:
+    expected = json.loads(json.dumps(RUNS[name].to_dict()))
+    files = [RESULTS / f"{name}.json", *RESULTS.glob(f"{name}-seed*.json")]
+    for file in files:
+        made = json.loads(file.read_text())["recipe"]
+        assert {**made, **{of: expected[of] for of in OF_A_RUN}} == expected, file
