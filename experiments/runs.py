@@ -40,7 +40,7 @@ class Options:
         int | None, typer.Option(help="Tokens read at once, instead of the recipe's: to try things out.")
     ] = None
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a step, instead of the recipe's, which want a GPU of 80 GB.")
+        int | None, typer.Option(help="Tokens of a step, instead of the recipe's, which want 11 GiB of a GPU.")
     ] = None
     seed: Annotated[int | None, typer.Option(help="Of the weights and of the data's order.")] = None
     compile: Annotated[

@@ -10,6 +10,7 @@ from typing import Any
 from experiments.figures.results import (
     COST_COLUMNS,
     MISSING,
+    SEED,
     Result,
     conditions,
     costs,
@@ -24,7 +25,7 @@ from loglinear.evaluation.plots import plot_needle, plot_retrieval
 from loglinear.recipes.comparison import KINDS
 from loglinear.training.json_files import write_atomically
 
-LEVELS = re.compile(r"needle-(log_linear-levels(\d+))(-seed\d+)?\.json")  # of `experiments.needle run --levels`
+LEVELS = re.compile(rf"needle-(log_linear-levels(\d+)){SEED}\.json")  # of `experiments.needle run --levels`
 
 
 def needle(results: Path, out: Path) -> None:
@@ -51,10 +52,12 @@ def _table(found: dict[str, list[Result]]) -> str:
                 for score in results:
                     scores[task, kind, score["length"]].append(score)
     lengths = sorted({length for *_, length in scores})
-    asked = dict.fromkeys((task, kind) for task in TASKS for kind in found if (task, kind, lengths[0]) in scores)
+    asked = {(task, kind) for task, kind, _ in scores}
     rows = [
         [f"{task}, {title(kind)}", *(_accuracy(scores.get((task, kind, length), [])) for length in lengths)]
-        for task, kind in asked
+        for task in TASKS
+        for kind in found
+        if (task, kind) in asked
     ]
     accuracies = markdown_table(["values found, %", *(f"{length:,} tokens" for length in lengths)], rows)
     all_runs = [(kind, run) for kind, runs in found.items() for run in runs]
@@ -65,8 +68,8 @@ def _table(found: dict[str, list[Result]]) -> str:
     note = (
         f"{said(evaluations, lambda of: of['examples'])} examples of every task and length, in "
         f"{said(evaluations, lambda of: ', '.join(of['data']) or 'noise')} (single_1: in noise), ± the standard error "
-        f"over examples; where there are several seeds, the mean and each of them. "
-        f"{conditions([run for _, run in all_runs])}"
+        f"over examples (0 where none or all are found, which does not make that certain); of several seeds the mean "
+        f"and each. {conditions([run for _, run in all_runs])}"
     )
     return f"{accuracies}\n{note}\n\n{prices}"
 

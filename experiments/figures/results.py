@@ -14,6 +14,7 @@ MISSING = "-"
 COST_COLUMNS = ("parameters", "M tokens", "tokens/s", "minutes", "peak GiB")
 
 SEED = r"(-seed\d+)?"  # behind a name
+OF_A_RUN = ("seed", "compile", "tokenizer")  # of a recipe: what a command says of the machine and its folders
 NEEDED = ("seed", "parameters", "versions", "recipe", "training", "evaluation")
 Result = dict[str, Any]  # what `experiments.runs.train_and_evaluate` writes
 
@@ -30,24 +31,35 @@ def read_results(results: Path, experiment: str, names: Iterable[str]) -> dict[s
 def read_seeds(results: Path, experiment: str, names: Iterable[str]) -> dict[str, list[Result]]:
     """As `read_results`, each name with all its seeds in their order: those but 0 are EXPERIMENT-NAME-seedSEED.json.
 
-    Raises ValueError where two seeds differ in more than that.
+    Raises ValueError, naming the files, where two differ in more than the seed, or not in it.
     """
     found = {}
     for name in names:
-        file = f"{experiment}-{name}"
-        runs = [
-            _read_result(path) for path in results.glob(f"{file}*.json") if re.fullmatch(SEED, path.stem[len(file) :])
-        ]
-        if any(_but_for_the_seed(run) != _but_for_the_seed(runs[0]) for run in runs):
-            raise ValueError(f"{results / file}*.json differ in more than the seed: run all of them with one recipe")
+        stem = f"{experiment}-{name}"
+        files = sorted(file for file in results.glob(f"{stem}*.json") if re.fullmatch(SEED, file.stem[len(stem) :]))
+        runs = [_read_result(file) for file in files]
+        for file, run in zip(files[1:], runs[1:], strict=True):
+            if differing := _differing(run, runs[0]):
+                raise ValueError(f"{files[0]} and {file} differ in more than the seed: in {', '.join(differing)}")
+        if len({run["seed"] for run in runs}) < len(runs):
+            raise ValueError(f"{', '.join(map(str, files))}: two are of the same seed")
         if runs:
             found[name] = sorted(runs, key=lambda run: run["seed"])
     return found
 
 
-def _but_for_the_seed(run: Result) -> dict[str, Any]:
-    asked = {name: run["evaluation"].get(name) for name in ("data", "examples")}
-    return {**run["recipe"], **asked, "seed": None}
+def _differing(a: Result, b: Result) -> list[str]:
+    """Names of what makes two results of one model incomparable."""
+    ours, theirs = _conditions(a), _conditions(b)
+    return [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+
+
+def _conditions(result: Result) -> dict[str, Any]:
+    recipe = {name: value for name, value in result["recipe"].items() if name not in OF_A_RUN}
+    evaluation = result["evaluation"]
+    lengths = {task: [score["length"] for score in scores] for task, scores in evaluation.get("tasks", {}).items()}
+    asked = {"evaluation data": evaluation.get("data"), "examples": evaluation.get("examples"), "tasks": lengths}
+    return {**recipe, "training data": result.get("data"), **asked}
 
 
 def _read_result(file: Path) -> Result:

@@ -124,12 +124,38 @@ def test_needle_table_and_figures_have_every_seed(tmp_path):
     assert pictures == {"needle.png", *(f"needle-{name}.png" for name in names)}
 
 
-@pytest.mark.parametrize("other", [{"recipe": {"seq_len": 32}}, {"evaluation": {**needles((1, 0)), "data": ["b.txt"]}}])
-def test_seeds_that_differ_in_more_are_not_averaged(tmp_path, other):
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"recipe": {"seq_len": 32}}, "seq_len"),
+        ({"data": {"train": {"fingerprint": "b"}}}, "training data"),
+        ({"evaluation": {**needles((1, 0)), "data": ["b.txt"]}}, "evaluation data"),
+        ({"evaluation": needles((1, 0), lengths=(32, 64))}, "tasks"),
+        ({"evaluation": needles((1, 0), examples=5), "recipe": {"seq_len": 8}}, "seq_len, examples"),
+    ],
+)
+def test_seeds_that_differ_in_more_are_not_averaged(tmp_path, other, named):
     write_object(tmp_path / "needle-linear.json", result(needles((1, 0))))
     write_object(tmp_path / "needle-linear-seed1.json", {**result(needles((1, 0))), "seed": 1, **other})
-    with pytest.raises(ValueError, match="needle-linear.*differ in more than the seed"):
+    with pytest.raises(
+        ValueError, match=f"-seed1.json and .*needle-linear.json differ in more than the seed: in {named}$"
+    ):
         needle(tmp_path, tmp_path)
+
+
+def test_a_seed_counts_once(tmp_path):
+    for name in ("linear", "linear-seed1"):
+        write_object(tmp_path / f"needle-{name}.json", result(needles((1, 0))))
+    with pytest.raises(ValueError, match="needle-linear.json: two are of the same seed"):
+        needle(tmp_path, tmp_path)
+
+
+def test_how_a_seed_was_run_does_not_matter(tmp_path):
+    one = result(needles((1, 0)))
+    write_object(tmp_path / "needle-linear.json", {**one, "recipe": {"seq_len": 64, "compile": True}})
+    write_object(tmp_path / "needle-linear-seed1.json", {**one, "seed": 1})
+    needle(tmp_path, tmp_path)
+    assert (tmp_path / "needle-linear-seed1.png").exists()
 
 
 def test_mqar_tables_keep_ours_the_papers_and_other_choices_apart(tmp_path):

@@ -1,4 +1,4 @@
-"""The results in results/ are those of the recipes here: one line makes any of them again."""
+"""The results of long texts, needles and ablations in results/ are of the recipes here: one line makes any again."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.ablations import CHOICES, ablation
+from experiments.figures.results import OF_A_RUN
 from experiments.runs import kind_recipe
 from loglinear.recipes.comparison import KINDS
 
@@ -15,7 +16,6 @@ RUNS = {
     **{f"needle-{kind}": kind_recipe("needle", kind, miniature=False) for kind in KINDS},
     **{f"ablation-{choice}": ablation(choice) for choice in CHOICES},
 }
-OF_A_RUN = ("compile", "tokenizer", "seed")  # what a command says, not the recipe
 
 
 @pytest.mark.parametrize("name", RUNS)
