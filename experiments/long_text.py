@@ -31,7 +31,7 @@ Data = Annotated[Path, typer.Option(help="Folder of train.jsonl.zst and validati
 
 @app.command()
 def prepare(out: Data = Path("data/long_text")) -> None:
-    """Make the two texts out of Debian 12's packages (330 MB to download, some minutes).
+    """Make the two texts out of Debian 12's packages (330 MB to download, ten minutes on two cores).
 
     Example:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import typer
 
+from experiments.results import require_same_recipe, result_file
 from loglinear.cli.console import Interrupted
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
@@ -22,7 +24,15 @@ from loglinear.recipes.long_text import long_text
 from loglinear.recipes.needle import needle
 from loglinear.training import load_model, train
 from loglinear.training.json_files import write_object
-from loglinear.training.run_folder import RUN_FILE, command, read_metrics, read_run, run_recipe, versions
+from loglinear.training.run_folder import (
+    RUN_FILE,
+    command,
+    read_metrics,
+    read_run,
+    require_folder,
+    run_recipe,
+    versions,
+)
 
 EXPERIMENTS = {"long_text": long_text, "needle": needle}
 CURVE_POINTS = 100  # that a result keeps of the training loss
@@ -99,9 +109,12 @@ def train_and_evaluate(
     a GPU the evaluation is in bfloat16, as the training is.
 
     Raises Interrupted where a signal, or the minutes, stopped the training before its end: call it again. Raises
-    ValueError where `out` holds a run of another recipe.
+    ValueError where `out` holds a run, or the file to be written a result, of another recipe.
     """
+    require_folder(options.results, "--results")
     recipe = begun(recipe, out, **options.overrides, **overrides)
+    result = result_file(options.results / "miniature" if options.miniature else options.results, name, recipe.seed)
+    require_same_recipe(result, json.loads(json.dumps(recipe.to_dict())))
     state = train(recipe, out, resume=(out / RUN_FILE).exists(), minutes=options.minutes, label=name)
     if state.interrupted:
         raise Interrupted(f"stopped at step {state.step} of {recipe.steps}, saved in {out}: the same command goes on")
@@ -109,9 +122,7 @@ def train_and_evaluate(
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         evaluation = evaluate(load_model(out, device=device), recipe)
     stored = read_run(out)
-    folder = options.results / "miniature" if options.miniature else options.results
-    folder.mkdir(parents=True, exist_ok=True)
-    result = folder / f"{name}{seed_suffix(recipe.seed)}.json"
+    result.parent.mkdir(parents=True, exist_ok=True)
     written = {
         "seed": recipe.seed,
         "parameters": stored["parameters"],
@@ -124,11 +135,6 @@ def train_and_evaluate(
     }
     write_object(result, written)
     print(f"written to {result}")
-
-
-def seed_suffix(seed: int) -> str:
-    """What a file's name has of a seed."""
-    return f"-seed{seed}" if seed else ""
 
 
 def kind_recipe(experiment: str, kind: str, miniature: bool) -> TrainingRecipe:

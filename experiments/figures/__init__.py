@@ -15,16 +15,22 @@ from experiments.figures.ablations import ablations
 from experiments.figures.long_text import long_text
 from experiments.figures.mqar import mqar
 from experiments.figures.needle import needle
+from loglinear.training.run_folder import require_folder
 
-FIGURES: tuple[Callable[[Path, Path], None], ...] = (long_text, ablations, needle, mqar)  # of the results there are
+# Each draws and writes what it can of the results that there are, and says which files these are.
+FIGURES: tuple[Callable[[Path, Path], list[Path]], ...] = (long_text, ablations, needle, mqar)
+RESULTS, DRAWN = Path("results"), Path("docs/figures")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def main(
-    results: Annotated[Path, typer.Option(help="Folder of the experiments' JSON files.")] = Path("results"),
-    out: Annotated[Path, typer.Option(help="Folder for figures and tables.")] = Path("docs/figures"),
+    results: Annotated[Path, typer.Option(help="Folder of the experiments' JSON files.")] = RESULTS,
+    out: Annotated[
+        Path | None,
+        typer.Option(help=f"Folder for figures and tables; {DRAWN}, or figures/ in another folder of results."),
+    ] = None,
 ) -> None:
     """Draw all figures and write all tables whose results there are.
 
@@ -37,7 +43,11 @@ def main(
     """
     if not results.is_dir():
         raise ValueError(f"--results {results} is no folder")
+    if out is None:
+        out = DRAWN if results == RESULTS else results / "figures"
+    require_folder(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
-    for draw in FIGURES:
-        draw(results, out)
-    print("\n".join(str(file) for file in sorted(out.iterdir())))
+    written = [file for draw in FIGURES for file in draw(results, out)]
+    if not written:
+        raise ValueError(f"--results {results} has no result of an experiment")
+    print("\n".join(map(str, written)))

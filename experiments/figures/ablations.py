@@ -6,12 +6,15 @@ from pathlib import Path
 
 from experiments.ablations import CHOICES, DEFAULT
 from experiments.figures.long_text import perplexity_table
-from experiments.figures.results import read_results
+from experiments.results import read_results
 from loglinear.training.json_files import write_atomically
 
 
-def ablations(results: Path, out: Path) -> None:
+def ablations(results: Path, out: Path) -> list[Path]:
     """Bits per byte of each choice, and by how much they are above those of the published one."""
     found = read_results(results, "ablation", CHOICES)
-    if found:
-        write_atomically(out / "ablations.md", perplexity_table(found, "choice", DEFAULT))
+    if not found:
+        return []
+    table = out / "ablations.md"
+    write_atomically(table, perplexity_table(found, "choice", DEFAULT))
+    return [table]

@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments.figures.results import (
+from experiments.figures.tables import (
     COST_COLUMNS,
     MISSING,
-    Result,
     conditions,
     costs,
     markdown_table,
-    read_results,
     title,
 )
+from experiments.results import Result, read_results
 from loglinear.evaluation.plots import plot_differences, plot_losses, plot_positions
 from loglinear.recipes.comparison import KINDS
 from loglinear.training.json_files import write_atomically
@@ -25,21 +24,26 @@ from loglinear.training.json_files import write_atomically
 REFERENCE = "linear"  # the model that the others are compared with
 
 
-def long_text(results: Path, out: Path) -> None:
+def long_text(results: Path, out: Path) -> list[Path]:
     """Loss by position, its difference from the linear model's, the training losses, and a table."""
     found = read_results(results, "long-text", KINDS)
     if not found:
-        return
+        return []
+    table, positions, training, differences = (
+        out / f"long-text{name}" for name in (".md", "-positions.png", "-training.png", "-differences.png")
+    )
     length = next(iter(found.values()))["recipe"]["seq_len"]
     longest = {kind: max(windows(result).items())[1] for kind, result in found.items()}
     curves = {kind: window["by_position"] for kind, window in longest.items()}
-    plot_positions(out / "long-text-positions.png", curves, training_length=length)
-    plot_losses(out / "long-text-training.png", {kind: result["training"]["curve"] for kind, result in found.items()})
-    if REFERENCE in longest and len(longest) > 1:
-        reference = longest[REFERENCE]["by_document"]
-        differences = {kind: difference(window["by_document"], reference) for kind, window in longest.items()}
-        plot_differences(out / "long-text-differences.png", differences, reference=REFERENCE, training_length=length)
-    write_atomically(out / "long-text.md", perplexity_table(found, "model", REFERENCE))
+    plot_positions(positions, curves, training_length=length)
+    plot_losses(training, {kind: result["training"]["curve"] for kind, result in found.items()})
+    write_atomically(table, perplexity_table(found, "model", REFERENCE))
+    if REFERENCE not in longest or len(longest) == 1:
+        return [table, positions, training]
+    reference = longest[REFERENCE]["by_document"]
+    less = {kind: difference(window["by_document"], reference) for kind, window in longest.items()}
+    plot_differences(differences, less, reference=REFERENCE, training_length=length)
+    return [table, positions, training, differences]
 
 
 def perplexity_table(found: dict[str, Result], column: str, reference: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from experiments.figures.results import MISSING, markdown_table, said
+from experiments.figures.tables import MISSING, markdown_table, said
 from loglinear.evaluation.mqar import markdown
 from loglinear.recipes.mqar import ABLATIONS, CHOICES, MODELS
 from loglinear.training.json_files import read_object, write_atomically
@@ -19,11 +19,11 @@ PAPER = {  # Guo et al., arXiv 2506.04761, section 4.1: by dimension, in percent
 PAPER_DIMS = (16, 32, 64)
 
 
-def mqar(results: Path, out: Path) -> None:
+def mqar(results: Path, out: Path) -> list[Path]:
     """mqar.md: the models of the comparison, the paper's numbers, and other choices of the log-linear models."""
     file = results / "mqar.json"
     if not file.is_file():
-        return
+        return []
     found = read_object(file)
     parts = ["## Test accuracy", _table(found, MODELS), _note(found)]
     parts += ["## As reported in the paper (arXiv 2506.04761, 5 seeds): not measured here", _paper()]
@@ -34,7 +34,9 @@ def mqar(results: Path, out: Path) -> None:
         choices = [f"{model}_{choice}" for choice in CHOICES]
         if not measured.isdisjoint(choices):
             parts.append(_table(found, [model, *choices]))
-    write_atomically(out / "mqar.md", "\n\n".join(parts) + "\n")
+    table = out / "mqar.md"
+    write_atomically(table, "\n\n".join(parts) + "\n")
+    return [table]
 
 
 def _table(found: dict[str, Any], models: Any) -> str:

@@ -7,19 +7,16 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from experiments.figures.results import (
+from experiments.figures.tables import (
     COST_COLUMNS,
     MISSING,
-    SEED,
-    Result,
     conditions,
     costs,
     markdown_table,
-    read_seeds,
     said,
     title,
 )
-from experiments.runs import seed_suffix
+from experiments.results import SEED, Result, read_seeds, seed_suffix
 from loglinear.evaluation.needle import TASKS
 from loglinear.evaluation.plots import plot_needle, plot_retrieval
 from loglinear.recipes.comparison import KINDS
@@ -28,20 +25,22 @@ from loglinear.training.json_files import write_atomically
 LEVELS = re.compile(rf"needle-(log_linear-levels(\d+)){SEED}\.json")  # of `experiments.needle run --levels`
 
 
-def needle(results: Path, out: Path) -> None:
+def needle(results: Path, out: Path) -> list[Path]:
     """needle.png with a panel for each task, needle-KIND.png with a map of lengths and depths for each seed, and
     needle.md; other numbers of levels are kinds of their own."""
     others = {match[1]: int(match[2]) for file in results.iterdir() if (match := LEVELS.fullmatch(file.name))}
     found = read_seeds(results, "needle", (*KINDS, *sorted(others, key=lambda name: others[name])))
     if not found:
-        return
+        return []
     models = {kind: [run["evaluation"]["tasks"] for run in runs] for kind, runs in found.items()}
     length = next(iter(found.values()))[0]["recipe"]["seq_len"]
-    plot_retrieval(out / "needle.png", models, training_length=length)
-    for kind, runs in found.items():
-        for run in runs:
-            plot_needle(out / f"needle-{kind}{seed_suffix(run['seed'])}.png", run["evaluation"]["tasks"])
-    write_atomically(out / "needle.md", _table(found))
+    table, together = out / "needle.md", out / "needle.png"
+    write_atomically(table, _table(found))
+    plot_retrieval(together, models, training_length=length)
+    maps = {out / f"needle-{kind}{seed_suffix(run['seed'])}.png": run for kind, runs in found.items() for run in runs}
+    for file, run in maps.items():
+        plot_needle(file, run["evaluation"]["tasks"])
+    return [table, together, *maps]
 
 
 def _table(found: dict[str, list[Result]]) -> str:

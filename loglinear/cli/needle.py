@@ -12,7 +12,7 @@ from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.evaluation.plots import plot_needle
 from loglinear.training.checkpoints import load_model, resolve
 from loglinear.training.json_files import write_object
-from loglinear.training.run_folder import command, versions
+from loglinear.training.run_folder import command, require_folder, versions
 from loglinear.training.sources import read_documents
 from loglinear.training.tokenizer import load_tokenizer
 
@@ -21,6 +21,7 @@ def run(
     path: Path, data: tuple[str, ...], out: Path, lengths: list[int], tasks: list[str] | None, count: int, seed: int
 ) -> None:
     """Score every task at every length, write needle.json and needle.png."""
+    require_folder(out, "--out")
     texts = [document.text for document in read_documents(data)]
     model = load_model(path, device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(resolve(path), model.config.vocab_size)

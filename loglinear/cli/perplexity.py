@@ -12,11 +12,13 @@ from loglinear.evaluation.plots import plot_positions
 from loglinear.training.checkpoints import load_model, resolve
 from loglinear.training.data import read_corpus
 from loglinear.training.json_files import write_object
+from loglinear.training.run_folder import require_folder
 from loglinear.training.tokenizer import load_tokenizer
 
 
 def run(path: Path, data: tuple[str, ...], out: Path, *, length: int, max_tokens: int) -> None:
     """Evaluate all of the data (nothing is held out here), write perplexity.json and per_position.png."""
+    require_folder(out, "--out")
     model = load_model(path, device="cuda" if torch.cuda.is_available() else "cpu")
     corpus = read_corpus(data, load_tokenizer(resolve(path), model.config.vocab_size), progress=True)
     out.mkdir(parents=True, exist_ok=True)

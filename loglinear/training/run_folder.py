@@ -55,6 +55,12 @@ def claim(out: Path) -> Iterator[None]:
         yield
 
 
+def require_folder(path: Path, option: str) -> None:
+    """Raise ValueError where what an option names is a file, so that nothing can be written into it."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{option} must be a folder, got the file {path}")
+
+
 def require_empty(out: Path) -> None:
     """Raise ValueError where the folder already holds something."""
     if (out / RUN_FILE).exists():

@@ -27,7 +27,7 @@ from loglinear.training.trainer import LogLinearTrainer, quiet, training_argumen
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where a run stands: its last checkpoint, and whether a signal or its time ended it before its last step."""
+    """Where a run stands: its last checkpoint, and whether its time ended it before its last step, or a signal came."""
 
     checkpoint: Path | None
     step: int
@@ -54,13 +54,13 @@ def train(
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
+    config = recipe.model_config()
     stop = StopEarly(minutes)
     quiet()
     main_process = int(os.environ.get("RANK", "0")) == 0
     with run_folder.claim(out) if main_process else contextlib.nullcontext():
         if main_process and not resume:
             run_folder.require_empty(out)
-        config = recipe.model_config()
         arguments = _arguments(recipe, out, tensorboard)
         if recipe.compile:
             require_compiler(arguments.device)
@@ -107,7 +107,7 @@ def train(
         with stop, contextlib.closing(log), _one_thread_beside(arguments.device):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step = trainer.state.global_step
-        return TrainingResult(last_checkpoint(out), step, interrupted=step < recipe.steps)
+        return TrainingResult(last_checkpoint(out), step, interrupted=step < recipe.steps or stop.requested)
 
 
 def _untrained_levels(recipe: TrainingRecipe, config: LogLinearConfig) -> str | None:

@@ -50,6 +50,8 @@ MISTAKES = {
     "info --model {bad}/nothing": "no checkpoint at",
     "eval perplexity --model {run} --data {bad}/nothing --out {out}": "is neither a file",
     "eval perplexity --model {bad}/small --data {text} --out {out}": "has 259 tokens, the model's vocab_size is 50",
+    "eval perplexity --model {run} --data {text} --out {bad}/image.txt": "--out must be a folder, got the file",
+    "eval needle --model {run} --out {bad}/image.txt": "--out must be a folder, got the file",
     f"{NEEDLE} --task single_2": "task single_2 hides its needle in text: give --data",
     f"{NEEDLE} --task single_4": "task must be one of single_1, single_2, multikey_1, multivalue, multiquery, got",
     f"{NEEDLE} --task multiquery --length 512": "tokens are enough, got 512",

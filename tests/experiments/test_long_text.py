@@ -2,14 +2,15 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments import figures, long_text
 from experiments.corpus import LongDocument
-from experiments.figures.results import read_results
 from experiments.prepare import write_documents
+from experiments.results import read_results
 from loglinear.cli.console import Interrupted
 from loglinear.recipes.comparison import KINDS
 from loglinear.training.json_files import read_object, write_object
@@ -69,16 +70,20 @@ def test_result_says_what_it_cost_and_what_it_depends_on(result):
     assert len(json.dumps(result)) < 10_000
 
 
-def test_figures_and_table_are_drawn_of_the_results_that_there_are(tmp_path, result):
+def test_figures_and_table_are_drawn_of_the_results_that_there_are(tmp_path, result, capsys):
     results, out = tmp_path / "results", tmp_path / "figures"
     results.mkdir()
     with pytest.raises(ValueError, match="is no folder"):
         figures.main(tmp_path / "missing", out)
-    figures.main(results, out)
-    assert list(out.iterdir()) == []
+    with pytest.raises(ValueError, match="results has no result of an experiment"):
+        figures.main(results, out)
     for kind in ("linear", "log_linear"):
         write_object(results / f"long-text-{kind}.json", {**result, "kind": kind})
-    figures.main(results, out)
+    capsys.readouterr()
+    figures.main(results)
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    out = results / "figures"  # a folder of its own, as the results have
+    assert set(written) == set(out.iterdir())
     assert {path.name for path in out.glob("*.png")} == {
         f"long-text-{n}.png" for n in ("positions", "differences", "training")
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.ablations import CHOICES, ablation
-from experiments.figures.results import OF_A_RUN
+from experiments.results import OF_A_RUN
 from experiments.runs import kind_recipe
 from loglinear.recipes.comparison import KINDS
 

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.figures.results import read_results
-from experiments.runs import begun, kind_recipe, training_summary
+from experiments import runs
+from experiments.results import read_results
+from experiments.runs import Options, begun, kind_recipe, train_and_evaluate, training_summary
+from loglinear.training.json_files import write_object
 from loglinear.training.run_folder import write_run
 from tests.training.tiny import tiny_recipe
 
@@ -49,6 +51,30 @@ def test_training_curve_keeps_the_mean_of_every_stretch():
 def test_a_kind_that_is_none_is_named():
     with pytest.raises(ValueError, match="kind must be one of linear, .* got 'loglinear'"):
         kind_recipe("long_text", "loglinear", False)
+
+
+def options(tmp_path, **given):
+    return Options(results=tmp_path / "results", **given)
+
+
+def test_a_result_of_another_recipe_is_not_replaced(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path)
+    monkeypatch.setattr(runs, "train", lambda *args, **given: pytest.fail("there was nothing to train"))
+    written = {"seed": 0, "parameters": 1, "versions": {}, "training": {}, "evaluation": {}}
+    tried_out = recipe.override(learning_rate=1e-4, seed=5, batch_tokens=2 * recipe.batch_tokens)
+    (tmp_path / "results").mkdir()
+    write_object(tmp_path / "results" / "tiny.json", {**written, "recipe": tried_out.to_dict()})
+    with pytest.raises(ValueError, match=r"tiny.json is of a run that differs in batch_tokens, learning_rate: give --results"):
+        train_and_evaluate(recipe, tmp_path / "run", lambda model, recipe: {}, "tiny", options(tmp_path))
+    with pytest.raises(pytest.fail.Exception, match="nothing to train"):  # another seed has a file of its own
+        train_and_evaluate(recipe, tmp_path / "run", lambda model, recipe: {}, "tiny", options(tmp_path, seed=3))
+
+
+def test_where_no_result_can_be_written_is_said_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "train", lambda *args, **given: pytest.fail("there was nothing to train"))
+    (tmp_path / "results").write_text("")
+    with pytest.raises(ValueError, match="--results must be a folder, got the file .*results"):
+        train_and_evaluate(tiny_recipe(tmp_path), tmp_path / "run", lambda *_: {}, "tiny", options(tmp_path))
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from transformers import TrainingArguments
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
-from loglinear.training import run_folder
+from loglinear.training import callbacks, run_folder
 from loglinear.training.checkpoints import defect, last_checkpoint, load_model
 from loglinear.training.data import IGNORED, PackedRows, load_corpus
 from loglinear.training.tokenizer import ByteTokenizer
@@ -135,6 +135,20 @@ def test_signal_saves_the_running_step_and_resumes_exactly(tmp_path, data, unint
     assert last_checkpoint(out).name in ("checkpoint-5", "checkpoint-6")  # logging follows the step's end
     train(tiny_recipe(data), out, resume=True, progress=False)
     assert_same_run(out, uninterrupted)
+
+
+def test_a_signal_in_the_last_step_is_not_forgotten(tmp_path, data, monkeypatch):
+    append = callbacks.RunLog._append
+
+    def asked_to_stop(log, **record):
+        append(log, **record)
+        if record["step"] == 8 and record["split"] == "train":
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(callbacks.RunLog, "_append", asked_to_stop)
+    result = train(tiny_recipe(data), tmp_path / "run", progress=False)
+    assert (result.step, result.interrupted) == (8, True) and result.checkpoint.name == "checkpoint-8"
+    assert not train(tiny_recipe(data), tmp_path / "run", resume=True, progress=False).interrupted
 
 
 def test_minutes_stop_at_a_step_and_resume_exactly(tmp_path, data, uninterrupted):
@@ -284,7 +298,7 @@ def test_two_processes_give_the_curve_of_one_that_accumulates(tmp_path, data):
 def test_run_json_has_what_decides_the_result(uninterrupted, data):
     run = json.loads((uninterrupted / "run.json").read_text())
     assert run["seed"] == 0 and run["recipe"] == tiny_recipe(data).to_dict()
-    assert run["versions"]["torch"] == torch.__version__ and run["command"] == sys.argv
+    assert run["versions"]["torch"] == torch.__version__ and run["command"] == run_folder.command()
     assert run["parameters"] == load_model(uninterrupted).num_parameters()
 
 

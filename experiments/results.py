@@ -1,22 +1,39 @@
-"""What the results of all drivers have in common: reading them, and the parts of a table."""
+"""Results, JSON files with the name of their model and its seed: naming them, reading them, telling them apart."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from loglinear.training.json_files import read_object
 
-GIB = 2**30
-MISSING = "-"
-COST_COLUMNS = ("parameters", "M tokens", "tokens/s", "minutes", "peak GiB")
-
 SEED = r"(-seed\d+)?"  # behind a name
 OF_A_RUN = ("seed", "compile", "tokenizer")  # of a recipe: what a command says of the machine and its folders
 NEEDED = ("seed", "parameters", "versions", "recipe", "training", "evaluation")
 Result = dict[str, Any]  # what `experiments.runs.train_and_evaluate` writes
+
+
+def result_file(results: Path, name: str, seed: int) -> Path:
+    """NAME.json in the folder `results`; of a seed that is not 0 NAME-seedSEED.json."""
+    return results / f"{name}{seed_suffix(seed)}.json"
+
+
+def seed_suffix(seed: int) -> str:
+    """What a file's name has of a seed."""
+    return f"-seed{seed}" if seed else ""
+
+
+def require_same_recipe(file: Path, recipe: dict[str, Any]) -> None:
+    """Raise ValueError where this result is there, and of another recipe than `TrainingRecipe.to_dict` gives."""
+    if not file.exists():
+        return
+    ours, theirs = _decisive(recipe), _decisive(_read_result(file)["recipe"])
+    if differing := _differing(ours, theirs):
+        raise ValueError(
+            f"{file} is of a run that differs in {', '.join(differing)}: give --results another folder, or move it away"
+        )
 
 
 def read_results(results: Path, experiment: str, names: Iterable[str]) -> dict[str, Result]:
@@ -39,7 +56,7 @@ def read_seeds(results: Path, experiment: str, names: Iterable[str]) -> dict[str
         files = sorted(file for file in results.glob(f"{stem}*.json") if re.fullmatch(SEED, file.stem[len(stem) :]))
         runs = [_read_result(file) for file in files]
         for file, run in zip(files[1:], runs[1:], strict=True):
-            if differing := _differing(run, runs[0]):
+            if differing := _differing(_conditions(run), _conditions(runs[0])):
                 raise ValueError(f"{files[0]} and {file} differ in more than the seed: in {', '.join(differing)}")
         if len({run["seed"] for run in runs}) < len(runs):
             raise ValueError(f"{', '.join(map(str, files))}: two are of the same seed")
@@ -48,18 +65,20 @@ def read_seeds(results: Path, experiment: str, names: Iterable[str]) -> dict[str
     return found
 
 
-def _differing(a: Result, b: Result) -> list[str]:
-    """Names of what makes two results of one model incomparable."""
-    ours, theirs = _conditions(a), _conditions(b)
+def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     return [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
 
 
+def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in recipe.items() if name not in OF_A_RUN}
+
+
 def _conditions(result: Result) -> dict[str, Any]:
-    recipe = {name: value for name, value in result["recipe"].items() if name not in OF_A_RUN}
+    """All that has to be the same in two results of one model, but for the seed."""
     evaluation = result["evaluation"]
     lengths = {task: [score["length"] for score in scores] for task, scores in evaluation.get("tasks", {}).items()}
     asked = {"evaluation data": evaluation.get("data"), "examples": evaluation.get("examples"), "tasks": lengths}
-    return {**recipe, "training data": result.get("data"), **asked}
+    return {**_decisive(result["recipe"]), "training data": result.get("data"), **asked}
 
 
 def _read_result(file: Path) -> Result:
@@ -67,40 +86,3 @@ def _read_result(file: Path) -> Result:
     if missing := [name for name in NEEDED if name not in result]:
         raise ValueError(f"{file} is no result of an experiment: it has no {missing[0]!r}")
     return result
-
-
-def costs(result: Result) -> list[str]:
-    """The cells of COST_COLUMNS; minutes and tokens are those of training."""
-    training, peak = result["training"], result["training"]["peak_bytes"]
-    return [
-        f"{result['parameters']:,}",
-        f"{training['tokens'] / 1e6:.1f}",
-        f"{training['tokens_per_second']:,.0f}",
-        f"{training['minutes']:.1f}",
-        MISSING if peak is None else f"{peak / GIB:.1f}",
-    ]
-
-
-def title(name: str) -> str:
-    """A kind's name in a table."""
-    return name.replace("_", "-")
-
-
-def said(found: Iterable[Any], what: Callable[[Any], Any]) -> str:
-    """What all results say, once; where they differ, all that they say."""
-    return " or ".join(dict.fromkeys(str(what(result)) for result in found))
-
-
-def conditions(models: Collection[Result]) -> str:
-    """What all models of a table were trained and evaluated with."""
-    length = said(models, lambda result: f"{result['recipe']['seq_len']:,}")
-    seed = said(models, lambda result: result["seed"])
-    device = said(models, lambda result: result["versions"]["device"])
-    speed = "tokens/s of the median step, minutes of training with compilation"
-    return f"Trained in windows of {length} tokens, seed {seed}, {device}; {speed}."
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column names the row."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,0 +1,49 @@
+"""The parts of a table that all experiments have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+from experiments.results import Result
+
+GIB = 2**30
+MISSING = "-"
+COST_COLUMNS = ("parameters", "M tokens", "tokens/s", "minutes", "peak GiB")
+
+
+def costs(result: Result) -> list[str]:
+    """The cells of COST_COLUMNS; minutes and tokens are those of training."""
+    training, peak = result["training"], result["training"]["peak_bytes"]
+    return [
+        f"{result['parameters']:,}",
+        f"{training['tokens'] / 1e6:.1f}",
+        f"{training['tokens_per_second']:,.0f}",
+        f"{training['minutes']:.1f}",
+        MISSING if peak is None else f"{peak / GIB:.1f}",
+    ]
+
+
+def title(name: str) -> str:
+    """A kind's name in a table."""
+    return name.replace("_", "-")
+
+
+def said(found: Iterable[Any], what: Callable[[Any], Any]) -> str:
+    """What all results say, once; where they differ, all that they say."""
+    return " or ".join(dict.fromkeys(str(what(result)) for result in found))
+
+
+def conditions(models: Collection[Result]) -> str:
+    """What all models of a table were trained and evaluated with."""
+    length = said(models, lambda result: f"{result['recipe']['seq_len']:,}")
+    seed = said(models, lambda result: result["seed"])
+    device = said(models, lambda result: result["versions"]["device"])
+    speed = "tokens/s of the median step, minutes of training with compilation"
+    return f"Trained in windows of {length} tokens, seed {seed}, {device}; {speed}."
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column names the row."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
