@@ -64,7 +64,7 @@ def test_a_result_of_another_recipe_is_not_replaced(tmp_path, monkeypatch):
     tried_out = recipe.override(learning_rate=1e-4, seed=5, batch_tokens=2 * recipe.batch_tokens)
     (tmp_path / "results").mkdir()
     write_object(tmp_path / "results" / "tiny.json", {**written, "recipe": tried_out.to_dict()})
-    with pytest.raises(ValueError, match=r"tiny.json is of a run that differs in batch_tokens, learning_rate: give --results"):
+    with pytest.raises(ValueError, match="tiny.json is of a run that differs in batch_tokens, learning_rate: give"):
         train_and_evaluate(recipe, tmp_path / "run", lambda model, recipe: {}, "tiny", options(tmp_path))
     with pytest.raises(pytest.fail.Exception, match="nothing to train"):  # another seed has a file of its own
         train_and_evaluate(recipe, tmp_path / "run", lambda model, recipe: {}, "tiny", options(tmp_path, seed=3))
