@@ -107,10 +107,11 @@ def run(
     sets = example_sets(tokens, texts, lengths=LENGTHS, count=examples)  # what is wrong is known before training
 
     def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:
-        return {"data": data or [], "examples": examples, "tasks": evaluate_sets(model, tokens, sets)}
+        return {"tasks": evaluate_sets(model, tokens, sets)}
 
     name = f"needle-{kind}" if levels is None else f"needle-{kind}-levels{levels}"
-    train_and_evaluate(recipe, out, evaluate, name, options, tokenizer=str(tokenizer), num_levels=levels)
+    asked = {"data": data or [], "examples": examples}
+    train_and_evaluate(recipe, out, evaluate, name, options, asked=asked, tokenizer=str(tokenizer), num_levels=levels)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from loglinear.recipes import TrainingRecipe
 from loglinear.training.json_files import read_object
 
 SEED = r"(-seed\d+)?"  # behind a name
-OF_A_RUN = ("seed", "compile", "tokenizer")  # of a recipe: what a command says of the machine and its folders
+OF_A_RUN = ("seed", "compile", "tokenizer", "data")  # of a recipe: what a command says of the machine and its folders
+TRAINING_DATA = "training data"  # how differences call a result's "data", with its fingerprints
 NEEDED = ("seed", "parameters", "versions", "recipe", "training", "evaluation")
 Result = dict[str, Any]  # what `experiments.runs.train_and_evaluate` writes
 
@@ -25,12 +28,18 @@ def seed_suffix(seed: int) -> str:
     return f"-seed{seed}" if seed else ""
 
 
-def require_same_recipe(file: Path, recipe: dict[str, Any]) -> None:
-    """Raise ValueError where this result is there, and of another recipe than `TrainingRecipe.to_dict` gives."""
+def require_replaceable(
+    file: Path, recipe: TrainingRecipe, asked: dict[str, Any], training_data: dict[str, Any] | None = None
+) -> None:
+    """Raise ValueError, naming what differs, where this result is there and of another recipe, evaluation or training
+    data; of the latter where they are known."""
     if not file.exists():
         return
-    ours, theirs = _decisive(recipe), _decisive(_read_result(file)["recipe"])
-    if differing := _differing(ours, theirs):
+    ours = {**_decisive(json.loads(json.dumps(recipe.to_dict()))), **_asked(asked)}
+    if training_data is not None:
+        ours[TRAINING_DATA] = training_data
+    theirs = _conditions(_read_result(file))
+    if differing := [name for name, value in ours.items() if theirs.get(name) != value]:
         raise ValueError(
             f"{file} is of a run that differs in {', '.join(differing)}: give --results another folder, or move it away"
         )
@@ -56,17 +65,14 @@ def read_seeds(results: Path, experiment: str, names: Iterable[str]) -> dict[str
         files = sorted(file for file in results.glob(f"{stem}*.json") if re.fullmatch(SEED, file.stem[len(stem) :]))
         runs = [_read_result(file) for file in files]
         for file, run in zip(files[1:], runs[1:], strict=True):
-            if differing := _differing(_conditions(run), _conditions(runs[0])):
+            ours, theirs = _conditions(run), _conditions(runs[0])
+            if differing := [part for part in ours | theirs if ours.get(part) != theirs.get(part)]:
                 raise ValueError(f"{files[0]} and {file} differ in more than the seed: in {', '.join(differing)}")
         if len({run["seed"] for run in runs}) < len(runs):
             raise ValueError(f"{', '.join(map(str, files))}: two are of the same seed")
         if runs:
             found[name] = sorted(runs, key=lambda run: run["seed"])
     return found
-
-
-def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    return [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
 
 
 def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -77,12 +83,22 @@ def _conditions(result: Result) -> dict[str, Any]:
     """All that has to be the same in two results of one model, but for the seed."""
     evaluation = result["evaluation"]
     lengths = {task: [score["length"] for score in scores] for task, scores in evaluation.get("tasks", {}).items()}
-    asked = {"evaluation data": evaluation.get("data"), "examples": evaluation.get("examples"), "tasks": lengths}
-    return {**_decisive(result["recipe"]), "training data": result.get("data"), **asked}
+    return {
+        **_decisive(result["recipe"]),
+        TRAINING_DATA: result.get("data"),
+        **_asked(evaluation),
+        "tasks": lengths,
+    }
+
+
+def _asked(evaluation: dict[str, Any]) -> dict[str, Any]:
+    return {"evaluation data": evaluation.get("data"), "examples": evaluation.get("examples")}
 
 
 def _read_result(file: Path) -> Result:
     result = read_object(file)
     if missing := [name for name in NEEDED if name not in result]:
         raise ValueError(f"{file} is no result of an experiment: it has no {missing[0]!r}")
+    if wrong := [name for name in ("recipe", "training", "evaluation") if not isinstance(result[name], dict)]:
+        raise ValueError(f"{file} is no result of an experiment: its {wrong[0]!r} is no object")
     return result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 import typer
 
-from experiments.results import require_same_recipe, result_file
+from experiments.results import require_replaceable, result_file
 from loglinear.cli.console import Interrupted
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
@@ -101,28 +100,34 @@ def train_and_evaluate(
     evaluate: Callable[[LogLinearForCausalLM, TrainingRecipe], dict[str, Any]],
     name: str,
     options: Options,
+    *,
+    asked: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> None:
     """Train a recipe in the folder `out`, or go on there; once it is trained evaluate it and write the file NAME.json.
 
-    `overrides` are more of `TrainingRecipe.override`. The result of a seed that is not 0 has it in its file's name. On
-    a GPU the evaluation is in bfloat16, as the training is.
+    `asked` is what the evaluation is made with, and stands in the result. `overrides` are more of
+    `TrainingRecipe.override`. The result of a seed that is not 0 has it in its file's name. On a GPU the evaluation is
+    in bfloat16, as the training is.
 
     Raises Interrupted where a signal, or the minutes, stopped the training before its end: call it again. Raises
-    ValueError where `out` holds a run, or the file to be written a result, of another recipe.
+    ValueError where `out` holds a run of another recipe, or the file to be written a result of another recipe,
+    evaluation or training data.
     """
-    require_folder(options.results, "--results")
+    asked = asked or {}
     recipe = begun(recipe, out, **options.overrides, **overrides)
     result = result_file(options.results / "miniature" if options.miniature else options.results, name, recipe.seed)
-    require_same_recipe(result, json.loads(json.dumps(recipe.to_dict())))
+    require_folder(result.parent, "--results")
+    result.parent.mkdir(parents=True, exist_ok=True)
+    require_replaceable(result, recipe, asked)
     state = train(recipe, out, resume=(out / RUN_FILE).exists(), minutes=options.minutes, label=name)
     if state.interrupted:
         raise Interrupted(f"stopped at step {state.step} of {recipe.steps}, saved in {out}: the same command goes on")
+    stored = read_run(out)
+    require_replaceable(result, recipe, asked, stored["data"])  # before a long evaluation; the checkpoint is kept
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         evaluation = evaluate(load_model(out, device=device), recipe)
-    stored = read_run(out)
-    result.parent.mkdir(parents=True, exist_ok=True)
     written = {
         "seed": recipe.seed,
         "parameters": stored["parameters"],
@@ -131,7 +136,7 @@ def train_and_evaluate(
         "recipe": recipe.to_dict(),
         "data": stored["data"],
         "training": training_summary(read_metrics(out)),
-        "evaluation": evaluation,
+        "evaluation": {**asked, **evaluation},
     }
     write_object(result, written)
     print(f"written to {result}")

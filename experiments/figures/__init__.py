@@ -44,7 +44,7 @@ def main(
     if not results.is_dir():
         raise ValueError(f"--results {results} is no folder")
     if out is None:
-        out = DRAWN if results == RESULTS else results / "figures"
+        out = DRAWN if results.resolve() == RESULTS.resolve() else results / "figures"
     require_folder(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     written = [file for draw in FIGURES for file in draw(results, out)]

@@ -27,7 +27,8 @@ from loglinear.training.trainer import LogLinearTrainer, quiet, training_argumen
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where a run stands: its last checkpoint, and whether its time ended it before its last step, or a signal came."""
+    """Where a run stands: its last checkpoint, and whether its time ended it before its last step, or a signal came
+    (to this process, if that was in the last step)."""
 
     checkpoint: Path | None
     step: int

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from experiments.ablations import CHOICES, ablation
-from experiments.results import OF_A_RUN
 from experiments.runs import kind_recipe
 from loglinear.recipes.comparison import KINDS
 
+OF_A_RUN = ("seed", "compile", "tokenizer")  # what a command says
 RESULTS = Path(__file__).parents[2] / "results"
 RUNS = {
     **{f"long-text-{kind}": kind_recipe("long_text", kind, miniature=False) for kind in KINDS},

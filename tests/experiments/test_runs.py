@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from experiments import runs
-from experiments.results import read_results
+from experiments.results import read_results, require_replaceable
 from experiments.runs import Options, begun, kind_recipe, train_and_evaluate, training_summary
 from loglinear.training.json_files import write_object
 from loglinear.training.run_folder import write_run
@@ -70,6 +70,20 @@ def test_a_result_of_another_recipe_is_not_replaced(tmp_path, monkeypatch):
         train_and_evaluate(recipe, tmp_path / "run", lambda model, recipe: {}, "tiny", options(tmp_path, seed=3))
 
 
+def test_a_result_of_another_evaluation_or_other_data_is_not_replaced(tmp_path):
+    recipe, file = tiny_recipe(tmp_path), tmp_path / "tiny.json"
+    asked, data = {"data": ["a.txt"], "examples": 200}, {"train": {"fingerprint": "a"}}
+    require_replaceable(file, recipe, asked, data)  # there is none
+    written = {"seed": 0, "parameters": 1, "versions": {}, "training": {}, "evaluation": asked, "data": data}
+    write_object(file, {**written, "recipe": recipe.to_dict()})
+    elsewhere = recipe.override(compile=True, tokenizer="there/tokenizer", data=("there/text",))
+    require_replaceable(file, elsewhere, asked, data)
+    with pytest.raises(ValueError, match="differs in evaluation data, examples: give --results another folder"):
+        require_replaceable(file, recipe, {"data": [], "examples": 4})
+    with pytest.raises(ValueError, match="differs in training data: give"):
+        require_replaceable(file, recipe, asked, {"train": {"fingerprint": "b"}})
+
+
 def test_where_no_result_can_be_written_is_said_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "train", lambda *args, **given: pytest.fail("there was nothing to train"))
     (tmp_path / "results").write_text("")
@@ -80,4 +94,8 @@ def test_where_no_result_can_be_written_is_said_before_training(tmp_path, monkey
 def test_a_file_that_is_no_result_is_named(tmp_path):
     (tmp_path / "needle-linear.json").write_text("{}")
     with pytest.raises(ValueError, match="needle-linear.json is no result of an experiment: it has no 'seed'"):
+        read_results(tmp_path, "needle", ["linear"])
+    parts = dict.fromkeys(("seed", "parameters", "versions", "recipe", "training", "evaluation"))
+    write_object(tmp_path / "needle-linear.json", parts)
+    with pytest.raises(ValueError, match="needle-linear.json is no result of an experiment: its 'recipe' is no object"):
         read_results(tmp_path, "needle", ["linear"])
