@@ -111,7 +111,8 @@ def run(
 
     name = f"needle-{kind}" if levels is None else f"needle-{kind}-levels{levels}"
     asked = {"data": data or [], "examples": examples}
-    train_and_evaluate(recipe, out, evaluate, name, options, asked=asked, tokenizer=str(tokenizer), num_levels=levels)
+    overrides = {"tokenizer": str(tokenizer), "num_levels": recipe.model["num_levels"] if levels is None else levels}
+    train_and_evaluate(recipe, out, evaluate, name, options, asked=asked, **overrides)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from loglinear.recipes import TrainingRecipe
 from loglinear.training.json_files import read_object
 
 SEED = r"(-seed\d+)?"  # behind a name
-OF_A_RUN = ("seed", "compile", "tokenizer", "data")  # of a recipe: what a command says of the machine and its folders
+OF_A_RUN = ("summary", "seed", "compile", "tokenizer", "data")  # of a recipe: its words, seed, machine and folders
 TRAINING_DATA = "training data"  # how differences call a result's "data", with its fingerprints
 NEEDED = ("seed", "parameters", "versions", "recipe", "training", "evaluation")
 Result = dict[str, Any]  # what `experiments.runs.train_and_evaluate` writes

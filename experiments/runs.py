@@ -117,10 +117,12 @@ def train_and_evaluate(
     asked = asked or {}
     recipe = begun(recipe, out, **options.overrides, **overrides)
     result = result_file(options.results / "miniature" if options.miniature else options.results, name, recipe.seed)
-    require_folder(result.parent, "--results")
+    for folder in (options.results, result.parent):
+        require_folder(folder, "--results")
     result.parent.mkdir(parents=True, exist_ok=True)
-    require_replaceable(result, recipe, asked)
-    state = train(recipe, out, resume=(out / RUN_FILE).exists(), minutes=options.minutes, label=name)
+    resume = (out / RUN_FILE).exists()
+    require_replaceable(result, recipe, asked, read_run(out)["data"] if resume else None)
+    state = train(recipe, out, resume=resume, minutes=options.minutes, label=name)
     if state.interrupted:
         raise Interrupted(f"stopped at step {state.step} of {recipe.steps}, saved in {out}: the same command goes on")
     stored = read_run(out)

@@ -91,6 +91,9 @@ def test_another_number_of_levels_is_a_result_of_its_own(tmp_path, monkeypatch):
     common = dict(tokenizer=tmp_path / "bytes", results=tmp_path, examples=1, levels=4)
     needle.run("log_linear", tmp_path / "run", **common)
     assert read_object(tmp_path / "needle-log_linear-levels4.json")["recipe"]["model"]["num_levels"] == 4
+    with pytest.raises(ValueError, match="num_levels"):  # or the same folder would give the recipe's result
+        needle.run("log_linear", tmp_path / "run", **{**common, "levels": None})
+    assert not (tmp_path / "needle-log_linear.json").exists()
     with pytest.raises(ValueError, match="--levels goes with --kind log_linear, got linear"):
         needle.run("linear", tmp_path / "linear", **common)
 

@@ -89,6 +89,9 @@ def test_where_no_result_can_be_written_is_said_before_training(tmp_path, monkey
     (tmp_path / "results").write_text("")
     with pytest.raises(ValueError, match="--results must be a folder, got the file .*results"):
         train_and_evaluate(tiny_recipe(tmp_path), tmp_path / "run", lambda *_: {}, "tiny", options(tmp_path))
+    with pytest.raises(ValueError, match="--results must be a folder, got the file .*results"):
+        small = options(tmp_path, miniature=True)
+        train_and_evaluate(tiny_recipe(tmp_path), tmp_path / "run", lambda *_: {}, "tiny", small)
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path):
