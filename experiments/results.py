@@ -39,7 +39,7 @@ def require_replaceable(
     if training_data is not None:
         ours[TRAINING_DATA] = training_data
     theirs = _conditions(_read_result(file))
-    if differing := [name for name, value in ours.items() if theirs.get(name) != value]:
+    if differing := _differing(ours, theirs, ours):
         raise ValueError(
             f"{file} is of a run that differs in {', '.join(differing)}: give --results another folder, or move it away"
         )
@@ -66,13 +66,17 @@ def read_seeds(results: Path, experiment: str, names: Iterable[str]) -> dict[str
         runs = [_read_result(file) for file in files]
         for file, run in zip(files[1:], runs[1:], strict=True):
             ours, theirs = _conditions(run), _conditions(runs[0])
-            if differing := [part for part in ours | theirs if ours.get(part) != theirs.get(part)]:
+            if differing := _differing(ours, theirs, ours | theirs):
                 raise ValueError(f"{files[0]} and {file} differ in more than the seed: in {', '.join(differing)}")
         if len({run["seed"] for run in runs}) < len(runs):
             raise ValueError(f"{', '.join(map(str, files))}: two are of the same seed")
         if runs:
             found[name] = sorted(runs, key=lambda run: run["seed"])
     return found
+
+
+def _differing(ours: dict[str, Any], theirs: dict[str, Any], names: Iterable[str]) -> list[str]:
+    return [name for name in names if ours.get(name) != theirs.get(name)]
 
 
 def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 import pytest
-import torch
 
-from loglinear.training.train import train
-from tests.training.tiny import tiny_recipe, write_text
+from tests.training.tiny import train_tiny, write_text
 
 
 @pytest.fixture(scope="module")
@@ -13,7 +11,4 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, text):
     """A trained tiny model's folder."""
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("runs") / "run"
-    train(tiny_recipe(text), out, progress=False)
-    return out
+    return train_tiny(text, tmp_path_factory.mktemp("runs") / "run")

@@ -21,7 +21,7 @@ from loglinear.training.data import IGNORED, PackedRows, load_corpus
 from loglinear.training.tokenizer import ByteTokenizer
 from loglinear.training.train import train
 from loglinear.training.trainer import LogLinearTrainer
-from tests.training.tiny import tiny_recipe, write_text
+from tests.training.tiny import tiny_recipe, train_tiny, write_text
 
 # Trains the tiny recipe in a process of its own, which `sabotage` ends somewhere.
 SCRIPT = """
@@ -79,10 +79,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, data):
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    train(tiny_recipe(data), out, progress=False)
-    return out
+    return train_tiny(data, tmp_path_factory.mktemp("runs") / "uninterrupted")
 
 
 def assert_same_run(out, reference):

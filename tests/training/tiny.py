@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loglinear.recipes import TrainingRecipe
+from loglinear.training.train import train
 
 
 def write_text(folder: Path) -> Path:
@@ -45,3 +48,10 @@ def tiny_recipe(data: Path, **changes: Any) -> TrainingRecipe:
         "validation_fraction": 0.25,
     }
     return TrainingRecipe(**{**values, **changes})
+
+
+def train_tiny(data: Path, out: Path) -> Path:
+    """The folder of a run of the tiny recipe, from its beginning to its end."""
+    torch.set_num_threads(1)
+    train(tiny_recipe(data), out, progress=False)
+    return out
