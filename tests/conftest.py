@@ -25,6 +25,16 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if not item.get_closest_marker(other)]
 
 
+def pytest_terminal_summary(terminalreporter):
+    """The counts that tests in tests/soak recorded with `record_property("soak", text)`."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    counts = [text for report in reports for name, text in report.user_properties if name == "soak"]
+    if counts:
+        terminalreporter.section("soak")
+        for text in sorted(counts):
+            terminalreporter.line(text)
+
+
 @pytest.fixture(autouse=True)
 def _reproducible():
     import torch
