@@ -12,7 +12,6 @@ level(t, s) = bit_length(t XOR s) (see `loglinear.fenwick`). With all lambda equ
 # B batch, T time, G query/key groups, H value heads, K key, V value, L levels, N sequences
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,12 +20,11 @@ from torch import Tensor
 
 from loglinear.fenwick import num_blocks
 from loglinear.ops import impl_triton
+from loglinear.ops.announcement import announce
 from loglinear.ops.impl_reference import run as run_reference
 from loglinear.ops.impl_torch import run as run_torch
 from loglinear.ops.problem import Problem, unit_length
 from loglinear.ops.state import FenwickState, check_family
-
-logger = logging.getLogger(__name__)
 
 
 class LogLinearOutput(NamedTuple):
@@ -40,7 +38,6 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "torch": run_torch,
     "reference": run_reference,
 }
-_announced: set[str] = set()
 
 
 def log_linear_attention(
@@ -164,21 +161,20 @@ def _dispatch(
     )  # fmt: skip
     if initial_state is not None:
         _check_state(initial_state, tensors, problem.num_sequences, chunk_size)
-    chosen = _automatic(problem) if impl == "auto" else impl
-    if not torch.compiler.is_compiling() and operator + chosen not in _announced:
-        _announced.add(operator + chosen)
-        logger.info("%s runs with impl=%r", operator, chosen)
+    chosen, reason = _automatic(problem) if impl == "auto" else (impl, None)
+    announce(operator, chosen, reason)
     with torch.autocast(v.device.type, enabled=False):  # the accumulation in float32 is a promise, not a preference
         output, final_state = IMPLEMENTATIONS[chosen](problem)
     return LogLinearOutput(output.to(v.dtype), final_state)
 
 
-def _automatic(problem: Problem) -> str:
-    """triton where it can serve on a GPU; a single token is not worth kernels for chunks."""
+def _automatic(problem: Problem) -> tuple[str, str | None]:
+    """triton where it can serve on a GPU, and why it cannot; a single token is not worth kernels for chunks."""
     is_step = problem.initial_state is not None and problem.v.shape[1] == 1
-    if problem.v.device.type == "cuda" and not is_step and impl_triton.unsupported(problem) is None:
-        return "triton"
-    return "torch"
+    if problem.v.device.type != "cuda" or is_step:
+        return "torch", None
+    reason = impl_triton.unsupported(problem)
+    return ("triton", None) if reason is None else ("torch", reason)
 
 
 def _check_tensors(tensors: dict[str, Tensor | None]) -> None:

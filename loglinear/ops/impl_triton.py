@@ -7,24 +7,50 @@ chunks start where the unfinished one started, and the outputs of the buffered t
 # N sequences, T time, C chunk, H heads, G groups, K key, V value
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 from dataclasses import replace
+from importlib import metadata, util
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from loglinear.ops.problem import MIN_LOG_DECAY, Problem
 from loglinear.ops.state import DecodeState, FenwickState
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+OLDEST_TRITON = "3.4"  # 3.3 refuses `load_ahead`, whose branches return different types; torch 2.8 brings 3.4
 MAX_HEAD_DIM = 256
+
+
+def _triton_version() -> str | None:
+    """The version of the installed Triton, None without one. Its own metadata say it: importing it takes a second."""
+    if util.find_spec("triton") is None:
+        return None
+    for distribution in ("triton", "pytorch-triton", "triton-windows"):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return importlib.import_module("triton").__version__
+
+
+def _no_triton(version: str | None) -> str | None:
+    """The need that this version of Triton does not meet."""
+    if version is None:
+        return "needs the package triton (it comes with CUDA builds of torch)"
+    if TorchVersion(version) < OLDEST_TRITON:
+        return f"needs Triton {OLDEST_TRITON} or newer (it comes with torch 2.8), got {version}"
+    return None
+
+
+NO_TRITON = _no_triton(_triton_version())
 
 
 def availability() -> str:
     """For `loglinear info`: can this machine run these kernels?"""
-    if not HAS_TRITON:
-        return "no: triton is not installed"
+    if NO_TRITON is not None:
+        return f"no: it {NO_TRITON}"
     if torch.cuda.is_available():
         return f"yes, on {torch.cuda.get_device_name()}"
     return "no: there is no CUDA GPU"
@@ -32,8 +58,8 @@ def availability() -> str:
 
 def _unavailable(device: torch.device) -> str | None:
     """Why no kernel can run on this device."""
-    if not HAS_TRITON:
-        return "impl='triton' needs the package triton (it comes with CUDA builds of torch); use impl='torch'"
+    if NO_TRITON is not None:
+        return f"impl='triton' {NO_TRITON}; use impl='torch'"
     if device.type != "cuda" and not _is_interpreted():
         return f"impl='triton' needs CUDA tensors, got {device.type}; use impl='torch'"
     return None

@@ -15,6 +15,7 @@ from loglinear.fenwick import num_blocks
 from loglinear.kernels import MIN_LOG_DECAY
 from loglinear.kernels import torch as kernels
 from loglinear.ops import impl_triton
+from loglinear.ops.announcement import announce
 from loglinear.ops.problem import unit_length
 from loglinear.ops.state import DecodeState, check_family
 
@@ -81,7 +82,11 @@ def _step(
     reason = impl_triton.unsupported_step(q, v, state)
     if impl == "triton" and reason is not None:
         raise ValueError(reason)
-    if impl == "triton" or (impl == "auto" and reason is None and v.device.type == "cuda"):
+    on_gpu = v.device.type == "cuda"
+    chosen = "triton" if impl == "triton" or (impl == "auto" and reason is None and on_gpu) else "torch"
+    operator = "log_linear_attention_step" if beta is None else "log_linear_delta_rule_step"
+    announce(operator, chosen, reason if impl == "auto" and on_gpu else None)
+    if chosen == "triton":
         from loglinear.kernels.triton import step
 
         s = state.fenwick
