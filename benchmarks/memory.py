@@ -1,7 +1,7 @@
 """Memory by length: prefill, decoding and training of the paper's models, log-linear, linear and softmax.
 
     python -m benchmarks.memory --out results/memory-h100.json
-    python -m benchmarks.memory --plot results/memory-h100.json     # docs/memory.svg from the numbers, anywhere
+    python -m experiments.figures                                   # draws them
 
 GiB that the device held at the peak, weights included (training: and gradients; one row, every block checkpointed, no
 optimizer), and what one sequence leaves in the cache. Weights are random and bf16.
@@ -10,7 +10,6 @@ optimizer), and what one sequence leaves in the cache. Weights are random and bf
 # T tokens
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -103,38 +101,15 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         console.print(table)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """One panel for each kind of work: GiB against tokens, both logarithmic."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    for axes, work in zip(figure.subplots(1, len(WORK)), WORK, strict=True):
-        for index, name in enumerate(dict.fromkeys(row["model"] for row in rows)):
-            mine = [r for r in rows if (r["model"], r["work"]) == (name, work) and "failed" not in r]
-            # Of decoding the cache alone: the weights are the same at every length.
-            sizes = [r["cache_gib" if work == "decode" else "peak_gib"] for r in mine]
-            axes.plot([r["T"] for r in mine], sizes, f"C{index}o-", label=name)
-        label = "GiB, cache of one sequence" if work == "decode" else "GiB at the peak"
-        axes.set(title=work, xlabel="tokens", ylabel=label, xscale="log", yscale="log")
-        axes.grid(alpha=0.3, which="both")
-        axes.set_xticks(LENGTHS, [f"{T // 1024}K" for T in LENGTHS])
-    axes.legend()
-    figure.savefig(path)
-
-
 def main(
     out: Annotated[Path | None, typer.Option(help="write the numbers to this JSON file")] = None,
-    plot_from: Annotated[Path | None, typer.Option("--plot", help="draw docs/memory.svg from such a file")] = None,
 ) -> None:
-    """Measure memory by length on a GPU, or draw what was measured."""
-    console = Console(width=200)
-    if plot_from is not None:
-        rows = json.loads(plot_from.read_text())["rows"]
-        plot(rows, Path("docs/memory.svg"))
-        return show(rows, console)
+    """Measure memory by length on a GPU."""
     check_options("cuda", out)
     described = about("memory", "cuda")
     with Progress(console=Console(stderr=True), transient=True) as progress:
         rows = measure(progress, lambda rows: keep(out, described, rows))
-    show(rows, console)
+    show(rows, Console(width=200))
 
 
 if __name__ == "__main__":

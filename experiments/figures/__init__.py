@@ -13,12 +13,15 @@ import typer
 
 from experiments.figures.ablations import ablations
 from experiments.figures.long_text import long_text
+from experiments.figures.memory import memory
 from experiments.figures.mqar import mqar
 from experiments.figures.needle import needle
+from experiments.figures.pictures import pictures
+from experiments.figures.speed import speed
 from loglinear.training.run_folder import require_folder
 
-# Each draws and writes what it can of the results that there are, and says which files these are.
-FIGURES: tuple[Callable[[Path, Path], list[Path]], ...] = (long_text, ablations, needle, mqar)
+# Each draws what the results allow and returns the files that it wrote.
+FIGURES: tuple[Callable[[Path, Path], list[Path]], ...] = (long_text, ablations, needle, mqar, speed, memory)
 RESULTS, DRAWN = Path("results"), Path("docs/figures")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -50,4 +53,5 @@ def main(
     written = [file for draw in FIGURES for file in draw(results, out)]
     if not written:
         raise ValueError(f"--results {results} has no result of an experiment")
+    written += pictures(out)
     print("\n".join(map(str, written)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.figures.curves import draw_differences, draw_positions, draw_training
 from experiments.figures.tables import (
     COST_COLUMNS,
     MISSING,
@@ -17,7 +18,6 @@ from experiments.figures.tables import (
     title,
 )
 from experiments.results import Result, read_results
-from loglinear.evaluation.plots import plot_differences, plot_losses, plot_positions
 from loglinear.recipes.comparison import KINDS
 from loglinear.training.json_files import write_atomically
 
@@ -29,21 +29,21 @@ def long_text(results: Path, out: Path) -> list[Path]:
     found = read_results(results, "long-text", KINDS)
     if not found:
         return []
-    table, positions, training, differences = (
-        out / f"long-text{name}" for name in (".md", "-positions.png", "-training.png", "-differences.png")
-    )
+    table = out / "long-text.md"
+    write_atomically(table, perplexity_table(found, "model", REFERENCE))
     length = next(iter(found.values()))["recipe"]["seq_len"]
     longest = {kind: max(windows(result).items())[1] for kind, result in found.items()}
     curves = {kind: window["by_position"] for kind, window in longest.items()}
-    plot_positions(positions, curves, training_length=length)
-    plot_losses(training, {kind: result["training"]["curve"] for kind, result in found.items()})
-    write_atomically(table, perplexity_table(found, "model", REFERENCE))
-    if REFERENCE not in longest or len(longest) == 1:
-        return [table, positions, training]
-    reference = longest[REFERENCE]["by_document"]
-    less = {kind: difference(window["by_document"], reference) for kind, window in longest.items()}
-    plot_differences(differences, less, reference=REFERENCE, training_length=length)
-    return [table, positions, training, differences]
+    training = {kind: result["training"]["curve"] for kind, result in found.items()}
+    written = [table, *draw_positions(out / "long-text-positions.svg", curves, training_length=length)]
+    written += draw_training(out / "long-text-training.svg", training)
+    if REFERENCE in longest and len(longest) > 1:
+        base = longest[REFERENCE]["by_document"]
+        less = {kind: difference(longest[kind]["by_document"], base) for kind in longest if kind != REFERENCE}
+        written += draw_differences(
+            out / "long-text-differences.svg", less, reference=REFERENCE, training_length=length
+        )
+    return written
 
 
 def perplexity_table(found: dict[str, Result], column: str, reference: str) -> str:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from experiments.figures.retrieval import draw_depths, draw_recall, draw_retrieval, line_of
 from experiments.figures.tables import (
     COST_COLUMNS,
     MISSING,
@@ -18,7 +19,6 @@ from experiments.figures.tables import (
 )
 from experiments.results import SEED, Result, read_seeds, seed_suffix
 from loglinear.evaluation.needle import TASKS
-from loglinear.evaluation.plots import plot_needle, plot_retrieval
 from loglinear.recipes.comparison import KINDS
 from loglinear.training.json_files import write_atomically
 
@@ -26,21 +26,25 @@ LEVELS = re.compile(rf"needle-(log_linear-levels(\d+)){SEED}\.json")  # of `expe
 
 
 def needle(results: Path, out: Path) -> list[Path]:
-    """needle.png with a panel for each task, needle-KIND.png with a map of lengths and depths for each seed, and
-    needle.md; other numbers of levels are kinds of their own."""
+    """needle.svg with a panel for each task, recall.svg with two of them, needle-KIND.svg with a map of lengths and
+    depths for each seed, and needle.md; other numbers of levels are kinds of their own."""
     others = {match[1]: int(match[2]) for file in results.iterdir() if (match := LEVELS.fullmatch(file.name))}
     found = read_seeds(results, "needle", (*KINDS, *sorted(others, key=lambda name: others[name])))
     if not found:
         return []
     models = {kind: [run["evaluation"]["tasks"] for run in runs] for kind, runs in found.items()}
     length = next(iter(found.values()))[0]["recipe"]["seq_len"]
-    table, together = out / "needle.md", out / "needle.png"
+    table = out / "needle.md"
     write_atomically(table, _table(found))
-    plot_retrieval(together, models, training_length=length)
-    maps = {out / f"needle-{kind}{seed_suffix(run['seed'])}.png": run for kind, runs in found.items() for run in runs}
-    for file, run in maps.items():
-        plot_needle(file, run["evaluation"]["tasks"])
-    return [table, together, *maps]
+    written = [table, *draw_retrieval(out / "needle.svg", models, training_length=length)]
+    written += draw_recall(out / "recall.svg", models, training_length=length)
+    for kind, runs in found.items():
+        for run in runs:
+            label = f"{line_of(kind).label}, seed {run['seed']}"
+            written += draw_depths(
+                out / f"needle-{kind}{seed_suffix(run['seed'])}.svg", label, run["evaluation"]["tasks"]
+            )
+    return written
 
 
 def _table(found: dict[str, list[Result]]) -> str:

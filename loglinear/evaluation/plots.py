@@ -1,8 +1,8 @@
-"""Figures: loss against tokens and against position, the difference of two models, retrieval by length and depth."""
+"""Figures of one run: loss against steps and against position, needles found by length and depth."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import SymmetricalLogLocator
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
@@ -58,19 +57,6 @@ def plot_positions(path: Path, curves: Curves, *, training_length: int | None = 
     figure.savefig(path, dpi=150)
 
 
-def plot_differences(path: Path, curves: Curves, *, reference: str, training_length: int | None = None) -> None:
-    """Draw by how much each named model's loss is above that of `reference`, against position; below zero is better.
-
-    Beyond 0.01 bits per byte the axis is logarithmic: one model may fail where the others differ by a hundredth.
-    """
-    figure, axes = _axes(f"Validation loss less that of {reference}", "position (tokens)", "bits per byte")
-    _draw_curves(axes, curves, training_length)
-    axes.set_yscale("symlog", linthresh=0.01)
-    axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=0.01, subs=[0.2, 0.5, 1]))
-    axes.yaxis.set_major_formatter("{x:.3g}")
-    figure.savefig(path, dpi=150)
-
-
 def _draw_curves(axes: Axes, curves: Curves, training_length: int | None) -> None:
     for index, (name, curve) in enumerate(curves.items()):
         bits, errors = np.array(curve["bits_per_byte"], float), np.array(curve["standard_error"], float)
@@ -91,42 +77,23 @@ def plot_needle(path: Path, tasks: Tasks) -> None:
     for (task, results), axes in zip(tasks.items(), maps, strict=True):
         image = _draw_depths(axes, results)
         axes.set(title=task, xlabel="length (tokens)", ylabel="depth")
-    _draw_accuracies(lines, "Values found", {task: [results] for task, results in tasks.items()})
-    lines.set_ylabel("accuracy")
-    lines.legend()
+    _draw_accuracies(lines, tasks)
     figure.colorbar(image, ax=maps, label="accuracy")
     figure.savefig(path, dpi=150)
 
 
-def plot_retrieval(path: Path, models: Mapping[str, Sequence[Tasks]], *, training_length: int | None = None) -> None:
-    """Draw accuracy against length for each named model, in a panel for each task; a model has a run for each seed."""
-    tasks = list(dict.fromkeys(task for runs in models.values() for run in runs for task in run))
-    figure = Figure(figsize=(3 + 3 * len(tasks), 4), layout="constrained")
-    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
-    for task, axes in zip(tasks, panels, strict=True):
-        _draw_accuracies(axes, task, {name: [run.get(task, []) for run in runs] for name, runs in models.items()})
-        if training_length is not None:
-            axes.axvline(training_length, color="grey", ls=":", label="training length")
-        axes.tick_params(axis="x", rotation=90)
-    panels[0].set_ylabel("values found")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
-    figure.savefig(path, dpi=150)
-
-
-def _draw_accuracies(axes: Axes, title: str, curves: Mapping[str, Sequence[list[dict[str, Any]]]]) -> None:
-    """Accuracy against length for each name: of one run with its standard error over examples, of several their mean,
-    and each of them as a thin dashed line."""
-    for name, runs in curves.items():
-        lengths = [result["length"] for result in runs[0]]
-        accuracies_RL = np.array([[result["accuracy"] for result in run] for run in runs])
-        errors = [result["standard_error"] for result in runs[0]] if len(runs) == 1 else None
-        line = axes.errorbar(lengths, accuracies_RL.mean(0), errors, fmt=".-", capsize=3, label=name).lines[0]
-        if len(runs) > 1:
-            axes.plot(lengths, accuracies_RL.T, color=line.get_color(), lw=0.8, ls="--")
-    axes.set(title=title, xlabel="length (tokens)", ylim=(-0.03, 1.03))
+def _draw_accuracies(axes: Axes, tasks: Tasks) -> None:
+    """Accuracy against length for each task, with its standard error over examples."""
+    for task, results in tasks.items():
+        lengths, accuracies, errors = (
+            [result[name] for result in results] for name in ("length", "accuracy", "standard_error")
+        )
+        axes.errorbar(lengths, accuracies, errors, fmt=".-", capsize=3, label=task)
+    axes.set(title="Values found", xlabel="length (tokens)", ylabel="accuracy", ylim=(-0.03, 1.03))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.grid(alpha=0.3)
+    axes.legend()
 
 
 def _draw_depths(axes: Axes, results: list[dict[str, Any]]) -> AxesImage:

@@ -1,18 +1,24 @@
 """Figures and tables of results that were made up: what a table says is what the results say."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments.figures.ablations import ablations
 from experiments.figures.long_text import difference
+from experiments.figures.memory import memory
 from experiments.figures.mqar import mqar
 from experiments.figures.needle import needle
+from experiments.figures.pictures import pictures as draw_pictures
+from experiments.figures.speed import speed
 from loglinear.evaluation.mqar import gather
 from loglinear.evaluation.needle import NeedleScores
 from loglinear.training.json_files import write_object
 from tests.evaluation.mqar.tiny import result_of, tiny_cell
+
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 def result(evaluation, tokens=5e6, device="a GPU"):
@@ -86,6 +92,16 @@ def needles(found, lengths=(32, 128), examples=4):
     return {"data": ["a.txt"], "examples": examples, "tasks": {"single_1": tasks, "multikey_1": tasks[:1]}}
 
 
+def drawn(folder):
+    return {path.name for path in folder.glob("*.svg")}
+
+
+def pictures(*runs):
+    """The figures of needles: all runs together, two tasks of them, and a map of each run; each for two themes."""
+    names = ("needle", "recall", *(f"needle-{run}" for run in runs))
+    return {f"{name}{theme}.svg" for name in names for theme in ("", "-dark")}
+
+
 def test_needle_table_has_a_row_for_each_task_and_model(tmp_path):
     write_object(tmp_path / "needle-log_linear.json", result(needles((4, 2))))
     write_object(tmp_path / "needle-linear.json", result(needles((1, 0)), device="a CPU"))
@@ -101,9 +117,7 @@ def test_needle_table_has_a_row_for_each_task_and_model(tmp_path):
     assert [row[0] for row in table[6:8]] == ["multikey_1, linear", "multikey_1, log-linear"]
     assert [row[2] for row in table[6:8]] == ["-", "-"]
     assert "4 examples of every task and length, in a.txt" in text and "a CPU or a GPU" in text
-    pictures = {path.name for path in tmp_path.glob("*.png")}
-    names = ("linear", "log_linear", "log_linear-levels9", "log_linear-levels10")
-    assert pictures == {"needle.png", *(f"needle-{name}.png" for name in names)}
+    assert drawn(tmp_path) == pictures("linear", "log_linear", "log_linear-levels9", "log_linear-levels10")
 
 
 def test_needle_table_and_figures_have_every_seed(tmp_path):
@@ -119,9 +133,7 @@ def test_needle_table_and_figures_have_every_seed(tmp_path):
         *(["linear", seed] for seed in ["0", "2", "10"]),
         ["log-linear-levels9", "1"],
     ]
-    pictures = {path.name for path in tmp_path.glob("*.png")}
-    names = ("linear", "linear-seed2", "linear-seed10", "log_linear-levels9-seed1")
-    assert pictures == {"needle.png", *(f"needle-{name}.png" for name in names)}
+    assert drawn(tmp_path) == pictures("linear", "linear-seed2", "linear-seed10", "log_linear-levels9-seed1")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +167,16 @@ def test_how_a_seed_was_run_does_not_matter(tmp_path):
     write_object(tmp_path / "needle-linear.json", {**one, "recipe": {"seq_len": 64, "compile": True}})
     write_object(tmp_path / "needle-linear-seed1.json", {**one, "seed": 1})
     needle(tmp_path, tmp_path)
-    assert (tmp_path / "needle-linear-seed1.png").exists()
+    assert (tmp_path / "needle-linear-seed1.svg").exists()
+
+
+def test_figures_are_the_same_bytes_each_time(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        speed(RESULTS, folder), memory(RESULTS, folder), draw_pictures(folder)
+    assert drawn(first) == drawn(second) and "speed.svg" in drawn(first) and "buckets-dark.svg" in drawn(first)
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in drawn(first))
 
 
 def test_mqar_tables_keep_ours_the_papers_and_other_choices_apart(tmp_path):

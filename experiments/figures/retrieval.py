@@ -1,0 +1,138 @@
+"""Needles found: accuracy by length of all models, and by length and depth of one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.figures.speed import token_axis
+from experiments.figures.style import MODELS, Line, Theme, draw
+
+Tasks = Mapping[str, list[dict[str, Any]]]  # task -> `NeedleScores.to_dict` with their `length`, in its order
+Models = Mapping[str, Sequence[Tasks]]  # kind -> a run for each seed
+
+TITLES = {
+    "single_1": "one needle in noise",
+    "single_2": "one needle in text",
+    "multikey_1": "one of four keys, in text",
+    "multivalue": "four values of one key",
+    "multiquery": "four keys at once",
+}
+README_TASKS = ("single_2", "multikey_1")
+
+
+def line_of(kind: str) -> Line:
+    """How a kind is drawn; a log-linear model with another number of levels has a label that says so."""
+    levels = re.fullmatch(r"log_linear-levels(\d+)", kind)
+    return Line(f"log-linear Mamba-2, {levels[1]} levels", "#7f4f24", "P") if levels else MODELS[kind]
+
+
+def draw_retrieval(file: Path, models: Models, *, training_length: int) -> list[Path]:
+    """A panel for each task: lines are means over seeds, points are the seeds."""
+    tasks = [task for task in TITLES if any(task in run for runs in models.values() for run in runs)]
+    return draw(file, lambda theme: _panels(models, tasks, training_length))
+
+
+def draw_recall(file: Path, models: Models, *, training_length: int) -> list[Path]:
+    """The two panels of `draw_retrieval` that tell most: needles in text, and among other keys."""
+    compared = {kind: runs for kind, runs in models.items() if kind in MODELS}
+    tasks = [task for task in README_TASKS if any(task in run for runs in compared.values() for run in runs)]
+    return draw(file, lambda theme: _panels(compared, tasks, training_length)) if tasks else []
+
+
+def _panels(models: Models, tasks: Sequence[str], training_length: int) -> Figure:
+    columns = min(3, len(tasks) + (len(tasks) > 2))
+    rows = -(-(len(tasks) + 1) // columns) if len(tasks) > 2 else 1
+    figure = Figure(figsize=(7.5, 3.9 if rows == 1 else 0.8 + 2.6 * rows))
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for task, axes in zip(tasks, panels, strict=False):
+        for kind, runs in models.items():
+            _draw_accuracies(axes, line_of(kind), [run[task] for run in runs if task in run])
+        axes.axvline(training_length, color=matplotlib.rcParams["text.color"], ls=":", lw=1)
+        axes.set_title(TITLES[task], fontsize=10.5, fontweight="normal")
+        lengths = sorted({score["length"] for runs in models.values() for run in runs for score in run.get(task, [])})
+        if lengths:
+            token_axis(axes, lengths)
+        axes.set(ylim=(-4, 104))
+        axes.grid(alpha=0.6)
+    for axes in panels[len(tasks) :]:
+        axes.axis("off")
+    for axes in panels[::columns]:
+        axes.set_ylabel("values found (%)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    if rows == 1:
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    else:
+        panels[-1].legend(handles, labels, loc="center", frameon=False, fontsize=9)
+    panels[0].set_xlabel("tokens of the text (dotted: training)", fontsize=10, loc="left")
+    figure.suptitle(_conclusion(models), x=0.01, ha="left", fontweight="bold", fontsize=12.5)
+    return figure
+
+
+def _conclusion(models: Models, task: str = "single_2") -> str:
+    """One needle in text at the longest length that a linear model has been asked for."""
+    means = {
+        kind: {length: 100 * np.mean([s["accuracy"] for s in scores]) for length, scores in _by_length(runs, task)}
+        for kind, runs in models.items()
+        if kind in ("log_linear", "linear", "hybrid")
+    }
+    if not means.get("log_linear") or not means.get("linear"):
+        return "Values found by length"
+    length = sorted(means["linear"])[len(means["linear"]) // 2]
+    found = [f"{kind.replace('_', '-')} {means[kind][length]:.0f} %" for kind in means]
+    return f"One needle in {length:,} tokens: {', '.join(found)}"
+
+
+def _by_length(runs: Sequence[Tasks], task: str) -> list[tuple[int, list[dict[str, Any]]]]:
+    scores = [score for run in runs for score in run.get(task, [])]
+    lengths = sorted({score["length"] for score in scores})
+    return [(length, [score for score in scores if score["length"] == length]) for length in lengths]
+
+
+def _draw_accuracies(axes: Axes, line: Line, runs: Sequence[list[dict[str, Any]]]) -> None:
+    if not runs:
+        return
+    lengths = [score["length"] for score in runs[0]]
+    percent_RL = 100 * np.array([[score["accuracy"] for score in run] for run in runs])
+    seeds = f"{len(runs)} seeds" if len(runs) > 1 else "1 seed"
+    axes.plot(lengths, percent_RL.mean(0), color=line.colour, label=f"{line.label}, {seeds}", lw=1.8)
+    for percent_L in percent_RL:
+        axes.plot(lengths, percent_L, line.marker, color=line.colour, ms=4.5, alpha=0.8)
+
+
+def draw_depths(file: Path, label: str, tasks: Tasks) -> list[Path]:
+    """Maps of one run: what was found by the length of the text and by how deep the needle lay in it."""
+    return draw(file, lambda theme: _maps(label, tasks, theme))
+
+
+def _maps(label: str, tasks: Tasks, theme: Theme) -> Figure:
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(7.5, 0.9 + 2.3 * rows))
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for (task, results), axes in zip(tasks.items(), panels, strict=False):
+        depths = sorted({part["depth"] for result in results for part in result["by_depth"]})
+        table = np.full((len(depths), len(results)), np.nan)
+        for column, result in enumerate(results):
+            for part in result["by_depth"]:
+                table[depths.index(part["depth"]), column] = 100 * part["accuracy"]
+        colours = matplotlib.colormaps["viridis"].with_extremes(bad=theme.paper)
+        image = axes.pcolormesh(table, vmin=0, vmax=100, cmap=colours)
+        axes.invert_yaxis()
+        axes.set_title(TITLES.get(task, task), fontsize=10.5, fontweight="normal")
+        axes.set_xticks(np.arange(len(results)) + 0.5, [f"{result['length'] / 1024:g}K" for result in results])
+        axes.set_yticks(np.arange(len(depths)) + 0.5, [f"{100 * depth:.0f} %" for depth in depths], fontsize=8)
+    for axes in panels[len(tasks) :]:
+        axes.axis("off")
+    figure.colorbar(image, ax=list(panels), label="values found (%)", shrink=0.7)
+    figure.suptitle(f"{label}: values found by depth", x=0.01, ha="left", fontweight="bold", fontsize=12.5)
+    figure.supxlabel("tokens of the text", fontsize=10)
+    figure.supylabel("depth (0 %: the text's beginning)", fontsize=10)
+    return figure
