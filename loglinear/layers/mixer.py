@@ -19,12 +19,14 @@ from loglinear.ops import (
     log_linear_delta_rule,
     log_linear_delta_rule_step,
 )
+from loglinear.ops.state import constants
 from loglinear.variants import HeadSizes, Operands, get_variant
 from loglinear.variants.base import at_least_float32
 
 
 class MixerState(NamedTuple):
-    """What a mixer keeps of its sequences, whatever their length; every row has its own position."""
+    """A mixer's past, of a size that does not depend on its length; every row has its own position. It carries
+    gradients."""
 
     conv: Tensor  # [S, W-1, 2 G K + H V] last inputs of the convolution
     fenwick: FenwickState
@@ -37,9 +39,8 @@ class MixerDecodeState(NamedTuple):
     decode: DecodeState
 
     @classmethod
-    @torch.no_grad()
     def of(cls, state: MixerState) -> "MixerDecodeState":
-        with torch.inference_mode(False):
+        with constants():
             return cls(state.conv.clone(memory_format=torch.contiguous_format), DecodeState.of(state.fenwick))
 
     @torch.no_grad()
@@ -66,7 +67,8 @@ class MixerDecodeState(NamedTuple):
         return sum(part.nbytes for part in self.tensors)
 
     def index_select(self, rows: Tensor) -> "MixerDecodeState":
-        return MixerDecodeState(self.conv.index_select(0, rows), self.decode.index_select(rows))
+        with constants():
+            return MixerDecodeState(self.conv.index_select(0, rows), self.decode.index_select(rows))
 
 
 class Mixer(nn.Module):

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 
 from loglinear.layers import MixerDecodeState, MixerState
 from loglinear.models.configuration import LogLinearConfig
+from loglinear.ops.state import constants
 
 
 class LinearStateLayer(CacheLayerMixin):
@@ -36,7 +37,7 @@ class LinearStateLayer(CacheLayerMixin):
         elif state is not None:
             self.state = MixerDecodeState.of(state)
             if self.is_compileable:
-                with torch.inference_mode(False):
+                with constants():
                     self.columns = torch.tensor(self.columns, device=state.conv.device)
                 for part in (*self.state.tensors, self.columns):
                     torch._dynamo.mark_static_address(part)
@@ -94,7 +95,12 @@ class LinearStateLayer(CacheLayerMixin):
 
 
 class KeyValueLayer(DynamicLayer):
-    """Keys and values of one full-attention layer; grows with the sequence."""
+    """Keys and values of one full-attention layer; grows with the sequence. It keeps no gradients."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self.keys, self.values = keys.detach(), values.detach()
+        return keys, values
 
     @property
     def nbytes(self) -> int:
@@ -104,6 +110,21 @@ class KeyValueLayer(DynamicLayer):
 class StaticKeyValueLayer(StaticLayer):
     """The same in memory for a number of columns that is known."""
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        with constants():
+            self.cumulative_length = self.cumulative_length.clone()
+            super().lazy_initialization(key_states, value_states)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        kept = super().update(key_states.detach(), value_states.detach(), *args, **kwargs)
+        if not torch.is_grad_enabled():
+            return kept
+        # A backward needs them as they are now, the new ones with their gradients.
+        time = key_states.shape[2]
+        columns = self.cumulative_length - time + torch.arange(time, device=self.device)
+        keys, values = (x.index_copy(2, columns, new) for x, new in zip(kept, (key_states, value_states), strict=True))
+        return keys, values
+
     @property
     def nbytes(self) -> int:
         return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
@@ -111,6 +132,8 @@ class StaticKeyValueLayer(StaticLayer):
 
 class LogLinearCache(Cache):
     """The cache of `LogLinearModel`: `layers[i]` belongs to layer i.
+
+    No layer keeps gradients: a forward that continues from a cache treats the past as constant.
 
     max_cache_len: None, or the columns that there may be; then full-attention layers too are allocated once, and
     nothing of the cache is a number of Python's, so that torch.compile and CUDA graphs take a step
@@ -158,7 +181,7 @@ class LogLinearCache(Cache):
         now = torch.ones(rows, time, dtype=torch.bool, device=device) if real_BT is None else real_BT
         if self.columns_limit is not None:
             if self.real is None:
-                with torch.inference_mode(False):
+                with constants():
                     self.real = torch.zeros(rows, self.columns_limit, dtype=torch.bool, device=device)
                 if not torch.compiler.is_compiling():
                     torch._dynamo.mark_static_address(self.real)
@@ -177,7 +200,8 @@ class LogLinearCache(Cache):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         if self.real is not None:
-            self.real.copy_(self.real.index_select(0, beam_idx.to(self.real.device)))
+            reordered = self.real.index_select(0, beam_idx.to(self.real.device))
+            self.real = reordered if self.columns_limit is None else self.real.copy_(reordered)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)

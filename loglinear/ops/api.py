@@ -13,6 +13,7 @@ level(t, s) = bit_length(t XOR s) (see `loglinear.fenwick`). With all lambda equ
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from loglinear.ops.announcement import announce
 from loglinear.ops.impl_reference import run as run_reference
 from loglinear.ops.impl_torch import run as run_torch
 from loglinear.ops.problem import Problem, unit_length
-from loglinear.ops.state import FenwickState, check_family
+from loglinear.ops.state import FenwickState, check_family, for_backward
 
 
 class LogLinearOutput(NamedTuple):
@@ -161,6 +162,7 @@ def _dispatch(
     )  # fmt: skip
     if initial_state is not None:
         _check_state(initial_state, tensors, problem.num_sequences, chunk_size)
+        problem = replace(problem, initial_state=for_backward(initial_state))
     chosen, reason = _automatic(problem) if impl == "auto" else (impl, None)
     announce(operator, chosen, reason)
     with torch.autocast(v.device.type, enabled=False):  # the accumulation in float32 is a promise, not a preference

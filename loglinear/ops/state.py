@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +11,16 @@ from torch import Tensor
 
 from loglinear.fenwick import num_blocks
 from loglinear.kernels.torch import chunk_inverse
+
+
+@contextmanager
+def constants() -> Iterator[None]:
+    """Tensors made in here carry no gradients and may be changed in place and saved for a backward anywhere later.
+
+    `torch.inference_mode(False)` alone turns gradients on, also inside `torch.no_grad()`.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class FenwickState(NamedTuple):
@@ -85,6 +97,8 @@ class FenwickState(NamedTuple):
 class DecodeState(NamedTuple):
     """A `FenwickState` in memory of its own, which the one-token steps change in place: allocated once, never moved.
 
+    It carries no gradients: what continues from it treats the past as constant.
+
     `fenwick` can be handed to the operators as initial_state at any time, to continue with more than one token.
     With N rows, C chunk_size:
 
@@ -98,17 +112,17 @@ class DecodeState(NamedTuple):
     @classmethod
     def zeros(cls, rows: int, **sizes: Any) -> DecodeState:
         """The state of sequences that have not begun; sizes as in `FenwickState.zeros`."""
-        fenwick = FenwickState.zeros(rows, **sizes)
-        if fenwick.beta is None:
-            return cls(fenwick, None)
-        return cls(fenwick, fenwick.beta.new_zeros(*fenwick.beta.shape, fenwick.chunk_size))
+        with constants():
+            fenwick = FenwickState.zeros(rows, **sizes)
+            if fenwick.beta is None:
+                return cls(fenwick, None)
+            return cls(fenwick, fenwick.beta.new_zeros(*fenwick.beta.shape, fenwick.chunk_size))
 
     @classmethod
-    @torch.no_grad()
     def of(cls, state: FenwickState) -> DecodeState:
-        """A copy of a state, which lives in no inference mode, even if made in one."""
+        """A copy of a state without its gradients, which lives in no inference mode, even if made in one."""
         _require_fenwick(state)
-        with torch.inference_mode(False):
+        with constants():
             fenwick = FenwickState._make(
                 None if x is None else x.clone(memory_format=torch.contiguous_format) for x in state
             )
@@ -138,9 +152,16 @@ class DecodeState(NamedTuple):
 
     def index_select(self, rows: Tensor) -> DecodeState:
         """The state of other rows, in the order given (beam search), in memory of its own."""
-        return DecodeState(
-            self.fenwick.index_select(rows), None if self.inverse is None else self.inverse.index_select(0, rows)
-        )
+        with constants():
+            fenwick = self.fenwick.index_select(rows)
+            return DecodeState(fenwick, None if self.inverse is None else self.inverse.index_select(0, rows))
+
+
+def for_backward(state: FenwickState) -> FenwickState:
+    """The state; a copy where it was made in inference mode and a backward may need it, which could not save it."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return state
+    return FenwickState._make(x.clone() if x is not None and x.is_inference() else x for x in state)
 
 
 def check_family(name: str, state: FenwickState, delta_rule: bool) -> None:

@@ -164,11 +164,12 @@ def test_gradients_pass_through_the_pieces_that_continue_a_cache(make_model, opt
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("options", LINEAR_KINDS, ids=str)  # transformers' keys and values cannot
-def test_a_cache_made_in_inference_mode_continues_outside_of_it(make_model, options) -> None:
+@KINDS
+@pytest.mark.parametrize("max_cache_len", [None, 60])
+def test_a_cache_made_in_inference_mode_continues_outside_of_it(make_model, options, max_cache_len) -> None:
     model, ids = make_model(**options), tokens(1, T)
-    cache = LogLinearCache(model.config, 60)
     with torch.inference_mode():
+        cache = LogLinearCache(model.config, max_cache_len)
         model(ids[:, :8], past_key_values=cache)
         model(ids[:, 8:9], past_key_values=cache)
     generated = model.generate(ids, past_key_values=cache, max_new_tokens=4, eos_token_id=None)

@@ -1,0 +1,98 @@
+"""A FenwickState carries gradients, a DecodeState none; neither depends on the mode in which it was made."""
+
+import copy
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from loglinear.ops import DecodeState
+from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
+from tests.ops.test_step import sizes, take_step, token_at
+
+EXACT = 1e-10
+MODES = {"grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+
+pytestmark = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+
+
+def piece_of(inputs, start, end):
+    return {name: x[:, start:end] for name, x in inputs.items()}
+
+
+def leaves(inputs):
+    return {name: x.detach().requires_grad_() for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_go_back_to_where_they_are_cut(operator, impl, mode):
+    """A first piece in `mode`, then two with gradients, equal the last two behind a constant state."""
+    inputs, options = operator.inputs(T=21, L=5), dict(chunk_size=4, output_final_state=True, impl=impl)
+    with MODES[mode]():
+        first = operator(piece_of(inputs, 0, 6), **options).final_state
+    if mode == "grad":
+        first = first.detach()
+    second = operator(piece_of(inputs, 6, 13), initial_state=first, **options)
+    third = operator(piece_of(inputs, 13, 21), initial_state=second.final_state, **options)
+    actual_outputs = [second.output, third.output, *parts(third.final_state).values()]
+
+    start = operator({n: x.detach() for n, x in piece_of(inputs, 0, 6).items()}, **options).final_state
+    rest = leaves(piece_of(inputs, 6, 21))
+    whole = operator(rest, initial_state=start, **options)
+    outputs = [*whole.output.split([7, 8], 1), *parts(whole.final_state).values()]
+    weights = random_loss(*outputs)
+    expected = gradients(outputs, weights, list(rest.values()))
+    actual = gradients(actual_outputs, weights, list(inputs.values()))
+    for name, a, e in zip(inputs, actual, expected, strict=True):
+        assert not a[:, :6].any(), name
+        assert relative_error(a[:, 6:], e) < EXACT, name
+
+
+def test_no_gradient_goes_back_through_a_decode_state(operator):
+    inputs = operator.inputs(T=9, L=5)
+    options = dict(chunk_size=4, output_final_state=True)
+    state = operator(piece_of(inputs, 0, 5), **options).final_state
+    decode = DecodeState.of(state)
+    kept = [part for part in (*decode.fenwick, decode.inverse) if part is not None]
+    assert not any(part.requires_grad for part in kept)
+    output = operator(piece_of(inputs, 5, 9), initial_state=decode.fenwick, **options).output
+    actual = gradients([output], random_loss(output), list(inputs.values()))
+    assert all(not grad[:, :5].any() for grad in actual)
+    assert all(grad[:, 5:].any() for grad in actual)
+    for twin in (copy.deepcopy(decode), pickle.loads(pickle.dumps(decode))):
+        token = token_at(inputs, 5, torch.float64)
+        again = DecodeState.of(state)
+        assert torch.equal(take_step(operator, token, twin), take_step(operator, token, again))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_decode_state_may_be_stepped_in_any_mode(operator, mode):
+    """Made, selected and read in one mode, used in another."""
+    inputs = operator.inputs(T=5, L=5)
+    whole = operator(inputs, chunk_size=4).output
+    with MODES[mode]():
+        state = DecodeState.zeros(
+            2, num_levels=5, chunk_size=4, groups=2, heads=4, key_dim=5, value_dim=3, delta_rule=operator.delta,
+            dtype=torch.float64,
+        )  # fmt: skip
+        fresh = DecodeState.of(sizes(operator, 2, 5, 4, dtype=torch.float64))
+        state = state.index_select(torch.tensor([0, 1]))
+    for t in range(5):
+        for one in (state, fresh):
+            assert relative_error(take_step(operator, token_at(inputs, t, torch.float64), one), whole[:, t]) < EXACT
+
+
+@pytest.mark.parametrize("write", ["step", "copy_"])
+def test_a_state_that_moves_before_its_backward_raises(operator, write):
+    """A backward never reads numbers that have changed since."""
+    inputs = operator.inputs(T=9, L=5)
+    state = DecodeState.of(operator(piece_of(inputs, 0, 7), chunk_size=4, output_final_state=True).final_state)
+    output = operator(piece_of(inputs, 7, 9), initial_state=state.fenwick, chunk_size=4).output
+    if write == "step":
+        take_step(operator, token_at(inputs, 7, torch.float64), state)
+    else:
+        state.copy_(sizes(operator, 2, 5, 4, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
