@@ -29,8 +29,9 @@ class AttentionContext(NamedTuple):
 
     cos: Tensor  # [B, T, K / 2] of the rotary embedding
     sin: Tensor  # [B, T, K / 2]
-    mask: Tensor | None = None  # [B, 1, T, S] True where a query may look; None: plain causal
+    mask: Tensor | None = None  # [B, 1, T, S] True where a query may look, or added to scores; None: plain causal
     lengths: Tensor | None = None  # [N] on the CPU: tokens of each packed document (B = 1); None: not packed
+    with_weights: bool = False  # layers return their attention weights too; `mask` then says all, of documents as well
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -65,7 +66,8 @@ def _has_flash(heads: Heads) -> bool:
 class Attention(nn.Module):
     """Causal softmax attention with grouped key/value heads and rotary positions: [B, T, D] -> [B, T, D].
 
-    Packed documents get one causal attention each; nothing crosses a boundary.
+    Packed documents get one causal attention each; nothing crosses a boundary. The second result is the attention
+    weights [B, H, T, S] where the context asks for them, else None.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int) -> None:
@@ -83,17 +85,23 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(hidden_size, sum(self.widths), bias=False)
         self.out_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, context: AttentionContext, store: KeyValueStore | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: AttentionContext, store: KeyValueStore | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).split(self.widths, dim=-1))
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if store is not None:
             k, v = store.update(k, v)
-        if context.lengths is None:
+        weights = None
+        if context.with_weights:
+            assert context.mask is not None
+            y, weights = self._attend_with_weights(q, k, v, context.mask)
+        elif context.lengths is None:
             y = self._attend(q, k, v, context.mask)
         else:
             y = self._attend_documents((q, k, v), context.lengths)
-        return self.out_proj(y.transpose(1, 2).flatten(-2))
+        return self.out_proj(y.transpose(1, 2).flatten(-2)), weights
 
     @torch._disable_dynamo  # a graph would be one for these lengths; torch.compiler.disable imports the whole compiler
     def _attend_documents(self, heads: Heads, lengths: Tensor) -> Tensor:
@@ -136,6 +144,16 @@ class Attention(nn.Module):
         assert isinstance(y, Tensor)  # it gives more only where it is asked to
         return y.transpose(0, 1).unsqueeze(0)
 
+    def _attend_with_weights(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """softmax(q k^T / sqrt(K)) v and the softmax, which the kernels do not give."""
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        scores = (q @ k.transpose(2, 3) * self.head_dim**-0.5).to(torch.promote_types(q.dtype, torch.float32))
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        weights = scores.softmax(-1).to(q.dtype)
+        return weights @ v, weights
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         causal = mask is None and q.shape[2] > 1
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(q.dtype).clamp(min=torch.finfo(q.dtype).min)  # finite: no row of the softmax is empty
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)

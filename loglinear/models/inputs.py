@@ -1,7 +1,7 @@
-# B batch, T time (new columns), S columns so far and new, N tokens of all packed documents
-"""From a model's arguments to where its tokens lie: packed documents, padding, positions. Computed once per forward."""
+# B batch, T time (new columns), S columns so far and new
+"""From the places of the tokens to what the layers of one forward share."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from loglinear.layers import AttentionContext, Packing, of_any_length, rotary_tables
 from loglinear.models.cache import LogLinearCache
 from loglinear.models.configuration import LogLinearConfig
+from loglinear.models.places import TokenPlaces
 
 
 class TokenLayout(NamedTuple):
@@ -20,127 +21,130 @@ class TokenLayout(NamedTuple):
     active: Tensor | None = None  # [B] which rows the step has a token for; None: all
 
 
-def document_boundaries(
-    tokens: Tensor,
-    *,
-    cu_seqlens: Tensor | None,
-    cu_seq_lens_q: Tensor | None,
-    seq_idx: Tensor | None,
-) -> Tensor | None:
-    """The cu_seqlens [n+1] of packed tokens [1, T, ...], however they were named; None: not packed.
-
-    Raises ValueError where they do not describe a batch of one row with T tokens.
-    """
-    given = {"cu_seqlens": cu_seqlens, "cu_seq_lens_q": cu_seq_lens_q, "seq_idx": seq_idx}
-    named = [(name, value) for name, value in given.items() if value is not None]
-    if not named:
-        return None
-    name, boundaries = named[0]
-    rows, time = tokens.shape[:2]
-    if rows != 1:
-        raise ValueError(f"{name} describes packed documents in a batch of 1, got a batch of {rows}")
-    if name == "seq_idx":
-        if boundaries.numel() != time:
-            raise ValueError(f"seq_idx must have one entry per token ({time}), got shape {tuple(boundaries.shape)}")
-        document_T = boundaries.reshape(-1).to(tokens.device)
-        starts = (document_T[1:] != document_T[:-1]).nonzero().squeeze(1) + 1
-        edges = starts.new_tensor([0, time])
-        return torch.cat([edges[:1], starts, edges[1:]]).to(torch.int32)
-    boundaries = boundaries.reshape(-1)
-    ends = boundaries.tolist()
-    if len(ends) < 2 or ends[0] != 0 or ends[-1] != time or ends != sorted(ends):
-        raise ValueError(f"{name} must rise from 0 to the number of tokens ({time}), got {ends}")
-    return boundaries.to(tokens.device)
+NEUTRAL = {"is_causal": True, "output_router_logits": False}  # arguments of all models that these can only agree with
+LENGTHS = ("max_length_q", "max_length_k")  # collators pass these beside the boundaries, which imply them
 
 
-def new_columns(attention_mask: Tensor | None, tokens_shape: tuple[int, int], past: int) -> Tensor | None:
-    """Which of the new columns [B, T] are tokens; None if no mask says. The mask may also cover the `past` columns."""
-    if attention_mask is None:
-        return None
-    rows, time = tokens_shape
-    if tuple(attention_mask.shape) not in ((rows, time), (rows, past + time)):
-        raise ValueError(
-            f"attention_mask must have shape [{rows}, {past + time}] (1 token, 0 padding), "
-            f"got {list(attention_mask.shape)}"
-        )
-    return attention_mask[:, -time:].bool()
+def one_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """The one of both that is given."""
+    if inputs_embeds is None and input_ids is not None:
+        return input_ids
+    if inputs_embeds is not None and input_ids is None:
+        return inputs_embeds
+    raise ValueError("pass exactly one of input_ids and inputs_embeds")
 
 
-def check_positions(position_ids: Tensor | None, real_BT: Tensor | None) -> None:
+def refuse_unknown(arguments: dict[str, Any], places: TokenPlaces) -> None:
+    """Raise ValueError for an argument that says something and that no model of the family reads."""
+    for name, value in arguments.items():
+        if value is None or (name in NEUTRAL and value == NEUTRAL[name]):
+            continue
+        if name in NEUTRAL:
+            raise ValueError(f"{name} must be {NEUTRAL[name]} or left out, got {value}")
+        if name not in LENGTHS:
+            raise ValueError(f"forward takes no argument named {name}, got {value!r:.80}")
+        longest = None if places.cu_seqlens is None else int(places.cu_seqlens.diff().max())
+        if longest is None or int(value) < longest:
+            needed = (
+                "boundaries of documents beside it" if longest is None else f"at least {longest}, the longest document"
+            )
+            raise ValueError(f"{name} needs {needed}, got {int(value)}")
+
+
+def check_positions(position_ids: Tensor | None, places: TokenPlaces) -> None:
     """Positions that restart mean packed documents, which need their boundaries: anything else leaks state."""
-    if position_ids is None or position_ids.shape[-1] == 1:
+    if position_ids is None or places.time == 1 or not (places.cu_seqlens is places.scores_mask is None):
         return
     restarts = position_ids[..., 1:] <= position_ids[..., :-1]
-    if real_BT is not None:
-        restarts = restarts & real_BT[:, 1:] & real_BT[:, :-1]
-    if bool(restarts.any()):
-        raise ValueError(
-            "position_ids restart inside a row, as in packed documents, but no boundaries were given: "
-            "pass cu_seqlens (or cu_seq_lens_q, seq_idx) with a batch of 1"
-        )
+    if places.real is not None:
+        restarts = restarts & places.real[:, 1:] & places.real[:, :-1]
+    places.require(
+        ~restarts.any(),
+        "position_ids restart inside a row, as in packed documents, but no boundaries were given: "
+        "pass cu_seqlens (or cu_seq_lens_q, seq_idx) with a batch of 1",
+    )
 
 
 def token_layout(
     config: LogLinearConfig,
-    tokens: Tensor,
-    cu_seqlens: Tensor | None,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    cache: LogLinearCache | None,
+    places: TokenPlaces,
+    device: torch.device,
+    position_ids: Tensor | None = None,
+    cache: LogLinearCache | None = None,
+    *,
+    with_weights: bool = False,
 ) -> TokenLayout:
-    """tokens [B, T, ...] (ids or embeddings) give shape and device. Notes the padding in the cache."""
-    rows, time = tokens.shape[:2]
-    if time == 0:
-        raise ValueError("input_ids must have at least one token in each row, got none")
-    if cache is not None and cache.rows not in (None, rows):
-        raise ValueError(f"past_key_values holds {cache.rows} sequences, got a batch of {rows}")
-    past = 0 if cache is None else cache.get_seq_length()
-    packing: Packing | None = None
-    real_BT = new_columns(attention_mask, (rows, time), past)
-    is_step = time == 1 and cache is not None and cache.has_states and not torch.is_grad_enabled()
-    may_ask = not is_step or tokens.device.type == "cpu"  # a step does not wait for a device
-    if real_BT is not None and may_ask and bool(real_BT.all()):
-        real_BT = None
-    if cu_seqlens is not None:
-        if real_BT is not None:
-            raise ValueError("attention_mask must not mark padding in a packed batch: leave the padding out")
-        if cache is not None:
-            raise ValueError("past_key_values cannot continue packed documents: pass them as rows of a padded batch")
-        packing = Packing.from_cu_seqlens(cu_seqlens, time, config.conv_kernel)
-    elif not is_step:
-        check_positions(position_ids, real_BT)
-        if real_BT is not None:
-            packing = Packing.from_mask(real_BT, config.conv_kernel)
-    active = real_BT[:, 0] if is_step and real_BT is not None else None
+    """The layout of tokens in these places. Notes the padding in the cache."""
+    check_positions(position_ids, places)
     assert config.layer_types is not None
-    if "full_attention" not in config.layer_types:
-        return TokenLayout(packing, None, is_step, active)
-    columns_BS = real_BT if cache is None else cache.extend_real(real_BT, rows, time, tokens.device)
-    column_T = past + torch.arange(time, device=tokens.device)
+    has_linear, has_attention = ("linear_attention" in config.layer_types, "full_attention" in config.layer_types)
+    if has_linear and places.scores_mask is not None:
+        raise ValueError("attention_mask [B, 1, T, S] needs a model of full-attention layers alone: pass it as [B, T]")
+    if with_weights and not has_attention:
+        raise ValueError("output_attentions needs full-attention layers, and this model has linear layers alone")
+    real_BT, packing = places.real, None
+    if has_linear and places.cu_seqlens is not None:
+        packing = Packing.from_cu_seqlens(places.cu_seqlens, places.time, config.conv_kernel)
+    elif has_linear and real_BT is not None and not places.is_step:
+        packing = Packing.from_mask(real_BT, config.conv_kernel)
+    active = real_BT[:, 0] if places.is_step and real_BT is not None else None
+    columns_BS = real_BT if cache is None else cache.extend_real(real_BT, places.rows, places.time, device)
+    attention = None
+    if has_attention:
+        attention = _attention_context(config, places, device, position_ids, columns_BS, with_weights)
+    return TokenLayout(packing, attention, places.is_step, active)
+
+
+def _attention_context(
+    config: LogLinearConfig,
+    places: TokenPlaces,
+    device: torch.device,
+    position_ids: Tensor | None,
+    columns_BS: Tensor | None,
+    with_weights: bool,
+) -> AttentionContext:
+    column_T = places.past + torch.arange(places.time, device=device)
     if position_ids is None:
-        position_ids = _positions(column_T, packing, columns_BS)
+        position_ids = _positions(column_T, places.cu_seqlens, columns_BS)
     assert config.attention_head_dim is not None
     cos, sin = rotary_tables(position_ids, config.attention_head_dim, config.rope_theta)
-    lengths = None if cu_seqlens is None else of_any_length(cu_seqlens.diff().cpu())
-    mask = _attention_mask(columns_BS, column_T, past)
-    return TokenLayout(packing, AttentionContext(cos, sin, mask, lengths), is_step, active)
+    lengths = None if places.cu_seqlens is None else of_any_length(places.cu_seqlens.diff().cpu())
+    mask = places.scores_mask
+    if mask is None and (with_weights or not _is_causal(places, columns_BS)):
+        mask = _attention_mask(columns_BS, column_T, places)
+    return AttentionContext(cos, sin, mask, lengths, with_weights)
 
 
-def _positions(column_T: Tensor, packing: Packing | None, columns_BS: Tensor | None) -> Tensor:
+def _document_of(column_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The number [T] of each column's packed document."""
+    return torch.bucketize(column_T, cu_seqlens[1:].to(column_T.dtype), right=True)
+
+
+def _positions(column_T: Tensor, cu_seqlens: Tensor | None, columns_BS: Tensor | None) -> Tensor:
     """Each token's position in its own document or row, [1 or B, T]; padding does not count."""
     if columns_BS is not None:
         return (columns_BS.long().cumsum(1) - 1).clamp(min=0).index_select(1, column_T)
-    return (column_T if packing is None else packing.position).unsqueeze(0)
+    if cu_seqlens is not None:
+        column_T = column_T - cu_seqlens.to(column_T.dtype)[_document_of(column_T, cu_seqlens)]
+    return column_T.unsqueeze(0)
 
 
-def _attention_mask(columns_BS: Tensor | None, column_T: Tensor, past: int) -> Tensor | None:
-    """[B or 1, 1, T, S] where a query may look; None where plain causal attention does (no past, or one new token)."""
-    time = len(column_T)
-    if columns_BS is None and (past == 0 or time == 1):
-        return None
+def _is_causal(places: TokenPlaces, columns_BS: Tensor | None) -> bool:
+    """Whether plain causal attention is right: nothing is padding, and queries begin at the first key or are one."""
+    if columns_BS is not None:
+        return False
+    return places.time == 1 or isinstance(places.past, int) and places.past == 0
+
+
+def _attention_mask(columns_BS: Tensor | None, column_T: Tensor, places: TokenPlaces) -> Tensor:
+    """[B or 1, 1, T, S] where a query may look."""
     query_T = column_T.unsqueeze(1)
-    key_S = torch.arange(past + time if columns_BS is None else columns_BS.shape[1], device=column_T.device)
+    keys = places.past + places.time if columns_BS is None else columns_BS.shape[1]
+    key_S = torch.arange(keys, device=column_T.device)
     causal_TS = key_S <= query_T
+    if places.cu_seqlens is not None:
+        document_T = _document_of(column_T, places.cu_seqlens)
+        causal_TS = causal_TS & (document_T == document_T.unsqueeze(1))
     if columns_BS is None:
         return causal_TS[None, None]
     own_TS = key_S == query_T  # padding looks at itself: no row of the softmax is empty

@@ -11,31 +11,6 @@ from torch.utils.checkpoint import checkpoint
 IGNORE = -100
 
 
-def next_token_targets(labels: Tensor, cu_seqlens: Tensor | None = None, real: Tensor | None = None) -> Tensor:
-    """Targets [B, T]: for each token the label [B, T] of the next one, -100 where nothing is to be predicted.
-
-    `real` [B, T] marks the tokens of a padded batch: padding predicts nothing and is nobody's target, wherever it
-    stands, and the next token is the next real one of the row. The first token of a packed document is nobody's target.
-    """
-    if real is not None:
-        following = _next_real(real)
-        padded = F.pad(labels, (0, 1), value=IGNORE)
-        return padded.gather(1, following).masked_fill(~real, IGNORE)
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    if cu_seqlens is not None:
-        # Empty documents name the token before them, and at the row's start its last one: neither has a next token.
-        targets = targets.index_fill(1, (cu_seqlens[1:].long() - 1) % labels.shape[1], IGNORE)
-    return targets
-
-
-def _next_real(real: Tensor) -> Tensor:
-    """For each column [B, T] the first real one behind it, T where there is none."""
-    time = real.shape[1]
-    column = torch.where(real, torch.arange(time, device=real.device), time)
-    behind = F.pad(column[:, 1:], (0, 1), value=time)
-    return behind.flip(1).cummin(1).values.flip(1)
-
-
 def sliced_cross_entropy(
     head: Callable[[Tensor], Tensor],
     hidden: Tensor,

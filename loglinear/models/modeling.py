@@ -13,8 +13,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from loglinear.layers import Attention, Mixer, SwiGLU
 from loglinear.models.cache import LogLinearCache
 from loglinear.models.configuration import LogLinearConfig
-from loglinear.models.inputs import TokenLayout, document_boundaries, token_layout
-from loglinear.models.loss import next_token_targets, sliced_cross_entropy
+from loglinear.models.inputs import TokenLayout, one_of, refuse_unknown, token_layout
+from loglinear.models.loss import sliced_cross_entropy
+from loglinear.models.places import TokenPlaces
 
 
 class LogLinearBlock(GradientCheckpointingLayer):
@@ -47,12 +48,16 @@ class LogLinearBlock(GradientCheckpointingLayer):
             self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, layout: TokenLayout, past_key_values: Any = None) -> Tensor:
-        """past_key_values: this layer's cache (the name by which gradient checkpointing knows what to leave out)."""
-        normed = self.mixer_norm(x)
+    def forward(self, x: Tensor, layout: TokenLayout, past_key_values: Any = None) -> tuple[Tensor, Tensor | None]:
+        """The block's output, and its attention weights [B, H, T, S] where the layout asks for them.
+
+        past_key_values: this layer's cache (the name by which gradient checkpointing knows what to leave out).
+        """
+        normed, weights = self.mixer_norm(x), None
         if isinstance(self.mixer, Attention):
             assert layout.attention is not None
-            x = x + self.mixer(normed, layout.attention, past_key_values)
+            mixed, weights = self.mixer(normed, layout.attention, past_key_values)
+            x = x + mixed
         elif past_key_values is None:
             x = x + self.mixer(normed, layout.packing)[0]
         elif layout.is_step:
@@ -63,7 +68,7 @@ class LogLinearBlock(GradientCheckpointingLayer):
             mixed, state = self.mixer(normed, layout.packing, before, return_state=True)
             past_key_values.store(state, x.shape[1])
             x = x + mixed
-        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x))
+        return (x if self.mlp is None else x + self.mlp(self.mlp_norm(x))), weights
 
 
 class LogLinearPreTrainedModel(PreTrainedModel):
@@ -111,55 +116,75 @@ class LogLinearModel(LogLinearPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        places: TokenPlaces | None = None,
         **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPast:
         """Hidden states [B, T, D] of tokens [B, T] (or of their embeddings [B, T, D]).
 
         Args:
-            attention_mask: [B, T] or, with a cache, [B, past + T]; 1 token, 0 padding, at any place. A row gives
-                exactly what it gives without its padding.
+            attention_mask: [B, T] or, with a cache, [B, past + T]; 1 token, 0 padding, at any place, as booleans or
+                numbers. A row gives exactly what it gives without its padding. Models without linear layers also take
+                [B, 1, T, past + T]: booleans, True where a query may look, or numbers that are added to the scores.
             position_ids: for the rotary positions of full-attention layers; by default every row counts its tokens.
             past_key_values: a `LogLinearCache` to continue from; changed in place. What it keeps carries no gradients;
                 under torch.no_grad, as in `generate`, a single token a row is one step of decoding.
             cu_seqlens: [n+1] boundaries of packed documents in a batch of 1, as FlashAttention names them; also
-                accepted as `cu_seq_lens_q` (transformers' collator) or as `seq_idx` [1, T] (document of each token).
+                accepted as `cu_seq_lens_q` and `cu_seq_lens_k` (transformers' collator) or as `seq_idx` [1, T], the
+                document of each token.
+            output_attentions: also return the attention weights [B, H, T, S] of each full-attention layer; linear
+                layers have none.
+            places: in place of the mask and the boundaries, from a caller that has read them.
 
         Raises:
             ValueError: contradictory arguments, or position_ids that restart where no boundaries were given.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if places is None:
+            places = TokenPlaces.of(
+                one_of(input_ids, inputs_embeds),
+                past_key_values,
+                attention_mask=attention_mask,
+                cu_seqlens=cu_seqlens,
+                cu_seq_lens_q=cu_seq_lens_q,
+                cu_seq_lens_k=cu_seq_lens_k,
+                seq_idx=seq_idx,
+            )
+        refuse_unknown(kwargs, places)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        boundaries = document_boundaries(x, cu_seqlens=cu_seqlens, cu_seq_lens_q=cu_seq_lens_q, seq_idx=seq_idx)
-        cache = self._cache(past_key_values, use_cache, packed=boundaries is not None)
-        layout = token_layout(self.config, x, boundaries, attention_mask, position_ids, cache)
+        cache = self._cache(past_key_values, use_cache, packed=places.cu_seqlens is not None)
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        all_hidden_states = []
+        with_weights = self.config.output_attentions if output_attentions is None else output_attentions
+        layout = token_layout(self.config, places, x.device, position_ids, cache, with_weights=bool(with_weights))
+        all_hidden_states, all_weights = [], []
         for i, layer in enumerate(self.layers):
             if keep_all:
                 all_hidden_states.append(x)
-            x = layer(x, layout, past_key_values=None if cache is None else cache.layers[i])
+            x, weights = layer(x, layout, past_key_values=None if cache is None else cache.layers[i])
+            if weights is not None:
+                all_weights.append(weights)
         x = self.norm(x)
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=cache,
             hidden_states=(*all_hidden_states, x) if keep_all else None,
+            attentions=tuple(all_weights) if with_weights else None,
         )
         return output if return_dict is None or return_dict else output.to_tuple()
 
     def _cache(self, given: LogLinearCache | None, use_cache: bool | None, *, packed: bool) -> LogLinearCache | None:
-        if given is not None and not isinstance(given, LogLinearCache):
-            raise ValueError(f"past_key_values must be a LogLinearCache, got {type(given).__name__}")
         if self.training and self.gradient_checkpointing:
             if given is not None:
                 raise ValueError(
                     "past_key_values cannot be used while gradient checkpointing trains: call model.eval() to generate"
                 )
             return None
+        if packed and (given is not None or use_cache):
+            raise ValueError("past_key_values cannot continue packed documents: pass them as rows of a padded batch")
         if given is not None or use_cache is False:
             return given
         if use_cache is None and (self.training or packed or not self.config.use_cache):
@@ -186,13 +211,16 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         past_key_values: LogLinearCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple | CausalLMOutputWithPast:
@@ -200,6 +228,8 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
 
         Args:
             labels: [B, T], shifted here; -100, padding and the first token of a document or row are no targets.
+            shift_labels: [B, T] the targets themselves, where the caller has shifted the labels (a shard of a longer
+                row does not know its next token); then `labels` are not read.
             logits_to_keep: of which positions to return logits: the last n, all (0), or those of an index tensor. By
                 default all of them, or none where labels are given: the loss is computed in slices and does not need
                 them at once.
@@ -207,39 +237,47 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
                 accumulation).
             the others: as in `LogLinearModel.forward`.
         """
-        boundaries = None
-        if labels is not None:
-            boundaries = document_boundaries(
-                labels, cu_seqlens=cu_seqlens, cu_seq_lens_q=cu_seq_lens_q, seq_idx=seq_idx
-            )
+        places = TokenPlaces.of(
+            one_of(input_ids, inputs_embeds),
+            past_key_values,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            seq_idx=seq_idx,
+        )
+        targets = places.targets(labels, shift_labels)
+        if targets is not None:
             use_cache = bool(use_cache)  # a loss needs no cache unless asked
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            cu_seqlens=cu_seqlens,
-            cu_seq_lens_q=cu_seq_lens_q,
-            seq_idx=seq_idx,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            places=places,
+            **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         loss = logits = None
-        if labels is not None:
-            real = None if attention_mask is None else attention_mask[:, -labels.shape[1] :].bool()
+        if targets is not None:
             loss = sliced_cross_entropy(
                 self.lm_head,
                 hidden_states,
-                next_token_targets(labels, boundaries, real),
+                targets,
                 slice_size=self.config.loss_chunk_size,
                 num_items=num_items_in_batch,
             )
-        if labels is None or logits_to_keep is not None:
+        if targets is None or logits_to_keep is not None:
             logits = self.lm_head(_kept(hidden_states, logits_to_keep))
         output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
         return output if return_dict is None or return_dict else output.to_tuple()
 

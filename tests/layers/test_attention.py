@@ -35,7 +35,8 @@ def test_attention_is_the_softmax_definition_with_grouped_heads_and_rotation() -
         scores = q[:, :, h] @ k[:, :, h // 2].transpose(1, 2) * 6**-0.5
         scores = scores.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
         expected[:, :, h] = F.softmax(scores, -1) @ v[:, :, h // 2]
-    actual = layer(x, context(torch.arange(5)[None]))
+    actual, weights = layer(x, context(torch.arange(5)[None]))
+    assert weights is None
     torch.testing.assert_close(actual, layer.out_proj(expected.flatten(2)), rtol=1e-6, atol=1e-7)
 
 
@@ -43,8 +44,8 @@ def test_packed_documents_attend_only_to_themselves() -> None:
     torch.manual_seed(0)
     layer = Attention(8, 4, 2, 6).double()
     x = torch.randn(1, 7, 8, dtype=torch.float64)
-    packed = layer(x, packed_context([3, 1, 0, 3], 6))
-    parts = [layer(x[:, a:b], context(torch.arange(b - a)[None])) for a, b in ((0, 3), (3, 4), (4, 7))]
+    packed, _ = layer(x, packed_context([3, 1, 0, 3], 6))
+    parts = [layer(x[:, a:b], context(torch.arange(b - a)[None]))[0] for a, b in ((0, 3), (3, 4), (4, 7))]
     torch.testing.assert_close(packed, torch.cat(parts, 1))
 
 
@@ -53,7 +54,7 @@ def test_runs_of_documents_and_long_ones_keep_their_order(lengths: list[int], mo
     torch.manual_seed(0)
     layer = Attention(8, 4, 2, 8).double()
     x = torch.randn(1, sum(lengths), 8, dtype=torch.float64)
-    expected = layer(x, packed_context(lengths, 8))
+    expected, _ = layer(x, packed_context(lengths, 8))
     runs = []
 
     def at_once(heads: attention.Heads, lengths: list[int]) -> Tensor:
@@ -63,7 +64,7 @@ def test_runs_of_documents_and_long_ones_keep_their_order(lengths: list[int], mo
     monkeypatch.setattr(layer, "_at_once", at_once)
     for name, value in (("AT_ONCE", True), ("_has_flash", lambda heads: True), ("LONG", 4), ("PLANNED", 4)):
         monkeypatch.setattr(attention, name, value)
-    torch.testing.assert_close(layer(x, packed_context(lengths, 8)), expected)
+    torch.testing.assert_close(layer(x, packed_context(lengths, 8))[0], expected)
     assert [n for run in runs for n in run if n] == [n for n in lengths if n % 4]
 
 
@@ -80,7 +81,7 @@ def test_documents_at_once_are_as_exact_as_one_by_one(heads, key_heads, head_dim
     def results(device: str, dtype: torch.dtype) -> list[Tensor]:
         own = copy.deepcopy(layer).to(device, dtype)
         inputs = x.to(device, dtype, copy=True).requires_grad_()
-        y = own(inputs, packed_context(lengths, head_dim, device))
+        y, _ = own(inputs, packed_context(lengths, head_dim, device))
         y.backward(weight.to(device, dtype))
         return [t.double().cpu() for t in (y, inputs.grad, own.qkv_proj.weight.grad)]
 

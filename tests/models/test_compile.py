@@ -6,7 +6,8 @@ from black_box import replace_kernels
 from tiny_models import FULL, tiny_config
 
 from loglinear.models import LogLinearForCausalLM
-from loglinear.models.inputs import token_layout
+from loglinear.models.inputs import TokenLayout, token_layout
+from loglinear.models.places import TokenPlaces
 from loglinear.training.compilation import compile_blocks
 from loglinear.variants import VARIANTS
 
@@ -33,11 +34,15 @@ def blocks(**options) -> tuple[LogLinearForCausalLM, LogLinearForCausalLM]:
     return models[0], models[1]
 
 
+def packed_layout(model, x: torch.Tensor, ends: list[int] | None) -> TokenLayout:
+    cu_seqlens = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+    return token_layout(model.config, TokenPlaces.of(x, cu_seqlens=cu_seqlens), x.device)
+
+
 def output_and_gradients(model, ends: list[int] | None, layer: int = 0) -> list[torch.Tensor]:
     torch.manual_seed(1)
     block, x = model.model.layers[layer], torch.randn(1, 21, 16, requires_grad=True)
-    cu_seqlens = None if ends is None else torch.tensor(ends, dtype=torch.int32)
-    y = block(x, token_layout(model.config, x, cu_seqlens, None, None, None))
+    y, _ = block(x, packed_layout(model, x, ends))
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]
 
 
@@ -72,7 +77,7 @@ def test_blocks_of_a_hybrid_stay_within_the_compilers_limit():
             with torch.set_grad_enabled(is_training):
                 for block in models[1].train(is_training).model.layers:
                     x = torch.randn(1, 21, 16)
-                    block(x, token_layout(models[1].config, x, torch.tensor(ends), None, None, None))
+                    block(x, packed_layout(models[1], x, ends))
     frames = torch._dynamo.utils.counters["frames"]
     assert frames["ok"] == frames["total"] > 8  # the default limit, after which blocks would run as they are
 

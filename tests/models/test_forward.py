@@ -104,6 +104,38 @@ def test_bfloat16_stays_near_float32(make_model, variant: str) -> None:
             {"input_ids": tokens(1, 6), "cu_seqlens": torch.tensor([0, 6]), "attention_mask": torch.eye(6)[:1]},
             "attention_mask must not mark padding in a packed batch",
         ),
+        (
+            {"input_ids": tokens(1, 6), "cu_seqlens": torch.tensor([0, 6]), "attention_mask": torch.ones(1, 5)},
+            r"attention_mask must have shape \[1, 6\] .* got \[1, 5\]",
+        ),
+        (
+            {"input_ids": tokens(1, 6), "cu_seqlens": torch.tensor([0, 2, 6]), "seq_idx": torch.zeros(1, 6)},
+            "cu_seqlens and seq_idx must describe the same documents",
+        ),
+        (
+            {
+                "input_ids": tokens(1, 6),
+                "cu_seq_lens_q": torch.tensor([0, 6]),
+                "cu_seq_lens_k": torch.tensor([0, 2, 6]),
+            },
+            "cu_seq_lens_q and cu_seq_lens_k must describe the same documents",
+        ),
+        (
+            {"input_ids": tokens(1, 6), "cu_seqlens": torch.tensor([0, 2, 6]), "max_length_q": 3},
+            "max_length_q needs at least 4, the longest document, got 3",
+        ),
+        ({"input_ids": tokens(1, 6), "max_length_k": 6}, "max_length_k needs boundaries of documents beside it, got 6"),
+        (
+            {"input_ids": tokens(1, 6), "attention_mask": torch.tensor([[-torch.inf, 0, 0, 0, 0, 0]])},
+            "attention_mask must hold 1 at tokens and 0 at padding, got other values",
+        ),
+        (
+            {"input_ids": tokens(1, 6), "attention_mask": torch.full((1, 6), 2)},
+            "attention_mask must hold 1 at tokens and 0 at padding, got other values",
+        ),
+        ({"input_ids": tokens(1, 6), "is_causal": False}, "is_causal must be True or left out, got False"),
+        ({"input_ids": tokens(1, 6), "output_router_logits": True}, "output_router_logits must be False or left out"),
+        ({"input_ids": tokens(1, 6), "attention_masks": 1}, "forward takes no argument named attention_masks, got 1"),
         ({"input_ids": tokens(1, 6), "past_key_values": object()}, "past_key_values must be a LogLinearCache"),
         ({"input_ids": tokens(1, 6), "cu_seqlens": torch.tensor([0, 6]), "use_cache": True}, "cannot continue packed"),
     ],
@@ -111,6 +143,26 @@ def test_bfloat16_stays_near_float32(make_model, variant: str) -> None:
 def test_contradictory_inputs_raise(make_model, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_model()(**arguments)
+
+
+@KINDS
+def test_arguments_that_transformers_hands_over_and_that_agree_are_taken(make_model, options) -> None:
+    model, ids = make_model(**options), tokens(1, 6)
+    boundaries = torch.tensor([0, 2, 6], dtype=torch.int32)
+    packed = dict(cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries, max_length_q=4, max_length_k=4)
+    expected = model(ids, cu_seqlens=boundaries).logits
+    positions = torch.tensor([[0, 1, 0, 1, 2, 3]])
+    neutral = dict(is_causal=True, output_router_logits=False, output_attentions=False, token_type_ids=None)
+    assert torch.equal(model(ids, position_ids=positions, **packed, **neutral).logits, expected)
+
+
+@KINDS
+def test_masks_of_every_type_are_the_same_mask(make_model, options) -> None:
+    model, ids = make_model(**options), tokens(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 1]])
+    expected = model(ids, attention_mask=mask).logits
+    for dtype in (torch.bool, torch.int32, torch.float32, torch.bfloat16):
+        assert torch.equal(model(ids, attention_mask=mask.to(dtype)).logits, expected)
 
 
 def test_position_ids_of_padded_rows_are_no_restart(make_model) -> None:

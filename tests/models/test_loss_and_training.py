@@ -4,7 +4,7 @@ from tiny_models import HYBRID, KINDS, tokens
 from torch.nn import functional as F
 
 from loglinear.models import LogLinearForCausalLM
-from loglinear.models.loss import next_token_targets
+from loglinear.models.places import TokenPlaces
 from loglinear.variants import VARIANTS
 
 T = 29
@@ -69,8 +69,10 @@ def test_no_target_at_all_gives_zero_loss_and_gradients(make_model) -> None:
 )
 def test_padding_anywhere_leaves_the_targets_of_the_row_alone(mask: list[int]) -> None:
     real, labels = torch.tensor([mask]).bool(), torch.arange(10, 17)[None]
-    targets = next_token_targets(labels, real=real)
-    alone = next_token_targets(labels[real][None])[:, : int(real.sum())]
+    targets = TokenPlaces.of(labels, attention_mask=real).targets(labels)
+    alone = labels[real][None]
+    if real.any():
+        alone = TokenPlaces.of(alone).targets(alone)
     assert torch.equal(targets[real][None], alone)
     assert (targets[~real] == -100).all()
 
@@ -96,9 +98,11 @@ def test_generating_while_gradient_checkpointing_trains_is_refused(make_model) -
 
 def test_first_token_of_a_document_is_no_target() -> None:
     labels = torch.arange(8)[None]
-    cu_seqlens = torch.tensor([0, 3, 3, 7, 8])
-    assert next_token_targets(labels, cu_seqlens).tolist() == [[1, 2, -100, 4, 5, 6, -100, -100]]
-    assert next_token_targets(labels, torch.tensor([0, 0, 8])).tolist() == [[1, 2, 3, 4, 5, 6, 7, -100]]
+    for ends, expected in (
+        ([0, 3, 3, 7, 8], [[1, 2, -100, 4, 5, 6, -100, -100]]),
+        ([0, 0, 8], [[1, 2, 3, 4, 5, 6, 7, -100]]),
+    ):
+        assert TokenPlaces.of(labels, cu_seqlens=torch.tensor(ends)).targets(labels).tolist() == expected
 
 
 def test_packed_loss_is_the_mean_over_all_documents_targets(make_model) -> None:
@@ -161,3 +165,52 @@ def test_autocast_trains_near_float32(make_model) -> None:
     actual.backward()
     assert actual.dtype == torch.float32
     assert abs(actual - expected) < 0.02 * expected
+
+
+@KINDS
+@pytest.mark.parametrize("naming", ["cu_seqlens", "cu_seq_lens_q", "seq_idx"])
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32])
+def test_a_mask_of_ones_beside_packed_documents_changes_no_target(make_model, options, naming: str, dtype) -> None:
+    model, ids = make_model(**options), tokens(1, T)
+    boundaries = torch.tensor([0, 1, 10, 10, T])
+    if naming == "seq_idx":
+        boundaries = torch.arange(4).repeat_interleave(boundaries.diff())[None]
+    mask = torch.ones_like(ids, dtype=dtype)
+    packed = model(ids, attention_mask=mask, labels=ids, **{naming: boundaries}).loss
+    parts = [ids[:, a:b] for a, b in ((0, 1), (1, 10), (10, T))]
+    total = sum(model(part, labels=part).loss * (part.shape[1] - 1) for part in parts)
+    torch.testing.assert_close(packed, total / (T - 3))
+
+
+def test_shift_labels_are_the_targets_themselves(make_model) -> None:
+    """As context parallelism hands them over: shifted before rows are cut into shards."""
+    model, ids = make_model(), tokens(2, T)
+    shifted, others = tokens(2, T, seed=3), tokens(2, T, seed=4)
+    shifted[0, 5:9] = -100
+    expected = F.cross_entropy(model(ids).logits.flatten(0, 1), shifted.flatten(), ignore_index=-100)
+    for labels in (None, ids, others):
+        torch.testing.assert_close(model(ids, labels=labels, shift_labels=shifted).loss, expected)
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+    alone = shifted.clone()
+    alone[1, 20:] = -100
+    padded = model(ids, attention_mask=mask, shift_labels=shifted).loss
+    torch.testing.assert_close(padded, model(ids, shift_labels=alone).loss)
+    torch.testing.assert_close(model(ids, shift_labels=shifted, num_items_in_batch=5).loss, expected * (2 * T - 4) / 5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.zeros(1, 28, dtype=torch.long), r"must have shape \[1, 29\], got \[1, 28\]"),
+        (torch.zeros(2, T, dtype=torch.long), r"must have shape \[1, 29\], got \[2, 29\]"),
+        (torch.zeros(T, dtype=torch.long), r"must have shape \[1, 29\], got \[29\]"),
+        (torch.zeros(1, T), "must hold integers, got torch.float32"),
+    ],
+)
+def test_labels_that_do_not_fit_are_one_clear_line(make_model, packed, name, wrong, message) -> None:
+    boundaries = {"cu_seqlens": torch.tensor([0, 9, T])} if packed else {}
+    with pytest.raises(ValueError, match=f"^{name} {message}$"):
+        make_model()(tokens(1, T), **{name: wrong}, **boundaries)
