@@ -38,6 +38,7 @@ def _common(
     pass
 
 
+LARGEST = 2**31 - 1  # of a count: cu_seqlens are int32
 DATA_HELP = (
     "File, folder, glob, 'stdlib', 'datasets:NAME[:CONFIG]' or 'needle:COUNT:LENGTH[:SOURCE]'; "
     "may be given several times."
@@ -170,10 +171,14 @@ def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "localhost",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    max_tokens: Annotated[int, typer.Option(min=1, max=LARGEST, help="Tokens of the longest answer.")] = 4096,
+    max_prompt: Annotated[int, typer.Option(min=1, max=LARGEST, help="Tokens of the longest prompt.")] = 65_536,
+    timeout: Annotated[float, typer.Option(help="Seconds of work for one answer, which ends there.")] = 120.0,
 ) -> None:
-    """Serve a checkpoint over HTTP as OpenAI's API, with transformers' server: /v1/completions, /v1/chat/completions.
+    """Serve a checkpoint over HTTP as OpenAI's API: /v1/completions and /v1/chat/completions.
 
-    The model's name is what --model was given. Without a chat template a chat is its messages joined by newlines.
+    The model's name is what --model was given. Without a chat template a chat is its messages joined by newlines. One
+    request is answered at a time. A request that cannot be honoured in full is refused with status 400 and one line.
 
     Example:
 
@@ -181,7 +186,7 @@ def serve(
     """
     from loglinear.cli.serve import run
 
-    run(model, host, port)
+    run(model, host, port, max_tokens=max_tokens, max_prompt=max_prompt, timeout=timeout)
 
 
 @eval_app.command()

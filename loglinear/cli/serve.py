@@ -1,17 +1,15 @@
-"""`loglinear serve`: transformers' own server, with one checkpoint."""
+"""`loglinear serve`: one checkpoint over HTTP."""
 
 from __future__ import annotations
 
+import math
 import socket
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cli.serve import Serve
-from transformers.cli.serving import model_manager
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
@@ -21,36 +19,51 @@ from loglinear.training.tokenizer import ByteTokenizer, load_tokenizer
 
 # A base model knows no turns: messages become one text, and a single one is continued as /v1/completions would.
 CHAT_TEMPLATE = "{{ bos_token }}{{ messages | map(attribute='content') | join('\n') }}"
+SHUTDOWN_SECONDS = 5  # for the answers that are being written when a signal comes
 
 
-def run(path: Path, host: str, port: int) -> None:
+def run(path: Path, host: str, port: int, *, max_tokens: int, max_prompt: int, timeout: float) -> None:
     """Serve a checkpoint as OpenAI's API until interrupted; `path`, as it was given, is the model's name there.
 
     Raises ValueError without the server's packages, OSError where the port is taken.
     """
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"--timeout must be positive and finite, got {timeout}")
     if not is_serve_available():
         raise ValueError("serve needs the fastapi, uvicorn and openai packages: pip install 'loglinear[serve]'")
+    import uvicorn
+
+    from loglinear.cli.serving.app import application
+    from loglinear.cli.serving.turns import Limits
+
     socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     logging.set_verbosity_error()
     model = load_model(path, device="cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(resolve(path), model.config.vocab_size)
-    _prepare(model, tokenizer)
-    # Serve makes its manager itself, by this name.
-    model_manager.ModelManager = _manager(str(path), model, tokenizer)  # type: ignore[misc]
+    prepare(model, tokenizer)
+    limits = Limits(tokens=max_tokens, prompt_tokens=max_prompt, seconds=timeout)
+    app = application(str(path), model, tokenizer, limits)
     print(f"model {str(path)!r} at http://{host}:{port}/v1", file=sys.stderr)
-    Serve(force_model=str(path), host=host, port=port, log_level="error")
+    uvicorn.Server(
+        uvicorn.Config(app, host=host, port=port, ws="none", lifespan="off", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+    ).run()
     # Only a signal ends the server, and is raised again then: as an exception, which a destructor or a callback loses.
     raise KeyboardInterrupt
 
 
-def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Set what the server takes from the model and the tokenizer, and a request does not say."""
+def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set what the server takes from the model and the tokenizer, and a request does not say.
+
+    Raises ValueError for a tokenizer that the server cannot stream through.
+    """
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # Without do_sample a request's temperature would do nothing; the server turns it off where that is 0.
     model.generation_config.update(do_sample=True, top_k=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad)
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     if isinstance(tokenizer, ByteTokenizer):
         tokenizer._tokenizer = byte_decoder(tokenizer)  # the server streams through it
+    if not hasattr(tokenizer, "_tokenizer"):
+        raise ValueError(f"serve needs a fast tokenizer, got {type(tokenizer).__name__}")
 
 
 def byte_decoder(tokenizer: ByteTokenizer) -> Tokenizer:
@@ -59,19 +72,3 @@ def byte_decoder(tokenizer: ByteTokenizer) -> Tokenizer:
     decoder.decoder = decoders.ByteLevel()
     decoder.add_tokens(list(tokenizer.added_tokens_decoder.values()))
     return decoder
-
-
-def _manager(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> type[Any]:
-    """A manager of this one model; transformers' own finds classes in transformers alone and lists the Hub's cache."""
-
-    class Manager(model_manager.ModelManager):
-        def load_model_and_processor(self, *args: Any, progress_callback: Any = None, **kwargs: Any) -> Any:
-            if progress_callback is not None:  # `transformers chat` waits for it
-                progress_callback({"status": "ready", "model": name, "cached": True})
-            return model, tokenizer
-
-        @staticmethod
-        def get_gen_models(cache_dir: str | None = None) -> list[dict]:  # type: ignore[override]
-            return [{"id": name, "object": "model", "created": 0, "owned_by": "loglinear"}]
-
-    return Manager

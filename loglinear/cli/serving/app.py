@@ -1,0 +1,209 @@
+"""The application: routes, limits and errors; transformers' handlers write the answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from jinja2 import TemplateError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+from transformers import PreTrainedTokenizerBase
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+
+from loglinear.cli.serving import requests
+from loglinear.cli.serving.requests import ChatRequest, CompletionRequest, Refused
+from loglinear.cli.serving.turns import CURRENT, Limits, OneQueue, Turn
+from loglinear.evaluation.sampling import GREEDY
+from loglinear.models import LogLinearForCausalLM
+
+DEFAULT_TOKENS = 1024  # of an answer whose length is not asked
+MOST_REQUESTS = 64  # at a time: one is answered, the others wait
+BYTES_PER_TOKEN, OTHER_BYTES = 16, 65_536  # of a body: for each token of the longest prompt, and for the rest
+BODY_SECONDS = 30.0
+Handler = CompletionHandler | ChatCompletionHandler
+GONE = 499  # status of a response that nobody reads
+
+
+class OneModel(ModelManager):
+    """Serves the model that is there; transformers' own finds classes in transformers alone."""
+
+    def __init__(self, name: str, model: LogLinearForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        super().__init__(force_model=name)
+
+    def load_model_and_processor(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model, self.tokenizer
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        return model_id
+
+
+class Server:
+    """What the routes share: one model, its handlers, its limits and its open requests."""
+
+    def __init__(
+        self, name: str, model: LogLinearForCausalLM, tokenizer: PreTrainedTokenizerBase, limits: Limits
+    ) -> None:
+        self.name, self.model, self.tokenizer, self.limits = name, model, tokenizer, limits
+        manager, queue = OneModel(name, model, tokenizer), OneQueue()
+        self.completions, self.chats = CompletionHandler(manager, queue), ChatCompletionHandler(manager, queue)
+        self.open: set[Turn] = set()
+
+    async def answer(self, request: Request, kind: type[requests.Request], handler: Handler) -> Response:
+        """Check a request, wait for its turn, and answer; an answer whose client leaves is not finished.
+
+        Raises Refused for a request that is not answered.
+        """
+        asked = requests.parse(kind, await self._body(request))
+        turn = self._turn(asked)
+        if len(self.open) >= MOST_REQUESTS:
+            raise Refused(f"{MOST_REQUESTS} requests are being answered: try again later", status=429)
+        self.open.add(turn)
+        request.scope["end"] = lambda: self._end(turn)
+        CURRENT.set(turn)
+        tokens = next(iter(asked.lengths.values()), min(DEFAULT_TOKENS, self.limits.tokens))
+        body = {**asked.body(), "stream": asked.stream, "max_tokens": tokens}
+        return await _while_connected(request, handler.handle_request(body, uuid.uuid4().hex))
+
+    def _turn(self, asked: requests.Request) -> Turn:
+        self._require_model(asked.model)
+        most = self.limits.tokens
+        for name, tokens in asked.lengths.items():
+            if tokens > most:
+                raise Refused(f"{name} must be at most {most} on this server, got {requests.shown(tokens)}", param=name)
+        options = asked.sampling(GREEDY)
+        if asked.logit_bias:
+            options["sequence_bias"] = {(self._token(key),): bias for key, bias in asked.logit_bias.items()}
+        return Turn(self.model, self.tokenizer, self.limits, options=options, stops=asked.stop, seed=asked.seed)
+
+    def _token(self, text: str) -> int:
+        most = self.model.config.vocab_size - 1
+        if not (text.isascii() and text.isdecimal() and len(text) <= len(str(most)) and int(text) <= most):
+            raise Refused(f"logit_bias must have tokens 0 to {most}, got {requests.shown(text)}", param="logit_bias")
+        return int(text)
+
+    def _require_model(self, name: str | None) -> None:
+        if name is not None and name != self.name:
+            raise Refused(f"there is no model {requests.shown(name)}, only {self.name!r}", param="model", status=404)
+
+    def _end(self, turn: Turn) -> None:
+        turn.cancel()
+        self.open.discard(turn)
+
+    async def _body(self, request: Request) -> bytes:
+        kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refused(f"the content type must be application/json, got {requests.shown(kind)}", status=415)
+        try:
+            return await asyncio.wait_for(self._read(request), BODY_SECONDS)
+        except asyncio.TimeoutError:  # noqa: UP041 (another class before Python 3.11)
+            raise Refused(f"the body did not come within {BODY_SECONDS:g} seconds", status=408) from None
+
+    async def _read(self, request: Request) -> bytes:
+        most = BYTES_PER_TOKEN * self.limits.prompt_tokens + OTHER_BYTES
+        data, size = bytearray(), 0
+        async for part in request.stream():  # to its end: many clients read no answer before they have sent all
+            size += len(part)
+            if size <= most:
+                data += part
+        if size > most:
+            raise Refused(f"the body has {size:,} bytes, and this server takes at most {most:,}", status=413)
+        return bytes(data)
+
+    async def load(self, request: Request) -> Response:
+        """`transformers chat` asks for its model with this, and waits for "ready"."""
+        try:
+            name = json.loads(await self._body(request)).get("model")
+        except (ValueError, AttributeError, RecursionError):
+            raise Refused('the body must be a JSON object with a "model"') from None
+        self._require_model(str(name))
+        event = json.dumps({"status": "ready", "model": self.name, "cached": True})
+        return Response(f"data: {event}\n\n", media_type="text/event-stream")
+
+
+async def _while_connected(request: Request, work: Any) -> Response:
+    """The response, or an empty one where the client leaves before there is one."""
+    work, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        # The body has been read: what the client can still send is that it leaves.
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return work.result() if work.done() else Response(status_code=GONE)
+    except TemplateError as error:
+        raise Refused(f"the chat template refuses these messages: {error}", param="messages") from error
+    finally:
+        work.cancel()
+        gone.cancel()
+
+
+class EndTurns:
+    """ASGI middleware that ends a request's turn when its response has ended, in whatever way."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            if end := scope.get("end"):
+                end()
+
+
+def application(name: str, model: LogLinearForCausalLM, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> FastAPI:
+    """The ASGI application that serves one model under a name."""
+    server = Server(name, model, tokenizer, limits)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.add_middleware(EndTurns)
+
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> Response:
+        return await server.answer(request, CompletionRequest, server.completions)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await server.answer(request, ChatRequest, server.chats)
+
+    @app.post("/load_model")
+    async def load(request: Request) -> Response:
+        return await server.load(request)
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "loglinear"}]}
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.exception_handler(Refused)
+    async def refused(request: Request, error: Refused) -> Response:
+        return _error(error.status, str(error), error.param)
+
+    @app.exception_handler(HTTPException)
+    async def not_routed(request: Request, error: HTTPException) -> Response:
+        return _error(error.status_code, f"{error.detail}: {request.method} {requests.shown(request.url.path)}")
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=GONE)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return _error(500, "the server failed; its log says why", kind="server_error")
+
+    return app
+
+
+def _error(status: int, message: str, param: str | None = None, kind: str = "invalid_request_error") -> Response:
+    """In OpenAI's shape, and in one line."""
+    error = {"message": " ".join(message.split()), "type": kind, "param": param, "code": None}
+    return JSONResponse({"error": error}, status_code=status)
