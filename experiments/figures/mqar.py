@@ -8,7 +8,8 @@ from typing import Any
 from experiments.figures.tables import MISSING, markdown_table, said
 from loglinear.evaluation.mqar import markdown
 from loglinear.recipes.mqar import ABLATIONS, CHOICES, MODELS
-from loglinear.training.json_files import read_object, write_atomically
+from loglinear.training.files import write_atomically
+from loglinear.training.json_files import read_object
 
 PAPER = {  # Guo et al., arXiv 2506.04761, section 4.1: by dimension, in percent, mean (standard deviation)
     "mamba2": ("46.9 (2.3)", "75.1 (4.9)", "89.6 (6.1)"),

@@ -17,7 +17,8 @@ from loglinear.evaluation.plots import plot_losses, plot_positions
 from loglinear.models import parameter_counts
 from loglinear.recipes import TrainingRecipe
 from loglinear.training import load_corpus, load_model, load_tokenizer, train
-from loglinear.training.json_files import write_atomically, write_object
+from loglinear.training.files import write_atomically
+from loglinear.training.json_files import write_object
 from loglinear.training.run_folder import read_metrics
 
 MODELS = ("log_linear", "linear")

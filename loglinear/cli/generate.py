@@ -11,15 +11,13 @@ from transformers import TextStreamer
 from transformers.utils import logging
 
 from loglinear.evaluation import sample
-from loglinear.training.checkpoints import load_model, resolve
-from loglinear.training.tokenizer import load_tokenizer
+from loglinear.training.checkpoints import load_checkpoint
 
 
 def run(path: Path, prompt: str | None, **sampling: Any) -> None:
     """Stream a continuation to standard output; the speed goes to standard error. `sampling` as in `sample`."""
     logging.set_verbosity_error()
-    model = load_model(path, device="cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(resolve(path), model.config.vocab_size)
+    model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
     text = _text(prompt)
     sys.stdout.write(text)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

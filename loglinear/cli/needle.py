@@ -10,11 +10,10 @@ import torch
 from loglinear.cli import console
 from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.evaluation.plots import plot_needle
-from loglinear.training.checkpoints import load_model, resolve
+from loglinear.training.checkpoints import load_checkpoint
 from loglinear.training.json_files import write_object
 from loglinear.training.run_folder import command, require_folder, versions
 from loglinear.training.sources import read_documents
-from loglinear.training.tokenizer import load_tokenizer
 
 
 def run(
@@ -23,8 +22,7 @@ def run(
     """Score every task at every length, write needle.json and needle.png."""
     require_folder(out, "--out")
     texts = [document.text for document in read_documents(data)]
-    model = load_model(path, device="cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(resolve(path), model.config.vocab_size)
+    model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
     sets = example_sets(tokenizer, texts, lengths=lengths, count=count, tasks=tasks, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
     results = evaluate_sets(model, tokenizer, sets)

@@ -9,18 +9,17 @@ import torch
 from loglinear.cli import console
 from loglinear.evaluation import evaluate_perplexity
 from loglinear.evaluation.plots import plot_positions
-from loglinear.training.checkpoints import load_model, resolve
+from loglinear.training.checkpoints import load_checkpoint
 from loglinear.training.data import read_corpus
 from loglinear.training.json_files import write_object
 from loglinear.training.run_folder import require_folder
-from loglinear.training.tokenizer import load_tokenizer
 
 
 def run(path: Path, data: tuple[str, ...], out: Path, *, length: int, max_tokens: int) -> None:
     """Evaluate all of the data (nothing is held out here), write perplexity.json and per_position.png."""
     require_folder(out, "--out")
-    model = load_model(path, device="cuda" if torch.cuda.is_available() else "cpu")
-    corpus = read_corpus(data, load_tokenizer(resolve(path), model.config.vocab_size), progress=True)
+    model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
+    corpus = read_corpus(data, tokenizer, progress=True)
     out.mkdir(parents=True, exist_ok=True)
     result = evaluate_perplexity(model, corpus, length=length, max_tokens=max_tokens)
     summary = {"model": str(path), "data": list(data), **result.to_dict()}

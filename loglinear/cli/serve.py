@@ -14,8 +14,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
-from loglinear.training.checkpoints import load_model, resolve
-from loglinear.training.tokenizer import ByteTokenizer, load_tokenizer
+from loglinear.training.checkpoints import load_checkpoint
+from loglinear.training.tokenizer import ByteTokenizer
 
 # A base model knows no turns: messages become one text, and a single one is continued as /v1/completions would.
 CHAT_TEMPLATE = "{{ bos_token }}{{ messages | map(attribute='content') | join('\n') }}"
@@ -38,8 +38,7 @@ def run(path: Path, host: str, port: int, *, max_tokens: int, max_prompt: int, t
 
     socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     logging.set_verbosity_error()
-    model = load_model(path, device="cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(resolve(path), model.config.vocab_size)
+    model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
     prepare(model, tokenizer)
     limits = Limits(tokens=max_tokens, prompt_tokens=max_prompt, seconds=timeout)
     app = application(str(path), model, tokenizer, limits)

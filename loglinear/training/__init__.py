@@ -1,6 +1,6 @@
 """Training on transformers' Trainer: data, tokenizer, runs that resume exactly, checkpoints that are always whole."""
 
-from loglinear.training.checkpoints import load_model, resolve
+from loglinear.training.checkpoints import load_checkpoint, load_model, resolve
 from loglinear.training.data import Corpus, load_corpus
 from loglinear.training.tokenizer import ByteTokenizer, load_tokenizer
 from loglinear.training.train import TrainingResult, train
@@ -9,6 +9,7 @@ __all__ = [
     "ByteTokenizer",
     "Corpus",
     "TrainingResult",
+    "load_checkpoint",
     "load_corpus",
     "load_model",
     "load_tokenizer",

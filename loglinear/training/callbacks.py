@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loglinear.training.data import PackedRows
-from loglinear.training.run_folder import METRICS_FILE, rewind_metrics
+from loglinear.training.run_folder import append_metrics
 
 
 def bits_per_byte(nats_per_token: float, rows: PackedRows, which: range) -> float:
@@ -36,25 +35,33 @@ class RunLog(TrainerCallback):
     A line has: step, split ("train" | "validation"), loss (nats per predicted token), bits_per_byte (the same nats
     for each byte of these tokens, as in `loglinear.evaluation`); for training also learning_rate, grad_norm, tokens
     (seen so far), seconds (spent in training steps so far, without validation and saving), tokens_per_second and, on a
-    GPU, peak_bytes (of its memory, since this process began).
+    GPU, peak_bytes (of its memory, since this process began). `before` are the lines of the steps that were trained
+    already.
     """
 
     def __init__(
-        self, out: Path, *, steps: int, training: PackedRows, validation: PackedRows, label: str, progress: bool
+        self,
+        out: Path,
+        *,
+        before: list[dict[str, Any]],
+        steps: int,
+        training: PackedRows,
+        validation: PackedRows,
+        label: str,
+        progress: bool,
     ) -> None:
         self.out, self.steps, self.label, self.progress = out, steps, label, progress
         self.training, self.validation = training, validation
         self.rows_per_step = len(training) // steps
         self.batch_tokens = self.rows_per_step * training.row_tokens
-        self.seconds, self.step_began = 0.0, 0.0
+        self.seconds = max((record["seconds"] for record in before if "seconds" in record), default=0.0)
+        self.step_began = 0.0
         self.validation_bits: float | None = None
         self.bar: tqdm | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        kept = rewind_metrics(self.out, state.global_step)
-        self.seconds = max((record["seconds"] for record in kept if "seconds" in record), default=0.0)
         self.bar = tqdm(
             total=self.steps,
             initial=state.global_step,
@@ -115,8 +122,7 @@ class RunLog(TrainerCallback):
             self.bar.update(step - self.bar.n)
 
     def _append(self, **record: Any) -> None:
-        with (self.out / METRICS_FILE).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_metrics(self.out, record)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

@@ -6,6 +6,8 @@ run's folder, the optimiser's and the schedule's state beside it.
 
 from __future__ import annotations
 
+import logging
+import os
 import zipfile
 from inspect import get_annotations
 from pathlib import Path
@@ -14,12 +16,18 @@ from typing import Any, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.training.json_files import read_object
+from loglinear.training.manifest import MANIFEST, damage
+from loglinear.training.tokenizer import load_tokenizer
 
 MODEL_TYPE = LogLinearConfig.model_type
 TRAINER_STATE = "trainer_state.json"
+PICKLED = (".pt", ".pth", ".bin")  # what only a training reads, besides its state
+
+logger = logging.getLogger(__name__)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -36,7 +44,8 @@ def step_of(checkpoint: Path) -> int:
 def defect(checkpoint: Path, *, resumable: bool = False) -> str | None:
     """What keeps this folder from being a whole checkpoint, or None.
 
-    Looks at names, headers and lengths, not at every byte. `resumable` also asks for the state of the training.
+    Every byte of what is read is compared with the manifest; without one, names, headers and lengths are all that can
+    be checked. `resumable` also asks for the state of the training, and for the run's files as they were then.
     """
     needed = ["config.json", "model*.safetensors"]
     if resumable:
@@ -44,13 +53,34 @@ def defect(checkpoint: Path, *, resumable: bool = False) -> str | None:
     for name in needed:
         if not any(checkpoint.glob(name)):
             return f"{name.replace('*', '')} is missing"
+    problem = None
+    if is_listed(checkpoint):
+        problem = damage(checkpoint, which=lambda name: resumable or not _of_training(name), with_run=resumable)
+    return problem or _visible_defect(checkpoint, resumable)
+
+
+def is_listed(checkpoint: Path) -> bool:
+    """Whether the checkpoint has a manifest, so that its contents can be checked."""
+    return (checkpoint / MANIFEST).exists()
+
+
+def _of_training(name: str) -> bool:
+    return name == TRAINER_STATE or Path(name).suffix in PICKLED
+
+
+def _visible_defect(checkpoint: Path, resumable: bool) -> str | None:
+    """A defect that shows without a manifest."""
     for file in sorted(checkpoint.glob("*.json")):
+        if not resumable and _of_training(file.name):
+            continue
         try:
-            read_object(file)
+            values = read_object(file)
         except ValueError:
             return f"{file.name} is truncated or no JSON object"
-    if resumable and read_object(checkpoint / TRAINER_STATE).get("global_step") != step_of(checkpoint):
-        return f"{TRAINER_STATE} is of another step"
+        except OSError as error:
+            return f"{file.name} cannot be read: {error.strerror}"
+        if file.name == TRAINER_STATE and (problem := _state_problem(values, step_of(checkpoint))):
+            return f"{file.name} {problem}"
     for file in sorted(checkpoint.glob("*.pt*")) if resumable else []:
         if not zipfile.is_zipfile(file):
             return f"{file.name} is truncated"
@@ -58,21 +88,39 @@ def defect(checkpoint: Path, *, resumable: bool = False) -> str | None:
         try:
             with safe_open(file, framework="pt"):
                 pass
-        except (SafetensorError, OSError):
+        except OSError as error:
+            return f"{file.name} cannot be read: {error.strerror or error}"
+        except SafetensorError:
             return f"{file.name} is truncated"
     return None
 
 
+def _state_problem(values: dict[str, Any], step: int) -> str | None:
+    """What is wrong in a Trainer's state; its callbacks, a list in memory, are an object in the file."""
+    hints = {**get_annotations(TrainerState, eval_str=True), "stateful_callbacks": dict}
+    for name, value in values.items():
+        if name not in hints:
+            return f"has an unknown field {name!r}"
+        if not _fits(value, hints[name]):
+            return f"must have {_type_name(hints[name])} as {name}, got {value!r}"
+    return None if values.get("global_step") == step else "is of another step"
+
+
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run that training can go on from; one that is not whole is passed over."""
-    whole = (path for path in reversed(checkpoints(run)) if defect(path, resumable=True) is None)
-    return next(whole, None)
+    """The newest checkpoint of a run that training can go on from, or None where there is none at all.
+
+    One that is not whole is passed over with a note. Raises ValueError where none of them is whole.
+    """
+    checkpoint = _newest_whole(run, resumable=True)
+    if checkpoint is not None:
+        _note_unlisted(checkpoint)
+    return checkpoint
 
 
 def resolve(path: Path | str) -> Path:
     """The checkpoint meant by `path`: itself, or the newest whole one where `path` is a training run's folder.
 
-    Raises ValueError where there is none or it is not whole.
+    One that is not whole is passed over with a note. Raises ValueError where there is none or it is not whole.
     """
     path = Path(path)
     if not path.is_dir():
@@ -81,21 +129,63 @@ def resolve(path: Path | str) -> Path:
         if problem := defect(path):
             raise ValueError(f"checkpoint {path} is not whole: {problem}")
         return path
-    found = checkpoints(path)
-    for checkpoint in reversed(found):
-        if defect(checkpoint) is None:
-            return checkpoint
-    if found:
-        raise ValueError(f"checkpoint {found[-1]} is not whole: {defect(found[-1])}")
+    if checkpoint := _newest_whole(path, resumable=False):
+        return checkpoint
     raise ValueError(f"no checkpoint in {path}: it has neither config.json nor a folder checkpoint-STEP")
+
+
+def _newest_whole(run: Path, *, resumable: bool) -> Path | None:
+    found: list[tuple[Path, str | None]] = []
+    for checkpoint in reversed(checkpoints(run)):
+        found.append((checkpoint, defect(checkpoint, resumable=resumable)))
+        if found[-1][1] is None:
+            break
+    else:
+        if not found:
+            return None
+        raise ValueError(f"checkpoint {found[0][0]} is not whole: {found[0][1]}; no other one of this run is whole")
+    for passed, problem in found[:-1]:
+        _note(f"checkpoint {passed} is not whole: {problem}; going back to {checkpoint.name}")
+    return checkpoint
+
+
+def _note_unlisted(checkpoint: Path) -> None:
+    """Say of a checkpoint without a manifest that nobody knows whether its contents are what was saved."""
+    if not is_listed(checkpoint):
+        _note(f"checkpoint {checkpoint} has no {MANIFEST}, so its contents were not checked")
+
+
+def _note(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+        logger.warning("note: %s", text)
 
 
 def load_model(path: Path | str, *, device: str | torch.device = "cpu") -> LogLinearForCausalLM:
     """The model of a checkpoint or of a run's last checkpoint, in evaluation mode.
 
-    Raises ValueError, in one line, for a checkpoint that is missing, truncated, or of another model.
+    Raises ValueError, in one line, for a checkpoint that is missing, damaged, or of another model.
     """
     checkpoint = resolve(path)
+    model = _load_model(checkpoint, device)
+    _note_unlisted(checkpoint)
+    return model
+
+
+def load_checkpoint(
+    path: Path | str, *, device: str | torch.device = "cpu"
+) -> tuple[LogLinearForCausalLM, PreTrainedTokenizerBase]:
+    """`load_model` and the tokenizer beside it; what both are read from is checked once.
+
+    Raises ValueError as `load_model` does, and where there is no tokenizer or it has more tokens than the model.
+    """
+    checkpoint = resolve(path)
+    model = _load_model(checkpoint, device)
+    tokenizer = load_tokenizer(checkpoint, model.config.vocab_size)
+    _note_unlisted(checkpoint)
+    return model, tokenizer
+
+
+def _load_model(checkpoint: Path, device: str | torch.device) -> LogLinearForCausalLM:
     config = _config(checkpoint)
     check_weights(checkpoint, config, described_by="its config.json")
     model = LogLinearForCausalLM.from_pretrained(checkpoint, device_map={"": torch.device(device)})
@@ -109,12 +199,15 @@ def _config(checkpoint: Path) -> LogLinearConfig:
         raise ValueError(f"checkpoint {checkpoint} holds a {values.get('model_type')!r} model, expected {MODEL_TYPE!r}")
     for name, hint in get_annotations(LogLinearConfig, eval_str=True).items():
         if name in values and not _fits(values[name], hint):
-            wanted = getattr(hint, "__name__", hint)
-            raise ValueError(f"{file}: {name} must be {wanted}, got {values[name]!r}")
+            raise ValueError(f"{file}: {name} must be {_type_name(hint)}, got {values[name]!r}")
     try:
         return LogLinearConfig.from_pretrained(checkpoint)
     except (ValueError, TypeError, AttributeError) as error:  # the latter two: fields of transformers' own
         raise ValueError(f"{file} describes no model: {error}") from error
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -1,11 +1,16 @@
-"""JSON objects in files: written in one step, read with errors that name the file."""
+"""JSON objects in files: written in one step, read with errors that name the file; sealed ones carry a checksum."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
 from typing import Any
+
+from loglinear.training.files import write_atomically
+
+SEAL = "sha256"  # of the other entries, in a sealed object
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -24,16 +29,31 @@ def write_object(path: Path, value: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(_without_nan(value), indent=2, allow_nan=False) + "\n")
 
 
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object that `write_sealed` wrote, without its checksum; one that never had a checksum is not checked.
+
+    Raises ValueError, naming the file, where it is damaged.
+    """
+    value = read_object(path)
+    seal = value.pop(SEAL, None)
+    if seal is not None and seal != _seal(value):
+        raise ValueError(f"{path} is damaged: it differs from its checksum (to keep an edit, remove its {SEAL!r})")
+    return value
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """`write_object` with a checksum of the object in it."""
+    value = json.loads(json.dumps(_without_nan(value)))  # as it will be read
+    write_object(path, {**value, SEAL: _seal(value)})
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nan(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_without_nan(part) for part in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader, or a kill, sees the old text or the new one."""
-    staged = path.with_name(f".{path.name}.new")
-    staged.write_text(text)
-    staged.replace(path)

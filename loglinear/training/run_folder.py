@@ -19,8 +19,10 @@ import transformers
 
 import loglinear
 from loglinear.recipes import TrainingRecipe
-from loglinear.training.checkpoints import checkpoints
-from loglinear.training.json_files import read_object, write_atomically, write_object
+from loglinear.training.checkpoints import checkpoints, step_of
+from loglinear.training.files import staged_file, write_atomically, writing
+from loglinear.training.json_files import read_sealed, write_sealed
+from loglinear.training.manifest import logged_bytes
 
 try:
     import fcntl
@@ -28,6 +30,7 @@ except ImportError:  # Windows has no advisory locks of this kind: there a folde
     fcntl = None  # type: ignore[assignment]
 
 RUN_FILE, METRICS_FILE, LOCK_FILE = "run.json", "metrics.jsonl", ".lock"
+STAGING = ".saving"  # the folder of a checkpoint that is being written
 
 
 @contextmanager
@@ -50,8 +53,11 @@ def claim(out: Path) -> Iterator[None]:
                 holder = lock.read().strip() or "unknown"
                 raise ValueError(f"output folder {out} is in use by another process (pid {holder})") from None
         lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        try:
+            lock.write(str(os.getpid()))
+            lock.flush()
+        except OSError as error:
+            raise ValueError(f"output folder {out} cannot be written: {error.strerror}") from error
         yield
 
 
@@ -62,17 +68,18 @@ def require_folder(path: Path, option: str) -> None:
 
 
 def require_empty(out: Path) -> None:
-    """Raise ValueError where the folder already holds something."""
+    """Raise ValueError where the folder already holds something; what a failed start left behind does not count."""
     if (out / RUN_FILE).exists():
         raise ValueError(f"output folder {out} holds another run: add --resume to continue it, or choose another --out")
-    if any(path.name != LOCK_FILE for path in out.iterdir()):
+    own = {LOCK_FILE, STAGING, *(staged_file(out / name).name for name in (RUN_FILE, METRICS_FILE))}
+    if any(path.name not in own for path in out.iterdir()):
         raise ValueError(f"output folder {out} is not empty: choose another --out")
 
 
 def read_run(out: Path) -> dict[str, Any]:
     """What run.json says. Raises ValueError where the folder holds no run, or the file not what we wrote."""
     try:
-        run = read_object(out / RUN_FILE)
+        run = read_sealed(out / RUN_FILE)
     except FileNotFoundError:
         raise ValueError(f"output folder {out} holds no run to resume (no {RUN_FILE})") from None
     for name in ("recipe", "data"):
@@ -94,7 +101,7 @@ def run_recipe(out: Path) -> TrainingRecipe:
 
 def write_run(out: Path, recipe: TrainingRecipe, data: dict[str, Any], parameters: int) -> None:
     """Record everything that decides the result: recipe with its seed, data, versions, command."""
-    write_object(
+    write_sealed(
         out / RUN_FILE,
         {
             "recipe": recipe.to_dict(),
@@ -157,11 +164,19 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 
     Raises ValueError, naming file and line, where another line is damaged.
     """
+    return _records(_read_bytes(out / METRICS_FILE), out / METRICS_FILE)
+
+
+def _read_bytes(path: Path) -> bytes:
     try:
-        lines = (out / METRICS_FILE).read_bytes().split(b"\n")
+        return path.read_bytes()
     except FileNotFoundError:
-        return []
-    return [_record(line, f"{out / METRICS_FILE} line {number}") for number, line in enumerate(lines[:-1], start=1)]
+        return b""
+
+
+def _records(text: bytes, path: Path) -> list[dict[str, Any]]:
+    lines = text.split(b"\n")[:-1]
+    return [_record(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def _record(line: bytes, place: str) -> dict[str, Any]:
@@ -174,8 +189,27 @@ def _record(line: bytes, place: str) -> dict[str, Any]:
     return record
 
 
-def rewind_metrics(out: Path, step: int) -> list[dict[str, Any]]:
-    """Drop what metrics.jsonl says about steps after `step`; returns what is left."""
-    kept = [record for record in read_metrics(out) if record["step"] <= step]
-    write_atomically(out / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in kept))
-    return kept
+def append_metrics(out: Path, record: dict[str, Any]) -> None:
+    """One more line of metrics.jsonl. Raises OSError, naming the file, where it cannot be written."""
+    with writing(out / METRICS_FILE), (out / METRICS_FILE).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def rewind_metrics(out: Path, checkpoint: Path | None) -> list[dict[str, Any]]:
+    """Drop what metrics.jsonl says about steps after a checkpoint, or all of it; returns what is left.
+
+    The checkpoint's manifest has its length then; without one the records' own steps decide.
+    """
+    path = out / METRICS_FILE
+    text = _read_bytes(path)
+    size = 0 if checkpoint is None else logged_bytes(checkpoint, METRICS_FILE)
+    if size is None:
+        assert checkpoint is not None
+        steps = [record["step"] for record in _records(text, path)]
+        lines = text.splitlines(keepends=True)[: len(steps)]
+        kept = b"".join(line for line, step in zip(lines, steps, strict=True) if step <= step_of(checkpoint))
+    else:
+        kept = text[:size]
+    if kept != text:
+        write_atomically(path, kept.decode())
+    return _records(kept, path)

@@ -30,7 +30,7 @@ class TrainingResult:
     """Where a run stands: its last checkpoint, and whether its time ended it before its last step, or a signal came
     (to this process, if that was in the last step)."""
 
-    checkpoint: Path | None
+    checkpoint: Path
     step: int
     interrupted: bool
 
@@ -51,7 +51,8 @@ def train(
     save a checkpoint first, and so do `minutes`, reading the data included, at the end of the step in which they pass.
     With several processes (torchrun, accelerate launch) every process calls this.
 
-    Raises ValueError for data, a tokenizer or a folder that cannot serve, and where the loss stops being finite.
+    Raises ValueError for data, a tokenizer or a folder that cannot serve, and where the loss stops being finite. Raises
+    OSError where a checkpoint or a line of metrics cannot be written.
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
@@ -82,11 +83,13 @@ def train(
         checkpoint = last_checkpoint(out) if resume else None
         if checkpoint is not None:
             check_weights(checkpoint, config, described_by="the run's recipe")
-            if step_of(checkpoint) >= recipe.steps:
-                return TrainingResult(checkpoint, recipe.steps, interrupted=False)
+        before = run_folder.rewind_metrics(out, checkpoint) if main_process else []
+        if checkpoint is not None and step_of(checkpoint) >= recipe.steps:
+            return TrainingResult(checkpoint, recipe.steps, interrupted=False)
 
         log = RunLog(
             out,
+            before=before,
             steps=recipe.steps,
             training=training,
             validation=validation,
@@ -104,11 +107,12 @@ def train(
             processing_class=tokenizer,
             callbacks=[stop, *([log] if main_process else []), *([GraphSteps()] if graphs else [])],
             prepare=in_few_sizes if graphs else None,
+            run_files=[out / run_folder.METRICS_FILE],
         )
         with stop, contextlib.closing(log), _one_thread_beside(arguments.device):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step = trainer.state.global_step
-        return TrainingResult(last_checkpoint(out), step, interrupted=step < recipe.steps or stop.requested)
+        return TrainingResult(out / f"checkpoint-{step}", step, interrupted=step < recipe.steps or stop.requested)
 
 
 def _untrained_levels(recipe: TrainingRecipe, config: LogLinearConfig) -> str | None:

@@ -75,6 +75,7 @@ def bad(tmp_path_factory, run, text):
     tokenizer.save_pretrained(folder / "tokenizer")
     for name in ("truncated", "mixed"):
         shutil.copytree(run / "checkpoint-8", folder / name)
+    (folder / "mixed" / "manifest.json").unlink()
     weights = folder / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     recipe = tiny_recipe(text)

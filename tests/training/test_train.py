@@ -21,7 +21,7 @@ from loglinear.training.data import IGNORED, PackedRows, load_corpus
 from loglinear.training.tokenizer import ByteTokenizer
 from loglinear.training.train import train
 from loglinear.training.trainer import LogLinearTrainer
-from tests.training.tiny import tiny_recipe, train_tiny, write_text
+from tests.training.tiny import assert_same_run, curve, tiny_recipe, train_tiny, write_text
 
 # Trains the tiny recipe in a process of its own, which `sabotage` ends somewhere.
 SCRIPT = """
@@ -66,12 +66,6 @@ def run_sabotaged(sabotage, data, out):
     return process.returncode, process.stderr
 
 
-def curve(out):
-    """Everything in metrics.jsonl that does not measure time."""
-    timed = ("seconds", "tokens_per_second")
-    return [{k: v for k, v in record.items() if k not in timed} for record in run_folder.read_metrics(out)]
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("data"))
@@ -80,12 +74,6 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, data):
     return train_tiny(data, tmp_path_factory.mktemp("runs") / "uninterrupted")
-
-
-def assert_same_run(out, reference):
-    assert curve(out) == curve(reference)
-    weights = [load_model(path).state_dict() for path in (out, reference)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
 def test_run_learns_and_logs_every_step(uninterrupted):
@@ -212,20 +200,6 @@ def test_one_process_trains_on_one_gpu_of_several(tmp_path, data, monkeypatch):
 
 def test_checkpoint_uses_the_cache(uninterrupted):
     assert json.loads((last_checkpoint(uninterrupted) / "config.json").read_text())["use_cache"] is True
-
-
-@pytest.mark.parametrize("name", ["rng_state.pth", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
-@pytest.mark.parametrize("damage", ["truncated", "missing", "{}"])
-def test_damaged_training_state_is_a_defect_of_a_resumable_checkpoint_alone(tmp_path, uninterrupted, name, damage):
-    checkpoint = shutil.copytree(last_checkpoint(uninterrupted), tmp_path / "checkpoint-8")
-    assert defect(checkpoint, resumable=True) is None
-    file = checkpoint / name
-    if damage == "missing":
-        file.unlink()
-    else:
-        file.write_bytes(b"{}" if damage == "{}" else file.read_bytes()[:-20])
-    assert defect(checkpoint, resumable=True).startswith(name)
-    assert damage != "missing" or defect(checkpoint) is None
 
 
 def with_extra_key(run):
@@ -364,6 +338,7 @@ def test_resume_of_weights_that_the_recipe_does_not_describe_is_refused(tmp_path
     checkpoint = last_checkpoint(tmp_path / "run")
     other = LogLinearConfig.from_pretrained(checkpoint, lambda_form="softplus")
     LogLinearForCausalLM(other).save_pretrained(checkpoint)
+    (checkpoint / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"checkpoint-6 holds .* than the run's recipe says: .*level_scales"):
         train(tiny_recipe(data), tmp_path / "run", resume=True, progress=False)
 

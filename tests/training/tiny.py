@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from loglinear.recipes import TrainingRecipe
+from loglinear.training import run_folder
+from loglinear.training.checkpoints import load_model
 from loglinear.training.train import train
 
 
@@ -55,3 +57,16 @@ def train_tiny(data: Path, out: Path) -> Path:
     torch.set_num_threads(1)
     train(tiny_recipe(data), out, progress=False)
     return out
+
+
+def curve(out: Path) -> list[dict[str, Any]]:
+    """Everything in metrics.jsonl that does not measure time."""
+    timed = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in record.items() if k not in timed} for record in run_folder.read_metrics(out)]
+
+
+def assert_same_run(out: Path, reference: Path) -> None:
+    """Bit for bit: the same curve, and the same weights at its end."""
+    assert curve(out) == curve(reference)
+    weights = [load_model(path).state_dict() for path in (out, reference)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
