@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 
 from loglinear.layers import MixerDecodeState, MixerState
 from loglinear.models.configuration import LogLinearConfig
+from loglinear.models.history import OTHER_MASK, History
 from loglinear.ops.state import constants
 
 
@@ -140,7 +141,8 @@ class LogLinearCache(Cache):
     (cache_implementation="static" of `generate`). Linear layers have no such limit.
 
     `real` [B, S] remembers for the full-attention layers which columns were tokens and which padding (None: no padding
-    so far), so a continuation needs no attention mask. The mixers' states have no padding in them.
+    so far), so a continuation needs no attention mask. The mixers' states have no padding in them. `history` knows a
+    mask or a text that differs from what was seen.
     """
 
     def __init__(self, config: LogLinearConfig, max_cache_len: int | None = None) -> None:
@@ -154,6 +156,7 @@ class LogLinearCache(Cache):
         super().__init__(layers=layers)
         self.columns_limit = max_cache_len
         self.real: Tensor | None = None
+        self.history = History(static=max_cache_len is not None)
 
     @property
     def has_states(self) -> bool:
@@ -162,9 +165,16 @@ class LogLinearCache(Cache):
 
     @property
     def rows(self) -> int | None:
-        """How many sequences the states are of; None before the first token, or without linear layers."""
-        states = [layer.state for layer in self.layers if isinstance(layer, LinearStateLayer)]
-        return None if not states or states[0] is None else states[0].conv.shape[0]
+        """How many sequences the cache is of; None before the first token."""
+        return None if self.history.numbers is None else self.history.numbers.shape[1]
+
+    def check_past(self, real_BS: Tensor, ids_BS: Tensor | None = None) -> None:
+        """Raise ValueError unless the columns so far were seen with this mask, and its tokens with these ids."""
+        if not bool(self.history.agrees(real_BS).all()):
+            raise ValueError(OTHER_MASK)
+        if ids_BS is not None and not bool(self.history.agrees(real_BS, ids_BS).all()):
+            row = int(self.history.agrees(real_BS, ids_BS).int().argmin())
+            raise ValueError(f"input_ids must begin with the tokens that past_key_values has seen, row {row} does not")
 
     @property
     def nbytes(self) -> int:
@@ -190,8 +200,20 @@ class LogLinearCache(Cache):
         self.real = torch.cat([before, now], dim=1)
         return self.real
 
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove == 0:
+            return
+        for layer in self.layers:  # before any layer changes
+            if isinstance(layer, LinearStateLayer):
+                layer.crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+        self.history.forget()
+        if self.real is not None:
+            self.real = self.real[:, : self.get_seq_length()]
+
     def reset(self) -> None:
         super().reset()
+        self.history.reset()
         if self.real is not None and self.columns_limit is not None:
             self.real.zero_()
         else:
@@ -199,16 +221,19 @@ class LogLinearCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
+        self.history.reorder(beam_idx)
         if self.real is not None:
             reordered = self.real.index_select(0, beam_idx.to(self.real.device))
             self.real = reordered if self.columns_limit is None else self.real.copy_(reordered)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
+        self.history.index_select(indices)
         if self.real is not None:
             self.real = self.real[indices]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
+        self.history.repeat_interleave(repeats)
         if self.real is not None:
             self.real = self.real.repeat_interleave(repeats, dim=0)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from loglinear.layers import Attention, Mixer, SwiGLU
 from loglinear.models.cache import LogLinearCache
 from loglinear.models.configuration import LogLinearConfig
+from loglinear.models.generation import LogLinearGenerationMixin
 from loglinear.models.inputs import TokenLayout, one_of, refuse_unknown, token_layout
 from loglinear.models.loss import sliced_cross_entropy
 from loglinear.models.places import TokenPlaces
@@ -160,6 +161,8 @@ class LogLinearModel(LogLinearPreTrainedModel):
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_weights = self.config.output_attentions if output_attentions is None else output_attentions
         layout = token_layout(self.config, places, x.device, position_ids, cache, with_weights=bool(with_weights))
+        if cache is not None:
+            cache.history.extend(places.rows, places.time, places.real, input_ids, x.device)
         all_hidden_states, all_weights = [], []
         for i, layer in enumerate(self.layers):
             if keep_all:
@@ -192,7 +195,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
         return LogLinearCache(self.config)
 
 
-class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
+class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
     """The language model."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -281,39 +284,6 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
         )
         return output if return_dict is None or return_dict else output.to_tuple()
 
-    def _prepare_cache_for_generation(  # type: ignore[override]  # only what we use: the rest differs by version
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """`generate` uses a `LogLinearCache`: of fixed size where the layers are linear, and with
-        cache_implementation="static" everywhere, which compiles the steps on a GPU."""
-        implementation = generation_config.cache_implementation
-        if implementation not in (None, "dynamic", "static"):
-            raise ValueError(
-                f"cache_implementation must be 'static' or left out, got {implementation!r}: "
-                "these models have one cache, LogLinearCache"
-            )
-        given = model_kwargs.get("past_key_values")
-        if given is not None and implementation is not None:
-            raise ValueError("pass either past_key_values or cache_implementation, got both")
-        if given is not None:
-            given._is_user_defined = True
-        if generation_config.use_cache is not False and given is None:
-            *_, columns = (*args, *kwargs.values())  # max_cache_length comes last
-            columns = max(columns, generation_config.max_cache_len or 0)
-            model_kwargs["past_key_values"] = LogLinearCache(
-                self.config, columns if implementation == "static" else None
-            )
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As transformers has it, unless a cache has seen all of the tokens already: a state cannot go back."""
-        new = kwargs.get("next_sequence_length")
-        if new is not None and new < 1:
-            seen, given = input_ids.shape[1] - int(new), input_ids.shape[1]
-            raise ValueError(
-                f"past_key_values has seen {seen} tokens, got {given}: pass the whole text, at least one of them new"
-            )
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc, arg-type]
-
     def get_compiled_call(self, compile_config: Any) -> Any:
         """What `generate` calls beside a static cache: steps are compiled; prompts, which may be padded, are not."""
         compiled = super().get_compiled_call(compile_config)
@@ -324,13 +294,6 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, GenerationMixin):
             return (compiled if is_step else self)(**inputs)
 
         return call
-
-    @staticmethod
-    def create_masks_for_generate(
-        config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Tensor | None:
-        """Of the mask that `generate` keeps, what a forward takes beside a static cache: the new columns."""
-        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
 
 def _kept(hidden_states: Tensor, logits_to_keep: int | Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loglinear.models.cache import LogLinearCache
+from loglinear.models.history import OTHER_MASK
 from loglinear.models.loss import IGNORE
 
 
@@ -63,7 +64,7 @@ class TokenPlaces(NamedTuple):
                 raise ValueError("attention_mask [B, 1, T, S] and boundaries of packed documents exclude each other")
             keys = past + time if cache is None or cache.columns_limit is None else cache.columns_limit
             return places._replace(scores_mask=places._read_scores_mask(attention_mask, int(keys)))
-        real = None if attention_mask is None else places._new_columns(attention_mask)
+        real = None if attention_mask is None else places._new_columns(attention_mask, cache)
         if boundaries is not None and real is not None:
             raise ValueError("attention_mask must not mark padding in a packed batch: leave the padding out")
         return places._replace(real=real, cu_seqlens=boundaries)
@@ -107,7 +108,7 @@ class TokenPlaces(NamedTuple):
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"{name} must hold integers, got {labels.dtype}")
 
-    def _new_columns(self, attention_mask: Tensor) -> Tensor | None:
+    def _new_columns(self, attention_mask: Tensor, cache: LogLinearCache | None) -> Tensor | None:
         """Which of the new columns [B, T] are tokens; None if all are, as far as the host may ask."""
         new, whole = (self.rows, self.time), (self.rows, self.past + self.time)
         if tuple(attention_mask.shape) not in (new, whole):
@@ -115,7 +116,10 @@ class TokenPlaces(NamedTuple):
                 f"attention_mask must have shape [{self.rows}, {int(self.past) + self.time}] (1 token, 0 padding), "
                 f"got {list(attention_mask.shape)}"
             )
-        real = self._read_mask(attention_mask)[:, -self.time :]
+        read = self._read_mask(attention_mask)
+        real, past = read[:, -self.time :], read[:, : -self.time]
+        if cache is not None and past.shape[1] > 0:
+            self.require(cache.history.agrees(past).all(), OTHER_MASK)
         return None if self.may_ask(real) and bool(real.all()) else real
 
     def _read_mask(self, attention_mask: Tensor) -> Tensor:

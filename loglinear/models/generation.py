@@ -1,0 +1,142 @@
+# B batch, T time (new columns), S columns so far
+"""Everything that `generate` needs of these models: their cache, rows that have ended, a second turn."""
+
+# transformers types the mixin's methods by a protocol of a whole model, which no mixin is:
+# mypy: disable-error-code="misc, arg-type, override"
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.generation import StoppingCriteriaList
+
+from loglinear.models.cache import LogLinearCache
+
+
+class RowsAtWork(StoppingCriteriaList):
+    """The stopping criteria of one call, which remember the rows that still wrote when the newest tokens were chosen.
+
+    A row that has ended gets padding from then on. It is fed with the others, and must not move its state.
+    """
+
+    writing: Tensor | None = None  # [B]; None: nothing is written yet
+    unfinished: Tensor | None = None
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        done = super().__call__(input_ids, scores, **kwargs)
+        self.writing = torch.ones_like(done) if self.unfinished is None else self.unfinished
+        self.unfinished = self.writing & ~done
+        return done
+
+
+class LogLinearGenerationMixin(GenerationMixin):
+    """`generate` with a `LogLinearCache`."""
+
+    config: Any
+    _previous_max_cache_length = -1
+
+    def _prepare_cache_for_generation(  # only what we use: the rest differs by version
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """`generate` uses a `LogLinearCache`: of fixed size where the layers are linear, and with
+        cache_implementation="static" everywhere, which compiles the steps on a GPU."""
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "dynamic", "static"):
+            raise ValueError(
+                f"cache_implementation must be 'static' or left out, got {implementation!r}: "
+                "these models have one cache, LogLinearCache"
+            )
+        given = model_kwargs.get("past_key_values")
+        if given is not None and implementation is not None:
+            raise ValueError("pass either past_key_values or cache_implementation, got both")
+        if given is not None:
+            given._is_user_defined = True
+        if generation_config.use_cache is not False and given is None:
+            columns = None
+            if implementation == "static":
+                *_, needed = (*args, *kwargs.values())  # max_cache_length comes last
+                # A smaller cache than before would be another graph: as in transformers, the largest so far is kept.
+                columns = max(needed, generation_config.max_cache_len or 0, self._previous_max_cache_length)
+                self._previous_max_cache_length = columns
+            model_kwargs["past_key_values"] = LogLinearCache(self.config, columns)
+
+    def _sample(
+        self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
+    ) -> Any:
+        pads_ended_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        if input_ids.shape[0] > 1 and pads_ended_rows:
+            kwargs["rows_at_work"] = stopping_criteria = RowsAtWork(stopping_criteria)
+        return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, LogLinearCache) and int(cache.get_seq_length()) > 0:
+            check_continuation(cache, input_ids, generation_config, model_kwargs)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(  # transformers looks for these names
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: LogLinearCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        rows_at_work: RowsAtWork | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As transformers has it, with the mask of the new columns alone: the cache knows the others."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if past_key_values is None:
+            return inputs
+        tokens = inputs["inputs_embeds"] if inputs.get("inputs_embeds") is not None else inputs["input_ids"]
+        mask = inputs.pop("attention_mask", None)
+        if mask is not None:
+            mask = mask[:, -tokens.shape[1] :]
+            mask = mask if is_first_iteration else mask.bool()  # the prompt's forward has checked its values
+        if rows_at_work is not None and rows_at_work.writing is not None:
+            writing = rows_at_work.writing.to(tokens.device)
+            mask = None if not past_key_values.is_compileable and bool(writing.all()) else writing[:, None]
+        return inputs if mask is None else {**inputs, "attention_mask": mask.contiguous()}
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor | None:
+        """The mask as it is: a static cache makes those of the layers in the forward."""
+        return attention_mask
+
+
+def check_continuation(
+    cache: LogLinearCache, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+) -> None:
+    """Raise ValueError unless the text and the mask [B, S + T] of a call begin with what the cache has seen.
+
+    `input_ids` are the whole text, or, beside a mask of the whole, the new tokens alone. `generate` leaves a mask of
+    ones out, and notes its length.
+    """
+    seen, embeds = int(cache.get_seq_length()), model_kwargs.get("inputs_embeds")
+    rows, given = input_ids.shape if embeds is None else embeds.shape[:2]
+    mask = model_kwargs.get("attention_mask")
+    width = getattr(generation_config, "_mask_length", given) if mask is None else mask.shape[1]
+    if cache.rows != rows:
+        raise ValueError(f"past_key_values holds {cache.rows} sequences, got a batch of {rows}")
+    if width == given and given <= seen:
+        raise ValueError(
+            f"past_key_values has seen {seen} tokens, got {given}: pass the whole text, at least one of them new"
+        )
+    if width not in (given, seen + given):
+        raise ValueError(f"attention_mask must have {given} or {seen + given} columns, got {width}")
+    past = input_ids.new_ones(rows, seen, dtype=torch.bool) if mask is None else mask[:, :seen] == 1
+    cache.check_past(past, input_ids[:, :seen] if embeds is None and width == given else None)
