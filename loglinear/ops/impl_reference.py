@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loglinear.fenwick import block_level, num_blocks
 from loglinear.ops.problem import Problem
-from loglinear.ops.state import FenwickState
+from loglinear.ops.state import DecodeState, FenwickState
 from loglinear.reference import level_states_from_blocks, recurrent
 from loglinear.reference.recurrent import merged
 
@@ -31,6 +31,22 @@ def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
         return output, None
     finals = zip(*(final for _, final in results), strict=True)
     return output, FenwickState._make(None if parts[0] is None else torch.stack(parts) for parts in finals)
+
+
+def step(problem: Problem, state: DecodeState, active: Tensor | None) -> Tensor:
+    """The output [N, H, V] of one token for each row; `state`, from which the problem starts, moves on in place."""
+    output, final = run(problem)
+    assert final is not None
+    y = output[:, 0].to(problem.v.dtype)
+    if active is not None:
+        row = active.view(-1, 1, 1)
+        y = torch.where(row, y, 0.0)
+        final = FenwickState._make(
+            None if new is None or old is None else torch.where(row.view(-1, *[1] * (new.dim() - 1)), new, old)
+            for new, old in zip(final, state.fenwick, strict=True)
+        )
+    state.copy_(final)
+    return y
 
 
 def _run_sequence(

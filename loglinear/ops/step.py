@@ -14,12 +14,12 @@ from torch import Tensor
 from loglinear.fenwick import num_blocks
 from loglinear.kernels import MIN_LOG_DECAY
 from loglinear.kernels import torch as kernels
-from loglinear.ops import impl_triton
+from loglinear.ops import impl_reference, impl_triton
 from loglinear.ops.announcement import announce
-from loglinear.ops.problem import unit_length
+from loglinear.ops.problem import Problem, unit_length
 from loglinear.ops.state import DecodeState, check_family
 
-STEPS = ("auto", "triton", "torch")
+STEPS = ("auto", "triton", "torch", "reference")
 
 
 def log_linear_attention_step(
@@ -43,7 +43,7 @@ def log_linear_attention_step(
         state: of N rows, each at a position of its own. `DecodeState.of(final_state)` makes it.
         scale: multiplies q.
         active: [N] bool; rows that are not get 0 and keep their state (None: all are active).
-        impl: "auto", "triton" (one launch; "auto" takes it on a GPU) or "torch".
+        impl: "auto", "triton" (one launch; "auto" takes it on a GPU), "torch" or "reference" (the recurrence).
 
     Raises:
         ValueError: a shape or dtype that does not fit, or an impl that cannot serve; the text says what was expected.
@@ -83,7 +83,7 @@ def _step(
     if impl == "triton" and reason is not None:
         raise ValueError(reason)
     on_gpu = v.device.type == "cuda"
-    chosen = "triton" if impl == "triton" or (impl == "auto" and reason is None and on_gpu) else "torch"
+    chosen = ("triton" if reason is None and on_gpu else "torch") if impl == "auto" else impl
     operator = "log_linear_attention_step" if beta is None else "log_linear_delta_rule_step"
     announce(operator, chosen, reason if impl == "auto" and on_gpu else None)
     if chosen == "triton":
@@ -95,6 +95,12 @@ def _step(
             state.inverse, scale, l2_normalize,
         )  # fmt: skip
     with torch.autocast(v.device.type, enabled=False):
+        if chosen == "reference":
+            q, k = (unit_length(q), unit_length(k)) if l2_normalize else (q, k)
+            q, k, v, log_decay, level_scales = (x.unsqueeze(1) for x in (q, k, v, log_decay, level_scales))
+            beta, C = None if beta is None else beta.unsqueeze(1), state.fenwick.chunk_size
+            problem = Problem(q, k, v, log_decay, beta, level_scales, scale, state.fenwick, True, None, C)
+            return impl_reference.step(problem, state, active)
         return _torch_step(q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active)
 
 
