@@ -1,6 +1,7 @@
 """The layers of the models, usable on their own: plain torch modules."""
 
 from loglinear.layers.attention import Attention, AttentionContext, rotary_tables
+from loglinear.layers.former_names import FORMER_NAMES, current_name
 from loglinear.layers.gated_rms_norm import GatedRMSNorm
 from loglinear.layers.level_scales import LambdaForm, LevelScales, check_finest_block, check_lambda_form
 from loglinear.layers.mixer import Mixer, MixerDecodeState, MixerState
@@ -11,6 +12,7 @@ from loglinear.layers.swiglu import SwiGLU
 __all__ = [
     "Attention",
     "AttentionContext",
+    "FORMER_NAMES",
     "GatedRMSNorm",
     "LambdaForm",
     "LevelScales",
@@ -23,5 +25,6 @@ __all__ = [
     "SwiGLU",
     "check_finest_block",
     "check_lambda_form",
+    "current_name",
     "rotary_tables",
 ]

@@ -1,11 +1,14 @@
 # B batch, T time, D hidden size, G groups, H heads, K key, V value, L levels, S sequences, W kernel
 """The one token mixer of all variants."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from loglinear.layers.former_names import rename_former
 from loglinear.layers.gated_rms_norm import GatedRMSNorm
 from loglinear.layers.level_scales import LevelScales
 from loglinear.layers.packing import Packing
@@ -20,8 +23,14 @@ from loglinear.ops import (
     log_linear_delta_rule_step,
 )
 from loglinear.ops.state import constants
-from loglinear.variants import HeadSizes, Operands, get_variant
+from loglinear.variants import HeadSizes, get_variant
 from loglinear.variants.base import at_least_float32
+
+OPERATORS: dict[str, tuple[Callable[..., LogLinearOutput], Callable[..., Tensor]]] = {
+    "scalar_gate": (log_linear_attention, log_linear_attention_step),
+    "delta_rule": (log_linear_delta_rule, log_linear_delta_rule_step),
+}
+"""by a variant's transition: the operator, and its step of one token"""
 
 
 class MixerState(NamedTuple):
@@ -78,8 +87,8 @@ class Mixer(nn.Module):
         y = operator(variant(x, q, k, v), lambda) ;  output = W_o norm(y, z)
 
     num_levels=1 is the linear model of the same variant: lambda is 1 and has no parameters. Sequences lie dense in the
-    batch, or as `packing` says. With a state (or `return_state=True`) a sequence continues where it stopped; `step` is
-    one token more for each, in place.
+    batch, or as `packing` says. With a state (or `return_state=True`) a sequence continues where it stopped; `step`, or
+    a forward with a `MixerDecodeState`, is one token more for each, in place.
     """
 
     def __init__(
@@ -100,6 +109,7 @@ class Mixer(nn.Module):
         if num_levels < 1:
             raise ValueError(f"num_levels must be at least 1, got {num_levels}")
         self.variant = get_variant(variant)(hidden_size, heads)
+        self.operator, self.operator_step = OPERATORS[self.variant.transition]
         self.heads, self.num_levels, self.chunk_size, self.impl = heads, num_levels, chunk_size, impl
         self.key_width, self.value_width = heads.num_groups * heads.key_dim, heads.num_heads * heads.head_dim
         conv_width = 2 * self.key_width + self.value_width
@@ -116,64 +126,87 @@ class Mixer(nn.Module):
             eps=norm_eps,
         )
         self.out_proj = nn.Linear(self.value_width, hidden_size, bias=False)
+        self.register_load_state_dict_pre_hook(rename_former)
 
     def forward(
         self,
         x: Tensor,
         packing: Packing | None = None,
-        state: MixerState | None = None,
+        state: MixerState | MixerDecodeState | None = None,
         return_state: bool = False,
-    ) -> tuple[Tensor, MixerState | None]:
+        active: Tensor | None = None,
+    ) -> tuple[Tensor, MixerState | MixerDecodeState | None]:
+        """The output, and the state where one was given or asked for.
+
+        Raises ValueError for more than one token a row, or packed ones, beside a `MixerDecodeState`, and for `active`
+        without one.
+        """
+        if isinstance(state, MixerDecodeState):
+            if packing is not None or x.shape[1] != 1:
+                raise ValueError(f"a MixerDecodeState takes one token a row, got x of shape {list(x.shape)}")
+            return self._step(x, state, active), state
+        if active is not None:
+            raise ValueError("active says which rows of a MixerDecodeState move on: got no such state")
         if packing is not None:
             x = packing.unpad(x)
-            if x.shape[1] == 0:  # all padding: no sequence moves
-                return packing.pad(x), state
+            if x.shape[1] == 0:  # all padding: no sequence moves, but every parameter gets its gradient, of zero
+                y, _ = self.forward(F.pad(x, (0, 0, 0, 1)))
+                return packing.pad(y[:, :0]), state
         z, qkv = self._project(x)
         qkv, conv_state = self.conv(qkv, None if state is None else state.conv, packing)
-        operands, v = self._operands(x, qkv)
-        y, fenwick = self._operator(
-            operands,
-            self._level_scales(x),
+        tensors, v = self._operands(x, qkv)
+        y, fenwick = self.operator(
+            *tensors,
             initial_state=None if state is None else state.fenwick,
             output_final_state=return_state,
             cu_seqlens=None if packing is None else packing.cu_seqlens,
             chunk_size=self.chunk_size,
-            impl=self.impl,
+            **self._options,
         )
-        y = self.out_proj(self.norm(self.variant.skip(y, v), z))
+        y = self._output(y, v, z)
         if packing is not None:
             y = packing.pad(y)
         if fenwick is None:
             return y, None
         return y, MixerState(conv_state.clone(), fenwick)  # a copy: the view would keep the whole prompt alive
 
-    @torch.no_grad()
     def step(self, x: Tensor, state: MixerDecodeState, active: Tensor | None = None) -> Tensor:
-        """One token a row, [B, 1, D] -> [B, 1, D], without gradients; rows that are not active [B] keep their state."""
+        """One token a row, [B, 1, D] -> [B, 1, D], without gradients; rows that are not active [B] keep their state.
+
+        This is a call of the module, so that hooks on its forward (offloading, sharding) see it.
+        """
+        return self(x, state=state, active=active)[0]
+
+    @torch.no_grad()
+    def _step(self, x: Tensor, state: MixerDecodeState, active: Tensor | None) -> Tensor:
         z, qkv = self._project(x)
-        operands, v = self._operands(x, self.conv.step(qkv, state.conv, active))
-        tokens = [None if t is None else t[:, 0] for t in (*operands, self._level_scales(x))]
-        q, k, value, log_decay, beta, level_scales = tokens
-        assert q is not None and k is not None and value is not None and level_scales is not None
-        options: dict[str, Any] = dict(scale=self.variant.scale, active=active)
-        options["impl"] = "torch" if self.impl == "reference" else self.impl
-        if beta is None:
-            y = log_linear_attention_step(q, k, value, log_decay, level_scales, state.decode, **options)
-        else:
-            options["l2_normalize"] = self.variant.l2_normalize
-            y = log_linear_delta_rule_step(q, k, value, log_decay, beta, level_scales, state.decode, **options)
-        return self.out_proj(self.norm(self.variant.skip(y[:, None], v), z))
+        qkv, conv_state = self.conv(qkv, state.conv)
+        state.conv.copy_(conv_state if active is None else torch.where(active[:, None, None], conv_state, state.conv))
+        tensors, v = self._operands(x, qkv)
+        tokens = [None if t is None else t[:, 0] for t in tensors]
+        y = self.operator_step(*tokens, state.decode, active=active, **self._options)
+        return self._output(y[:, None], v, z)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """z, and q, k, v before the convolution."""
         return self.in_proj(x).split([self.value_width, 2 * self.key_width + self.value_width], dim=-1)
 
-    def _operands(self, x: Tensor, qkv: Tensor) -> tuple[Operands, Tensor]:
-        """What the operator takes, and v as it came from the convolution."""
+    def _operands(self, x: Tensor, qkv: Tensor) -> tuple[list[Tensor | None], Tensor]:
+        """The operator's tensors in its order, and v as it came from the convolution."""
         q, k, v = qkv.split([self.key_width, self.key_width, self.value_width], dim=-1)
         q, k = (t.unflatten(-1, (self.heads.num_groups, self.heads.key_dim)) for t in (q, k))
         v = v.unflatten(-1, (self.heads.num_heads, self.heads.head_dim))
-        return self.variant(x, q, k, v), v
+        *tensors, beta = self.variant(x, q, k, v)
+        if self.variant.transition == "delta_rule":
+            tensors.append(beta)
+        return [*tensors, self._level_scales(x)], v
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = dict(scale=self.variant.scale, impl=self.impl)
+        if self.variant.transition == "delta_rule":
+            options["l2_normalize"] = self.variant.l2_normalize
+        return options
 
     def _level_scales(self, x: Tensor) -> Tensor:
         if self.level_scales is not None:
@@ -181,11 +214,7 @@ class Mixer(nn.Module):
         one = at_least_float32(x.new_ones(1))
         return one.expand(*x.shape[:2], self.heads.num_heads, 1)
 
-    def _operator(self, operands: Operands, level_scales: Tensor, **options: Any) -> LogLinearOutput:
-        q, k, v, log_decay, beta = operands
-        options |= dict(scale=self.variant.scale)
-        if self.variant.transition == "delta_rule":
-            assert beta is not None
-            options |= dict(l2_normalize=self.variant.l2_normalize)
-            return log_linear_delta_rule(q, k, v, log_decay, beta, level_scales, **options)
-        return log_linear_attention(q, k, v, log_decay, level_scales, **options)
+    def _output(self, y: Tensor, v: Tensor, z: Tensor) -> Tensor:
+        if self.variant.skip_bias is not None:
+            y = self.variant.skip_bias(y, v)
+        return self.out_proj(self.norm(y, z))

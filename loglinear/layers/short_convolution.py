@@ -49,13 +49,6 @@ class ShortConvolution(nn.Module):
         new_state = slots.index_select(0, packing.tail_slots).unflatten(0, (sequences, gap))
         return y.index_select(0, packing.token_slots - gap).unsqueeze(0), new_state
 
-    def step(self, x: Tensor, state: Tensor, active: Tensor | None = None) -> Tensor:
-        """One token a row, [B, 1, C] -> [B, 1, C]; moves `state` in place, in rows that are active [B] (None: all)."""
-        extended = torch.cat([state.to(x.dtype), x], dim=1)
-        moved = extended[:, 1:] if active is None else torch.where(active[:, None, None], extended[:, 1:], state)
-        state.copy_(moved)
-        return self._convolve(extended)
-
     def _dense(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         gap = self.kernel - 1
         extended = F.pad(x, (0, 0, gap, 0)) if state is None else torch.cat([state.to(x.dtype), x], dim=1)

@@ -81,7 +81,11 @@ class LogLinearPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _is_stateful = True  # a state cannot go back: assisted generation is refused
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "level_scales.L"]
+    _keep_in_fp32_modules_strict = ["gate_bias", "skip_bias", "level_bias"]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers has it, but a model that was loaded under former names is saved under those of now."""
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase, TrainerState
 
+from loglinear.layers import current_name
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.training.json_files import read_object
 from loglinear.training.manifest import MANIFEST, damage
@@ -227,7 +228,7 @@ def check_weights(checkpoint: Path, config: LogLinearConfig, *, described_by: st
     stored: dict[str, list[int]] = {}
     for file in checkpoint.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
-            stored |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 (no dict)
+            stored |= {current_name(name): weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
     tied = set(model.all_tied_weights_keys)
     differing = [name for name in expected if name not in tied and stored.get(name) != expected[name]]
     differing += [name for name in stored if name not in expected]

@@ -1,4 +1,4 @@
-"""transformers' Trainer with our choice of decayed parameters and checkpoints that appear whole or not at all."""
+"""transformers' Trainer with checkpoints that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _only_item(items: list[Any], prepare: Callable[[Any], Any] | None = None) ->
 
 
 class LogLinearTrainer(Trainer):
-    """The Trainer of transformers with two of its steps replaced, quiet, for data whose items are batches.
+    """The Trainer of transformers with one of its steps replaced, quiet, for data whose items are batches.
 
     `prepare` is what the loader does with every item. `run_files` are files of the run that a checkpoint belongs to and
     that only grow: it is of use only beside them as they are when it is saved.
@@ -68,14 +68,6 @@ class LogLinearTrainer(Trainer):
         super().__init__(data_collator=partial(_only_item, prepare=prepare), **options)
         self.run_files = run_files
         self.remove_callback(PrinterCallback)
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices decay; vectors (norms, biases) and what is marked `_no_weight_decay` (A_log, lambda's L) do not."""
-        return [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.ndim >= 2 and not getattr(parameter, "_no_weight_decay", False)
-        ]
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Operands(NamedTuple):
@@ -35,22 +36,62 @@ class HeadSizes(NamedTuple):
             raise ValueError(f"num_heads must be a multiple of num_groups = {self.num_groups}, got {self.num_heads}")
 
 
-class Undecayed(nn.Module):
-    """Marks its parameters in `no_weight_decay` with `_no_weight_decay = True`, also when loading replaces them."""
+class HeadBias(nn.Module):
+    """Base of modules that hold one value for each head: float32 also in a 16-bit model, never decayed.
 
-    no_weight_decay: ClassVar[tuple[str, ...]] = ()
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and name in self.no_weight_decay:
-            param._no_weight_decay = True  # type: ignore[attr-defined]
-        super().register_parameter(name, param)
+    Such a module holds nothing else and is called where its values are used: FSDP shards parameters of one dtype
+    together, and offloading fetches parameters for their module's `forward`. Its name in the model contains "bias",
+    by which transformers' Trainer and others exempt parameters from weight decay.
+    """
 
 
-class Variant(Undecayed):
+class GateBias(HeadBias):
+    """Time steps and log decay, both [B, T, H], of gate logits [B, T, H]:
+
+        dt = softplus(gate + dt_bias),    log_decay = -exp(A_log) dt
+
+    At the start the rates exp(A_log) are uniform in [1, 16] (Mamba-2) and the time steps softplus(dt_bias) are
+    log-uniform in [1e-3, 1e-1] (Mamba, arXiv 2312.00752, section 3.6).
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        start = self.initial_values()
+        self.A_log, self.dt_bias = nn.Parameter(start["A_log"]), nn.Parameter(start["dt_bias"])
+
+    def initial_values(self) -> dict[str, Tensor]:
+        rate = torch.empty(self.num_heads).uniform_(1.0, 16.0)
+        time_step = torch.empty(self.num_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+        inverse_softplus = time_step + torch.log(-torch.expm1(-time_step))
+        return {"A_log": rate.log_(), "dt_bias": inverse_softplus}
+
+    def forward(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        time_step = F.softplus(gate + self.dt_bias)
+        return time_step, -at_least_float32(self.A_log).exp() * time_step
+
+
+class SkipBias(HeadBias):
+    """y + D v for the operator's output y and its values v, both [B, T, H, V]; D [H] starts at ones."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.D = nn.Parameter(torch.ones(num_heads))
+
+    def initial_values(self) -> dict[str, Tensor]:
+        return {"D": torch.ones(self.num_heads)}
+
+    def forward(self, y: Tensor, v: Tensor) -> Tensor:
+        return y + (self.D.unsqueeze(-1) * v).to(y.dtype)
+
+
+class Variant(nn.Module):
     """Base of all variants. A subclass states its equation, sets the class attributes and defines `forward`.
 
     `forward(x_BTD, q_BTGK, k_BTGK, v_BTHV) -> Operands` turns the mixer's hidden states (of the block's input, not
-    convolved) and its convolved q, k, v into the operands of the operator of `transition`.
+    convolved) and its convolved q, k, v into the operands of the operator of `transition`. Parameters of the heads
+    belong to a `HeadBias`.
     """
 
     transition: ClassVar[Literal["scalar_gate", "delta_rule"]] = "scalar_gate"
@@ -70,8 +111,7 @@ class Variant(Undecayed):
         self.heads = heads
         if self.gates_per_head:
             self.gates = nn.Linear(hidden_size, self.gates_per_head * heads.num_heads, bias=False)
-        for name, value in self.initial_values().items():
-            setattr(self, name, nn.Parameter(value))
+        self.skip_bias: SkipBias | None = None  # what bypasses the operator
 
     @property
     def scale(self) -> float:
@@ -82,14 +122,6 @@ class Variant(Undecayed):
         """`gates_per_head` tensors [B, T, H], never in 16 bits."""
         return at_least_float32(self.gates(x)).chunk(self.gates_per_head, dim=-1)
 
-    def skip(self, output: Tensor, v: Tensor) -> Tensor:
-        """Adds what bypasses the operator to its output [B, T, H, V]; v as it came from the convolution."""
-        return output
-
-    def initial_values(self) -> dict[str, Tensor]:
-        """This module's own parameters, by name, as they start (Linear weights are the model's business)."""
-        return {}
-
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Operands:
         return Operands(q, k, v, None)
 
@@ -97,14 +129,3 @@ class Variant(Undecayed):
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32, or in float64 if it already is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def exponential_decay_rates(heads: int) -> Tensor:
-    """A_log [H]: log of rates uniform in [1, 16] (Mamba-2)."""
-    return torch.empty(heads).uniform_(1.0, 16.0).log_()
-
-
-def inverse_softplus_time_steps(heads: int) -> Tensor:
-    """dt_bias [H] such that softplus(dt_bias) is log-uniform in [1e-3, 1e-1] (Mamba, section 3.6)."""
-    time_step = torch.empty(heads).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
-    return time_step + torch.log(-torch.expm1(-time_step))

@@ -1,14 +1,6 @@
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from loglinear.variants.base import (
-    HeadSizes,
-    Operands,
-    Variant,
-    at_least_float32,
-    exponential_decay_rates,
-    inverse_softplus_time_steps,
-)
+from loglinear.variants.base import GateBias, HeadSizes, Operands, Variant
 
 
 class GatedDeltaNet(Variant):
@@ -24,15 +16,12 @@ class GatedDeltaNet(Variant):
     l2_normalize = True
     gates_per_head = 2
     paper_heads = HeadSizes(num_heads=6, num_groups=6, key_dim=192, head_dim=384)
-    no_weight_decay = ("A_log", "dt_bias")
-    A_log: nn.Parameter
-    dt_bias: nn.Parameter
 
-    def initial_values(self) -> dict[str, Tensor]:
-        H = self.heads.num_heads
-        return {"A_log": exponential_decay_rates(H), "dt_bias": inverse_softplus_time_steps(H)}
+    def __init__(self, hidden_size: int, heads: HeadSizes) -> None:
+        super().__init__(hidden_size, heads)
+        self.gate_bias = GateBias(heads.num_heads)
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Operands:
         gate, beta = self.gate_logits(x)
-        log_decay = -at_least_float32(self.A_log).exp() * F.softplus(gate + self.dt_bias)
+        _, log_decay = self.gate_bias(gate)
         return Operands(q, k, v, log_decay, beta.sigmoid())

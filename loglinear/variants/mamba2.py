@@ -1,15 +1,6 @@
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from loglinear.variants.base import (
-    HeadSizes,
-    Operands,
-    Variant,
-    at_least_float32,
-    exponential_decay_rates,
-    inverse_softplus_time_steps,
-)
+from loglinear.variants.base import GateBias, HeadSizes, Operands, SkipBias, Variant
 
 
 class Mamba2(Variant):
@@ -26,28 +17,16 @@ class Mamba2(Variant):
     conv_bias = True
     gate_before_norm = True
     paper_heads = HeadSizes(num_heads=48, num_groups=1, key_dim=128, head_dim=64)
-    no_weight_decay = ("A_log", "dt_bias", "D")
-    A_log: nn.Parameter
-    dt_bias: nn.Parameter
-    D: nn.Parameter
+
+    def __init__(self, hidden_size: int, heads: HeadSizes) -> None:
+        super().__init__(hidden_size, heads)
+        self.gate_bias, self.skip_bias = GateBias(heads.num_heads), SkipBias(heads.num_heads)
 
     @property
     def scale(self) -> float:
         return 1.0
 
-    def initial_values(self) -> dict[str, Tensor]:
-        H = self.heads.num_heads
-        return {
-            "A_log": exponential_decay_rates(H),
-            "dt_bias": inverse_softplus_time_steps(H),
-            "D": torch.ones(H),
-        }
-
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Operands:
         (gate,) = self.gate_logits(x)
-        time_step = F.softplus(gate + self.dt_bias)
-        log_decay = -at_least_float32(self.A_log).exp() * time_step
+        time_step, log_decay = self.gate_bias(gate)
         return Operands(q, k, (v * time_step.unsqueeze(-1)).to(v.dtype), log_decay)
-
-    def skip(self, output: Tensor, v: Tensor) -> Tensor:
-        return output + (self.D.unsqueeze(-1) * v).to(output.dtype)

@@ -8,6 +8,8 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from loglinear.layers import Mixer, MixerDecodeState, Packing
+from loglinear.ops import impl_reference
+from loglinear.ops import step as step_module
 from loglinear.variants import VARIANTS, HeadSizes
 
 T = 37  # crosses chunks of 8 and is no multiple of them
@@ -39,9 +41,9 @@ def test_mamba2_with_one_level_is_transformers_mamba2(groups: int) -> None:
         "conv.weight": torch.cat([conv_c, conv_b, conv_x]),
         "conv.bias": torch.cat([bias_c, bias_b, bias_x]),
         "variant.gates.weight": dt,
-        "variant.A_log": theirs.A_log,
-        "variant.dt_bias": theirs.dt_bias,
-        "variant.D": theirs.D,
+        "variant.gate_bias.A_log": theirs.A_log,
+        "variant.gate_bias.dt_bias": theirs.dt_bias,
+        "variant.skip_bias.D": theirs.D,
         "norm.weight": theirs.norm.weight,
         "out_proj.weight": theirs.out_proj.weight,
     }
@@ -70,8 +72,8 @@ def test_gated_delta_net_with_one_level_is_transformers_qwen3_next(groups: int) 
         "in_proj.weight": torch.cat([z, q, k, v]),
         "conv.weight": theirs.conv1d.weight.squeeze(1),
         "variant.gates.weight": torch.cat([gate, beta]),
-        "variant.A_log": theirs.A_log,
-        "variant.dt_bias": theirs.dt_bias,
+        "variant.gate_bias.A_log": theirs.A_log,
+        "variant.gate_bias.dt_bias": theirs.dt_bias,
         "norm.weight": theirs.norm.weight,
         "out_proj.weight": theirs.out_proj.weight,
     }
@@ -149,3 +151,26 @@ def test_a_piece_that_is_all_padding_moves_no_sequence() -> None:
 
 def test_one_level_has_no_lambda_parameters() -> None:
     assert not [name for name, _ in tiny("mamba2", num_levels=1).named_parameters() if "level_scales" in name]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_steps_run_what_was_asked_for_and_give_the_whole(variant: str, impl: str, monkeypatch) -> None:
+    other = (impl_reference, "step") if impl == "torch" else (step_module, "_torch_step")
+    monkeypatch.setattr(*other, None)  # cannot be called
+    mixer = tiny(variant, impl=impl)
+    x = torch.randn(2, T, 12, dtype=torch.float64)
+    whole, before = mixer(x)[0], mixer(x[:, :6], return_state=True)[1]
+    state = MixerDecodeState.of(before)
+    with torch.no_grad():
+        outputs = [mixer.step(x[:, t : t + 1], state) for t in range(6, T)]
+    torch.testing.assert_close(torch.cat(outputs, 1), whole[:, 6:], rtol=1e-11, atol=1e-12)
+
+
+def test_a_decode_state_takes_one_token_a_row() -> None:
+    mixer, x = tiny("mamba2"), torch.randn(2, 3, 12, dtype=torch.float64)
+    state = mixer(x, return_state=True)[1]
+    with pytest.raises(ValueError, match=r"MixerDecodeState takes one token a row, got x of shape \[2, 3, 12\]"):
+        mixer(x, state=MixerDecodeState.of(state))
+    with pytest.raises(ValueError, match="active says which rows of a MixerDecodeState move on"):
+        mixer(x, state=state, active=torch.ones(2, dtype=torch.bool))

@@ -75,12 +75,12 @@ def test_lambda_has_its_formula(form: str) -> None:
     scales = LevelScales(6, 2, 3, form).double()
     for parameter in scales.parameters():
         torch.nn.init.normal_(parameter)
-    x = torch.randn(2, 4, 6, dtype=torch.float64)
-    logits = (x @ scales.weight.T).view(2, 4, 2, 3)
+    x, L = torch.randn(2, 4, 6, dtype=torch.float64), scales.level_bias.L
+    logits = (x @ scales.proj.weight.T).view(2, 4, 2, 3)
     expected = {
-        "softplus": lambda: F.softplus(scales.L * logits),
-        "bounded": lambda: (-scales.L.exp() * F.softplus(logits)).exp(),
-        "unit": lambda: 1 + F.elu(logits + scales.bias.view(2, 3)),
+        "softplus": lambda: F.softplus(L * logits),
+        "bounded": lambda: (-L.exp() * F.softplus(logits)).exp(),
+        "unit": lambda: 1 + F.elu(logits + scales.proj.bias.view(2, 3)),
     }[form]()
     torch.testing.assert_close(scales(x), expected)
     assert scales(x).min() >= 0
@@ -91,15 +91,15 @@ def test_unit_lambda_starts_at_exactly_one_and_still_learns() -> None:
     out = scales(torch.randn(2, 4, 6))
     assert torch.equal(out, torch.ones(2, 4, 2, 3))
     out.sum().backward()
-    assert scales.weight.grad is not None and scales.weight.grad.abs().max() > 0
+    assert scales.proj.weight.grad is not None and scales.proj.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("form", ["softplus", "unit"])
 def test_tokens_of_a_finest_block_share_one_lambda(form: str) -> None:
     torch.manual_seed(0)
     scales = LevelScales(6, 2, 5, form, finest_block=4)
-    torch.nn.init.normal_(scales.weight)
-    assert scales.weight.shape == (2 * 3, 6)
+    torch.nn.init.normal_(scales.proj.weight)
+    assert scales.proj.weight.shape == (2 * 3, 6)
     out = scales(torch.randn(2, 4, 6))
     assert out.shape == (2, 4, 2, 5)
     near, middle, far = out[..., :3], out[..., 3], out[..., 4]  # levels 0 to 2 lie in a block of 4

@@ -25,7 +25,6 @@ def test_files_bring_back_every_bit(make_model, tmp_path, options: dict, tied: b
     assert isinstance(loaded, LogLinearForCausalLM)
     for (name, ours), (_, theirs) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name
-        assert getattr(ours, "_no_weight_decay", False) == getattr(theirs, "_no_weight_decay", False), name
     ids = tokens(2, 9)
     assert torch.equal(model(ids).logits, loaded.eval()(ids).logits)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), LogLinearConfig)
@@ -47,7 +46,7 @@ def test_a_missing_parameter_leaves_its_neighbours_as_loaded(make_model, tmp_pat
     model = make_model(torch.float32)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    missing = "model.layers.0.mixer.variant.D"
+    missing = "model.layers.0.mixer.variant.skip_bias.D"
     weights = {name: value for name, value in model.state_dict().items() if name != missing}
     model.save_pretrained(tmp_path, state_dict=dict(weights))
     loaded = LogLinearForCausalLM.from_pretrained(tmp_path)
@@ -59,16 +58,17 @@ def test_gate_parameters_stay_float32_in_a_16_bit_model(make_model, tmp_path) ->
     make_model(torch.float32, lambda_form="softplus").save_pretrained(tmp_path)
     mixer = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).model.layers[0].mixer
     assert mixer.in_proj.weight.dtype == torch.bfloat16
-    assert mixer.variant.A_log.dtype == mixer.variant.dt_bias.dtype == mixer.level_scales.L.dtype == torch.float32
+    biases = (mixer.variant.gate_bias, mixer.variant.skip_bias, mixer.level_scales.level_bias)
+    assert {p.dtype for bias in biases for p in bias.parameters()} == {torch.float32}
 
 
 def test_parameters_start_where_their_modules_say() -> None:
     model = LogLinearForCausalLM(tiny_config(num_heads=64))
     variant = model.model.layers[1].mixer.variant
-    rates, steps = variant.A_log.exp(), torch.nn.functional.softplus(variant.dt_bias)
+    rates, steps = variant.gate_bias.A_log.exp(), torch.nn.functional.softplus(variant.gate_bias.dt_bias)
     assert rates.min() >= 1 and rates.max() <= 16 and rates.std() > 2
     assert steps.min() >= 0.99e-3 and steps.max() <= 0.101 and steps.log().std() > 0.5
-    assert torch.equal(variant.D, torch.ones(64))
+    assert torch.equal(variant.skip_bias.D, torch.ones(64))
     assert model.model.layers[1].mixer.conv.weight.abs().max() <= 0.5
 
 

@@ -20,7 +20,6 @@ from loglinear.training.checkpoints import defect, last_checkpoint, load_model
 from loglinear.training.data import IGNORED, PackedRows, load_corpus
 from loglinear.training.tokenizer import ByteTokenizer
 from loglinear.training.train import train
-from loglinear.training.trainer import LogLinearTrainer
 from tests.training.tiny import assert_same_run, curve, tiny_recipe, train_tiny, write_text
 
 # Trains the tiny recipe in a process of its own, which `sabotage` ends somewhere.
@@ -277,19 +276,6 @@ def test_checkpoint_carries_the_tokenizer(uninterrupted):
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(last_checkpoint(uninterrupted))("a")["input_ids"] == [256, 97]
-
-
-def test_vectors_and_marked_parameters_do_not_decay(data):
-    config = tiny_recipe(data).model_config()
-    config.lambda_form = "softplus"
-    model = LogLinearForCausalLM(config)
-    decayed = set(LogLinearTrainer.get_decay_parameter_names(None, model))
-    parameters = dict(model.named_parameters())
-    marked = {name for name, parameter in parameters.items() if getattr(parameter, "_no_weight_decay", False)}
-    assert any(name.endswith("level_scales.L") for name in marked) and any(name.endswith("A_log") for name in marked)
-    assert not decayed & marked
-    assert not any(parameters[name].ndim < 2 for name in decayed)
-    assert {name for name in parameters if name.endswith("_proj.weight")} <= decayed
 
 
 def test_tensorboard_events_are_written(tmp_path, data):

@@ -58,17 +58,8 @@ def test_mamba2_time_step_scales_value_and_decay_alike() -> None:
     x, q, k, v = inputs(torch.float64)
     operands = variant(x, q, k, v)
     time_step = operands.v / v
-    torch.testing.assert_close(operands.log_decay, -variant.A_log.exp() * time_step[..., 0])
-    torch.testing.assert_close(variant.skip(torch.zeros_like(v), v), variant.D[:, None] * v)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"), [("mamba2", {"A_log", "dt_bias", "D"}), ("gated_delta_net", {"A_log", "dt_bias"})]
-)
-def test_gate_parameters_are_marked_as_undecayed_also_when_replaced(name: str, expected: set[str]) -> None:
-    variant = VARIANTS[name](16, HEADS)
-    variant.A_log = torch.nn.Parameter(torch.zeros(4))
-    assert {key for key, p in variant.named_parameters() if getattr(p, "_no_weight_decay", False)} == expected
+    torch.testing.assert_close(operands.log_decay, -variant.gate_bias.A_log.exp() * time_step[..., 0])
+    torch.testing.assert_close(variant.skip_bias(torch.zeros_like(v), v), variant.skip_bias.D[:, None] * v)
 
 
 @pytest.mark.parametrize("heads", [HeadSizes(4, 3, 8, 8), HeadSizes(4, 2, 0, 8), HeadSizes(0, 1, 8, 8)])

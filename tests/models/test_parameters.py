@@ -1,0 +1,81 @@
+"""Which module owns a parameter, its dtype, and whether it decays: what sharding, offloading and trainers go by."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import HYBRID, tiny_config, tokens
+from transformers import Trainer, TrainingArguments
+
+from loglinear.layers import FORMER_NAMES, current_name
+from loglinear.models import LogLinearForCausalLM
+from loglinear.variants import VARIANTS
+from loglinear.variants.base import HeadBias
+
+MODELS = pytest.mark.parametrize(
+    "options", [*({"variant": name} for name in VARIANTS), {"lambda_form": "bounded"}, {"lambda_form": "unit"}, HYBRID]
+)
+UNDECAYED = ("A_log", "dt_bias", "D", "L", "bias", "norm.weight")  # of any module
+
+
+@MODELS
+def test_stock_trainer_decays_matrices_alone_also_of_a_copy(make_model, tmp_path, options: dict) -> None:
+    model = deepcopy(make_model(torch.float32, **options))
+    named = dict(model.named_parameters())
+    decayed = {name for name in named if not name.endswith(UNDECAYED)}
+    assert all(named[name].ndim == 2 for name in decayed)
+    trainer = Trainer(model, TrainingArguments(tmp_path, weight_decay=0.1, use_cpu=True, report_to=[]))
+    groups = trainer.create_optimizer().param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    names = {id(parameter): name for name, parameter in named.items()}
+    assert {names[id(parameter)] for parameter in groups[0]["params"]} == decayed
+    assert {names[id(parameter)] for parameter in groups[1]["params"]} == named.keys() - decayed
+
+
+@MODELS
+def test_a_parameter_belongs_to_a_leaf_module_of_one_dtype(make_model, tmp_path, options: dict) -> None:
+    """FSDP shards parameters of one dtype together; offloading fetches those of the module that is called."""
+    make_model(torch.float32, **options).save_pretrained(tmp_path)
+    model = LogLinearForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        assert not own or not list(module.children()), name
+        assert {p.dtype for p in own} <= {torch.float32 if isinstance(module, HeadBias) else torch.bfloat16}, name
+
+
+@MODELS
+def test_former_names_give_the_same_model(make_model, tmp_path, options: dict) -> None:
+    model = make_model(torch.float32, **options)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    former = {_former(name): value for name, value in weights.items()}
+    assert {current_name(name) for name in former} == weights.keys()
+    save_file(former, file, {"format": "pt"})
+
+    loaded, missing = LogLinearForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(missing.values()), missing
+    plain = make_model(torch.float32, **options)
+    plain.load_state_dict(former)
+    expected = model(tokens(2, 9)).logits
+    for other in (loaded.eval(), plain, deepcopy(plain)):
+        assert torch.equal(other(tokens(2, 9)).logits, expected)
+    loaded.save_pretrained(tmp_path)
+    assert load_file(file).keys() == weights.keys()
+
+
+def _former(name: str) -> str:
+    layer, _, own = name.rpartition("mixer.")
+    names = {now: former for former, now in FORMER_NAMES.items()}
+    return f"{layer}mixer.{names[own]}" if own in names else name
+
+
+def test_former_names_are_those_of_every_mixer() -> None:
+    former = set()
+    for options in ({}, {"lambda_form": "unit"}):
+        for name, _ in LogLinearForCausalLM(tiny_config(**options)).named_parameters():
+            former.add(_former(name).rpartition("mixer.")[2])
+    assert former >= FORMER_NAMES.keys()
