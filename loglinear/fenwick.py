@@ -38,6 +38,9 @@ def num_levels(length: int) -> int:
     return (length - 1).bit_length() + 1
 
 
+MOST_LEVELS = num_levels(2**63)  # that positions in int64 tell apart: more of them could never be read
+
+
 def merge_height(t: int) -> int:
     """The number of trailing zeros of ``t >= 1``: at step ``t`` the levels ``0 .. merge_height(t)`` join into the next.
 

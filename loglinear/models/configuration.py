@@ -1,13 +1,18 @@
 """The configuration of every model of the family."""
 
+import math
+
 from transformers import PreTrainedConfig
 
+from loglinear.fenwick import MOST_LEVELS
 from loglinear.layers import check_finest_block, check_lambda_form
+from loglinear.ops import IMPLEMENTATIONS
 from loglinear.variants import HeadSizes, get_variant
 
 POSITIVE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_levels", "conv_kernel", "chunk_size", "loss_chunk_size",
 )  # fmt: skip
+AT_MOST = {"num_levels": MOST_LEVELS, "chunk_size": 4096}  # a chunk's scores are quadratic in its tokens
 LAYER_TYPES = ("linear_attention", "full_attention")
 
 
@@ -19,7 +24,8 @@ class LogLinearConfig(PreTrainedConfig):
         intermediate_size: width of the SwiGLU layer after each mixer; None: 8/3 of hidden_size rounded up to a multiple
             of 64; 0: no such layer.
         variant: the base model, a name in `loglinear.variants.VARIANTS`.
-        num_levels: L, levels of the Fenwick partition; tokens more than 2**(L - 2) away share the last level.
+        num_levels: L, levels of the Fenwick partition; tokens more than 2**(L - 2) away share the last level. At most
+            64: int64 positions have no more.
             1: the linear model of the same variant, without any lambda parameter.
         lambda_form: "unit" (starts at exactly 1, as the linear model of the same variant), "softplus" (as published)
             or "bounded", see `LevelScales`.
@@ -27,7 +33,8 @@ class LogLinearConfig(PreTrainedConfig):
         num_heads, num_groups, key_dim, head_dim: H value heads, G query/key groups (None: 1 where the variant shares
             one, as Mamba-2 does, otherwise H), K and V per head.
         conv_kernel: tokens seen by the short convolution.
-        chunk_size: C, tokens per chunk of the algorithm, a power of two. Changes speed and the state's size, no result.
+        chunk_size: C, tokens per chunk of the algorithm, a power of two up to 4096. Changes speed and the state's size,
+            no result.
         impl: the operators' implementation.
         layer_types: "linear_attention" or "full_attention" for each layer; None: all linear.
         num_attention_heads, num_key_value_heads, attention_head_dim, rope_theta: of the full-attention layers; None:
@@ -71,11 +78,7 @@ class LogLinearConfig(PreTrainedConfig):
     loss_chunk_size: int = 1024
 
     def __post_init__(self, **kwargs) -> None:
-        for name in POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.chunk_size & (self.chunk_size - 1):
-            raise ValueError(f"chunk_size must be a power of two, got {self.chunk_size}")
+        self._check_numbers()
         variant = get_variant(self.variant)
         if self.intermediate_size is None:
             self.intermediate_size = -(-self.hidden_size * 8 // (3 * 64)) * 64
@@ -93,8 +96,27 @@ class LogLinearConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.attention_head_dim is None:
             self.attention_head_dim = self.hidden_size // self.num_attention_heads
+        self._require_positive("num_attention_heads", "num_key_value_heads", "attention_head_dim")
         self._check_layer_types()
         super().__post_init__(**kwargs)
+
+    def _check_numbers(self) -> None:
+        self._require_positive(*POSITIVE)
+        for name, most in AT_MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+        if self.chunk_size & (self.chunk_size - 1):
+            raise ValueError(f"chunk_size must be a power of two, got {self.chunk_size}")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if self.impl not in ("auto", *IMPLEMENTATIONS):
+            raise ValueError(f"impl must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {self.impl!r}")
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def _check_layer_types(self) -> None:
         assert self.layer_types is not None

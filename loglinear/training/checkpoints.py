@@ -11,20 +11,19 @@ import os
 import zipfile
 from inspect import get_annotations
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerState
 
 from loglinear.layers import current_name
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
-from loglinear.training.json_files import read_object
+from loglinear.training.foreign import check_settings, pickled, read_config, weight_files
+from loglinear.training.json_files import fits, read_object, type_name
 from loglinear.training.manifest import MANIFEST, damage
 from loglinear.training.tokenizer import load_tokenizer
 
-MODEL_TYPE = LogLinearConfig.model_type
 TRAINER_STATE = "trainer_state.json"
 PICKLED = (".pt", ".pth", ".bin")  # what only a training reads, besides its state
 
@@ -53,7 +52,7 @@ def defect(checkpoint: Path, *, resumable: bool = False) -> str | None:
         needed += [TRAINER_STATE, "optimizer.pt", "scheduler.pt", "rng_state*.pth"]
     for name in needed:
         if not any(checkpoint.glob(name)):
-            return f"{name.replace('*', '')} is missing"
+            return f"{name.replace('*', '')} is missing" + (pickled(checkpoint) if name.startswith("model") else "")
     problem = None
     if is_listed(checkpoint):
         problem = damage(checkpoint, which=lambda name: resumable or not _of_training(name), with_run=resumable)
@@ -102,8 +101,8 @@ def _state_problem(values: dict[str, Any], step: int) -> str | None:
     for name, value in values.items():
         if name not in hints:
             return f"has an unknown field {name!r}"
-        if not _fits(value, hints[name]):
-            return f"must have {_type_name(hints[name])} as {name}, got {value!r}"
+        if not fits(value, hints[name]):
+            return f"must have {type_name(hints[name])} as {name}, got {value!r}"
     return None if values.get("global_step") == step else "is of another step"
 
 
@@ -164,7 +163,8 @@ def _note(text: str) -> None:
 def load_model(path: Path | str, *, device: str | torch.device = "cpu") -> LogLinearForCausalLM:
     """The model of a checkpoint or of a run's last checkpoint, in evaluation mode.
 
-    Raises ValueError, in one line, for a checkpoint that is missing, damaged, or of another model.
+    No code of the folder runs, and no server is asked. Raises ValueError, in one line, for a checkpoint that is
+    missing, damaged, of another model, or holds what this library does not write (`loglinear.training.foreign`).
     """
     checkpoint = resolve(path)
     model = _load_model(checkpoint, device)
@@ -188,33 +188,26 @@ def load_checkpoint(
 
 def _load_model(checkpoint: Path, device: str | torch.device) -> LogLinearForCausalLM:
     config = _config(checkpoint)
+    check_settings(checkpoint)
     check_weights(checkpoint, config, described_by="its config.json")
-    model = LogLinearForCausalLM.from_pretrained(checkpoint, device_map={"": torch.device(device)})
+    model = LogLinearForCausalLM.from_pretrained(
+        checkpoint,
+        config=config,
+        generation_config=GenerationConfig.from_model_config(config),
+        device_map={"": torch.device(device)},
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
     return model.eval()
 
 
 def _config(checkpoint: Path) -> LogLinearConfig:
-    file = checkpoint / "config.json"
-    values = read_object(file)
-    if values.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"checkpoint {checkpoint} holds a {values.get('model_type')!r} model, expected {MODEL_TYPE!r}")
-    for name, hint in get_annotations(LogLinearConfig, eval_str=True).items():
-        if name in values and not _fits(values[name], hint):
-            raise ValueError(f"{file}: {name} must be {_type_name(hint)}, got {values[name]!r}")
+    fields = read_config(checkpoint)
     try:
-        return LogLinearConfig.from_pretrained(checkpoint)
+        return LogLinearConfig(**fields)
     except (ValueError, TypeError, AttributeError) as error:  # the latter two: fields of transformers' own
-        raise ValueError(f"{file} describes no model: {error}") from error
-
-
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of an annotated type; int serves as float."""
-    options = [get_origin(option) or option for option in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
-    return isinstance(value, (*options, int) if float in options else tuple(options))
+        raise ValueError(f"{checkpoint / 'config.json'} describes no model: {error}") from error
 
 
 def check_weights(checkpoint: Path, config: LogLinearConfig, *, described_by: str) -> None:
@@ -222,13 +215,12 @@ def check_weights(checkpoint: Path, config: LogLinearConfig, *, described_by: st
 
     transformers itself would leave out, or draw anew, what does not fit. `described_by` is whose configuration it is.
     """
-    with torch.device("meta"):
-        model = LogLinearForCausalLM(config)
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     stored: dict[str, list[int]] = {}
-    for file in checkpoint.glob("*.safetensors"):
+    for file in weight_files(checkpoint):
         with safe_open(file, framework="pt") as weights:
             stored |= {current_name(name): weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    model = _described(config, described_by, len(stored))
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys)
     differing = [name for name in expected if name not in tied and stored.get(name) != expected[name]]
     differing += [name for name in stored if name not in expected]
@@ -238,3 +230,14 @@ def check_weights(checkpoint: Path, config: LogLinearConfig, *, described_by: st
             f"checkpoint {checkpoint} holds the weights of another model than {described_by} says: {name} is "
             f"{stored.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
         )
+
+
+def _described(config: LogLinearConfig, described_by: str, tensors: int) -> LogLinearForCausalLM:
+    """The model of a configuration, without memory for its weights."""
+    if config.num_hidden_layers > tensors:  # each has weights of its own: not even their modules are made
+        raise ValueError(f"{described_by} has {config.num_hidden_layers:,} layers, and there are {tensors} weights")
+    try:
+        with torch.device("meta"):
+            return LogLinearForCausalLM(config)
+    except RuntimeError as error:
+        raise ValueError(f"{described_by} describes a model of impossible size: {error}") from error

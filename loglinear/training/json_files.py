@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from loglinear.training.files import write_atomically
 
@@ -57,3 +58,16 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nan(part) for part in value]
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of an annotated type; int serves as float, but bool not as int."""
+    options = [get_origin(option) or option for option in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
+    if isinstance(value, bool):
+        return bool in options
+    return isinstance(value, (*options, int) if float in options else tuple(options))
+
+
+def type_name(hint: Any) -> str:
+    """An annotated type, for an error's text."""
+    return hint.__name__ if isinstance(hint, type) else str(hint)

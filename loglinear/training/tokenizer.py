@@ -97,9 +97,11 @@ def _load_folder(name: str | Path) -> PreTrainedTokenizerBase:
     if not Path(name).is_dir():
         raise ValueError(f"tokenizer must be 'bytes' or the folder of a Hugging Face tokenizer, got {str(name)!r}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"no tokenizer could be loaded from {name}: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(str(name), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of transformers, or Exception itself, of tokenizers: all mean that it is none
+        raise ValueError(f"no tokenizer could be loaded from {name}: {type(error).__name__}: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"{name} holds a {type(tokenizer).__name__}, expected a tokenizer of text")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name} has no end-of-sequence token, which separates documents")
     return tokenizer

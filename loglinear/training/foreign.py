@@ -1,0 +1,91 @@
+"""Checkpoints from strangers: loading one runs none of its code, imports nothing it names, and asks no server.
+
+Only what this library writes is read: fields of `LogLinearConfig`, weights as safetensors in the folder itself.
+"""
+
+from __future__ import annotations
+
+import math
+from inspect import get_annotations
+from pathlib import Path
+from typing import Any
+
+from loglinear.models import LogLinearConfig
+from loglinear.training.json_files import fits, read_object, type_name
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.ckpt", "*.pkl")  # as which others save weights
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+# Notes about a checkpoint that nothing is loaded by.
+NOTES = {"model_type", "architectures", "transformers_version", "_name_or_path"}
+# Settings of generation that every command gives itself, and notes.
+GENERATION = {
+    "_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
+    "output_attentions", "output_hidden_states", "return_dict_in_generate", "do_sample", "temperature", "top_k",
+    "top_p", "max_length", "max_new_tokens",
+}  # fmt: skip
+
+
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """The fields of config.json, without the notes.
+
+    Raises ValueError for a model of another type, for a field that is not of `LogLinearConfig`, of another type, or not
+    finite, and for a field of transformers' own with another value than this library writes.
+    """
+    file = checkpoint / "config.json"
+    values = read_object(file)
+    if values.get("model_type") != LogLinearConfig.model_type:
+        expected = LogLinearConfig.model_type
+        raise ValueError(f"checkpoint {checkpoint} holds a {values.get('model_type')!r} model, expected {expected!r}")
+    hints = get_annotations(LogLinearConfig, eval_str=True)
+    ours = LogLinearConfig().to_dict()
+    fields = {name: value for name, value in values.items() if name not in NOTES}
+    for name, value in fields.items():
+        if name in ("dtype", "torch_dtype"):
+            if value not in (*DTYPES, None):
+                raise ValueError(f"{file}: {name} must be one of {', '.join(DTYPES)}, got {value!r}")
+        elif name in hints and name != "auto_map":
+            if not fits(value, hints[name]) or (isinstance(value, float) and not math.isfinite(value)):
+                raise ValueError(f"{file}: {name} must be {type_name(hints[name])}, got {value!r}")
+        elif name not in ours or value != ours[name]:
+            raise ValueError(f"{file}: {name} = {value!r} is not what loglinear writes, so the folder is not loaded")
+    return fields
+
+
+def check_settings(checkpoint: Path) -> None:
+    """Raise ValueError for files beside the weights that would make another model of them, or generate otherwise."""
+    if (checkpoint / "adapter_config.json").exists():
+        raise ValueError(f"checkpoint {checkpoint} holds an adapter: merge it into its model, and save that")
+    file = checkpoint / "generation_config.json"
+    for name in read_object(file) if file.is_file() else ():
+        if name not in GENERATION:
+            raise ValueError(f"{file}: {name} is not a setting that loglinear writes, so the folder is not loaded")
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The files that transformers loads the weights from: one, or those of an index.
+
+    Raises ValueError where there are none, and for an index that names anything but safetensors in its own folder.
+    """
+    if (checkpoint / WEIGHTS).is_file():
+        return [checkpoint / WEIGHTS]
+    index = checkpoint / INDEX
+    if not index.is_file():
+        raise ValueError(f"checkpoint {checkpoint} holds neither {WEIGHTS} nor {INDEX}{pickled(checkpoint)}")
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index} has no 'weight_map' object")
+    files = []
+    for name in sorted(set(map(str, names.values()))):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index} names {name!r}, expected a .safetensors file in its own folder")
+        if not (checkpoint / name).is_file():
+            raise ValueError(f"{index} names {name}, which is missing")
+        files.append(checkpoint / name)
+    return files
+
+
+def pickled(checkpoint: Path) -> str:
+    """Why weights that are there are not read, or nothing; behind a text that says that there are none."""
+    found = sorted(path.name for pattern in PICKLES for path in checkpoint.glob(pattern))
+    return f"; {found[0]} is not read, because it could run code" if found else ""
