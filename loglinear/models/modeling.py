@@ -17,6 +17,7 @@ from loglinear.models.generation import LogLinearGenerationMixin
 from loglinear.models.inputs import TokenLayout, one_of, refuse_unknown, token_layout
 from loglinear.models.loss import sliced_cross_entropy
 from loglinear.models.places import TokenPlaces
+from loglinear.variants import HeadBias
 
 
 class LogLinearBlock(GradientCheckpointingLayer):
@@ -81,7 +82,6 @@ class LogLinearPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _is_stateful = True  # a state cannot go back: assisted generation is refused
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["gate_bias", "skip_bias", "level_bias"]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers has it, but a model that was loaded under former names is saved under those of now."""
@@ -110,6 +110,8 @@ class LogLinearModel(LogLinearPreTrainedModel):
         self.layers = nn.ModuleList([LogLinearBlock(config, layer_type) for layer_type in config.layer_types])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
+        biases = [name for name, part in self.named_modules() if isinstance(part, HeadBias) and [*part.parameters()]]
+        self._keep_in_fp32_modules_strict = {name.rpartition(".")[2] for name in biases}
         self.post_init()
 
     def forward(

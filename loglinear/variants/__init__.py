@@ -5,7 +5,7 @@ A new variant on an existing transition is one file here and one line in `VARIAN
 
 import difflib
 
-from loglinear.variants.base import HeadSizes, Operands, Variant
+from loglinear.variants.base import HeadBias, HeadSizes, Operands, Variant
 from loglinear.variants.delta_net import DeltaNet
 from loglinear.variants.gated_delta_net import GatedDeltaNet
 from loglinear.variants.linear_attention import LinearAttention
@@ -32,4 +32,4 @@ def get_variant(name: str) -> type[Variant]:
     raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {name!r}{hint}")
 
 
-__all__ = ["VARIANTS", "HeadSizes", "Operands", "Variant", "get_variant"]
+__all__ = ["VARIANTS", "HeadBias", "HeadSizes", "Operands", "Variant", "get_variant"]

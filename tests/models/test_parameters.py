@@ -5,16 +5,22 @@ from copy import deepcopy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import HYBRID, tiny_config, tokens
+from tiny_models import HYBRID, TRANSFORMER, tiny_config, tokens
 from transformers import Trainer, TrainingArguments
 
 from loglinear.layers import FORMER_NAMES, current_name
 from loglinear.models import LogLinearForCausalLM
-from loglinear.variants import VARIANTS
-from loglinear.variants.base import HeadBias
+from loglinear.variants import VARIANTS, HeadBias
 
 MODELS = pytest.mark.parametrize(
-    "options", [*({"variant": name} for name in VARIANTS), {"lambda_form": "bounded"}, {"lambda_form": "unit"}, HYBRID]
+    "options",
+    [
+        *({"variant": name} for name in VARIANTS),
+        {"lambda_form": "bounded"},
+        {"lambda_form": "unit"},
+        HYBRID,
+        TRANSFORMER,
+    ],
 )
 UNDECAYED = ("A_log", "dt_bias", "D", "L", "bias", "norm.weight")  # of any module
 
@@ -38,6 +44,8 @@ def test_a_parameter_belongs_to_a_leaf_module_of_one_dtype(make_model, tmp_path,
     """FSDP shards parameters of one dtype together; offloading fetches those of the module that is called."""
     make_model(torch.float32, **options).save_pretrained(tmp_path)
     model = LogLinearForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    wide = {name.split(".")[-2] for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    assert model._keep_in_fp32_modules_strict == wide  # nothing that this model does not have
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         assert not own or not list(module.children()), name
@@ -79,3 +87,28 @@ def test_former_names_are_those_of_every_mixer() -> None:
         for name, _ in LogLinearForCausalLM(tiny_config(**options)).named_parameters():
             former.add(_former(name).rpartition("mixer.")[2])
     assert former >= FORMER_NAMES.keys()
+
+
+@MODELS
+@pytest.mark.parametrize("real", [0, 1], ids=["padding", "one_token"])
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_every_parameter_takes_part_where_nothing_is_to_learn(make_model, options: dict, real: int, impl: str) -> None:
+    """Other processes wait for its gradient, which is zero to the last bit."""
+    model = make_model(torch.float32, impl=impl, **options).train()
+    ids, mask = tokens(2, 5), torch.zeros(2, 5, dtype=torch.long)
+    mask[1, 2 : 2 + real] = 1
+    for inputs in ({}, {"num_items_in_batch": 7}):
+        model.zero_grad()
+        loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), **inputs).loss
+        loss.backward()
+        assert loss.item() == 0
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+@MODELS
+def test_every_parameter_takes_part_in_one_token(make_model, options: dict) -> None:
+    """Without padding, and where something is to learn: also what one token cannot read, such as its decay."""
+    model = make_model(torch.float32, **options).train()
+    model(tokens(2, 1)).logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
