@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loglinear.ops import FenwickState, impl_triton
 from tests.kernels.interpreter import teach_haste
-from tests.ops.operators import OPERATORS, Operator, gradients, parts, random_loss, relative_error
+from tests.ops.operators import OPERATORS, Operator, excess, gradients, parts, random_loss, relative_error
 
 # The largest of ||x - float64|| / ||float64|| over the head dims below and four seeds, T = 1,111, 12 levels, inputs as
 # on the GPU.
@@ -259,21 +259,41 @@ def result_names(inputs: dict[str, Tensor]) -> list[str]:
     return ["output", *(f"gradient of {name}" for name in inputs)]
 
 
+def differentiate(inputs: dict[str, Tensor], function: Callable[[dict[str, Tensor]], Tensor], weight=None):
+    """The output and every gradient, and the weight of the loss."""
+    output = function(inputs)
+    weight = torch.randn_like(output) if weight is None else weight.to(output.dtype)
+    return [output, *torch.autograd.grad(output, list(inputs.values()), weight)], weight
+
+
 def errors(inputs: dict[str, Tensor], chunk_size: int = 0, by_flows: bool = False) -> dict[str, float]:
     """Of the output and of every gradient, against float64 from the same inputs; by_flows: the decay's as a share of
     `flows` where that is more than its own size."""
-    exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
-    output = run_chunks(inputs, chunk_size)
-    expected = operator_of(inputs)(exact, impl="torch").output
-    weight = torch.randn_like(output)
-    grads = torch.autograd.grad(output, list(inputs.values()), weight)
-    exact_grads = torch.autograd.grad(expected, list(exact.values()), weight.double())
-    pairs = zip([output, *grads], [expected, *exact_grads], strict=True)
-    found = {name: relative_error(a, e) for name, (a, e) in zip(result_names(inputs), pairs, strict=True)}
+    doubles = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
+    actual, weight = differentiate(inputs, lambda x: run_chunks(x, chunk_size))
+    exact, _ = differentiate(doubles, lambda x: operator_of(x)(x, impl="torch").output, weight)
+    pairs = zip(result_names(inputs), actual, exact, strict=True)
+    found = {name: relative_error(a, e) for name, a, e in pairs}
     if by_flows:
-        own = float(exact_grads[3].norm())
-        found["gradient of log_decay"] *= own / max(own, flows(exact, *exact_grads[:2]))
+        own = float(exact[4].norm())
+        found["gradient of log_decay"] *= own / max(own, flows(doubles, *exact[1:3]))
     return found
+
+
+def excesses(inputs: dict[str, Tensor], chunk_size: int = 0, clean: dict[str, Tensor] | None = None):
+    """`excess` over impl="torch" in the same dtype of the output and of every gradient by name; the decay's as by_flows
+    in `errors`. clean: what the others compute with, if not with the same inputs."""
+    clean = inputs if clean is None else clean
+    doubles = {n: x.detach().double().requires_grad_() for n, x in clean.items()}
+
+    def in_torch(x):
+        return operator_of(x)(x, impl="torch", chunk_size=chunk_size or 64).output
+
+    actual, weight = differentiate(inputs, lambda x: run_chunks(x, chunk_size))
+    twin, exact = (differentiate(x, in_torch, weight)[0] for x in (clean, doubles))
+    sizes = {"gradient of log_decay": flows(doubles, *exact[1:3])}
+    results = zip(result_names(inputs), actual, twin, exact, strict=True)
+    return {name: excess(a, t, e, sizes.get(name, 0.0)) for name, a, t, e in results}
 
 
 def tokens_before(chunk_size: int) -> int:

@@ -7,57 +7,66 @@ of the kernels is checked on a GPU (test_triton_gpu.py).
 import pytest
 import torch
 
-from tests.kernels.emulation import EMULATED, errors, flows, make, operator_of, repeat_keys, run_chunks, teach_rounding
+from tests.kernels.emulation import (
+    EMULATED,
+    differentiate,
+    errors,
+    excesses,
+    leaf_state,
+    make,
+    operator_of,
+    repeat_keys,
+    run_chunks,
+    teach_rounding,
+)
 from tests.kernels.interpreter import teach_interpreter
-from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
+from tests.ops.operators import OPERATORS, excess, gradients, parts, random_loss, relative_error
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreter
-BUDGET = 2e-6
-FLOWS = 3  # times as much for the decay's gradient of the delta rule over chunks of 128: sums that nearly cancel
+# times the error of impl="torch" in float32 in the same test: at most 4.6 with numpy's products for any processor
+FACTOR = 6
+EPS = torch.finfo(torch.float32).eps
 
 
-def compare(inputs, *, chunk_size=16, initial_state=None, final=True, budget=BUDGET, **options):
-    """Output, final state and all gradients of impl="triton" in float32 against impl="torch" in float64.
+def run(inputs, impl, dtype, *, initial_state=None, weights=None, final=True, **options):
+    """Output, parts of the final state and every gradient by name; the weights of the loss; the final position."""
+    x = {n: t.detach().to(dtype).requires_grad_() for n, t in inputs.items()}
+    state = leaf_state(initial_state, dtype)
+    out = operator_of(inputs)(x, impl=impl, initial_state=state, output_final_state=final, **options)
+    results = {"output": out.output} | (parts(out.final_state) if final else {})
+    weights = weights or random_loss(*results.values())
+    leaves = x | ({} if state is None else {f"state's {name}": part for name, part in parts(state).items()})
+    grads = gradients(list(results.values()), tuple(w.to(dtype) for w in weights), list(leaves.values()))
+    grads = {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    if initial_state is not None:  # blocks that the position has no bit for are 0 by contract, and have no gradient
+        name = "gradient of state's blocks"
+        grads[name] = torch.where(initial_state.blocks != 0, grads[name], 0.0)
+    found = {name: x.detach().double() for name, x in (results | grads).items()}
+    return found, weights, out.final_state.position if final else None
 
-    Without states the kernels choose their chunk; with them it is chunk_size."""
 
-    operator = operator_of(inputs)
+def compare(inputs, *, chunk_size=16, rounded=None, **options):
+    """Output, final state and all gradients of impl="triton" in float32: how much farther from float64 they are than
+    those of impl="torch" in float32.
 
-    def run(dtype, impl):
-        x = {n: t.detach().to(dtype).requires_grad_() for n, t in inputs.items()}
-        state = initial_state
-        leaves = list(x.values())
-        if state is not None:
-            state = type(state)(
-                *(t if t is None or n == "position" else t.detach().to(dtype).requires_grad_() for n, t in
-                  state._asdict().items())
-            )  # fmt: skip
-            leaves += parts(state).values()
-        out = operator(x, impl=impl, chunk_size=chunk_size, initial_state=state, output_final_state=final, **options)
-        results = [out.output] + (list(parts(out.final_state).values()) if final else [])
-        return out, results, leaves
-
-    expected, exact, leaves_64 = run(torch.float64, "torch")
-    weights = random_loss(*exact)
-    actual, results, leaves_32 = run(torch.float32, "triton")
-    errors = {}
-    for name, a, e in zip(["output", "blocks", "k", "v", "log_decay"], results, exact, strict=False):
-        errors[name] = (a, e)
-    grads = gradients(results, tuple(w.float() for w in weights), leaves_32)
-    exact_grads = gradients(exact, weights, leaves_64)
-    names = operator.names + ([] if initial_state is None else [f"state's {name}" for name in parts(initial_state)])
-    for name, a, e in zip(names, grads, exact_grads, strict=True):
-        if name == "state's blocks":  # blocks that the position has no bit for are 0 by contract, and have no gradient
-            e = torch.where(initial_state.blocks != 0, e, 0.0)
-        errors[f"gradient of {name}"] = (a, e)
-    if final:
-        assert torch.equal(actual.final_state.position, expected.final_state.position)
+    Without states the kernels choose their chunk; with them it is chunk_size. rounded: an input whose rounding can move
+    the results farther than the twin's roundings happen to; how far one moves them counts as the twin's error then."""
+    options |= dict(chunk_size=chunk_size)
+    exact, weights, position = run(inputs, "torch", torch.float64, **options)
+    actual, _, own_position = run(inputs, "triton", torch.float32, weights=weights, **options)
+    twin, *_ = run(inputs, "torch", torch.float32, weights=weights, **options)
+    assert position is None or torch.equal(own_position, position)
+    moved = exact
+    if rounded is not None:
+        more = inputs[rounded].detach().double() * (1 + EPS)
+        moved, *_ = run(inputs | {rounded: more}, "torch", torch.float64, weights=weights, **options)
     # A decay that nothing crosses has gradient 0, the difference of two sums: its error is measured by the others'.
-    flow = float(errors["gradient of log_decay"][1].norm()) if "gradient of log_decay" in errors else 0.0
-    for name, (a, e) in errors.items():
-        error, scale = float((a.double() - e).norm()), float(e.norm())
-        assert error <= budget * max(scale, flow if "log_decay" in name else 0.0), (name, error, scale)
+    flow = float(exact["gradient of log_decay"].norm())
+    for name, e in exact.items():
+        size = max(float((moved[name] - e).norm()) / EPS, flow if "log_decay" in name else 0.0)
+        times = excess(actual[name], twin[name].float(), e, size)
+        assert times <= FACTOR, (name, times, relative_error(actual[name], e))
 
 
 @pytest.fixture(autouse=True)
@@ -113,8 +122,8 @@ def test_groups_and_head_dims(operator, shape):
 
 @pytest.mark.parametrize("decay", [0.0, 3.0, 40.0])
 def test_decays_from_none_to_strong(operator, decay):
-    # The exponents' own rounding grows with the sum of a chunk's decays.
-    compare(operator.inputs(B=1, T=140, G=1, H=1, K=16, V=16, L=9, decay=decay), budget=BUDGET + 1e-7 * decay)
+    """The exponents' own rounding grows with the sum of a chunk's decays: it is what the factor's 4.6 are from."""
+    compare(operator.inputs(B=1, T=140, G=1, H=1, K=16, V=16, L=9, decay=decay))
 
 
 @pytest.mark.parametrize("levels", [1, 7, 20])
@@ -190,22 +199,22 @@ def test_what_was_not_written_is_not_read(operator, T, chunk_size, monkeypatch):
     inputs = make(1, T, 1, 1, 8, 8, 9, torch.float32, device="cpu", delta=operator.delta)
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    found = errors(inputs, chunk_size, by_flows=operator.delta)
-    assert all(error <= FLOWS * BUDGET for error in found.values()), found
+    found = excesses(inputs, chunk_size)
+    assert all(times <= FACTOR for times in found.values()), found
 
 
 @pytest.mark.parametrize("name", ["output", "blocks"])
 def test_a_loss_of_the_output_or_of_the_state_alone(operator, name):
     """Two whole chunks and an unfinished one without tokens, which has a place for the state's sake."""
     inputs = operator.inputs(B=2, T=32, G=1, H=1, K=8, V=8, L=7)
-    grads = {}
-    for impl, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+    grads = []
+    for impl, dtype in (("triton", torch.float32), ("torch", torch.float32), ("torch", torch.float64)):
         x = {n: t.detach().to(dtype).requires_grad_() for n, t in inputs.items()}
         out = operator(x, impl=impl, chunk_size=16, output_final_state=True)
         result = out.output if name == "output" else out.final_state.blocks
-        grads[impl] = torch.autograd.grad(result.square().sum(), list(x.values()), materialize_grads=True)
-    for actual, expected in zip(*grads.values(), strict=True):
-        assert float((actual.double() - expected).norm()) <= BUDGET * max(1e-3, float(expected.norm()))
+        grads.append(torch.autograd.grad(result.square().sum(), list(x.values()), materialize_grads=True))
+    for actual, twin, exact in zip(*grads, strict=True):
+        assert excess(actual, twin, exact, size=1e-3) <= FACTOR
 
 
 def test_two_runs_give_the_same_bits(operator):
@@ -249,15 +258,18 @@ def test_delta_rule_that_reflects():
     inputs = operator.inputs(B=1, T=150, G=1, H=2, K=16, V=16, L=9, dtype=torch.float32)
     inputs |= {"k": (3 * inputs["k"]).detach().requires_grad_()}
     inputs["beta"] = torch.full_like(inputs["beta"], 2.0).requires_grad_()
-    exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
+    del inputs["log_decay"]
+    doubles = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
     weight = torch.randn(1, 150, 2, 16)
-    results = {}
-    for impl, x in (("triton", inputs), ("reference", exact)):
-        output = operator({**x, "log_decay": None}, impl=impl, l2_normalize=True).output
-        leaves = [leaf for name, leaf in x.items() if name != "log_decay"]
-        results[impl] = [output, *torch.autograd.grad(output, leaves, weight.to(output.dtype))]
-    for actual, expected in zip(*results.values(), strict=True):
-        assert relative_error(actual, expected) < BUDGET
+
+    def results(impl, x):
+        def function(x):
+            return operator({**x, "log_decay": None}, impl=impl, l2_normalize=True).output
+
+        return differentiate(x, function, weight)[0]
+
+    for a, t, e in zip(results("triton", inputs), results("torch", inputs), results("reference", doubles), strict=True):
+        assert excess(a, t, e) <= FACTOR
 
 
 @pytest.mark.parametrize(
@@ -268,17 +280,15 @@ def test_chunks_of_128(operator, T, levels):
     """Chunks of 128, which only bfloat16 chooses, in float32; the last one has less or more than one half."""
     heads = 2 if levels == 9 else 1
     inputs = make(1, T, 1, heads, 16, 16, levels, torch.float32, device="cpu", delta=operator.delta)
-    found = errors(inputs, 128, by_flows=operator.delta)
-    found["gradient of log_decay"] /= FLOWS if operator.delta else 1
-    assert all(error <= BUDGET for error in found.values()), found
+    found = excesses(inputs, 128)
+    assert all(times <= FACTOR for times in found.values()), found
 
 
 def test_chunks_of_128_of_wide_heads(operator):
     """Several tiles of V, a last tile of K and of V that is not full, and heads that share queries and keys."""
     inputs = make(1, 300, 1, 2, 80, 144, 9, torch.float32, device="cpu", delta=operator.delta)
-    found = errors(inputs, 128, by_flows=operator.delta)
-    found["gradient of log_decay"] /= FLOWS if operator.delta else 1
-    assert all(error <= BUDGET for error in found.values()), found
+    found = excesses(inputs, 128)
+    assert all(times <= FACTOR for times in found.values()), found
 
 
 def test_gradients_have_the_dtype_of_their_inputs(operator):
@@ -288,10 +298,11 @@ def test_gradients_have_the_dtype_of_their_inputs(operator):
     exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
     weight = 1e5 * torch.randn(1, 70, 1, 8)
     grads = torch.autograd.grad(operator(inputs, impl="triton").output, list(inputs.values()), weight)
+    twins = torch.autograd.grad(operator(inputs, impl="torch").output, list(inputs.values()), weight)
     expected = torch.autograd.grad(operator(exact).output, list(exact.values()), weight.double())
-    for (name, x), a, e in zip(inputs.items(), grads, expected, strict=True):
+    for (name, x), a, t, e in zip(inputs.items(), grads, twins, expected, strict=True):
         assert a.dtype == x.dtype
-        assert name == "q" or relative_error(a, e) < BUDGET, name
+        assert name == "q" or excess(a, t, e) <= FACTOR, name
 
 
 @pytest.mark.parametrize("keys", ["one", "eight"])
@@ -300,7 +311,7 @@ def test_reflections(keys):
     inputs = repeat_keys(make(1, 150, 1, 1, 16, 8, 9, torch.float32, device="cpu", delta=True), keys, decay=0.0)
     with torch.no_grad():
         inputs["beta"].fill_(2.0)
-    compare(inputs, budget=6 * BUDGET)  # as far off as impl="torch" in float32 is here; token by token it is 6.1e-6
+    compare(inputs, rounded="beta")
 
 
 def test_float16_reflections(monkeypatch):
@@ -318,17 +329,9 @@ def test_float16_reflections(monkeypatch):
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_lambda_of_levels_that_a_token_does_not_read_does_not_matter(operator, value, chunk_size):
     inputs = make(1, 200, 1, 1, 8, 8, 12, torch.float32, device="cpu", delta=operator.delta)
-    exact = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
+    clean = {n: x.detach().clone().requires_grad_() for n, x in inputs.items()}
     reads = torch.tensor([[level == 0 or (t >> (level - 1)) & 1 for level in range(12)] for t in range(200)]).bool()
     with torch.no_grad():
         inputs["level_scales"][0, ~reads[:, None]] = value
-    weight = torch.randn(1, 200, 1, 8)
-    output = run_chunks(inputs, chunk_size)
-    expected = operator(exact).output
-    assert relative_error(output, expected) < BUDGET
-    grads = torch.autograd.grad(output, list(inputs.values()), weight)
-    exact_grads = torch.autograd.grad(expected, list(exact.values()), weight.double())
-    for name, a, e in zip(inputs, grads, exact_grads, strict=True):
-        size = max(float(e.norm()), flows(exact, *exact_grads[:2]) if name == "log_decay" else 0.0)
-        is_long = operator.delta and chunk_size == 128 and name == "log_decay"
-        assert float((a.double() - e).norm()) < BUDGET * size * (FLOWS if is_long else 1), name
+    found = excesses(inputs, chunk_size, clean)
+    assert all(times <= FACTOR for times in found.values()), found

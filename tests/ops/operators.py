@@ -72,3 +72,18 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.detach().double(), expected.detach().double()
     error = float((actual - expected).norm() / expected.norm().clamp(min=1e-300))
     return error if error == error else float("inf")
+
+
+def excess(actual: Tensor, twin: Tensor, exact: Tensor, size: float = 0.0) -> float:
+    """How many times as far from `exact` as its same-dtype twin is; NaN counts as infinite.
+
+    The twin computes the same in plain torch, in the same test and on the same machine, so a limit on this number is
+    one for any machine. Where the twin happens to be nearer than one rounding of `exact`, or of a number of that `size`
+    where `exact` is a difference, one rounding counts."""
+    actual, exact = actual.detach().double(), exact.detach().double()
+    rounding = torch.finfo(twin.dtype).eps * max(float(exact.norm()), size)
+    base = max(float((twin.detach().double() - exact).norm()), rounding)
+    error = float((actual - exact).norm())
+    if error == 0:
+        return 0.0
+    return error / base if base and error == error else float("inf")
