@@ -41,7 +41,7 @@ def claim(out: Path) -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK_FILE).open("a+")
+        lock = (out / LOCK_FILE).open("ab+", buffering=0)
     except OSError as error:
         raise ValueError(f"output folder {out} cannot be written: {error.strerror}") from error
     with lock:
@@ -50,12 +50,11 @@ def claim(out: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
-                holder = lock.read().strip() or "unknown"
+                holder = lock.read().decode(errors="replace").strip() or "unknown"
                 raise ValueError(f"output folder {out} is in use by another process (pid {holder})") from None
         lock.truncate(0)
         try:
-            lock.write(str(os.getpid()))
-            lock.flush()
+            lock.write(str(os.getpid()).encode())
         except OSError as error:
             raise ValueError(f"output folder {out} cannot be written: {error.strerror}") from error
         yield

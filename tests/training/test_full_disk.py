@@ -1,0 +1,151 @@
+"""Writing fails: one line that names the file and the reason, nothing lost, and a folder that can be used again."""
+
+import contextlib
+import errno
+import os
+import re
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from loglinear.training import files
+from loglinear.training.checkpoints import checkpoints, defect
+from loglinear.training.files import write_atomically
+from loglinear.training.run_folder import claim
+from loglinear.training.train import train
+from tests.training.tiny import assert_same_run, tiny_recipe, train_tiny, write_text
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, data):
+    return train_tiny(data, tmp_path_factory.mktemp("runs") / "uninterrupted")
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def assert_usable(out, data, uninterrupted):
+    """Nothing of ours is in the way: the run begins anew where it had not begun, and goes on where it had."""
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".") and path.name != ".lock"]
+    assert all(defect(checkpoint, resumable=True) is None for checkpoint in checkpoints(out))
+    train(tiny_recipe(data), out, resume=(out / "run.json").exists(), progress=False)
+    assert_same_run(out, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("size", "file", "reason"),
+    [
+        (0, "run", "File too large"),
+        (400, "run.json", "File too large"),
+        (10_000, "checkpoint-2", "File too large"),  # the weights
+        (80_000, "checkpoint-2", "a write failed"),  # the optimizer's state
+    ],
+)
+def test_a_limit_of_file_size_is_one_line(tmp_path, data, uninterrupted, size, file, reason):
+    out = tmp_path / "run"
+    with no_file_above(size), pytest.raises((ValueError, OSError)) as error:
+        train(tiny_recipe(data), out, progress=False)
+    assert re.search(rf"{file} cannot be written: {reason}", str(error.value)), error.value
+    assert_usable(out, data, uninterrupted)
+
+
+def test_metrics_that_cannot_grow_are_one_line_and_the_checkpoints_stay(tmp_path, data, uninterrupted):
+    size = (uninterrupted / "metrics.jsonl").read_bytes().index(b'"step": 6')
+    out = tmp_path / "run"
+    sizes = {path.stat().st_size for path in uninterrupted.rglob("*") if path.is_file()}
+    append = files.writing
+
+    @contextlib.contextmanager
+    def limited(path):
+        with append(path), no_file_above(size) if path.name == "metrics.jsonl" else contextlib.nullcontext():
+            yield
+
+    assert size < max(sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loglinear.training.run_folder.writing", limited)
+        with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: File too large"):
+            train(tiny_recipe(data), out, progress=False)
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-2", "checkpoint-4"]
+    assert_usable(out, data, uninterrupted)
+
+
+FAILURES = {
+    "No space left on device": [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    "a write failed": [
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("reason", "error"), [(reason, error) for reason in FAILURES for error in FAILURES[reason]])
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_a_save_that_fails_in_any_way_is_one_line(tmp_path, data, uninterrupted, monkeypatch, reason, error, name):
+    save = torch.save
+
+    def full(value, path, *args, **kwargs):
+        if str(path).endswith(f"checkpoint-4/{name}"):
+            Path(path).write_bytes(b"half")
+            raise error
+        return save(value, path, *args, **kwargs)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=rf"checkpoint-4 cannot be written: {reason}"):
+            train(tiny_recipe(data), out, progress=False)
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-2"]
+    assert_usable(out, data, uninterrupted)
+
+
+def test_other_errors_while_saving_are_not_called_a_full_disk(tmp_path, data, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        train(tiny_recipe(data), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("left", [".run.json.new", ".metrics.jsonl.new", ".saving"])
+def test_what_a_kill_leaves_of_our_own_does_not_count_as_content(tmp_path, data, left):
+    out = tmp_path / "run"
+    out.mkdir()
+    if left == ".saving":
+        (out / left / "checkpoint-2").mkdir(parents=True)
+    else:
+        (out / left).write_text("half")
+    assert train(tiny_recipe(data, steps=2), out, progress=False).step == 2
+
+
+def test_a_failed_replacement_keeps_the_old_text(tmp_path):
+    file = tmp_path / "text"
+    write_atomically(file, "old")
+    with no_file_above(2), pytest.raises(OSError, match=rf"{file} cannot be written: File too large"):
+        write_atomically(file, "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_lock_that_cannot_be_written_is_one_line(tmp_path):
+    with no_file_above(0), pytest.raises(ValueError, match="cannot be written: File too large"), claim(tmp_path):
+        pass
+    with claim(tmp_path):
+        pass
