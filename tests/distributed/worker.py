@@ -1,5 +1,6 @@
 """One of two processes: trains every model sharded and replicated, and leaves what it found in a folder."""
 
+import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,7 +17,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from loglinear.models import LogLinearForCausalLM
 from loglinear.variants import HeadBias
-from tests.distributed.steps import DTYPES, batches, mean_loss, optimizer_of
+from tests.distributed.steps import DTYPES, RANKS, batches, mean_loss, optimizer_of
 
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -56,9 +57,9 @@ def sharded_by_transformers(folder: Path, dtype: torch.dtype) -> tuple[nn.Module
     model = LogLinearForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=config)
 
     def saved() -> dict[str, Tensor]:
-        model.save_pretrained(folder / "saved")
+        model.save_pretrained(folder / f"saved_{dtype}")
         dist.barrier()
-        return LogLinearForCausalLM.from_pretrained(folder / "saved").state_dict()
+        return LogLinearForCausalLM.from_pretrained(folder / f"saved_{dtype}").state_dict()
 
     return model, saved
 
@@ -73,7 +74,8 @@ WAYS = {"fully_shard": sharded_by_torch, "transformers": sharded_by_transformers
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    rank, meeting = int(os.environ["RANK"]), f"file://{folder}/meeting"
+    dist.init_process_group("gloo", meeting, timedelta(seconds=30), world_size=RANKS, rank=rank)
     found = {}
     for model_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
         for way, make in WAYS.items():
@@ -82,7 +84,7 @@ def main(folder: Path) -> None:
                 decayed = Trainer.get_decay_parameter_names(None, model)
                 losses = train(model)
                 found[model_folder.name, way, dtype] = (decayed, losses, state_dict())
-    if dist.get_rank() == 0:
+    if rank == 0:
         torch.save(found, folder / "found.pt")
     dist.destroy_process_group()
 

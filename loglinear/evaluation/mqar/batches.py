@@ -70,18 +70,17 @@ def split_batches(recall: Recall, batch_size: int, device: str | torch.device) -
     ]
 
 
-def answer_loss(hidden: Tensor, weight: Tensor, answers: Tensor) -> Tensor:
-    """Mean nats of answers [N] from hidden states [N, D] and the vocabulary's weight [V, D]."""
-    logits = F.linear(hidden, weight)
+def answer_loss(logits: Tensor, answers: Tensor) -> Tensor:
+    """Mean nats of answers [N] from logits [N, V]."""
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), answers)
 
 
 def recall_loss(
-    model: LogLinearForCausalLM, batch: RecallBatch, loss: Callable[[Tensor, Tensor, Tensor], Tensor] = answer_loss
+    model: LogLinearForCausalLM, batch: RecallBatch, loss: Callable[[Tensor, Tensor], Tensor] = answer_loss
 ) -> Tensor:
     """Mean nats of the answers: what the model's own loss gives for the labels of these examples. `loss`: answer_loss,
     compiled perhaps."""
-    return loss(_at_queries(model, batch), model.lm_head.weight, batch["answers"])
+    return loss(model.lm_head(_at_queries(model, batch)), batch["answers"])
 
 
 def _at_queries(model: LogLinearForCausalLM, batch: RecallBatch) -> Tensor:
@@ -97,12 +96,11 @@ def recall_scores(model: LogLinearForCausalLM, batches: Iterable[RecallBatch]) -
     The head is computed in the model's own precision, also under autocast: rounded logits have ties.
     """
     sums: dict[int, Tensor] = {}  # correct answers, nats, queries
-    device = model.device
     for batch in batches:
         answers = batch["answers"]
         hidden = _at_queries(model, batch)
-        with torch.autocast(device.type, enabled=False):
-            logits = model.lm_head(hidden.to(model.lm_head.weight.dtype))
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = model.lm_head(hidden.to(model.dtype))
         correct = (logits.argmax(-1) == answers).sum()
         nats = F.cross_entropy(logits, answers, reduction="sum")
         pairs = len(answers) // len(batch["input_ids"])

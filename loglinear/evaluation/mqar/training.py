@@ -109,7 +109,7 @@ def _costs(trainer: RecallTrainer, seconds: float, steps_per_epoch: int) -> dict
 class RecallTrainer(LogLinearTrainer):
     """The dataset's items are batches; vocabulary logits are computed at the queries only."""
 
-    answer_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(answer_loss)
+    answer_loss: Callable[[Tensor, Tensor], Tensor] = staticmethod(answer_loss)
 
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: RecallBatch, return_outputs: bool = False, num_items_in_batch: Any = None

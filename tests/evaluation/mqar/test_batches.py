@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from loglinear.evaluation.mqar import Recall, recall_batches, recall_examples, recall_loss, recall_scores
 from loglinear.evaluation.mqar.batches import split_batches
@@ -79,3 +80,12 @@ def test_accuracy_counts_the_likeliest_tokens_of_the_whole_model(model):
     with torch.no_grad():
         losses = [model(recall.tokens_NT, labels=recall.labels_NT).loss for recall in parts.values()]
     assert scores.loss == pytest.approx(float(sum(losses)) / 2, rel=1e-5)
+
+
+def test_the_head_is_called_so_that_an_offloaded_model_gives_the_same(model):
+    batch = split_batches(recall_examples(6, length=8, pairs=2, vocab_size=12, seed=3), 6, "cpu")[0]
+    with torch.no_grad():
+        expected = recall_loss(model, batch), recall_scores(model, [batch])
+        offloaded = cpu_offload(model)
+        assert offloaded.lm_head.weight.device.type == "meta"
+        assert (recall_loss(offloaded, batch), recall_scores(offloaded, [batch])) == expected
