@@ -86,6 +86,15 @@ def num_blocks(num_levels: int, chunk_size: int) -> int:
     return block_cap(num_levels, chunk_size) + 1
 
 
+def has_block(chunks: int, size: int, cap: int) -> bool:
+    """Whether the past of ``chunks`` chunks has a block of ``2**size``; the one at the cap is the whole older prefix.
+
+    >>> [has_block(13, size, cap=2) for size in range(3)]
+    [True, False, True]
+    """
+    return chunks >> size > 0 if size == cap else chunks >> size & 1 == 1
+
+
 def block_level(size: int, num_levels: int, chunk_size: int) -> int:
     """The level of a whole block of ``2**size`` chunks, clamped to the last.
 

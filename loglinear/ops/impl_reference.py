@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import block_level, num_blocks
+from loglinear.fenwick import block_cap, block_level, has_block, num_blocks
 from loglinear.ops.problem import Problem
 from loglinear.ops.state import DecodeState, FenwickState
 from loglinear.reference import level_states_from_blocks, recurrent
@@ -83,7 +83,10 @@ def _run_sequence(
             all_q[part], all_k[part], raw.v[part], raw.log_decay[part], beta_part, all_scales[part], states, at
         )
 
-    states = level_states_from_blocks(state.blocks[row].to(v.dtype), L, C)
+    cap = block_cap(L, C)
+    held_blocks = torch.tensor([has_block(start // C, m, cap) for m in range(cap + 1)], device=v.device)
+    blocks = torch.where(held_blocks.view(-1, 1, 1, 1), state.blocks[row].to(v.dtype), 0.0)
+    states = level_states_from_blocks(blocks, L, C)
     head, states = piece(states, 0, cut, start)
     states = merged(states, start + cut)
     tail, _ = piece(states, cut, len(all_q), start + cut)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from loglinear.kernels.torch import has_blocks
 from loglinear.ops.problem import MIN_LOG_DECAY, Problem
 from loglinear.ops.state import DecodeState, FenwickState
 
@@ -184,11 +185,16 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
         return torch.where(real.view(-1, *[1] * (new.dim() - 1)), rows, 0.0)
 
     log_decay = log_decay.clamp(min=MIN_LOG_DECAY)
-    beta = None if p.beta is None else packed(p.beta, state.beta)
+    beta, blocks = None, state.blocks
+    if p.beta is not None:
+        beta = packed(p.beta, state.beta)
+        # This family's first entry reads the prefix even where there is none.
+        is_past = has_blocks(state.position // C, blocks.shape[1])
+        blocks = torch.where(is_past[..., None, None, None], blocks, 0.0)
     tokens = [packed(p.k, state.k), packed(p.v, state.v), packed(log_decay, state.log_decay), beta]
     output, blocks, *_ = chunkwise(
         packed(p.q)[None], *(None if x is None else x[None] for x in tokens), packed(p.level_scales)[None],
-        state.blocks, ends, state.position // C, p.scale, C, p.output_final_state,
+        blocks, ends, state.position // C, p.scale, C, p.output_final_state,
     )  # fmt: skip
     owner, number, _ = ragged(lengths, B * T)
     output = output[0].index_select(0, ends[owner] + held[owner] + number).view(p.v.shape)

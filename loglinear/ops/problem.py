@@ -1,14 +1,24 @@
-"""One validated call of an operator: what every implementation receives."""
+"""One call of an operator: `checked`, it is what every implementation receives."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from loglinear.fenwick import num_blocks
 from loglinear.kernels import MIN_LOG_DECAY
-from loglinear.ops.state import FenwickState
+from loglinear.ops.state import FenwickState, checked_state, for_backward
+from loglinear.ops.validation import (
+    OPERANDS,
+    Sizes,
+    check_cu_seqlens,
+    check_operands,
+    finite_number,
+    flag,
+    power_of_two,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,21 @@ class Problem:
     output_final_state: bool
     cu_seqlens: Tensor | None
     chunk_size: int
+
+    def checked(self, *, delta_rule: bool) -> Problem:
+        """The same call, all of whose arguments fit; raises ValueError, in one line that names one that does not."""
+        sizes: Sizes = {"C": power_of_two("chunk_size", self.chunk_size)}
+        check_operands(self, OPERANDS[delta_rule], sizes)
+        check_cu_seqlens(sizes["B"], sizes["T"], self.cu_seqlens)
+        flag("output_final_state", self.output_final_state)
+        scale, state = finite_number("scale", self.scale), self.initial_state
+        if state is not None:
+            sizes |= {"N": self.num_sequences, "M": num_blocks(sizes["L"], sizes["C"])}
+            state = checked_state("initial_state", state, sizes, self.v.device, delta_rule=delta_rule)
+            state = for_backward(state)
+        if scale is self.scale and state is self.initial_state and sizes["C"] is self.chunk_size:
+            return self
+        return replace(self, scale=scale, initial_state=state, chunk_size=sizes["C"])
 
     @property
     def num_sequences(self) -> int:

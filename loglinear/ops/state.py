@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import num_blocks
+from loglinear.fenwick import MOST_LEVELS, num_blocks
 from loglinear.kernels.torch import chunk_inverse
+from loglinear.ops.validation import (
+    INVERSE,
+    WIDE_FLOATS,
+    Sizes,
+    check_family,
+    check_groups,
+    check_owned,
+    check_rows,
+    check_state,
+    check_tensor,
+    flag,
+    power_of_two,
+    whole_number,
+)
 
 
 @contextmanager
@@ -31,15 +46,15 @@ class FenwickState(NamedTuple):
         position   [N] int64          tokens consumed so far
         blocks     [N, M, H, K, V]    block m covers 2**m chunks, transported to the start of the unfinished chunk;
                                       zero where bit m of position // C is not set. The last one holds the whole
-                                      older prefix. M = max(1, L - 1 - log2(C)).
+                                      older prefix, zero where there is none. M = max(1, L - 1 - log2(C)).
         k          [N, C, G, K]       the unfinished chunk's tokens, zero from row position % C on
         v          [N, C, H, V]
         log_decay  [N, C, H]
         beta       [N, C, H]          None for the scalar gate
 
     The size depends on L and C alone, never on the position. Everything but `position` is float32 (float64 for
-    float64 inputs) and carries gradients. A state that decoding leaves behind may have other finite numbers in its rows
-    from position % C on; they count for nothing.
+    float64 inputs) and carries gradients. Other finite numbers where zeros are said, such as decoding leaves behind in
+    its rows, count for nothing.
     """
 
     position: Tensor
@@ -64,7 +79,15 @@ class FenwickState(NamedTuple):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> FenwickState:
-        """The state of sequences that have not begun."""
+        """The state of sequences that have not begun; ValueError for sizes that no state has."""
+        sizes = dict(rows=rows, groups=groups, heads=heads, key_dim=key_dim, value_dim=value_dim)
+        rows, groups, heads, key_dim, value_dim = (whole_number(*size) for size in sizes.items())
+        num_levels = whole_number("num_levels", num_levels, most=MOST_LEVELS)
+        chunk_size = power_of_two("chunk_size", chunk_size)
+        check_groups("heads", heads, groups)
+        if dtype not in WIDE_FLOATS:
+            raise ValueError(f"dtype must be float32 or float64, got {dtype}")
+        flag("delta_rule", delta_rule)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
@@ -88,26 +111,44 @@ class FenwickState(NamedTuple):
 
     def index_select(self, rows: Tensor) -> FenwickState:
         """The state of other rows, in the order given (beam search)."""
+        check_rows("rows", rows, len(self.position), self.position.device)
         return FenwickState._make(None if part is None else part.index_select(0, rows) for part in self)
 
     def detach(self) -> FenwickState:
         return FenwickState._make(None if part is None else part.detach() for part in self)
 
 
-class DecodeState(NamedTuple):
+@dataclass(frozen=True)
+class DecodeState:
     """A `FenwickState` in memory of its own, which the one-token steps change in place: allocated once, never moved.
 
-    It carries no gradients: what continues from it treats the past as constant.
-
-    `fenwick` can be handed to the operators as initial_state at any time, to continue with more than one token.
-    With N rows, C chunk_size:
+    It carries no gradients: what continues from it treats the past as constant. `fenwick` can be handed to the
+    operators as initial_state at any time, to continue with more than one token. With N rows, C chunk_size:
 
         inverse   [N, C, H, C]   the delta rule's (I + tril(diag(beta) K K^T dec, -1))^-1 of the unfinished chunk, by
                                  its rows; None for the scalar gate
+
+    Raises ValueError, in one line that names the part, where its parts do not fit each other or share memory.
     """
 
     fenwick: FenwickState
     inverse: Tensor | None
+
+    def __post_init__(self) -> None:
+        sizes: Sizes = {}
+        fenwick = checked_state("fenwick", self.fenwick, sizes)
+        parts = {f"fenwick.{name}": x for name, x in self.fenwick._asdict().items() if x is not None}
+        if fenwick is not self.fenwick:
+            raise ValueError(f"fenwick.position must hold int64, got {self.fenwick.position.dtype}")
+        if (self.inverse is None) != (fenwick.beta is None):
+            has = "no" if fenwick.beta is None else "a"
+            raise ValueError(f"inverse goes with beta, and fenwick has {has} beta: make the state with DecodeState.of")
+        if self.inverse is not None:
+            parts["inverse"] = self.inverse
+            check_tensor("inverse", self.inverse, INVERSE, sizes, fenwick.k.device, WIDE_FLOATS)
+            if self.inverse.dtype != fenwick.k.dtype:
+                raise ValueError(f"inverse must hold {fenwick.k.dtype} as fenwick does, got {self.inverse.dtype}")
+        check_owned(parts)
 
     @classmethod
     def zeros(cls, rows: int, **sizes: Any) -> DecodeState:
@@ -121,30 +162,34 @@ class DecodeState(NamedTuple):
     @classmethod
     def of(cls, state: FenwickState) -> DecodeState:
         """A copy of a state without its gradients, which lives in no inference mode, even if made in one."""
-        _require_fenwick(state)
+        state = checked_state("state", state, {})
         with constants():
             fenwick = FenwickState._make(
                 None if x is None else x.clone(memory_format=torch.contiguous_format) for x in state
             )
-            fenwick = fenwick._replace(position=fenwick.position.long())
             return cls(fenwick, _inverse(fenwick))
 
     @torch.no_grad()
     def copy_(self, state: FenwickState) -> DecodeState:
-        """The contents of another state of the same sizes, in the memory of this one; ValueError if they differ."""
-        _require_fenwick(state)
-        for name, own, other in zip(FenwickState._fields, self.fenwick, state, strict=True):
-            sizes = [None if x is None else list(x.shape) for x in (own, other)]
-            if sizes[0] != sizes[1]:
-                raise ValueError(f"a state with {name} {sizes[1]} does not fit into one that was made for {sizes[0]}")
-        for own, other in zip(self.fenwick, state, strict=True):
-            if own is not None and other is not None:
-                own.copy_(other)
+        """The contents of another state of the same sizes, dtype and device, in the memory of this one; ValueError if
+        they differ."""
+        own = self.fenwick
+        state = checked_state("state", state, self.sizes(), own.k.device, delta_rule=own.beta is not None)
+        if state.k.dtype != own.k.dtype:
+            raise ValueError(f"state must hold {own.k.dtype}, as the state that it is copied into, got {state.k.dtype}")
+        for mine, other in zip(own, state, strict=True):
+            if mine is not None and other is not None:
+                mine.copy_(other)
         if self.inverse is not None:
-            inverse = _inverse(self.fenwick)
+            inverse = _inverse(own)
             assert inverse is not None
             self.inverse.copy_(inverse)
         return self
+
+    def sizes(self) -> Sizes:
+        """The size of every axis, by its letter in `loglinear.ops.validation`."""
+        (N, M, H, K, V), (C, G) = self.fenwick.blocks.shape, self.fenwick.k.shape[1:3]
+        return {"N": N, "M": M, "H": H, "K": K, "V": V, "C": C, "G": G}
 
     @property
     def nbytes(self) -> int:
@@ -157,26 +202,28 @@ class DecodeState(NamedTuple):
             return DecodeState(fenwick, None if self.inverse is None else self.inverse.index_select(0, rows))
 
 
+def checked_state(
+    name: str, state: Any, sizes: Sizes, device: torch.device | None = None, *, delta_rule: bool | None = None
+) -> FenwickState:
+    """A state whose parts fit each other, `sizes` and the operator (None: either), with an int64 position."""
+    if not isinstance(state, FenwickState):
+        kind = type(state).__name__
+        raise ValueError(
+            f"{name} must be a FenwickState, an operator's final_state (output_final_state=True), got {kind}"
+        )
+    if delta_rule is not None:
+        check_family(name, state.beta is not None, delta_rule)
+    check_state(name, state, sizes, device)
+    return state if state.position.dtype == torch.int64 else state._replace(position=state.position.long())
+
+
 def for_backward(state: FenwickState) -> FenwickState:
     """The state; a copy where it was made in inference mode and a backward may need it, which could not save it."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return state
-    return FenwickState._make(x.clone() if x is not None and x.is_inference() else x for x in state)
-
-
-def check_family(name: str, state: FenwickState, delta_rule: bool) -> None:
-    """ValueError where a state of one operator is given to the other."""
-    if (state.beta is not None) != delta_rule:
-        kind = "the delta rule (beta)" if state.beta is not None else "a scalar gate (no beta)"
-        raise ValueError(f"{name} is one of {kind} and cannot continue the other operator")
-
-
-def _require_fenwick(state: FenwickState) -> None:
-    if not isinstance(state, FenwickState):
-        kind = type(state).__name__
-        raise ValueError(
-            f"state must be a FenwickState, an operator's final_state (output_final_state=True), got {kind}"
-        )
+    if not any(x is not None and x.is_inference() for x in state):
+        return state
+    return FenwickState._make(None if x is None else x.clone() for x in state)
 
 
 def _inverse(state: FenwickState) -> Tensor | None:

@@ -8,16 +8,28 @@ stays where it is. impl="triton" does not wait for the device, so that a step ca
 # N rows, C chunk, M blocks, G groups, H heads, K key, V value, L levels
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import num_blocks
 from loglinear.kernels import MIN_LOG_DECAY
 from loglinear.kernels import torch as kernels
 from loglinear.ops import impl_reference, impl_triton
 from loglinear.ops.announcement import announce
 from loglinear.ops.problem import Problem, unit_length
-from loglinear.ops.state import DecodeState, check_family
+from loglinear.ops.state import DecodeState
+from loglinear.ops.validation import (
+    BOOL,
+    TOKENS,
+    check_blocks,
+    check_family,
+    check_operands,
+    check_tensor,
+    finite_number,
+    flag,
+    one_of,
+)
 
 STEPS = ("auto", "triton", "torch", "reference")
 
@@ -48,7 +60,9 @@ def log_linear_attention_step(
     Raises:
         ValueError: a shape or dtype that does not fit, or an impl that cannot serve; the text says what was expected.
     """
-    return _step(q, k, v, log_decay, None, level_scales, state, scale, False, active, impl)
+    one_of("impl of a step", impl, STEPS)
+    token = Token(q, k, v, log_decay, None, level_scales, state, scale, False, active)
+    return _step("log_linear_attention_step", token.checked(delta_rule=False), impl)
 
 
 def log_linear_delta_rule_step(
@@ -66,59 +80,97 @@ def log_linear_delta_rule_step(
     impl: str = "auto",
 ) -> Tensor:
     """The next token of `log_linear_delta_rule` for every row; beta [N, H], all else as `log_linear_attention_step`."""
-    return _step(q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active, impl)
+    one_of("impl of a step", impl, STEPS)
+    token = Token(q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active)
+    return _step("log_linear_delta_rule_step", token.checked(delta_rule=True), impl)
+
+
+class Token(NamedTuple):
+    """One call of a step: shapes as in `log_linear_attention_step`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    beta: Tensor | None
+    level_scales: Tensor
+    state: DecodeState
+    scale: float
+    l2_normalize: bool
+    active: Tensor | None
+
+    def checked(self, *, delta_rule: bool) -> Token:
+        """The same call, all of whose arguments fit the state; no decay is spelt out as zeros."""
+        if not isinstance(self.state, DecodeState):
+            kind = type(self.state).__name__
+            raise ValueError(f"state must be a DecodeState (DecodeState.of(final_state)), got {kind}")
+        fenwick, sizes = self.state.fenwick, self.state.sizes()
+        check_family("state", fenwick.beta is not None, delta_rule)
+        check_operands(self, TOKENS[delta_rule], sizes, fenwick.k.device)
+        check_blocks(sizes["L"], sizes["C"], sizes["M"])
+        if self.active is not None:
+            check_tensor("active", self.active, "N", sizes, fenwick.k.device, BOOL)
+        flag("l2_normalize", self.l2_normalize)
+        scale, log_decay = finite_number("scale", self.scale), self.log_decay
+        if log_decay is None:
+            log_decay = torch.zeros(self.v.shape[:2], dtype=fenwick.k.dtype, device=fenwick.k.device)
+        if scale is self.scale and log_decay is self.log_decay:
+            return self
+        return self._replace(scale=scale, log_decay=log_decay)
 
 
 @torch.no_grad()
-def _step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, level_scales: Tensor,
-    state: DecodeState, scale: float, l2_normalize: bool, active: Tensor | None, impl: str,
-) -> Tensor:  # fmt: skip
-    if impl not in STEPS:
-        raise ValueError(f"impl of a step must be one of {list(STEPS)}, got {impl!r}")
-    _check(q, k, v, log_decay, beta, level_scales, state, active)
-    if log_decay is None:
-        log_decay = torch.zeros(v.shape[:2], dtype=state.fenwick.blocks.dtype, device=v.device)
-    reason = impl_triton.unsupported_step(q, v, state)
+def _step(operator: str, token: Token, impl: str) -> Tensor:
+    reason = impl_triton.unsupported_step(token.q, token.v, token.state)
     if impl == "triton" and reason is not None:
         raise ValueError(reason)
-    on_gpu = v.device.type == "cuda"
+    on_gpu = token.v.device.type == "cuda"
     chosen = ("triton" if reason is None and on_gpu else "torch") if impl == "auto" else impl
-    operator = "log_linear_attention_step" if beta is None else "log_linear_delta_rule_step"
     announce(operator, chosen, reason if impl == "auto" and on_gpu else None)
-    if chosen == "triton":
-        from loglinear.kernels.triton import step
+    if chosen != "triton":
+        with torch.autocast(token.v.device.type, enabled=False):
+            return _torch_step(token) if chosen == "torch" else _reference_step(token)
+    from loglinear.kernels.triton import step
 
-        s = state.fenwick
-        return step(
-            q, k, v, log_decay, beta, level_scales, active, s.position, s.blocks, s.k, s.v, s.log_decay, s.beta,
-            state.inverse, scale, l2_normalize,
-        )  # fmt: skip
-    with torch.autocast(v.device.type, enabled=False):
-        if chosen == "reference":
-            q, k = (unit_length(q), unit_length(k)) if l2_normalize else (q, k)
-            q, k, v, log_decay, level_scales = (x.unsqueeze(1) for x in (q, k, v, log_decay, level_scales))
-            beta, C = None if beta is None else beta.unsqueeze(1), state.fenwick.chunk_size
-            problem = Problem(q, k, v, log_decay, beta, level_scales, scale, state.fenwick, True, None, C)
-            return impl_reference.step(problem, state, active)
-        return _torch_step(q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active)
+    q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active = token
+    s = state.fenwick
+    return step(
+        q, k, v, log_decay, beta, level_scales, active, s.position, s.blocks, s.k, s.v, s.log_decay, s.beta,
+        state.inverse, scale, l2_normalize,
+    )  # fmt: skip
 
 
-def _torch_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, level_scales: Tensor,
-    state: DecodeState, scale: float, l2_normalize: bool, active: Tensor | None,
-) -> Tensor:  # fmt: skip
+def _reference_step(token: Token) -> Tensor:
+    """The recurrence, in the state's dtype."""
+    q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active = token
+    if l2_normalize:
+        q, k = unit_length(q), unit_length(k)
+    assert log_decay is not None
+
+    def sequence(x: Tensor) -> Tensor:
+        return x.unsqueeze(1).to(state.fenwick.k.dtype)
+
+    call = Problem(
+        sequence(q), sequence(k), sequence(v), sequence(log_decay), None if beta is None else sequence(beta),
+        sequence(level_scales), scale, state.fenwick, True, None, state.fenwick.chunk_size,
+    )  # fmt: skip
+    return impl_reference.step(call, state, active).to(v.dtype)
+
+
+def _torch_step(token: Token) -> Tensor:
+    q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active = token
+    assert log_decay is not None
     s, dtype = state.fenwick, state.fenwick.blocks.dtype
     if l2_normalize:
         q, k = unit_length(q), unit_length(k)
     q, level_scales = q.to(dtype) * scale, level_scales.to(dtype)
     place, C = s.position % s.chunk_size, s.chunk_size
     row = torch.arange(len(place), device=place.device)
-    for buffer, token in ((s.k, k), (s.v, v), (s.log_decay, log_decay.clamp(min=MIN_LOG_DECAY)), (s.beta, beta)):
-        if buffer is not None and token is not None:
+    for buffer, new in ((s.k, k), (s.v, v), (s.log_decay, log_decay.clamp(min=MIN_LOG_DECAY)), (s.beta, beta)):
+        if buffer is not None and new is not None:
             if active is not None:  # what an idle row is given counts for nothing, not even as NaN
-                token = torch.where(active.view(-1, *[1] * (token.dim() - 1)), token, 0.0)
-            buffer[row, place] = token.to(dtype)
+                new = torch.where(active.view(-1, *[1] * (new.dim() - 1)), new, 0.0)
+            buffer[row, place] = new.to(dtype)
     full = place == C - 1 if active is None else (place == C - 1) & active
     if beta is None:
         out, blocks = kernels.scalar_gate_step(q, s.k, s.v, s.log_decay, level_scales, s.blocks, s.position, full)
@@ -136,37 +188,3 @@ def _torch_step(
         s.position.add_(active)
         out = torch.where(active[:, None, None], out, 0.0)
     return out.to(v.dtype)
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, level_scales: Tensor,
-    state: DecodeState, active: Tensor | None,
-) -> None:  # fmt: skip
-    """Every argument against the state, whose sizes are the truth."""
-    if not isinstance(state, DecodeState):
-        raise ValueError(f"state must be a DecodeState (DecodeState.of(final_state)), got {type(state).__name__}")
-    s = state.fenwick
-    (N, M, H, K, V), (C, G) = s.blocks.shape, s.k.shape[1:3]
-    check_family("state", s, beta is not None)
-    L = level_scales.shape[-1] if isinstance(level_scales, Tensor) and level_scales.dim() else 1
-    expected = {
-        "q": (q, (N, G, K)), "k": (k, (N, G, K)), "v": (v, (N, H, V)), "log_decay": (log_decay, (N, H)),
-        "beta": (beta, (N, H)), "level_scales": (level_scales, (N, H, L)), "active": (active, (N,)),
-    }  # fmt: skip
-    for name, (x, shape) in expected.items():
-        if x is None:
-            continue
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.shape != shape:
-            raise ValueError(f"{name} must have shape {list(shape)} as the state has it, got {list(x.shape)}")
-        if x.device != s.blocks.device:
-            raise ValueError(f"{name} must be on the state's device {s.blocks.device}, got {x.device}")
-        if x.dtype != torch.bool if name == "active" else not x.is_floating_point():
-            kind = "bool" if name == "active" else "floating-point numbers"
-            raise ValueError(f"{name} must hold {kind}, got {x.dtype}")
-    L = level_scales.shape[2]
-    if num_blocks(L, C) != M:
-        raise ValueError(
-            f"level_scales has {L} levels, which need {num_blocks(L, C)} blocks of state; this one has {M}"
-        )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from loglinear.fenwick import has_block
 from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
 from tests.kernels.interpreter import teach_interpreter
 from tests.ops.operators import OPERATORS, parts, relative_error
@@ -192,8 +193,8 @@ def test_reordered_rows_are_apart(operator):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(q=(2, 2, 6)), r"q must have shape \[2, 2, 5\] as the state has it, got \[2, 2, 6\]"),
-        (dict(v=(3, 4, 3)), r"v must have shape \[2, 4, 3\]"),
+        (dict(q=(2, 2, 6)), r"q must have shape \[N, G, K\] = \[2, 2, 5\], got \[2, 2, 6\]"),
+        (dict(v=(3, 4, 3)), r"v must have shape \[N, H, V\] = \[2, 4, 3\]"),
         (dict(level_scales=(2, 4, 11)), "level_scales has 11 levels, which need 6 blocks of state; this one has 3"),
     ],
     ids=str,
@@ -220,7 +221,7 @@ def test_what_a_step_cannot_do_is_said(operator):
     for wrong in (None, state):
         with pytest.raises(ValueError, match="state must be a FenwickState, an operator's final_state"):
             DecodeState.of(wrong)
-    with pytest.raises(ValueError, match=r"a state with position \[1\] does not fit into one that was made for \[2\]"):
+    with pytest.raises(ValueError, match=r"state.position must have shape \[N\] = \[2\], got \[1\]"):
         state.copy_(sizes(operator, 1, 8, 16))
     assert state.fenwick.position.tolist() == [0, 0]
 
@@ -298,3 +299,41 @@ def test_a_state_made_in_inference_mode_serves_outside_of_it(operator):
         take_step(operator, token_at(inputs, 5, torch.float64), state)
     for t in range(6, 9):
         assert relative_error(take_step(operator, token_at(inputs, t, torch.float64), state), whole[:, t]) < 1e-10
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("levels", [1, 6, 8])
+def test_what_is_not_of_the_past_counts_for_nothing(operator, impl, levels):
+    """Blocks that the past does not have, and rows behind its last token, may hold any finite numbers."""
+    C, dtype = 16, DTYPES[impl]
+    position = torch.tensor([7, 5 * C - 1, 6 * C + 3])
+    shape = dict(B=3, G=1, H=1, L=levels)
+    dims = dict(groups=1, heads=1, dtype=dtype)
+    clean, noise = (
+        [torch.randn_like(x.double()).to(dtype) for x in sizes(operator, 3, levels, C, **dims)[1:5]] for _ in range(2)
+    )
+    for some in (clean, noise):
+        some[1] = some[1] / some[1].norm(dim=-1, keepdim=True)
+        some[3] = -some[3].abs()
+    beta = [torch.rand(3, C, 1).to(dtype) if operator.delta else None for _ in range(2)]
+    M = clean[0].shape[1]
+    held = torch.tensor([[has_block(int(p) // C, m, M - 1) for m in range(M)] for p in position]).view(3, M, 1, 1, 1)
+    real = torch.arange(C) < (position % C)[:, None]
+    states = []
+    for other in (0, 1):
+        blocks = torch.where(held, clean[0], noise[0] * other)
+        pairs = zip([*clean[1:], beta[0]], [*noise[1:], beta[1]], strict=True)
+        rows = [
+            None if a is None else torch.where(real.view(3, C, *[1] * (a.dim() - 2)), a, b * other) for a, b in pairs
+        ]
+        states.append(FenwickState(position, blocks, *rows))
+    token = {name: x.detach().to(dtype) for name, x in operator.inputs(T=2, **shape).items()}
+    results = []
+    for state in states:
+        output, final = operator(token, chunk_size=C, initial_state=state, impl=impl, output_final_state=True)
+        decode = DecodeState.of(state)
+        steps = [take_step(operator, {n: x[:, t : t + 1] for n, x in token.items()}, decode, impl=impl) for t in (0, 1)]
+        later = operator(token, chunk_size=C, initial_state=decode.fenwick, impl="reference").output
+        results.append([output, *parts(final).values(), *steps, later])
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)

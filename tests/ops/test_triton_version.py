@@ -8,9 +8,9 @@ from torch._subclasses import FakeTensorMode
 
 from loglinear.cli import info
 from loglinear.ops import (
-    IMPLEMENTATIONS,
     DecodeState,
     announcement,
+    api,
     impl_triton,
     log_linear_attention_step,
     log_linear_delta_rule_step,
@@ -61,7 +61,7 @@ def test_an_old_triton_is_one_clear_line(operator, version, monkeypatch):
 )
 def test_auto_does_without_it_and_says_why(operator, version, need, monkeypatch, log):
     install(monkeypatch, version)
-    monkeypatch.setitem(IMPLEMENTATIONS, "torch", lambda problem: (problem.v, None))
+    monkeypatch.setitem(api._RUN, "torch", lambda problem: (problem.v, None))
     with FakeTensorMode():
         inputs = on_a_gpu(operator.inputs(B=1, T=20, L=8))
         for _ in range(2):
@@ -72,10 +72,13 @@ def test_auto_does_without_it_and_says_why(operator, version, need, monkeypatch,
 
 def test_a_step_says_why_it_does_without_it(operator, monkeypatch, log):
     install(monkeypatch, "3.3.1")
-    monkeypatch.setattr(step, "_torch_step", lambda q, k, v, *rest: v)
+    monkeypatch.setattr(step, "_torch_step", lambda token: token.v)
     with FakeTensorMode():
         token = on_a_gpu({name: x[:, 0] for name, x in operator.inputs(B=1, T=1, L=8).items()})
-        state = DecodeState(sizes(operator, 1, 8, 16, device="cuda"), None)
+        state = DecodeState.zeros(
+            1, num_levels=8, chunk_size=16, groups=2, heads=4, key_dim=5, value_dim=3, delta_rule=operator.delta,
+            device="cuda",
+        )  # fmt: skip
         function = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
         for _ in range(2):
             assert function(*token.values(), state) is token["v"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from loglinear.kernels.torch.decode import has_blocks
 from loglinear.kernels.torch.delta_rule import DeltaRuleSlab, append_inverse_row, chunk_inverse
 from loglinear.kernels.torch.delta_rule import decode_step as delta_rule_step
 from loglinear.kernels.torch.scalar_gate import ScalarGateSlab
@@ -12,8 +13,8 @@ from loglinear.kernels.torch.schedule import Schedule, schedule
 from loglinear.kernels.torch.slab import OverSlabs
 
 __all__ = [
-    "Schedule", "append_inverse_row", "chunk_inverse", "delta_rule_step", "run_delta_rule", "run_scalar_gate",
-    "scalar_gate_step", "schedule",
+    "Schedule", "append_inverse_row", "chunk_inverse", "delta_rule_step", "has_blocks", "run_delta_rule",
+    "run_scalar_gate", "scalar_gate_step", "schedule",
 ]  # fmt: skip
 
 

@@ -30,13 +30,23 @@ def until(place: Tensor, gates: Tensor) -> Tensor:
     return torch.where(seen, gates.transpose(1, 2), 0.0)
 
 
-def row_scales(level_scales: Tensor, place: Tensor, chunk_size: int, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Each row's lambdas for the places of its chunk [N, H, C], 0 behind its token's, and for its blocks [N, H, M]."""
+def row_scales(level_scales: Tensor, position: Tensor, chunk_size: int, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Each row's lambdas for the places of its chunk [N, H, C], 0 behind its token's, and for its blocks [N, H, M], 0
+    for blocks that its past does not have."""
     N, H, L = level_scales.shape
+    place, chunks = position % chunk_size, position // chunk_size
     table, blocks = level_table(chunk_size, L, num_blocks, place.device)
     index = table[place][:, None].expand(N, H, chunk_size)
     seen = torch.arange(chunk_size, device=place.device) <= place[:, None, None]
-    return torch.where(seen, level_scales.gather(2, index), 0.0), level_scales[..., blocks]
+    to_place = torch.where(seen, level_scales.gather(2, index), 0.0)
+    return to_place, torch.where(has_blocks(chunks, num_blocks)[:, None], level_scales[..., blocks], 0.0)
+
+
+def has_blocks(chunks: Tensor, num_blocks: int) -> Tensor:
+    """[N, M]: `loglinear.fenwick.has_block` of each row's past."""
+    number = torch.arange(num_blocks, device=chunks.device)
+    left = chunks[:, None] >> number.clamp(max=62)
+    return torch.where(number == num_blocks - 1, left > 0, left % 2 == 1)
 
 
 def read_blocks(queries: Tensor, blocks: Tensor, weights: Tensor) -> Tensor:
@@ -54,8 +64,9 @@ def merge_full(blocks: Tensor, transported: Tensor, chunk_state: Tensor, chunks:
     sizes = 1 << torch.arange(1, M, device=blocks.device).clamp(max=62)
     height = (chunks[:, None] % sizes == 0).sum(1, keepdim=True)  # ctz, at most M - 1
     number = torch.arange(M, device=blocks.device)
+    is_older = (number > height) | (number == M - 1) & has_blocks(chunks - 1, M)
     shape = (*blocks.shape[:2], 1, 1, 1)
     joined = (transported * (number < height).view(shape)).sum(1) + chunk_state
-    merged = torch.where((number < height).view(shape), 0.0, transported)
+    merged = torch.where(is_older.view(shape), transported, 0.0)
     merged = merged + joined[:, None] * (number == height).view(shape)
     return torch.where(full[:, None, None, None, None], merged, blocks)

@@ -47,7 +47,7 @@ def decode_step(
     token's row of the effective attention is e = (q K^T * dec) A diag(b)."""
     C, R, K = k.shape[1], v.shape[2] // k.shape[2], k.shape[3]
     place = position % C
-    to_place, to_blocks = row_scales(level_scales, place, C, blocks.shape[1])
+    to_place, to_blocks = row_scales(level_scales, position, C, blocks.shape[1])
     keys, values = k.transpose(1, 2).repeat_interleave(R, 1), v.transpose(1, 2)  # [N, H, C, K], [N, H, C, V]
     queries, strength, log_decay = q.repeat_interleave(R, 1), beta.transpose(1, 2), until(place, log_decay)
     scores = (queries[..., None, :] @ keys.mT)[..., 0, :] * suffix_sums(log_decay).exp()

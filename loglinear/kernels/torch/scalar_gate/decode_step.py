@@ -27,7 +27,7 @@ def decode_step(
     """
     C, R = k.shape[1], v.shape[2] // k.shape[2]
     place = position % C
-    to_place, to_blocks = row_scales(level_scales, place, C, blocks.shape[1])
+    to_place, to_blocks = row_scales(level_scales, position, C, blocks.shape[1])
     log_decay = until(place, log_decay)
     to_end, from_start = suffix_sums(log_decay).exp(), log_decay.sum(-1, keepdim=True).exp()
     scores = torch.einsum("ngk,ncgk->ngc", q, k).repeat_interleave(R, 1)

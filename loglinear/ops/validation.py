@@ -1,0 +1,249 @@
+"""Every check of what users hand to operators, steps and states: a wrong argument gets one line that names it.
+
+Shapes stand in one table. A letter takes its size from the first tensor that has it; all others must agree.
+"""
+
+# B batch, T time, N sequences, G query/key groups, H value heads, K key, V value, L levels, C chunk, M blocks
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loglinear.fenwick import num_blocks
+
+Sizes = dict[str, int]
+
+Table = Mapping[str, str]  # from a tensor's name to its axes
+
+_DELTA_RULE = {"q": "BTGK", "k": "BTGK", "v": "BTHV", "log_decay": "BTH", "beta": "BTH", "level_scales": "BTHL"}
+_SCALAR_GATE = {name: axes for name, axes in _DELTA_RULE.items() if name != "beta"}
+OPERANDS: dict[bool, Table] = {False: _SCALAR_GATE, True: _DELTA_RULE}  # by: is it the delta rule?
+TOKENS: dict[bool, Table] = {
+    delta_rule: {name: axes.replace("BT", "N") for name, axes in table.items()}
+    for delta_rule, table in OPERANDS.items()
+}
+STATE = {"position": "N", "blocks": "NMHKV", "k": "NCGK", "v": "NCHV", "log_decay": "NCH", "beta": "NCH"}
+INVERSE = "NCHC"
+
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+WIDE_FLOATS = frozenset({torch.float32, torch.float64})
+INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+INDICES = frozenset({torch.int32, torch.int64})
+BOOL = frozenset({torch.bool})
+_NAMES = {
+    FLOATS: "floats of 16, 32 or 64 bits",
+    WIDE_FLOATS: "float32 or float64",
+    INTEGERS: "integers",
+    INDICES: "int32 or int64",
+    BOOL: "bool",
+}
+
+MAX_POSITION = 2**62
+
+
+def check_tensor(
+    name: str,
+    x: Any,
+    axes: str,
+    sizes: Sizes,
+    device: torch.device | None = None,
+    dtypes: frozenset[torch.dtype] = FLOATS,
+) -> None:
+    """Raise ValueError unless `x` is a dense tensor of one of `dtypes` with these axes; note the sizes of new axes."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name} must hold {_NAMES[dtypes]}, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}")
+    shape = x.shape
+    fits = len(shape) == len(axes)
+    if fits:
+        for axis, size in zip(axes, shape, strict=True):
+            if sizes.setdefault(axis, size) != size:
+                fits = False
+                break
+    if not fits:
+        known = [str(sizes.get(axis, axis)) for axis in axes]
+        values = "" if known == list(axes) else f" = [{', '.join(known)}]"
+        raise ValueError(f"{name} must have shape [{', '.join(axes)}]{values}, got {list(shape)}")
+    if 0 in shape:
+        raise ValueError(f"{name} must not be empty, got shape {list(shape)}")
+    if device is None:
+        if x.device.type == "meta":
+            raise ValueError(f"{name} must hold numbers, got a tensor on the device meta")
+    elif x.device != device:
+        raise ValueError(f"{name} must be on {device}, got {x.device}")
+
+
+def check_operands(call: Any, table: Table, sizes: Sizes, device: torch.device | None = None) -> None:
+    """The operands, attributes of `call`, of an operator (`OPERANDS`) or a step (`TOKENS`); log_decay may be None."""
+    for name, axes in table.items():
+        x = getattr(call, name)
+        if x is None and name == "log_decay":
+            continue
+        check_tensor(name, x, axes, sizes, device)
+        device = x.device
+        if name == "v":
+            check_groups("v", sizes["H"], sizes["G"])
+
+
+def check_groups(name: str, heads: int, groups: int) -> None:
+    if heads % groups:
+        raise ValueError(f"{name}'s H = {heads} heads must be a multiple of q's G = {groups} groups")
+
+
+def check_state(name: str, state: Any, sizes: Sizes, device: torch.device | None = None) -> None:
+    """The parts of a `FenwickState` against each other, the table and `sizes`, which other arguments have said."""
+    C = sizes.get("C")
+    if C is not None and isinstance(state.k, Tensor) and state.k.dim() == 4 and state.k.shape[1] != C:
+        raise ValueError(f"{name} was made with chunk_size {state.k.shape[1]}, got chunk_size {C}")
+    dtype = None
+    for part, axes in STATE.items():
+        x = getattr(state, part)
+        if x is None and part == "beta":
+            continue
+        dtypes = INTEGERS if part == "position" else WIDE_FLOATS
+        check_tensor(f"{name}.{part}", x, axes, sizes, device, dtypes)
+        device = x.device
+        if part == "position":
+            continue
+        if dtype is not None and x.dtype != dtype:
+            raise ValueError(f"{name}.{part} must hold {dtype} as {name}.blocks does, got {x.dtype}")
+        dtype = x.dtype
+    power_of_two(f"{name}'s chunk_size", sizes["C"])
+    check_groups(name, sizes["H"], sizes["G"])
+    check_positions(name, state.position)
+
+
+def check_positions(name: str, position: Tensor) -> None:
+    """On a GPU its numbers are checked there, without waiting: a wrong one ends the process with the same text."""
+    if position.is_cuda or torch.compiler.is_compiling():
+        fits = ((position >= 0) & (position < MAX_POSITION)).all()
+        torch._assert_async(fits, f"{name}.position must be from 0 to 2**62 - 1")
+        return
+    for number in position.tolist():
+        if not 0 <= number < MAX_POSITION:
+            raise ValueError(f"{name}.position must be from 0 to 2**62 - 1, got {number}")
+
+
+def check_family(name: str, has_beta: bool, delta_rule: bool) -> None:
+    """Raise ValueError where a state of one operator is given to the other."""
+    if has_beta != delta_rule:
+        kind = "the delta rule (beta)" if has_beta else "a scalar gate (no beta)"
+        raise ValueError(f"{name} is one of {kind} and cannot continue the other operator")
+
+
+def check_blocks(levels: int, chunk_size: int, blocks: int) -> None:
+    if num_blocks(levels, chunk_size) != blocks:
+        raise ValueError(
+            f"level_scales has {levels} levels, which need {num_blocks(levels, chunk_size)} blocks of state; "
+            f"this one has {blocks}"
+        )
+
+
+def check_owned(parts: Mapping[str, Tensor]) -> None:
+    """Steps write into these: they must be plain memory of their own, apart from any graph."""
+    for name, x in parts.items():
+        if not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous memory of its own, got strides {x.stride()}")
+        if x.requires_grad:
+            raise ValueError(f"{name} must carry no gradients: make the state with DecodeState.of")
+        if not torch.compiler.is_compiling() and x.is_inference():
+            raise ValueError(f"{name} must not be made in inference mode: make the state with DecodeState.of")
+    owners: dict[Any, str] = {}
+    for name, x in {} if torch.compiler.is_compiling() else parts.items():
+        other = owners.setdefault((x.untyped_storage()._cdata, x.storage_offset()), name)
+        if other != name:
+            raise ValueError(f"{name} must be memory of its own, got that of {other}")
+
+
+def check_rows(name: str, rows: Any, count: int, device: torch.device | None = None) -> None:
+    """Numbers of rows of a state, [n] from 0 to count - 1. On a GPU the selection itself checks them."""
+    check_tensor(name, rows, "n", {}, device, INDICES)
+    if rows.is_cuda or torch.compiler.is_compiling():
+        return
+    for number in rows.tolist():
+        if not 0 <= number < count:
+            raise ValueError(f"{name} must be from 0 to {count - 1}, the state's rows, got {number}")
+
+
+def check_cu_seqlens(B: int, T: int, cu_seqlens: Any) -> None:
+    """On a GPU its numbers are checked there, without waiting: a wrong one ends the process with the same text. So they
+    are in a compiled graph, which would break where Python looks at them."""
+    if cu_seqlens is None:
+        return
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be a tensor of integers, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1, got {list(cu_seqlens.shape)}")
+    check_tensor("cu_seqlens", cu_seqlens, "n", {}, None, INTEGERS)
+    if B != 1:
+        raise ValueError(f"cu_seqlens needs a packed batch with B = 1, got B = {B}")
+    if cu_seqlens.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(cu_seqlens[0] == 0, "cu_seqlens must start at 0")
+        torch._assert_async(cu_seqlens[-1] == T, f"cu_seqlens must end at T = {T}")
+        torch._assert_async((cu_seqlens.long().diff() >= 0).all(), "cu_seqlens must not decrease")
+        return
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {ends[0]}")
+    if ends[-1] != T:
+        raise ValueError(f"cu_seqlens must end at T = {T}, got {ends[-1]}")
+    if any(end < start for start, end in zip(ends[:-1], ends[1:], strict=True)):
+        raise ValueError(f"cu_seqlens must not decrease, got {ends}")
+
+
+def _said(value: Any) -> str:
+    """A plain value as one line has it, the type of any other."""
+    is_plain = value is None or isinstance(value, str | numbers.Number)
+    return repr(value)[:80] if is_plain else type(value).__name__
+
+
+def whole_number(name: str, value: Any, most: int | None = None) -> int:
+    """An integer of at least 1, of Python or numpy, as Python's; bool is none."""
+    if isinstance(value, bool) or not isinstance(value, int | numbers.Integral) or int(value) < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {_said(value)}")
+    if most is not None and int(value) > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
+    return int(value)
+
+
+def power_of_two(name: str, value: Any) -> int:
+    is_whole = isinstance(value, int | numbers.Integral) and not isinstance(value, bool)
+    if not is_whole or value < 1 or int(value) & (int(value) - 1):
+        raise ValueError(f"{name} must be a power of two, got {_said(value)}")
+    return int(value)
+
+
+def finite_number(name: str, value: Any) -> float:
+    """A real number as Python's float; bool, infinities and NaN are none."""
+    if type(value) is float and -math.inf < value < math.inf:
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
+        raise ValueError(f"{name} must be a number, got {_said(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{name} must be finite, got {_said(value)}")
+    return number
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {_said(value)}")
+    return value
+
+
+def one_of(name: str, value: Any, choices: Iterable[str]) -> str:
+    choices = list(choices)
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {_said(value)}")
+    return value
