@@ -86,9 +86,13 @@ class LogLinearGenerationMixin(GenerationMixin):
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         rows_at_work: RowsAtWork | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers has it, with the mask of the new columns alone: the cache knows the others."""
+        """As transformers has it, with the mask of the new columns alone: the cache knows the others.
+
+        `tokenizer` has served where `generate` made its stopping criteria; it is no argument of a forward.
+        """
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

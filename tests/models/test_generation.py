@@ -3,9 +3,11 @@
 import pytest
 import torch
 from tiny_models import HYBRID, KINDS, tokens
+from transformers import TextStreamer
 
 from loglinear.models import LogLinearCache, LogLinearForCausalLM
 from loglinear.models.cache import LinearStateLayer
+from loglinear.training import ByteTokenizer
 
 T = 21
 NEW = 9
@@ -174,6 +176,15 @@ def test_a_cache_made_in_inference_mode_continues_outside_of_it(make_model, opti
         model(ids[:, 8:9], past_key_values=cache)
     generated = model.generate(ids, past_key_values=cache, max_new_tokens=4, eos_token_id=None)
     assert generated[0, T:].tolist() == greedy_by_full_forward(model, ids[0], 4).tolist()
+
+
+@pytest.mark.parametrize("search", [{}, {"num_beams": 2}, {"streamer": True}], ids=str)
+def test_generate_hands_the_forward_only_what_it_takes(make_model, search) -> None:
+    model, ids, tokenizer = make_model(), tokens(1, 5), ByteTokenizer()
+    if "streamer" in search:
+        search = {"streamer": TextStreamer(tokenizer)}
+    stopped = model.generate(ids, max_new_tokens=4, stop_strings=["no such text"], tokenizer=tokenizer, **search)
+    assert stopped.tolist() == model.generate(ids, max_new_tokens=4, **search).tolist()
 
 
 @KINDS
