@@ -1,3 +1,37 @@
-"""Log-linear attention: operators, layers, models, training."""
+"""Log-linear attention: operators, layers, models, training. The operators' names are here too, loaded at first use."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loglinear.ops import DecodeState as DecodeState
+    from loglinear.ops import FenwickState as FenwickState
+    from loglinear.ops import LogLinearOutput as LogLinearOutput
+    from loglinear.ops import log_linear_attention as log_linear_attention
+    from loglinear.ops import log_linear_attention_step as log_linear_attention_step
+    from loglinear.ops import log_linear_delta_rule as log_linear_delta_rule
+    from loglinear.ops import log_linear_delta_rule_step as log_linear_delta_rule_step
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "DecodeState",
+    "FenwickState",
+    "LogLinearOutput",
+    "__version__",
+    "log_linear_attention",
+    "log_linear_attention_step",
+    "log_linear_delta_rule",
+    "log_linear_delta_rule_step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from loglinear import ops
+
+    return getattr(ops, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

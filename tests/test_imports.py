@@ -1,6 +1,7 @@
 """The import rule of ARCHITECTURE.md, and what may be loaded when."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,26 @@ def test_operators_need_torch_alone(module):
     code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_package_has_the_names_of_the_operators():
+    """Each is what `loglinear.ops` has; a wrong one is named; `import loglinear` alone does not wait for torch."""
+    code = (
+        "import sys, loglinear; assert 'torch' not in sys.modules; from loglinear import *\n"
+        "import loglinear.ops as ops\n"
+        "assert all(getattr(ops, name) is globals()[name] for name in loglinear.__all__ if name != '__version__')\n"
+        "assert {*loglinear.__all__, *ops.__all__} - {'IMPLEMENTATIONS'} <= set(dir(loglinear))\n"
+        "assert isinstance(ops.IMPLEMENTATIONS, tuple)\n"
+        "heavy = {'triton', 'transformers', 'accelerate', 'datasets'}\n"
+        "assert not heavy & set(sys.modules); loglinear.log_linear"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stderr.strip().splitlines()[-1] == "AttributeError: module 'loglinear' has no attribute 'log_linear'"
+
+
+@pytest.mark.parametrize("room", sorted({path.parent.name for path in PACKAGE.glob("*/__init__.py")}))
+def test_public_names_are_no_helpers(room):
+    """A room offers its users what they need, not what its own code shares."""
+    module = importlib.import_module(f"loglinear.{room}")
+    for name in getattr(module, "__all__", []):
+        assert not name.startswith(("_", "check_", "of_")), name

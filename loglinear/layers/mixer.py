@@ -77,7 +77,8 @@ class MixerDecodeState(NamedTuple):
 
     def index_select(self, rows: Tensor) -> "MixerDecodeState":
         with constants():
-            return MixerDecodeState(self.conv.index_select(0, rows), self.decode.index_select(rows))
+            decode = self.decode.index_select(rows)  # checks the rows
+            return MixerDecodeState(self.conv.index_select(0, rows), decode)
 
 
 class Mixer(nn.Module):

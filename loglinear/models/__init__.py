@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from loglinear.layers import FORMER_NAMES
+from loglinear.layers.former_names import FORMER_NAMES
 from loglinear.models.cache import LogLinearCache
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.modeling import LogLinearForCausalLM, LogLinearModel, LogLinearPreTrainedModel

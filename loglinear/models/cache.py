@@ -11,6 +11,7 @@ from loglinear.layers import MixerDecodeState, MixerState
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.history import OTHER_MASK, History
 from loglinear.ops.state import constants
+from loglinear.ops.validation import check_rows, whole_number
 
 
 class LinearStateLayer(CacheLayerMixin):
@@ -83,7 +84,7 @@ class LinearStateLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.state is not None:
-            self.state = self.state.index_select(indices)
+            self.state = self.state.index_select(indices.to(self.state.conv.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is not None:
@@ -220,6 +221,12 @@ class LogLinearCache(Cache):
             self.real = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        rows = self.rows
+        if rows is None:
+            return
+        check_rows("beam_idx", beam_idx, rows)
+        if len(beam_idx) != rows:
+            raise ValueError(f"beam_idx must have one number for each of {rows} rows, got {len(beam_idx)}")
         super().reorder_cache(beam_idx)
         self.history.reorder(beam_idx)
         if self.real is not None:
@@ -227,12 +234,16 @@ class LogLinearCache(Cache):
             self.real = reordered if self.columns_limit is None else self.real.copy_(reordered)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        if self.rows is None:
+            return
+        check_rows("indices", indices, self.rows)
         super().batch_select_indices(indices)
         self.history.index_select(indices)
         if self.real is not None:
             self.real = self.real[indices]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        repeats = whole_number("repeats", repeats)
         super().batch_repeat_interleave(repeats)
         self.history.repeat_interleave(repeats)
         if self.real is not None:

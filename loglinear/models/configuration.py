@@ -5,7 +5,7 @@ import math
 from transformers import PreTrainedConfig
 
 from loglinear.fenwick import MOST_LEVELS
-from loglinear.layers import check_finest_block, check_lambda_form
+from loglinear.layers.level_scales import check_finest_block, check_lambda_form
 from loglinear.ops import IMPLEMENTATIONS
 from loglinear.variants import HeadSizes, get_variant
 

@@ -4,6 +4,8 @@
 import torch
 from torch import Tensor
 
+from loglinear.ops.state import constants
+
 FACTOR = 6364136223846793005  # Knuth's multiplier for products modulo 2^64, which is how int64 multiplies
 PADDING, TOKEN = 1, 2
 OTHER_MASK = (
@@ -38,7 +40,7 @@ class History:
         elif self.numbers is not None:
             self.numbers.copy_(after)
         else:
-            with torch.inference_mode(False):
+            with constants():
                 self.numbers = torch.empty_like(after)
             self.numbers.copy_(after)
             if not torch.compiler.is_compiling():
@@ -77,7 +79,8 @@ class History:
     def reorder(self, rows: Tensor) -> None:
         """As many rows as before, in the same memory."""
         if self.numbers is not None:
-            self.numbers.copy_(self.numbers.index_select(1, rows.to(self.numbers.device)))
+            reordered = self.numbers.index_select(1, rows.to(self.numbers.device))
+            self.numbers = self.numbers.copy_(reordered) if self.static else reordered
 
 
 def _extended(numbers: Tensor, real_BT: Tensor | None, ids_BT: Tensor) -> Tensor:

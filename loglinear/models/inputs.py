@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loglinear.layers import AttentionContext, Packing, of_any_length, rotary_tables
+from loglinear.layers import AttentionContext, Packing, rotary_tables
+from loglinear.layers.packing import of_any_length
 from loglinear.models.cache import LogLinearCache
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.places import TokenPlaces

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerState
 
-from loglinear.layers import current_name
+from loglinear.layers.former_names import current_name
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.training.foreign import check_settings, pickled, read_config, weight_files
 from loglinear.training.json_files import fits, read_object, type_name

@@ -188,6 +188,45 @@ def test_generate_hands_the_forward_only_what_it_takes(make_model, search) -> No
 
 
 @KINDS
+def test_rows_of_a_cache_made_in_inference_mode_move_outside_of_it(make_model, options) -> None:
+    model, ids = make_model(**options), tokens(2, T)
+    for columns in (None, 60):
+        with torch.inference_mode():
+            cache = LogLinearCache(model.config, columns)
+            model(ids, attention_mask=left_padded([T, 8])[1], past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 1]))
+        logits = model(ids[1:, :2].expand(2, 2), past_key_values=cache).logits
+        assert torch.equal(logits[0], logits[1])
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([0, 2])), "beam_idx must be from 0 to 1, .* got 2"),
+        (lambda cache: cache.reorder_cache(torch.tensor([0, -1])), "beam_idx must be from 0 to 1, .* got -1"),
+        (
+            lambda cache: cache.reorder_cache(torch.tensor([0])),
+            "beam_idx must have one number for each of 2 rows, got 1",
+        ),
+        (lambda cache: cache.reorder_cache([0, 1]), "beam_idx must be a tensor, got list"),
+        (lambda cache: cache.batch_select_indices(torch.tensor([5])), "indices must be from 0 to 1, .* got 5"),
+        (lambda cache: cache.batch_select_indices(torch.tensor([0.0])), "indices must hold int32 or int64, got"),
+        (lambda cache: cache.batch_repeat_interleave(0), "repeats must be an integer of at least 1, got 0"),
+    ],
+    ids=range(7),
+)
+def test_rows_that_a_cache_does_not_have_are_named(make_model, options, call, text) -> None:
+    """Nothing of it has moved then."""
+    model, ids = make_model(**options), tokens(2, T)
+    cache = model(ids).past_key_values
+    with pytest.raises(ValueError, match=text):
+        call(cache)
+    expected = model(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1]
+    torch.testing.assert_close(model(ids[:, :1], past_key_values=cache).logits[:, 0], expected, rtol=1e-9, atol=1e-9)
+
+
+@KINDS
 def test_a_boolean_mask_is_a_mask(make_model, options) -> None:
     model = make_model(**options)
     ids, mask = left_padded([T, 12])

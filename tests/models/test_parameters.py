@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import HYBRID, TRANSFORMER, tiny_config, tokens
 from transformers import Trainer, TrainingArguments
 
-from loglinear.layers import FORMER_NAMES, current_name
+from loglinear.layers.former_names import FORMER_NAMES, current_name
 from loglinear.models import LogLinearForCausalLM
 from loglinear.variants import VARIANTS, HeadBias
 

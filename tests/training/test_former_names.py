@@ -5,7 +5,7 @@ import shutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from loglinear.layers import FORMER_NAMES
+from loglinear.layers.former_names import FORMER_NAMES
 from loglinear.training.checkpoints import last_checkpoint, load_model
 from loglinear.training.manifest import MANIFEST
 from loglinear.training.train import train
