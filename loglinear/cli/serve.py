@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
@@ -60,14 +58,6 @@ def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     model.generation_config.update(do_sample=True, top_k=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad)
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     if isinstance(tokenizer, ByteTokenizer):
-        tokenizer._tokenizer = byte_decoder(tokenizer)  # the server streams through it
-    if not hasattr(tokenizer, "_tokenizer"):
+        tokenizer.add_bos_token = True  # type: ignore[misc]  # a prompt begins as a document does in training
+    if not tokenizer.is_fast:  # the server streams through it
         raise ValueError(f"serve needs a fast tokenizer, got {type(tokenizer).__name__}")
-
-
-def byte_decoder(tokenizer: ByteTokenizer) -> Tokenizer:
-    """The byte tokenizer in the tokenizers library, as far as decoding goes."""
-    decoder = Tokenizer(models.BPE({symbol: byte for byte, symbol in bytes_to_unicode().items()}, []))
-    decoder.decoder = decoders.ByteLevel()
-    decoder.add_tokens(list(tokenizer.added_tokens_decoder.values()))
-    return decoder

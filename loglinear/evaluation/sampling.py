@@ -6,8 +6,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
+
+from loglinear.training.tokenizer import encode_document
 
 GREEDY = 1e-6  # below, only logits that differ by a rounding error would share probability, and then they overflow
 
@@ -37,17 +40,20 @@ def sample(
 ) -> Sample:
     """Continue `prompt` until the end-of-sequence token or for `max_new_tokens`; a temperature below 1e-6 is greedy.
 
+    The prompt begins as a document does in training: with the beginning-of-sequence token, where there is one.
+
     Raises ValueError for an empty prompt where the tokenizer has no token to begin with.
     """
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    prompt_tokens = inputs["input_ids"].shape[1]
+    ids = torch.from_numpy(encode_document(tokenizer, prompt)[None, :-1].astype(np.int64)).to(model.device)
+    prompt_tokens = ids.shape[1]
     if prompt_tokens == 0:
         raise ValueError("the prompt is empty, and this tokenizer has no token to begin with")
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     began = time.perf_counter()
     output = model.generate(
-        **inputs,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
         **(sampling if temperature >= GREEDY else {"do_sample": False}),
         max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,

@@ -1,11 +1,14 @@
 """The configuration of every model of the family."""
 
 import math
+import os
+from typing import Any
 
 from transformers import PreTrainedConfig
 
 from loglinear.fenwick import MOST_LEVELS
 from loglinear.layers.level_scales import check_finest_block, check_lambda_form
+from loglinear.models.auto_file import AUTO_MAP, write_auto_file
 from loglinear.ops import IMPLEMENTATIONS
 from loglinear.variants import HeadSizes, get_variant
 
@@ -40,6 +43,8 @@ class LogLinearConfig(PreTrainedConfig):
         num_attention_heads, num_key_value_heads, attention_head_dim, rope_theta: of the full-attention layers; None:
             heads of 64, as many key/value heads as heads, hidden_size / num_attention_heads.
         loss_chunk_size: tokens whose logits exist at a time while the loss is computed.
+        auto_map: where a checkpoint says how stock tools load it; None: through `loglinear_auto.py`, which every save
+            writes.
 
     Raises:
         ValueError: sizes that do not fit; the text names the argument, what it was and what was expected.
@@ -76,8 +81,11 @@ class LogLinearConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     loss_chunk_size: int = 1024
+    auto_map: dict | None = None
 
     def __post_init__(self, **kwargs) -> None:
+        if self.auto_map is None:
+            self.auto_map = dict(AUTO_MAP)
         self._check_numbers()
         variant = get_variant(self.variant)
         if self.intermediate_size is None:
@@ -128,6 +136,15 @@ class LogLinearConfig(PreTrainedConfig):
         for layer_type in self.layer_types:
             if layer_type not in LAYER_TYPES:
                 raise ValueError(f"layer_types must hold {' or '.join(LAYER_TYPES)}, got {layer_type!r}")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save as transformers does, with the file that loads the classes where nothing has imported this library."""
+        write_auto_file(save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Do nothing: every save already names the class, and a copy of its code would grow old beside a checkpoint."""
 
     @property
     def heads(self) -> HeadSizes:

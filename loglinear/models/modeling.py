@@ -1,6 +1,7 @@
 # B batch, T time, D hidden size, V vocabulary
 """The one model family: log-linear models, their linear twins, hybrids and the Transformer baseline."""
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -83,9 +84,13 @@ class LogLinearPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # a state cannot go back: assisted generation is refused
     _can_compile_fullgraph = True
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    @wraps(PreTrainedModel.save_pretrained, assigned=())  # others look for its arguments by name
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """As transformers has it, but a model that was loaded under former names is saved under those of now."""
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
+
+    def _returns_dict(self, asked: bool | None) -> bool:
+        return (self.config.return_dict if asked is None else asked) is not False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -183,7 +188,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
             hidden_states=(*all_hidden_states, x) if keep_all else None,
             attentions=tuple(all_weights) if with_weights else None,
         )
-        return output if return_dict is None or return_dict else output.to_tuple()
+        return output if self._returns_dict(return_dict) else output.to_tuple()
 
     def _cache(self, given: LogLinearCache | None, use_cache: bool | None, *, packed: bool) -> LogLinearCache | None:
         if self.training and self.gradient_checkpointing:
@@ -220,13 +225,13 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
         past_key_values: LogLinearCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
+        skip_logits: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -239,9 +244,9 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
             labels: [B, T], shifted here; -100, padding and the first token of a document or row are no targets.
             shift_labels: [B, T] the targets themselves, where the caller has shifted the labels (a shard of a longer
                 row does not know its next token); then `labels` are not read.
-            logits_to_keep: of which positions to return logits: the last n, all (0), or those of an index tensor. By
-                default all of them, or none where labels are given: the loss is computed in slices and does not need
-                them at once.
+            logits_to_keep: of which positions to return logits: the last n, all (0), or those of an index tensor.
+            skip_logits: True for the loss alone, which is computed in slices and needs no logits of a whole row. By
+                default training with labels returns no logits, unless logits_to_keep or return_dict=False ask for them.
             num_items_in_batch: divides the summed loss instead of the number of targets (Trainer, gradient
                 accumulation).
             the others: as in `LogLinearModel.forward`.
@@ -255,9 +260,15 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
             cu_seq_lens_k=cu_seq_lens_k,
             seq_idx=seq_idx,
         )
-        targets = places.targets(labels, shift_labels)
+        # Not named in the signature: Trainer takes every named argument with "label" in it for one that each batch has.
+        targets = places.targets(labels, kwargs.pop("shift_labels", None))
         if targets is not None:
             use_cache = bool(use_cache)  # a loss needs no cache unless asked
+        if skip_logits is None:
+            asked = logits_to_keep is not None or not self._returns_dict(return_dict)
+            skip_logits = targets is not None and self.training and not asked
+        elif skip_logits and (targets is None or logits_to_keep is not None):
+            raise ValueError("skip_logits=True needs labels, and no logits_to_keep")
         outputs = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -267,6 +278,7 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             places=places,
+            return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -279,7 +291,7 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
                 slice_size=self.config.loss_chunk_size,
                 num_items=num_items_in_batch,
             )
-        if targets is None or logits_to_keep is not None:
+        if not skip_logits:
             logits = self.lm_head(_kept(hidden_states, logits_to_keep))
         output = CausalLMOutputWithPast(
             loss=loss,
@@ -288,7 +300,7 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-        return output if return_dict is None or return_dict else output.to_tuple()
+        return output if self._returns_dict(return_dict) else output.to_tuple()
 
     def get_compiled_call(self, compile_config: Any) -> Any:
         """What `generate` calls beside a static cache: steps are compiled; prompts, which may be padded, are not."""

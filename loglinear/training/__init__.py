@@ -1,8 +1,9 @@
 """Training on transformers' Trainer: data, tokenizer, runs that resume exactly, checkpoints that are always whole."""
 
+from loglinear.models import ByteTokenizer
 from loglinear.training.checkpoints import load_checkpoint, load_model, resolve
 from loglinear.training.data import Corpus, load_corpus
-from loglinear.training.tokenizer import ByteTokenizer, load_tokenizer
+from loglinear.training.tokenizer import load_tokenizer
 from loglinear.training.train import TrainingResult, train
 
 __all__ = [

@@ -1,84 +1,20 @@
-"""The built-in byte tokenizer, and loading of any Hugging Face tokenizer by path."""
+"""Loading a tokenizer by name or path, and documents as tokens."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Encoding
-from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import AddedToken
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from loglinear.models import LogLinearConfig
+from loglinear.models import ByteTokenizer
 
 TOGETHER = 1 << 22  # characters that a tokenizer takes at once: a hundred megabytes of what it makes of them
 Ranges = Sequence[tuple[int, int]]  # of a text's characters
 BYTES = "bytes"  # the name of the built-in tokenizer wherever a tokenizer is asked for
-
-
-class ByteTokenizer(PreTrainedTokenizer):
-    """UTF-8 bytes are their own token ids, 0 to 255; 256 is <bos>, 257 <eos>, 258 <pad>.
-
-    `tokenizer("text")` puts <bos> in front, which is how a document starts in training. A saved one comes back through
-    `AutoTokenizer` wherever `loglinear.training` has been imported.
-    """
-
-    model_input_names = ["input_ids", "attention_mask"]
-    padding_side = "left"  # what batched generation needs
-
-    def __init__(
-        self,
-        bos_token: str | AddedToken = "<bos>",
-        eos_token: str | AddedToken = "<eos>",
-        pad_token: str | AddedToken = "<pad>",
-        **kwargs: Any,
-    ) -> None:
-        special = [
-            AddedToken(str(token), normalized=False, special=True) for token in (bos_token, eos_token, pad_token)
-        ]
-        self._added_tokens_decoder = {256 + i: token for i, token in enumerate(special)}
-        super().__init__(bos_token=special[0], eos_token=special[1], pad_token=special[2], **kwargs)
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids without the special ones."""
-        return 256
-
-    def get_vocab(self) -> dict[str, int]:
-        """Token text to id; byte b is written chr(b)."""
-        return {**{chr(byte): byte for byte in range(256)}, **self.added_tokens_encoder}
-
-    def encode_document(self, text: str) -> np.ndarray:
-        """The bytes of `text` as uint16 ids, without special tokens: what `encode` gives, thousands of times faster."""
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16)
-
-    def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: list[int] | None = None):
-        """<bos>, then the ids."""
-        return [self.bos_token_id, *token_ids_0, *(token_ids_1 or [])]
-
-    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        return [chr(byte) for byte in text.encode()]
-
-    def _convert_token_to_id(self, token: str) -> int | None:
-        return ord(token) if len(token) == 1 else None
-
-    def _convert_id_to_token(self, index: int) -> str:
-        return chr(index) if index < 256 else ""  # ids past <pad> only pad the model's table
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Bytes back to text; what is not UTF-8 becomes the replacement character."""
-        parts = [token.encode() if token in self._added_tokens_encoder else token.encode("latin-1") for token in tokens]
-        return b"".join(parts).decode(errors="replace")
-
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """There is no vocabulary file."""
-        return ()
-
-
-AutoTokenizer.register(LogLinearConfig, ByteTokenizer)
 
 
 def load_tokenizer(name: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
@@ -142,7 +78,7 @@ def _encode_batch(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     first, last = first_tokens(tokenizer), [tokenizer.eos_token_id]
     encodings: Sequence[Encoding | None] = [None] * len(batch)
-    if tokenizer.is_fast and batch:
+    if tokenizer.is_fast and batch and not isinstance(tokenizer, ByteTokenizer):
         options = dict(add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False)
         encodings = tokenizer([text for text, _ in batch], **options).encodings
     for (text, ranges), encoding in zip(batch, encodings, strict=True):

@@ -69,6 +69,14 @@ class LogLinearTrainer(Trainer):
         self.run_files = run_files
         self.remove_callback(PrinterCallback)
 
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Without the logits of a whole row where only its loss is asked for."""
+        if prediction_loss_only:
+            inputs = {**inputs, "skip_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 

@@ -115,15 +115,6 @@ def test_the_model_has_the_name_that_was_given(client, run):
         client.completions.create(model="another", prompt=PROMPT)
 
 
-def test_the_stream_is_decoded_as_the_byte_tokenizer_does():
-    tokenizer = ByteTokenizer()
-    decoder = serve.byte_decoder(tokenizer)
-    for text in ("plain", "héllo 日本 😀\r\n", "<eos>"):
-        assert decoder.decode(tokenizer(text)["input_ids"]) == text.removesuffix("<eos>")
-    for ids in torch.randint(0, 264, (200, 30)).tolist():  # broken UTF-8, special tokens, ids of nothing
-        assert decoder.decode(ids) == tokenizer.decode(ids, skip_special_tokens=True)
-
-
 def one_line(capsys, *arguments):
     with pytest.raises(SystemExit) as exit_:
         main(["serve", *map(str, arguments)])

@@ -21,11 +21,11 @@ def test_seed_decides_the_sample(model):
     assert first.text.startswith("abc") and first.state_bytes > 0
 
 
-def test_greedy_takes_the_likeliest_token(model):
-    tokenizer = ByteTokenizer()
+def test_greedy_takes_the_likeliest_token_after_a_documents_beginning(model):
+    tokenizer = ByteTokenizer(add_bos_token=True)
     ids = tokenizer("abc", return_tensors="pt")["input_ids"]
     likeliest = int(model(ids).logits[0, -1].argmax())
-    result = sample(model, tokenizer, "abc", max_new_tokens=1, temperature=0.0)
+    result = sample(model, ByteTokenizer(), "abc", max_new_tokens=1, temperature=0.0)
     assert result.tokens == 1
     assert result.text == tokenizer.decode([*ids[0].tolist(), likeliest], skip_special_tokens=True)
 

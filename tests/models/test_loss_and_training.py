@@ -44,11 +44,32 @@ def test_loss_sees_float32_logits_of_one_slice_at_most(make_model, monkeypatch) 
     assert max(seen) == model.config.loss_chunk_size and sum(seen) == 2 * (2 * T)  # forward and recomputation
 
 
-def test_labels_bring_logits_only_on_request_and_no_cache(make_model) -> None:
-    model, ids = make_model(), tokens(2, T)
+def test_training_returns_no_logits_beside_a_loss_unless_they_are_asked_for(make_model) -> None:
+    model, ids = make_model().train(), tokens(2, T)
     output = model(ids, labels=ids)
     assert output.logits is None and output.past_key_values is None
-    assert model(ids, labels=ids, logits_to_keep=0).logits.shape == (2, T, 40)
+    logits = model(ids).logits
+    for asked in ({"logits_to_keep": 0}, {"skip_logits": False}):
+        torch.testing.assert_close(model(ids, labels=ids, **asked).logits, logits)
+    loss, second = model(ids, labels=ids, return_dict=False)
+    torch.testing.assert_close((loss, second), (output.loss, logits))
+
+
+def test_evaluation_returns_logits_beside_a_loss_unless_they_are_left_out(make_model) -> None:
+    model, ids = make_model(), tokens(2, T)
+    output = model(ids, labels=ids)
+    torch.testing.assert_close(output.logits, model(ids).logits)
+    alone = model(ids, labels=ids, skip_logits=True)
+    assert list(alone) == ["loss"] and torch.equal(alone.loss, output.loss)
+    model.config.return_dict = False
+    loss, logits = model(ids, labels=ids)
+    assert torch.equal(loss, output.loss) and torch.equal(logits, output.logits)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"labels": tokens(2, T), "logits_to_keep": 1}], ids=["no loss", "both"])
+def test_leaving_out_logits_that_are_needed_is_refused(make_model, arguments: dict) -> None:
+    with pytest.raises(ValueError, match="skip_logits=True needs labels, and no logits_to_keep"):
+        make_model()(tokens(2, T), skip_logits=True, **arguments)
 
 
 def test_num_items_in_batch_divides_the_sum(make_model) -> None:

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizer
 
 from loglinear.training import tokenizer
 from loglinear.training.tokenizer import ByteTokenizer, encode_document, encode_documents, load_tokenizer
@@ -8,41 +7,13 @@ from loglinear.training.tokenizer import ByteTokenizer, encode_document, encode_
 TEXT = "naïve café, 数学\n\ttabs \x00 and 😀"
 
 
-def test_ids_are_utf8_bytes_behind_bos():
-    tokenizer = ByteTokenizer()
-    assert isinstance(tokenizer, PreTrainedTokenizer)
-    assert tokenizer(TEXT)["input_ids"] == [256, *TEXT.encode()]
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257, 258)
-    assert len(tokenizer) == 259
+def test_a_document_of_bytes_is_the_tokenizers_own_encoding_between_bos_and_eos():
+    assert encode_document(ByteTokenizer(), TEXT).tolist() == [256, *ByteTokenizer()(TEXT)["input_ids"], 257]
 
 
-def test_decode_is_the_inverse_of_encode():
-    tokenizer = ByteTokenizer()
-    assert tokenizer.decode(tokenizer(TEXT)["input_ids"], skip_special_tokens=True) == TEXT
-
-
-def test_decoding_survives_broken_utf8_and_unused_ids():
-    assert ByteTokenizer().decode([104, 0xFF, 263, 105]) == "h\ufffdi"
-
-
-def test_fast_encoding_equals_the_tokenizers_own():
-    tokenizer = ByteTokenizer()
-    assert encode_document(tokenizer, TEXT).tolist() == [*tokenizer(TEXT)["input_ids"], 257]
-
-
-@pytest.mark.parametrize("load", [load_tokenizer, AutoTokenizer.from_pretrained])
-def test_saved_tokenizer_comes_back_the_same(tmp_path, load):
+def test_a_saved_tokenizer_is_loaded_as_it_was(tmp_path):
     ByteTokenizer().save_pretrained(tmp_path)
-    loaded = load(tmp_path)
-    assert type(loaded) is ByteTokenizer
-    assert loaded(TEXT)["input_ids"] == ByteTokenizer()(TEXT)["input_ids"]
-    assert loaded.get_vocab() == ByteTokenizer().get_vocab()
-
-
-def test_batches_pad_on_the_left():
-    batch = ByteTokenizer()(["abc", "a"], padding=True)
-    assert batch["input_ids"][1] == [258, 258, 256, ord("a")]
-    assert batch["attention_mask"][1] == [0, 0, 1, 1]
+    assert type(load_tokenizer(tmp_path)) is ByteTokenizer
 
 
 def test_any_hugging_face_tokenizer_by_path(tmp_path, monkeypatch):

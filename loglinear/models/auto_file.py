@@ -1,0 +1,31 @@
+"""A file in every checkpoint through which stock tools load our classes: lm-eval, trl, a bare `AutoModel`.
+
+transformers executes it only with trust_remote_code=True. It imports the installed library and holds no code of ours.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+MODULE = "loglinear_auto"
+AUTO_MAP = {
+    "AutoConfig": f"{MODULE}.LogLinearConfig",
+    "AutoModel": f"{MODULE}.LogLinearModel",
+    "AutoModelForCausalLM": f"{MODULE}.LogLinearForCausalLM",
+    "AutoModelForSequenceClassification": f"{MODULE}.LogLinearForSequenceClassification",
+    "AutoModelForTokenClassification": f"{MODULE}.LogLinearForTokenClassification",
+    "AutoModelForQuestionAnswering": f"{MODULE}.LogLinearForQuestionAnswering",
+}
+TOKENIZER_AUTO_MAP = (f"{MODULE}.ByteTokenizer", f"{MODULE}.ByteTokenizer")  # slow and fast: one class serves as both
+TEXT = '''"""Loads this checkpoint with the installed package `loglinear`."""
+from loglinear.models import *  # noqa: F403
+'''
+
+
+def write_auto_file(folder: str | os.PathLike) -> None:
+    """Write `loglinear_auto.py` into the folder of a checkpoint, which may not exist yet."""
+    if Path(folder).is_file():
+        return  # transformers says what is wrong with it
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / f"{MODULE}.py").write_text(TEXT)
