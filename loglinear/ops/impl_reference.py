@@ -15,16 +15,17 @@ from loglinear.reference.recurrent import merged
 
 def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
     p = problem.in_working_dtype()
-    state = p.initial_state
+    state, (B, T) = p.initial_state, p.v.shape[:2]
+    lengths = [T] * B if p.cu_seqlens is None else p.cu_seqlens.diff().tolist()
     if state is None:
         groups, key_dim = p.q.shape[2:]
         heads, value_dim = p.v.shape[2:]
         state = FenwickState.zeros(
-            len(p.lengths), num_levels=p.level_scales.shape[3], chunk_size=p.chunk_size, groups=groups, heads=heads,
+            len(lengths), num_levels=p.level_scales.shape[3], chunk_size=p.chunk_size, groups=groups, heads=heads,
             key_dim=key_dim, value_dim=value_dim, delta_rule=p.beta is not None, dtype=p.v.dtype, device=p.v.device,
         )  # fmt: skip
     tokens = [None if x is None else x.flatten(0, 1) for x in (p.q, p.k, p.v, p.log_decay, p.beta, p.level_scales)]
-    splits = [[None] * len(p.lengths) if x is None else x.split(p.lengths) for x in tokens]
+    splits = [[None] * len(lengths) if x is None else x.split(lengths) for x in tokens]
     results = [_run_sequence(state, row, *parts) for row, parts in enumerate(zip(*splits, strict=True))]
     output = torch.cat([output for output, _ in results]).view(p.v.shape)
     if not p.output_final_state:

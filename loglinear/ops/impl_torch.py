@@ -11,18 +11,14 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels import torch as kernels
-from loglinear.ops.problem import Problem
+from loglinear.ops.problem import Problem, is_transformed
 from loglinear.ops.state import FenwickState
 
 
-@torch._disable_dynamo  # its schedule is made on the host. torch.compiler.disable would import the whole compiler
-def run(call: Problem) -> tuple[Tensor, FenwickState | None]:
-    p = call.in_working_dtype()
-    state, N = p.initial_state, len(p.lengths)
-    positions = None if state is None else tuple(state.position.tolist())
-    levels = p.level_scales.shape[3]
-    schedule = kernels.schedule(p.lengths, positions, p.chunk_size, levels, p.output_final_state, p.v.device)
-    held = 0 if state is None else N * p.chunk_size
+def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
+    p = problem.in_working_dtype()
+    state, N, C = p.initial_state, problem.num_sequences, p.chunk_size
+    held = 0 if state is None else N * C
 
     def tokens(new: Tensor, buffer: Tensor | None = None) -> Tensor:
         """New tokens behind the sequences' buffers; what has no buffer (q, lambda) is 0 there: nobody looks."""
@@ -36,25 +32,37 @@ def run(call: Problem) -> tuple[Tensor, FenwickState | None]:
     log_decay = tokens(p.log_decay, state and state.log_decay)
     beta = None if p.beta is None else tokens(p.beta, state and state.beta)
     q, scales = tokens(p.q), tokens(p.level_scales)
-    nodes = None if state is None else state.blocks.to(v.dtype)
-    if beta is None:
-        output, blocks = kernels.run_scalar_gate(q, k, v, log_decay, scales, nodes, schedule)
-    else:
-        output, blocks = kernels.run_delta_rule(q, k, v, log_decay, beta, scales, nodes, schedule)
+    position, nodes = (None, None) if state is None else (state.position, state.blocks.to(v.dtype))
+    compute = kernels.stages if is_transformed() else kernels.fenwick_array
+    output, blocks = compute(
+        q, k, v, log_decay, beta, scales, nodes, position, p.cu_seqlens, N, C, p.output_final_state
+    )
     output = output[held:].view(p.v.shape)
     if not p.output_final_state:
         return output, None
+    if p.cu_seqlens is None:
+        ends = torch.arange(N + 1, device=v.device) * p.v.shape[1]
+    else:
+        ends = p.cu_seqlens.to(v.device, torch.int64)
+    start = torch.zeros_like(ends[1:]) if position is None else position
+    end = start + ends.diff()
+    tails = _tails([k, v, log_decay, beta], start, end, held + ends[:-1], C)
+    return output, FenwickState._make([end, blocks, *tails])
 
-    source, real = schedule.tail_rows, schedule.tail_real
+
+def _tails(tokens: list[Tensor | None], start: Tensor, end: Tensor, first: Tensor, C: int) -> list[Tensor | None]:
+    """The unfinished chunk's tokens [N, C, ...] of sequences that went from position `start` to `end`. The new ones
+    begin at row `first`; a chunk that began before has the older ones in its sequence's buffer."""
+    at = (end // C * C)[:, None] + torch.arange(C, device=end.device)
+    buffered = torch.arange(len(end), device=end.device)[:, None] * C + at % C
+    row = torch.where(at < start[:, None], buffered, first[:, None] + at - start[:, None])
+    real = at < end[:, None]
+    row = torch.where(real, row, 0).flatten()
 
     def tail(x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
-        picked = x.index_select(0, source.flatten()).view(*source.shape, *x.shape[1:])
-        return torch.where(real.view(*real.shape, *[1] * (x.dim() - 1)), picked, 0.0)
+        rows = x.index_select(0, row).view(*real.shape, *x.shape[1:])
+        return torch.where(real.view(*real.shape, *[1] * (x.dim() - 1)), rows, 0.0)
 
-    lengths = torch.tensor(p.lengths, device=p.v.device)
-    position = lengths if state is None else state.position + lengths
-    k_tail, v_tail, decay_tail = tail(k), tail(v), tail(log_decay)
-    assert k_tail is not None and v_tail is not None and decay_tail is not None
-    return output, FenwickState(position, blocks, k_tail, v_tail, decay_tail, tail(beta))
+    return [tail(x) for x in tokens]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from loglinear.kernels.torch import has_blocks
-from loglinear.ops.problem import MIN_LOG_DECAY, Problem
+from loglinear.ops.problem import MIN_LOG_DECAY, Problem, is_transformed
 from loglinear.ops.state import DecodeState, FenwickState
 
 OLDEST_TRITON = "3.4"  # 3.3 refuses `load_ahead`, whose branches return different types; torch 2.8 brings 3.4
@@ -86,6 +86,8 @@ def unsupported(p: Problem) -> str | None:
         return "Triton's interpreter cannot multiply bfloat16: use float32, or impl='torch'"
     if p.is_float64:
         return "float64 needs impl='torch'"
+    if is_transformed():
+        return "torch.func transforms and forward-mode derivatives need impl='torch'"
     K, V = p.q.shape[3], p.v.shape[3]
     reason = _too_wide(K, V, p.beta is not None)
     if reason is not None:

@@ -64,10 +64,6 @@ class Problem:
     def in_working_dtype(self) -> WorkingProblem:
         """The same call as the implementations in plain torch take it."""
         dtype = torch.float64 if self.is_float64 else torch.float32
-        B, T = self.v.shape[:2]
-        lengths = (T,) * B
-        if self.cu_seqlens is not None:
-            lengths = tuple(self.cu_seqlens.diff().tolist())
         log_decay = self.v.new_zeros(self.v.shape[:3], dtype=dtype)
         if self.log_decay is not None:
             log_decay = self.log_decay.to(dtype).clamp(min=MIN_LOG_DECAY)
@@ -80,7 +76,7 @@ class Problem:
             level_scales=self.level_scales.to(dtype),
             initial_state=self.initial_state,
             output_final_state=self.output_final_state,
-            lengths=lengths,
+            cu_seqlens=self.cu_seqlens,
             chunk_size=self.chunk_size,
         )
 
@@ -97,8 +93,19 @@ class WorkingProblem:
     level_scales: Tensor
     initial_state: FenwickState | None
     output_final_state: bool
-    lengths: tuple[int, ...]  # tokens per sequence: one per batch row, or one per packed document
+    cu_seqlens: Tensor | None
     chunk_size: int
+
+
+def is_transformed() -> bool:
+    """Inside forward-mode AD, torch.func.grad, torch.func.jvp or what is made of them? A registered operator with an
+    autograd formula is a constant to the first and an error to the others."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    kinds = {interpreter.key() for interpreter in stack}
+    vmap = torch._C._functorch.TransformType.Vmap
+    return bool(kinds - {vmap}) or torch.autograd.forward_ad._current_level >= 0
 
 
 def unit_length(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ stays where it is. impl="triton" does not wait for the device, so that a step ca
 # N rows, C chunk, M blocks, G groups, H heads, K key, V value, L levels
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from loglinear.kernels import MIN_LOG_DECAY
 from loglinear.kernels import torch as kernels
 from loglinear.ops import impl_reference, impl_triton
 from loglinear.ops.announcement import announce
-from loglinear.ops.problem import Problem, unit_length
+from loglinear.ops.problem import Problem, is_transformed, unit_length
 from loglinear.ops.state import DecodeState
 from loglinear.ops.validation import (
     BOOL,
@@ -48,7 +49,7 @@ def log_linear_attention_step(
 ) -> Tensor:
     """The next token of `log_linear_attention` for every row, [N, H, V] in v's dtype; `state` moves on in place.
 
-    Without gradients: whoever needs them calls the operator with initial_state.
+    A step has no derivatives, and refuses inputs that would need one: they take the operator with initial_state.
 
     Args:
         q, k: [N, G, K]; v: [N, H, V]; log_decay: [N, H] or None; level_scales: [N, H, L].
@@ -111,12 +112,23 @@ class Token(NamedTuple):
         if self.active is not None:
             check_tensor("active", self.active, "N", sizes, fenwick.k.device, BOOL)
         flag("l2_normalize", self.l2_normalize)
+        self.refuse_derivatives(TOKENS[delta_rule])
         scale, log_decay = finite_number("scale", self.scale), self.log_decay
         if log_decay is None:
             log_decay = torch.zeros(self.v.shape[:2], dtype=fenwick.k.dtype, device=fenwick.k.device)
         if scale is self.scale and log_decay is self.log_decay:
             return self
         return self._replace(scale=scale, log_decay=log_decay)
+
+    def refuse_derivatives(self, names: Iterable[str]) -> None:
+        """A step would leave them out, in silence."""
+        tensors = {name: getattr(self, name) for name in names}
+        wanted = [name for name, x in tensors.items() if x is not None and x.requires_grad]
+        if is_transformed() or (torch.is_grad_enabled() and wanted):
+            what = f"{' and '.join(wanted)} would need one" if wanted else "here is a transform that takes one"
+            raise ValueError(
+                f"a step has no derivatives: {what}; use torch.no_grad(), or the operator with initial_state"
+            )
 
 
 @torch.no_grad()

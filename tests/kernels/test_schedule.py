@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from loglinear.fenwick import block_cap, block_level, walk
-from loglinear.kernels.torch import schedule
-from loglinear.ops import log_linear_attention
+from loglinear.kernels.torch import schedule, slab
+from loglinear.kernels.torch.scalar_gate import ScalarGateSlab
 
 CPU = torch.device("cpu")
 
@@ -101,15 +101,13 @@ def test_the_number_of_operations_grows_with_the_levels_not_the_tokens():
             return function(*args, **(kwargs or {}))
 
     def operations(T):
-        q = torch.randn(1, T, 1, 2)
-        leaves = [q.requires_grad_(), torch.randn(1, T, 1, 2), torch.zeros(1, T, 1), torch.ones(1, T, 1, 40)]
-        counts = []
-        for _ in range(2):  # the first call also builds the schedule
-            with Counter() as counter:
-                output = log_linear_attention(leaves[0], leaves[0], *leaves[1:], chunk_size=4).output
-                output.sum().backward()
-            counts.append(counter.count)
-        return counts[1]
+        q, v = torch.randn(T, 1, 2), torch.randn(T, 1, 2)
+        inputs = (q, q, v, torch.zeros(T, 1), torch.ones(T, 1, 40), None)
+        built = schedule((T,), None, 4, 40, False, CPU)
+        with torch.no_grad(), Counter() as counter:
+            slab.forward(ScalarGateSlab, built, inputs, False)
+            slab.backward(ScalarGateSlab, built, inputs, v, None)
+        return counter.count
 
     small, middle, large = operations(256), operations(1024), operations(4096)
     assert middle - small == large - middle > 0

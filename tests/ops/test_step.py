@@ -26,7 +26,7 @@ def _interpreter(monkeypatch, request):
 def take_step(operator, token, state, **options):
     """token: the inputs of `operator`, [N, 1, ...]."""
     function = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
-    return function(*(token[name][:, 0] for name in operator.names), state, **options)
+    return function(*(token[name][:, 0].detach() for name in operator.names), state, **options)
 
 
 def sizes(operator, rows, levels, chunk_size, **dims):

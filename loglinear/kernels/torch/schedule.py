@@ -63,8 +63,6 @@ class Schedule:
     rows: Tensor  # [(num_chunks + 1) * C] the source token of each place; any token where `padding` lists it
     padding: Tensor  # places without a token
     places: Tensor  # [source tokens] the place of each source token; an empty chunk's for those left out
-    tail_rows: Tensor  # [N, C] the source tokens of each sequence's unfinished chunk
-    tail_real: Tensor  # [N, C] which of them are tokens
     merges: list[Merge]
     scan: Scan | None
     reads: list[Read]  # nearest blocks first; the last one may read prefixes
@@ -120,7 +118,7 @@ def schedule(
     turns = i.chunk(max(1, -(-len(reads) // READS_A_TURN)))
     final_reads = walk(end, torch.arange(N), torch.arange(N), list(range(cap + 1))) if final else []
     built = Schedule(
-        C, n, N, cap + 1, tree.nodes, *_places(length, held, offset, count, n, C, positions is not None),
+        C, n, N, cap + 1, tree.nodes, *_places(length, held, offset, n, C, positions is not None),
         merges, scan, reads, [walk(z[part], sequence[part], part, levels) for part in turns], final_reads,
     )  # fmt: skip
     return _to(built, device)
@@ -197,8 +195,8 @@ def _scan_merges(rank: Tensor, direction: int) -> tuple[list[Merge], list[Merge]
 
 
 def _places(
-    length: Tensor, held: Tensor, offset: Tensor, count: Tensor, n: int, C: int, buffered: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    length: Tensor, held: Tensor, offset: Tensor, n: int, C: int, buffered: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Where each token lies in the array of chunks, and which token lies at each place."""
     N = len(length)
     empty = n * C  # the first place of the empty chunk
@@ -213,10 +211,7 @@ def _places(
     rows[places] = torch.arange(len(places))
     rows[empty:] = -1
     padding = torch.nonzero(rows < 0)[:, 0]
-    unfinished = (held + length) % C != 0
-    last = torch.where(unfinished, offset + count - 1, n)
-    tails = rows[last[:, None] * C + torch.arange(C)]
-    return rows.clamp(min=0), padding, places, tails.clamp(min=0), tails >= 0
+    return rows.clamp(min=0), padding, places
 
 
 def _to(x, device):  # type: ignore[no-untyped-def]

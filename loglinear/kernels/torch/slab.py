@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from loglinear.kernels.torch.schedule import Schedule
 from loglinear.kernels.torch.tiles import from_chunks, slab_heads, to_chunks
@@ -49,8 +48,9 @@ class Slab(ABC):
         """The states that a sequence leaves: the same walk with X = I. Writes out [N, M, H, K, V]."""
 
     @abstractmethod
-    def backward(self, do: Tensor, dblocks: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The gradients of the chunked inputs in their order, and of the nodes [H, N * M, K, V]."""
+    def backward(self, do: Tensor, dblocks: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The gradients of the chunked inputs in their order, and of the nodes [H, N * M, K, V]. dblocks: those of the
+        final blocks, None where nobody read them."""
 
     def identity(self) -> Tensor:
         """The X of the final blocks' walk: one K x K identity per sequence."""
@@ -59,36 +59,38 @@ class Slab(ABC):
         return eye.repeat(len(self.q), self.schedule.num_sequences, 1, 1)
 
 
-class OverSlabs(torch.autograd.Function):
-    """(outputs [tokens,H,V], each sequence's block states at the start of its last chunk [N,M,H,K,V])."""
-
-    @staticmethod
-    def forward(ctx: Any, family: type[Slab], schedule: Schedule, *inputs):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(*inputs)
-        ctx.family, ctx.schedule = family, schedule
-        q, _, v, *_ = inputs
-        out = v.new_zeros(v.shape)
+def forward(family: type[Slab], schedule: Schedule, inputs: Inputs, final: bool) -> tuple[Tensor, Tensor]:
+    """Outputs [tokens,H,V]; each sequence's block states at the start of its last chunk [N,M,H,K,V] where the schedule
+    was made with `final`, else an empty tensor."""
+    q, _, v, *_ = inputs
+    out = v.new_zeros(v.shape)
+    blocks = v.new_zeros(0)
+    if final:
         blocks = v.new_zeros(schedule.num_sequences, schedule.num_blocks, v.shape[1], q.shape[2], v.shape[2])
-        for heads in slab_heads(q, v, schedule):
-            slab = family(inputs, schedule, heads)
-            from_chunks(slab.output(), out, heads, schedule)
+    for heads in slab_heads(q, v, schedule):
+        slab = family(inputs, schedule, heads)
+        from_chunks(slab.output(), out, heads, schedule)
+        if final:
             slab.final_blocks(blocks[:, :, heads])
-        return out, blocks
+    return out, blocks
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout, dblocks):  # type: ignore[no-untyped-def]
-        inputs, schedule = ctx.saved_tensors, ctx.schedule
-        q, _, v, *_, nodes = inputs
-        grads: list[Any] = [
-            None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs
-        ]
-        with torch.autocast(v.device.type, enabled=False):
-            for heads in slab_heads(q, v, schedule):
-                slab = ctx.family(inputs, schedule, heads)
-                parts, dnodes = slab.backward(to_chunks(dout, heads, schedule), dblocks[:, :, heads])
-                for part, grad, R in zip(parts, grads, slab.shared, strict=False):
-                    from_chunks(part, grad, heads, schedule, R)
-                if nodes is not None:
-                    grads[-1][:, :, heads] = dnodes.transpose(0, 1).unflatten(0, nodes.shape[:2])
-        return None, None, *grads
+
+def backward(
+    family: type[Slab], schedule: Schedule, inputs: Inputs, dout: Tensor | None, dblocks: Tensor | None
+) -> list[Tensor | None]:
+    """The gradients of the inputs."""
+    q, _, v, *_, nodes = inputs
+    dout = torch.zeros_like(v) if dout is None else dout
+    grads: list[Any] = [
+        None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs
+    ]
+    for heads in slab_heads(q, v, schedule):
+        slab = family(inputs, schedule, heads)
+        parts, dnodes = slab.backward(
+            to_chunks(dout, heads, schedule), None if dblocks is None else dblocks[:, :, heads]
+        )
+        for part, grad, R in zip(parts, grads, slab.shared, strict=False):
+            from_chunks(part, grad, heads, schedule, R)
+        if nodes is not None:
+            grads[-1][:, :, heads] = dnodes.transpose(0, 1).unflatten(0, nodes.shape[:2])
+    return grads

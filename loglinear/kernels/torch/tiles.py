@@ -1,8 +1,8 @@
 """What both families share: moving tokens into chunks and back, and the masks of a chunk.
 
 Inside a kernel every tensor is [H, n, C, ...]: a slab of heads, then chunks, then places in the chunk. Slabs keep the
-temporaries small (they are reused from the cache and the heap, and memory stays near that of inputs and outputs)
-and their number does not depend on the sequence's length beyond what memory asks for.
+temporaries small (they lie in memory that is used again, see `workspace`) and their number does not depend on the
+sequence's length beyond what memory asks for.
 """
 
 # H heads of a slab, n chunks (with the empty one), C chunk, L levels
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from loglinear.fenwick import log2
 from loglinear.kernels.torch.schedule import Schedule
+from loglinear.kernels.torch.workspace import empty, take, zeros
 
-SLAB_BYTES = {"cpu": 9 << 20}  # of one [H, n, C, max(C, K, V)] temporary
+SLAB_BYTES = {"cpu": 9 << 19}  # of one [H, n, C, max(C, K, V)] temporary
 OTHER_DEVICES_SLAB_BYTES = 256 << 20
 
 
@@ -41,9 +42,11 @@ def group_slice(heads: slice, R: int) -> slice:
 def to_chunks(x: Tensor, heads: slice, schedule: Schedule, R: int = 1) -> Tensor:
     """[tokens, heads, ...] -> [H, n, C, ...]; with R > 1, x has groups and every group serves R heads."""
     part = x[:, group_slice(heads, R)].transpose(0, 1)
-    chunks = part.index_select(1, schedule.rows).index_fill_(1, schedule.padding, 0.0)
+    chunks = take(part, schedule.rows).index_fill_(1, schedule.padding, 0.0)
     if R > 1:
-        chunks = chunks.repeat_interleave(min(R, heads.stop - heads.start), 0)
+        groups, of_each = len(chunks), min(R, heads.stop - heads.start)
+        copies = empty(chunks, groups, of_each, *chunks.shape[1:])
+        chunks = copies.copy_(chunks[:, None].expand_as(copies)).flatten(0, 1)
     return chunks.view(len(chunks), -1, schedule.chunk_size, *x.shape[2:])
 
 
@@ -52,7 +55,7 @@ def from_chunks(chunks: Tensor, out: Tensor, heads: slice, schedule: Schedule, R
     groups = group_slice(heads, R)
     if R > 1:
         chunks = chunks.unflatten(0, (groups.stop - groups.start, -1)).sum(1)
-    tokens = chunks.flatten(1, 2).index_select(1, schedule.places)
+    tokens = take(chunks.flatten(1, 2), schedule.places)
     out[:, groups] += tokens.transpose(0, 1)
 
 
@@ -80,7 +83,7 @@ def decay_matrix(log_decay: Tensor) -> Tensor:
     two long sums (which loses digits once a decay is strong), and there are C log2(C) exponentials instead of C^2.
     """
     C = log_decay.shape[-1]
-    matrix = log_decay.new_zeros(*log_decay.shape, C)
+    matrix = zeros(log_decay, *log_decay.shape, C)
     matrix.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     for level in range(1, log2(C) + 1):
         w = 1 << (level - 1)
@@ -94,7 +97,7 @@ def decay_matrix(log_decay: Tensor) -> Tensor:
 def level_mask(level_scales: Tensor) -> Tensor:
     """LAM[i, j] = lambda[i, min(level(i, j), L - 1)] for i >= j, 0 above the diagonal. [H,n,C,L] -> [H,n,C,C]."""
     C, L = level_scales.shape[-2:]
-    mask = level_scales.new_zeros(*level_scales.shape[:-1], C)
+    mask = zeros(level_scales, *level_scales.shape[:-1], C)
     mask.diagonal(dim1=-2, dim2=-1).copy_(level_scales[..., 0])
     for level in range(1, log2(C) + 1):
         view = level_view(mask, level)
@@ -120,11 +123,6 @@ def suffix_sums(x: Tensor) -> Tensor:
     later = torch.zeros_like(x)
     later[..., :-1] = reverse_cumsum(x[..., 1:])
     return later
-
-
-def take(x: Tensor, chunks: Tensor) -> Tensor:
-    """Rows of dimension 1, in the order of the index tensor flattened."""
-    return x.index_select(1, chunks.flatten())
 
 
 def tall(x: Tensor, sources: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from loglinear.fenwick import num_blocks
+from loglinear.kernels import MIN_LOG_DECAY
+from loglinear.kernels.torch.operator import recorded_gradients, stages
 from loglinear.kernels.triton import delta_rule, scalar_gate
 from loglinear.kernels.triton.call import common_dtype
 from loglinear.kernels.triton.config import Plan, choose
@@ -101,14 +103,40 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.options = scale, chunk_size, final
 
 
+def _twin(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, level_scales: Tensor,
+    nodes: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int, final: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The outputs and blocks of `chunkwise` by the stages of kernels.torch in float32, which autograd can record."""
+    rows, C = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, chunk_size or 64
+    held = 0 if starts is None else rows * C
+    count = q.shape[0] * q.shape[1] if cu_seqlens is None else int(cu_seqlens[-1])  # packed rows may end in padding
+
+    def tokens(x: Tensor) -> Tensor:
+        new = x.flatten(0, 1)[:count].float()
+        return torch.cat([new.new_zeros(held, *new.shape[1:]), new])
+
+    output, blocks = stages(
+        tokens(q) * scale, tokens(k), tokens(v), tokens(log_decay.clamp(min=MIN_LOG_DECAY)),
+        None if beta is None else tokens(beta), tokens(level_scales), None if nodes is None else nodes.float(),
+        None if starts is None else starts * C, cu_seqlens, rows, C, final,
+    )  # fmt: skip
+    padding = output.new_zeros(v.shape[0] * v.shape[1] - count, *output.shape[1:])
+    return torch.cat([output[held:], padding]).view(v.shape).to(v.dtype), blocks
+
+
 def _backward(ctx: Any, do: Tensor | None, dblocks: Tensor | None, *unused: None):  # type: ignore[no-untyped-def]
     inputs = ctx.saved_tensors  # once: checkpointing refuses to give them twice
+    if torch.is_grad_enabled():  # create_graph=True
+        options = (*inputs[7:9], *ctx.options)
+        grads = recorded_gradients(lambda *x: _twin(*x, *options), inputs[:7], (do, dblocks))
+        return *grads, None, None, None, None, None
     v, beta, nodes = inputs[2], inputs[4], inputs[6]
     final = ctx.options[-1]
     do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else do
-    grads = iter(chunkwise_backward(do, dblocks if final else None, *inputs, *ctx.options))
-    first, dbeta = [next(grads) for _ in range(4)], None if beta is None else next(grads)
-    dlevel_scales, dnodes = next(grads), None if nodes is None else next(grads).to(nodes.dtype)
+    given = iter(chunkwise_backward(do, dblocks if final else None, *inputs, *ctx.options))
+    first, dbeta = [next(given) for _ in range(4)], None if beta is None else next(given)
+    dlevel_scales, dnodes = next(given), None if nodes is None else next(given).to(nodes.dtype)
     return *first, dbeta, dlevel_scales, dnodes, None, None, None, None, None
 
 

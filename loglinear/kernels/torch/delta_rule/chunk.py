@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.torch.tiles import decay_matrix, level_mask, level_mask_backward, suffix_sums
+from loglinear.kernels.torch.workspace import matmul, product
 
 
 class Chunk(NamedTuple):
@@ -37,32 +38,32 @@ class Chunk(NamedTuple):
 
 def chunk_quantities(k: Tensor, beta: Tensor, log_decay: Tensor) -> Chunk:
     decay_CC = decay_matrix(log_decay)
-    keys_CC = (k @ k.mT).mul_(decay_CC)
-    erase_CC = (beta[..., None] * keys_CC).tril_(-1)
+    keys_CC = matmul(k, k.mT).mul_(decay_CC)
+    erase_CC = product(keys_CC, beta[..., None]).tril_(-1)
     identity = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
     inverse_CC = torch.linalg.solve_triangular(
         erase_CC + identity, identity.expand_as(erase_CC), upper=False, unitriangular=True
     )
-    write_CC = inverse_CC * beta[..., None, :]
+    write_CC = product(inverse_CC, beta[..., None, :])
     from_start = log_decay.cumsum(-1).exp()[..., None]
     to_end = suffix_sums(log_decay).exp()[..., None]
-    outgoing_KC = (k * to_end).mT @ write_CC
-    return Chunk(decay_CC, keys_CC, inverse_CC, write_CC, from_start, to_end, k * from_start, outgoing_KC)
+    outgoing_KC = matmul(product(k, to_end).mT, write_CC)
+    return Chunk(decay_CC, keys_CC, inverse_CC, write_CC, from_start, to_end, product(k, from_start), outgoing_KC)
 
 
 def chunk_state(chunk: Chunk, v: Tensor, out: Tensor) -> None:
     """Writes [P_z | S_z] to out [H, n, K, K + V]."""
     K = chunk.incoming_CK.shape[-1]
-    out[..., :K] = -(chunk.outgoing_KC @ chunk.incoming_CK)
+    out[..., :K] = matmul(chunk.outgoing_KC, chunk.incoming_CK).neg_()
     out[..., :K].diagonal(dim1=-2, dim2=-1).add_(chunk.from_start[..., -1, :])
-    out[..., K:] = chunk.outgoing_KC @ v
+    out[..., K:] = matmul(chunk.outgoing_KC, v)
 
 
 def queries(chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor) -> tuple[Tensor, Tensor]:
     """O_in [H, n, C, V] and Qh [H, n, C, K]."""
-    effective_CC = (q @ k.mT).mul_(chunk.decay_CC) @ chunk.write_CC
-    seen = (q * chunk.from_start).sub_(effective_CC @ chunk.incoming_CK)
-    return effective_CC.mul_(level_mask(level_scales)) @ v, seen
+    effective_CC = matmul(matmul(q, k.mT).mul_(chunk.decay_CC), chunk.write_CC)
+    seen = product(q, chunk.from_start).sub_(matmul(effective_CC, chunk.incoming_CK))
+    return matmul(product(effective_CC, level_mask(level_scales)), v), seen
 
 
 def chunk_backward(
@@ -80,48 +81,48 @@ def chunk_backward(
     """dq, dk, dv, dbeta and the gradient of G from dO, dQh and [dP | dS]; adds lambda's gradient to dlevel_scales."""
     K = k.shape[-1]
     dtransition, dstate = dslots[..., :K], dslots[..., K:]
-    products_CC = (q @ k.mT).mul_(chunk.decay_CC)
-    effective_CC = products_CC @ chunk.write_CC
+    products_CC = matmul(q, k.mT).mul_(chunk.decay_CC)
+    effective_CC = matmul(products_CC, chunk.write_CC)
     mask_CC = level_mask(level_scales)
 
     # O_in = (E * LAM) V,  Qh = exp(G) Q - E Ke
-    dweights_CC = do @ v.mT
-    level_mask_backward(dweights_CC * effective_CC, dlevel_scales)
-    deffective_CC = dweights_CC.mul_(mask_CC).sub_(dseen @ chunk.incoming_CK.mT)
-    dv = effective_CC.mul(mask_CC).mT @ do
-    dincoming = -(effective_CC.mT @ dseen)
-    dq = dseen * chunk.from_start
-    dcumulative = (dq * q).sum(-1)
+    dweights_CC = matmul(do, v.mT)
+    level_mask_backward(product(dweights_CC, effective_CC), dlevel_scales)
+    deffective_CC = dweights_CC.mul_(mask_CC).sub_(matmul(dseen, chunk.incoming_CK.mT))
+    dv = matmul(product(effective_CC, mask_CC).mT, do)
+    dincoming = matmul(effective_CC.mT, dseen).neg_()
+    dq = product(dseen, chunk.from_start)
+    dcumulative = product(dq, q).sum(-1)
 
     # S = Y V,  P = exp(Gam) I - Y Ke
-    doutgoing_KC = dstate @ v.mT - dtransition @ chunk.incoming_CK.mT
-    dv += chunk.outgoing_KC.mT @ dstate
-    dincoming -= chunk.outgoing_KC.mT @ dtransition
+    doutgoing_KC = matmul(dstate, v.mT).sub_(matmul(dtransition, chunk.incoming_CK.mT))
+    dv += matmul(chunk.outgoing_KC.mT, dstate)
+    dincoming -= matmul(chunk.outgoing_KC.mT, dtransition)
     dtotal = dtransition.diagonal(dim1=-2, dim2=-1).sum(-1) * chunk.from_start[..., -1, 0]
 
     # E = (Q K^T * dec) Ab,  Y = Kd^T Ab,  Ke = exp(G) K,  Kd = exp(Gam - G) K
-    dproducts_CC = deffective_CC @ chunk.write_CC.mT
-    dwrite_CC = (products_CC.mT @ deffective_CC).add_((k * chunk.to_end) @ doutgoing_KC)
-    dk = (chunk.write_CC @ doutgoing_KC.mT).mul_(chunk.to_end)
-    flow = (dk * k).sum(-1)
+    dproducts_CC = matmul(deffective_CC, chunk.write_CC.mT)
+    dwrite_CC = matmul(products_CC.mT, deffective_CC).add_(matmul(product(k, chunk.to_end), doutgoing_KC))
+    dk = matmul(chunk.write_CC, doutgoing_KC.mT).mul_(chunk.to_end)
+    flow = product(dk, k).sum(-1)
     dtotal += flow.sum(-1)
     dcumulative -= flow
-    dcumulative += (dincoming * chunk.incoming_CK).sum(-1)
-    dk += dincoming * chunk.from_start
+    dcumulative += product(dincoming, chunk.incoming_CK).sum(-1)
+    dk += product(dincoming, chunk.from_start)
 
     # Ab = A diag(b),  A = (I + tril(diag(b) keys, -1))^-1
-    dbeta = (dwrite_CC * chunk.inverse_CC).sum(-2)
+    dbeta = product(dwrite_CC, chunk.inverse_CC).sum(-2)
     dinverse_CC = dwrite_CC.mul_(beta[..., None, :])
-    derase_CC = (chunk.inverse_CC.mT @ dinverse_CC @ chunk.inverse_CC.mT).neg_().tril_(-1)
-    dbeta += (derase_CC * chunk.keys_CC).sum(-1)
+    derase_CC = matmul(matmul(chunk.inverse_CC.mT, dinverse_CC), chunk.inverse_CC.mT).neg_().tril_(-1)
+    dbeta += product(derase_CC, chunk.keys_CC).sum(-1)
     dkeys_CC = derase_CC.mul_(beta[..., None])
 
     # Q K^T * dec and K K^T * dec
-    flow_CC = (dproducts_CC * products_CC).add_(dkeys_CC * chunk.keys_CC)
+    flow_CC = product(dproducts_CC, products_CC).add_(product(dkeys_CC, chunk.keys_CC))
     dcumulative += flow_CC.sum(-1) - flow_CC.sum(-2)
     dcumulative[..., -1] += dtotal
     dproducts_CC.mul_(chunk.decay_CC)
     dkeys_CC.mul_(chunk.decay_CC)
-    dq += dproducts_CC @ k
-    dk += dproducts_CC.mT @ q + (dkeys_CC + dkeys_CC.mT) @ k
+    dq += matmul(dproducts_CC, k)
+    dk += matmul(dproducts_CC.mT, q).add_(matmul(dkeys_CC + dkeys_CC.mT, k))
     return dq, dk, dv, dbeta, dcumulative

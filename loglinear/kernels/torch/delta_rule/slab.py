@@ -11,7 +11,8 @@ from loglinear.kernels.torch.delta_rule.up_sweep import up_sweep, up_sweep_backw
 from loglinear.kernels.torch.delta_rule.walk import walk, walk_backward
 from loglinear.kernels.torch.schedule import Read
 from loglinear.kernels.torch.slab import Slab
-from loglinear.kernels.torch.tiles import reverse_cumsum, take
+from loglinear.kernels.torch.tiles import reverse_cumsum
+from loglinear.kernels.torch.workspace import empty, product, take, zeros
 
 
 class DeltaRuleSlab(Slab):
@@ -19,7 +20,7 @@ class DeltaRuleSlab(Slab):
         (self.beta,) = rest
         self.chunk = chunk_quantities(self.k, self.beta, self.log_decay)
         H, n, _, K = self.k.shape
-        self.slots = self.v.new_empty(H, self.schedule.num_rows, K, K + self.v.shape[3])
+        self.slots = empty(self.v, H, self.schedule.num_rows, K, K + self.v.shape[3])
         chunk_state(self.chunk, self.v, out=self.slots[:, :n])
         if self.nodes is not None:
             self.slots[:, n:, :, :K] = torch.eye(K, dtype=self.v.dtype, device=self.v.device)
@@ -30,28 +31,31 @@ class DeltaRuleSlab(Slab):
         out, seen = queries(self.chunk, self.q, self.k, self.v, self.level_scales)
         for read, y in walk(seen, self.slots, self.schedule.reads):
             scales = take(self.level_scales[..., read.level], read.readers)
-            out.index_add_(1, read.readers.flatten(), y * scales[..., None])
+            out.index_add_(1, read.readers.flatten(), product(y, scales[..., None]))
         return out
 
     def final_blocks(self, out: Tensor) -> None:
         for read, y in walk(self.identity(), self.slots, self.schedule.final_reads):
             out[read.readers.flatten(), read.level] = y.transpose(0, 1)
 
-    def backward(self, do: Tensor, dblocks: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        dscales, dslots = torch.zeros_like(self.level_scales), torch.zeros_like(self.slots)
+    def backward(self, do: Tensor, dblocks: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+        dscales = zeros(self.level_scales, *self.level_scales.shape)
+        dslots = zeros(self.slots, *self.slots.shape)
 
         def pull_output(read: Read, y: Tensor) -> Tensor:
             readers = read.readers.flatten()
             dy = take(do, readers)
-            dscales[..., read.level].index_add_(1, readers, (dy * y).sum(-1))
+            dscales[..., read.level].index_add_(1, readers, product(dy, y).sum(-1))
             return dy.mul_(take(self.level_scales[..., read.level], readers)[..., None])
 
         def pull_blocks(read: Read, y: Tensor) -> Tensor:
+            assert dblocks is not None
             return dblocks[read.readers.flatten(), read.level].transpose(0, 1)
 
         _, seen = queries(self.chunk, self.q, self.k, self.v, self.level_scales)
         dseen = walk_backward(seen, self.slots, self.schedule.turns, pull_output, dslots)
-        walk_backward(self.identity(), self.slots, [self.schedule.final_reads], pull_blocks, dslots)
+        if dblocks is not None:
+            walk_backward(self.identity(), self.slots, [self.schedule.final_reads], pull_blocks, dslots)
         up_sweep_backward(self.slots, self.rights, dslots, self.schedule)
 
         n, K = self.k.shape[1], self.k.shape[3]

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.torch.schedule import Merge, Scan, Schedule
+from loglinear.kernels.torch.workspace import matmul, take
 
 
 def merge(slots: Tensor, step: Merge) -> Tensor:
     """Joins pairs of blocks in place; returns the right blocks' transitions [H, m, K, K] as they were."""
     K = slots.shape[2]
-    right = slots.index_select(1, step.right)
+    right = take(slots, step.right)
     transition = right[..., :K].clone()
     right[..., :K] = 0
-    slots.index_copy_(1, step.right, right.add_(transition @ slots.index_select(1, step.left)))
+    slots.index_copy_(1, step.right, right.add_(matmul(transition, take(slots, step.left))))
     return transition
 
 
@@ -29,7 +30,7 @@ def up_sweep(slots: Tensor, schedule: Schedule) -> list[Tensor]:
     rights = [merge(slots, step) for step in schedule.merges]
     if schedule.scan is not None:
         K, entries = slots.shape[2], schedule.scan.entries
-        prefixes = linear_scan(slots.index_select(1, entries), schedule.scan)
+        prefixes = linear_scan(take(slots, entries), schedule.scan)
         slots[:, entries, :, K:] = prefixes[..., K:]  # the blocks' transitions stay: the backward needs them
     return rights
 
@@ -48,10 +49,10 @@ def up_sweep_backward(slots: Tensor, rights: list[Tensor], dslots: Tensor, sched
         _scan_backward(slots, dslots, schedule.scan)
     K = slots.shape[2]
     for step, transition in zip(reversed(schedule.merges), reversed(rights), strict=True):
-        dslot = dslots.index_select(1, step.right)
-        dslots.index_add_(1, step.left, transition.mT @ dslot)
+        dslot = take(dslots, step.right)
+        dslots.index_add_(1, step.left, matmul(transition.mT, dslot))
         # of the right block, S enters as it is and P through the product with all of Z_left
-        dslot[..., :K] = dslot @ slots.index_select(1, step.left).mT
+        dslot[..., :K] = matmul(dslot, take(slots, step.left).mT)
         dslots.index_copy_(1, step.right, dslot)
 
 

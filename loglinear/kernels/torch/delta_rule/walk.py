@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.torch.schedule import Read
-from loglinear.kernels.torch.tiles import take, tall
+from loglinear.kernels.torch.tiles import tall
+from loglinear.kernels.torch.workspace import empty, matmul, take, zeros
 
 
 def walk(x: Tensor, slots: Tensor, reads: list[Read]) -> Iterator[tuple[Read, Tensor]]:
@@ -23,7 +24,7 @@ def walk(x: Tensor, slots: Tensor, reads: list[Read]) -> Iterator[tuple[Read, Te
     for read in reads:
         readers = read.readers.flatten()
         rows = tall(take(x, readers), read.sources)
-        both = torch.bmm(rows, slots.index_select(1, read.sources).flatten(0, 1))
+        both = matmul(rows, take(slots, read.sources).flatten(0, 1))
         both = both.view(x.shape[0], len(readers), x.shape[2], -1)
         x.index_copy_(1, readers, both[..., :K])
         yield read, both[..., K:]
@@ -37,8 +38,8 @@ def walk_backward(
     dslots: Tensor,
 ) -> Tensor:
     """`pull(read, y)` gives dy; returns dX and adds into dslots."""
-    dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    current = x.clone()
+    dx = zeros(x, *x.shape)
+    current = empty(x, *x.shape).copy_(x)
     for reads in turns:
         _walk_backward(current, slots, reads, pull, dx, dslots)
     return dx
@@ -58,13 +59,13 @@ def _walk_backward(
     for read in reads:
         met.append(take(x, read.readers))
         rows = tall(met[-1], read.sources)
-        after = torch.bmm(rows, slots[..., :K].index_select(1, read.sources).flatten(0, 1))
+        after = matmul(rows, take(slots[..., :K], read.sources).flatten(0, 1))
         x.index_copy_(1, read.readers.flatten(), after.view_as(met[-1]))
     for read, before in zip(reversed(reads), reversed(met), strict=True):
         readers = read.readers.flatten()
-        slot = slots.index_select(1, read.sources).flatten(0, 1)
+        slot = take(slots, read.sources).flatten(0, 1)
         rows = tall(before, read.sources)
-        y = torch.bmm(rows, slot[..., K:]).view(*before.shape[:-1], -1)
+        y = matmul(rows, slot[..., K:]).view(*before.shape[:-1], -1)
         dboth = tall(torch.cat([take(dx, readers), pull(read, y)], -1), read.sources)
-        dslots.index_add_(1, read.sources, (rows.mT @ dboth).unflatten(0, (x.shape[0], -1)))
-        dx.index_copy_(1, readers, torch.bmm(dboth, slot.mT).view_as(before))
+        dslots.index_add_(1, read.sources, matmul(rows.mT, dboth).unflatten(0, (x.shape[0], -1)))
+        dx.index_copy_(1, readers, matmul(dboth, slot.mT).view_as(before))

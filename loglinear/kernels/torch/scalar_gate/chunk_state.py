@@ -8,15 +8,15 @@ G the cumulative log decay inside the chunk, Gam its last value.
 # H heads of a slab, n chunks, C chunk, K key, V value
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from loglinear.kernels.torch.tiles import suffix_sums
+from loglinear.kernels.torch.workspace import matmul, product
 
 
 def chunk_state(k: Tensor, v: Tensor, log_decay: Tensor, out: Tensor) -> Tensor:
     """Writes S [H,n,K,V] to out; returns log P [H,n]."""
-    torch.matmul((k * suffix_sums(log_decay).exp_()[..., None]).mT, v, out=out)
+    matmul(product(k, suffix_sums(log_decay).exp_()[..., None]).mT, v, out=out)
     return log_decay.sum(-1)
 
 
@@ -25,9 +25,9 @@ def chunk_state_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dk, dv and the gradient of G from dS and d log P."""
     to_end = suffix_sums(log_decay).exp_()[..., None]
-    dv = (k * to_end) @ dstate
-    dk = (v @ dstate.mT).mul_(to_end)
-    flow = (dk * k).sum(-1)
+    dv = matmul(product(k, to_end), dstate)
+    dk = matmul(v, dstate.mT).mul_(to_end)
+    flow = product(dk, k).sum(-1)
     dcumulative = -flow
     dcumulative[..., -1] += flow.sum(-1) + dtotal
     return dk, dv, dcumulative

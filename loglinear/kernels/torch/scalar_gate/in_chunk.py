@@ -9,11 +9,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from loglinear.kernels.torch.tiles import decay_matrix, level_mask, level_mask_backward
+from loglinear.kernels.torch.workspace import matmul, product
 
 
 def in_chunk(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor) -> Tensor:
-    scores_CC = (q @ k.mT).mul_(decay_matrix(log_decay)).mul_(level_mask(level_scales))
-    return scores_CC @ v
+    scores_CC = matmul(q, k.mT).mul_(decay_matrix(log_decay)).mul_(level_mask(level_scales))
+    return matmul(scores_CC, v)
 
 
 def in_chunk_backward(
@@ -21,12 +22,12 @@ def in_chunk_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the gradient of G; adds lambda's gradient into dlevel_scales."""
     decay_CC, mask_CC = decay_matrix(log_decay), level_mask(level_scales)
-    scores_CC = (q @ k.mT).mul_(decay_CC)
-    dweights_CC = do @ v.mT
-    level_mask_backward(dweights_CC * scores_CC, dlevel_scales)
+    scores_CC = matmul(q, k.mT).mul_(decay_CC)
+    dweights_CC = matmul(do, v.mT)
+    level_mask_backward(product(dweights_CC, scores_CC), dlevel_scales)
     dscores_CC = dweights_CC.mul_(mask_CC)
-    dv = scores_CC.mul(mask_CC).mT @ do
+    dv = matmul(product(scores_CC, mask_CC).mT, do)
     flow_CC = scores_CC.mul_(dscores_CC)
     dcumulative = flow_CC.sum(-1) - flow_CC.sum(-2)
     dproducts_CC = dscores_CC.mul_(decay_CC)
-    return dproducts_CC @ k, dproducts_CC.mT @ q, dv, dcumulative
+    return matmul(dproducts_CC, k), matmul(dproducts_CC.mT, q), dv, dcumulative

@@ -12,14 +12,15 @@ from loglinear.kernels.torch.scalar_gate.up_sweep import up_sweep, up_sweep_back
 from loglinear.kernels.torch.scalar_gate.walk import walk, walk_backward
 from loglinear.kernels.torch.schedule import Read
 from loglinear.kernels.torch.slab import Slab
-from loglinear.kernels.torch.tiles import reverse_cumsum, take
+from loglinear.kernels.torch.tiles import reverse_cumsum
+from loglinear.kernels.torch.workspace import empty, product, take, zeros
 
 
 class ScalarGateSlab(Slab):
     def build(self, *rest: Tensor) -> None:
         H, n, _, K = self.k.shape
         self.cumulative = self.log_decay.cumsum(-1)  # G: the decay from the chunk's start, as a logarithm
-        self.states = self.v.new_empty(H, self.schedule.num_rows, K, self.v.shape[3])
+        self.states = empty(self.v, H, self.schedule.num_rows, K, self.v.shape[3])
         self.log_p = self.v.new_zeros(H, self.schedule.num_rows)
         self.log_p[:, :n] = chunk_state(self.k, self.v, self.log_decay, out=self.states[:, :n])
         if self.nodes is not None:
@@ -35,40 +36,40 @@ class ScalarGateSlab(Slab):
         out = in_chunk(self.q, self.k, self.v, self.log_decay, self.level_scales)
         for read, y, path in walk(self.q, self.states, self.log_p, self.schedule.reads):
             scales, decay = self.weight(read, path)
-            out.index_add_(1, read.readers.flatten(), y.mul_(decay.mul_(scales)[..., None]))
+            out.index_add_(1, read.readers.flatten(), y.mul_((decay * scales)[..., None]))
         return out
 
     def final_blocks(self, out: Tensor) -> None:
         for read, y, path in walk(self.identity(), self.states, self.log_p, self.schedule.final_reads):
             out[read.readers.flatten(), read.level] = y.mul_(path.exp()[..., None, None]).transpose(0, 1)
 
-    def backward(self, do: Tensor, dblocks: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        dscales = torch.zeros_like(self.level_scales)
+    def backward(self, do: Tensor, dblocks: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
+        dscales = zeros(self.level_scales, *self.level_scales.shape)
         dq, dk, dv, dcumulative = in_chunk_backward(
             self.q, self.k, self.v, self.log_decay, self.level_scales, do, dscales
         )
-        dstates, dlog_p = torch.zeros_like(self.states), torch.zeros_like(self.log_p)
+        dstates, dlog_p = zeros(self.states, *self.states.shape), torch.zeros_like(self.log_p)
 
         def pull_output(read: Read, y: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
             readers = read.readers.flatten()
             scales, decay = self.weight(read, path)
             dy = take(do, readers)
-            dweight = (dy * y).sum(-1).mul_(decay)
+            dweight = product(dy, y).sum(-1).mul_(decay)
             dscales[..., read.level].index_add_(1, readers, dweight)
             flow = dweight.mul_(scales)
             dcumulative.index_add_(1, readers, flow)
             return dy.mul_(decay.mul_(scales)[..., None]), flow.sum(-1)
 
         def pull_blocks(read: Read, y: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
+            assert dblocks is not None
             dy = dblocks[read.readers.flatten(), read.level].transpose(0, 1) * path.exp()[..., None, None]
             return dy, (dy * y).sum((-1, -2))
 
         reads, final_reads = self.schedule.reads, self.schedule.final_reads
         walk_backward(self.q, self.states, self.log_p, reads, pull_output, dq, dstates, dlog_p)
-        identity = self.identity()
-        walk_backward(
-            identity, self.states, self.log_p, final_reads, pull_blocks, torch.zeros_like(identity), dstates, dlog_p
-        )
+        if dblocks is not None:
+            x = self.identity()
+            walk_backward(x, self.states, self.log_p, final_reads, pull_blocks, torch.zeros_like(x), dstates, dlog_p)
         up_sweep_backward(self.states, self.log_p, self.rights, dstates, dlog_p, self.schedule)
 
         n = self.k.shape[1]

@@ -11,11 +11,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from loglinear.kernels.torch.schedule import Merge, Scan, Schedule
+from loglinear.kernels.torch.workspace import product, take
 
 
 def merge(states: Tensor, log_p: Tensor, step: Merge) -> None:
     gate = log_p.index_select(1, step.right).exp_()[..., None, None]
-    states.index_add_(1, step.right, states.index_select(1, step.left).mul_(gate))
+    states.index_add_(1, step.right, take(states, step.left).mul_(gate))
 
 
 def up_sweep(states: Tensor, log_p: Tensor, schedule: Schedule) -> list[Tensor]:
@@ -27,7 +28,7 @@ def up_sweep(states: Tensor, log_p: Tensor, schedule: Schedule) -> list[Tensor]:
         log_p.index_add_(1, step.right, log_p.index_select(1, step.left))
     if schedule.scan is not None:
         scan = schedule.scan
-        prefixes = linear_scan(states.index_select(1, scan.entries), log_p.index_select(1, scan.entries), scan)
+        prefixes = linear_scan(take(states, scan.entries), log_p.index_select(1, scan.entries), scan)
         states.index_copy_(1, scan.entries, prefixes)
     return rights
 
@@ -51,8 +52,8 @@ def up_sweep_backward(
         _scan_backward(states, log_p, dstates, dlog_p, schedule.scan)
     for step, right in zip(reversed(schedule.merges), reversed(rights), strict=True):
         dlog_p.index_add_(1, step.left, dlog_p.index_select(1, step.right))
-        passed = dstates.index_select(1, step.right).mul_(right.exp()[..., None, None])
-        dlog_p.index_add_(1, step.right, (passed * states.index_select(1, step.left)).sum((-1, -2)))
+        passed = take(dstates, step.right).mul_(right.exp()[..., None, None])
+        dlog_p.index_add_(1, step.right, product(passed, take(states, step.left)).sum((-1, -2)))
         dstates.index_add_(1, step.left, passed)
 
 
@@ -60,10 +61,10 @@ def _scan_backward(states: Tensor, log_p: Tensor, dstates: Tensor, dlog_p: Tenso
     """D_y = d_y + P_{y+1} D_{y+1};  dS_y = D_y;  dP_y = <D_y, prefix_{y-1}>."""
     block_log_p = log_p.index_select(1, scan.entries)
     # P moves to the entry on its left; a run's last entry is the first of the mirrored scan and needs none
-    total = linear_scan(dstates.index_select(1, scan.entries), block_log_p.roll(-1, 1), scan, mirrored=True)
+    total = linear_scan(take(dstates, scan.entries), block_log_p.roll(-1, 1), scan, mirrored=True)
     dstates.index_copy_(1, scan.entries, total)
     later = scan.successor
     earlier = scan.entries.index_select(0, later - 1)
-    flow = (total.index_select(1, later) * states.index_select(1, earlier)).sum((-1, -2))
+    flow = product(take(total, later), take(states, earlier)).sum((-1, -2))
     flow.mul_(block_log_p.index_select(1, later).exp())
     dlog_p.index_add_(1, scan.entries.index_select(0, later), flow)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 from loglinear.kernels.torch.schedule import Read
-from loglinear.kernels.torch.tiles import take, tall
+from loglinear.kernels.torch.tiles import tall
+from loglinear.kernels.torch.workspace import matmul, take
 
 
 def walk(x: Tensor, states: Tensor, log_p: Tensor, reads: list[Read]) -> Iterator[tuple[Read, Tensor, Tensor]]:
@@ -36,7 +36,7 @@ def paths(x: Tensor, log_p: Tensor, reads: list[Read]) -> list[Tensor]:
 
 def read_states(x: Tensor, states: Tensor, read: Read) -> Tensor:
     rows = tall(take(x, read.readers), read.sources)
-    y = torch.bmm(rows, states.index_select(1, read.sources).flatten(0, 1))
+    y = matmul(rows, take(states, read.sources).flatten(0, 1))
     return y.view(x.shape[0], read.readers.numel(), x.shape[2], -1)
 
 
@@ -57,10 +57,10 @@ def walk_backward(
         readers = read.readers.flatten()
         dy, dpath = pull(read, read_states(x, states, read), path)
         dy = tall(dy, read.sources)
-        state = states.index_select(1, read.sources).flatten(0, 1)
+        state = take(states, read.sources).flatten(0, 1)
         rows = tall(take(x, readers), read.sources)
-        dstates.index_add_(1, read.sources, (rows.mT @ dy).unflatten(0, (x.shape[0], -1)))
-        dx.index_add_(1, readers, torch.bmm(dy, state.mT).view(x.shape[0], len(readers), *x.shape[2:]))
+        dstates.index_add_(1, read.sources, matmul(rows.mT, dy).unflatten(0, (x.shape[0], -1)))
+        dx.index_add_(1, readers, matmul(dy, state.mT).view(x.shape[0], len(readers), *x.shape[2:]))
         passed = take(beyond, readers).unflatten(1, read.readers.shape).sum(-1)
         dlog_p.index_add_(1, read.sources, passed)
         beyond.index_add_(1, readers, dpath)
