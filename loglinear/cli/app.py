@@ -239,10 +239,8 @@ def mqar(
     out: Annotated[Path, typer.Option(help="Folder for a JSON file of each cell, checkpoints and mqar.json.")],
     model: Annotated[list[str] | None, typer.Option(help="Only this model; may be given several times.")] = None,
     dim: Annotated[list[int] | None, typer.Option(help="Only this dimension (default: 16, 32, 64); likewise.")] = None,
-    lr: Annotated[
-        list[float] | None, typer.Option(help="Only this rate (default: 1e-3, 3e-3, 1e-2); likewise.")
-    ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Only this seed (default: 0, 1, 2); likewise.")] = None,
+    lr: Annotated[list[float] | None, typer.Option(help="Only this rate (default: the protocol's); likewise.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Only this seed (default: the protocol's); likewise.")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Cells at a time (default: one per CPU core).")] = None,
     minutes: Annotated[float | None, typer.Option(min=0, help="Stop after this time; call again to continue.")] = None,
     examples: Annotated[
@@ -253,6 +251,9 @@ def mqar(
         list[int] | None, typer.Option(min=1, help="Numbers of pairs (default: 4, 8, 16, 32, 64); likewise.")
     ] = None,
     length: Annotated[int | None, typer.Option(min=4, help="Tokens of an example (default: 256).")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="'loglinear' (default), or 'zoology': as the task's authors train.")
+    ] = None,
 ) -> None:
     """Multi-query associative recall: train small models to look up what they have read, and print the table.
 
@@ -284,7 +285,7 @@ def mqar(
         seeds=seed,
         processes=processes,
         minutes=minutes,
-        task=dict(examples=examples, epochs=epochs, pairs=pairs, length=length),
+        task=dict(examples=examples, epochs=epochs, pairs=pairs, length=length, protocol=protocol),
     )
 
 

@@ -1,9 +1,10 @@
 """Multi-query associative recall (MQAR): a table of small models, each trained and tested on the same examples.
 
-The set-up is that of Arora et al., "Zoology", arXiv 2312.04927, appendix E, and of their published code: two layers
-without an MLP, tied embeddings, batches of examples with one number of pairs, AdamW, a cosine from the learning rate to
-zero without warmup, and a rest where validation is nearly perfect. Models, sizes and numbers of pairs are those of Guo
-et al., arXiv 2506.04761, section 4.1: sequences of 256 tokens, 4 to 64 pairs, dimensions 16, 32 and 64.
+The task is that of Arora et al., "Zoology", arXiv 2312.04927, appendix E: two layers without an MLP, tied embeddings,
+batches of examples with one number of pairs, AdamW, a cosine from the learning rate to zero without warmup, and an end
+where validation is nearly perfect. Models, sizes and numbers of pairs are those of Guo et al., arXiv 2506.04761,
+section 4.1: 4 to 64 pairs, dimensions 16, 32 and 64. `PROTOCOLS` says how they are trained and how a learning rate is
+chosen.
 """
 
 from __future__ import annotations
@@ -68,8 +69,38 @@ ABLATIONS = {
     for choice, changes in CHOICES.items()
 }
 DIMS = (16, 32, 64)
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
-SEEDS = (0, 1, 2)
+
+
+class TrainingProtocol(NamedTuple):
+    """How the cells of a table are trained, and which learning rates and seeds there are."""
+
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]  # that are reported
+    tuning_seeds: tuple[int, ...] | None  # by whose mean the learning rate is chosen; None: the smallest of `seeds`
+    tokens_per_pair: int | None  # length of an example, up to `RecallTask.length`; None: that length for all
+    easiest: int  # times as many training examples with the fewest pairs
+    torch_init: bool  # PyTorch's own start values of linear layers; or normal ones of deviation 0.02
+    max_grad_norm: float  # 0: gradients are not clipped
+    decay_all: bool  # weight decay of vectors and gates too
+    float32: bool  # or bfloat16 autocast, on a GPU
+    by_epoch: bool  # the learning rate falls once an epoch; or once a step
+
+
+PROTOCOLS = {
+    "loglinear": TrainingProtocol((1e-3, 3e-3, 1e-2), (0, 1, 2), None, None, 1, False, 1.0, False, False, False),
+    # As in the code that the task's authors published: 64 tokens with 4 pairs, 128 with 8, 256 with more.
+    "zoology": TrainingProtocol(
+        (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), (3, 4, 5, 6, 7), (0, 1, 2), 16, 5, True, 0.0, True, True, True
+    ),
+}
+
+
+class Setting(NamedTuple):
+    """Examples of one kind."""
+
+    pairs: int
+    length: int
+    examples: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +108,11 @@ class RecallTask:
     """What all cells of a table share: the examples, and how long a model may learn from them.
 
     `examples` are for training, `test_examples` for validation and as many others for the test, each for every number
-    of `pairs`; `length` is in tokens. Raises ValueError, naming the field, where a value cannot work.
+    of `pairs`; `length` is in tokens; `protocol` is a name in PROTOCOLS. Raises ValueError, naming the field, where a
+    value cannot work.
     """
 
+    protocol: str = "loglinear"
     examples: int = 20_480  # whole batches: each shape of a batch would be compiled by itself
     test_examples: int = 1_024
     length: int = 256
@@ -90,9 +123,10 @@ class RecallTask:
     good_enough: float = 0.99  # the validation accuracy above which training ends
     weight_decay: float = 0.1
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
         for name in ("examples", "test_examples", "batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -104,13 +138,27 @@ class RecallTask:
             raise ValueError(f"length must be even and at least 4 times the pairs {self.pairs}, got {self.length}")
 
     @property
+    def how(self) -> TrainingProtocol:
+        """The protocol itself."""
+        return PROTOCOLS[self.protocol]
+
+    def settings(self, *, training: bool) -> list[Setting]:
+        """The kinds of examples: for training, or equally many of each for validation and test."""
+        of_a_pair = self.how.tokens_per_pair
+        lengths = {pairs: min(self.length, of_a_pair * pairs) if of_a_pair else self.length for pairs in self.pairs}
+        times = {min(self.pairs): self.how.easiest} if training else {}
+        examples = self.examples if training else self.test_examples
+        return [Setting(pairs, lengths[pairs], examples * times.get(pairs, 1)) for pairs in self.pairs]
+
+    @property
     def steps_per_epoch(self) -> int:
-        """Batches of all numbers of pairs."""
-        return len(self.pairs) * -(-self.examples // self.batch_size)
+        """Batches of all kinds of examples."""
+        return sum(-(-setting.examples // self.batch_size) for setting in self.settings(training=True))
 
     def override(self, **changes: Any) -> RecallTask:
         """The same task with every `changes` that is not None put in; lists become tuples."""
         given = {name: value for name, value in changes.items() if value is not None}
+        given.pop("max_grad_norm", None)  # results of earlier versions name it; it belongs to the protocol
         values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in given.items()}
         return dataclasses.replace(self, **values)
 
@@ -178,18 +226,21 @@ class RecallCell:
 
 @dataclass(frozen=True, kw_only=True)
 class RecallTable:
-    """Which cells there are: every learning rate is tried with the smallest seed, and the best has all of them.
+    """Which cells there are: every learning rate is tried with the tuning seeds, and the best has all `seeds`.
 
+    Learning rates and seeds that are not given are the protocol's. Where there is one rate, nothing is chosen.
     Raises ValueError, naming the field, where a value cannot work.
     """
 
     models: tuple[str, ...] = tuple(MODELS)
     dims: tuple[int, ...] = DIMS
-    learning_rates: tuple[float, ...] = LEARNING_RATES
-    seeds: tuple[int, ...] = SEEDS
+    learning_rates: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
     task: RecallTask = field(default_factory=RecallTask)
 
     def __post_init__(self) -> None:
+        for name in ("learning_rates", "seeds"):
+            object.__setattr__(self, name, getattr(self, name) or getattr(self.task.how, name))
         for name in ("models", "dims", "learning_rates", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -198,22 +249,34 @@ class RecallTable:
 
     def __len__(self) -> int:
         """Cells of the whole table."""
-        return len(self.models) * len(self.dims) * (len(self.learning_rates) + len(self.seeds) - 1)
+        model, dim = self.models[0], self.dims[0]
+        rate = self.learning_rates[0]
+        return len(self.models) * len(self.dims) * len(self.sweep(model, dim) + self.repeats(model, dim, rate))
 
     def groups(self) -> list[tuple[str, int]]:
         """Every (model, dim), the slowest first: they should not be what all processes wait for in the end."""
         groups = [(model, dim) for dim in sorted(self.dims, reverse=True) for model in self.models]
         for model, dim in groups:
-            self.sweep(model, dim)
+            self.repeats(model, dim, self.learning_rates[0])
         return groups
+
+    @property
+    def tuning_seeds(self) -> tuple[int, ...]:
+        """The seeds by whose mean validation accuracy a learning rate is chosen."""
+        own = self.task.how.tuning_seeds
+        return (min(self.seeds),) if own is None else own
 
     def sweep(self, model: str, dim: int) -> list[RecallCell]:
         """The cells among which the learning rate of a model is chosen."""
-        return [self._cell(model, dim, rate, min(self.seeds)) for rate in self.learning_rates]
+        if len(self.learning_rates) == 1:
+            return []
+        return [self._cell(model, dim, rate, seed) for rate in self.learning_rates for seed in self.tuning_seeds]
 
     def repeats(self, model: str, dim: int, learning_rate: float) -> list[RecallCell]:
-        """The other seeds at the learning rate that was chosen."""
-        return [self._cell(model, dim, learning_rate, seed) for seed in sorted(self.seeds)[1:]]
+        """The reported cells at the learning rate that was chosen, but for those of the sweep."""
+        swept = self.sweep(model, dim)
+        cells = [self._cell(model, dim, learning_rate, seed) for seed in sorted(self.seeds)]
+        return [cell for cell in cells if cell not in swept]
 
     def _cell(self, model: str, dim: int, learning_rate: float, seed: int) -> RecallCell:
         return RecallCell(model=model, dim=dim, learning_rate=learning_rate, seed=seed, task=self.task)

@@ -36,13 +36,12 @@ def training_arguments(out: Path, **own: Any) -> TrainingArguments:
         per_device_eval_batch_size=1,
         optim="adamw_torch_fused",
         use_cpu=not on_gpu,
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
         remove_unused_columns=False,
         logging_nan_inf_filter=False,  # it would wait for the loss
         eval_strategy="steps",
         save_strategy="steps",
         disable_tqdm=True,
-        **{"report_to": [], **own},
+        **{"report_to": [], "bf16": on_gpu and torch.cuda.is_bf16_supported(), **own},
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process trains on one GPU; more would mean nn.DataParallel
     return arguments

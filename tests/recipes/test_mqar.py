@@ -9,9 +9,8 @@ from loglinear.recipes.mqar import (
     ABLATIONS,
     CHOICES,
     DIMS,
-    LEARNING_RATES,
     MODELS,
-    SEEDS,
+    PROTOCOLS,
     RecallCell,
     RecallTable,
     RecallTask,
@@ -73,14 +72,35 @@ def test_cell_survives_json():
 
 
 def test_table_sweeps_with_one_seed_and_repeats_the_best_with_the_others():
-    table = RecallTable(seeds=(2, 0, 1))
-    assert len(table) == len(MODELS) * len(DIMS) * (len(LEARNING_RATES) + len(SEEDS) - 1) == 75
+    table, own = RecallTable(seeds=(2, 0, 1)), PROTOCOLS["loglinear"]
+    assert len(table) == len(MODELS) * len(DIMS) * (len(own.learning_rates) + len(own.seeds) - 1) == 75
     assert len(table.groups()) == 15 and table.groups()[0][1] == 64
     sweep, repeats = table.sweep("mamba2", 32), table.repeats("mamba2", 32, 1e-2)
-    assert [(c.learning_rate, c.seed) for c in sweep] == [(rate, 0) for rate in LEARNING_RATES]
+    assert [(c.learning_rate, c.seed) for c in sweep] == [(rate, 0) for rate in own.learning_rates]
     assert [(c.learning_rate, c.seed) for c in repeats] == [(1e-2, 1), (1e-2, 2)]
-    everything = [c for group in table.groups() for c in table.sweep(*group) + table.repeats(*group, 5e-2)]
+    everything = [c for group in table.groups() for c in table.sweep(*group) + table.repeats(*group, 1e-2)]
     assert len({c.name for c in everything}) == len(everything) == 75
+
+
+def test_zoology_chooses_a_rate_by_three_seeds_and_reports_five_others():
+    task = RecallTask(protocol="zoology", examples=20_000)
+    table = RecallTable(models=("mamba2",), dims=(32,), task=task)
+    sweep, repeats = table.sweep("mamba2", 32), table.repeats("mamba2", 32, 8e-3)
+    assert {c.learning_rate for c in sweep} == {1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2}
+    assert {c.seed for c in sweep} == {0, 1, 2} and [c.seed for c in repeats] == [3, 4, 5, 6, 7]
+    assert len(table) == len(sweep) + len(repeats) == 23
+    one = RecallTable(models=("mamba2",), dims=(32,), learning_rates=(8e-3,), seeds=(4,), task=task)
+    assert one.sweep("mamba2", 32) == [] and [c.seed for c in one.repeats("mamba2", 32, 8e-3)] == [4]
+
+
+def test_zoology_has_short_sequences_of_few_pairs_and_more_of_them():
+    task = RecallTask(protocol="zoology", examples=20_000)
+    assert task.settings(training=True) == [
+        (4, 64, 100_000), (8, 128, 20_000), (16, 256, 20_000), (32, 256, 20_000), (64, 256, 20_000)
+    ]  # fmt: skip
+    assert {setting.examples for setting in task.settings(training=False)} == {task.test_examples}
+    assert task.steps_per_epoch == 391 + 4 * 79
+    assert {length for _, length, _ in RecallTask().settings(training=True)} == {256}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +110,7 @@ def test_table_sweeps_with_one_seed_and_repeats_the_best_with_the_others():
         (lambda: cell(dim=24), "dim must be a multiple of 16, got 24"),
         (lambda: cell(learning_rate=0.0), "learning rate must be positive and finite, got 0.0"),
         (lambda: cell(seed=-1), "seed must not be negative, got -1"),
+        (lambda: RecallTask(protocol="zoo"), "protocol must be one of loglinear, zoology, got 'zoo'"),
         (lambda: RecallTask(epochs=0), "epochs must be at least 1, got 0"),
         (lambda: RecallTask(pairs=(4, 0)), "pairs must be one or more different positive numbers"),
         (lambda: RecallTask(pairs=(4, 4)), "pairs must be one or more different positive numbers"),

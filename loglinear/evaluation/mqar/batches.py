@@ -47,11 +47,10 @@ def recall_batches(task: RecallTask, split: str, device: str | torch.device) -> 
 
     The three splits have different seeds, and equal tasks equal examples.
     """
-    examples = task.examples if split == "train" else task.test_examples
     batches: list[RecallBatch] = []
-    for pairs in task.pairs:
+    for pairs, length, examples in task.settings(training=split == "train"):
         seed = len(SPLITS) * pairs + SPLITS.index(split)
-        recall = recall_examples(examples, length=task.length, pairs=pairs, seed=seed, vocab_size=task.vocab_size)
+        recall = recall_examples(examples, length=length, pairs=pairs, seed=seed, vocab_size=task.vocab_size)
         batches += split_batches(recall, task.batch_size, device)
     return batches
 

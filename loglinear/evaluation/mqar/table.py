@@ -7,14 +7,27 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loglinear.evaluation.mqar.folder import ACCURACIES, COSTS, HOW, Result, cell_of
-from loglinear.recipes.mqar import ABLATIONS, MODELS
+from loglinear.recipes.mqar import ABLATIONS, MODELS, RecallCell
 
 
 def best_learning_rate(results: Iterable[Result]) -> float:
-    """Of one model's results with the smallest seed: the learning rate with the best validation accuracy."""
+    """The learning rate of one model with the best mean validation accuracy over the tuning seeds of its protocol.
+
+    Without any of these seeds, all that there are count; of equals it is the smallest rate.
+    """
+    by_rate: dict[float, list[float]] = {}
     pairs = [(cell_of(result), result["validation_accuracy"]) for result in results]
-    sweep = [(accuracy, -cell.learning_rate) for cell, accuracy in pairs if cell.seed == min(c.seed for c, _ in pairs)]
-    return -max(sweep)[1]
+    tuning = _tuning_seeds([cell for cell, _ in pairs])
+    for cell, accuracy in pairs:
+        if cell.seed in tuning:
+            by_rate.setdefault(cell.learning_rate, []).append(accuracy)
+    return min(by_rate, key=lambda rate: (-statistics.fmean(by_rate[rate]), rate))
+
+
+def _tuning_seeds(cells: Sequence[RecallCell]) -> set[int]:
+    own = cells[0].task.how.tuning_seeds
+    seeds = {cell.seed for cell in cells}
+    return {min(seeds)} if own is None else seeds.intersection(own) or seeds
 
 
 def gather(results: Sequence[Result]) -> dict[str, Any]:
@@ -39,6 +52,8 @@ def gather(results: Sequence[Result]) -> dict[str, Any]:
 def _row(results: Sequence[Result]) -> dict[str, Any]:
     rate = best_learning_rate(results)
     chosen = {cell.seed: r for r in results if (cell := cell_of(r)).learning_rate == rate}
+    if (own := cell_of(results[0]).task.how.tuning_seeds) is not None:  # these chose the rate: others are reported
+        chosen = {seed: r for seed, r in chosen.items() if seed not in own} or chosen
     accuracies = [result["test_accuracy"] for result in chosen.values()]
     by_pairs = [result["test_accuracy_by_pairs"] for result in chosen.values()]
     return {
@@ -49,6 +64,8 @@ def _row(results: Sequence[Result]) -> dict[str, Any]:
         "seeds": sorted(chosen),
         "mean": statistics.fmean(accuracies),
         "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "median": statistics.median(accuracies),
+        "accuracies": [chosen[seed]["test_accuracy"] for seed in sorted(chosen)],
         "mean_by_pairs": {pairs: statistics.fmean(each[pairs] for each in by_pairs) for pairs in by_pairs[0]},
     }
 

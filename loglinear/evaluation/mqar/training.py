@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from loglinear.evaluation.mqar.batches import (
@@ -23,7 +25,7 @@ from loglinear.evaluation.mqar.batches import (
 )
 from loglinear.evaluation.mqar.folder import Result, begin, finish
 from loglinear.models import LogLinearForCausalLM
-from loglinear.recipes.mqar import RecallCell, RecallTask
+from loglinear.recipes.mqar import RecallCell, RecallTask, TrainingProtocol
 from loglinear.training.checkpoints import last_checkpoint
 from loglinear.training.compilation import compile_blocks, require_compiler
 from loglinear.training.run_folder import command, versions
@@ -60,8 +62,11 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
     training, validation, test = (_batches(cell.task, split, device) for split in SPLITS)
     set_seed(cell.seed)
     model = LogLinearForCausalLM(cell.model_config())
+    if cell.task.how.torch_init:
+        initialise_as_torch(model)
     course = Course(stop, cell.task.good_enough)
     trainer = RecallTrainer(
+        protocol=cell.task.how,
         model=model,
         args=_arguments(cell, folder, len(training)),
         train_dataset=training,  # type: ignore[arg-type]  # a list of batches is one
@@ -106,10 +111,41 @@ def _costs(trainer: RecallTrainer, seconds: float, steps_per_epoch: int) -> dict
     }
 
 
+@torch.no_grad()
+def initialise_as_torch(model: LogLinearForCausalLM) -> None:
+    """Give the layers' linear maps PyTorch's own start values, and divide outputs by the root of the number of layers.
+
+    Linear maps that start at zero keep doing so: they say that the model starts as its linear model.
+    """
+    for name, module in model.model.layers.named_modules():
+        if isinstance(module, nn.Linear) and not hasattr(module, "initial_values"):
+            module.reset_parameters()
+            if name.endswith("out_proj"):
+                module.weight /= math.sqrt(len(model.model.layers))
+
+
 class RecallTrainer(LogLinearTrainer):
     """The dataset's items are batches; vocabulary logits are computed at the queries only."""
 
     answer_loss: Callable[[Tensor, Tensor], Tensor] = staticmethod(answer_loss)
+
+    def __init__(self, *, protocol: TrainingProtocol, **options: Any) -> None:
+        self.protocol = protocol
+        super().__init__(**options)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All parameters where the protocol decays all."""
+        if self.protocol.decay_all:
+            return [name for name, _ in model.named_parameters()]
+        return super().get_decay_parameter_names(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        """The cosine to zero, which falls once an epoch where the protocol says so."""
+        if self.lr_scheduler is None and self.protocol.by_epoch:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            epochs, steps = int(self.args.num_train_epochs), int(self.args.save_steps)
+            self.lr_scheduler = LambdaLR(optimizer, functools.partial(_cosine_by_epoch, epochs=epochs, steps=steps))
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: RecallBatch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -135,6 +171,10 @@ class RecallTrainer(LogLinearTrainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Nobody reads this count, and it walks over all modules in every step."""
         return 0
+
+
+def _cosine_by_epoch(step: int, *, epochs: int, steps: int) -> float:
+    return (1 + math.cos(math.pi * (step // steps) / epochs)) / 2
 
 
 class Course(TrainerCallback):
@@ -188,7 +228,8 @@ def _arguments(cell: RecallCell, folder: Path, steps_per_epoch: int) -> Training
         adam_beta1=task.adam_betas[0],
         adam_beta2=task.adam_betas[1],
         weight_decay=task.weight_decay,
-        max_grad_norm=task.max_grad_norm,
+        max_grad_norm=task.how.max_grad_norm,
+        **({"bf16": False} if task.how.float32 else {}),
         lr_scheduler_type="cosine",
         warmup_steps=0,
         seed=cell.seed,

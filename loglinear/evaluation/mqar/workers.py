@@ -89,7 +89,8 @@ def _known(table: RecallTable, results: Mapping[str, Result]) -> list[RecallCell
         sweep = table.sweep(*group)
         cells += sweep
         if all(cell.name in results for cell in sweep):
-            cells += table.repeats(*group, best_learning_rate(results[cell.name] for cell in sweep))
+            swept = [results[cell.name] for cell in sweep]
+            cells += table.repeats(*group, best_learning_rate(swept) if swept else table.learning_rates[0])
     return cells
 
 

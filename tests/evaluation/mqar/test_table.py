@@ -25,6 +25,21 @@ def test_best_learning_rate_is_that_of_the_smallest_seeds_validation():
     assert best_learning_rate(equal) == 1e-3  # of equals the smallest, whatever their order
 
 
+def test_zoologys_rate_is_chosen_by_the_mean_of_three_seeds_and_others_are_reported():
+    task = TASK.override(protocol="zoology")
+    validation = {1e-2: (0.9, 0.1, 0.1), 3e-2: (0.5, 0.5, 0.5)}  # one seed alone would choose the first
+    results = [
+        result_of(tiny_cell(learning_rate=rate, seed=seed, task=task), test=0.9, validation=value)
+        for rate, values in validation.items()
+        for seed, value in enumerate(values)
+    ]
+    assert best_learning_rate(results) == 3e-2
+    results += [result_of(tiny_cell(learning_rate=3e-2, seed=3 + i, task=task), test=0.2 * i) for i in range(3)]
+    (row,) = gather(results)["table"]
+    assert row["learning_rate"] == 3e-2 and row["seeds"] == [3, 4, 5]
+    assert row["accuracies"] == pytest.approx([0, 0.2, 0.4]) and row["median"] == pytest.approx(0.2)
+
+
 def test_mean_and_sample_standard_deviation_over_seeds():
     mamba2, attention = gather(RESULTS)["table"]
     assert (attention["model"], attention["dim"], attention["learning_rate"]) == ("attention", 16, 1e-2)

@@ -8,6 +8,8 @@ import torch
 
 from loglinear.evaluation.mqar import run_cell
 from loglinear.evaluation.mqar.folder import read_results
+from loglinear.evaluation.mqar.training import initialise_as_torch
+from loglinear.models import LogLinearForCausalLM
 from tests.evaluation.mqar.tiny import TASK, AfterSteps, tiny_cell
 
 NEVER = threading.Event()
@@ -102,3 +104,41 @@ def test_cell_learns_in_bfloat16_on_a_gpu_and_continues(tmp_path):
     assert run_cell(cell, tmp_path, AfterSteps(50)) is None
     result = run_cell(cell, tmp_path, NEVER)
     assert result["precision"] == "bfloat16 autocast" and result["test_accuracy"] > 0.9
+
+
+def test_zoology_trains_as_the_tasks_authors_do(tmp_path, monkeypatch):
+    """PyTorch's start values, outputs divided by the root of two layers, everything decayed, no clipping, float32, and
+    a learning rate that falls once an epoch."""
+    task = dataclasses.replace(SHORT, protocol="zoology", length=32)
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def record(self, *args, **kwargs):
+        seen.append([(group["lr"], group["weight_decay"], len(group["params"])) for group in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    result = run_cell(tiny_cell(model="log_linear_mamba2", task=task), tmp_path, NEVER)
+    assert result["precision"] == "float32" and len(seen) == task.epochs * task.steps_per_epoch
+    rates = [max(rate for rate, _, _ in groups) for groups in seen]
+    epochs = [rates[task.steps_per_epoch * epoch] for epoch in range(task.epochs)]
+    assert len(set(rates)) == task.epochs and epochs == pytest.approx([1e-2, 0.75e-2, 0.25e-2])
+    assert all(decay == task.weight_decay for groups in seen for _, decay, size in groups if size)
+
+
+def test_initialise_as_torch_leaves_what_starts_at_zero():
+    def linear_maps(name):
+        model = LogLinearForCausalLM(tiny_cell(model=name, dim=64).model_config())
+        initialise_as_torch(model)
+        return dict(model.model.layers.named_modules())
+
+    layers = linear_maps("log_linear_mamba2_unit")
+    assert not layers["0.mixer.level_scales.proj"].weight.any()
+    bound = 64**-0.5  # of PyTorch's uniform start values
+    weight = layers["0.mixer.in_proj"].weight
+    assert 0.9 * bound < weight.abs().max() <= bound
+    out = layers["0.mixer.out_proj"].weight
+    bound = out.shape[1] ** -0.5 / 2**0.5
+    assert 0.9 * bound < out.abs().max() <= bound * 1.0001
+    published = linear_maps("log_linear_mamba2")["0.mixer.level_scales.proj"].weight
+    assert published.abs().max() > 0.9 * 64**-0.5
