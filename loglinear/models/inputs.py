@@ -52,6 +52,40 @@ def refuse_unknown(arguments: dict[str, Any], places: TokenPlaces) -> None:
             raise ValueError(f"{name} needs {needed}, got {int(value)}")
 
 
+class TokensFirst(NamedTuple):
+    """Columns in an order that puts the tokens of each row before its padding, so that rows without a mask remain.
+
+    Nothing looks ahead, so the tokens get what they get without padding, and no shape depends on their number: a graph
+    of a padded batch needs both. Outside of graphs padding is taken out instead, which costs nothing for it.
+    """
+
+    order: Tensor  # [B, T]
+    back: Tensor  # [B, T] the inverse
+
+    @staticmethod
+    def of(real: Tensor) -> "TokensFirst":
+        order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
+        return TokensFirst(order, order.argsort(dim=1))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x [B, T, ...] in this order."""
+        return _reordered(x, self.order, 1)
+
+    def undo(self, x: Tensor) -> Tensor:
+        return _reordered(x, self.back, 1)
+
+    def undo_weights(self, weights: Tensor) -> Tensor:
+        """Of attention weights [B, H, T, T]: queries and keys."""
+        return _reordered(_reordered(weights.transpose(1, 3), self.back, 1).transpose(1, 3), self.back, 2)
+
+
+def _reordered(x: Tensor, order: Tensor, dim: int) -> Tensor:
+    """x [B, ...] with dimension `dim` of each row in the order [B, T]."""
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = order.shape
+    return x.gather(dim, order.view(shape).expand_as(x))
+
+
 def check_positions(position_ids: Tensor | None, places: TokenPlaces) -> None:
     """Positions that restart mean packed documents, which need their boundaries: anything else leaks state."""
     if position_ids is None or places.time == 1 or not (places.cu_seqlens is places.scores_mask is None):
@@ -76,7 +110,6 @@ def token_layout(
     with_weights: bool = False,
 ) -> TokenLayout:
     """The layout of tokens in these places. Notes the padding in the cache."""
-    check_positions(position_ids, places)
     assert config.layer_types is not None
     has_linear, has_attention = ("linear_attention" in config.layer_types, "full_attention" in config.layer_types)
     if has_linear and places.scores_mask is not None:

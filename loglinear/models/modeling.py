@@ -15,7 +15,7 @@ from loglinear.layers import Attention, Mixer, SwiGLU
 from loglinear.models.cache import LogLinearCache
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.generation import LogLinearGenerationMixin
-from loglinear.models.inputs import TokenLayout, one_of, refuse_unknown, token_layout
+from loglinear.models.inputs import TokenLayout, TokensFirst, check_positions, one_of, refuse_unknown, token_layout
 from loglinear.models.loss import sliced_cross_entropy
 from loglinear.models.places import TokenPlaces
 from loglinear.variants import HeadBias
@@ -171,6 +171,13 @@ class LogLinearModel(LogLinearPreTrainedModel):
         cache = self._cache(past_key_values, use_cache, packed=places.cu_seqlens is not None)
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_weights = self.config.output_attentions if output_attentions is None else output_attentions
+        check_positions(position_ids, places)
+        tokens_first = None
+        if places.real is not None and cache is None and torch.compiler.is_compiling():
+            tokens_first = TokensFirst.of(places.real)
+            x, places = tokens_first.apply(x), places._replace(real=None)
+            if position_ids is not None:
+                position_ids = tokens_first.apply(position_ids.expand(places.rows, -1))
         layout = token_layout(self.config, places, x.device, position_ids, cache, with_weights=bool(with_weights))
         if cache is not None:
             cache.history.extend(places.rows, places.time, places.real, input_ids, x.device)
@@ -182,6 +189,9 @@ class LogLinearModel(LogLinearPreTrainedModel):
             if weights is not None:
                 all_weights.append(weights)
         x = self.norm(x)
+        if tokens_first is not None:
+            x, *all_hidden_states = (tokens_first.undo(y) for y in (x, *all_hidden_states))
+            all_weights = [tokens_first.undo_weights(weights) for weights in all_weights]
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=cache,

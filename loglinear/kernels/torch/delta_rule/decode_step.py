@@ -58,7 +58,7 @@ def decode_step(
     from_start = log_decay.cumsum(-1).exp()[..., None]
     x = queries * from_start[..., -1, :] - (effective[..., None, :] @ (keys * from_start))[..., 0, :]
     out = out + read_blocks(x, blocks, to_blocks)
-    if bool(full.any()):
+    if torch.compiler.is_compiling() or bool(full.any()):  # a graph cannot ask, and `full` keeps the other rows
         slots = q.new_empty(*keys.shape[:2], K, K + v.shape[3])
         chunk_state(chunk_quantities(keys, strength, log_decay), values, out=slots)
         transported = slots[:, None, ..., :K] @ blocks

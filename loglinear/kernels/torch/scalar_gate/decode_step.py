@@ -34,7 +34,7 @@ def decode_step(
     weights = scores * to_place * to_end
     out = (weights[..., None, :] @ v.transpose(1, 2))[..., 0, :]
     out = out + read_blocks(q.repeat_interleave(R, 1), blocks, to_blocks * from_start)
-    if bool(full.any()):
+    if torch.compiler.is_compiling() or bool(full.any()):  # a graph cannot ask, and `full` keeps the other rows
         keys = k.transpose(1, 2).repeat_interleave(R, 1) * to_end[..., None]
         state = keys.mT @ v.transpose(1, 2)
         blocks = merge_full(blocks, blocks * from_start[:, None, :, :, None], state, position // C + 1, full)
