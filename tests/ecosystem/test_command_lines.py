@@ -96,9 +96,10 @@ def test_trl_sft_trains_and_saves_a_checkpoint_that_opens_the_same_way(checkpoin
     data.mkdir()
     write_lines(data / "train.jsonl", [{"text": text * 3} for text in TEXTS])
     run(
-        [tool("trl"), "sft", "--model_name_or_path", str(checkpoint), "--trust_remote_code", "--dataset_name", str(data),
-         "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--per_device_train_batch_size", "2", "--use_cpu",
-         "--report_to", "none", "--dtype", "float32", "--bf16", "False"],
+        [tool("trl"), "sft", "--model_name_or_path", str(checkpoint), "--trust_remote_code",
+         "--dataset_name", str(data), "--output_dir", str(tmp_path / "out"), "--max_steps", "1",
+         "--per_device_train_batch_size", "2", "--use_cpu", "--report_to", "none", "--dtype", "float32",
+         "--bf16", "False"],
         tmp_path,
     )  # fmt: skip
     trained = tmp_path / "out" / "checkpoint-1"
