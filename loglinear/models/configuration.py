@@ -10,12 +10,13 @@ from loglinear.fenwick import MOST_LEVELS
 from loglinear.layers.level_scales import check_finest_block, check_lambda_form
 from loglinear.models.auto_file import AUTO_MAP, write_auto_file
 from loglinear.ops import IMPLEMENTATIONS
+from loglinear.ops.validation import LARGEST_CHUNK
 from loglinear.variants import HeadSizes, get_variant
 
 POSITIVE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_levels", "conv_kernel", "chunk_size", "loss_chunk_size",
 )  # fmt: skip
-AT_MOST = {"num_levels": MOST_LEVELS, "chunk_size": 4096}  # a chunk's scores are quadratic in its tokens
+AT_MOST = {"num_levels": MOST_LEVELS, "chunk_size": LARGEST_CHUNK}
 LAYER_TYPES = ("linear_attention", "full_attention")
 
 

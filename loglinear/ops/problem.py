@@ -15,9 +15,9 @@ from loglinear.ops.validation import (
     Sizes,
     check_cu_seqlens,
     check_operands,
+    chunk_length,
     finite_number,
     flag,
-    power_of_two,
 )
 
 
@@ -39,7 +39,7 @@ class Problem:
 
     def checked(self, *, delta_rule: bool) -> Problem:
         """The same call, all of whose arguments fit; raises ValueError, in one line that names one that does not."""
-        sizes: Sizes = {"C": power_of_two("chunk_size", self.chunk_size)}
+        sizes: Sizes = {"C": chunk_length("chunk_size", self.chunk_size)}
         check_operands(self, OPERANDS[delta_rule], sizes)
         check_cu_seqlens(sizes["B"], sizes["T"], self.cu_seqlens)
         flag("output_final_state", self.output_final_state)

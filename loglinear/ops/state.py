@@ -17,13 +17,12 @@ from loglinear.ops.validation import (
     WIDE_FLOATS,
     Sizes,
     check_family,
-    check_groups,
     check_owned,
     check_rows,
     check_state,
     check_tensor,
+    chunk_length,
     flag,
-    power_of_two,
     whole_number,
 )
 
@@ -83,8 +82,9 @@ class FenwickState(NamedTuple):
         sizes = dict(rows=rows, groups=groups, heads=heads, key_dim=key_dim, value_dim=value_dim)
         rows, groups, heads, key_dim, value_dim = (whole_number(*size) for size in sizes.items())
         num_levels = whole_number("num_levels", num_levels, most=MOST_LEVELS)
-        chunk_size = power_of_two("chunk_size", chunk_size)
-        check_groups("heads", heads, groups)
+        chunk_size = chunk_length("chunk_size", chunk_size)
+        if heads % groups:
+            raise ValueError(f"heads must be a multiple of groups = {groups}, got {heads}")
         if dtype not in WIDE_FLOATS:
             raise ValueError(f"dtype must be float32 or float64, got {dtype}")
         flag("delta_rule", delta_rule)

@@ -44,6 +44,7 @@ _NAMES = {
 }
 
 MAX_POSITION = 2**62
+LARGEST_CHUNK = 4096  # a chunk's scores are quadratic in its tokens
 
 
 def check_tensor(
@@ -94,6 +95,7 @@ def check_operands(call: Any, table: Table, sizes: Sizes, device: torch.device |
 
 
 def check_groups(name: str, heads: int, groups: int) -> None:
+    """Every group serves as many heads."""
     if heads % groups:
         raise ValueError(f"{name}'s H = {heads} heads must be a multiple of q's G = {groups} groups")
 
@@ -116,7 +118,7 @@ def check_state(name: str, state: Any, sizes: Sizes, device: torch.device | None
         if dtype is not None and x.dtype != dtype:
             raise ValueError(f"{name}.{part} must hold {dtype} as {name}.blocks does, got {x.dtype}")
         dtype = x.dtype
-    power_of_two(f"{name}'s chunk_size", sizes["C"])
+    chunk_length(f"{name}'s chunk_size", sizes["C"])
     check_groups(name, sizes["H"], sizes["G"])
     check_positions(name, state.position)
 
@@ -140,6 +142,7 @@ def check_family(name: str, has_beta: bool, delta_rule: bool) -> None:
 
 
 def check_blocks(levels: int, chunk_size: int, blocks: int) -> None:
+    """A state of M blocks is one of this many levels."""
     if num_blocks(levels, chunk_size) != blocks:
         raise ValueError(
             f"level_scales has {levels} levels, which need {num_blocks(levels, chunk_size)} blocks of state; "
@@ -148,7 +151,7 @@ def check_blocks(levels: int, chunk_size: int, blocks: int) -> None:
 
 
 def check_owned(parts: Mapping[str, Tensor]) -> None:
-    """Steps write into these: they must be plain memory of their own, apart from any graph."""
+    """Raise ValueError unless steps may write into these: contiguous memory of their own, apart from any graph."""
     for name, x in parts.items():
         if not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous memory of its own, got strides {x.stride()}")
@@ -214,10 +217,13 @@ def whole_number(name: str, value: Any, most: int | None = None) -> int:
     return int(value)
 
 
-def power_of_two(name: str, value: Any) -> int:
+def chunk_length(name: str, value: Any) -> int:
+    """A power of two of Python or numpy as Python's."""
     is_whole = isinstance(value, int | numbers.Integral) and not isinstance(value, bool)
     if not is_whole or value < 1 or int(value) & (int(value) - 1):
         raise ValueError(f"{name} must be a power of two, got {_said(value)}")
+    if int(value) > LARGEST_CHUNK:
+        raise ValueError(f"{name} must be at most {LARGEST_CHUNK}, got {_said(value)}")
     return int(value)
 
 

@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 
+from loglinear.ops import DecodeState, FenwickState
 from tests.ops.operators import OPERATORS
 
 DELTA = OPERATORS[1]
@@ -67,6 +69,88 @@ def test_cu_seqlens_need_one_row():
 def test_chunk_size_must_be_a_power_of_two(chunk_size):
     with pytest.raises(ValueError, match=f"chunk_size must be a power of two, got {chunk_size}"):
         OPERATORS[0](OPERATORS[0].inputs(), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("chunk_size", [numpy.int64(4), numpy.uint8(4)])
+def test_an_integer_of_numpy_is_an_integer(chunk_size):
+    inputs = OPERATORS[0].inputs()
+    assert torch.equal(OPERATORS[0](inputs, chunk_size=chunk_size).output, OPERATORS[0](inputs, chunk_size=4).output)
+
+
+SIZES = dict(num_levels=6, chunk_size=4, groups=2, heads=4, key_dim=5, value_dim=3, delta_rule=True)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (dict(rows=0), "rows must be an integer of at least 1, got 0"),
+        (dict(rows=2.0), "rows must be an integer of at least 1, got 2.0"),
+        (dict(heads=True), "heads must be an integer of at least 1, got True"),
+        (dict(heads=3), "heads must be a multiple of groups = 2, got 3"),
+        (dict(num_levels=10**8), "num_levels must be at most 64, got 100000000"),
+        (dict(chunk_size=3), "chunk_size must be a power of two, got 3"),
+        (dict(chunk_size=2**40), "chunk_size must be at most 4096, got 1099511627776"),
+        (dict(dtype=torch.bfloat16), "dtype must be float32 or float64, got torch.bfloat16"),
+        (dict(delta_rule=None), "delta_rule must be True or False, got None"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [FenwickState, DecodeState])
+def test_sizes_that_no_state_has(change, text, kind):
+    options = dict(rows=2) | SIZES | change
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        kind.zeros(options.pop("rows"), **options)
+
+
+def test_a_decode_state_is_memory_of_its_own():
+    """Steps write into it, so what it is made of is checked once, when it is made."""
+    state = DecodeState.zeros(2, **SIZES)
+    fenwick = state.fenwick
+    square = fenwick._replace(v=torch.zeros(2, 4, 4, 3).transpose(1, 2))
+    alias = fenwick._replace(beta=fenwick.log_decay)
+    wrong = [
+        (square, state.inverse, r"fenwick.v must be contiguous memory of its own, got strides \(48, 3, 12, 1\)"),
+        (alias, state.inverse, "fenwick.beta must be memory of its own, got that of fenwick.log_decay"),
+        (fenwick._replace(k=fenwick.k.clone().requires_grad_()), state.inverse, "fenwick.k must carry no gradients"),
+        (fenwick._replace(position=fenwick.position.int()), state.inverse, "fenwick.position must hold int64"),
+        (fenwick._replace(position=fenwick.position - 1), state.inverse, "position must be from 0 to .*, got -1"),
+        (fenwick, None, "inverse goes with beta, and fenwick has a beta"),
+        (fenwick._replace(beta=None), state.inverse, "inverse goes with beta, and fenwick has no beta"),
+        (fenwick, state.inverse[:1], r"inverse must have shape \[N, C, H, C\] = \[2, 4, 4, 4\], got \[1, 4, 4, 4\]"),
+    ]
+    for parts_of, inverse, text in wrong:
+        with pytest.raises(ValueError, match=text):
+            DecodeState(parts_of, inverse)
+
+
+def test_rows_that_a_state_does_not_have():
+    state = DecodeState.zeros(2, **SIZES)
+    for rows, text in (
+        (torch.tensor([0, 2]), "rows must be from 0 to 1, .* got 2"),
+        (torch.tensor([-1]), "rows must be from 0 to 1, .* got -1"),
+        (torch.tensor([True]), "rows must hold int32 or int64, got torch.bool"),
+        ([0, 1], "rows must be a tensor, got list"),
+        (torch.tensor([], dtype=torch.int64), "rows must not be empty"),
+    ):
+        for one in (state, state.fenwick):
+            with pytest.raises(ValueError, match=text):
+                one.index_select(rows)
+
+
+@pytest.mark.parametrize(
+    "other, text",
+    [
+        (dict(delta_rule=False), "one of a scalar gate .no beta. and cannot continue the other operator"),
+        (dict(dtype=torch.float64), "state must hold torch.float32, as the state that it is copied into"),
+        (dict(chunk_size=8), "state was made with chunk_size 8, got chunk_size 4"),
+        (dict(num_levels=9), r"state.blocks must have shape \[N, M, H, K, V\] = \[2, 3, 4, 5, 3\], got \[2, 6,"),
+    ],
+    ids=str,
+)
+def test_a_state_that_does_not_fit_is_not_copied(other, text):
+    state = DecodeState.zeros(2, **SIZES)
+    with pytest.raises(ValueError, match=text):
+        state.copy_(FenwickState.zeros(2, **SIZES | other))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """The same operators on a CUDA device: exact in float64, within the float32 budget, the same bits twice."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -175,3 +178,18 @@ def test_seventy_thousand_steps(operator, dtype):
         assert float(error.max()) < 2 * budget, (n, int(error.argmax()), float(error.max()))
         assert float(error[1000:].max()) < budget, (n, int(error[1000:].argmax()), float(error[1000:].max()))
     assert state.fenwick.position.tolist() == [n + steps for n in starts]
+
+
+@pytest.mark.parametrize("position", [-1, 2**62])
+def test_a_wrong_position_ends_the_process_with_its_name(operator, position):
+    code = (
+        "import torch; from loglinear.ops import *\n"
+        "sizes = dict(num_levels=8, chunk_size=16, groups=1, heads=1, key_dim=16, value_dim=16)\n"
+        f"state = FenwickState.zeros(2, device='cuda', delta_rule={operator.delta}, **sizes)\n"
+        "DecodeState.of(state); torch.cuda.synchronize(); print('right')\n"
+        f"state.position[1] = {position}\n"
+        "DecodeState.of(state); torch.cuda.synchronize(); print('wrong')"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout.split() == ["right"] and out.returncode != 0
+    assert "state.position must be from 0 to 2**62 - 1" in out.stderr
