@@ -65,8 +65,11 @@ def test_graphs_put_the_tokens_of_a_row_first_and_give_what_no_padding_gives(mak
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
-def test_a_forward_with_a_mask_is_one_graph_and_can_be_exported(make_model) -> None:
-    model, (ids, mask) = make_model(**TRANSFORMER), padded()
+@pytest.mark.parametrize(
+    "options", [{"variant": "mamba2"}, HYBRID, TRANSFORMER], ids=["mamba2", "hybrid", "transformer"]
+)
+def test_a_forward_with_a_mask_is_one_graph_and_can_be_exported(make_model, options) -> None:
+    model, (ids, mask) = make_model(**options), padded()
     arguments = dict(input_ids=ids, attention_mask=mask, use_cache=False)
     expected = model(**arguments).logits[mask.bool()]
     exported = torch.export.export(model, (), arguments, strict=False).module()
