@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 from loglinear.models import LogLinearForCausalLM
 from loglinear.training.checkpoints import load_model
@@ -44,11 +45,8 @@ CONFIG = [
 GENERATION = [({"num_beams": 10**9}, "num_beams"), ({"custom_generate": "a/b"}, "custom_generate")]
 TOKENIZER = [
     ({"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}, None),
-    (
-        {"auto_map": {"AutoTokenizer": ["a/b--evil.Tokenizer", None]}, "tokenizer_class": "Evil"},
-        "no tokenizer could be",
-    ),
-    ({"tokenizer_class": "Evil"}, "no tokenizer could be loaded from"),
+    ({"auto_map": {"AutoTokenizer": ["a/b--evil.Tokenizer", None]}, "tokenizer_class": "Evil"}, None),
+    ({"tokenizer_class": "Evil"}, None),
     ({"tokenizer_class": "RagTokenizer"}, "expected a tokenizer of text"),
     ({"tokenizer_class": 5}, "no tokenizer could be loaded from"),
     ({"added_tokens_decoder": {"1": 1}}, "no tokenizer could be loaded from"),
@@ -124,8 +122,10 @@ def test_settings_of_generation_that_commands_give_themselves_do_not_count(folde
 )
 def test_a_tokenizer_runs_no_code(folder, fields, message):
     change(folder / "tokenizer_config.json", **fields)
-    if message is None:  # ours is registered for the model, and taken
-        assert isinstance(load_tokenizer(folder), ByteTokenizer)
+    if message is None:  # ours is registered for the model, and taken; of another class tokenizer.json says all
+        loaded = load_tokenizer(folder)
+        assert isinstance(loaded, ByteTokenizer) or type(loaded) is PreTrainedTokenizerFast
+        assert loaded("é<eos>")["input_ids"] == [*"é".encode(), 257]
     else:
         refused(lambda: load_tokenizer(folder), message)
 
