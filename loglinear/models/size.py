@@ -7,7 +7,7 @@ import torch
 from loglinear.layers import LevelScales
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.modeling import LogLinearForCausalLM
-from loglinear.ops import DecodeState
+from loglinear.ops import FenwickState
 from loglinear.variants import get_variant
 
 
@@ -45,7 +45,7 @@ def state_bytes(config: LogLinearConfig, tokens: int, dtype: torch.dtype = torch
     """
     assert config.layer_types is not None
     heads = config.heads
-    state = DecodeState.zeros(
+    state = FenwickState.zeros(
         1,
         num_levels=config.num_levels,
         chunk_size=config.chunk_size,
@@ -57,8 +57,9 @@ def state_bytes(config: LogLinearConfig, tokens: int, dtype: torch.dtype = torch
         dtype=torch.promote_types(dtype, torch.float32),
         device="meta",
     )
+    inverse = 0 if state.beta is None else state.beta.nbytes * config.chunk_size  # of `DecodeState`
     channels = 2 * heads.num_groups * heads.key_dim + heads.num_heads * heads.head_dim
-    linear = state.nbytes + channels * (config.conv_kernel - 1) * dtype.itemsize
+    linear = state.nbytes + inverse + channels * (config.conv_kernel - 1) * dtype.itemsize
     full_layers = config.layer_types.count("full_attention")
     return (config.num_hidden_layers - full_layers) * linear + full_layers * _key_value_bytes(config, tokens, dtype)
 
