@@ -25,7 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.decoding_models import MODELS, build, cache_at
-from benchmarks.machine import about, check_options, keep
+from benchmarks.machine import about, check_options, command_line, keep
 from loglinear.fenwick import num_levels
 from loglinear.models import LogLinearCache, LogLinearConfig, LogLinearForCausalLM
 from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
@@ -237,4 +237,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line(main, "decode")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,32 @@ import torch
 import typer
 
 import loglinear
+from loglinear.cli import execute
+
+LARGEST = 2**31 - 1
 
 
-def check_options(device: str, out: Path | None, **at_least_one: int) -> None:
-    """One line for options that could not work, before anything is measured."""
+def command_line(main: Callable[..., None], name: str) -> None:
+    """The command line of a benchmark: a mistake is one line and exit code 2, as with `loglinear`."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    execute(app, f"python -m benchmarks.{name}")
+
+
+def check_options(device: str, out: Path | None, **counts: int | list[int] | None) -> None:
+    """One line for options that could not work, before anything is measured: counts are at least 1."""
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"--device must be cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("--device cuda needs a CUDA GPU, and this machine has none")
     if out is not None and not out.parent.is_dir():
         raise typer.BadParameter(f"--out {out}: there is no folder {out.parent}")
-    for name, value in at_least_one.items():
-        if value < 1:
-            raise typer.BadParameter(f"--{name} must be at least 1, got {value}")
+    if out is not None and out.is_dir():
+        raise typer.BadParameter(f"--out must be a file, got the folder {out}")
+    for name, given in counts.items():
+        for value in given if isinstance(given, list) else [1 if given is None else given]:
+            if not 1 <= value <= LARGEST:
+                raise typer.BadParameter(f"--{name} must lie between 1 and {LARGEST}, got {value}")
 
 
 def keep(out: Path | None, described: dict[str, Any], rows: list[dict[str, Any]]) -> None:

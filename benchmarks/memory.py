@@ -22,7 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.decoding_models import MODELS, build, cache_at
-from benchmarks.machine import about, check_options, keep
+from benchmarks.machine import about, check_options, command_line, keep
 from loglinear.models import LogLinearForCausalLM
 
 LENGTHS = (1024, 4096, 16_384, 65_536, 131_072)
@@ -113,4 +113,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line(main, "memory")

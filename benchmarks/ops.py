@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import ops_gpu
-from benchmarks.machine import about, check_options, keep
+from benchmarks.machine import about, check_options, command_line, keep
 from loglinear.fenwick import num_levels
 from loglinear.ops import LogLinearOutput, log_linear_attention, log_linear_delta_rule
 
@@ -203,7 +203,11 @@ def main(
     out: Annotated[Path | None, typer.Option(help="write the numbers to this JSON file")] = None,
 ) -> None:
     """Time the operators beside their peers. cpu: B 1, H 8, K 64, V 64, float32, full levels."""
-    check_options(device, out, rounds=rounds, lengths=min(lengths or [1]))
+    check_options(device, out, rounds=rounds, lengths=lengths, threads=threads or None)
+    names = [s.name for s in ops_gpu.SHAPES]
+    for name in shape or ():
+        if name not in names:
+            raise typer.BadParameter(f"--shape must be one of {', '.join(names)}, got {name!r}")
     if threads:
         torch.set_num_threads(threads)
     console = Console(width=None if sys.stdout.isatty() else 200)
@@ -221,4 +225,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line(main, "ops")

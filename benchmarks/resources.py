@@ -26,6 +26,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.machine import command_line
 from loglinear.fenwick import log2
 from loglinear.kernels.triton.call import DOT_TYPES
 from loglinear.kernels.triton.config import STAGES, Launch, default_plan
@@ -35,6 +36,7 @@ from loglinear.kernels.triton.delta_rule.tiling import PARTS, Tiling
 from loglinear.kernels.triton.scalar_gate import launch as stages
 from loglinear.ops.impl_triton import MAX_HEAD_DIM
 
+CHUNK_SIZES = (16, 32, 64, 128)  # of the scalar gate
 ABSENT = {"table", "chunk_table", "runs", "nodes", "dnodes", "first_runs"}  # dense batches that begin at 0
 WORKING = {  # in the inputs' dtype, the other arrays in float32
     "q", "k", "v", "do", "out", "dv", "slots", "dslots", "dscores", "dq", "dk", "inverse", "blocks", "transitions",
@@ -150,6 +152,8 @@ def main(
     if not (1 <= key_dim <= MAX_HEAD_DIM and 1 <= value_dim <= widest):
         got = f"{key_dim} and {value_dim}"
         raise typer.BadParameter(f"--key-dim must be 1 to {MAX_HEAD_DIM}, --value-dim to {widest}, got {got}")
+    if chunk_size is not None and chunk_size not in CHUNK_SIZES:
+        raise typer.BadParameter(f"--chunk-size must be one of {', '.join(map(str, CHUNK_SIZES))}, got {chunk_size}")
     of = getattr(torch, dtype)
     table = Table(title=f"K {key_dim}, V {value_dim}, {dtype}, sm_90, triton {triton.__version__}")
     for column in ("direction", "stage", "chunk", "tiles, warps, stages", "registers", "stack", "shared KiB"):
@@ -166,4 +170,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line(main, "resources")

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.machine import about, check_options, keep
+from benchmarks.machine import about, check_options, command_line, keep
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts
 from loglinear.recipes import RECIPES, get_recipe
 from loglinear.training.compilation import compile_blocks
@@ -208,7 +208,9 @@ def main(
 ) -> None:
     """Time training steps in eager mode and compiled: log-linear, linear and softmax models of one size."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_options(device, out, steps=steps, lengths=min(lengths or [1]))
+    check_options(device, out, steps=steps, lengths=lengths)
+    if not minutes > 0:
+        raise typer.BadParameter(f"--minutes must be positive, got {minutes}")
     if recipe not in RECIPES:
         raise typer.BadParameter(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -219,4 +221,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command_line(main, "training")

@@ -3,15 +3,21 @@
 python examples/train_and_generate.py FOLDER_OF_TEXT OUTPUT_FOLDER
 """
 
-import sys
 from pathlib import Path
 
+import typer
+
+from loglinear.cli import execute
 from loglinear.evaluation import sample
 from loglinear.recipes import get_recipe
 from loglinear.training import load_model, load_tokenizer, train
 
+app = typer.Typer(add_completion=False)
 
+
+@app.command()
 def main(data: str, out: Path) -> None:
+    """Train on the folder DATA, keep the run in the folder OUT, and print what the model writes."""
     recipe = get_recipe("demo").override(data=(data,), steps=100, num_levels=10)
     train(recipe, out)
     result = sample(
@@ -27,4 +33,4 @@ def main(data: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    execute(app, "python examples/train_and_generate.py")

@@ -21,12 +21,11 @@ from loglinear.cli import execute
 from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
-from loglinear.recipes.needle import SEQUENCE, VOCABULARY
+from loglinear.recipes.needle import SEQUENCE, TOKENIZER, VOCABULARY
 from loglinear.training import load_tokenizer
 from loglinear.training.sources import read_documents
 
 LENGTHS = (SEQUENCE // 4, SEQUENCE // 2, SEQUENCE, 2 * SEQUENCE, 4 * SEQUENCE)  # tokens of the examples
-TOKENIZER = Path("data/needle/tokenizer")
 TOKENIZER_DATA = ("needle:20000:12000", "stdlib")  # what the tokenizer is made from
 TIMES = 2000  # more often than most pairs of tokens
 END = "<|endoftext|>"
@@ -36,7 +35,7 @@ TokenizerFolder = Annotated[Path, typer.Option(help="Folder of the tokenizer tha
 
 
 @app.command()
-def prepare(tokenizer: TokenizerFolder = TOKENIZER) -> None:
+def prepare(tokenizer: TokenizerFolder = Path(TOKENIZER)) -> None:
     """Make the tokenizer, in half a minute: the same one on every machine with the same Python.
 
     Example:
@@ -75,7 +74,7 @@ def run(
         typer.Option(help="Text to hide the tests' needles in, as for training; without it in noise, and no single_2."),
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples of every task and length.")] = 200,
-    tokenizer: TokenizerFolder = TOKENIZER,
+    tokenizer: TokenizerFolder = Path(TOKENIZER),
     levels: Annotated[
         int | None, typer.Option(help="Levels of the log-linear model instead of the recipe's: a result of its own.")
     ] = None,

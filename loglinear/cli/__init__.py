@@ -9,6 +9,8 @@ from loglinear.cli.app import app
 from loglinear.cli.console import Interrupted
 
 BAD_INPUT, INTERRUPTED = 2, 130
+MAY_BE_EMPTY = ("--prompt",)
+LONGEST_LINE = 1000  # characters, whatever value an error repeats
 TRACEBACK = "LOGLINEAR_TRACEBACK"
 
 
@@ -23,6 +25,7 @@ def execute(program: Typer, name: str, arguments: list[str] | None = None) -> No
     LOGLINEAR_TRACEBACK=1 shows the traceback behind such a line.
     """
     try:
+        _refuse_empty(sys.argv[1:] if arguments is None else arguments)
         code = program(args=arguments, prog_name=name, standalone_mode=False)
     except BrokenPipeError:  # the reader of our output left, as in `loglinear generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -37,16 +40,35 @@ def execute(program: Typer, name: str, arguments: list[str] | None = None) -> No
     sys.exit(code or 0)
 
 
+def _refuse_empty(arguments: list[str]) -> None:
+    """Raise ValueError for an option whose value is empty: as a path it would be the current folder."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if before in MAY_BE_EMPTY:
+            continue
+        if argument == "":
+            raise ValueError(f"{before if before.startswith('--') else 'an argument'} must not be empty")
+        if argument.startswith("--") and argument.endswith("="):
+            raise ValueError(f"{argument[:-1]} must not be empty")
+
+
 def _explain(error: Exception) -> int:
     if type(error).__name__ == "Abort":  # what older versions of typer make of Ctrl-C
         return _line("interrupted", INTERRUPTED)
     usage = getattr(error, "format_message", None)  # typer's own errors: an unknown option, a missing argument
-    if (usage is None and not isinstance(error, (ValueError, OSError))) or os.environ.get(TRACEBACK):
+    known = usage is not None or isinstance(error, (ValueError, OSError)) or _is_about_memory(error)
+    if not known or os.environ.get(TRACEBACK):
         raise error
     text = usage() if usage is not None else str(error)
     return _line(f"error: {text}", BAD_INPUT) if text else BAD_INPUT  # a bare `loglinear` has printed its help
 
 
+def _is_about_memory(error: Exception) -> bool:
+    """Whether the machine has too little of it; torch has a class of its own, and none for the CPU's."""
+    names = {"MemoryError", "OutOfMemoryError"}
+    return bool(names & {kind.__name__ for kind in type(error).__mro__}) or "can't allocate memory" in str(error)
+
+
 def _line(text: str, code: int) -> int:
-    print(" ".join(text.split()), file=sys.stderr)
+    line = " ".join(text.split())
+    print(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}...", file=sys.stderr)
     return code

@@ -38,7 +38,8 @@ def _common(
     pass
 
 
-LARGEST = 2**31 - 1  # of a count: cu_seqlens are int32
+LARGEST = 2**31 - 1  # of a count: places of tokens in a row are int32
+LARGEST_SEED = 2**32 - 1  # that numpy's generator takes
 DATA_HELP = (
     "File, folder, glob, 'stdlib', 'datasets:NAME[:CONFIG]' or 'needle:COUNT:LENGTH[:SOURCE]'; "
     "may be given several times."
@@ -147,11 +148,13 @@ def tune(
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="Text to continue; read from standard input if absent.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest tokens; 0 means all.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[
+        int, typer.Option(min=0, max=LARGEST, help="Sample among the k likeliest tokens; 0 means all.")
+    ] = 0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample within this probability mass.")] = 0.95,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED)] = 0,
 ) -> None:
     """Continue a text, token by token.
 
@@ -195,8 +198,8 @@ def perplexity(
     data: Annotated[list[str], typer.Option(help=DATA_HELP)],
     out: Annotated[Path, typer.Option(help="Folder for perplexity.json and per_position.png.")],
     more_data: Annotated[list[str] | None, typer.Argument(help="More of --data: what a shell makes of a glob.")] = None,
-    length: Annotated[int, typer.Option(min=2, help="Longest stretch read at once, in tokens.")] = 4096,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Stop after about this many tokens.")] = 1_000_000,
+    length: Annotated[int, typer.Option(min=2, max=LARGEST, help="Longest stretch read at once, in tokens.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(min=2, max=LARGEST, help="Stop after about this many tokens.")] = 1_000_000,
 ) -> None:
     """Bits per byte, perplexity, and the loss at each position.
 
@@ -213,12 +216,14 @@ def perplexity(
 def needle(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for needle.json and needle.png.")],
-    length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of an example; several: repeat.")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(min=1, max=LARGEST, help="Tokens of an example; several: repeat.")
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help="RULER's name without niah_; several: repeat.")] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Of each task and length.")] = 200,
+    examples: Annotated[int, typer.Option(min=1, max=LARGEST, help="Of each task and length.")] = 200,
     data: Annotated[list[str] | None, typer.Option(help="Haystack of all tasks but single_1. " + DATA_HELP)] = None,
     more_data: Annotated[list[str] | None, typer.Argument(help="More of --data: what a shell makes of a glob.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the examples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the examples.")] = 0,
 ) -> None:
     """Find needles in haystacks, as RULER has it: single_1, single_2, multikey_1, multivalue, multiquery.
 
@@ -241,7 +246,9 @@ def mqar(
     dim: Annotated[list[int] | None, typer.Option(help="Only this dimension (default: 16, 32, 64); likewise.")] = None,
     lr: Annotated[list[float] | None, typer.Option(help="Only this rate (default: the protocol's); likewise.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Only this seed (default: the protocol's); likewise.")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="Cells at a time (default: one per CPU core).")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST, help="Cells at a time (default: one per CPU core).")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(min=0, help="Stop after this time; call again to continue.")] = None,
     examples: Annotated[
         int | None, typer.Option(min=1, help="For training, of each number of pairs (default: 20480).")

@@ -11,11 +11,13 @@ from transformers import TextStreamer
 from transformers.utils import logging
 
 from loglinear.evaluation import sample
+from loglinear.evaluation.sampling import check_sampling
 from loglinear.training.checkpoints import load_checkpoint
 
 
 def run(path: Path, prompt: str | None, **sampling: Any) -> None:
     """Stream a continuation to standard output; the speed goes to standard error. `sampling` as in `sample`."""
+    check_sampling(**sampling)
     logging.set_verbosity_error()
     model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
     text = _text(prompt)

@@ -8,7 +8,7 @@ from loglinear.cli import console
 from loglinear.fenwick import num_levels
 from loglinear.models import LogLinearConfig, key_value_cache_bytes, parameter_counts, state_bytes
 from loglinear.ops import IMPLEMENTATIONS, impl_triton
-from loglinear.recipes import RECIPES, get_recipe
+from loglinear.recipes import RECIPES, get_recipe, needs
 from loglinear.training.checkpoints import load_model
 from loglinear.training.run_folder import versions
 from loglinear.variants import VARIANTS
@@ -34,8 +34,8 @@ def _installation() -> None:
     console.print_table("implementations of the operators (impl=)", ["name", "available"], implementations)
     variants = [[name, variant.transition] for name, variant in VARIANTS.items()]
     console.print_table("variants (--variant)", ["name", "transition"], variants)
-    recipes = [[name, make().summary] for name, make in RECIPES.items()]
-    console.print_table("recipes (--recipe)", ["name", "what"], recipes)
+    recipes = [[name, make().summary, needs(make())] for name, make in RECIPES.items()]
+    console.print_table("recipes (--recipe)", ["name", "what", "needs first"], recipes)
 
 
 def _describe(name: str, config: LogLinearConfig) -> None:

@@ -34,7 +34,10 @@ def run(path: Path, host: str, port: int, *, max_tokens: int, max_prompt: int, t
     from loglinear.cli.serving.app import application
     from loglinear.cli.serving.turns import Limits
 
-    socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (TypeError, UnicodeError, socket.gaierror):
+        raise ValueError(f"--host must be an address of this machine, got {ascii(host)}") from None
     logging.set_verbosity_error()
     model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
     prepare(model, tokenizer)

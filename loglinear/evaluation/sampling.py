@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from loglinear.training.tokenizer import encode_document
 
 GREEDY = 1e-6  # below, only logits that differ by a rounding error would share probability, and then they overflow
+HOTTEST = 100.0  # here all tokens are nearly equally likely
+SEEDS = 2**32  # of numpy's generator, which set_seed seeds too
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,10 @@ def sample(
 
     The prompt begins as a document does in training: with the beginning-of-sequence token, where there is one.
 
-    Raises ValueError for an empty prompt where the tokenizer has no token to begin with.
+    Raises ValueError, naming the argument, for a value that cannot work, and for an empty prompt where the tokenizer
+    has no token to begin with.
     """
+    check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     ids = torch.from_numpy(encode_document(tokenizer, prompt)[None, :-1].astype(np.int64)).to(model.device)
     prompt_tokens = ids.shape[1]
     if prompt_tokens == 0:
@@ -68,3 +72,17 @@ def sample(
         seconds=seconds,
         state_bytes=output.past_key_values.nbytes,
     )
+
+
+def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
+    """Raise ValueError, naming the argument of `sample`, for a value that cannot work."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature <= HOTTEST:
+        raise ValueError(f"temperature must lie between 0 and {HOTTEST}, got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k must not be negative, got {top_k}")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p must lie between 0 and 1, got {top_p}")
+    if not 0 <= seed < SEEDS:
+        raise ValueError(f"seed must lie between 0 and {SEEDS - 1}, got {seed}")

@@ -9,6 +9,7 @@ from loglinear.recipes.comparison import KINDS
 from loglinear.recipes.long_text import long_text
 from loglinear.recipes.needle import needle
 from loglinear.recipes.paper import paper_gated_delta_net, paper_mamba2, paper_transformer
+from loglinear.recipes.preparation import needs, require_ready
 from loglinear.recipes.recipe import TrainingRecipe
 
 RECIPES: dict[str, Callable[[], TrainingRecipe]] = {
@@ -26,4 +27,4 @@ def get_recipe(name: str) -> TrainingRecipe:
     return RECIPES[name]()
 
 
-__all__ = ["RECIPES", "TrainingRecipe", "get_recipe"]
+__all__ = ["RECIPES", "TrainingRecipe", "get_recipe", "needs", "require_ready"]

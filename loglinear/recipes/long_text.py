@@ -4,6 +4,7 @@ from loglinear.recipes.comparison import recipe_of_kind
 from loglinear.recipes.recipe import TrainingRecipe
 
 SEQUENCE = 16_384
+TRAINING = "data/long_text/train.jsonl.zst"  # `python -m experiments.long_text prepare` makes it
 
 
 def long_text(kind: str, *, miniature: bool = False) -> TrainingRecipe:
@@ -18,7 +19,7 @@ def long_text(kind: str, *, miniature: bool = False) -> TrainingRecipe:
         sizes=dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1024, num_heads=12),
         shared=dict(rope_theta=500_000.0),
         miniature=miniature,
-        data=("data/long_text/train.jsonl.zst",),
+        data=(TRAINING,),
         seq_len=sequence,
         batch_tokens=65_536,
         steps=6000,  # the whole text twice

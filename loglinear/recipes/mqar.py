@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loglinear.fenwick import num_levels
 from loglinear.recipes.comparison import PUBLISHED, choices
+from loglinear.recipes.recipe import LARGEST
 
 if TYPE_CHECKING:
     from loglinear.models import LogLinearConfig
 
 LAYERS = 2
+LARGEST_DIM = 4096
 STATE_DIM = 16  # of Mamba-2: head dimension and key dimension
 CHUNK_SIZE = 16  # no result depends on it; on a CPU it suits such heads, and miniatures of short examples
 
@@ -128,12 +130,14 @@ class RecallTask:
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
         for name in ("examples", "test_examples", "batch_size", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise ValueError(f"{name} must lie between 1 and {LARGEST}, got {getattr(self, name)}")
         if not self.pairs or min(self.pairs) < 1 or len(set(self.pairs)) < len(self.pairs):
             raise ValueError(f"pairs must be one or more different positive numbers, got {self.pairs}")
         if self.vocab_size <= 2 * max(self.pairs):
             raise ValueError(f"vocab_size must be more than twice the pairs {self.pairs}, got {self.vocab_size}")
+        if self.length > LARGEST:
+            raise ValueError(f"length must be at most {LARGEST}, got {self.length}")
         if self.length % 2 or self.length < 4 * max(self.pairs):
             raise ValueError(f"length must be even and at least 4 times the pairs {self.pairs}, got {self.length}")
 
@@ -184,12 +188,12 @@ class RecallCell:
         block = models[self.model].changes.get("finest_block", 1)
         if self.task.length <= block:
             raise ValueError(f"length must be more than {block} tokens for {self.model}, got {self.task.length}")
-        if self.dim < STATE_DIM or self.dim % STATE_DIM:
-            raise ValueError(f"dim must be a multiple of {STATE_DIM}, got {self.dim}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning rate must be positive and finite, got {self.learning_rate}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if not STATE_DIM <= self.dim <= LARGEST_DIM or self.dim % STATE_DIM:
+            raise ValueError(f"dim must be a multiple of {STATE_DIM} up to {LARGEST_DIM}, got {self.dim}")
+        if not 0 < self.learning_rate <= 1:
+            raise ValueError(f"learning rate must be positive and at most 1, got {self.learning_rate}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie between 0 and {2**32 - 1}, got {self.seed}")
 
     @property
     def name(self) -> str:

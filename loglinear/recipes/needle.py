@@ -5,12 +5,13 @@ from loglinear.recipes.recipe import TrainingRecipe
 
 SEQUENCE = 4096  # tokens
 VOCABULARY = 4096  # tokens, where the long texts have bytes: a key of eleven is hard to recognise
+TOKENIZER = "data/needle/tokenizer"  # `python -m experiments.needle prepare` makes it
 
 
 def needle(kind: str, *, miniature: bool = False) -> TrainingRecipe:
     """One of `comparison.KINDS`, on documents of needles in noise and in Python's standard library, and on its files.
 
-    4,096 tokens at a time; 197 M tokens, of a tokenizer that is to be given (`python -m experiments.needle prepare`).
+    4,096 tokens at a time; 197 M tokens.
     """
     return recipe_of_kind(
         "needle",
@@ -20,7 +21,7 @@ def needle(kind: str, *, miniature: bool = False) -> TrainingRecipe:
         sizes=dict(hidden_size=320, num_hidden_layers=8, intermediate_size=640, num_heads=10),
         shared=dict(vocab_size=VOCABULARY, rope_theta=10_000.0),
         miniature=miniature,
-        tokenizer=None,
+        tokenizer=TOKENIZER,
         data=(f"needle:{6000 if miniature else 300_000}:12000:stdlib", "stdlib"),
         seq_len=SEQUENCE,
         batch_tokens=32_768,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # The fields of `model` that a command line may override; everything else about a model belongs in a recipe.
 MODEL_OVERRIDES = ("variant", "num_levels")
+LARGEST = 2**31 - 1  # of a count: places of tokens in a row are int32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +55,12 @@ class TrainingRecipe:
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            self._require(name, 1, LARGEST)
         for name in ("seq_len", "batch_tokens", "micro_batch_tokens"):  # one token has none to be predicted from
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise ValueError(f"{name} must be at least 2, got {value}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative, got {self.seed}")
+            self._require(name, 2, LARGEST)
+        self._require("seed", 0, 2**32 - 1)  # what numpy's generator takes
+        if not 0 < self.learning_rate <= 1:  # AdamW moves every weight by about so much in a step
+            raise ValueError(f"learning_rate must be positive and at most 1, got {self.learning_rate}")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}")
         if self.batch_tokens % self.row_tokens:
@@ -73,6 +70,13 @@ class TrainingRecipe:
         if self.row_tokens < self.seq_len:
             name = "batch_tokens" if self.micro_batch_tokens is None else "micro_batch_tokens"
             raise ValueError(f"{name} must be at least seq_len = {self.seq_len}, got {self.row_tokens}")
+
+    def _require(self, name: str, least: int, most: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if value is not None and value > most:
+            raise ValueError(f"{name} must be at most {most}, got {value}")
 
     @property
     def row_tokens(self) -> int:

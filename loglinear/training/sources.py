@@ -7,10 +7,13 @@ they are split into training and validation whole, and packed so that nothing le
 from __future__ import annotations
 
 import glob
+import gzip
 import hashlib
 import importlib
 import json
+import os
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -25,7 +28,8 @@ DATASETS_PREFIX = "datasets:"
 NEEDLE_PREFIX = "needle:"
 NEVER_A_HAYSTACK = 0.1  # documents below it by `name_hash`: what validates is not to be trained on in haystacks
 END_TOKENS = 2  # of a document: where it begins, and where it ends
-SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what is taken from a folder, also with .zst behind
+SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what is taken from a folder, also with .zst or .gz behind
+PACKED = (".zst", ".gz")
 # Folders of the standard library that not every installation has, or that are not library code.
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "ensurepip"}
 
@@ -49,14 +53,15 @@ class Document(NamedTuple):
 def read_documents(sources: Iterable[str]) -> Iterator[Document]:
     """All documents of all sources, in an order that is the same on every machine.
 
-    A source is a file, a folder (its .txt .md .rst .py .jsonl files, each also as .zst), a glob, `stdlib`, or
+    A source is a file, a folder (its .txt .md .rst .py .jsonl files, each also as .zst or .gz), a glob, `stdlib`, or
     `datasets:NAME` / `datasets:NAME:CONFIG` (rows with a `text` column; needs the `datasets` extra). And
     `needle:COUNT:LENGTH` makes documents of needles in noise (`loglinear.training.needle`), of at most LENGTH byte
     tokens with the two at its ends; `needle:COUNT:LENGTH:SOURCE` hides those of half of the documents in the text
     of another source, where it has several without the tenth of its documents that may validate. The loss counts
     what can be known of them alone: keys and values where they come again, and so all answers.
 
-    Raises ValueError for a source that is missing, holds nothing to read, or holds a file that is not text.
+    Links to folders are followed. Raises ValueError for a source that is missing, holds nothing to read, or holds a
+    file that is not text; and for a part of it that cannot be read, or would be read twice.
     """
     for source in sources:
         count = 0
@@ -69,6 +74,12 @@ def read_documents(sources: Iterable[str]) -> Iterator[Document]:
 
 
 def _read_source(source: str) -> Iterator[Document]:
+    if not source:
+        raise ValueError("data must not be empty: '.' is the current folder")
+    if source == "-":
+        raise ValueError("data '-': standard input is not read; write it to a file, and name that")
+    if "://" in source:
+        raise ValueError(f"data {source!r}: nothing is downloaded; fetch the file, and name it here")
     if source == STDLIB:
         yield from _read_stdlib()
     elif source.startswith(DATASETS_PREFIX):
@@ -82,9 +93,9 @@ def _read_source(source: str) -> Iterator[Document]:
 def _read_paths(source: str) -> Iterator[Document]:
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _is_readable(file))
+        files = sorted(file for file in _walk(path) if _is_readable(file))
         if not files:
-            raise ValueError(f"data folder {source!r} holds no {' '.join(SUFFIXES)} files (plain or .zst)")
+            raise ValueError(f"data folder {source!r} holds no {' '.join(SUFFIXES)} files (plain, .zst or .gz)")
         root = path
     elif path.is_file():
         files, root = [path], path.parent
@@ -100,14 +111,38 @@ def _read_paths(source: str) -> Iterator[Document]:
         yield from _read_file(file, file.relative_to(root).as_posix())
 
 
+def _walk(root: Path) -> Iterator[Path]:
+    """Everything below a folder that is no folder. What cannot be read raises: to train on less would go unnoticed."""
+    seen: dict[str, str] = {}
+    for folder, subfolders, names in os.walk(root, onerror=_unreadable, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            raise ValueError(f"data folder {folder} is {seen[real]} again, through a link: take one of them away")
+        seen[real] = folder
+        subfolders.sort()
+        yield from (Path(folder, name) for name in names)
+
+
+def _unreadable(error: OSError) -> None:
+    raise ValueError(f"data folder {error.filename} cannot be read: {error.strerror}") from error
+
+
 def _is_readable(file: Path) -> bool:
-    plain = file.with_suffix("") if file.suffix == ".zst" else file
-    return plain.suffix in SUFFIXES
+    return _plain(file).suffix in SUFFIXES and (file.is_file() or file.is_symlink())
+
+
+def _plain(file: Path) -> Path:
+    """The file's name without the suffix of a compression."""
+    return file.with_suffix("") if file.suffix in PACKED else file
 
 
 def _read_file(file: Path, name: str) -> Iterator[Document]:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"data file {ascii(str(file))} has a name that is not UTF-8: rename it") from None
     text = _decode(file)
-    if file.name.removesuffix(".zst").endswith(".jsonl"):
+    if _plain(file).suffix == ".jsonl":
         yield from _read_jsonl(file, name, text)
     else:
         yield Document(name, text)
@@ -118,10 +153,14 @@ def _decode(file: Path) -> str:
         data = file.read_bytes()
         if file.suffix == ".zst":
             data = _decompress(data)
-    except OSError as error:
-        raise ValueError(f"data file {file} cannot be read: {error.strerror}") from error
+        elif file.suffix == ".gz":
+            data = gzip.decompress(data)
     except zstandard.ZstdError as error:
         raise ValueError(f"data file {file} is not a whole zstd file: {error}") from error
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"data file {file} is not a whole gzip file: {error}") from error
+    except OSError as error:
+        raise ValueError(f"data file {file} cannot be read: {error.strerror}") from error
     if b"\0" in data:
         raise ValueError(f"data file {file} is binary, expected UTF-8 text")
     try:
@@ -180,12 +219,14 @@ def _read_dataset(source: str) -> Iterator[Document]:
     if "text" not in rows.column_names:
         raise ValueError(f"data {source!r} has no 'text' column, only {', '.join(rows.column_names)}")
     for number, text in enumerate(rows["text"]):
+        if not isinstance(text, str):
+            raise ValueError(f"data {source!r} row {number} must have a string as 'text', got {text!r}")
         yield Document(f"{name}:{number}", text)
 
 
 def _make_needles(source: str) -> Iterator[Document]:
     count, length, text = (source.removeprefix(NEEDLE_PREFIX).split(":", 2) + ["", ""])[:3]
-    if not (count.isdecimal() and length.isdecimal()):
+    if not all(number.isascii() and number.isdecimal() and len(number) < 10 for number in (count, length)):
         raise ValueError(f"data {source!r} must be {NEEDLE_PREFIX}COUNT:LENGTH or {NEEDLE_PREFIX}COUNT:LENGTH:SOURCE")
     documents = list(read_documents([text])) if text else []
     training = [document for document in documents if name_hash(document.name) >= NEVER_A_HAYSTACK]

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
-from loglinear.recipes import TrainingRecipe
+from loglinear.recipes import TrainingRecipe, require_ready
 from loglinear.training import run_folder
 from loglinear.training.callbacks import RunLog, StopEarly
 from loglinear.training.checkpoints import check_weights, last_checkpoint, step_of
@@ -56,6 +56,7 @@ def train(
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
+    require_ready(recipe)
     config = recipe.model_config()
     stop = StopEarly(minutes)
     quiet()
@@ -66,9 +67,7 @@ def train(
         arguments = _arguments(recipe, out, tensorboard)
         if recipe.compile:
             require_compiler(arguments.device)
-        tokenizer = _tokenizer(recipe, config.vocab_size)
-        if not recipe.data:
-            raise ValueError(f"recipe {recipe.name!r} names no data: give --data")
+        tokenizer = load_tokenizer(recipe.tokenizer or "bytes", config.vocab_size)
         corpora = load_corpus(recipe.data, tokenizer, recipe.validation_fraction, progress=progress and main_process)
         training, validation = _training_rows(recipe, corpora[0]), _validation_rows(recipe, corpora[1])
         set_seed(recipe.seed)
@@ -124,12 +123,6 @@ def _untrained_levels(recipe: TrainingRecipe, config: LogLinearConfig) -> str | 
         f"note: windows of {recipe.seq_len:,} tokens train {trained} of {levels} levels, and longer texts would read "
         f"the others untrained: num_levels {trained} leaves them out"
     )
-
-
-def _tokenizer(recipe: TrainingRecipe, vocab_size: int) -> PreTrainedTokenizerBase:
-    if recipe.tokenizer is None:
-        raise ValueError(f"recipe {recipe.name!r} names no tokenizer: give --tokenizer (a folder, or 'bytes')")
-    return load_tokenizer(recipe.tokenizer, vocab_size)
 
 
 def _world_size() -> int:

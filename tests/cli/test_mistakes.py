@@ -1,9 +1,11 @@
 """A user's mistakes: each ends with exit code 2 and one line that names what was wrong."""
 
 import dataclasses
+import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,8 +29,14 @@ MISTAKES = {
     "train --recipe demo --data needle:100:201 --out {out}": "data 'needle:100:201' must have a LENGTH of at least 202",
     "train --recipe demmo --data {text} --out {out}": "did you mean 'demo'",
     "train --data {text} --out {out}": "--recipe is missing",
-    "train --recipe small --out {out}": "give --data",
-    "train --recipe paper_mamba2 --data {text} --out {out}": "give --tokenizer",
+    "train --recipe small --out {out}": "names no data: give --data (files, or 'stdlib')",
+    "train --recipe paper_mamba2 --data {text} --out {out}": "names no tokenizer: give --tokenizer",
+    "train --recipe paper_mamba2 --out {out}": "names no tokenizer and no data: give --tokenizer",
+    "train --recipe demo --data= --out {out}": "--data must not be empty",
+    "train --recipe demo --data - --out {out}": "data '-': standard input is not read",
+    "train --recipe demo --data https://a/b.txt --out {out}": "data 'https://a/b.txt': nothing is downloaded",
+    "train --recipe demo --data {bad}/\udcff.txt --out {out}": "has a name that is not UTF-8: rename it",
+    "train --recipe demo --data needle:9999999999:300 --out {out}": "must be needle:COUNT:LENGTH",
     "train --recipe demo --data {text} --out {run}": "holds another run: add --resume",
     "train --recipe demo --data {text} --out {bad}/image.txt": "cannot be written",
     "train --resume --out {out}": "holds no run to resume",
@@ -40,9 +48,28 @@ MISTAKES = {
     f"{TRAIN} --micro-batch-tokens 0": "micro_batch_tokens must be at least 2, got 0",
     f"{TRAIN} --batch-tokens 1": "batch_tokens must be at least 2, got 1",
     f"{TRAIN} --minutes 0": "minutes must be positive, got 0",
+    f"{TRAIN} --minutes nan": "minutes must be positive, got nan",
+    f"{TRAIN} --num-levels 100000000": "num_levels must be at most 64, got 100000000",
+    f"{TRAIN} --num-levels 0": "num_levels must be at least 1, got 0",
+    f"{TRAIN} --lr 1e38": "learning_rate must be positive and at most 1, got 1e+38",
+    f"{TRAIN} --lr nan": "learning_rate must be positive and at most 1, got nan",
+    f"{TRAIN} --seed 4294967296": "seed must be at most 4294967295, got 4294967296",
+    f"{TRAIN} --steps 3000000000": "steps must be at most 2147483647, got 3000000000",
     f"{TRAIN} --tokenizer {{bad}}/tokenizer": "has 269 tokens, the model's vocab_size is 264",
     "generate": "--model",
     "generate --model {run} --top-p many": "--top-p",
+    "generate --model {run} --prompt a --top-p nan": "--top-p",
+    "generate --model {run} --prompt a --temperature inf": "--temperature",
+    "generate --model {run} --prompt a --temperature nan": "--temperature",
+    "generate --model {run} --prompt a --max-new-tokens 10000000000": "--max-new-tokens",
+    "generate --model= --prompt a": "--model must not be empty",
+    "serve --model {run} --host a\udcff": "--host must be an address of this machine, got 'a\\udcff'",
+    "serve --model {run} --timeout nan": "--timeout must be positive and finite, got nan",
+    "serve --model {run} --max-tokens 0": "--max-tokens",
+    "bench ops --rounds 0": "--rounds must lie between 1 and 2147483647, got 0",
+    "bench ops --lengths many": "--lengths",
+    "bench ops --out {bad}": "--out must be a file, got the folder",
+    "bench ops --round 3": "--round",
     "generate --model {run} --prompt a\udcff": "the prompt is not UTF-8 text",
     f"{GENERATE} {{bad}}/truncated": "model.safetensors is truncated",
     f"{GENERATE} {{bad}}/mixed": "holds the weights of another model",
@@ -68,6 +95,7 @@ def bad(tmp_path_factory, run, text):
     (folder / "image.txt").write_bytes(b"\x89PNG\0\0\0")
     (folder / "empty.txt").write_text("")
     (folder / "short.txt").write_text("short")
+    (folder / "\udcff.txt").write_text("named in another encoding")
     (folder / "run").mkdir()
     (folder / "run" / "run.json").write_text("{}")
     tokenizer = ByteTokenizer()
@@ -122,3 +150,23 @@ def test_bugs_are_not_dressed_up_as_mistakes(monkeypatch):
     monkeypatch.setattr(loglinear.cli.info, "run", lambda *args: [][1])
     with pytest.raises(IndexError):
         main(["info"])
+
+
+def test_the_example_without_arguments_is_one_line(capsys, monkeypatch):
+    script = Path(__file__).parents[2] / "examples" / "train_and_generate.py"
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(script), run_name="__main__")
+    captured = capsys.readouterr()
+    assert_one_line((exit_.value.code, captured.out, captured.err), "data")
+
+
+@pytest.mark.parametrize("error", [MemoryError("8 TiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8")])
+def test_too_little_memory_is_one_line(capsys, monkeypatch, error):
+    import loglinear.cli.info
+
+    def too_large(*args):
+        raise error
+
+    monkeypatch.setattr(loglinear.cli.info, "run", too_large)
+    assert_one_line(in_process(capsys, "info"), str(error))

@@ -37,9 +37,9 @@ def test_one_cell_then_the_table_with_another_that_lies_there(capsys, tmp_path):
     [
         ([], "--out"),
         (["--model", "mamba"], "unknown model 'mamba': did you mean 'mamba2'?"),
-        (["--dim", "24"], "dim must be a multiple of 16, got 24"),
-        (["--lr", "0"], "learning rate must be positive and finite, got 0.0"),
-        (["--seed", "-1"], "seed must not be negative, got -1"),
+        (["--dim", "24"], "dim must be a multiple of 16 up to 4096, got 24"),
+        (["--lr", "0"], "learning rate must be positive and at most 1, got 0.0"),
+        (["--seed", "-1"], "seed must lie between 0 and 4294967295, got -1"),
         (["--seed", "1", "--seed", "1"], "seeds must be one or more different values"),
         (["--length", "30"], "length must be even and at least 4 times the pairs (4, 8, 16, 32, 64), got 30"),
         (["--processes", "0"], "--processes"),

@@ -40,3 +40,13 @@ def test_vanishing_temperature_is_greedy(model, temperature):
 
 def test_empty_prompt_begins_with_bos(model):
     assert sample(model, ByteTokenizer(), "", max_new_tokens=3, temperature=1.0).tokens >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", float("inf")), ("temperature", float("nan")), ("temperature", -1.0), ("top_p", float("nan"))]
+    + [("top_p", 1.5), ("top_k", -1), ("max_new_tokens", 0), ("seed", 2**32), ("seed", -1)],
+)
+def test_values_that_cannot_work_are_named(model, name, value):
+    with pytest.raises(ValueError, match=f"{name} must .*, got {value}"):
+        sample(model, ByteTokenizer(), "abc", **{"max_new_tokens": 1, "temperature": 1.0, name: value})

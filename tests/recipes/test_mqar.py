@@ -107,11 +107,11 @@ def test_zoology_has_short_sequences_of_few_pairs_and_more_of_them():
     ("make", "message"),
     [
         (lambda: cell(model="mamba"), "unknown model 'mamba': did you mean 'mamba2'"),
-        (lambda: cell(dim=24), "dim must be a multiple of 16, got 24"),
-        (lambda: cell(learning_rate=0.0), "learning rate must be positive and finite, got 0.0"),
-        (lambda: cell(seed=-1), "seed must not be negative, got -1"),
+        (lambda: cell(dim=24), "dim must be a multiple of 16 up to 4096, got 24"),
+        (lambda: cell(learning_rate=0.0), "learning rate must be positive and at most 1, got 0.0"),
+        (lambda: cell(seed=-1), "seed must lie between 0 and 4294967295, got -1"),
         (lambda: RecallTask(protocol="zoo"), "protocol must be one of loglinear, zoology, got 'zoo'"),
-        (lambda: RecallTask(epochs=0), "epochs must be at least 1, got 0"),
+        (lambda: RecallTask(epochs=0), "epochs must lie between 1 and 2147483647, got 0"),
         (lambda: RecallTask(pairs=(4, 0)), "pairs must be one or more different positive numbers"),
         (lambda: RecallTask(pairs=(4, 4)), "pairs must be one or more different positive numbers"),
         (lambda: RecallTask(pairs=(64,), vocab_size=128), "vocab_size must be more than twice the pairs"),
@@ -121,7 +121,7 @@ def test_zoology_has_short_sequences_of_few_pairs_and_more_of_them():
         ),
         (lambda: RecallTask(length=30, pairs=(4, 8)), "length must be even and at least 4 times the pairs"),
         (lambda: RecallTable(seeds=(1, 1)), "seeds must be one or more different values"),
-        (lambda: RecallTable(dims=(16, 17)), "dim must be a multiple of 16, got 17"),
+        (lambda: RecallTable(dims=(16, 17)), "dim must be a multiple of 16 up to 4096, got 17"),
     ],
 )
 def test_impossible_values_are_named(make, message):

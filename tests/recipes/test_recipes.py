@@ -3,7 +3,7 @@ import json
 import pytest
 
 from loglinear.models import LogLinearConfig, parameter_counts
-from loglinear.recipes import RECIPES, TrainingRecipe, get_recipe
+from loglinear.recipes import RECIPES, TrainingRecipe, get_recipe, needs, require_ready
 from loglinear.recipes.comparison import KINDS, model_of_kind
 from loglinear.recipes.long_text import long_text
 from loglinear.recipes.needle import needle
@@ -85,13 +85,41 @@ def test_unknown_recipe_names_the_nearest():
     ("change", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, got nan"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive and at most 1, got nan"),
         ({"micro_batch_tokens": 1024}, "micro_batch_tokens must be at least seq_len = 2048, got 1024"),
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
-        ({"seed": -1}, "seed must not be negative"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"batch_tokens": 100, "micro_batch_tokens": 64}, "micro_batch_tokens must divide batch_tokens"),
     ],
 )
 def test_impossible_values_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        get_recipe("demo").override(**change)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_as_listed_or_says_what_it_needs_first(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = get_recipe(name)
+    first = needs(recipe)
+    assert (first == "") == (name == "demo")
+    if first:
+        with pytest.raises(ValueError) as caught:
+            require_ready(recipe)
+        assert all(part in str(caught.value) for part in first.split(" --"))
+    for path in (recipe.tokenizer, *recipe.data):
+        if path and "/" in path:
+            (tmp_path / path).mkdir(parents=True)
+    require_ready(recipe.override(data=recipe.data or ("stdlib",), tokenizer=recipe.tokenizer or "bytes"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 1.5}, "learning_rate must be positive and at most 1, got 1.5"),
+        ({"batch_tokens": 2**31}, "batch_tokens must be at most 2147483647, got 2147483648"),
+    ],
+)
+def test_numbers_are_bounded(change, message):
     with pytest.raises(ValueError, match=message):
         get_recipe("demo").override(**change)

@@ -1,4 +1,6 @@
+import gzip
 import json
+import os
 import sys
 
 import pytest
@@ -70,6 +72,14 @@ def truncated_zst(path):
     path.write_bytes(zstandard.compress(bytes(range(1, 128)) * 4000)[:-20])
 
 
+def corrupt_gz(path):
+    path.write_bytes(b"not gzip at all")
+
+
+def truncated_gz(path):
+    path.write_bytes(gzip.compress(bytes(range(1, 128)) * 4000)[:-20])
+
+
 BAD = {
     "binary.txt": (lambda path: path.write_bytes(b"ab\0cd"), "is binary"),
     "latin.txt": (lambda path: path.write_bytes("caf\xe9".encode("latin-1")), "not UTF-8 text"),
@@ -80,6 +90,8 @@ BAD = {
     "fields.jsonl": (lambda path: path.write_text('{"body": "a"}'), 'line 1 has no "text" string'),
     "corrupt.txt.zst": (corrupt_zst, "not a whole zstd file"),
     "truncated.txt.zst": (truncated_zst, "not a whole zstd file"),
+    "corrupt.txt.gz": (corrupt_gz, "not a whole gzip file"),
+    "truncated.txt.gz": (truncated_gz, "not a whole gzip file"),
 }
 
 
@@ -97,3 +109,64 @@ def test_missing_path_and_empty_folder(tmp_path):
         read(tmp_path / "nothing.txt")
     with pytest.raises(ValueError, match=r"holds no \.txt"):
         read(tmp_path)
+
+
+def test_gzip_is_read_as_zstd_is(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one"))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "two"}'))
+    assert read(tmp_path) == {"a.txt.gz": "one", "b.jsonl.gz:1": "two"}
+
+
+@pytest.mark.parametrize("source", ["", "-", "https://example.org/a.txt", "s3://bucket/a.txt"])
+def test_what_is_no_path_says_what_to_do(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("of the current folder")
+    with pytest.raises(ValueError, match="must not be empty|standard input is not read|nothing is downloaded"):
+        read(source)
+
+
+def test_a_subfolder_that_cannot_be_read_is_named_and_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "a.txt").write_text("a")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(ValueError, match=r"closed cannot be read: Permission denied"):
+        read(tmp_path)
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("a")
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    assert read(tmp_path / "data") == {"link/a.txt": "a"}
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    with pytest.raises(ValueError, match="back is .*data again, through a link"):
+        read(tmp_path / "data")
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(ValueError, match=r"b.txt cannot be read: No such file"):
+        read(tmp_path)
+
+
+def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "caf\udce9.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"caf\\udce9.txt' has a name that is not UTF-8"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["7", "null"])
+def test_a_text_column_without_text_is_one_line(tmp_path, value):
+    (tmp_path / "train.jsonl").write_text(f'{{"text": {value}, "n": 1}}\n')
+    with pytest.raises(ValueError, match="row 0 must have a string as 'text', got (7|None)"):
+        read(f"datasets:{tmp_path}")

@@ -1,0 +1,88 @@
+"""Every option of every command, with values that mean nothing: each ends in one line, and none in a traceback."""
+
+import signal
+
+import click
+import pytest
+import typer.main
+import uvicorn
+
+from loglinear.cli.app import app
+from tests.cli.command_line import in_process
+
+VALUES = ["", "-1", "1" + "0" * 30, "nan", "a\udcffb", "x" * 5000, "{file}", "{folder}"]
+TINY = "--steps 1 --seq-len 32 --batch-tokens 64 --eval-every 1 --save-every 1"
+CALLS = {  # that work; {out} is a folder that is not there
+    "train": f"train --recipe demo --data {{text}} --out {{out}} {TINY}",
+    "generate": "generate --model {run} --prompt a --max-new-tokens 1",
+    "perplexity": "eval perplexity --model {run} --data {text} --out {out} --length 64",
+    "needle": "eval needle --model {run} --out {out} --length 800 --examples 1 --task single_1",
+    "mqar": "eval mqar --model attention --dim 16 --lr 1e-2 --seed 0 --examples 64 --epochs 1 --length 8 --pairs 2 "
+    "--processes 1 --minutes 1e-9 --out {out}",
+    "info": "info",
+    "tune": "tune",
+    "demo": "demo --steps 1 --out {out}",
+    "serve": "serve --model {run}",
+}
+SECONDS = 60  # after which a command hangs
+
+
+def commands(command):
+    for name, sub in getattr(command, "commands", {}).items():
+        yield from commands(sub) if hasattr(sub, "commands") else [(name, sub)]
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+def without(call, option):
+    """The call without an option and its value."""
+    if option not in call:
+        return call
+    place = call.index(option)
+    return call[:place] + call[place + 2 :]
+
+
+def test_no_command_is_left_out():
+    assert set(CALLS) == set(COMMANDS) - {"ops"}  # its options are those of a benchmark: see test_mistakes
+
+
+@pytest.fixture
+def places(tmp_path, run, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self: None)
+    monkeypatch.setattr("loglinear.cli.demo.run", lambda recipe, out: recipe.model_config())
+    (tmp_path / "file").write_bytes(b"\xff\0")
+    (tmp_path / "folder").mkdir()
+    return {"run": run, "text": text, "out": tmp_path / "out", "file": tmp_path / "file", "folder": tmp_path / "folder"}
+
+
+@pytest.fixture
+def no_hanging():
+    def hangs(*args):
+        raise AssertionError("the command hangs")
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("no_hanging")
+@pytest.mark.parametrize("name", CALLS)
+def test_an_option_without_sense_is_one_line(capsys, places, name):
+    options = [p for p in COMMANDS[name].params if not getattr(p, "is_flag", False) and isinstance(p, click.Parameter)]
+    refused = 0
+    for option, value in ((option, value) for option in options for value in VALUES):
+        flag = option.opts[0]
+        given = (
+            [value.format(**places)] if option.param_type_name == "argument" else [f"{flag}={value.format(**places)}"]
+        )
+        call = without([part.format(**places) for part in CALLS[name].split()], flag) + given
+        code, _, errors = in_process(capsys, *call)
+        assert code in (0, 2, 130), call
+        if code == 2:
+            refused += 1
+            assert errors.startswith("error: ") and errors.count("\n") == 1 and len(errors) < 1100, (call, errors)
+    assert refused >= len(options)  # at least the empty value
