@@ -23,6 +23,7 @@ from loglinear.ops import (
     log_linear_delta_rule_step,
 )
 from loglinear.ops.state import constants
+from loglinear.ops.validation import check_tensor
 from loglinear.variants import HeadSizes, get_variant
 from loglinear.variants.base import at_least_float32
 
@@ -49,12 +50,16 @@ class MixerDecodeState(NamedTuple):
 
     @classmethod
     def of(cls, state: MixerState) -> "MixerDecodeState":
+        if not isinstance(state, MixerState):
+            raise ValueError(f"state must be a MixerState, got {type(state).__name__}")
         with constants():
             return cls(state.conv.clone(memory_format=torch.contiguous_format), DecodeState.of(state.fenwick))
 
     @torch.no_grad()
     def copy_(self, state: MixerState) -> None:
         """The contents of another state of the same sizes, in the memory of this one."""
+        if state.conv.shape != self.conv.shape:
+            raise ValueError(f"state.conv must have shape {list(self.conv.shape)}, got {list(state.conv.shape)}")
         self.decode.copy_(state.fenwick)
         self.conv.copy_(state.conv)
 
@@ -145,9 +150,13 @@ class Mixer(nn.Module):
         if isinstance(state, MixerDecodeState):
             if packing is not None or x.shape[1] != 1:
                 raise ValueError(f"a MixerDecodeState takes one token a row, got x of shape {list(x.shape)}")
+            self._check_convolution(state, len(x), x.device)
             return self._step(x, state, active), state
         if active is not None:
             raise ValueError("active says which rows of a MixerDecodeState move on: got no such state")
+        if state is not None:
+            rows = len(x) if packing is None else packing.cu_seqlens.numel() - 1
+            self._check_convolution(state, rows, x.device)
         if packing is not None:
             x = packing.unpad(x)
             if x.shape[1] == 0:  # all padding: no sequence moves, but every parameter gets its gradient, of zero
@@ -182,11 +191,19 @@ class Mixer(nn.Module):
     def _step(self, x: Tensor, state: MixerDecodeState, active: Tensor | None) -> Tensor:
         z, qkv = self._project(x)
         qkv, conv_state = self.conv(qkv, state.conv)
-        state.conv.copy_(conv_state if active is None else torch.where(active[:, None, None], conv_state, state.conv))
         tensors, v = self._operands(x, qkv)
         tokens = [None if t is None else t[:, 0] for t in tensors]
-        y = self.operator_step(*tokens, state.decode, active=active, **self._options)
+        y = self.operator_step(*tokens, state.decode, active=active, **self._options)  # moves nothing that it refuses
+        state.conv.copy_(conv_state if active is None else torch.where(active[:, None, None], conv_state, state.conv))
         return self._output(y[:, None], v, z)
+
+    def _check_convolution(self, state: Any, rows: int, device: torch.device) -> None:
+        """The part of a state that is not the operator's."""
+        if not isinstance(state, MixerState | MixerDecodeState):
+            raise ValueError(f"state must be a MixerState or a MixerDecodeState, got {type(state).__name__}")
+        if self.conv.kernel > 1:
+            sizes = {"S": rows, "W": self.conv.kernel - 1, "C": self.conv.channels}
+            check_tensor("state.conv", state.conv, "SWC", sizes, device)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """z, and q, k, v before the convolution."""

@@ -174,3 +174,27 @@ def test_a_decode_state_takes_one_token_a_row() -> None:
         mixer(x, state=MixerDecodeState.of(state))
     with pytest.raises(ValueError, match="active says which rows of a MixerDecodeState move on"):
         mixer(x, state=state, active=torch.ones(2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])
+def test_a_state_of_something_else_is_named_and_moves_nothing(variant: str) -> None:
+    mixer, x = tiny(variant), torch.randn(2, 5, 12, dtype=torch.float64)
+    _, state = mixer(x, return_state=True)
+    decode = MixerDecodeState.of(state)
+    kept = [part.clone() for part in decode.tensors]
+    token = x[:, :1]
+    wrong = [
+        (lambda: mixer(token, state=state.fenwick), "state must be a MixerState or a MixerDecodeState, got Fenwick"),
+        (lambda: mixer(token, state=state._replace(conv=None)), "state.conv must be a tensor, got NoneType"),
+        (lambda: mixer(token, state=state._replace(conv=state.conv[1:])), r"state.conv must have shape \[S, W, C\]"),
+        (lambda: mixer(token[:1], state=decode), r"state.conv must have shape \[S, W, C\] = \[1, 3, "),
+        (lambda: mixer(token, state=decode, active=torch.ones(2)), "active must hold bool, got torch.float32"),
+        (lambda: decode.copy_(state._replace(conv=state.conv[:, 1:])), r"state.conv must have shape \[2, 3, "),
+        (lambda: decode.copy_(mixer(x[:1], return_state=True)[1]), r"state.conv must have shape \[2, 3, "),
+        (lambda: MixerDecodeState.of(state.fenwick), "state must be a MixerState, got FenwickState"),
+        (lambda: decode.index_select(torch.tensor([2])), "rows must be from 0 to 1, the state's rows, got 2"),
+    ]
+    for call, text in wrong:
+        with pytest.raises(ValueError, match=text):
+            call()
+    assert all(torch.equal(a, b) for a, b in zip(decode.tensors, kept, strict=True))
