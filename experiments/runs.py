@@ -124,7 +124,8 @@ def train_and_evaluate(
     require_replaceable(result, recipe, asked, read_run(out)["data"] if resume else None)
     state = train(recipe, out, resume=resume, minutes=options.minutes, label=name)
     if state.interrupted:
-        raise Interrupted(f"stopped at step {state.step} of {recipe.steps}, saved in {out}: the same command goes on")
+        text = f"stopped at step {state.step} of {recipe.steps}, saved in {out}: the same command goes on"
+        raise Interrupted(text, state.signal)
     stored = read_run(out)
     require_replaceable(result, recipe, asked, stored["data"])  # before a long evaluation; the checkpoint is kept
     device = "cuda" if torch.cuda.is_available() else "cpu"

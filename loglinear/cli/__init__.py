@@ -1,14 +1,17 @@
 """The command `loglinear`. Heavy imports happen inside the commands, so that --help is instant."""
 
+from __future__ import annotations
+
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from typer import Typer
+from loglinear.signals import answered, exit_code
 
-from loglinear.cli.app import app
-from loglinear.cli.console import Interrupted
+if TYPE_CHECKING:
+    from typer import Typer
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT = 2
 MAY_BE_EMPTY = ("--prompt",)
 LONGEST_LINE = 1000  # characters, whatever value an error repeats
 TRACEBACK = "LOGLINEAR_TRACEBACK"
@@ -16,27 +19,33 @@ TRACEBACK = "LOGLINEAR_TRACEBACK"
 
 def main(arguments: list[str] | None = None) -> None:
     """The command `loglinear`."""
-    execute(app, "loglinear", arguments)
+    with answered():  # before anything else is imported
+        from loglinear.cli.app import app
+
+        execute(app, "loglinear", arguments)
 
 
 def execute(program: Typer, name: str, arguments: list[str] | None = None) -> None:
-    """Run a command line and exit: 0, 2 with one line for bad input, 130 with one line after Ctrl-C.
+    """Run a command line and exit: 0, 2 with one line for bad input, 128 + its number with one line after a signal.
 
     LOGLINEAR_TRACEBACK=1 shows the traceback behind such a line.
     """
+    from loglinear.cli.console import Interrupted
+
     try:
         _refuse_empty(sys.argv[1:] if arguments is None else arguments)
-        code = program(args=arguments, prog_name=name, standalone_mode=False)
+        with answered():
+            code = program(args=arguments, prog_name=name, standalone_mode=False)
     except BrokenPipeError:  # the reader of our output left, as in `loglinear generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Interrupted as stopped:
-        code = _line(str(stopped), INTERRUPTED)
+        code = _line(str(stopped), stopped.code)
     except Exception as error:
         code = _explain(error)
     else:
-        if code == INTERRUPTED:  # what typer makes of Ctrl-C
-            _line("interrupted", INTERRUPTED)
+        if code == exit_code():  # what typer makes of a KeyboardInterrupt
+            _line("interrupted", code)
     sys.exit(code or 0)
 
 
@@ -52,8 +61,8 @@ def _refuse_empty(arguments: list[str]) -> None:
 
 
 def _explain(error: Exception) -> int:
-    if type(error).__name__ == "Abort":  # what older versions of typer make of Ctrl-C
-        return _line("interrupted", INTERRUPTED)
+    if type(error).__name__ == "Abort":  # what older versions of typer make of a KeyboardInterrupt
+        return _line("interrupted", exit_code())
     usage = getattr(error, "format_message", None)  # typer's own errors: an unknown option, a missing argument
     known = usage is not None or isinstance(error, (ValueError, OSError)) or _is_about_memory(error)
     if not known or os.environ.get(TRACEBACK):

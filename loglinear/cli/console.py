@@ -5,9 +5,18 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from loglinear.signals import exit_code
+
 
 class Interrupted(Exception):
-    """A run that a signal stopped, after its checkpoint was saved; the text says where, and how to go on."""
+    """A run that a signal, or its minutes, stopped after its checkpoint was saved; the text says how to go on.
+
+    Its exit code is the signal's; minutes end like Ctrl-C.
+    """
+
+    def __init__(self, text: str, signal: int | None = None) -> None:
+        super().__init__(text)
+        self.code = exit_code() if signal is None else exit_code(signal)
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -69,7 +69,8 @@ def _train(name: str, recipe: TrainingRecipe, out: Path) -> None:
     if result.interrupted:
         raise console.Interrupted(
             f"stopped at step {result.step} of {recipe.steps} of {name}, checkpoint saved; continue with: "
-            f"loglinear demo {_options(recipe)} --out {shlex.quote(str(out))}"
+            f"loglinear demo {_options(recipe)} --out {shlex.quote(str(out))}",
+            result.signal,
         )
 
 

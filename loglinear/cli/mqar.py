@@ -38,5 +38,6 @@ def run(out: Path, *, processes: int | None, minutes: float | None, task: dict[s
             print("test accuracy in percent, mean (standard deviation) over seeds", file=sys.stderr)
     state = f"{progress.finished} of {progress.total} cells finished"
     if progress.finished < progress.total:
-        raise Interrupted(f"{state}, checkpoints of the running ones saved; the same command continues")
+        text = f"{state}, checkpoints of the running ones saved; the same command continues"
+        raise Interrupted(text, progress.signal)
     print(state, file=sys.stderr)

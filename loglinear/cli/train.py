@@ -33,7 +33,8 @@ def run(
     if result.interrupted:
         raise Interrupted(
             f"stopped at step {result.step} of {recipe.steps}, checkpoint saved; continue with: "
-            f"loglinear train --resume --out {shlex.quote(str(out))}"
+            f"loglinear train --resume --out {shlex.quote(str(out))}",
+            result.signal,
         )
     print(f"trained {recipe.name} for {result.step} steps: {result.checkpoint}", file=sys.stderr)
 

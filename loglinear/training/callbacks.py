@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loglinear import signals
 from loglinear.training.data import PackedRows
 from loglinear.training.run_folder import append_metrics
 
@@ -136,36 +135,37 @@ class RunLog(TrainerCallback):
 class StopEarly(TrainerCallback):
     """Ask for a checkpoint after the running step, and then for the end: after some minutes, or on a signal.
 
-    The minutes count from the construction. SIGINT and SIGTERM are heard while this is used as a context; a second
-    SIGINT stops at once.
+    The minutes count from the construction. SIGINT, SIGTERM and SIGHUP are heard while this is used as a context. A
+    second SIGINT is left to the handler that was there before, which stops at once; what is being saved is given up,
+    and the checkpoints that were saved before stay whole. Other signals may be repeated.
     """
 
     def __init__(self, minutes: float | None = None) -> None:
-        self.requested = False
+        self.signal: int | None = None  # the first that came
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopEarly:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._previous = {
-                number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)
-            }
+        self._previous = signals.install(self._request)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        signals.restore(self._previous)
 
     def _request(self, number: int, frame: object) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-        print("\nstopping after this step and saving; Ctrl-C again stops at once", file=sys.stderr)
+        if self.signal is None:
+            self.signal = number
+            signals.say("stopping after this step and saving; Ctrl-C again stops at once, at the last checkpoint")
+        elif number == signal.SIGINT:
+            handler = self._previous[number]
+            if not callable(handler):
+                raise KeyboardInterrupt
+            handler(number, frame)
 
     @property
     def is_due(self) -> bool:
         """Whether a signal came or the minutes are over."""
-        return self.requested or time.monotonic() >= self.deadline
+        return self.signal is not None or time.monotonic() >= self.deadline
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if _anywhere(self.is_due) and state.global_step < state.max_steps:

@@ -27,12 +27,13 @@ from loglinear.training.trainer import LogLinearTrainer, quiet, training_argumen
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where a run stands: its last checkpoint, and whether its time ended it before its last step, or a signal came
-    (to this process, if that was in the last step)."""
+    """Where a run stands: its last checkpoint, whether its time ended it before its last step or a signal came (to this
+    process, if that was in the last step), and the signal, if one came to this process."""
 
     checkpoint: Path
     step: int
     interrupted: bool
+    signal: int | None = None
 
 
 def train(
@@ -47,8 +48,9 @@ def train(
 ) -> TrainingResult:
     """Train `recipe` into the folder `out`, or continue the run that is there.
 
-    A resumed run gives the loss curve of one that was never interrupted, bit for bit on the CPU. SIGINT and SIGTERM
-    save a checkpoint first, and so do `minutes`, reading the data included, at the end of the step in which they pass.
+    A resumed run gives the loss curve of one that was never interrupted, bit for bit on the CPU. Once it
+    trains, SIGINT, SIGTERM and SIGHUP save a checkpoint at the end of the step in which they come, and so do `minutes`,
+    reading the data included. A signal that this process ignores (nohup) stays ignored.
     With several processes (torchrun, accelerate launch) every process calls this.
 
     Raises ValueError for data, a tokenizer or a folder that cannot serve, and where the loss stops being finite. Raises
@@ -111,7 +113,8 @@ def train(
         with stop, contextlib.closing(log), _one_thread_beside(arguments.device):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step = trainer.state.global_step
-        return TrainingResult(out / f"checkpoint-{step}", step, interrupted=step < recipe.steps or stop.requested)
+        interrupted = step < recipe.steps or stop.signal is not None
+        return TrainingResult(out / f"checkpoint-{step}", step, interrupted, stop.signal)
 
 
 def _untrained_levels(recipe: TrainingRecipe, config: LogLinearConfig) -> str | None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import NamedTuple
@@ -20,16 +21,18 @@ from loglinear.evaluation.mqar.folder import Result, epochs_trained, read_result
 from loglinear.evaluation.mqar.table import best_learning_rate
 from loglinear.evaluation.mqar.training import run_cell
 from loglinear.recipes.mqar import RecallCell, RecallTable
+from loglinear.signals import ENDING, exit_code, ignored
 from loglinear.training.callbacks import StopEarly
 
 POLL_SECONDS = 0.5  # how late a signal or the end of the time is noticed
 
 
 class Progress(NamedTuple):
-    """How far a table is."""
+    """How far a table is, and the signal that stopped it, if one did."""
 
     finished: int
     total: int
+    signal: int | None = None
 
 
 def cores() -> int:
@@ -42,8 +45,8 @@ def run_table(
 ) -> Progress:
     """Run all cells of a table that `out` does not hold yet, `processes` at a time.
 
-    After some minutes, or on SIGINT or SIGTERM, every running cell saves a checkpoint; the next call with the same
-    table and folder continues, and gives the results of one that was never stopped.
+    After some minutes, or on SIGINT, SIGTERM or SIGHUP, every running cell saves a checkpoint. The next call with the
+    same table and folder continues, and gives the results of one that was never stopped.
 
     Raises ValueError for a folder with another task, and where a worker died.
     """
@@ -68,11 +71,11 @@ def run_table(
                 if early.is_due:
                     stop.set()
         except BrokenProcessPool:
-            if not early.requested:  # one that reached the whole process group ends the workers too
+            if early.signal is None:  # one that reached the whole process group ends the workers too
                 raise ValueError("a worker process died, for lack of memory perhaps: give fewer --processes") from None
         finally:
             stop.set()
-    return Progress(_finished(table, results), len(table))
+    return Progress(_finished(table, results), len(table), early.signal)
 
 
 def _result(future: Future[Result | None]) -> Result | None:
@@ -126,6 +129,9 @@ def _workers(processes: int) -> tuple[Executor, Event | threading.Event]:
     context = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     if can_fork:
         context.set_forkserver_preload([run_cell.__module__])
+        with ignored():  # a signal to all processes must leave the workers somebody to report to
+            resource_tracker.ensure_running()
+            forkserver.ensure_running()
     stop = context.Event()
     return ProcessPoolExecutor(processes, context, _start_process, (stop, max(1, cores() // processes))), stop
 
@@ -143,7 +149,9 @@ def _share(stop: Event | threading.Event) -> None:
 def _start_process(stop: Event, threads: int) -> None:
     _share(stop)
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides
+    for number in ENDING:  # those of a terminal reach all its processes: the parent decides
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _this.terminate)  # also how the workers of a broken pool are ended
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -155,5 +163,33 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
+class _Worker:
+    """This process, and the flag that it shows its cell: the one that all workers share, or a SIGTERM to this one."""
+
+    running = False
+    signal: int | None = None
+
+    def is_set(self) -> bool:
+        return self.signal is not None or _stop.is_set()
+
+    def terminate(self, number: int, frame: object) -> None:
+        """End; a running cell saves its checkpoint first."""
+        self.signal = number
+        if not self.running:
+            os._exit(exit_code(number))
+
+    def work(self, cell: RecallCell, out: Path) -> Result | None:
+        self.running = True
+        try:
+            return run_cell(cell, out, self)
+        finally:
+            self.running = False
+            if self.signal is not None:
+                os._exit(exit_code(self.signal))
+
+
+_this = _Worker()
+
+
 def _work(cell: RecallCell, out: Path) -> Result | None:
-    return run_cell(cell, out, _stop)
+    return _this.work(cell, out)

@@ -1,0 +1,80 @@
+"""Signals that ask a program to end: which they are, and a handler that ends it at once, in one line.
+
+The standard library alone, so that a command can answer before it imports anything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+ENDING = tuple(
+    number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None
+)
+Handler = Callable[[int, Any], Any] | signal.Handlers
+
+
+def exit_code(number: int = signal.SIGINT) -> int:
+    """The code of a process that a signal ended: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
+    return 128 + number
+
+
+def install(handler: Handler) -> dict[int, Any]:
+    """Answer the ending signals with a handler; returns the previous ones, for `restore`.
+
+    A signal that is ignored stays so: nohup and the background jobs of a shell rely on it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
+        return {}
+    heard = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
+
+
+def restore(previous: dict[int, Any]) -> None:
+    """Put the handlers back that `install` replaced."""
+    for number, handler in previous.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's
+
+
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+    """End this process at the first ending signal, with one line and the signal's exit code."""
+    previous = install(end)
+    try:
+        yield
+    finally:
+        restore(previous)
+
+
+@contextlib.contextmanager
+def ignored() -> Iterator[None]:
+    """Ignore the ending signals for a moment, so that the processes that are started in it ignore them for good."""
+    previous = install(signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        restore(previous)
+
+
+def end(number: int, frame: object) -> None:
+    """Say which signal came, and exit.
+
+    It raises nothing: imports and destructors swallow an exception that comes out of nowhere, or make another of it.
+    """
+    with contextlib.suppress(Exception):  # it may be what was interrupted
+        sys.stdout.flush()
+    say("interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}")
+    os._exit(exit_code(number))
+
+
+def say(text: str) -> None:
+    """A line on standard error from within a handler, where print may be what was interrupted."""
+    show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a spinner hides it
+    new_line = "\n" if os.isatty(2) else ""  # behind a progress bar, or the terminal's own ^C
+    with contextlib.suppress(OSError):
+        os.write(2, f"{show_cursor}{new_line}{text}\n".encode())
