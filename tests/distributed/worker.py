@@ -75,7 +75,7 @@ WAYS = {"fully_shard": sharded_by_torch, "transformers": sharded_by_transformers
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     rank, meeting = int(os.environ["RANK"]), f"file://{folder}/meeting"
-    dist.init_process_group("gloo", meeting, timedelta(seconds=30), world_size=RANKS, rank=rank)
+    dist.init_process_group("gloo", meeting, timedelta(seconds=60), world_size=RANKS, rank=rank)
     found = {}
     for model_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
         for way, make in WAYS.items():
