@@ -1,9 +1,11 @@
-"""Every test starts from the same seed and one thread: the suite runs in parallel processes."""
+"""Every test starts from the same seed and number of threads: OMP_NUM_THREADS, by default one, as the suite runs in
+parallel processes. Processes that a test starts inherit it."""
 
 import os
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -39,5 +41,5 @@ def pytest_terminal_summary(terminalreporter):
 def _reproducible():
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)

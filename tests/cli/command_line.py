@@ -1,6 +1,5 @@
 """Calling the command line, in this process or in one of its own."""
 
-import os
 import subprocess
 import sys
 
@@ -23,7 +22,6 @@ def in_subprocess(*arguments):
         [sys.executable, "-m", "loglinear.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     return result.returncode, result.stdout, result.stderr
 

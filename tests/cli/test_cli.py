@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -24,7 +23,6 @@ def test_ctrl_c_saves_says_how_to_resume_and_resumes(capsys, tmp_path, text):
         [sys.executable, "-m", "loglinear.cli", "train", *map(str, arguments)],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").stat().st_size == 0:
         assert process.poll() is None

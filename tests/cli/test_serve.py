@@ -1,6 +1,5 @@
 """`loglinear serve` in a process of its own, asked by OpenAI's client."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -24,7 +23,6 @@ PROMPT, TOKENS = "line 1", 60
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A folder of a model that has learnt to write lines like those of its text."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("serve")
     changes = {"steps": 60, "eval_every": 60, "save_every": 60, "learning_rate": 2e-2}
     train(tiny_recipe(write_text(folder / "text"), **changes), folder / "run", progress=False)
@@ -56,7 +54,6 @@ def client(run):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
         wait_for(f"http://localhost:{port}/health", process)

@@ -28,7 +28,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 from loglinear.training import callbacks, train
 from tests.training.tiny import tiny_recipe
 data, out = map(Path, sys.argv[1:3])
@@ -56,7 +56,7 @@ torch.save = sabotaged
 """
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def run_sabotaged(sabotage, data, out):

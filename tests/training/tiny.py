@@ -54,7 +54,6 @@ def tiny_recipe(data: Path, **changes: Any) -> TrainingRecipe:
 
 def train_tiny(data: Path, out: Path) -> Path:
     """The folder of a run of the tiny recipe, from its beginning to its end."""
-    torch.set_num_threads(1)
     train(tiny_recipe(data), out, progress=False)
     return out
 

@@ -28,7 +28,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder):
-    torch.set_num_threads(1)
     return run_cell(tiny_cell(task=SHORT), folder, NEVER)
 
 

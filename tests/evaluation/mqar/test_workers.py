@@ -33,7 +33,7 @@ def test_table_stops_when_its_time_is_over(tmp_path):
 
 
 def test_table_in_two_processes_gives_what_its_cells_give_alone(tmp_path):
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # as each of the two has
     table = two_cells(SHORT)
     stopped = tiny_cell(task=SHORT)
     assert run_cell(stopped, tmp_path / "a", AfterSteps(5)) is None
