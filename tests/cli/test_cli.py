@@ -27,7 +27,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_resumes(capsys, tmp_path, text):
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").stat().st_size == 0:
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     last = errors.strip().splitlines()[-1]
     assert process.returncode == 130 and "Traceback" not in errors
     assert last.startswith("stopped at step ") and last.endswith(f"loglinear train --resume --out {out}")

@@ -60,7 +60,7 @@ def client(run):
         with OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none") as client:
             yield client
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 130 and errors.endswith("interrupted\n") and "Traceback" not in errors
     finally:
         process.kill()

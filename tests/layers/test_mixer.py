@@ -11,6 +11,7 @@ from loglinear.layers import Mixer, MixerDecodeState, Packing
 from loglinear.ops import impl_reference
 from loglinear.ops import step as step_module
 from loglinear.variants import VARIANTS, HeadSizes
+from tests.ops.operators import excess
 
 T = 37  # crosses chunks of 8 and is no multiple of them
 
@@ -19,6 +20,14 @@ def tiny(variant: str, **options) -> Mixer:
     torch.manual_seed(0)
     defaults = dict(num_levels=5, lambda_form="softplus", chunk_size=4)
     return Mixer(12, HeadSizes(4, 2, 6, 5), variant=variant, **{**defaults, **options}).double()
+
+
+def check_equal(theirs: torch.nn.Module, ours: Mixer) -> None:
+    """theirs computes in float32: it is as near to ours in float64 as ours in float32 is, within a factor of 10
+    (measured: 4.1)."""
+    hidden = torch.randn(2, T, 24)
+    mine, exact = ours(hidden)[0], ours.double()(hidden.double())[0]
+    assert excess(theirs(hidden), mine, exact) <= 10
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -48,8 +57,7 @@ def test_mamba2_with_one_level_is_transformers_mamba2(groups: int) -> None:
         "out_proj.weight": theirs.out_proj.weight,
     }
     ours.load_state_dict(weights)
-    hidden = torch.randn(2, T, 24)
-    torch.testing.assert_close(ours(hidden)[0], theirs(hidden), rtol=1e-5, atol=2e-6)
+    check_equal(theirs, ours)
 
 
 @pytest.mark.parametrize("groups", [2, 4])
@@ -78,8 +86,7 @@ def test_gated_delta_net_with_one_level_is_transformers_qwen3_next(groups: int) 
         "out_proj.weight": theirs.out_proj.weight,
     }
     ours.load_state_dict(weights)
-    hidden = torch.randn(2, T, 24)
-    torch.testing.assert_close(ours(hidden)[0], theirs(hidden), rtol=1e-5, atol=2e-6)
+    check_equal(theirs, ours)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,5 +1,7 @@
 """A block is one graph for torch.compile, whatever documents its rows pack, and computes what it does without."""
 
+import copy
+
 import pytest
 import torch
 from black_box import replace_kernels
@@ -8,8 +10,10 @@ from tiny_models import FULL, tiny_config
 from loglinear.models import LogLinearForCausalLM
 from loglinear.models.inputs import TokenLayout, token_layout
 from loglinear.models.places import TokenPlaces
+from loglinear.ops import impl_triton
 from loglinear.training.compilation import compile_blocks
 from loglinear.variants import VARIANTS
+from tests.ops.operators import excess
 
 WHOLE = dict(backend="aot_eager", fullgraph=True)  # a graph break raises
 
@@ -17,6 +21,7 @@ WHOLE = dict(backend="aot_eager", fullgraph=True)  # a graph break raises
 @pytest.fixture(autouse=True)
 def _operator(monkeypatch):
     replace_kernels(monkeypatch)
+    monkeypatch.setattr(impl_triton, "unsupported", lambda problem: None)  # float64, without the kernels
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
@@ -41,15 +46,16 @@ def packed_layout(model, x: torch.Tensor, ends: list[int] | None) -> TokenLayout
 
 def output_and_gradients(model, ends: list[int] | None, layer: int = 0) -> list[torch.Tensor]:
     torch.manual_seed(1)
-    block, x = model.model.layers[layer], torch.randn(1, 21, 16, requires_grad=True)
+    block, x = model.model.layers[layer], torch.randn(1, 21, 16).to(model.dtype).requires_grad_()
     y, _ = block(x, packed_layout(model, x, ends))
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]
 
 
 def compare(models, ends: list[int] | None, layer: int = 0) -> None:
-    eager, compiled = (output_and_gradients(model, ends, layer) for model in models)
-    for a, b in zip(eager, compiled, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * max(1.0, float(a.abs().max())))  # measured: 2.2e-6
+    """The compiled block is as near to float64 as the eager one is, within a factor of 6."""
+    exact = copy.deepcopy(models[0]).double()
+    for e, a, c in zip(*(output_and_gradients(model, ends, layer) for model in (exact, *models)), strict=True):
+        assert excess(c, a, e, size=1.0) <= 6  # that of the numbers whose differences small gradients are
 
 
 @pytest.mark.interpreter

@@ -45,11 +45,11 @@ def test_padded_rows_give_what_they_give_alone(make_model, options: dict, side: 
 
 
 def test_the_whole_model_with_unit_lambda_starts_as_its_linear_twin(make_model) -> None:
-    model, twin = make_model(torch.float32, lambda_form="unit"), make_model(torch.float32, num_levels=1)
+    model, twin = make_model(lambda_form="unit"), make_model(num_levels=1)
     missing = twin.load_state_dict(model.state_dict(), strict=False)
     assert not missing.missing_keys and all("level_scales" in name for name in missing.unexpected_keys)
     ids = tokens(2, T)
-    torch.testing.assert_close(model(ids).logits, twin(ids).logits, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model(ids).logits, twin(ids).logits, rtol=1e-10, atol=1e-10)
 
 
 def test_chunk_size_and_implementation_change_no_result(make_model) -> None:

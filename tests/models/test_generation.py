@@ -8,6 +8,7 @@ from transformers import TextStreamer
 from loglinear.models import LogLinearCache, LogLinearForCausalLM
 from loglinear.models.cache import LinearStateLayer
 from loglinear.training import ByteTokenizer
+from tests.ops.operators import excess
 
 T = 21
 NEW = 9
@@ -30,20 +31,25 @@ def left_padded(lengths: list[int], width: int = T) -> tuple[torch.Tensor, torch
 
 
 @KINDS
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("max_cache_len", [None, 60])
 @pytest.mark.parametrize("grad", [False, True], ids=["steps", "pieces"])
 def test_prefill_and_decode_equal_the_full_forward_at_every_step(
-    make_model, options, dtype, tolerance, max_cache_len, grad
+    make_model, options, dtype, max_cache_len, grad
 ) -> None:
     model, ids = make_model(dtype, **options), tokens(2, 50)
     expected = model(ids, use_cache=False).logits
+    exact = make_model(torch.float64, **options)(ids, use_cache=False).logits
     cache = LogLinearCache(model.config, max_cache_len)
     for piece in [*ids[:, :7].split([7], 1), *ids[:, 7:16].split([3, 6], 1), *ids[:, 16:].split(1, 1)]:
         seen = int(cache.get_seq_length())
         with torch.set_grad_enabled(grad):
             logits = model(piece, past_key_values=cache).logits
-        assert (logits - expected[:, seen : seen + piece.shape[1]]).abs().max() < tolerance
+        here = slice(seen, seen + piece.shape[1])
+        if dtype == torch.float64:
+            assert (logits - expected[:, here]).abs().max() < 1e-9
+        else:  # as near to float64 as the full forward is, within a factor of 8 (measured: 2.6)
+            assert excess(logits, expected[:, here], exact[:, here]) < 8
     assert cache.get_seq_length() == 50
 
 

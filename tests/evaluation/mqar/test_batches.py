@@ -54,14 +54,15 @@ def test_splits_are_of_the_sizes_asked_for_and_share_no_example():
 def test_loss_and_its_gradients_are_those_of_the_models_own_loss(model):
     recall = recall_examples(6, length=8, pairs=2, vocab_size=12, seed=3)
     (batch,) = split_batches(recall, 6, "cpu")
+    model = model.double()
     gradients = []
     losses = [recall_loss(model, batch), model(recall.tokens_NT, labels=recall.labels_NT).loss]
     for loss in losses:
         model.zero_grad()
         loss.backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-10)
 
 
 def test_accuracy_counts_the_likeliest_tokens_of_the_whole_model(model):
