@@ -8,7 +8,6 @@ import time
 import urllib.request
 
 import pytest
-import torch
 import uvicorn
 
 from loglinear.cli import main, serve
