@@ -127,6 +127,16 @@ class StaticKeyValueLayer(StaticLayer):
         keys, values = (x.index_copy(2, columns, new) for x, new in zip(kept, (key_states, value_states), strict=True))
         return keys, values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.keys is not None and self.values is not None:
+            with constants():
+                self.keys, self.values = (x.index_select(0, indices.to(x.device)) for x in (self.keys, self.values))
+            self.batch_size = len(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
     @property
     def nbytes(self) -> int:
         return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes

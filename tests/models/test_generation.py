@@ -283,10 +283,12 @@ def test_cache_reports_a_size_that_does_not_grow_in_linear_layers(make_model) ->
 
 
 @KINDS
-def test_cache_rows_can_be_repeated_and_selected(make_model, options) -> None:
+@pytest.mark.parametrize("max_cache_len", [None, 40])
+def test_cache_rows_can_be_repeated_and_selected(make_model, options, max_cache_len) -> None:
     model = make_model(**options)
     ids, mask = left_padded([T, 8])
-    cache = model(ids, attention_mask=mask).past_key_values
+    cache = LogLinearCache(model.config, max_cache_len)
+    model(ids, attention_mask=mask, past_key_values=cache)
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([3, 0]))
     more = tokens(2, 1, seed=5)
