@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 
 from loglinear.cli import console
@@ -34,8 +35,11 @@ def _installation() -> None:
     console.print_table("implementations of the operators (impl=)", ["name", "available"], implementations)
     variants = [[name, variant.transition] for name, variant in VARIANTS.items()]
     console.print_table("variants (--variant)", ["name", "transition"], variants)
-    recipes = [[name, make().summary, needs(make())] for name, make in RECIPES.items()]
-    console.print_table("recipes (--recipe)", ["name", "what", "needs first"], recipes)
+    recipes = {name: make() for name, make in RECIPES.items()}
+    rows = [[name, recipe.summary] for name, recipe in recipes.items()]
+    console.print_table("recipes (--recipe)", ["name", "what"], rows)
+    for first, group in groupby(recipes, key=lambda name: needs(recipes[name])):
+        print(f"{', '.join(group)}: {'needs ' + first if first else 'runs as it is'}")
 
 
 def _describe(name: str, config: LogLinearConfig) -> None:

@@ -220,6 +220,19 @@ def test_a_prompt_is_left_at_the_next_block_when_the_time_or_the_client_is_gone(
     assert not any(block._forward_pre_hooks for block in model.model.layers)
 
 
+def test_a_failure_of_the_model_is_one_line_and_the_server_goes_on(model, monkeypatch, capfd):
+    def fails(**inputs):
+        raise RuntimeError("secrets of\nthe model")
+
+    with served(model) as port:
+        with monkeypatch.context() as patched:
+            patched.setattr(model, "generate", fails)
+            status, body = complete(port, prompt="ab", max_tokens=3)
+        assert status == 500 and json.loads(body)["error"]["message"] == "the server failed; its log says why"
+        assert text_of(complete(port, prompt="ab", max_tokens=3, temperature=0)) == continued(model, "ab", 3)
+    assert "secrets of" in capfd.readouterr().err
+
+
 def test_a_chat_template_that_refuses_is_one_line(model, monkeypatch):
     from loglinear.cli import serve
 
