@@ -185,15 +185,13 @@ def _torch_step(token: Token) -> Tensor:
             buffer[row, place] = new.to(dtype)
     full = place == C - 1 if active is None else (place == C - 1) & active
     if beta is None:
-        out, blocks = kernels.scalar_gate_step(q, s.k, s.v, s.log_decay, level_scales, s.blocks, s.position, full)
+        out = kernels.scalar_gate_step(q, s.k, s.v, s.log_decay, level_scales, s.blocks, s.position, full)
     else:
         assert s.beta is not None and state.inverse is not None
         kernels.append_inverse_row(state.inverse, s.k, s.beta, s.log_decay, place)
-        out, blocks = kernels.delta_rule_step(
+        out = kernels.delta_rule_step(
             q, s.k, s.v, s.log_decay, s.beta, state.inverse, level_scales, s.blocks, s.position, full
         )
-    if blocks is not s.blocks:
-        s.blocks.copy_(blocks)
     if active is None:
         s.position.add_(1)
     else:

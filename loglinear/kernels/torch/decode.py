@@ -1,4 +1,4 @@
-"""The parts of a decode step that do not depend on the family. Functional: nothing given is changed.
+"""The parts of a decode step that do not depend on the family.
 
 With i the token's place in its chunk, one step is row i of the chunk formulas plus a read of every block state; only
 when the chunk is full are the block states rewritten: transported to its end, and merged.
@@ -7,21 +7,8 @@ when the chunk is full are the block states rewritten: transported to its end, a
 # N sequences, C chunk, M blocks, H heads, G groups, K key, V value, L levels
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
-
-from loglinear.fenwick import block_level, level
-
-
-@lru_cache(maxsize=32)
-def level_table(chunk_size: int, num_levels: int, num_blocks: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Clamped levels: [C, C] of the places of a chunk seen from each place, and [M] of the blocks."""
-    last = num_levels - 1
-    rows = [[min(level(i, j), last) for j in range(chunk_size)] for i in range(chunk_size)]
-    blocks = [block_level(m, num_levels, chunk_size) for m in range(num_blocks)]
-    return torch.tensor(rows, device=device), torch.tensor(blocks, device=device)
 
 
 def until(place: Tensor, gates: Tensor) -> Tensor:
@@ -35,11 +22,20 @@ def row_scales(level_scales: Tensor, position: Tensor, chunk_size: int, num_bloc
     for blocks that its past does not have."""
     N, H, L = level_scales.shape
     place, chunks = position % chunk_size, position // chunk_size
-    table, blocks = level_table(chunk_size, L, num_blocks, place.device)
-    index = table[place][:, None].expand(N, H, chunk_size)
-    seen = torch.arange(chunk_size, device=place.device) <= place[:, None, None]
-    to_place = torch.where(seen, level_scales.gather(2, index), 0.0)
-    return to_place, torch.where(has_blocks(chunks, num_blocks)[:, None], level_scales[..., blocks], 0.0)
+    places = torch.arange(chunk_size, device=place.device)
+    levels = torch.frexp((place[:, None] ^ places).float()).exponent.clamp(max=L - 1).long()  # bit_length
+    seen = places <= place[:, None, None]
+    to_place = torch.where(seen, level_scales.gather(2, levels[:, None].expand(N, H, chunk_size)), 0.0)
+    of_blocks = level_scales[..., -num_blocks:]  # `loglinear.fenwick.block_level` of each
+    return to_place, torch.where(has_blocks(chunks, num_blocks)[:, None], of_blocks, 0.0)
+
+
+def rows_to_merge(full: Tensor) -> Tensor | slice | None:
+    """The rows that are full, None if none is; in a graph, which cannot ask, all rows: `merge_full` looks again."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return slice(None)
+    rows = full.nonzero()[:, 0]
+    return rows if len(rows) else None
 
 
 def has_blocks(chunks: Tensor, num_blocks: int) -> Tensor:

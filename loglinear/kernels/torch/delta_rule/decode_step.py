@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales, until
+from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales, rows_to_merge, until
 from loglinear.kernels.torch.delta_rule.chunk import chunk_quantities, chunk_state
 from loglinear.kernels.torch.tiles import suffix_sums
 
@@ -42,7 +42,7 @@ def decode_step(
     blocks: Tensor,
     position: Tensor,
     full: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """As the scalar gate's `decode_step`, with beta [N,C,H] and the chunks' inverses [N,C,H,C], by their rows. The
     token's row of the effective attention is e = (q K^T * dec) A diag(b)."""
     C, R, K = k.shape[1], v.shape[2] // k.shape[2], k.shape[3]
@@ -58,9 +58,12 @@ def decode_step(
     from_start = log_decay.cumsum(-1).exp()[..., None]
     x = queries * from_start[..., -1, :] - (effective[..., None, :] @ (keys * from_start))[..., 0, :]
     out = out + read_blocks(x, blocks, to_blocks)
-    if torch.compiler.is_compiling() or bool(full.any()):  # a graph cannot ask, and `full` keeps the other rows
-        slots = q.new_empty(*keys.shape[:2], K, K + v.shape[3])
-        chunk_state(chunk_quantities(keys, strength, log_decay), values, out=slots)
-        transported = slots[:, None, ..., :K] @ blocks
-        blocks = merge_full(blocks, transported, slots[..., K:], position // C + 1, full)
-    return out, blocks
+    rows = rows_to_merge(full)
+    if rows is None:
+        return out
+    before, keys, values = blocks[rows], keys[rows], values[rows]
+    slots = q.new_empty(*keys.shape[:2], K, K + v.shape[3])
+    chunk_state(chunk_quantities(keys, strength[rows], log_decay[rows]), values, out=slots)
+    chunks = position[rows] // C + 1
+    blocks[rows] = merge_full(before, slots[:, None, ..., :K] @ before, slots[..., K:], chunks, full[rows])
+    return out

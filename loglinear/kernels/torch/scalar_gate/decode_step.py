@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales, until
+from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales, rows_to_merge, until
 from loglinear.kernels.torch.tiles import suffix_sums
 
 
@@ -19,11 +19,11 @@ def decode_step(
     blocks: Tensor,
     position: Tensor,
     full: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """q [N,G,K] and level_scales [N,H,L] of the new tokens; k [N,C,G,K], v [N,C,H,V], log_decay [N,C,H] of the chunks
     with the new tokens in them; blocks [N,M,H,K,V]; position [N] of the new tokens; full [N]: which chunks they fill.
 
-    Returns the outputs [N,H,V] and the block states after the step.
+    Returns the outputs [N,H,V], and joins the chunks that are full into their rows' blocks, in place.
     """
     C, R = k.shape[1], v.shape[2] // k.shape[2]
     place = position % C
@@ -34,8 +34,12 @@ def decode_step(
     weights = scores * to_place * to_end
     out = (weights[..., None, :] @ v.transpose(1, 2))[..., 0, :]
     out = out + read_blocks(q.repeat_interleave(R, 1), blocks, to_blocks * from_start)
-    if torch.compiler.is_compiling() or bool(full.any()):  # a graph cannot ask, and `full` keeps the other rows
-        keys = k.transpose(1, 2).repeat_interleave(R, 1) * to_end[..., None]
-        state = keys.mT @ v.transpose(1, 2)
-        blocks = merge_full(blocks, blocks * from_start[:, None, :, :, None], state, position // C + 1, full)
-    return out, blocks
+    rows = rows_to_merge(full)
+    if rows is None:
+        return out
+    before, past = blocks[rows], from_start[rows]
+    keys = k[rows].transpose(1, 2).repeat_interleave(R, 1) * to_end[rows][..., None]
+    state = keys.mT @ v[rows].transpose(1, 2)
+    chunks = position[rows] // C + 1
+    blocks[rows] = merge_full(before, before * past[:, None, :, :, None], state, chunks, full[rows])
+    return out
