@@ -156,4 +156,4 @@ class Attention(nn.Module):
         causal = mask is None and q.shape[2] > 1
         if mask is not None and mask.is_floating_point():
             mask = mask.to(q.dtype).clamp(min=torch.finfo(q.dtype).min)  # finite: no row of the softmax is empty
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=bool(causal), enable_gqa=self.grouped)

@@ -3,6 +3,8 @@
 # N sequences, T time, C chunk, M blocks, H heads, K key, V value, L levels
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,10 @@ from loglinear.reference.recurrent import merged
 def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
     p = problem.in_working_dtype()
     state, (B, T) = p.initial_state, p.v.shape[:2]
+    if torch.compiler.is_compiling() and not (state is None and p.cu_seqlens is None):
+        raise ValueError("impl='reference' asks for positions and lengths, which a graph cannot: use impl='torch'")
     lengths = [T] * B if p.cu_seqlens is None else p.cu_seqlens.diff().tolist()
+    positions = [0] * len(lengths) if state is None else state.position.tolist()
     if state is None:
         groups, key_dim = p.q.shape[2:]
         heads, value_dim = p.v.shape[2:]
@@ -26,7 +31,8 @@ def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
         )  # fmt: skip
     tokens = [None if x is None else x.flatten(0, 1) for x in (p.q, p.k, p.v, p.log_decay, p.beta, p.level_scales)]
     splits = [[None] * len(lengths) if x is None else x.split(lengths) for x in tokens]
-    results = [_run_sequence(state, row, *parts) for row, parts in enumerate(zip(*splits, strict=True))]
+    rows = enumerate(zip(*splits, strict=True))
+    results = [_run_sequence(state, row, positions[row], parts) for row, parts in rows]
     output = torch.cat([output for output, _ in results]).view(p.v.shape)
     if not p.output_final_state:
         return output, None
@@ -53,16 +59,12 @@ def step(problem: Problem, state: DecodeState, active: Tensor | None) -> Tensor:
 def _run_sequence(
     state: FenwickState,
     row: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    beta: Tensor | None,
-    scales: Tensor,
+    position: int,
+    tokens: tuple[Any, ...],
 ) -> tuple[Tensor, FenwickState]:
     """Replay the unfinished chunk from the state, run the new tokens, and cut the state at the last chunk's start."""
+    q, k, v, log_decay, beta, scales = tokens
     C, L = state.chunk_size, scales.shape[2]
-    position = int(state.position[row])
     held = position % C
     start, end = position - held, position + len(q)
 

@@ -33,7 +33,10 @@ def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
     beta = None if p.beta is None else tokens(p.beta, state and state.beta)
     q, scales = tokens(p.q), tokens(p.level_scales)
     position, nodes = (None, None) if state is None else (state.position, state.blocks.to(v.dtype))
-    compute = kernels.stages if is_transformed() else kernels.fenwick_array
+    transformed = is_transformed()
+    if transformed and torch.compiler.is_compiling():
+        raise ValueError("torch.func and forward-mode derivatives of an operator cannot be inside torch.compile")
+    compute = kernels.stages if transformed else kernels.fenwick_array
     output, blocks = compute(
         q, k, v, log_decay, beta, scales, nodes, position, p.cu_seqlens, N, C, p.output_final_state
     )

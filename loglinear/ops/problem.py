@@ -100,12 +100,15 @@ class WorkingProblem:
 def is_transformed() -> bool:
     """Inside forward-mode AD, torch.func.grad, torch.func.jvp or what is made of them? A registered operator with an
     autograd formula is a constant to the first and an error to the others."""
-    if torch.compiler.is_compiling():
-        return False
     stack = torch._C._functorch.get_interpreter_stack() or []
     kinds = {interpreter.key() for interpreter in stack}
     vmap = torch._C._functorch.TransformType.Vmap
     return bool(kinds - {vmap}) or torch.autograd.forward_ad._current_level >= 0
+
+
+# The compiler asks once for each graph, which it guards by the transforms around it. The decorator that says so,
+# torch.compiler.assume_constant_result, would import the whole compiler.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unit_length(x: Tensor) -> Tensor:

@@ -164,3 +164,16 @@ def test_a_step_says_that_it_has_no_derivatives(operator):
     with torch.no_grad():
         step(inputs["q"][:, 0])
     assert state.fenwick.position.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "forward_ad"])
+def test_a_transform_inside_a_graph_is_refused(operator, transform):
+    """The function alone is compiled before: its graph must not serve the transform."""
+    torch._dynamo.reset()
+    inputs = {name: x.detach() for name, x in operator.inputs(**SIZES | dict(B=1, T=11)).items()}
+    (function, _), x = functions(operator, inputs), tuple(inputs.values())
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    assert float(compiled(*x)) == float(function(*x))
+    graph = torch.compile(lambda *x: TRANSFORMS[transform](function, x), backend="eager", fullgraph=True)
+    with pytest.raises((RuntimeError, ValueError), match="Observed exception|torch.compile|forward"):
+        graph(*x)

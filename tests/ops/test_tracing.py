@@ -1,0 +1,129 @@
+"""The operators in graphs of torch.compile, torch.export and torch.jit.trace: one node, the same numbers."""
+
+import pytest
+import torch
+
+from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
+from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
+
+SIZES = dict(B=2, G=1, H=2, K=3, V=2, L=5)
+WHOLE = dict(backend="aot_eager", fullgraph=True)  # a graph break raises
+
+
+@pytest.fixture(params=OPERATORS, ids=lambda operator: operator.name)
+def operator(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+class Call(torch.nn.Module):
+    """(inputs in their order, then the initial state's parts or cu_seqlens) -> output and final state, flat."""
+
+    def __init__(self, operator, impl="torch", packed=False):
+        super().__init__()
+        self.operator, self.impl, self.packed = operator, impl, packed
+
+    def forward(self, *tensors):
+        names, options = self.operator.names, dict(chunk_size=4, impl=self.impl, output_final_state=True)
+        rest = tensors[len(names) :]
+        if self.packed:
+            options["cu_seqlens"] = rest[0]
+        elif rest:
+            options["initial_state"] = FenwickState(*rest, *([] if self.operator.delta else [None]))
+        output, state = self.operator(dict(zip(names, tensors, strict=False)), **options)
+        return output, *(part for part in state if part is not None)
+
+
+def arguments(operator, kind, T=13):
+    inputs = operator.inputs(**SIZES | dict(T=T) | (dict(B=1) if kind == "packed" else {}))
+    tensors = [x.detach() for x in inputs.values()]
+    if kind == "packed":
+        return *tensors, torch.tensor([0, 3, 3, T])
+    if kind == "continued":
+        before = {name: x.detach() for name, x in operator.inputs(**SIZES | dict(T=7)).items()}
+        return *tensors, *Call(operator)(*before.values())[1:]
+    return tuple(tensors)
+
+
+def exported(call, x, **options):
+    return torch.export.export(call, x, strict=False, **options).module()
+
+
+TRACERS = {
+    "compile": lambda call, x: torch.compile(call, **WHOLE),
+    "export": exported,
+    "strict export": lambda call, x: torch.export.export(call, x, strict=True).module(),
+    "jit.trace": lambda call, x: torch.jit.trace(call, x),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["alone", "packed", "continued"])
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_a_traced_operator_gives_the_same_numbers_for_other_values(operator, kind, tracer):
+    """The packed lengths and the positions are values too."""
+    call = Call(operator, packed=kind == "packed")
+    first, other = arguments(operator, kind), list(arguments(operator, kind))
+    traced = TRACERS[tracer](call, first)
+    if kind == "packed":
+        other[-1] = torch.tensor([0, 6, 12, 13])
+    elif kind == "continued":
+        other[len(operator.names)] = torch.tensor([3, 6])  # other positions; what is too new in the buffers is not read
+    for x in (first, other):
+        for mine, expected in zip(traced(*x), call(*x), strict=True):
+            assert torch.equal(mine, expected)
+
+
+def test_an_exported_length_is_free(operator):
+    x = arguments(operator, "alone")
+    shapes = ((({1: torch.export.Dim("T", min=2, max=4096)},) * len(x)),)
+    program = exported(Call(operator), x, dynamic_shapes=shapes)
+    for T in (2, 13, 100):
+        x = arguments(operator, "alone", T)
+        for mine, expected in zip(program(*x), Call(operator)(*x), strict=True):
+            assert torch.equal(mine, expected)
+
+
+def test_the_recurrence_exports_and_names_what_it_cannot(operator):
+    x = arguments(operator, "alone")
+    for mine, expected in zip(exported(Call(operator, "reference"), x)(*x), Call(operator)(*x), strict=True):
+        assert relative_error(mine, expected) < 1e-12
+    for kind in ("packed", "continued"):
+        with pytest.raises(ValueError, match="^impl='reference' asks for positions and lengths, .* use impl='torch'$"):
+            exported(Call(operator, "reference", kind == "packed"), arguments(operator, kind))
+
+
+def test_a_compiled_operator_has_the_same_gradients(operator):
+    inputs = operator.inputs(**SIZES | dict(T=13))
+    call = Call(operator)
+    results = []
+    for function in (call, torch.compile(call, **WHOLE)):
+        output, _, *state = function(*inputs.values())
+        torch.manual_seed(3)
+        tensors = [output, *state]
+        results.append(gradients(tensors, random_loss(*tensors), list(inputs.values())))
+    for mine, expected in zip(*results, strict=True):
+        assert torch.equal(mine, expected)
+
+
+@torch.no_grad()
+def test_steps_are_one_graph_for_rows_at_any_position(operator):
+    function = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
+    compiled = torch.compile(function, **WHOLE)
+    inputs = operator.inputs(**SIZES | dict(T=20))
+    prompt = {name: x[:, :5].detach() for name, x in inputs.items()}
+    state = operator(prompt, chunk_size=4, output_final_state=True).final_state
+    state.position[1] = 4  # one row is a token behind: chunks are full at different steps
+    states = [DecodeState.of(state) for _ in range(2)]
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for t in range(5, 20):
+        token = [x[:, t] for x in inputs.values()]
+        outputs = [step(*token, held) for step, held in zip((compiled, function), states, strict=True)]
+        assert relative_error(*outputs) < 1e-14
+    for mine, expected in zip(*(parts(held.fenwick).values() for held in states), strict=True):
+        assert relative_error(mine, expected) < 1e-14
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
