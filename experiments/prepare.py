@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -21,6 +22,7 @@ from loglinear.training.json_files import write_object
 LEVEL = 22  # zstd's last
 WINDOW = 27  # log2 bytes: the largest that a decompressor takes without being asked
 KIB = 1024
+DOWNLOADS = ".packages-"  # how the folder of the packages begins, while they are read
 
 
 def prepare(out: Path) -> dict[str, Any]:
@@ -32,7 +34,9 @@ def prepare(out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     documents: list[LongDocument] = []
     versions = {}
-    with tempfile.TemporaryDirectory(prefix=".packages-", dir=out) as folder:
+    for left in out.glob(f"{DOWNLOADS}*"):  # by one that a signal ended
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=DOWNLOADS, dir=out) as folder:
         archives = _download(Path(folder))
         duplicates = NearDuplicates()
         for source in (bar := tqdm(SOURCES, unit="package")):

@@ -16,6 +16,7 @@ from loglinear.training.checkpoints import checkpoints, defect
 from loglinear.training.files import write_atomically
 from loglinear.training.run_folder import claim
 from loglinear.training.train import train
+from tests.cli.command_line import FAST, in_process
 from tests.training.tiny import assert_same_run, tiny_recipe, train_tiny, write_text
 
 
@@ -82,6 +83,15 @@ def test_metrics_that_cannot_grow_are_one_line_and_the_checkpoints_stay(tmp_path
             train(tiny_recipe(data), out, progress=False)
     assert [path.name for path in checkpoints(out)] == ["checkpoint-2", "checkpoint-4"]
     assert_usable(out, data, uninterrupted)
+
+
+def test_on_the_command_line_it_is_code_2(capsys, tmp_path, data):
+    arguments = ["--recipe", "demo", "--data", data, "--out", tmp_path / "run", *FAST]
+    with no_file_above(100_000):
+        code, out, errors = in_process(capsys, "train", *arguments)
+    expected = f"error: {tmp_path / 'run' / 'checkpoint-2'} cannot be written: File too large"
+    assert code == 2 and errors.splitlines()[-1] == expected
+    assert "Traceback" not in errors and out == ""
 
 
 FAILURES = {
