@@ -275,8 +275,12 @@ def test_run_json_has_what_decides_the_result(uninterrupted, data):
 def test_checkpoint_carries_the_tokenizer(uninterrupted):
     from transformers import AutoTokenizer
 
-    saved = AutoTokenizer.from_pretrained(last_checkpoint(uninterrupted))
+    checkpoint = last_checkpoint(uninterrupted)
+    saved = AutoTokenizer.from_pretrained(checkpoint)
     assert saved("a")["input_ids"] == [97] and saved.bos_token_id == 256
+    for file, name in {"config.json": "LogLinearForCausalLM", "tokenizer_config.json": "ByteTokenizer"}.items():
+        assert f"loglinear_auto.{name}" in (checkpoint / file).read_text()
+    assert "loglinear_auto.py" in (checkpoint / "manifest.json").read_text()
 
 
 def test_tensorboard_events_are_written(tmp_path, data):
