@@ -69,7 +69,7 @@ def _reason(error: BaseException | None) -> str | None:
     if isinstance(error, OSError):
         return error.strerror or _reason(error.__cause__)  # the latter of an error that has passed through `writing`
     if isinstance(error, SafetensorError):
-        return str(error).rpartition("I/O error: ")[2]
+        return str(error).rpartition("I/O error: ")[2].partition(" (os error")[0]
     if any(name in str(error) for name in TORCH_WRITER):
         return "a write failed, as on a full disk, over a quota or over the limit of a file's size"
     return None
