@@ -2,10 +2,12 @@
 
     python -m benchmarks.ops                              # this machine's CPU, the table in docs/performance.md
     python -m benchmarks.ops --lengths 4096 --out ops.json
+    python -m benchmarks.ops --lengths 4096 --neighbours 2       # beside two processes that compute and allocate
     PYTHONPATH=.peers/fla:.peers/mamba:. python -m benchmarks.ops --device cuda      # see ops_gpu.py
 
 Correctness comes first: every configuration is compared with the float64 result before it is timed. Times are medians
-over rounds in which all candidates of a length run in turn, so that a slow moment meets all of them. Peak memory
+over rounds in which all candidates of a length run in turn, so that a slow moment meets all of them. Beside them
+stands the processor time of all threads, which waiting for a processor does not change. Peak memory
 is the growth of the resident set in a fresh process, inputs included.
 """
 
@@ -18,7 +20,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,16 +101,42 @@ def check(family: str, T: int, levels: int) -> float:
     return error
 
 
-def median_times(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Milliseconds of each candidate: the median over rounds, after one warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+NEIGHBOUR = """
+import torch
+torch.set_num_threads(1)
+while True:
+    sum(torch.randn(1 << 20) * factor for factor in range(8))
+"""
+
+
+@contextmanager
+def busy_neighbours(count: int) -> Iterator[None]:
+    """Beside `count` processes, each of which computes on one thread and takes fresh memory all the time."""
+    processes = [subprocess.Popen([sys.executable, "-c", NEIGHBOUR]) for _ in range(count)]
+    try:
+        time.sleep(5 if count else 0)  # they import torch first
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def median_times(candidates: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Milliseconds of each candidate, by the clock and of the processor: medians over rounds, after one warm-up."""
+    clock: dict[str, list[float]] = {name: [] for name in candidates}
+    processor: dict[str, list[float]] = {name: [] for name in candidates}
     for round_number in range(rounds + 1):
         for name, run in candidates.items():
-            start = time.perf_counter()
+            start, start_of_process = time.perf_counter(), time.process_time()
             run()
             if round_number:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+                clock[name].append((time.perf_counter() - start) * 1e3)
+                processor[name].append((time.process_time() - start_of_process) * 1e3)
+    by_clock, of_processor = (
+        {name: statistics.median(values) for name, values in times.items()} for times in (clock, processor)
+    )
+    return by_clock, of_processor
 
 
 def peak_memory(family: str, T: int, backward: bool) -> dict[str, float]:
@@ -154,7 +183,7 @@ def measure(lengths: list[int], rounds: int, progress: Progress) -> list[dict[st
             }
             if T <= PEER_LIMIT:
                 candidates |= peers(family, T)
-            row["ms"] = median_times(candidates, rounds)
+            row["ms"], row["processor_ms"] = median_times(candidates, rounds)
             if max(lengths) == T:
                 row["memory"] = {
                     "forward": peak_memory(family, T, False),
@@ -181,6 +210,9 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         table.add_row("error against float64", *(f"{row['error']:.1e}" for row in mine))
         console.print(table)
         for row in mine:
+            times = ", ".join(f"{name} {ms:.0f}" for name, ms in row["processor_ms"].items())
+            console.print(f"{family}, T {row['T']:,}: processor milliseconds: {times}")
+        for row in mine:
             for name, memory in row.get("memory", {}).items():
                 console.print(
                     f"{family}, T {row['T']:,}, {name}: peak {memory['peak_mib']:.0f} MiB, "
@@ -198,6 +230,7 @@ def main(
     lengths: Annotated[list[int] | None, typer.Option(help="sequence lengths; on cuda of those of the shapes")] = None,
     rounds: Annotated[int, typer.Option(help="timed rounds; the median counts (cpu)")] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads (0: torch's default)")] = 0,
+    neighbours: Annotated[int, typer.Option(min=0, help="busy processes beside it (cpu)")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     shape: Annotated[list[str] | None, typer.Option(help="which of the shapes of ops_gpu.py (cuda)")] = None,
     out: Annotated[Path | None, typer.Option(help="write the numbers to this JSON file")] = None,
@@ -213,13 +246,15 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 200)
     described = about("ops", device)
     if device == "cpu":
+        described["neighbours"] = neighbours
         described["shape"] = {"B": 1, "H": HEADS, "K": KEY, "V": VALUE, "dtype": "float32"}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         if device == "cuda":
             shapes = [s for s in ops_gpu.SHAPES if shape is None or s.name in shape]
             rows = ops_gpu.measure(shapes, lengths, progress, lambda rows: keep(out, described, rows))
         else:
-            rows = measure(sorted(lengths or LENGTHS), rounds, progress)
+            with busy_neighbours(neighbours):
+                rows = measure(sorted(lengths or LENGTHS), rounds, progress)
     (ops_gpu.show if device == "cuda" else show)(rows, console)
     keep(out, described, rows)
 
