@@ -1,6 +1,6 @@
 """Time and memory of the operators beside their peers, in one run on one machine.
 
-    python -m benchmarks.ops                              # this machine's CPU, the table in docs/performance.md
+    python -m benchmarks.ops                              # this machine's CPU; docs/benchmarks/operators.md
     python -m benchmarks.ops --lengths 4096 --out ops.json
     python -m benchmarks.ops --lengths 4096 --neighbours 2       # beside two processes that compute and allocate
     PYTHONPATH=.peers/fla:.peers/mamba:. python -m benchmarks.ops --device cuda      # see ops_gpu.py

@@ -19,10 +19,11 @@ from __future__ import annotations
 def level(t: int, s: int) -> int:
     """The level at which position ``t`` sees position ``s <= t``.
 
-    >>> [level(6, s) for s in range(7)]
-    [3, 3, 3, 3, 2, 2, 0]
-    >>> [level(7, s) for s in range(8)]
-    [3, 3, 3, 3, 2, 2, 1, 0]
+    Examples:
+        >>> [level(6, s) for s in range(7)]
+        [3, 3, 3, 3, 2, 2, 0]
+        >>> [level(7, s) for s in range(8)]
+        [3, 3, 3, 3, 2, 2, 1, 0]
     """
     return (t ^ s).bit_length()
 
@@ -30,8 +31,9 @@ def level(t: int, s: int) -> int:
 def num_levels(length: int) -> int:
     """How many different levels a sequence of ``length`` tokens uses.
 
-    >>> [num_levels(length) for length in (1, 2, 3, 4, 5, 16_384)]
-    [1, 2, 3, 3, 4, 15]
+    Examples:
+        >>> [num_levels(length) for length in (1, 2, 3, 4, 5, 16_384)]
+        [1, 2, 3, 3, 4, 15]
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
@@ -44,8 +46,9 @@ MOST_LEVELS = num_levels(2**63)  # that positions in int64 tell apart: more of t
 def merge_height(t: int) -> int:
     """The number of trailing zeros of ``t >= 1``: at step ``t`` the levels ``0 .. merge_height(t)`` join into the next.
 
-    >>> [merge_height(t) for t in range(1, 9)]
-    [0, 1, 0, 2, 0, 1, 0, 3]
+    Examples:
+        >>> [merge_height(t) for t in range(1, 9)]
+        [0, 1, 0, 2, 0, 1, 0, 3]
     """
     return (t & -t).bit_length() - 1
 
@@ -53,10 +56,11 @@ def merge_height(t: int) -> int:
 def walk(z: int) -> list[tuple[int, int]]:
     """The blocks that make up the chunks before ``z``, nearest first, as (exclusive end, log2 of the size).
 
-    >>> walk(6)
-    [(6, 1), (4, 2)]
-    >>> [end - (1 << size) for end, size in walk(13)]
-    [12, 8, 0]
+    Examples:
+        >>> walk(6)
+        [(6, 1), (4, 2)]
+        >>> [end - (1 << size) for end, size in walk(13)]
+        [12, 8, 0]
     """
     blocks = []
     while z > 0:
@@ -71,8 +75,9 @@ def block_cap(num_levels: int, chunk_size: int) -> int:
     Levels clamp: ``min(level(t, s), num_levels - 1)``. Blocks below the cap keep a level of their own; everything
     older is one prefix. With cap 0 nothing is left of the tree, and the model is the linear one times one lambda.
 
-    >>> block_cap(15, 64), block_cap(8, 64), block_cap(1, 64)
-    (7, 0, 0)
+    Examples:
+        >>> block_cap(15, 64), block_cap(8, 64), block_cap(1, 64)
+        (7, 0, 0)
     """
     return max(0, num_levels - 2 - log2(chunk_size))
 
@@ -80,8 +85,9 @@ def block_cap(num_levels: int, chunk_size: int) -> int:
 def num_blocks(num_levels: int, chunk_size: int) -> int:
     """How many block states a decoding state holds: one per size below the cap, and the prefix.
 
-    >>> num_blocks(15, 64), num_blocks(1, 64)
-    (8, 1)
+    Examples:
+        >>> num_blocks(15, 64), num_blocks(1, 64)
+        (8, 1)
     """
     return block_cap(num_levels, chunk_size) + 1
 
@@ -98,8 +104,9 @@ def has_block(chunks: int, size: int, cap: int) -> bool:
 def block_level(size: int, num_levels: int, chunk_size: int) -> int:
     """The level of a whole block of ``2**size`` chunks, clamped to the last.
 
-    >>> [block_level(size, num_levels=9, chunk_size=64) for size in range(4)]
-    [7, 8, 8, 8]
+    Examples:
+        >>> [block_level(size, num_levels=9, chunk_size=64) for size in range(4)]
+        [7, 8, 8, 8]
     """
     return min(log2(chunk_size) + 1 + size, num_levels - 1)
 
@@ -107,8 +114,9 @@ def block_level(size: int, num_levels: int, chunk_size: int) -> int:
 def log2(power: int) -> int:
     """The exponent of a power of two.
 
-    >>> log2(64)
-    6
+    Examples:
+        >>> log2(64)
+        6
     """
     if power < 1 or power & (power - 1):
         raise ValueError(f"expected a power of two, got {power}")

@@ -64,13 +64,13 @@ def _conclusion(curves: dict[str, dict[int, float]], T: int) -> str:
     words = []
     for peer, what in (
         ("mamba-ssm SSD (linear)", "of the linear kernel's time"),
-        ("fla Gated DeltaNet (linear)", "of the linear kernel's time"),
-        ("FlashAttention-2", "of FlashAttention's"),
+        ("fla Gated DeltaNet (linear)", "times the linear kernel's time"),
+        ("FlashAttention-2", "of softmax's"),
     ):
         if peer in curves:
             share = ours / curves[peer][T]
             words.append(f"{share:.2f} {what}" if share > 0.1 else f"1/{1 / share:.0f} {what}")
-    return f"{T:,} tokens: " + " and ".join(words)
+    return f"{T // 1024}K tokens: " + ", ".join(words)
 
 
 def token_axis(axes: Axes, lengths: list[int]) -> None:

@@ -96,7 +96,8 @@ def _measure(recipe: TrainingRecipe, folder: Path) -> Measured:
 def _write(recipe: TrainingRecipe, out: Path, measured: dict[str, Measured]) -> None:
     lines = [json.dumps({"model": name, **record}) for name in MODELS for record in measured[name].metrics]
     write_atomically(out / "metrics.jsonl", "\n".join(lines) + "\n")
-    plot_losses(out / "loss.png", {name: measured[name].metrics for name in MODELS})
+    final = {name: measured[name].perplexity.bits_per_byte for name in MODELS}
+    plot_losses(out / "loss.png", {name: measured[name].metrics for name in MODELS}, final)
     curves = {
         name: measured[name].perplexity.by_position() for name in MODELS if len(measured[name].perplexity.nats_NT)
     }

@@ -20,8 +20,13 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def plot_losses(path: Path, metrics: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Draw training loss (thin, smoothed over 5 % of the run) and validation loss (dots) of each named model."""
+def plot_losses(
+    path: Path, metrics: Mapping[str, list[dict[str, Any]]], final: Mapping[str, float] | None = None
+) -> None:
+    """Draw training loss (thin, smoothed over 5 % of the run) and validation loss (dots) of each named model.
+
+    Validation during training reads a part of the validation text; `final` (stars) are bits per byte of all of it.
+    """
     figure, axes = _axes("Training and validation loss", "step", "bits per byte")
     shown: list[float] = []
     for index, (name, records) in enumerate(metrics.items()):
@@ -37,6 +42,9 @@ def plot_losses(path: Path, metrics: Mapping[str, list[dict[str, Any]]]) -> None
             label=f"{name}, validation",
         )
         shown += [*bits[len(bits) // 10 :], *(record["bits_per_byte"] for record in validation)]
+        if final and name in final and train:
+            axes.plot(train[-1]["step"], final[name], f"C{index}*", ms=12, label=f"{name}, all validation text")
+            shown.append(final[name])
     if shown:  # the first steps from a random model would hide everything else
         axes.set_ylim(min(shown) - 0.1, max(shown) + 0.1)
     axes.legend()

@@ -2,7 +2,7 @@
 
 A kernel that the compiler got wrong can sit at an error of 0.8 %, so the limits are close to what rounding alone does:
 1.3 times what it does in the interpreter (emulation.py), at most 3.5e-3 for the output and 8e-3 for a gradient, for the
-delta rule 7e-3 and 1.5e-2. Three tf32 products are below 1e-6 (docs/performance.md has them all).
+delta rule 7e-3 and 1.5e-2. Three tf32 products are below 1e-6 (docs/learn/numerics.md has them all).
 """
 
 import json
@@ -45,7 +45,7 @@ def check(inputs, dtype, *, emulated=None, **options):
 
 
 def report(dtype, measured):
-    """ERROR_LOG=errors.jsonl pytest -m gpu ... collects what was measured, for docs/performance.md."""
+    """ERROR_LOG=errors.jsonl pytest -m gpu ... collects what was measured, for docs/learn/numerics.md."""
     path = os.environ.get("ERROR_LOG")
     if path:
         test = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split(" ")[0]

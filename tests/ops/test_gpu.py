@@ -80,7 +80,8 @@ def test_steps_with_the_smallest_and_the_largest_chunk(operator, chunk_size):
     state = DecodeState.of(operator(head, chunk_size=chunk_size, output_final_state=True, impl="torch").final_state)
     function = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
     outputs = torch.stack(
-        [function(*(inputs[n][:, 100 + t] for n in operator.names), state, impl="triton") for t in range(200)], 1
+        [function(*(inputs[n][:, 100 + t].detach() for n in operator.names), state, impl="triton") for t in range(200)],
+        1,
     )
     assert max(relative_error(outputs[:, t], exact[:, t]) for t in range(200)) < 3e-5
     assert relative_error(outputs, exact) < 3e-6
@@ -98,7 +99,8 @@ def test_steps_on_top_of_the_kernels_prefill(operator, shape, dtype):
     state = DecodeState.of(operator(head, chunk_size=C, output_final_state=True, impl="triton").final_state)
     function = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
     outputs = torch.stack(
-        [function(*(inputs[n][:, T + t] for n in operator.names), state, impl="triton") for t in range(steps)], 1
+        [function(*(inputs[n][:, T + t].detach() for n in operator.names), state, impl="triton") for t in range(steps)],
+        1,
     )
     budget = STEP_BUDGET[operator.name][dtype]
     assert relative_error(outputs, exact) < budget

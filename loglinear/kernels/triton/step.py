@@ -12,8 +12,8 @@ from torch import Tensor
 from loglinear.fenwick import log2
 from loglinear.kernels.triton import delta_rule, scalar_gate
 
-# Measured on an H100 (docs/performance.md). With eight warps triton 3.6 makes wrong code of the delta rule's step: an
-# illegal access, where the interpreter, which checks every one, finds none.
+# Measured on an H100 (docs/lab-notes/2026-11-26-decoding.md). With eight warps triton 3.6 compiles the delta rule's
+# step wrongly: it makes an illegal access, where the interpreter, which checks every access, finds none.
 PROGRAMS = 264  # tiles of V are halved until there are as many, two for each multiprocessor
 LARGEST_TILE, SMALLEST_TILE = 64, 16
 BLOCKS = 128  # columns of blocks whose loads are under way together

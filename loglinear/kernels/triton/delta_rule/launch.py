@@ -68,7 +68,7 @@ def choose_chunk_size(q: Tensor, k: Tensor, v: Tensor, prescribed: int) -> int:
 
 def products_of(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     """The key of DOT_TYPES. Heads of up to 32 numbers are multiplied as float16's are: bfloat16 products of tiles as
-    narrow as that came out wrong on Hopper (triton 3.6; docs/performance.md)."""
+    narrow as that came out wrong on Hopper (triton 3.6; docs/lab-notes/2026-11-24-delta-rule-kernels.md)."""
     dtype = common_dtype(q, k, v)
     is_narrow = min(q.shape[3], v.shape[3]) <= 32
     return torch.float16 if is_narrow and dtype == torch.bfloat16 else dtype

@@ -22,7 +22,8 @@ class Launch(NamedTuple):
     registers: int | None = None
 
 
-# Measured on an H100 (docs/performance.md): bfloat16 products of K up to 128, and of more. All others take Launch().
+# Measured on an H100 (docs/lab-notes/2026-11-24-delta-rule-kernels.md): bfloat16 products of K up to 128, and of more.
+# All others take Launch().
 NARROW = {
     "chunk_inverse": Launch(128), "chunk_state": Launch(128, 64, 8, registers=64),
     "transport": Launch(128, 64, 8, registers=128), "carry": Launch(128, 64, 8), "output": Launch(128, 128),

@@ -1,7 +1,7 @@
 """The stages in order: what `run_scalar_gate` computes, and its gradients.
 
 Forward: chunk states, up-sweeps, output. It keeps nothing but its inputs: the backward builds the states again, which
-is cheaper than holding T / C of them (docs/performance.md).
+is cheaper than holding T / C of them (docs/lab-notes/2026-11-23-scalar-gate-kernels.md).
 """
 
 # B batch, T time, H heads, G groups, K key, V value, L levels

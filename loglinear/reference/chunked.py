@@ -1,0 +1,54 @@
+# T time, C chunk, N chunks, K key, V value, L levels
+"""The Fenwick-array algorithm in four steps, for one head: the listing to read before any fast implementation.
+
+    1. S_z = sum_j exp(G_z,C - G_z,j) k_j v_j^T          every chunk's own state at its end
+    2. S_block = exp(G_right) S_left + S_right           merged in place: slot e is the block that ends at chunk e
+    3. O = ((Q K^T * dec) * LAM) V                       inside the chunk
+    4. O += lambda * exp(G + path) * (Q S_slot)          for each block of the walk over the past, nearest first
+
+G is the cumulative log decay inside a chunk. Fast implementations run step 4 for all chunks at once.
+"""
+
+import torch
+from torch import Tensor
+
+from loglinear.fenwick import block_level, level, walk
+
+
+def chunked_scalar_gate(
+    q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, log_decay_T: Tensor, lambda_TL: Tensor, C: int
+) -> Tensor:
+    """Return o [T, V] of one head with a scalar gate; T is a multiple of the chunk size C, a power of two."""
+    N, L = len(q_TK) // C, lambda_TL.shape[1]
+    q, k, v, g, lam = (x.unflatten(0, (N, C)) for x in (q_TK, k_TK, v_TV, log_decay_T, lambda_TL))
+    G, total = g.cumsum(1), g.sum(1)
+    # --8<-- [start:own]
+    # 1. every chunk's own state [N, K, V]
+    state = (k * (total[:, None] - G).exp()[..., None]).mT @ v
+    # --8<-- [end:own]
+    # --8<-- [start:sweep]
+    # 2. up-sweep: pairs of neighbouring blocks of w chunks
+    log_decay, w = total.clone(), 1
+    while w < N:
+        right = list(range(2 * w - 1, N, 2 * w))
+        left = [e - w for e in right]
+        state[right] += log_decay[right].exp()[:, None, None] * state[left]
+        log_decay[right] += log_decay[left]
+        w *= 2
+    # --8<-- [end:sweep]
+    # --8<-- [start:inside]
+    # 3. inside the chunk
+    decay_CC = (G[:, :, None] - G[:, None, :]).tril().exp().tril()
+    levels_CC = torch.tensor([[min(level(i, j), L - 1) for j in range(C)] for i in range(C)])
+    out = ((q @ k.mT) * decay_CC * lam.gather(2, levels_CC.expand(N, C, C))) @ v
+    # --8<-- [end:inside]
+    # --8<-- [start:walk]
+    # 4. the walk of chunk z over its past, nearest block first
+    for z in range(N):
+        path = torch.zeros_like(total[0])
+        for end, size in walk(z):
+            weight = lam[z, :, block_level(size, L, C)] * (G[z] + path).exp()
+            out[z] += weight[:, None] * (q[z] @ state[end - 1])
+            path = path + log_decay[end - 1]
+    # --8<-- [end:walk]
+    return out.flatten(0, 1)
