@@ -93,10 +93,11 @@ def num_blocks(num_levels: int, chunk_size: int) -> int:
 
 
 def has_block(chunks: int, size: int, cap: int) -> bool:
-    """Whether the past of ``chunks`` chunks has a block of ``2**size``; the one at the cap is the whole older prefix.
+    """Return True if the past of ``chunks`` chunks has a block of ``2**size``; at the cap it is the whole older prefix.
 
-    >>> [has_block(13, size, cap=2) for size in range(3)]
-    [True, False, True]
+    Examples:
+        >>> [has_block(13, size, cap=2) for size in range(3)]
+        [True, False, True]
     """
     return chunks >> size > 0 if size == cap else chunks >> size & 1 == 1
 
