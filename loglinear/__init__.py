@@ -1,4 +1,7 @@
-"""Log-linear attention: operators, layers, models, training. The operators' names are here too, loaded at first use."""
+"""Log-linear attention for PyTorch: operators, layers, models and training.
+
+The operators are importable from here; they load torch at first use.
+"""
 
 from typing import TYPE_CHECKING, Any
 

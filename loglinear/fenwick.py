@@ -1,14 +1,14 @@
-"""The Fenwick partition of the past, in integers alone.
+"""The Fenwick partition of the past, in plain integers.
 
-A query at position ``t`` sees every earlier position ``s`` through one bucket, and the bucket's number is its level:
+Position ``t`` reads every earlier position ``s`` through one bucket. The bucket's number is its level:
 
     level(t, s) = bit_length(t XOR s)
 
-so level 0 is the token itself and level ``l >= 1`` holds up to ``2**(l - 1)`` tokens. The same rule holds one storey
-higher: between chunks of ``C`` tokens the level is ``log2(C) + level(t // C, s // C)``.
+Level 0 is the token itself, and level ``l >= 1`` holds up to ``2**(l - 1)`` tokens. Between different chunks of ``C``
+tokens the same rule gives ``level(t, s) = log2(C) + level(t // C, s // C)``.
 
-The past of chunk ``z`` (the chunks ``0 .. z - 1``) is one aligned block per set bit of ``z``, the layout of a binary
-indexed tree (Fenwick 1994): the block that ends at chunk ``e`` (exclusive) has ``e & -e`` chunks.
+The past of chunk ``z`` (the chunks ``0 .. z - 1``) is one aligned block per set bit of ``z``. This is the layout of a
+binary indexed tree (Fenwick 1994): the block that ends at chunk ``e`` (exclusive) has ``e & -e`` chunks.
 
 Source: Guo, Yang, Goel, Xing, Dao, Kim, "Log-Linear Attention", arXiv 2506.04761, section 3.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 
 def level(t: int, s: int) -> int:
-    """The level at which position ``t`` sees position ``s <= t``.
+    """Return the level at which position ``t`` reads position ``s <= t``.
 
     Examples:
         >>> [level(6, s) for s in range(7)]
@@ -29,22 +29,27 @@ def level(t: int, s: int) -> int:
 
 
 def num_levels(length: int) -> int:
-    """How many different levels a sequence of ``length`` tokens uses.
+    """Return the number of different levels that a sequence of ``length`` tokens uses.
 
     Examples:
         >>> [num_levels(length) for length in (1, 2, 3, 4, 5, 16_384)]
         [1, 2, 3, 3, 4, 15]
+
+    Raises:
+        ValueError: ``length`` is less than 1.
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
     return (length - 1).bit_length() + 1
 
 
-MOST_LEVELS = num_levels(2**63)  # that positions in int64 tell apart: more of them could never be read
+MOST_LEVELS = num_levels(2**63)  # int64 positions distinguish no more levels
 
 
 def merge_height(t: int) -> int:
-    """The number of trailing zeros of ``t >= 1``: at step ``t`` the levels ``0 .. merge_height(t)`` join into the next.
+    """Return the number of trailing zeros of ``t >= 1``.
+
+    At step ``t`` the levels ``0 .. merge_height(t)`` merge into the next level.
 
     Examples:
         >>> [merge_height(t) for t in range(1, 9)]
@@ -54,7 +59,7 @@ def merge_height(t: int) -> int:
 
 
 def walk(z: int) -> list[tuple[int, int]]:
-    """The blocks that make up the chunks before ``z``, nearest first, as (exclusive end, log2 of the size).
+    """Return the blocks that make up the chunks before ``z``, nearest first, as (exclusive end, log2 of the size).
 
     Examples:
         >>> walk(6)
@@ -70,10 +75,10 @@ def walk(z: int) -> list[tuple[int, int]]:
 
 
 def block_cap(num_levels: int, chunk_size: int) -> int:
-    """log2 of the block size, in chunks, from which on all blocks share the last level ``num_levels - 1``.
+    """Return log2 of the block size, in chunks, from which on all blocks share the last level ``num_levels - 1``.
 
-    Levels clamp: ``min(level(t, s), num_levels - 1)``. Blocks below the cap keep a level of their own; everything
-    older is one prefix. With cap 0 nothing is left of the tree, and the model is the linear one times one lambda.
+    Levels are capped: ``min(level(t, s), num_levels - 1)``. Each block below the cap has its own level, and everything
+    older is one prefix. With cap 0 all blocks share the last level, so every chunk reads its past as one prefix.
 
     Examples:
         >>> block_cap(15, 64), block_cap(8, 64), block_cap(1, 64)
@@ -83,7 +88,7 @@ def block_cap(num_levels: int, chunk_size: int) -> int:
 
 
 def num_blocks(num_levels: int, chunk_size: int) -> int:
-    """How many block states a decoding state holds: one per size below the cap, and the prefix.
+    """Return the number of block states in a decoding state: one per size below the cap, and the prefix.
 
     Examples:
         >>> num_blocks(15, 64), num_blocks(1, 64)
@@ -93,7 +98,7 @@ def num_blocks(num_levels: int, chunk_size: int) -> int:
 
 
 def has_block(chunks: int, size: int, cap: int) -> bool:
-    """Return True if the past of ``chunks`` chunks has a block of ``2**size``; at the cap it is the whole older prefix.
+    """Return True if the past of ``chunks`` chunks has a block of ``2**size``; at the cap this is the older prefix.
 
     Examples:
         >>> [has_block(13, size, cap=2) for size in range(3)]
@@ -103,7 +108,7 @@ def has_block(chunks: int, size: int, cap: int) -> bool:
 
 
 def block_level(size: int, num_levels: int, chunk_size: int) -> int:
-    """The level of a whole block of ``2**size`` chunks, clamped to the last.
+    """Return the level of a whole block of ``2**size`` chunks, at most ``num_levels - 1``.
 
     Examples:
         >>> [block_level(size, num_levels=9, chunk_size=64) for size in range(4)]
@@ -113,11 +118,14 @@ def block_level(size: int, num_levels: int, chunk_size: int) -> int:
 
 
 def log2(power: int) -> int:
-    """The exponent of a power of two.
+    """Return the exponent of a power of two.
 
     Examples:
         >>> log2(64)
         6
+
+    Raises:
+        ValueError: ``power`` is not a power of two.
     """
     if power < 1 or power & (power - 1):
         raise ValueError(f"expected a power of two, got {power}")

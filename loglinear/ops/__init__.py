@@ -1,4 +1,4 @@
-"""The public operators. This package needs torch alone: no GPU, no triton, no transformers."""
+"""The public operators and their states; they need torch, but no GPU, triton or transformers."""
 
 from loglinear.ops.api import IMPLEMENTATIONS, LogLinearOutput, log_linear_attention, log_linear_delta_rule
 from loglinear.ops.state import DecodeState, FenwickState

@@ -1,4 +1,4 @@
-"""The log says once which implementation serves an operator, and why impl="auto" did not take triton on a GPU."""
+"""A log line, written once, with the implementation of an operator and the reason why impl="auto" avoids triton."""
 
 import logging
 
@@ -9,7 +9,10 @@ _announced: set[tuple[str, str, str | None]] = set()
 
 
 def announce(operator: str, impl: str, reason: str | None) -> None:
-    """reason: why triton cannot serve a call on a GPU for which "auto" would have taken it."""
+    """Log the implementation of a call, unless the same line is already logged.
+
+    `reason` says why triton cannot serve a call on a GPU; it is None in every other case.
+    """
     if torch.compiler.is_compiling() or (operator, impl, reason) in _announced:
         return
     _announced.add((operator, impl, reason))

@@ -1,12 +1,12 @@
-"""The two public operators: check once, choose an implementation, run it.
+"""The two public operators: each checks its call once, chooses an implementation and runs it.
 
     scalar gate :  S_t = a_t S_{t-1} + k_t v_t^T                              a_t = exp(log_decay_t)
     delta rule  :  S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
 
     o_t = sum_l lambda[t, l] * scale * q_t^T S_t^(l)
 
-where S_t^(l) is the part of the state that was written by the tokens s with min(level(t, s), L - 1) = l, and
-level(t, s) = bit_length(t XOR s) (see `loglinear.fenwick`). With all lambda equal to 1 this is the linear model.
+S_t^(l) is the part of the state that the tokens s with min(level(t, s), L - 1) = l wrote, where
+level(t, s) = bit_length(t XOR s) (see `loglinear.fenwick`). If every lambda is 1, this is the linear model.
 """
 
 # B batch, T time, G query/key groups, H value heads, K key, V value, L levels, N sequences
@@ -29,8 +29,12 @@ from loglinear.ops.validation import flag, one_of
 
 
 class LogLinearOutput(NamedTuple):
+    """The result of an operator."""
+
     output: Tensor
+    """[B, T, H, V] in v's dtype"""
     final_state: FenwickState | None
+    """the state after the last token, in float32 (float64 for float64 inputs); None without output_final_state=True"""
 
 
 Implementation = Callable[[Problem], tuple[Tensor, "FenwickState | None"]]
@@ -52,34 +56,39 @@ def log_linear_attention(
     chunk_size: int = 64,
     impl: str = "auto",
 ) -> LogLinearOutput:
-    """Log-linear attention with a scalar gate (linear attention, RetNet, simple GLA, Mamba-2).
+    """Return log-linear attention with a scalar gate (linear attention, RetNet, simple GLA, Mamba-2).
 
         S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T,    o_t = sum_l level_scales[t, l] * scale * q_t^T S_t^(l)
 
     Args:
-        q, k: [B, T, G, K]; value head h reads group h // (H / G).
-        v: [B, T, H, V], H a multiple of G.
-        log_decay: [B, T, H], natural logarithm, <= 0; None for no decay. Below -80 it counts as -80 (a full reset).
-        level_scales: [B, T, H, L], the lambdas. Levels clamp at L - 1, so any T goes with any L >= 1; L = 1 is the
-            linear model times one lambda.
-        scale: multiplies q.
-        initial_state: continue from here, at any position. One row per sequence.
-        output_final_state: also return the state after the last token.
-        cu_seqlens: [N + 1] integers from 0 to T, non-decreasing: packed sequences (B = 1), each with its own tree.
-        chunk_size: tokens per chunk, a power of two. Results do not depend on it; the layout of a state does.
-        impl: "auto", "triton" (the Fenwick-array algorithm on a GPU; "auto" takes it there where it can serve),
-            "torch" (the same algorithm anywhere) or "reference" (token by token). A call that it cannot serve raises.
-            triton continues states at positions below 65,536 chunks; beyond, the device's check ends the process: use
-            torch there.
+        q: [B, T, G, K], the queries. Value head h reads group h // (H / G).
+        k: [B, T, G, K], the keys.
+        v: [B, T, H, V], the values; H is a multiple of G.
+        log_decay: [B, T, H], natural logarithms, <= 0; None for no decay. A value below -80 counts as -80 (a full
+            reset).
+        level_scales: [B, T, H, L], the lambdas. Levels are capped at L - 1, so every T works with every L >= 1. L = 1
+            is the linear model times one lambda.
+        scale: The factor of q.
+        initial_state: The state to continue from, one row per sequence, at any position; None starts new sequences.
+        output_final_state: True to also return the state after the last token.
+        cu_seqlens: [N + 1] integers from 0 to T, non-decreasing: the boundaries of packed sequences (B = 1). Each
+            sequence has its own tree.
+        chunk_size: Tokens per chunk, a power of two up to 4096. It changes the speed and the layout of a state, but
+            no result.
+        impl: "auto", "triton" (the Fenwick-array algorithm on a GPU), "torch" (the same algorithm on any device) or
+            "reference" (token by token). "auto" chooses triton on a GPU if it supports the call, and torch otherwise
+            or for one token after a state. triton continues states at positions below 65,536 chunks. At later positions
+            its check on the device ends the process: use torch there.
 
     Returns:
-        `LogLinearOutput(output, final_state)`: output [B, T, H, V] in v's dtype; final_state is None unless asked
-        for, float32 (float64 for float64 inputs). torch computes 16-bit inputs in float32; triton accumulates in
-        float32 and multiplies bfloat16 inputs and block states in bfloat16, float16 ones in tf32, float32 ones in
-        three tf32 products.
+        `LogLinearOutput(output, final_state)`: output is [B, T, H, V] in v's dtype. final_state is None without
+            output_final_state=True; it is float32 (float64 for float64 inputs). torch computes 16-bit inputs in
+            float32. triton accumulates in float32. It multiplies bfloat16 inputs and block states in bfloat16, float16
+            ones in tf32, and float32 ones as three tf32 products.
 
     Raises:
-        ValueError: a shape, dtype, state or cu_seqlens that does not fit; the text says which and what was expected.
+        ValueError: A shape, dtype, state or cu_seqlens does not fit, or impl does not support the call. The message
+            names the argument, its value and the expected one.
 
     Source: arXiv 2506.04761, equations 4 to 6; capped levels are this library's.
     """
@@ -106,15 +115,34 @@ def log_linear_delta_rule(
     chunk_size: int = 64,
     impl: str = "auto",
 ) -> LogLinearOutput:
-    """Log-linear attention with the delta rule (DeltaNet, Gated DeltaNet).
+    """Return log-linear attention with the delta rule (DeltaNet, Gated DeltaNet).
 
         S_t = exp(log_decay_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
         o_t = sum_l level_scales[t, l] * scale * q_t^T S_t^(l)
 
     Args:
-        beta: [B, T, H], the write strength. States stay bounded when 0 <= beta * |k|^2 <= 2: use unit keys.
-        l2_normalize: first bring q and k to length 1, x / sqrt(|x|^2 + 1e-6), as Gated DeltaNet does.
-        the others, the result and the errors: as in `log_linear_attention`.
+        q: [B, T, G, K], the queries. Value head h reads group h // (H / G).
+        k: [B, T, G, K], the keys.
+        v: [B, T, H, V], the values; H is a multiple of G.
+        log_decay: [B, T, H], natural logarithms, <= 0; None for no decay. A value below -80 counts as -80 (a full
+            reset).
+        beta: [B, T, H], the write strength. States stay bounded if 0 <= beta * |k|^2 <= 2, so use unit keys.
+        level_scales: [B, T, H, L], the lambdas, with levels capped at L - 1.
+        scale: The factor of q.
+        l2_normalize: True to first scale q and k to length 1, x / sqrt(|x|^2 + 1e-6), as Gated DeltaNet does.
+        initial_state: The state to continue from, one row per sequence, at any position; None starts new sequences.
+        output_final_state: True to also return the state after the last token.
+        cu_seqlens: [N + 1] integers from 0 to T, non-decreasing: the boundaries of packed sequences (B = 1). Each
+            sequence has its own tree.
+        chunk_size: Tokens per chunk, a power of two up to 4096. It changes the speed and the layout of a state, but
+            no result.
+        impl: "auto", "triton", "torch" or "reference", as in `log_linear_attention`.
+
+    Returns:
+        `LogLinearOutput(output, final_state)`, as `log_linear_attention` does.
+
+    Raises:
+        ValueError: An argument does not fit, or impl does not support the call, as in `log_linear_attention`.
 
     Source: arXiv 2506.04761, equation 8; Yang, Kautz, Hatamizadeh, arXiv 2412.06464 (the linear Gated DeltaNet).
     """
@@ -131,13 +159,14 @@ def log_linear_delta_rule(
 def _run(operator: str, call: Problem, impl: str) -> LogLinearOutput:
     chosen, reason = _automatic(call) if impl == "auto" else (impl, None)
     announce(operator, chosen, reason)
-    with torch.autocast(call.v.device.type, enabled=False):  # accumulating in float32 is a promise, not a preference
+    with torch.autocast(call.v.device.type, enabled=False):  # autocast would break the promise of float32 sums
         output, final_state = _RUN[chosen](call)
     return LogLinearOutput(output.to(call.v.dtype), final_state)
 
 
 def _automatic(problem: Problem) -> tuple[str, str | None]:
-    """triton where it can serve on a GPU, and why it cannot; a single token is not worth kernels for chunks."""
+    """Return the implementation that "auto" chooses, and the reason why it is not triton on a GPU."""
+    # One token does not fill a chunk: kernels for chunks cost more than they save.
     is_step = problem.initial_state is not None and problem.v.shape[1] == 1
     if problem.v.device.type != "cuda" or is_step:
         return "torch", None

@@ -1,4 +1,4 @@
-"""impl="reference": the recurrence, one sequence and one token at a time."""
+"""The implementation impl="reference": the recurrence, one sequence and one token at a time."""
 
 # N sequences, T time, C chunk, M blocks, H heads, K key, V value, L levels
 from __future__ import annotations
@@ -16,10 +16,11 @@ from loglinear.reference.recurrent import merged
 
 
 def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
+    """Return the output and, if the call asks for it, the final state."""
     p = problem.in_working_dtype()
     state, (B, T) = p.initial_state, p.v.shape[:2]
     if torch.compiler.is_compiling() and not (state is None and p.cu_seqlens is None):
-        raise ValueError("impl='reference' asks for positions and lengths, which a graph cannot: use impl='torch'")
+        raise ValueError("impl='reference' reads positions and lengths, which a graph cannot do: use impl='torch'")
     lengths = [T] * B if p.cu_seqlens is None else p.cu_seqlens.diff().tolist()
     positions = [0] * len(lengths) if state is None else state.position.tolist()
     if state is None:
@@ -41,7 +42,7 @@ def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
 
 
 def step(problem: Problem, state: DecodeState, active: Tensor | None) -> Tensor:
-    """The output [N, H, V] of one token for each row; `state`, from which the problem starts, moves on in place."""
+    """Return the output [N, H, V] of one token per row, and advance `state`, the problem's start, in place."""
     output, final = run(problem)
     assert final is not None
     y = output[:, 0].to(problem.v.dtype)
@@ -62,7 +63,7 @@ def _run_sequence(
     position: int,
     tokens: tuple[Any, ...],
 ) -> tuple[Tensor, FenwickState]:
-    """Replay the unfinished chunk from the state, run the new tokens, and cut the state at the last chunk's start."""
+    """Replay the state's unfinished chunk, run the new tokens and cut the state at the last chunk's start."""
     q, k, v, log_decay, beta, scales = tokens
     C, L = state.chunk_size, scales.shape[2]
     held = position % C

@@ -1,7 +1,7 @@
-"""impl="torch": lay the state's tokens in front of the new ones, run the kernel, cut the new state off.
+"""The implementation impl="torch": the Fenwick-array algorithm in plain torch, on any device.
 
-A state goes in front: the buffered tokens come first, the chunks start where the unfinished one started,
-and the outputs of the buffered tokens are dropped. That is differentiable without a formula of its own.
+The buffered tokens of a state come before the new ones, so chunks start where the unfinished chunk started. The
+outputs of the buffered tokens are dropped. Autograd differentiates this without a separate formula for states.
 """
 
 # N sequences, T time, C chunk, M blocks, H heads, G groups, K key, V value, L levels
@@ -16,12 +16,13 @@ from loglinear.ops.state import FenwickState
 
 
 def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
+    """Return the output and, if the call asks for it, the final state."""
     p = problem.in_working_dtype()
     state, N, C = p.initial_state, problem.num_sequences, p.chunk_size
     held = 0 if state is None else N * C
 
     def tokens(new: Tensor, buffer: Tensor | None = None) -> Tensor:
-        """New tokens behind the sequences' buffers; what has no buffer (q, lambda) is 0 there: nobody looks."""
+        """Return the new tokens after the buffered ones; q and lambda have no buffer and get unread zeros."""
         new = new.flatten(0, 1)
         if state is None:
             return new
@@ -35,7 +36,7 @@ def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
     position, nodes = (None, None) if state is None else (state.position, state.blocks.to(v.dtype))
     transformed = is_transformed()
     if transformed and torch.compiler.is_compiling():
-        raise ValueError("torch.func and forward-mode derivatives of an operator cannot be inside torch.compile")
+        raise ValueError("torch.func and forward-mode derivatives of an operator do not work in torch.compile")
     compute = kernels.stages if transformed else kernels.fenwick_array
     output, blocks = compute(
         q, k, v, log_decay, beta, scales, nodes, position, p.cu_seqlens, N, C, p.output_final_state
@@ -54,8 +55,10 @@ def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
 
 
 def _tails(tokens: list[Tensor | None], start: Tensor, end: Tensor, first: Tensor, C: int) -> list[Tensor | None]:
-    """The unfinished chunk's tokens [N, C, ...] of sequences that went from position `start` to `end`. The new ones
-    begin at row `first`; a chunk that began before has the older ones in its sequence's buffer."""
+    """Return the unfinished chunk's tokens [N, C, ...] of sequences that went from position `start` to `end`.
+
+    New tokens begin at row `first`. Older tokens of the same chunk are in its sequence's buffer.
+    """
     at = (end // C * C)[:, None] + torch.arange(C, device=end.device)
     buffered = torch.arange(len(end), device=end.device)[:, None] * C + at % C
     row = torch.where(at < start[:, None], buffered, first[:, None] + at - start[:, None])

@@ -1,7 +1,7 @@
-"""impl="triton": both operators on a GPU. Everything here is arithmetic on the device: nothing waits for it.
+"""The implementation impl="triton": both operators on a GPU, without any wait of the CPU for the device.
 
-A state goes in front, as in impl="torch": the buffered tokens first, then the new ones, packed without gaps; the
-chunks start where the unfinished one started, and the outputs of the buffered tokens are dropped.
+As in impl="torch", the buffered tokens of a state come before the new ones, here packed without gaps. Chunks start
+where the unfinished chunk started, and the outputs of the buffered tokens are dropped.
 """
 
 # N sequences, T time, C chunk, H heads, G groups, K key, V value
@@ -25,7 +25,8 @@ MAX_HEAD_DIM = 256
 
 
 def _triton_version() -> str | None:
-    """The version of the installed Triton, None without one. Its own metadata say it: importing it takes a second."""
+    """Return the version of the installed Triton, or None."""
+    # The package's metadata tell it without an import, which takes a second.
     if util.find_spec("triton") is None:
         return None
     for distribution in ("triton", "pytorch-triton", "triton-windows"):
@@ -37,7 +38,7 @@ def _triton_version() -> str | None:
 
 
 def _no_triton(version: str | None) -> str | None:
-    """The need that this version of Triton does not meet."""
+    """Return the requirement that this version of Triton does not meet, or None."""
     if version is None:
         return "needs the package triton (it comes with CUDA builds of torch)"
     if TorchVersion(version) < OLDEST_TRITON:
@@ -49,7 +50,7 @@ NO_TRITON = _no_triton(_triton_version())
 
 
 def availability() -> str:
-    """For `loglinear info`: can this machine run these kernels?"""
+    """Return the line of `loglinear info` that says if these kernels run on this machine."""
     if NO_TRITON is not None:
         return f"no: it {NO_TRITON}"
     if torch.cuda.is_available():
@@ -58,7 +59,7 @@ def availability() -> str:
 
 
 def _unavailable(device: torch.device) -> str | None:
-    """Why no kernel can run on this device."""
+    """Return the reason why no kernel runs on this device, or None."""
     if NO_TRITON is not None:
         return f"impl='triton' {NO_TRITON}; use impl='torch'"
     if device.type != "cuda" and not _is_interpreted():
@@ -71,14 +72,15 @@ def _is_interpreted() -> bool:
 
 
 def _too_wide(K: int, V: int, is_delta_rule: bool) -> str | None:
-    widest = 2 * MAX_HEAD_DIM if is_delta_rule else MAX_HEAD_DIM  # of V: the delta rule's kernels split it anyway
+    """Return the reason why heads of these widths do not fit the kernels, or None."""
+    widest = 2 * MAX_HEAD_DIM if is_delta_rule else MAX_HEAD_DIM  # the delta rule's kernels split V
     if K <= MAX_HEAD_DIM and widest >= V:
         return None
     return f"head dims K = {K}, V = {V} need impl='torch': impl='triton' takes up to {MAX_HEAD_DIM} and {widest}"
 
 
 def unsupported(p: Problem) -> str | None:
-    """Why these kernels cannot take the call, and what can; None if they can."""
+    """Return the reason why these kernels do not support a call and what does; None if they support it."""
     reason = _unavailable(p.v.device)
     if reason is not None:
         return reason
@@ -97,7 +99,7 @@ def unsupported(p: Problem) -> str | None:
     from loglinear.kernels.triton.layout import MAX_CHUNKS
 
     has_state = p.initial_state is not None or p.output_final_state
-    # What fits the shared memory: three tf32 products take eight times the room of one in bfloat16.
+    # Shared memory limits the chunk: three tf32 products take eight times the room of one in bfloat16.
     products = common_dtype if p.beta is None else products_of
     largest = 128 if products(p.q, p.k, p.v) == torch.bfloat16 else 64
     largest = largest if max(K, V) <= 128 else largest // 2
@@ -105,10 +107,10 @@ def unsupported(p: Problem) -> str | None:
         largest = max(largest, 64)
     if has_state and not 16 <= p.chunk_size <= largest:
         return f"a state with chunk_size {p.chunk_size} needs impl='torch': impl='triton' takes 16 to {largest} here"
-    # The scalar gate's plans may choose half as much.
+    # The scalar gate's plans may choose a chunk half as large.
     smallest = p.chunk_size if has_state else largest if p.beta is not None else largest // 2
     limit = (MAX_CHUNKS - 1) * smallest
-    if p.initial_state is not None:  # they lie in one packed row, behind their states' tokens
+    if p.initial_state is not None:  # all tokens are packed into one row, after the buffered ones
         limit -= p.num_sequences * p.chunk_size
         tokens = p.v.shape[0] * p.v.shape[1]
         if tokens >= limit:
@@ -119,7 +121,7 @@ def unsupported(p: Problem) -> str | None:
 
 
 def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
-    """As `unsupported`, for one-token steps."""
+    """Return the reason why the kernels do not support a step, as `unsupported` does for calls."""
     reason = _unavailable(v.device)
     if reason is not None:
         return reason
@@ -131,6 +133,7 @@ def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
 
 
 def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
+    """Return the output and, if the call asks for it, the final state; ValueError if the call is not supported."""
     reason = unsupported(p)
     if reason is not None:
         raise ValueError(reason)
@@ -159,6 +162,7 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
 
 
 def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tensor, FenwickState | None]:
+    """Run sequences that continue from a state."""
     from loglinear.kernels.triton import chunkwise
     from loglinear.kernels.triton.layout import MAX_CHUNKS, ragged
 
@@ -168,10 +172,10 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
     held, lengths = state.position % C, old_ends.diff()
     torch._assert_async(
         ((state.position + lengths) < MAX_CHUNKS * C).all(),
-        f"impl='triton' takes positions below {MAX_CHUNKS * C} at chunk size {C}",
+        f"impl='triton' needs positions below {MAX_CHUNKS * C} at chunk size {C}: use impl='torch'",
     )
     ends = torch.nn.functional.pad((held + lengths).cumsum(0), (1, 0))
-    # For every place of the packed row: the token that lies there, counted in [buffers, new tokens].
+    # The index in [buffers, new tokens] of the token at every place of the packed row.
     sequence, offset, real = ragged(held + lengths, N * C + B * T)
     source = torch.where(
         offset < held[sequence], sequence * C + offset, N * C + old_ends[sequence] + offset - held[sequence]
@@ -179,7 +183,7 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
     source = torch.where(real, source, 0)
 
     def packed(new: Tensor, buffer: Tensor | None = None) -> Tensor:
-        """What has no buffer (q, lambda) is 0 there: nobody looks."""
+        """Return buffered and new tokens in the packed row; q and lambda have no buffer and get unread zeros."""
         new = new.flatten(0, 1)
         shape = (N * C, *new.shape[1:])
         front = new.new_zeros(shape) if buffer is None else buffer.reshape(shape).to(new.dtype)
@@ -190,7 +194,7 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
     beta, blocks = None, state.blocks
     if p.beta is not None:
         beta = packed(p.beta, state.beta)
-        # This family's first entry reads the prefix even where there is none.
+        # The first entry of the delta rule's tree reads the prefix even if there is none, so it must be zero.
         is_past = has_blocks(state.position // C, blocks.shape[1])
         blocks = torch.where(is_past[..., None, None, None], blocks, 0.0)
     tokens = [packed(p.k, state.k), packed(p.v, state.v), packed(log_decay, state.log_decay), beta]
@@ -207,7 +211,7 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
 
 
 def _tails(tokens: list[Tensor | None], ends: Tensor, C: int, dtype: torch.dtype) -> list[Tensor | None]:
-    """The unfinished chunk's tokens of sequences that lie between `ends` and begin with a chunk: [N, C, ...]."""
+    """Return the unfinished chunks' tokens [N, C, ...] of sequences between `ends` that begin with a chunk."""
     length = ends.diff()
     row = (ends[:-1] + length // C * C)[:, None] + torch.arange(C, device=ends.device)
     real = row < ends[1:, None]

@@ -1,4 +1,4 @@
-"""One call of an operator: `checked`, it is what every implementation receives."""
+"""One call of an operator, in the form that every implementation receives after `checked`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from loglinear.ops.validation import (
 
 @dataclass(frozen=True)
 class Problem:
-    """Shapes as in `loglinear.ops.api`; every tensor in its caller's dtype."""
+    """The arguments of one call: shapes as in `loglinear.ops.api`, every tensor in its caller's dtype."""
 
     q: Tensor
     k: Tensor
@@ -38,7 +38,11 @@ class Problem:
     chunk_size: int
 
     def checked(self, *, delta_rule: bool) -> Problem:
-        """The same call, all of whose arguments fit; raises ValueError, in one line that names one that does not."""
+        """Return the same call with normalised arguments.
+
+        Raises:
+            ValueError: An argument does not fit; one line names it.
+        """
         sizes: Sizes = {"C": chunk_length("chunk_size", self.chunk_size)}
         check_operands(self, OPERANDS[delta_rule], sizes)
         check_cu_seqlens(sizes["B"], sizes["T"], self.cu_seqlens)
@@ -54,15 +58,17 @@ class Problem:
 
     @property
     def num_sequences(self) -> int:
+        """The number of sequences, N: rows of the batch, or packed sequences."""
         return len(self.v) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
     @property
     def is_float64(self) -> bool:
+        """True if any operand is float64."""
         tensors = (self.q, self.k, self.v, self.log_decay, self.beta, self.level_scales)
         return any(x is not None and x.dtype == torch.float64 for x in tensors)
 
     def in_working_dtype(self) -> WorkingProblem:
-        """The same call as the implementations in plain torch take it."""
+        """Return the same call as the implementations in plain torch take it."""
         dtype = torch.float64 if self.is_float64 else torch.float32
         log_decay = self.v.new_zeros(self.v.shape[:3], dtype=dtype)
         if self.log_decay is not None:
@@ -83,7 +89,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class WorkingProblem:
-    """All tensors in float32 or float64, scale multiplied into q, no decay spelt out as zeros."""
+    """A call with all tensors in float32 or float64, q multiplied by scale, and zeros for no decay."""
 
     q: Tensor
     k: Tensor
@@ -98,20 +104,25 @@ class WorkingProblem:
 
 
 def is_transformed() -> bool:
-    """Inside forward-mode AD, torch.func.grad, torch.func.jvp or what is made of them? A registered operator with an
-    autograd formula is a constant to the first and an error to the others."""
+    """Return True inside forward-mode AD, torch.func.grad, torch.func.jvp or a transform made of them.
+
+    A registered operator with an autograd formula is a constant to the first and an error to the others.
+    """
     stack = torch._C._functorch.get_interpreter_stack() or []
     kinds = {interpreter.key() for interpreter in stack}
     vmap = torch._C._functorch.TransformType.Vmap
     return bool(kinds - {vmap}) or torch.autograd.forward_ad._current_level >= 0
 
 
-# The compiler asks once for each graph, which it guards by the transforms around it. The decorator that says so,
-# torch.compiler.assume_constant_result, would import the whole compiler.
+# The result is constant within a graph, because the compiler guards each graph by the transforms around it. The
+# decorator for this, torch.compiler.assume_constant_result, would import the whole compiler.
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """x / sqrt(|x|^2 + 1e-6) along the last dimension, in at least float32 (eps as in flash-linear-attention)."""
+    """Return x / sqrt(|x|^2 + 1e-6) along the last dimension, computed in at least float32.
+
+    The epsilon is that of flash-linear-attention.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)

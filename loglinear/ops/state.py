@@ -1,4 +1,4 @@
-"""What a sequence leaves behind: enough to go on at any position, in pieces of any length."""
+"""The states of sequences: everything that a sequence needs to continue at any position, in pieces of any length."""
 
 from __future__ import annotations
 
@@ -29,31 +29,29 @@ from loglinear.ops.validation import (
 
 @contextmanager
 def constants() -> Iterator[None]:
-    """Tensors made in here carry no gradients and may be changed in place and saved for a backward anywhere later.
-
-    `torch.inference_mode(False)` alone turns gradients on, also inside `torch.no_grad()`.
-    """
+    """Enter a context for new tensors that carry no gradients but may change in place and be saved for backward."""
+    # torch.inference_mode(False) alone turns gradients on, even inside torch.no_grad().
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 class FenwickState(NamedTuple):
-    """The raw tokens of the unfinished chunk and the block states of the finished ones.
+    """The state of sequences: raw tokens of the unfinished chunk and block states of the finished chunks.
 
-    One row per sequence; rows may stand at different positions. With N rows, C chunk_size, L levels:
+    Each sequence has one row and its own position. With N rows, C chunk_size, L levels:
 
         position   [N] int64          tokens consumed so far
-        blocks     [N, M, H, K, V]    block m covers 2**m chunks, transported to the start of the unfinished chunk;
-                                      zero where bit m of position // C is not set. The last one holds the whole
-                                      older prefix, zero where there is none. M = max(1, L - 1 - log2(C)).
+        blocks     [N, M, H, K, V]    block m covers 2**m chunks, decayed to the start of the unfinished chunk;
+                                      zero if bit m of position // C is 0. The last block is the whole older
+                                      prefix, zero if there is none. M = max(1, L - 1 - log2(C)).
         k          [N, C, G, K]       the unfinished chunk's tokens, zero from row position % C on
         v          [N, C, H, V]
         log_decay  [N, C, H]
         beta       [N, C, H]          None for the scalar gate
 
-    The size depends on L and C alone, never on the position. Everything but `position` is float32 (float64 for
-    float64 inputs) and carries gradients. Other finite numbers where zeros are said, such as decoding leaves behind in
-    its rows, count for nothing.
+    The size depends on L and C alone, never on the position. All parts except `position` are float32 (float64 for
+    float64 inputs) and carry gradients. The operators ignore any finite number in place of these zeros; decoding leaves
+    such numbers behind.
     """
 
     position: Tensor
@@ -78,7 +76,23 @@ class FenwickState(NamedTuple):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> FenwickState:
-        """The state of sequences that have not begun; ValueError for sizes that no state has."""
+        """Return the state of sequences that have no token yet.
+
+        Args:
+            rows: N, the number of sequences.
+            num_levels: L, at most 64.
+            chunk_size: C, a power of two up to 4096.
+            groups: G, the query/key groups.
+            heads: H, the value heads, a multiple of G.
+            key_dim: K.
+            value_dim: V.
+            delta_rule: True for the delta rule (with beta), False for a scalar gate.
+            dtype: float32 or float64.
+            device: The device of all parts.
+
+        Raises:
+            ValueError: A size or dtype that no state has; the message names it.
+        """
         sizes = dict(rows=rows, groups=groups, heads=heads, key_dim=key_dim, value_dim=value_dim)
         rows, groups, heads, key_dim, value_dim = (whole_number(*size) for size in sizes.items())
         num_levels = whole_number("num_levels", num_levels, most=MOST_LEVELS)
@@ -103,32 +117,40 @@ class FenwickState(NamedTuple):
 
     @property
     def chunk_size(self) -> int:
+        """C, tokens per chunk."""
         return self.k.shape[1]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all parts."""
         return sum(part.numel() * part.element_size() for part in self if part is not None)
 
     def index_select(self, rows: Tensor) -> FenwickState:
-        """The state of other rows, in the order given (beam search)."""
+        """Return the state of these rows [n], in their order (beam search).
+
+        Raises:
+            ValueError: `rows` holds a number that is no row of the state.
+        """
         check_rows("rows", rows, len(self.position), self.position.device)
         return FenwickState._make(None if part is None else part.index_select(0, rows) for part in self)
 
     def detach(self) -> FenwickState:
+        """Return the same state without gradients."""
         return FenwickState._make(None if part is None else part.detach() for part in self)
 
 
 @dataclass(frozen=True)
 class DecodeState:
-    """A `FenwickState` in memory of its own, which the one-token steps change in place: allocated once, never moved.
+    """A `FenwickState` for decoding: its memory is allocated once, and the one-token steps change it in place.
 
-    It carries no gradients: what continues from it treats the past as constant. `fenwick` can be handed to the
-    operators as initial_state at any time, to continue with more than one token. With N rows, C chunk_size:
+    It carries no gradients, so a backward pass treats the past as constant. `fenwick` is a valid initial_state of the
+    operators at any time, to continue with more than one token. With N rows, C chunk_size:
 
         inverse   [N, C, H, C]   the delta rule's (I + tril(diag(beta) K K^T dec, -1))^-1 of the unfinished chunk, by
-                                 its rows; None for the scalar gate
+                                 its rows; None for a scalar gate
 
-    Raises ValueError, in one line that names the part, where its parts do not fit each other or share memory.
+    Raises:
+        ValueError: The parts do not fit each other or share memory; one line names the part.
     """
 
     fenwick: FenwickState
@@ -141,8 +163,8 @@ class DecodeState:
         if fenwick is not self.fenwick:
             raise ValueError(f"fenwick.position must hold int64, got {self.fenwick.position.dtype}")
         if (self.inverse is None) != (fenwick.beta is None):
-            has = "no" if fenwick.beta is None else "a"
-            raise ValueError(f"inverse goes with beta, and fenwick has {has} beta: make the state with DecodeState.of")
+            needs = "None if fenwick has no" if fenwick.beta is None else "a tensor if fenwick has a"
+            raise ValueError(f"inverse must be {needs} beta: make the state with DecodeState.of")
         if self.inverse is not None:
             parts["inverse"] = self.inverse
             check_tensor("inverse", self.inverse, INVERSE, sizes, fenwick.k.device, WIDE_FLOATS)
@@ -152,7 +174,7 @@ class DecodeState:
 
     @classmethod
     def zeros(cls, rows: int, **sizes: Any) -> DecodeState:
-        """The state of sequences that have not begun; sizes as in `FenwickState.zeros`."""
+        """Return the state of `rows` sequences that have no token yet; sizes as in `FenwickState.zeros`."""
         with constants():
             fenwick = FenwickState.zeros(rows, **sizes)
             if fenwick.beta is None:
@@ -161,7 +183,11 @@ class DecodeState:
 
     @classmethod
     def of(cls, state: FenwickState) -> DecodeState:
-        """A copy of a state without its gradients, which lives in no inference mode, even if made in one."""
+        """Return a copy of a state without gradients, usable outside inference mode even if made inside it.
+
+        Raises:
+            ValueError: `state` is no FenwickState, or its parts do not fit each other.
+        """
         state = checked_state("state", state, {})
         with constants():
             fenwick = FenwickState._make(
@@ -171,8 +197,11 @@ class DecodeState:
 
     @torch.no_grad()
     def copy_(self, state: FenwickState) -> DecodeState:
-        """The contents of another state of the same sizes, dtype and device, in the memory of this one; ValueError if
-        they differ."""
+        """Copy the contents of another state into this one's memory and return this state.
+
+        Raises:
+            ValueError: The sizes, dtype or device of `state` differ.
+        """
         own = self.fenwick
         state = checked_state("state", state, self.sizes(), own.k.device, delta_rule=own.beta is not None)
         if state.k.dtype != own.k.dtype:
@@ -187,16 +216,21 @@ class DecodeState:
         return self
 
     def sizes(self) -> Sizes:
-        """The size of every axis, by its letter in `loglinear.ops.validation`."""
+        """Return the size of every axis, by its letter in `loglinear.ops.validation`."""
         (N, M, H, K, V), (C, G) = self.fenwick.blocks.shape, self.fenwick.k.shape[1:3]
         return {"N": N, "M": M, "H": H, "K": K, "V": V, "C": C, "G": G}
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all parts."""
         return self.fenwick.nbytes + (0 if self.inverse is None else self.inverse.nbytes)
 
     def index_select(self, rows: Tensor) -> DecodeState:
-        """The state of other rows, in the order given (beam search), in memory of its own."""
+        """Return the state of these rows [n], in their order (beam search), in new memory.
+
+        Raises:
+            ValueError: `rows` holds a number that is no row of the state.
+        """
         with constants():
             fenwick = self.fenwick.index_select(rows)
             return DecodeState(fenwick, None if self.inverse is None else self.inverse.index_select(0, rows))
@@ -205,7 +239,11 @@ class DecodeState:
 def checked_state(
     name: str, state: Any, sizes: Sizes, device: torch.device | None = None, *, delta_rule: bool | None = None
 ) -> FenwickState:
-    """A state whose parts fit each other, `sizes` and the operator (None: either), with an int64 position."""
+    """Return the state with an int64 position if its parts fit each other, `sizes` and the operator (None: either).
+
+    Raises:
+        ValueError: `state` is no FenwickState, or a part does not fit; one line names it.
+    """
     if not isinstance(state, FenwickState):
         kind = type(state).__name__
         raise ValueError(
@@ -218,7 +256,7 @@ def checked_state(
 
 
 def for_backward(state: FenwickState) -> FenwickState:
-    """The state; a copy where it was made in inference mode and a backward may need it, which could not save it."""
+    """Return the state, or a copy if it is made in inference mode and a backward pass may need to save it."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return state
     if not any(x is not None and x.is_inference() for x in state):
@@ -227,6 +265,7 @@ def for_backward(state: FenwickState) -> FenwickState:
 
 
 def _inverse(state: FenwickState) -> Tensor | None:
+    """Return `DecodeState.inverse` of a state's unfinished chunk."""
     if state.beta is None:
         return None
     held = torch.arange(state.chunk_size, device=state.k.device) < (state.position % state.chunk_size)[:, None]

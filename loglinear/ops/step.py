@@ -1,8 +1,8 @@
-"""Decoding: one token for each row of a batch, in place.
+"""The decode steps of the operators: one token for each row of a batch, from a state that changes in place.
 
-The equations are those of `loglinear.ops.api`. A step computes one row of the chunk formulas and reads the popcount of
-position // C block states, which are only read until the chunk is full: its cost grows with log2(T), and the state
-stays where it is. impl="triton" does not wait for the device, so that a step can be captured in a CUDA graph.
+The equations are those of `loglinear.ops.api`. A step computes one row of the chunk formulas. It reads
+popcount(position // C) block states, so its cost grows with log2(T). Blocks are written only when a chunk is full.
+With impl="triton" the CPU does not wait for the device, so a CUDA graph can capture a step.
 """
 
 # N rows, C chunk, M blocks, G groups, H heads, K key, V value, L levels
@@ -47,19 +47,29 @@ def log_linear_attention_step(
     active: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """The next token of `log_linear_attention` for every row, [N, H, V] in v's dtype; `state` moves on in place.
+    """Return the output of `log_linear_attention` for the next token of every row, and advance `state` in place.
 
-    A step has no derivatives, and refuses inputs that would need one: they take the operator with initial_state.
+    A step has no derivatives and refuses inputs that require gradients. Use the operator with initial_state for them.
 
     Args:
-        q, k: [N, G, K]; v: [N, H, V]; log_decay: [N, H] or None; level_scales: [N, H, L].
-        state: of N rows, each at a position of its own. `DecodeState.of(final_state)` makes it.
-        scale: multiplies q.
-        active: [N] bool; rows that are not get 0 and keep their state (None: all are active).
-        impl: "auto", "triton" (one launch; "auto" takes it on a GPU), "torch" or "reference" (the recurrence).
+        q: [N, G, K], the queries.
+        k: [N, G, K], the keys.
+        v: [N, H, V], the values.
+        log_decay: [N, H], natural logarithms, <= 0; None for no decay.
+        level_scales: [N, H, L], the lambdas.
+        state: A state of N rows, each at its own position; `DecodeState.of(final_state)` makes it. It changes in
+            place.
+        scale: The factor of q.
+        active: [N] bool. An inactive row gets output 0 and keeps its state. None: all rows are active.
+        impl: "auto", "triton" (one launch), "torch" or "reference" (the recurrence). "auto" chooses triton on a GPU if
+            it supports the step, and torch otherwise.
+
+    Returns:
+        [N, H, V] in v's dtype.
 
     Raises:
-        ValueError: a shape or dtype that does not fit, or an impl that cannot serve; the text says what was expected.
+        ValueError: A shape or dtype does not fit, an input requires gradients, or impl does not support the step. The
+            message names the argument, its value and the expected one.
     """
     one_of("impl of a step", impl, STEPS)
     token = Token(q, k, v, log_decay, None, level_scales, state, scale, False, active)
@@ -80,14 +90,37 @@ def log_linear_delta_rule_step(
     active: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """The next token of `log_linear_delta_rule` for every row; beta [N, H], all else as `log_linear_attention_step`."""
+    """Return the output of `log_linear_delta_rule` for the next token of every row, and advance `state` in place.
+
+    A step has no derivatives and refuses inputs that require gradients. Use the operator with initial_state for them.
+
+    Args:
+        q: [N, G, K], the queries.
+        k: [N, G, K], the keys.
+        v: [N, H, V], the values.
+        log_decay: [N, H], natural logarithms, <= 0; None for no decay.
+        beta: [N, H], the write strength.
+        level_scales: [N, H, L], the lambdas.
+        state: A state of N rows, each at its own position; `DecodeState.of(final_state)` makes it. It changes in
+            place.
+        scale: The factor of q.
+        l2_normalize: True to first scale q and k to length 1, x / sqrt(|x|^2 + 1e-6).
+        active: [N] bool. An inactive row gets output 0 and keeps its state. None: all rows are active.
+        impl: "auto", "triton", "torch" or "reference", as in `log_linear_attention_step`.
+
+    Returns:
+        [N, H, V] in v's dtype.
+
+    Raises:
+        ValueError: An argument does not fit, an input requires gradients, or impl does not support the step.
+    """
     one_of("impl of a step", impl, STEPS)
     token = Token(q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active)
     return _step("log_linear_delta_rule_step", token.checked(delta_rule=True), impl)
 
 
 class Token(NamedTuple):
-    """One call of a step: shapes as in `log_linear_attention_step`."""
+    """The arguments of one step: shapes as in `log_linear_attention_step`."""
 
     q: Tensor
     k: Tensor
@@ -101,7 +134,11 @@ class Token(NamedTuple):
     active: Tensor | None
 
     def checked(self, *, delta_rule: bool) -> Token:
-        """The same call, all of whose arguments fit the state; no decay is spelt out as zeros."""
+        """Return the same call with normalised arguments and zeros for no decay.
+
+        Raises:
+            ValueError: An argument does not fit the state, or requires gradients; one line names it.
+        """
         if not isinstance(self.state, DecodeState):
             kind = type(self.state).__name__
             raise ValueError(f"state must be a DecodeState (DecodeState.of(final_state)), got {kind}")
@@ -121,18 +158,20 @@ class Token(NamedTuple):
         return self._replace(scale=scale, log_decay=log_decay)
 
     def refuse_derivatives(self, names: Iterable[str]) -> None:
-        """A step would leave them out, in silence."""
+        """Raise ValueError if a tensor of these names would need a derivative, which a step does not compute."""
         tensors = {name: getattr(self, name) for name in names}
         wanted = [name for name, x in tensors.items() if x is not None and x.requires_grad]
         if is_transformed() or (torch.is_grad_enabled() and wanted):
-            what = f"{' and '.join(wanted)} would need one" if wanted else "here is a transform that takes one"
+            who = " and ".join(wanted) or "torch.func or forward-mode AD"
             raise ValueError(
-                f"a step has no derivatives: {what}; use torch.no_grad(), or the operator with initial_state"
+                f"a step has no derivatives, but {who} would need one: "
+                "use torch.no_grad(), or the operator with initial_state"
             )
 
 
 @torch.no_grad()
 def _step(operator: str, token: Token, impl: str) -> Tensor:
+    """Choose an implementation and run it."""
     reason = impl_triton.unsupported_step(token.q, token.v, token.state)
     if impl == "triton" and reason is not None:
         raise ValueError(reason)
@@ -153,7 +192,7 @@ def _step(operator: str, token: Token, impl: str) -> Tensor:
 
 
 def _reference_step(token: Token) -> Tensor:
-    """The recurrence, in the state's dtype."""
+    """Run the recurrence in the state's dtype."""
     q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active = token
     if l2_normalize:
         q, k = unit_length(q), unit_length(k)
@@ -170,6 +209,7 @@ def _reference_step(token: Token) -> Tensor:
 
 
 def _torch_step(token: Token) -> Tensor:
+    """Run one row of the chunk formulas in plain torch."""
     q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active = token
     assert log_decay is not None
     s, dtype = state.fenwick, state.fenwick.blocks.dtype
@@ -180,7 +220,7 @@ def _torch_step(token: Token) -> Tensor:
     row = torch.arange(len(place), device=place.device)
     for buffer, new in ((s.k, k), (s.v, v), (s.log_decay, log_decay.clamp(min=MIN_LOG_DECAY)), (s.beta, beta)):
         if buffer is not None and new is not None:
-            if active is not None:  # what an idle row is given counts for nothing, not even as NaN
+            if active is not None:  # NaN in an inactive row's inputs must not reach its state
                 new = torch.where(active.view(-1, *[1] * (new.dim() - 1)), new, 0.0)
             buffer[row, place] = new.to(dtype)
     full = place == C - 1 if active is None else (place == C - 1) & active

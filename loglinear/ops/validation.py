@@ -1,6 +1,6 @@
-"""Every check of what users hand to operators, steps and states: a wrong argument gets one line that names it.
+"""The checks of the arguments of operators, steps and states: a wrong argument raises one line that names it.
 
-Shapes stand in one table. A letter takes its size from the first tensor that has it; all others must agree.
+One table holds the shapes. A letter takes its size from the first tensor that has it; all other tensors must agree.
 """
 
 # B batch, T time, N sequences, G query/key groups, H value heads, K key, V value, L levels, C chunk, M blocks
@@ -22,7 +22,7 @@ Table = Mapping[str, str]  # from a tensor's name to its axes
 
 _DELTA_RULE = {"q": "BTGK", "k": "BTGK", "v": "BTHV", "log_decay": "BTH", "beta": "BTH", "level_scales": "BTHL"}
 _SCALAR_GATE = {name: axes for name, axes in _DELTA_RULE.items() if name != "beta"}
-OPERANDS: dict[bool, Table] = {False: _SCALAR_GATE, True: _DELTA_RULE}  # by: is it the delta rule?
+OPERANDS: dict[bool, Table] = {False: _SCALAR_GATE, True: _DELTA_RULE}  # key: True for the delta rule
 TOKENS: dict[bool, Table] = {
     delta_rule: {name: axes.replace("BT", "N") for name, axes in table.items()}
     for delta_rule, table in OPERANDS.items()
@@ -44,7 +44,7 @@ _NAMES = {
 }
 
 MAX_POSITION = 2**62
-LARGEST_CHUNK = 4096  # a chunk's scores are quadratic in its tokens
+LARGEST_CHUNK = 4096  # the scores of a chunk grow with the square of its tokens
 
 
 def check_tensor(
@@ -55,7 +55,7 @@ def check_tensor(
     device: torch.device | None = None,
     dtypes: frozenset[torch.dtype] = FLOATS,
 ) -> None:
-    """Raise ValueError unless `x` is a dense tensor of one of `dtypes` with these axes; note the sizes of new axes."""
+    """Raise ValueError unless `x` is a dense tensor of one of `dtypes` with these axes; add new axes to `sizes`."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
@@ -77,13 +77,16 @@ def check_tensor(
         raise ValueError(f"{name} must not be empty, got shape {list(shape)}")
     if device is None:
         if x.device.type == "meta":
-            raise ValueError(f"{name} must hold numbers, got a tensor on the device meta")
+            raise ValueError(f"{name} must hold data, got a tensor on the meta device")
     elif x.device != device:
         raise ValueError(f"{name} must be on {device}, got {x.device}")
 
 
 def check_operands(call: Any, table: Table, sizes: Sizes, device: torch.device | None = None) -> None:
-    """The operands, attributes of `call`, of an operator (`OPERANDS`) or a step (`TOKENS`); log_decay may be None."""
+    """Raise ValueError unless the operands, attributes of `call`, fit a table of `OPERANDS` or `TOKENS`.
+
+    log_decay may be None.
+    """
     for name, axes in table.items():
         x = getattr(call, name)
         if x is None and name == "log_decay":
@@ -95,13 +98,13 @@ def check_operands(call: Any, table: Table, sizes: Sizes, device: torch.device |
 
 
 def check_groups(name: str, heads: int, groups: int) -> None:
-    """Every group serves as many heads."""
+    """Raise ValueError unless every group serves the same number of heads."""
     if heads % groups:
         raise ValueError(f"{name}'s H = {heads} heads must be a multiple of q's G = {groups} groups")
 
 
 def check_state(name: str, state: Any, sizes: Sizes, device: torch.device | None = None) -> None:
-    """The parts of a `FenwickState` against each other, the table and `sizes`, which other arguments have said."""
+    """Raise ValueError unless the parts of a `FenwickState` fit each other, the table and the `sizes` known so far."""
     C = sizes.get("C")
     if C is not None and isinstance(state.k, Tensor) and state.k.dim() == 4 and state.k.shape[1] != C:
         raise ValueError(f"{name} was made with chunk_size {state.k.shape[1]}, got chunk_size {C}")
@@ -124,7 +127,10 @@ def check_state(name: str, state: Any, sizes: Sizes, device: torch.device | None
 
 
 def check_positions(name: str, position: Tensor) -> None:
-    """On a GPU its numbers are checked there, without waiting: a wrong one ends the process with the same text."""
+    """Raise ValueError unless positions are from 0 to 2**62 - 1.
+
+    A GPU checks its values itself, so the CPU does not wait; a wrong one ends the process with the same text.
+    """
     if position.is_cuda or torch.compiler.is_compiling():
         fits = ((position >= 0) & (position < MAX_POSITION)).all()
         torch._assert_async(fits, f"{name}.position must be from 0 to 2**62 - 1")
@@ -135,23 +141,23 @@ def check_positions(name: str, position: Tensor) -> None:
 
 
 def check_family(name: str, has_beta: bool, delta_rule: bool) -> None:
-    """Raise ValueError where a state of one operator is given to the other."""
+    """Raise ValueError if a state belongs to the other operator."""
     if has_beta != delta_rule:
-        kind = "the delta rule (beta)" if has_beta else "a scalar gate (no beta)"
-        raise ValueError(f"{name} is one of {kind} and cannot continue the other operator")
+        kinds = ("a scalar gate (no beta)", "the delta rule (with beta)")
+        raise ValueError(f"{name} must be a state of {kinds[delta_rule]}, got one of {kinds[has_beta]}")
 
 
 def check_blocks(levels: int, chunk_size: int, blocks: int) -> None:
-    """A state of M blocks is one of this many levels."""
+    """Raise ValueError unless a state of this many blocks has this many levels."""
     if num_blocks(levels, chunk_size) != blocks:
         raise ValueError(
-            f"level_scales has {levels} levels, which need {num_blocks(levels, chunk_size)} blocks of state; "
-            f"this one has {blocks}"
+            f"level_scales with L = {levels} needs a state of {num_blocks(levels, chunk_size)} blocks, "
+            f"got one of {blocks}"
         )
 
 
 def check_owned(parts: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless steps may write into these: contiguous memory of their own, apart from any graph."""
+    """Raise ValueError unless steps may write into these parts: contiguous, unshared, outside any autograd graph."""
     for name, x in parts.items():
         if not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous memory of its own, got strides {x.stride()}")
@@ -167,7 +173,7 @@ def check_owned(parts: Mapping[str, Tensor]) -> None:
 
 
 def check_rows(name: str, rows: Any, count: int, device: torch.device | None = None) -> None:
-    """Numbers of rows of a state, [n] from 0 to count - 1. On a GPU the selection itself checks them."""
+    """Raise ValueError unless `rows` [n] are row numbers from 0 to count - 1; on a GPU the selection checks them."""
     check_tensor(name, rows, "n", {}, device, INDICES)
     if rows.is_cuda or torch.compiler.is_compiling():
         return
@@ -177,8 +183,11 @@ def check_rows(name: str, rows: Any, count: int, device: torch.device | None = N
 
 
 def check_cu_seqlens(B: int, T: int, cu_seqlens: Any) -> None:
-    """On a GPU its numbers are checked there, without waiting: a wrong one ends the process with the same text. So they
-    are in a compiled graph, which would break where Python looks at them."""
+    """Raise ValueError unless `cu_seqlens` are boundaries of packed sequences in a batch [B, T] with B = 1.
+
+    A GPU checks its values itself, so the CPU does not wait; a wrong one ends the process with the same text. A
+    compiled graph does the same, because it would break where Python reads a value.
+    """
     if cu_seqlens is None:
         return
     if not isinstance(cu_seqlens, Tensor):
@@ -203,13 +212,13 @@ def check_cu_seqlens(B: int, T: int, cu_seqlens: Any) -> None:
 
 
 def _said(value: Any) -> str:
-    """A plain value as one line has it, the type of any other."""
+    """Return a plain value as one line of text, or the type of any other value."""
     is_plain = value is None or isinstance(value, str | numbers.Number)
     return repr(value)[:80] if is_plain else type(value).__name__
 
 
 def whole_number(name: str, value: Any, most: int | None = None) -> int:
-    """An integer of at least 1, of Python or numpy, as Python's; bool is none."""
+    """Return an integer of Python or numpy as an int; ValueError for a bool or a value outside 1 .. `most`."""
     if isinstance(value, bool) or not isinstance(value, int | numbers.Integral) or int(value) < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {_said(value)}")
     if most is not None and int(value) > most:
@@ -218,7 +227,7 @@ def whole_number(name: str, value: Any, most: int | None = None) -> int:
 
 
 def chunk_length(name: str, value: Any) -> int:
-    """A power of two of Python or numpy as Python's."""
+    """Return a power of two of Python or numpy as an int; ValueError if it is none or above 4096."""
     is_whole = isinstance(value, int | numbers.Integral) and not isinstance(value, bool)
     if not is_whole or value < 1 or int(value) & (int(value) - 1):
         raise ValueError(f"{name} must be a power of two, got {_said(value)}")
@@ -228,7 +237,7 @@ def chunk_length(name: str, value: Any) -> int:
 
 
 def finite_number(name: str, value: Any) -> float:
-    """A real number as Python's float; bool, infinities and NaN are none."""
+    """Return a real number as a float; ValueError for a bool, an infinity or NaN."""
     if type(value) is float and -math.inf < value < math.inf:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
@@ -243,12 +252,14 @@ def finite_number(name: str, value: Any) -> float:
 
 
 def flag(name: str, value: Any) -> bool:
+    """Return a bool; ValueError for any other value."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {_said(value)}")
     return value
 
 
 def one_of(name: str, value: Any, choices: Iterable[str]) -> str:
+    """Return a string that is one of `choices`; ValueError for any other value."""
     choices = list(choices)
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {_said(value)}")

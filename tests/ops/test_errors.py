@@ -114,8 +114,8 @@ def test_a_decode_state_is_memory_of_its_own():
         (fenwick._replace(k=fenwick.k.clone().requires_grad_()), state.inverse, "fenwick.k must carry no gradients"),
         (fenwick._replace(position=fenwick.position.int()), state.inverse, "fenwick.position must hold int64"),
         (fenwick._replace(position=fenwick.position - 1), state.inverse, "position must be from 0 to .*, got -1"),
-        (fenwick, None, "inverse goes with beta, and fenwick has a beta"),
-        (fenwick._replace(beta=None), state.inverse, "inverse goes with beta, and fenwick has no beta"),
+        (fenwick, None, "inverse must be a tensor if fenwick has a beta: make the state with DecodeState.of"),
+        (fenwick._replace(beta=None), state.inverse, "inverse must be None if fenwick has no beta"),
         (fenwick, state.inverse[:1], r"inverse must have shape \[N, C, H, C\] = \[2, 4, 4, 4\], got \[1, 4, 4, 4\]"),
     ]
     for parts_of, inverse, text in wrong:
@@ -140,7 +140,7 @@ def test_rows_that_a_state_does_not_have():
 @pytest.mark.parametrize(
     "other, text",
     [
-        (dict(delta_rule=False), "one of a scalar gate .no beta. and cannot continue the other operator"),
+        (dict(delta_rule=False), "state must be a state of the delta rule .with beta., got one of a scalar gate"),
         (dict(dtype=torch.float64), "state must hold torch.float32, as the state that it is copied into"),
         (dict(chunk_size=8), "state was made with chunk_size 8, got chunk_size 4"),
         (dict(num_levels=9), r"state.blocks must have shape \[N, M, H, K, V\] = \[2, 3, 4, 5, 3\], got \[2, 6,"),
@@ -170,7 +170,7 @@ def test_a_state_of_another_shape(other, options, text):
 
 def test_a_state_of_the_other_operator():
     state = OPERATORS[0](OPERATORS[0].inputs(B=1), chunk_size=4, output_final_state=True).final_state
-    with pytest.raises(ValueError, match="one of a scalar gate .no beta. and cannot continue the other operator"):
+    with pytest.raises(ValueError, match="initial_state must be a state of the delta rule .*, got one of a scalar"):
         call(initial_state=state)
 
 

@@ -195,7 +195,7 @@ def test_reordered_rows_are_apart(operator):
     [
         (dict(q=(2, 2, 6)), r"q must have shape \[N, G, K\] = \[2, 2, 5\], got \[2, 2, 6\]"),
         (dict(v=(3, 4, 3)), r"v must have shape \[N, H, V\] = \[2, 4, 3\]"),
-        (dict(level_scales=(2, 4, 11)), "level_scales has 11 levels, which need 6 blocks of state; this one has 3"),
+        (dict(level_scales=(2, 4, 11)), "level_scales with L = 11 needs a state of 6 blocks, got one of 3"),
     ],
     ids=str,
 )

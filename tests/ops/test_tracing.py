@@ -93,7 +93,7 @@ def test_the_recurrence_exports_and_names_what_it_cannot(operator):
     for mine, expected in zip(exported(Call(operator, "reference"), x)(*x), Call(operator)(*x), strict=True):
         assert relative_error(mine, expected) < 1e-12
     for kind in ("packed", "continued"):
-        with pytest.raises(ValueError, match="^impl='reference' asks for positions and lengths, .* use impl='torch'$"):
+        with pytest.raises(ValueError, match="^impl='reference' reads positions and lengths, .* use impl='torch'$"):
             exported(Call(operator, "reference", kind == "packed"), arguments(operator, kind))
 
 
