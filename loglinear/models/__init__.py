@@ -1,4 +1,4 @@
-"""One Hugging Face model family, registered with the Auto classes on import."""
+"""The Hugging Face model family; importing it registers the Auto classes."""
 
 from loglinear.models.auto import register
 from loglinear.models.cache import LogLinearCache

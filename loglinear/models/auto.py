@@ -1,4 +1,4 @@
-"""How transformers finds our classes: its Auto classes, and the lists of class names that parts of it go by."""
+"""The registration of our classes with transformers: its Auto classes, and its lists of class names."""
 
 from transformers import AutoConfig, AutoTokenizer
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -37,11 +37,11 @@ MODELS = (
 
 
 def register() -> None:
-    """Register configuration, tokenizer and models with the Auto classes, their names in transformers' lists, and the
-    former names of weights.
+    """Register configuration, tokenizer, models and the former names of weights with transformers.
 
-    A registered class is not in these lists by itself. Trainer's label smoothing shifts the labels of listed language
-    models alone, lm-eval knows by them what a language model is, and model cards know the task.
+    Registration does not put a class into transformers' lists of names, so this adds it. Trainer's label smoothing
+    shifts labels only for listed language models. lm-eval recognises language models by the lists, and model cards
+    take the task from them.
     """
     AutoConfig.register(LogLinearConfig.model_type, LogLinearConfig, exist_ok=True)
     AutoTokenizer.register(LogLinearConfig, ByteTokenizer, exist_ok=True)

@@ -1,6 +1,6 @@
-"""A file in every checkpoint through which stock tools load our classes: lm-eval, trl, a bare `AutoModel`.
+"""The file in every checkpoint through which other tools load our classes: lm-eval, trl, a bare `AutoModel`.
 
-transformers executes it only with trust_remote_code=True. It imports the installed library and holds no code of ours.
+transformers executes it only with trust_remote_code=True. It imports the installed library and contains no other code.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from loglinear.models import *  # noqa: F403
 
 
 def write_auto_file(folder: str | os.PathLike) -> None:
-    """Write `loglinear_auto.py` into the folder of a checkpoint, which may not exist yet."""
+    """Write `loglinear_auto.py` into the folder of a checkpoint; create the folder if necessary."""
     if Path(folder).is_file():
-        return  # transformers says what is wrong with it
+        return  # transformers raises the error
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / f"{MODULE}.py").write_text(TEXT)

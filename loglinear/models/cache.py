@@ -1,5 +1,5 @@
 # B batch, T time (new columns), S columns so far, G key/value heads, K head width
-"""What generation keeps: a fixed-size state per linear layer, keys and values per full-attention layer."""
+"""The cache of generation: a fixed-size state per linear layer, keys and values per full-attention layer."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ from loglinear.ops.validation import check_rows, whole_number
 
 
 class LinearStateLayer(CacheLayerMixin):
-    """The state of one mixer: C raw tokens and the block states (design: Fenwick tree), and the convolution's inputs.
+    """The cache of one mixer: its `FenwickState` and the last inputs of its convolution.
 
-    Its memory is allocated by the first tokens and stays where it is; what it keeps carries no gradients. Rows stand at
-    positions of their own (`state.decode.fenwick.position`, padding not counted); `columns` counts the columns of the
-    padded batch, which is what `generate` slices its inputs by: on the device where the cache is static.
+    The first tokens allocate its memory, which then stays in place and carries no gradients. Each row has its own
+    position (`state.decode.fenwick.position`), without padding. `columns` counts the columns of the padded batch, by
+    which `generate` slices its inputs; a static cache holds it on the device.
     """
 
     is_croppable = False
@@ -31,9 +31,9 @@ class LinearStateLayer(CacheLayerMixin):
         self.state: MixerDecodeState | None = None
         self.columns: int | Tensor = 0
 
-    @torch.compiler.disable  # or memory of a graph, which its next replay overwrites, would be kept
+    @torch.compiler.disable  # a graph's memory would be kept here, and its next replay overwrites it
     def store(self, state: MixerState | None, new_columns: int) -> None:
-        """After tokens that were no single step: their state (None: all of them were padding)."""
+        """Store the state after new tokens that were no single step (None: all of them were padding)."""
         if state is not None and self.state is not None:
             self.state.copy_(state)
         elif state is not None:
@@ -46,6 +46,7 @@ class LinearStateLayer(CacheLayerMixin):
         self.advance(new_columns)
 
     def advance(self, new_columns: int) -> None:
+        """Count new columns."""
         if isinstance(self.columns, Tensor):
             self.columns.add_(new_columns)
         else:
@@ -80,7 +81,7 @@ class LinearStateLayer(CacheLayerMixin):
                 part.copy_(part.index_select(0, beam_idx.to(part.device)))
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError("the state of a linear layer cannot go back: begin with a new cache")
+        raise ValueError("the state of a linear layer cannot go back: start with a new cache")
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.state is not None:
@@ -97,7 +98,7 @@ class LinearStateLayer(CacheLayerMixin):
 
 
 class KeyValueLayer(DynamicLayer):
-    """Keys and values of one full-attention layer; grows with the sequence. It keeps no gradients."""
+    """The keys and values of one full-attention layer; they grow with the sequence and carry no gradients."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states, *args, **kwargs)
@@ -110,7 +111,7 @@ class KeyValueLayer(DynamicLayer):
 
 
 class StaticKeyValueLayer(StaticLayer):
-    """The same in memory for a number of columns that is known."""
+    """The keys and values of one full-attention layer in memory for a fixed number of columns."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         with constants():
@@ -121,7 +122,7 @@ class StaticKeyValueLayer(StaticLayer):
         kept = super().update(key_states.detach(), value_states.detach(), *args, **kwargs)
         if not torch.is_grad_enabled():
             return kept
-        # A backward needs them as they are now, the new ones with their gradients.
+        # Later updates change this memory, but a backward pass needs these values, the new ones with gradients.
         time = key_states.shape[2]
         columns = self.cumulative_length - time + torch.arange(time, device=self.device)
         keys, values = (x.index_copy(2, columns, new) for x, new in zip(kept, (key_states, value_states), strict=True))
@@ -145,15 +146,17 @@ class StaticKeyValueLayer(StaticLayer):
 class LogLinearCache(Cache):
     """The cache of `LogLinearModel`: `layers[i]` belongs to layer i.
 
-    No layer keeps gradients: a forward that continues from a cache treats the past as constant.
+    No layer keeps gradients: a forward pass that continues from a cache treats the past as constant.
 
-    max_cache_len: None, or the columns that there may be; then full-attention layers too are allocated once, and
-    nothing of the cache is a number of Python's, so that torch.compile and CUDA graphs take a step
-    (cache_implementation="static" of `generate`). Linear layers have no such limit.
+    `real` [B, S] tells the full-attention layers which columns are tokens and which are padding (None: no padding so
+    far), so a continuation needs no attention mask. The mixers' states contain no padding. `history` recognises a mask
+    or tokens that differ from those that the cache has seen.
 
-    `real` [B, S] remembers for the full-attention layers which columns were tokens and which padding (None: no padding
-    so far), so a continuation needs no attention mask. The mixers' states have no padding in them. `history` knows a
-    mask or a text that differs from what was seen.
+    Args:
+        config: The model's configuration.
+        max_cache_len: The largest number of columns, or None for a cache that grows. With a number (`generate` with
+            cache_implementation="static") full-attention layers are allocated once and no part of the cache is a
+            Python number, so torch.compile and CUDA graphs can capture a step. Linear layers have no such limit.
     """
 
     def __init__(self, config: LogLinearConfig, max_cache_len: int | None = None) -> None:
@@ -171,16 +174,16 @@ class LogLinearCache(Cache):
 
     @property
     def has_states(self) -> bool:
-        """Have all linear layers seen a token?"""
+        """True if all linear layers have seen a token."""
         return all(layer.state is not None for layer in self.layers if isinstance(layer, LinearStateLayer))
 
     @property
     def rows(self) -> int | None:
-        """How many sequences the cache is of; None before the first token."""
+        """The number of sequences; None before the first token."""
         return None if self.history.numbers is None else self.history.numbers.shape[1]
 
     def check_past(self, real_BS: Tensor, ids_BS: Tensor | None = None) -> None:
-        """Raise ValueError unless the columns so far were seen with this mask, and its tokens with these ids."""
+        """Raise ValueError unless the cache has seen this mask [B, S] and, at its tokens, these ids [B, S]."""
         if not bool(self.history.agrees(real_BS).all()):
             raise ValueError(OTHER_MASK)
         if ids_BS is not None and not bool(self.history.agrees(real_BS, ids_BS).all()):
@@ -194,8 +197,11 @@ class LogLinearCache(Cache):
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, kinds))
 
     def extend_real(self, real_BT: Tensor | None, rows: int, time: int, device: torch.device) -> Tensor | None:
-        """Notes which of T new columns are tokens (None: all); returns all columns' [B, S + T], None if no padding.
-        Of a static cache [B, max_cache_len]."""
+        """Note which of T new columns are tokens (None: all) and return the same for all columns.
+
+        Returns:
+            [B, S + T], or [B, max_cache_len] of a static cache; None if there is no padding.
+        """
         if real_BT is None and self.real is None and self.columns_limit is None:
             return None
         past = self.get_seq_length()
@@ -214,7 +220,7 @@ class LogLinearCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove == 0:
             return
-        for layer in self.layers:  # before any layer changes
+        for layer in self.layers:  # linear layers refuse before any layer changes
             if isinstance(layer, LinearStateLayer):
                 layer.crop(tokens_to_remove)
         super().crop(tokens_to_remove)

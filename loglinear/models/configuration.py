@@ -1,4 +1,4 @@
-"""The configuration of every model of the family."""
+"""The configuration class of the model family."""
 
 import math
 import os
@@ -21,34 +21,42 @@ LAYER_TYPES = ("linear_attention", "full_attention")
 
 
 class LogLinearConfig(PreTrainedConfig):
-    r"""Sizes and choices of a log-linear language model, its linear twin, a hybrid or a Transformer baseline.
+    r"""Sizes and choices of a log-linear model, a linear model, a hybrid or a Transformer baseline.
 
-    Args:
-        vocab_size, hidden_size, num_hidden_layers: as everywhere.
-        intermediate_size: width of the SwiGLU layer after each mixer; None: 8/3 of hidden_size rounded up to a multiple
-            of 64; 0: no such layer.
-        variant: the base model, a name in `loglinear.variants.VARIANTS`.
-        num_levels: L, levels of the Fenwick partition; tokens more than 2**(L - 2) away share the last level. At most
-            64: int64 positions have no more.
-            1: the linear model of the same variant, without any lambda parameter.
+    Every attribute is a keyword argument of the constructor.
+
+    Attributes:
+        vocab_size: Number of token ids.
+        hidden_size: D, the width of the residual stream.
+        num_hidden_layers: Number of blocks.
+        intermediate_size: Width of the SwiGLU layer after each mixer. None: 8/3 of hidden_size, rounded up to a
+            multiple of 64. 0: no such layer.
+        variant: The base model, a name in `loglinear.variants.VARIANTS`.
+        num_levels: L, the levels of the Fenwick partition, at most 64 because int64 positions have no more. Tokens more
+            than 2**(L - 2) away share the last level. 1: the linear model of the same variant, without lambda.
         lambda_form: "unit" (starts at exactly 1, as the linear model of the same variant), "softplus" (as published)
-            or "bounded", see `LevelScales`.
-        finest_block: tokens that share one lambda wherever they lie in an aligned block of so many; 1: as published.
-        num_heads, num_groups, key_dim, head_dim: H value heads, G query/key groups (None: 1 where the variant shares
-            one, as Mamba-2 does, otherwise H), K and V per head.
-        conv_kernel: tokens seen by the short convolution.
-        chunk_size: C, tokens per chunk of the algorithm, a power of two up to 4096. Changes speed and the state's size,
-            no result.
-        impl: the operators' implementation.
-        layer_types: "linear_attention" or "full_attention" for each layer; None: all linear.
-        num_attention_heads, num_key_value_heads, attention_head_dim, rope_theta: of the full-attention layers; None:
-            heads of 64, as many key/value heads as heads, hidden_size / num_attention_heads.
-        loss_chunk_size: tokens whose logits exist at a time while the loss is computed.
-        auto_map: where a checkpoint says how stock tools load it; None: through `loglinear_auto.py`, which every save
-            writes.
+            or "bounded"; see `LevelScales`.
+        finest_block: The tokens of each aligned block of this size share one lambda. 1: as published.
+        num_heads: H, the value heads.
+        num_groups: G, the query/key groups. None: 1 for variants that share one group, such as Mamba-2, otherwise H.
+        key_dim: K, the width of a query or key.
+        head_dim: V, the width of a value.
+        conv_kernel: Tokens that the short convolution reads.
+        chunk_size: C, tokens per chunk of the algorithm, a power of two up to 4096. It changes the speed and the size
+            of a state, but no result.
+        impl: The implementation of the operators: "auto", "triton", "torch" or "reference".
+        layer_types: "linear_attention" or "full_attention" for each layer. None: all linear.
+        num_attention_heads: Query heads of the full-attention layers. None: hidden_size / 64.
+        num_key_value_heads: Key/value heads of the full-attention layers. None: num_attention_heads.
+        attention_head_dim: Head width of the full-attention layers. None: hidden_size / num_attention_heads.
+        rope_theta: Base of the rotary frequencies of the full-attention layers.
+        rms_norm_eps: Epsilon of the RMS norms.
+        loss_chunk_size: Tokens whose logits exist at the same time while the loss is computed.
+        auto_map: The entry of a checkpoint that tells other tools how to load it. None: through `loglinear_auto.py`,
+            which every save writes.
 
     Raises:
-        ValueError: sizes that do not fit; the text names the argument, what it was and what was expected.
+        ValueError: A size that does not fit. The message names the argument, its value and the expected one.
     """
 
     model_type = "loglinear"
@@ -139,15 +147,16 @@ class LogLinearConfig(PreTrainedConfig):
                 raise ValueError(f"layer_types must hold {' or '.join(LAYER_TYPES)}, got {layer_type!r}")
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Save as transformers does, with the file that loads the classes where nothing has imported this library."""
+        """Save as transformers does, and add the file through which tools load the classes without importing them."""
         write_auto_file(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Do nothing: every save already names the class, and a copy of its code would grow old beside a checkpoint."""
+        """Do nothing: every save already names the class, and a copy of its code in a checkpoint would become stale."""
 
     @property
     def heads(self) -> HeadSizes:
+        """The heads of a mixer: H, G, K and V."""
         assert self.num_groups is not None
         return HeadSizes(self.num_heads, self.num_groups, self.key_dim, self.head_dim)

@@ -1,5 +1,5 @@
 # B batch, T time (new columns), S columns so far
-"""Everything that `generate` needs of these models: their cache, rows that have ended, a second turn."""
+"""The support of these models for `generate`: their cache, ended rows and second turns."""
 
 # transformers types the mixin's methods by a protocol of a whole model, which no mixin is:
 # mypy: disable-error-code="misc, arg-type, override"
@@ -15,12 +15,12 @@ from loglinear.models.cache import LogLinearCache
 
 
 class RowsAtWork(StoppingCriteriaList):
-    """The stopping criteria of one call, which remember the rows that still wrote when the newest tokens were chosen.
+    """The stopping criteria of one call, with the rows that were unfinished when the newest tokens were chosen.
 
-    A row that has ended gets padding from then on. It is fed with the others, and must not move its state.
+    An ended row receives padding. It stays in the batch, but its state must not change.
     """
 
-    writing: Tensor | None = None  # [B]; None: nothing is written yet
+    writing: Tensor | None = None  # [B] True at unfinished rows; None: before the first token
     unfinished: Tensor | None = None
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
@@ -36,11 +36,14 @@ class LogLinearGenerationMixin(GenerationMixin):
     config: Any
     _previous_max_cache_length = -1
 
-    def _prepare_cache_for_generation(  # only what we use: the rest differs by version
+    def _prepare_cache_for_generation(  # the other arguments differ by version
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """`generate` uses a `LogLinearCache`: of fixed size where the layers are linear, and with
-        cache_implementation="static" everywhere, which compiles the steps on a GPU."""
+        """Give `generate` a `LogLinearCache`.
+
+        Linear layers have a fixed size. With cache_implementation="static" all layers have, and a GPU's steps are
+        compiled.
+        """
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic", "static"):
             raise ValueError(
@@ -49,14 +52,14 @@ class LogLinearGenerationMixin(GenerationMixin):
             )
         given = model_kwargs.get("past_key_values")
         if given is not None and implementation is not None:
-            raise ValueError("pass either past_key_values or cache_implementation, got both")
+            raise ValueError("past_key_values and cache_implementation exclude each other: pass one of them")
         if given is not None:
             given._is_user_defined = True
         if generation_config.use_cache is not False and given is None:
             columns = None
             if implementation == "static":
                 *_, needed = (*args, *kwargs.values())  # max_cache_length comes last
-                # A smaller cache than before would be another graph: as in transformers, the largest so far is kept.
+                # A smaller cache would need another graph, so the largest size so far stays, as in transformers.
                 columns = max(needed, generation_config.max_cache_len or 0, self._previous_max_cache_length)
                 self._previous_max_cache_length = columns
             model_kwargs["past_key_values"] = LogLinearCache(self.config, columns)
@@ -77,7 +80,7 @@ class LogLinearGenerationMixin(GenerationMixin):
             check_continuation(cache, input_ids, generation_config, model_kwargs)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(  # transformers looks for these names
+    def prepare_inputs_for_generation(  # transformers inspects these names
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
@@ -89,9 +92,9 @@ class LogLinearGenerationMixin(GenerationMixin):
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers has it, with the mask of the new columns alone: the cache knows the others.
+        """Return transformers' inputs, but with the mask of the new columns alone: the cache knows the others.
 
-        `tokenizer` has served where `generate` made its stopping criteria; it is no argument of a forward.
+        `tokenizer` belongs to the stopping criteria of `generate`; it is dropped because `forward` does not take it.
         """
         inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -118,17 +121,17 @@ class LogLinearGenerationMixin(GenerationMixin):
     def create_masks_for_generate(
         config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor | None:
-        """The mask as it is: a static cache makes those of the layers in the forward."""
+        """Return the mask unchanged: with a static cache the forward pass makes the masks of the layers."""
         return attention_mask
 
 
 def check_continuation(
     cache: LogLinearCache, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
 ) -> None:
-    """Raise ValueError unless the text and the mask [B, S + T] of a call begin with what the cache has seen.
+    """Raise ValueError unless the tokens and the mask [B, S + T] of a call begin with those that the cache has seen.
 
-    `input_ids` are the whole text, or, beside a mask of the whole, the new tokens alone. `generate` leaves a mask of
-    ones out, and notes its length.
+    `input_ids` are the whole sequence or, with a mask of the whole sequence, the new tokens alone. `generate` drops a
+    mask of ones and notes its length.
     """
     seen, embeds = int(cache.get_seq_length()), model_kwargs.get("inputs_embeds")
     rows, given = input_ids.shape if embeds is None else embeds.shape[:2]
@@ -138,7 +141,7 @@ def check_continuation(
         raise ValueError(f"past_key_values holds {cache.rows} sequences, got a batch of {rows}")
     if width == given and given <= seen:
         raise ValueError(
-            f"past_key_values has seen {seen} tokens, got {given}: pass the whole text, at least one of them new"
+            f"past_key_values has seen {seen} tokens, got {given}: pass the whole sequence with at least one new token"
         )
     if width not in (given, seen + given):
         raise ValueError(f"attention_mask must have {given} or {seen + given} columns, got {width}")

@@ -1,4 +1,4 @@
-"""Heads other than the language model's: transformers' own, on the family's decoder."""
+"""The models for classification and question answering: transformers' heads on the family's decoder."""
 
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -10,18 +10,18 @@ from loglinear.models.modeling import LogLinearPreTrainedModel
 
 
 class LogLinearHead(LogLinearPreTrainedModel):
-    """What the heads have in common: each batch's loss is a mean, so Trainer must average over accumulated ones."""
+    """The base of these models: the loss is a mean over a batch, so Trainer must average accumulated batches."""
 
     accepts_loss_kwargs = False
 
 
 class LogLinearForSequenceClassification(GenericForSequenceClassification, LogLinearHead):
-    """One prediction for each row, read at its last token that is not padding; also the form of reward models."""
+    """A classifier of rows, which reads each row's last token that is not padding; also the form of reward models."""
 
 
 class LogLinearForTokenClassification(GenericForTokenClassification, LogLinearHead):
-    """One prediction for each token."""
+    """A classifier of tokens."""
 
 
 class LogLinearForQuestionAnswering(GenericForQuestionAnswering, LogLinearHead):
-    """Where in each row an answer begins and ends."""
+    """A model that predicts the first and the last token of the answer in each row."""

@@ -1,5 +1,5 @@
 # B batch, T time (new columns), S columns so far
-"""A fingerprint of the columns that a cache has seen: later arguments that contradict it are refused."""
+"""The fingerprint of the columns that a cache has seen, which detects contradicting arguments later."""
 
 import torch
 from torch import Tensor
@@ -9,27 +9,27 @@ from loglinear.ops.state import constants
 FACTOR = 6364136223846793005  # Knuth's multiplier for products modulo 2^64, which is how int64 multiplies
 PADDING, TOKEN = 1, 2
 OTHER_MASK = (
-    "attention_mask contradicts past_key_values, whose states cannot go back: its columns so far must be "
-    "0 where the cache saw padding or a row that had ended, and 1 elsewhere"
+    "attention_mask contradicts past_key_values, whose states cannot go back: its past columns must be "
+    "0 where the cache saw padding or an ended row, and 1 elsewhere"
 )
 
 
 class History:
-    """One number for the mask and one for the text of each row, whatever their length.
+    """Two numbers for each row, one of its mask and one of its token ids, whatever their length.
 
         h <- FACTOR * h + value    for each column; value: token or padding, and the token's id
 
-    Two histories that differ have the same number with a chance of about 2^-64. Nothing here waits for a device.
+    Two different histories have the same number with a probability of about 2^-64. The CPU never waits for a device.
     """
 
     def __init__(self, static: bool = False) -> None:
         self.static = static
-        self.numbers: Tensor | None = None  # [2, B]: mask, text
-        self.knows_text = True  # False: some of it came as embeddings
-        self.knows_mask = True  # False: columns were taken away
+        self.numbers: Tensor | None = None  # [2, B]: mask, ids
+        self.knows_text = True  # False: some tokens came as embeddings
+        self.knows_mask = True  # False: columns were removed
 
     def extend(self, rows: int, time: int, real_BT: Tensor | None, ids_BT: Tensor | None, device: torch.device) -> None:
-        """Note T new columns; without a mask all are tokens, without ids the text is unknown from now on."""
+        """Note T new columns; without a mask all are tokens, and without ids the token ids become unknown."""
         before = torch.zeros(2, rows, dtype=torch.int64, device=device) if self.numbers is None else self.numbers
         if ids_BT is None:
             self.knows_text = False
@@ -47,7 +47,7 @@ class History:
                 torch._dynamo.mark_static_address(self.numbers)
 
     def agrees(self, real_BS: Tensor, ids_BS: Tensor | None = None) -> Tensor:
-        """Which rows [B] were seen with this mask, and with these ids where both are known."""
+        """Return True [B] for rows that were seen with this mask and, if both are known, with these ids."""
         assert self.numbers is not None
         if not self.knows_mask:
             return torch.ones_like(self.numbers[0], dtype=torch.bool)
@@ -57,18 +57,18 @@ class History:
         return equal.all(0) if compares_text else equal[0]
 
     def forget(self) -> None:
-        """Agree with everything from now on: what is left of the columns has no number."""
+        """Agree with everything after this call, because the remaining columns have no number."""
         self.knows_mask = self.knows_text = False
 
     def reset(self) -> None:
         self.knows_text = self.knows_mask = True
-        if self.static and self.numbers is not None:  # the memory stays: graphs point at it
+        if self.static and self.numbers is not None:  # graphs point at this memory
             self.numbers.zero_()
         else:
             self.numbers = None
 
     def index_select(self, rows: Tensor) -> None:
-        """Keep these rows, in their order."""
+        """Keep these rows [n], in their order."""
         if self.numbers is not None:
             self.numbers = self.numbers.index_select(1, rows.to(self.numbers.device))
 
@@ -77,13 +77,14 @@ class History:
             self.numbers = self.numbers.repeat_interleave(repeats, dim=1)
 
     def reorder(self, rows: Tensor) -> None:
-        """As many rows as before, in the same memory."""
+        """Reorder the rows [B]; a static history keeps its memory."""
         if self.numbers is not None:
             reordered = self.numbers.index_select(1, rows.to(self.numbers.device))
             self.numbers = self.numbers.copy_(reordered) if self.static else reordered
 
 
 def _extended(numbers: Tensor, real_BT: Tensor | None, ids_BT: Tensor) -> Tensor:
+    """Return the numbers [2, B] after T new columns."""
     ids_BT = ids_BT.long() + TOKEN
     if real_BT is None:
         real_BT = torch.ones_like(ids_BT, dtype=torch.bool)

@@ -1,5 +1,5 @@
 # B batch, T time (new columns), S columns so far and new
-"""From the places of the tokens to what the layers of one forward share."""
+"""The inputs that all layers of one forward pass share, made from the places of the tokens."""
 
 from typing import Any, NamedTuple
 
@@ -14,20 +14,20 @@ from loglinear.models.places import TokenPlaces
 
 
 class TokenLayout(NamedTuple):
-    """What the layers of one forward share."""
+    """The inputs that the layers of one forward pass share."""
 
     packing: Packing | None  # for the mixers; None: dense
     attention: AttentionContext | None  # for full attention; None: the model has none of it
-    is_step: bool = False  # one token a row from the states of a cache, without gradients: `Mixer.step`
-    active: Tensor | None = None  # [B] which rows the step has a token for; None: all
+    is_step: bool = False  # one token per row from the states of a cache, without gradients: `Mixer.step`
+    active: Tensor | None = None  # [B] True at rows for which the step has a token; None: all
 
 
-NEUTRAL = {"is_causal": True, "output_router_logits": False}  # arguments of all models that these can only agree with
-LENGTHS = ("max_length_q", "max_length_k")  # collators pass these beside the boundaries, which imply them
+NEUTRAL = {"is_causal": True, "output_router_logits": False}  # arguments with one possible value here
+LENGTHS = ("max_length_q", "max_length_k")  # collators pass these with the boundaries, which imply them
 
 
 def one_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """The one of both that is given."""
+    """Return the argument that is not None; ValueError unless there is exactly one."""
     if inputs_embeds is None and input_ids is not None:
         return input_ids
     if inputs_embeds is not None and input_ids is None:
@@ -36,7 +36,7 @@ def one_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
 
 
 def refuse_unknown(arguments: dict[str, Any], places: TokenPlaces) -> None:
-    """Raise ValueError for an argument that says something and that no model of the family reads."""
+    """Raise ValueError for an argument with a meaning that no model of the family supports."""
     for name, value in arguments.items():
         if value is None or (name in NEUTRAL and value == NEUTRAL[name]):
             continue
@@ -47,16 +47,16 @@ def refuse_unknown(arguments: dict[str, Any], places: TokenPlaces) -> None:
         longest = None if places.cu_seqlens is None else int(places.cu_seqlens.diff().max())
         if longest is None or int(value) < longest:
             needed = (
-                "boundaries of documents beside it" if longest is None else f"at least {longest}, the longest document"
+                "go with boundaries of documents" if longest is None else f"be at least {longest}, the longest document"
             )
-            raise ValueError(f"{name} needs {needed}, got {int(value)}")
+            raise ValueError(f"{name} must {needed}, got {int(value)}")
 
 
 class TokensFirst(NamedTuple):
-    """Columns in an order that puts the tokens of each row before its padding, so that rows without a mask remain.
+    """An order of columns with the tokens of each row before its padding, so that the layers need no mask.
 
-    Nothing looks ahead, so the tokens get what they get without padding, and no shape depends on their number: a graph
-    of a padded batch needs both. Outside of graphs padding is taken out instead, which costs nothing for it.
+    The layers are causal, so tokens get the same outputs as without padding, and no shape depends on their number. A
+    compiled graph of a padded batch needs both. Outside of graphs padding is removed instead, so it costs nothing.
     """
 
     order: Tensor  # [B, T]
@@ -68,26 +68,27 @@ class TokensFirst(NamedTuple):
         return TokensFirst(order, order.argsort(dim=1))
 
     def apply(self, x: Tensor) -> Tensor:
-        """x [B, T, ...] in this order."""
+        """Return x [B, T, ...] in this order."""
         return _reordered(x, self.order, 1)
 
     def undo(self, x: Tensor) -> Tensor:
+        """Return x [B, T, ...] in the original order."""
         return _reordered(x, self.back, 1)
 
     def undo_weights(self, weights: Tensor) -> Tensor:
-        """Of attention weights [B, H, T, T]: queries and keys."""
+        """Return attention weights [B, H, T, T] with queries and keys in the original order."""
         return _reordered(_reordered(weights.transpose(1, 3), self.back, 1).transpose(1, 3), self.back, 2)
 
 
 def _reordered(x: Tensor, order: Tensor, dim: int) -> Tensor:
-    """x [B, ...] with dimension `dim` of each row in the order [B, T]."""
+    """Return x [B, ...] with dimension `dim` of each row in the order [B, T]."""
     shape = [1] * x.dim()
     shape[0], shape[dim] = order.shape
     return x.gather(dim, order.view(shape).expand_as(x))
 
 
 def check_positions(position_ids: Tensor | None, places: TokenPlaces) -> None:
-    """Positions that restart mean packed documents, which need their boundaries: anything else leaks state."""
+    """Raise ValueError if positions restart without boundaries: state would leak between packed documents."""
     if position_ids is None or places.time == 1 or not (places.cu_seqlens is places.scores_mask is None):
         return
     restarts = position_ids[..., 1:] <= position_ids[..., :-1]
@@ -109,7 +110,7 @@ def token_layout(
     *,
     with_weights: bool = False,
 ) -> TokenLayout:
-    """The layout of tokens in these places. Notes the padding in the cache."""
+    """Return the layout of tokens in these places, and note their padding in the cache."""
     assert config.layer_types is not None
     has_linear, has_attention = ("linear_attention" in config.layer_types, "full_attention" in config.layer_types)
     if has_linear and places.scores_mask is not None:
@@ -137,6 +138,7 @@ def _attention_context(
     columns_BS: Tensor | None,
     with_weights: bool,
 ) -> AttentionContext:
+    """Return the inputs of the full-attention layers."""
     column_T = places.past + torch.arange(places.time, device=device)
     if position_ids is None:
         position_ids = _positions(column_T, places.cu_seqlens, columns_BS)
@@ -150,12 +152,12 @@ def _attention_context(
 
 
 def _document_of(column_T: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The number [T] of each column's packed document."""
+    """Return the number [T] of each column's packed document."""
     return torch.bucketize(column_T, cu_seqlens[1:].to(column_T.dtype), right=True)
 
 
 def _positions(column_T: Tensor, cu_seqlens: Tensor | None, columns_BS: Tensor | None) -> Tensor:
-    """Each token's position in its own document or row, [1 or B, T]; padding does not count."""
+    """Return each token's position in its document or row, [1 or B, T]; padding does not count."""
     if columns_BS is not None:
         return (columns_BS.long().cumsum(1) - 1).clamp(min=0).index_select(1, column_T)
     if cu_seqlens is not None:
@@ -164,14 +166,14 @@ def _positions(column_T: Tensor, cu_seqlens: Tensor | None, columns_BS: Tensor |
 
 
 def _is_causal(places: TokenPlaces, columns_BS: Tensor | None) -> bool:
-    """Whether plain causal attention is right: nothing is padding, and queries begin at the first key or are one."""
+    """Return True if causal attention needs no mask: no padding, and queries start at the first key or are one."""
     if columns_BS is not None:
         return False
     return places.time == 1 or isinstance(places.past, int) and places.past == 0
 
 
 def _attention_mask(columns_BS: Tensor | None, column_T: Tensor, places: TokenPlaces) -> Tensor:
-    """[B or 1, 1, T, S] where a query may look."""
+    """Return [B or 1, 1, T, S], True at keys that a query attends to."""
     query_T = column_T.unsqueeze(1)
     keys = places.past + places.time if columns_BS is None else columns_BS.shape[1]
     key_S = torch.arange(keys, device=column_T.device)
@@ -181,5 +183,5 @@ def _attention_mask(columns_BS: Tensor | None, column_T: Tensor, places: TokenPl
         causal_TS = causal_TS & (document_T == document_T.unsqueeze(1))
     if columns_BS is None:
         return causal_TS[None, None]
-    own_TS = key_S == query_T  # padding looks at itself: no row of the softmax is empty
+    own_TS = key_S == query_T  # padding attends to itself, so no row of the softmax is empty
     return (causal_TS & columns_BS.unsqueeze(1) | own_TS).unsqueeze(1)

@@ -1,5 +1,5 @@
 # B batch, T time, N = B T, D hidden size, V vocabulary
-"""The language-model loss in slices: float32 logits of the whole sequence never exist."""
+"""The language-model loss in slices, without float32 logits of the whole sequence."""
 
 from collections.abc import Callable
 
@@ -19,11 +19,14 @@ def sliced_cross_entropy(
     slice_size: int,
     num_items: Tensor | int | None = None,
 ) -> Tensor:
-    """Cross-entropy (nats) of head(hidden) against targets, summed over targets != -100 and divided by their number.
+    """Return the cross-entropy (nats) of head(hidden), summed over targets != -100 and divided by their number.
 
-    hidden [B, T, D], targets [B, T]; `head` makes logits [n, V] of hidden states [n, D]. Logits exist for `slice_size`
-    tokens at a time, in float32, and again in the backward. `num_items` replaces the number of targets (gradient
-    accumulation: the count over all batches of a step).
+    Args:
+        head: Makes logits [n, V] of hidden states [n, D].
+        hidden: [B, T, D].
+        targets: [B, T], -100 where nothing is to be predicted.
+        slice_size: Tokens whose float32 logits exist at the same time, in the forward and the backward pass.
+        num_items: Replaces the number of targets (gradient accumulation: the count over all batches of a step).
     """
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     slices = zip(hidden.flatten(0, 1).split(slice_size), targets.flatten().split(slice_size), strict=True)
@@ -36,6 +39,7 @@ def sliced_cross_entropy(
 
 
 def _slice_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
+    """Return the summed loss of one slice."""
     logits = head(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")

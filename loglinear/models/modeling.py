@@ -1,5 +1,5 @@
 # B batch, T time, D hidden size, V vocabulary
-"""The one model family: log-linear models, their linear twins, hybrids and the Transformer baseline."""
+"""The model family: log-linear models, linear models, hybrids and the Transformer baseline."""
 
 from functools import wraps
 from typing import Any
@@ -22,7 +22,7 @@ from loglinear.variants import HeadBias
 
 
 class LogLinearBlock(GradientCheckpointingLayer):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """One block: x + mixer(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: LogLinearConfig, layer_type: str) -> None:
         super().__init__()
@@ -52,9 +52,12 @@ class LogLinearBlock(GradientCheckpointingLayer):
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, layout: TokenLayout, past_key_values: Any = None) -> tuple[Tensor, Tensor | None]:
-        """The block's output, and its attention weights [B, H, T, S] where the layout asks for them.
+        """Return the block's output and, if the layout asks for them, its attention weights [B, H, T, S].
 
-        past_key_values: this layer's cache (the name by which gradient checkpointing knows what to leave out).
+        Args:
+            x: [B, T, D].
+            layout: The inputs that all blocks share.
+            past_key_values: This layer's cache; gradient checkpointing recognises it by this name and drops it.
         """
         normed, weights = self.mixer_norm(x), None
         if isinstance(self.mixer, Attention):
@@ -75,18 +78,20 @@ class LogLinearBlock(GradientCheckpointingLayer):
 
 
 class LogLinearPreTrainedModel(PreTrainedModel):
+    """The base of all models of the family."""
+
     config_class = LogLinearConfig
     config: LogLinearConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LogLinearBlock"]
     _skip_keys_device_placement = ["past_key_values"]
-    _is_stateful = True  # a state cannot go back: assisted generation is refused
+    _is_stateful = True  # a state cannot go back, so transformers refuses assisted generation
     _can_compile_fullgraph = True
 
-    @wraps(PreTrainedModel.save_pretrained, assigned=())  # others look for its arguments by name
+    @wraps(PreTrainedModel.save_pretrained, assigned=())  # other tools inspect its arguments
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """As transformers has it, but a model that was loaded under former names is saved under those of now."""
+        """Save as transformers does, but always under the current names of the weights."""
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     def _returns_dict(self, asked: bool | None) -> bool:
@@ -94,10 +99,8 @@ class LogLinearPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Linear and Embedding by transformers; everything else by its module's own `initial_values`.
-
-        Only through `transformers.initialization`: this also runs after loading, and must leave loaded weights alone.
-        """
+        """Initialise linear layers and embeddings as transformers does, all else by a module's `initial_values`."""
+        # transformers.initialization leaves loaded weights alone; this method also runs after loading.
         super()._init_weights(module)
         initial_values = getattr(module, "initial_values", None)
         if initial_values is not None:
@@ -106,7 +109,7 @@ class LogLinearPreTrainedModel(PreTrainedModel):
 
 
 class LogLinearModel(LogLinearPreTrainedModel):
-    """The decoder without its head."""
+    """The decoder without a head: tokens to hidden states."""
 
     def __init__(self, config: LogLinearConfig) -> None:
         super().__init__(config)
@@ -137,24 +140,32 @@ class LogLinearModel(LogLinearPreTrainedModel):
         places: TokenPlaces | None = None,
         **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPast:
-        """Hidden states [B, T, D] of tokens [B, T] (or of their embeddings [B, T, D]).
+        """Return the hidden states [B, T, D] of tokens [B, T] or of their embeddings [B, T, D].
 
         Args:
-            attention_mask: [B, T] or, with a cache, [B, past + T]; 1 token, 0 padding, at any place, as booleans or
-                numbers. A row gives exactly what it gives without its padding. Models without linear layers also take
-                [B, 1, T, past + T]: booleans, True where a query may look, or numbers that are added to the scores.
-            position_ids: for the rotary positions of full-attention layers; by default every row counts its tokens.
-            past_key_values: a `LogLinearCache` to continue from; changed in place. What it keeps carries no gradients;
-                under torch.no_grad, as in `generate`, a single token a row is one step of decoding.
-            cu_seqlens: [n+1] boundaries of packed documents in a batch of 1, as FlashAttention names them; also
-                accepted as `cu_seq_lens_q` and `cu_seq_lens_k` (transformers' collator) or as `seq_idx` [1, T], the
-                document of each token.
-            output_attentions: also return the attention weights [B, H, T, S] of each full-attention layer; linear
-                layers have none.
-            places: in place of the mask and the boundaries, from a caller that has read them.
+            input_ids: [B, T], the tokens. Pass either these or inputs_embeds.
+            attention_mask: [B, T] or, with a cache, [B, past + T], as booleans or numbers: 1 at tokens, 0 at padding,
+                which may be anywhere. A row gives exactly the same outputs as without its padding. Models without
+                linear layers also take [B, 1, T, past + T]: booleans, True at keys that a query attends to, or numbers
+                that are added to the scores.
+            position_ids: The rotary positions of full-attention layers. None: every row counts its tokens.
+            past_key_values: The `LogLinearCache` to continue from; it changes in place and carries no gradients. Under
+                torch.no_grad, as in `generate`, one token per row is a decode step.
+            inputs_embeds: [B, T, D], embeddings in place of input_ids.
+            cu_seqlens: [n+1] boundaries of packed documents in a batch of 1, as FlashAttention names them.
+            cu_seq_lens_q: Another name of cu_seqlens, from transformers' collator.
+            cu_seq_lens_k: Another name of cu_seqlens, from transformers' collator.
+            seq_idx: [1, T], the document of each token, in place of cu_seqlens.
+            use_cache: True to return a cache, False for none. None: as the configuration says, but none in training or
+                for packed documents.
+            output_hidden_states: True to also return the input of each block and the final hidden states.
+            output_attentions: True to also return the attention weights [B, H, T, S] of each full-attention layer;
+                linear layers have none.
+            return_dict: False for a tuple in place of a `BaseModelOutputWithPast`.
+            places: The mask and the boundaries from a caller that has already read them, in place of both.
 
         Raises:
-            ValueError: contradictory arguments, or position_ids that restart where no boundaries were given.
+            ValueError: Arguments contradict each other, or position_ids restart without boundaries of documents.
         """
         if places is None:
             places = TokenPlaces.of(
@@ -201,10 +212,11 @@ class LogLinearModel(LogLinearPreTrainedModel):
         return output if self._returns_dict(return_dict) else output.to_tuple()
 
     def _cache(self, given: LogLinearCache | None, use_cache: bool | None, *, packed: bool) -> LogLinearCache | None:
+        """Return the cache of a call: its past_key_values, a new one or None."""
         if self.training and self.gradient_checkpointing:
             if given is not None:
                 raise ValueError(
-                    "past_key_values cannot be used while gradient checkpointing trains: call model.eval() to generate"
+                    "past_key_values must be None while gradient checkpointing trains: call model.eval() to generate"
                 )
             return None
         if packed and (given is not None or use_cache):
@@ -217,7 +229,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
 
 
 class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
-    """The language model."""
+    """The language model: the decoder and a linear head over the vocabulary."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -248,18 +260,23 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> tuple | CausalLMOutputWithPast:
-        """Logits, and with labels the loss (mean nats per target).
+        """Return logits and, with labels, the loss (mean nats per target).
+
+        The arguments that are not listed here are those of `LogLinearModel.forward`.
 
         Args:
-            labels: [B, T], shifted here; -100, padding and the first token of a document or row are no targets.
-            shift_labels: [B, T] the targets themselves, where the caller has shifted the labels (a shard of a longer
-                row does not know its next token); then `labels` are not read.
-            logits_to_keep: of which positions to return logits: the last n, all (0), or those of an index tensor.
-            skip_logits: True for the loss alone, which is computed in slices and needs no logits of a whole row. By
-                default training with labels returns no logits, unless logits_to_keep or return_dict=False ask for them.
-            num_items_in_batch: divides the summed loss instead of the number of targets (Trainer, gradient
+            labels: [B, T], the token ids; the model shifts them. -100, padding and the first token of a document or row
+                are no targets.
+            shift_labels: [B, T], the targets themselves, from a caller that has shifted the labels (a shard of a longer
+                row does not know its next token). Then `labels` are not read.
+            logits_to_keep: The positions of the returned logits: the last n, all (0), or an index tensor.
+            skip_logits: True for the loss alone, which is computed in slices and needs no logits of a whole row. None:
+                training with labels returns no logits, unless logits_to_keep or return_dict=False asks for them.
+            num_items_in_batch: Divides the summed loss in place of the number of targets (Trainer, gradient
                 accumulation).
-            the others: as in `LogLinearModel.forward`.
+
+        Raises:
+            ValueError: Arguments contradict each other, or labels do not have the shape of the tokens.
         """
         places = TokenPlaces.of(
             one_of(input_ids, inputs_embeds),
@@ -270,15 +287,15 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
             cu_seq_lens_k=cu_seq_lens_k,
             seq_idx=seq_idx,
         )
-        # Not named in the signature: Trainer takes every named argument with "label" in it for one that each batch has.
+        # shift_labels is not in the signature: Trainer expects every named argument with "label" in it in each batch.
         targets = places.targets(labels, kwargs.pop("shift_labels", None))
         if targets is not None:
-            use_cache = bool(use_cache)  # a loss needs no cache unless asked
+            use_cache = bool(use_cache)  # a loss needs no cache by default
         if skip_logits is None:
             asked = logits_to_keep is not None or not self._returns_dict(return_dict)
             skip_logits = targets is not None and self.training and not asked
         elif skip_logits and (targets is None or logits_to_keep is not None):
-            raise ValueError("skip_logits=True needs labels, and no logits_to_keep")
+            raise ValueError("skip_logits=True needs labels and excludes logits_to_keep")
         outputs = self.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -313,7 +330,7 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
         return output if self._returns_dict(return_dict) else output.to_tuple()
 
     def get_compiled_call(self, compile_config: Any) -> Any:
-        """What `generate` calls beside a static cache: steps are compiled; prompts, which may be padded, are not."""
+        """Return the forward pass that `generate` calls with a static cache; it compiles steps, but not prompts."""
         compiled = super().get_compiled_call(compile_config)
 
         def call(**inputs: Any) -> Any:
@@ -325,6 +342,7 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
 
 
 def _kept(hidden_states: Tensor, logits_to_keep: int | Tensor | None) -> Tensor:
+    """Return the hidden states whose logits are wanted."""
     if isinstance(logits_to_keep, Tensor):
         return hidden_states[:, logits_to_keep]
     return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states

@@ -1,5 +1,5 @@
 # B batch, T time (new columns), S columns so far and new
-"""The places of the tokens in a batch, decided once per forward: padding, packed documents, next tokens."""
+"""The places of the tokens in a batch, decided once per forward pass: padding, packed documents, targets."""
 
 from typing import NamedTuple
 
@@ -13,23 +13,23 @@ from loglinear.models.loss import IGNORE
 
 
 class TokenPlaces(NamedTuple):
-    """Rows of tokens, rows with padding (`real`), or documents that are packed into one row (`cu_seqlens`).
+    """The places of tokens: in full rows, in rows with padding (`real`) or in packed documents (`cu_seqlens`).
 
-    The layers' packing, attention and rotary positions and the loss's targets all follow from this one object.
+    The packing of the layers, their attention and rotary positions, and the targets of the loss follow from it.
     """
 
     rows: int
     time: int
     past: int = 0
-    """columns that the cache has seen; a static cache has them in a tensor"""
+    """Columns that the cache has seen; a tensor for a static cache."""
     is_step: bool = False
-    """one token a row from the states of a cache, without gradients"""
+    """True for one token per row from the states of a cache, without gradients."""
     real: Tensor | None = None
-    """[B, T] True at tokens, False at padding; None: all are tokens"""
+    """[B, T] True at tokens, False at padding; None: all are tokens."""
     cu_seqlens: Tensor | None = None
-    """[n+1] boundaries of the packed documents; None: not packed"""
+    """[n+1] boundaries of the packed documents; None: not packed."""
     scores_mask: Tensor | None = None
-    """[B or 1, H or 1, T, S] True where a query may look, or numbers that are added to the scores; all are tokens"""
+    """[B or 1, H or 1, T, S] True at keys that a query attends to, or numbers added to the scores; no padding."""
 
     @staticmethod
     def of(
@@ -42,10 +42,10 @@ class TokenPlaces(NamedTuple):
         cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
     ) -> "TokenPlaces":
-        """The places of tokens [B, T, ...] (ids or embeddings) that continue a cache.
+        """Return the places of tokens [B, T, ...] (ids or embeddings) that continue a cache.
 
         Raises:
-            ValueError: arguments that contradict each other, the shape of the tokens or the cache.
+            ValueError: Arguments contradict each other, the shape of the tokens or the cache.
         """
         if cache is not None and not isinstance(cache, LogLinearCache):
             raise ValueError(f"past_key_values must be a LogLinearCache, got {type(cache).__name__}")
@@ -70,21 +70,21 @@ class TokenPlaces(NamedTuple):
         return places._replace(real=real, cu_seqlens=boundaries)
 
     def may_ask(self, x: Tensor) -> bool:
-        """Whether the host may wait for a value: not in a graph, and not for a device in a step of decoding."""
+        """Return True if the CPU may wait for a value: not in a graph, and not for a device in a decode step."""
         return not torch.compiler.is_compiling() and not (self.is_step and x.device.type != "cpu")
 
     def require(self, condition: Tensor, message: str) -> None:
-        """Raise ValueError unless the condition holds; where the host may not wait, the device asserts it."""
+        """Raise ValueError unless the condition holds; if the CPU may not wait, the device asserts it."""
         if not self.may_ask(condition):
             torch._assert_async(condition, message)
         elif not bool(condition):
             raise ValueError(message)
 
     def targets(self, labels: Tensor | None, shift_labels: Tensor | None = None) -> Tensor | None:
-        """The target [B, T] of each token, -100 where nothing is to be predicted; None: no labels were given.
+        """Return the target [B, T] of each token, -100 where nothing is to be predicted; None without labels.
 
-        It is the label of the next token of the same row or document that is no padding, or as `shift_labels` says.
-        Padding predicts nothing, and neither it nor the first token of a row or document is a target.
+        The target is the label of the next token of the same row or document, skipping padding, or is taken from
+        `shift_labels`. Padding predicts nothing. Neither padding nor the first token of a row or document is a target.
         """
         for name, given in (("labels", labels), ("shift_labels", shift_labels)):
             if given is not None:
@@ -98,18 +98,19 @@ class TokenPlaces(NamedTuple):
             return following.masked_fill(~self.real, IGNORE)
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         if self.cu_seqlens is not None:
-            # Empty documents name the token before them, and at the row's start its last one: neither has a next token.
+            # An empty document's end names the token before it, or the row's last token: neither has a next token.
             targets = targets.index_fill(1, (self.cu_seqlens[1:].long() - 1) % self.time, IGNORE)
         return targets
 
     def _check_labels(self, name: str, labels: Tensor) -> None:
+        """Raise ValueError unless labels are integers [B, T]."""
         if tuple(labels.shape) != (self.rows, self.time):
             raise ValueError(f"{name} must have shape [{self.rows}, {self.time}], got {list(labels.shape)}")
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"{name} must hold integers, got {labels.dtype}")
 
     def _new_columns(self, attention_mask: Tensor, cache: LogLinearCache | None) -> Tensor | None:
-        """Which of the new columns [B, T] are tokens; None if all are, as far as the host may ask."""
+        """Return True [B, T] at new columns that are tokens; None if the CPU may read that all are."""
         new, whole = (self.rows, self.time), (self.rows, self.past + self.time)
         if tuple(attention_mask.shape) not in (new, whole):
             raise ValueError(
@@ -123,7 +124,7 @@ class TokenPlaces(NamedTuple):
         return None if self.may_ask(real) and bool(real.all()) else real
 
     def _read_mask(self, attention_mask: Tensor) -> Tensor:
-        """Of booleans or numbers: True at tokens."""
+        """Return a mask of booleans or numbers as booleans, True at tokens."""
         if attention_mask.dtype != torch.bool:
             self.require(
                 ((attention_mask == 0) | (attention_mask == 1)).all(),
@@ -132,6 +133,7 @@ class TokenPlaces(NamedTuple):
         return attention_mask.bool()
 
     def _read_scores_mask(self, mask: Tensor, keys: int) -> Tensor:
+        """Return a mask [B or 1, H or 1, T, S] of the scores, after checks."""
         rows, heads, *sizes = mask.shape
         if rows not in (1, self.rows) or sizes != [self.time, keys]:
             raise ValueError(
@@ -147,7 +149,7 @@ class TokenPlaces(NamedTuple):
 
 
 def _document_boundaries(tokens: Tensor, named: dict[str, Tensor]) -> Tensor | None:
-    """The cu_seqlens [n+1] of packed tokens [1, T, ...], however they are named; None: not packed."""
+    """Return the cu_seqlens [n+1] of packed tokens [1, T, ...] from any of their names; None if not packed."""
     if not named:
         return None
     (first, boundaries), *others = ((name, _read_boundaries(tokens, name, value)) for name, value in named.items())
@@ -158,9 +160,10 @@ def _document_boundaries(tokens: Tensor, named: dict[str, Tensor]) -> Tensor | N
 
 
 def _read_boundaries(tokens: Tensor, name: str, boundaries: Tensor) -> Tensor:
+    """Return the cu_seqlens [n+1] of one argument, after checks."""
     rows, time = tokens.shape[:2]
     if rows != 1:
-        raise ValueError(f"{name} describes packed documents in a batch of 1, got a batch of {rows}")
+        raise ValueError(f"{name} describes packed documents and needs a batch of 1, got a batch of {rows}")
     if name == "seq_idx":
         if boundaries.numel() != time:
             raise ValueError(f"seq_idx must have one entry per token ({time}), got shape {list(boundaries.shape)}")
@@ -176,7 +179,7 @@ def _read_boundaries(tokens: Tensor, name: str, boundaries: Tensor) -> Tensor:
 
 
 def _next_real(real: Tensor) -> Tensor:
-    """For each column [B, T] the first real one behind it, T where there is none."""
+    """Return for each column [B, T] the next column that holds a token; T if there is none."""
     time = real.shape[1]
     column = torch.where(real, torch.arange(time, device=real.device), time)
     behind = F.pad(column[:, 1:], (0, 1), value=time)

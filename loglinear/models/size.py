@@ -1,4 +1,4 @@
-"""How large a model is and what it remembers: parameters and state bytes from a configuration alone."""
+"""The sizes of a model from its configuration alone: numbers of parameters, and bytes of its states."""
 
 from typing import NamedTuple
 
@@ -12,20 +12,23 @@ from loglinear.variants import get_variant
 
 
 class ParameterCounts(NamedTuple):
-    """Numbers of parameters; tied embeddings count once."""
+    """The numbers of parameters of a model; tied embeddings count once."""
 
     total: int
-    embeddings: int  # input table and, if it is not tied, the output head
-    level_scales: int  # lambda: projections, L and biases of all layers
+    """All parameters."""
+    embeddings: int
+    """The input table and, if it is not tied, the output head."""
+    level_scales: int
+    """Lambda: projections, L and biases of all layers."""
 
     @property
     def lambda_share(self) -> float:
-        """lambda's part of all parameters, 0 to 1."""
+        """The share of lambda in all parameters, 0 to 1."""
         return self.level_scales / self.total
 
 
 def parameter_counts(config: LogLinearConfig) -> ParameterCounts:
-    """Counts on the meta device: nothing is allocated."""
+    """Return the parameter counts of a configuration, without allocating the model."""
     with torch.device("meta"):
         model = LogLinearForCausalLM(config)
     embeddings = {id(p): p.numel() for p in (model.model.embed_tokens.weight, model.lm_head.weight)}
@@ -38,10 +41,10 @@ def parameter_counts(config: LogLinearConfig) -> ParameterCounts:
 
 
 def state_bytes(config: LogLinearConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes that one sequence of `tokens` tokens leaves in the cache of a model in `dtype`.
+    """Return the bytes of one sequence of `tokens` tokens in the cache of a model in `dtype`.
 
-    Linear layers: float32 `DecodeState` and the convolution's inputs in dtype, whatever `tokens` is. Full-attention
-    layers: keys and values.
+    A linear layer holds a float32 `DecodeState` and the last inputs of its convolution in `dtype`, for any number of
+    tokens. A full-attention layer holds keys and values in `dtype`.
     """
     assert config.layer_types is not None
     heads = config.heads
@@ -57,7 +60,7 @@ def state_bytes(config: LogLinearConfig, tokens: int, dtype: torch.dtype = torch
         dtype=torch.promote_types(dtype, torch.float32),
         device="meta",
     )
-    inverse = 0 if state.beta is None else state.beta.nbytes * config.chunk_size  # of `DecodeState`
+    inverse = 0 if state.beta is None else state.beta.nbytes * config.chunk_size  # DecodeState.inverse
     channels = 2 * heads.num_groups * heads.key_dim + heads.num_heads * heads.head_dim
     linear = state.nbytes + inverse + channels * (config.conv_kernel - 1) * dtype.itemsize
     full_layers = config.layer_types.count("full_attention")
@@ -65,10 +68,11 @@ def state_bytes(config: LogLinearConfig, tokens: int, dtype: torch.dtype = torch
 
 
 def key_value_cache_bytes(config: LogLinearConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes of the KV cache of a Transformer of the same depth, with this configuration's attention heads."""
+    """Return the bytes of the KV cache of a Transformer with this configuration's depth and attention heads."""
     return config.num_hidden_layers * _key_value_bytes(config, tokens, dtype)
 
 
 def _key_value_bytes(config: LogLinearConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Return the bytes of the keys and values of one layer."""
     assert config.num_key_value_heads is not None and config.attention_head_dim is not None
     return 2 * tokens * config.num_key_value_heads * config.attention_head_dim * dtype.itemsize

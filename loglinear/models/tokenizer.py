@@ -1,4 +1,4 @@
-"""The built-in byte tokenizer, and a chat template for models that are taught turns."""
+"""The built-in byte tokenizer, and a chat template for models that are fine-tuned on messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import AddedToken
 
 from loglinear.models.auto_file import TOKENIZER_AUTO_MAP, write_auto_file
 
-# A base model knows no turns, so no tokenizer has this template until fine-tuning on messages sets it.
+# A base model has learned no turns, so a tokenizer gets this template only from fine-tuning on messages.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] + ': ' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
@@ -23,16 +23,16 @@ CHAT_TEMPLATE = (
 
 
 class ByteTokenizer(PreTrainedTokenizerFast):
-    """UTF-8 bytes are their own token ids, 0 to 255; 256 is <bos>, 257 <eos>, 258 <pad>.
+    """The byte tokenizer: token ids 0 to 255 are UTF-8 bytes, 256 is <bos>, 257 <eos>, 258 <pad>.
 
-    `tokenizer("text")` gives the bytes alone. With `add_bos_token=True`, here or as an attribute, <bos> stands in
-    front, as in front of every document in training. The default leaves it out, because lm-eval puts it there itself.
-    A saved tokenizer comes back through `AutoTokenizer` wherever `loglinear.models` has been imported.
+    `tokenizer("text")` returns the bytes alone. With `add_bos_token=True`, here or as an attribute, it puts <bos> in
+    front, as training does for every document. The default is False because lm-eval adds <bos> itself. `AutoTokenizer`
+    loads a saved tokenizer if `loglinear.models` is imported.
     """
 
     vocab_files_names: dict[str, str] = {}
     model_input_names = ["input_ids", "attention_mask"]
-    padding_side = "left"  # what batched generation needs
+    padding_side = "left"  # batched generation needs it
 
     def __init__(
         self,
@@ -50,23 +50,23 @@ class ByteTokenizer(PreTrainedTokenizerFast):
         ]
         self._tokenizer.add_special_tokens(special)
         for name in ("vocab", "merges", "tokenizer_file", "tokenizer_object"):
-            kwargs.pop(name, None)  # bytes are always the same, whatever a saved file says
+            kwargs.pop(name, None)  # the vocabulary of bytes never changes
         kwargs.setdefault("auto_map", {"AutoTokenizer": list(TOKENIZER_AUTO_MAP)})
         kwargs = {"clean_up_tokenization_spaces": False, "padding_side": self.padding_side, **kwargs}
         super().__init__(bos_token=special[0], eos_token=special[1], pad_token=special[2], **kwargs)
-        around = self._tokenizer.encode("").ids  # a saved one says in its template alone what it adds
+        around = self._tokenizer.encode("").ids  # a saved tokenizer tells it in its template alone
         self._add_bos_token, self._add_eos_token = (i in around for i in (self.bos_token_id, self.eos_token_id))
 
     def encode_document(self, text: str) -> np.ndarray:
-        """The bytes of `text` as uint16 ids, without special tokens, hundreds of times faster than `encode`."""
+        """Return the bytes of `text` as uint16 ids without special tokens; much faster than `encode`."""
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16)
 
-    @wraps(PreTrainedTokenizerFast.save_pretrained, assigned=())  # others look for its arguments by name
+    @wraps(PreTrainedTokenizerFast.save_pretrained, assigned=())  # other tools inspect its arguments
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Save as transformers does, with the file that loads the class where nothing has imported this library."""
+        """Save as transformers does, and add the file through which tools load the class without importing it."""
         write_auto_file(save_directory)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
-        """Do nothing: every save already names the class, and a copy of its code would grow old beside a checkpoint."""
+        """Do nothing: every save already names the class, and a copy of its code in a checkpoint would become stale."""

@@ -32,9 +32,9 @@ class LogLinearOutput(NamedTuple):
     """The result of an operator."""
 
     output: Tensor
-    """[B, T, H, V] in v's dtype"""
+    """[B, T, H, V] in v's dtype."""
     final_state: FenwickState | None
-    """the state after the last token, in float32 (float64 for float64 inputs); None without output_final_state=True"""
+    """The state after the last token, in float32 (float64 for float64 inputs); None without output_final_state=True."""
 
 
 Implementation = Callable[[Problem], tuple[Tensor, "FenwickState | None"]]

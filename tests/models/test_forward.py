@@ -122,9 +122,9 @@ def test_bfloat16_stays_near_float32(make_model, variant: str) -> None:
         ),
         (
             {"input_ids": tokens(1, 6), "cu_seqlens": torch.tensor([0, 2, 6]), "max_length_q": 3},
-            "max_length_q needs at least 4, the longest document, got 3",
+            "max_length_q must be at least 4, the longest document, got 3",
         ),
-        ({"input_ids": tokens(1, 6), "max_length_k": 6}, "max_length_k needs boundaries of documents beside it, got 6"),
+        ({"input_ids": tokens(1, 6), "max_length_k": 6}, "max_length_k must go with boundaries of documents, got 6"),
         (
             {"input_ids": tokens(1, 6), "attention_mask": torch.tensor([[-torch.inf, 0, 0, 0, 0, 0]])},
             "attention_mask must hold 1 at tokens and 0 at padding, got other values",

@@ -68,7 +68,7 @@ def test_evaluation_returns_logits_beside_a_loss_unless_they_are_left_out(make_m
 
 @pytest.mark.parametrize("arguments", [{}, {"labels": tokens(2, T), "logits_to_keep": 1}], ids=["no loss", "both"])
 def test_leaving_out_logits_that_are_needed_is_refused(make_model, arguments: dict) -> None:
-    with pytest.raises(ValueError, match="skip_logits=True needs labels, and no logits_to_keep"):
+    with pytest.raises(ValueError, match="skip_logits=True needs labels and excludes logits_to_keep"):
         make_model()(tokens(2, T), skip_logits=True, **arguments)
 
 
