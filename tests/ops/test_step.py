@@ -337,3 +337,20 @@ def test_what_is_not_of_the_past_counts_for_nothing(operator, impl, levels):
         results.append([output, *parts(final).values(), *steps, later])
     for actual, expected in zip(*results, strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("levels", [1, 6, 8])
+def test_a_prefix_that_is_not_of_the_past_counts_for_nothing(operator, impl, levels):
+    """Neither once new tokens have made the first one."""
+    C, dtype = 16, DTYPES[impl]
+    dims = dict(groups=1, heads=1, dtype=dtype)
+    clean = sizes(operator, 2, levels, C, **dims)._replace(position=torch.tensor([0, 7]))
+    blocks = torch.randn_like(clean.blocks)
+    token = {name: x.detach().to(dtype) for name, x in operator.inputs(B=2, T=5 * C, G=1, H=1, L=levels).items()}
+    results = []
+    for state in (clean, clean._replace(blocks=blocks)):
+        output, final = operator(token, chunk_size=C, initial_state=state, impl=impl, output_final_state=True)
+        results.append([output, *parts(final).values()])
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)

@@ -162,11 +162,11 @@ class _Tree:
         return [Read(weight, sources, readers)]
 
     def scan(self, cap: int) -> Scan:
-        """Prefix over the blocks of 2**cap chunks of every sequence; a node `cap` comes first where there are nodes."""
+        """Prefix over the blocks of 2**cap chunks of every sequence; a node `cap` comes first where its past has one."""
         blocks = torch.nonzero((self.z + 1) % (1 << cap) == 0)[:, 0]
         owner = self.sequence[blocks]
         if self.nodes:
-            sequences = torch.arange(len(self.first))
+            sequences = torch.nonzero(self.first >> cap)[:, 0]
             blocks = torch.cat([self.node(sequences, cap), blocks])
             owner = torch.cat([sequences, owner])
             order = torch.sort(owner, stable=True).indices
