@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from loglinear.kernels.torch import fenwick_array
 from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
 
@@ -127,3 +128,14 @@ def test_steps_are_one_graph_for_rows_at_any_position(operator):
     for mine, expected in zip(*(parts(held.fenwick).values() for held in states), strict=True):
         assert relative_error(mine, expected) < 1e-14
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_the_registered_operator_keeps_torchs_rules(operator, final):
+    """Also with a gradient for the blocks that it was not asked for."""
+    tensors = [
+        x.flatten(0, 1).float().detach().requires_grad_() for x in operator.inputs(**(SIZES | dict(B=1, T=7))).values()
+    ]
+    q, k, v, log_decay, *beta, level_scales = tensors
+    arguments = (q, k, v, log_decay, *(beta or [None]), level_scales, None, None, torch.tensor([0, 3, 7]), 1, 4, final)
+    torch.library.opcheck(fenwick_array, arguments)

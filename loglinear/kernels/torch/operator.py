@@ -104,6 +104,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, dout: Tensor | None, dblocks: Tensor | None):  # type: ignore[no-untyped-def]
     saved, options = ctx.saved_tensors, ctx.options  # once: checkpointing refuses to give them twice
     tensors, where = saved[:7], saved[7:]
+    dblocks = dblocks if options[-1] else None  # without `final` they are empty, and so is their gradient
     if torch.is_grad_enabled():  # create_graph=True
         grads = recorded_gradients(lambda *x: stages(*x, *where, *options), tensors, (dout, dblocks))
     else:

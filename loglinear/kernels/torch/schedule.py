@@ -162,7 +162,7 @@ class _Tree:
         return [Read(weight, sources, readers)]
 
     def scan(self, cap: int) -> Scan:
-        """Prefix over the blocks of 2**cap chunks of every sequence; a node `cap` comes first where its past has one."""
+        """Prefix over the blocks of 2**cap chunks of every sequence; a node `cap` comes first, where there is one."""
         blocks = torch.nonzero((self.z + 1) % (1 << cap) == 0)[:, 0]
         owner = self.sequence[blocks]
         if self.nodes:
