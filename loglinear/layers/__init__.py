@@ -1,4 +1,4 @@
-"""The layers of the models, usable on their own: plain torch modules."""
+"""The layers of the models: plain torch modules that are usable on their own."""
 
 from loglinear.layers.attention import Attention, AttentionContext, rotary_tables
 from loglinear.layers.gated_rms_norm import GatedRMSNorm

@@ -9,40 +9,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-AT_ONCE = torch.__version__ >= "2.11"  # varlen_attn has its window, which makes it causal
-WIDTHS = range(8, 129, 8)  # of heads, for varlen_attn
-PLANNED = 1024  # cuDNN makes a plan for each new length, in tens of milliseconds: lengths that come again are multiples
-LONG = 4096  # tokens from which on cuDNN with a plan is faster than what all other documents share
-CHOOSING = threading.Lock()  # whether cuDNN may be taken is said for the whole process
+AT_ONCE = torch.__version__ >= "2.11"  # varlen_attn is causal only with its window, which is new in this version
+WIDTHS = range(8, 129, 8)  # head widths that varlen_attn supports
+PLANNED = 1024  # cuDNN plans each new length for tens of milliseconds, so it gets only multiples, which occur again
+LONG = 4096  # tokens from which cuDNN with a plan is faster than one call for all documents
+CHOOSING = threading.Lock()  # the switch of cuDNN is one for the whole process
 
 Heads = tuple[Tensor, Tensor, Tensor]  # q [B, H, T, K], k and v [B, G, T, K]
 
 
 class KeyValueStore(Protocol):
-    """A cache layer: takes the new keys and values [B, G, T, K], returns all of them [B, G, S, K]."""
+    """A cache layer, which takes new keys and values [B, G, T, K] and returns all of them [B, G, S, K]."""
 
     def update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class AttentionContext(NamedTuple):
-    """What every attention layer of one forward shares."""
+    """The inputs that the attention layers of one forward pass share."""
 
     cos: Tensor  # [B, T, K / 2] of the rotary embedding
     sin: Tensor  # [B, T, K / 2]
-    mask: Tensor | None = None  # [B, 1, T, S] True where a query may look, or added to scores; None: plain causal
+    mask: Tensor | None = None  # [B, 1, T, S] True at keys to attend to, or added to the scores; None: plain causal
     lengths: Tensor | None = None  # [N] on the CPU: tokens of each packed document (B = 1); None: not packed
-    with_weights: bool = False  # layers return their attention weights too; `mask` then says all, of documents as well
+    with_weights: bool = False  # True: layers also return attention weights, and `mask` covers packed documents too
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, K / 2] in float32 of integer positions [B, T] (Su et al., arXiv 2104.09864)."""
+    """Return cos and sin [B, T, K / 2] in float32 of integer positions [B, T] (Su et al., arXiv 2104.09864)."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angle = positions.unsqueeze(-1).float() * theta**-exponent
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x_i, x_{i + K/2}) of x [B, T, heads, K] by their position's angles."""
+    """Return x [B, T, heads, K] with its pairs (x_i, x_{i + K/2}) rotated by their position's angles."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
@@ -57,7 +57,7 @@ def _split(heads: Heads, lengths: list[int]) -> list[Heads]:
 
 
 def _has_flash(heads: Heads) -> bool:
-    """Whether FlashAttention's kernels take these, and are not switched off."""
+    """Return True if FlashAttention's kernels support these heads and are not switched off."""
     q, k, v = heads
     params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1])
     return q.is_cuda and torch.backends.cuda.can_use_flash_attention(params)
@@ -66,8 +66,17 @@ def _has_flash(heads: Heads) -> bool:
 class Attention(nn.Module):
     """Causal softmax attention with grouped key/value heads and rotary positions: [B, T, D] -> [B, T, D].
 
-    Packed documents get one causal attention each; nothing crosses a boundary. The second result is the attention
-    weights [B, H, T, S] where the context asks for them, else None.
+    Each packed document has its own causal attention, so nothing crosses a boundary. The second result of `forward` is
+    the attention weights [B, H, T, S] if the context asks for them, else None.
+
+    Args:
+        hidden_size: D.
+        num_heads: H, the query heads, a multiple of G.
+        num_key_value_heads: G, the key/value heads.
+        head_dim: K, an even number (rotary pairs).
+
+    Raises:
+        ValueError: H is no multiple of G, or K is odd.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, num_key_value_heads: int, head_dim: int) -> None:
@@ -103,8 +112,9 @@ class Attention(nn.Module):
             y = self._attend_documents((q, k, v), context.lengths)
         return self.out_proj(y.transpose(1, 2).flatten(-2)), weights
 
-    @torch._disable_dynamo  # a graph would be one for these lengths; torch.compiler.disable imports the whole compiler
+    @torch._disable_dynamo  # a graph would hold for these lengths alone; torch.compiler.disable imports the compiler
     def _attend_documents(self, heads: Heads, lengths: Tensor) -> Tensor:
+        """Attend within each document: long ones alone, neighbouring short ones in one call."""
         if not (AT_ONCE and self.head_dim in WIDTHS and _has_flash(heads)):
             return torch.cat(self._one_by_one(heads, lengths.tolist()), dim=2)
         runs = [(alone, list(run)) for alone, run in itertools.groupby(lengths.tolist(), key=_is_long)]
@@ -117,6 +127,7 @@ class Attention(nn.Module):
         return torch.cat(attended, dim=2)
 
     def _one_by_one(self, heads: Heads, lengths: list[int]) -> list[Tensor]:
+        """Attend within each document in a call of its own; cuDNN only gets lengths with a plan."""
         documents = [document for document in _split(heads, lengths) if document[0].shape[2]]
         backends = torch.backends.cuda
         if not heads[0].is_cuda:
@@ -134,6 +145,7 @@ class Attention(nn.Module):
         return attended
 
     def _at_once(self, heads: Heads, lengths: list[int]) -> Tensor:
+        """Attend within all documents in one call of varlen_attn."""
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (t.squeeze(0).transpose(0, 1) for t in heads)
@@ -141,11 +153,11 @@ class Attention(nn.Module):
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(q.device, non_blocking=True)
         y = varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths), window_size=(-1, 0))
-        assert isinstance(y, Tensor)  # it gives more only where it is asked to
+        assert isinstance(y, Tensor)  # more results need an option
         return y.transpose(0, 1).unsqueeze(0)
 
     def _attend_with_weights(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """softmax(q k^T / sqrt(K)) v and the softmax, which the kernels do not give."""
+        """Return softmax(q k^T / sqrt(K)) v and the softmax, which the kernels do not return."""
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         scores = (q @ k.transpose(2, 3) * self.head_dim**-0.5).to(torch.promote_types(q.dtype, torch.float32))
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
@@ -153,7 +165,8 @@ class Attention(nn.Module):
         return weights @ v, weights
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend by one of torch's kernels."""
         causal = mask is None and q.shape[2] > 1
         if mask is not None and mask.is_floating_point():
-            mask = mask.to(q.dtype).clamp(min=torch.finfo(q.dtype).min)  # finite: no row of the softmax is empty
+            mask = mask.to(q.dtype).clamp(min=torch.finfo(q.dtype).min)  # finite, so no row of the softmax is empty
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=bool(causal), enable_gqa=self.grouped)

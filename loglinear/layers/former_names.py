@@ -1,4 +1,4 @@
-"""Names that a mixer's parameters had in earlier checkpoints, which still load."""
+"""The former names of a mixer's parameters, under which earlier checkpoints still load."""
 
 from typing import Any
 
@@ -12,17 +12,17 @@ FORMER_NAMES = {
     "level_scales.bias": "level_scales.proj.bias",
     "level_scales.L": "level_scales.level_bias.L",
 }
-"""former name: name, both inside a `Mixer`"""
+"""From a former name to the current name, both inside a `Mixer`."""
 
 
 def current_name(name: str) -> str:
-    """The name now of a model's parameter, whose mixers are called `mixer`."""
+    """Return the current name of a parameter of a model, whose mixers are called `mixer`."""
     layer, dot, own = name.rpartition("mixer.")
     return layer + dot + FORMER_NAMES.get(own, own) if dot else name
 
 
 def rename_former(mixer: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """A pre-hook of `Mixer.load_state_dict`: former names become those of now."""
+    """Replace former names by current names, as a pre-hook of `Mixer.load_state_dict`."""
     for former, name in FORMER_NAMES.items():
         if prefix + former in state_dict:
             state_dict[prefix + name] = state_dict.pop(prefix + former)

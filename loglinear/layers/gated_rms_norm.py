@@ -9,11 +9,16 @@ from loglinear.variants.base import at_least_float32
 
 
 class GatedRMSNorm(nn.Module):
-    """RMS norm of the mixer's output y [B, T, H, V], gated by z [B, T, H V]; returns [B, T, H V].
+    """The RMS norm of a mixer's output y [B, T, H, V], gated by z [B, T, H V]: (y, z) -> [B, T, H V].
 
-    gate_first=True   norm(y * silu(z)) over the H V / G channels of each group together, one weight per channel
-                      (Mamba-2, arXiv 2405.21060, section 7)
-    gate_first=False  norm(y) * silu(z) per head, one weight [V] shared by the heads (Gated DeltaNet, arXiv 2412.06464)
+    Args:
+        num_heads: H.
+        head_dim: V.
+        num_groups: G.
+        gate_first: True for norm(y * silu(z)) over the H V / G channels of each group together, with one weight per
+            channel (Mamba-2, arXiv 2405.21060, section 7). False for norm(y) * silu(z) per head, with one weight [V]
+            for all heads (Gated DeltaNet, arXiv 2412.06464).
+        eps: The epsilon of the norm.
     """
 
     def __init__(self, num_heads: int, head_dim: int, num_groups: int, *, gate_first: bool, eps: float) -> None:
@@ -26,7 +31,7 @@ class GatedRMSNorm(nn.Module):
         gate, wide, weight = F.silu(at_least_float32(z)), at_least_float32(y), at_least_float32(self.weight)
         if self.gate_first:
             wide = (wide.flatten(-2) * gate).unflatten(-1, (-1, self.width))
-        is_shared = len(weight) == self.width  # several groups have weights of their own, which rms_norm cannot take
+        is_shared = len(weight) == self.width  # rms_norm cannot take one weight for each of several groups
         normed = F.rms_norm(wide, (self.width,), weight if is_shared else None, self.eps).flatten(-2)
         if not is_shared:
             normed = normed * weight

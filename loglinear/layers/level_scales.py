@@ -1,5 +1,5 @@
 # B batch, T time, D hidden size, H heads, L levels, l levels with a lambda of their own
-"""lambda: how strongly each token reads each level of its past."""
+"""The layer of lambda, the level scales: the weights with which each token reads its levels."""
 
 import math
 from collections.abc import Callable
@@ -16,13 +16,13 @@ LambdaForm = Literal["softplus", "bounded", "unit"]
 
 
 def check_lambda_form(form: str) -> None:
-    """ValueError unless it is one of `LambdaForm`."""
+    """Raise ValueError unless `form` is one of `LambdaForm`."""
     if form not in get_args(LambdaForm):
         raise ValueError(f"lambda_form must be one of {', '.join(get_args(LambdaForm))}, got {form!r}")
 
 
 def check_finest_block(finest_block: int, num_levels: int) -> None:
-    """ValueError unless it is a power of two that leaves two different lambdas."""
+    """Raise ValueError unless `finest_block` is a power of two that leaves two different lambdas."""
     if (
         finest_block < 1
         or finest_block & (finest_block - 1)
@@ -53,7 +53,7 @@ class ZeroLinear(nn.Linear):
     """A linear layer whose weight and bias start at zero."""
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()  # draws as any linear layer does: a seed keeps giving the same model
+        super().reset_parameters()  # draws as any linear layer does, so that a seed still makes the same model
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -62,7 +62,10 @@ class ZeroLinear(nn.Linear):
 
 
 class LevelBias(HeadBias):
-    """lambda of its logits, both [B, T, H, l], in one of the forms; L [H, l], which "unit" has not, starts at ones."""
+    """The map from logits to lambda, both [B, T, H, l], in one of the forms.
+
+    L [H, l] starts at ones; the form "unit" has none.
+    """
 
     def __init__(self, shape: tuple[int, int], form: str) -> None:
         super().__init__()
@@ -77,15 +80,24 @@ class LevelBias(HeadBias):
 
 
 class LevelScales(nn.Module):
-    """lambda [B, T, H, L] >= 0 of hidden states x [B, T, D], in float32 (float64 for a float64 model).
+    """Lambda [B, T, H, L] >= 0 from hidden states x [B, T, D], in float32 (float64 for a float64 model).
 
-    form="softplus"  softplus(L * W x), L [H, L] starts at ones: as published (arXiv 2506.04761, section 3.4)
-    form="bounded"   exp(-exp(L) * softplus(W x)), in (0, 1): the authors' alternative
-    form="unit"      1 + elu(W x + b), W and b start at zero: exactly 1, so the model starts as its linear twin
+        softplus   softplus(L * W x), L [H, l] starts at ones: as published (arXiv 2506.04761, section 3.4)
+        bounded    exp(-exp(L) * softplus(W x)), in (0, 1): the authors' alternative
+        unit       1 + elu(W x + b), W and b start at zero: exactly 1, so the model starts as the linear model
 
-    W [H l, D] and b [H l] belong to the layer `proj`, L to `level_bias`. Tokens of one aligned block of
-    `finest_block` tokens, a power of two, have one lambda: their levels, up to log2 of it, share its first column. So
-    l = L - log2(finest_block), and L with the published hierarchy, whose finest block is 1 token.
+    The layer `proj` holds W [H l, D] and b [H l], and `level_bias` holds L. The lowest log2(finest_block) + 1 levels
+    share one lambda, so l = L - log2(finest_block). The published hierarchy has a finest block of 1 token and l = L.
+
+    Args:
+        hidden_size: D.
+        num_heads: H.
+        num_levels: L, at least 2.
+        form: "softplus", "bounded" or "unit".
+        finest_block: A power of two. The tokens of each aligned block of this size share one lambda.
+
+    Raises:
+        ValueError: An unknown form, fewer than 2 levels, or a finest_block that leaves fewer than 2 lambdas.
     """
 
     def __init__(
@@ -96,7 +108,7 @@ class LevelScales(nn.Module):
         if num_levels < 2:
             raise ValueError(f"num_levels must be at least 2 (with one level lambda is 1), got {num_levels}")
         check_finest_block(finest_block, num_levels)
-        self.shared = log2(finest_block)  # levels that have the lambda of the next one
+        self.shared = log2(finest_block)  # levels that share the lambda of the next one
         self.shape = (num_heads, num_levels - self.shared)
         width = math.prod(self.shape)
         self.proj = ZeroLinear(hidden_size, width) if form == "unit" else nn.Linear(hidden_size, width, bias=False)

@@ -1,5 +1,5 @@
 # B batch, T time, D hidden size, G groups, H heads, K key, V value, L levels, S sequences, W kernel
-"""The one token mixer of all variants."""
+"""The token mixer of all variants, and its states."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,25 +31,29 @@ OPERATORS: dict[str, tuple[Callable[..., LogLinearOutput], Callable[..., Tensor]
     "scalar_gate": (log_linear_attention, log_linear_attention_step),
     "delta_rule": (log_linear_delta_rule, log_linear_delta_rule_step),
 }
-"""by a variant's transition: the operator, and its step of one token"""
+"""From a variant's transition to the operator and its step of one token."""
 
 
 class MixerState(NamedTuple):
-    """A mixer's past, of a size that does not depend on its length; every row has its own position. It carries
-    gradients."""
+    """The state of a mixer. It carries gradients, its size does not grow, and every row has its own position."""
 
-    conv: Tensor  # [S, W-1, 2 G K + H V] last inputs of the convolution
+    conv: Tensor
+    """[S, W-1, 2 G K + H V] The last inputs of the convolution."""
     fenwick: FenwickState
+    """The state of the operator."""
 
 
 class MixerDecodeState(NamedTuple):
-    """A `MixerState` in memory of its own, which `Mixer.step` changes in place. It carries no gradients."""
+    """A `MixerState` for decoding: `Mixer.step` changes its memory in place. It carries no gradients."""
 
     conv: Tensor
+    """[S, W-1, 2 G K + H V] The last inputs of the convolution."""
     decode: DecodeState
+    """The state of the operator."""
 
     @classmethod
     def of(cls, state: MixerState) -> "MixerDecodeState":
+        """Return a copy of a state without gradients; ValueError unless it is a `MixerState`."""
         if not isinstance(state, MixerState):
             raise ValueError(f"state must be a MixerState, got {type(state).__name__}")
         with constants():
@@ -57,15 +61,18 @@ class MixerDecodeState(NamedTuple):
 
     @torch.no_grad()
     def copy_(self, state: MixerState) -> None:
-        """The contents of another state of the same sizes, in the memory of this one."""
+        """Copy the contents of another state into this one's memory; ValueError if the sizes differ."""
         if state.conv.shape != self.conv.shape:
             raise ValueError(f"state.conv must have shape {list(self.conv.shape)}, got {list(state.conv.shape)}")
         self.decode.copy_(state.fenwick)
         self.conv.copy_(state.conv)
 
     def state(self) -> MixerState:
-        """From which sequences continue with more than one token: the same memory, or a copy where a backward may need
-        it as it is now."""
+        """Return the state from which sequences continue with more than one token.
+
+        It shares this memory, but is a copy if gradients are enabled: later steps would change what is saved for
+        backward.
+        """
         if not torch.is_grad_enabled():
             return MixerState(self.conv, self.decode.fenwick)
         fenwick = FenwickState._make(None if part is None else part.clone() for part in self.decode.fenwick)
@@ -73,14 +80,17 @@ class MixerDecodeState(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
+        """All parts that are tensors."""
         parts = (self.conv, *self.decode.fenwick, self.decode.inverse)
         return [part for part in parts if part is not None]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all parts."""
         return sum(part.nbytes for part in self.tensors)
 
     def index_select(self, rows: Tensor) -> "MixerDecodeState":
+        """Return the state of these rows [n], in their order, in new memory; ValueError for an unknown row."""
         with constants():
             decode = self.decode.index_select(rows)  # checks the rows
             return MixerDecodeState(self.conv.index_select(0, rows), decode)
@@ -92,9 +102,23 @@ class Mixer(nn.Module):
         z, (q, k, v) = W x ;  q, k, v = silu(conv(q, k, v)) ;  lambda = LevelScales(x)
         y = operator(variant(x, q, k, v), lambda) ;  output = W_o norm(y, z)
 
-    num_levels=1 is the linear model of the same variant: lambda is 1 and has no parameters. Sequences lie dense in the
-    batch, or as `packing` says. With a state (or `return_state=True`) a sequence continues where it stopped; `step`, or
-    a forward with a `MixerDecodeState`, is one token more for each, in place.
+    Each row of the batch is one sequence, unless `packing` describes the sequences. A sequence continues from the state
+    that `return_state=True` returns. `step`, or a call with a `MixerDecodeState`, processes one token per row in place.
+
+    Args:
+        hidden_size: D.
+        heads: H, G, K and V.
+        variant: The base model, a name in `loglinear.variants.VARIANTS`.
+        num_levels: L. 1 is the linear model of the same variant: lambda is 1 and has no parameters.
+        lambda_form: "unit", "softplus" or "bounded"; see `LevelScales`.
+        finest_block: The tokens of each aligned block of this size share one lambda.
+        conv_kernel: W, the tokens that the short convolution reads.
+        chunk_size: C, tokens per chunk of the operator, a power of two.
+        norm_eps: The epsilon of the output norm.
+        impl: The implementation of the operator: "auto", "triton", "torch" or "reference".
+
+    Raises:
+        ValueError: An unknown variant or form, or sizes that do not fit; the message names the argument.
     """
 
     def __init__(
@@ -142,24 +166,34 @@ class Mixer(nn.Module):
         return_state: bool = False,
         active: Tensor | None = None,
     ) -> tuple[Tensor, MixerState | MixerDecodeState | None]:
-        """The output, and the state where one was given or asked for.
+        """Return the output [B, T, D], and the new state or None.
 
-        Raises ValueError for more than one token a row, or packed ones, beside a `MixerDecodeState`, and for `active`
-        without one.
+        Args:
+            x: [B, T, D], or [B, 1, D] with a `MixerDecodeState`.
+            packing: The places of sequences in a padded or packed batch. None: each row is one sequence.
+            state: The state to continue from. A `MixerDecodeState` changes in place. None starts new sequences.
+            return_state: True to return the `MixerState` after the last token.
+            active: [B] bool, with a `MixerDecodeState` alone. Inactive rows keep their state. None: all are active.
+
+        Raises:
+            ValueError: A `MixerDecodeState` with packing or more than one token per row, `active` without one, or a
+                state of other sizes.
         """
         if isinstance(state, MixerDecodeState):
             if packing is not None or x.shape[1] != 1:
-                raise ValueError(f"a MixerDecodeState takes one token a row, got x of shape {list(x.shape)}")
+                raise ValueError(
+                    f"x must have shape [B, 1, D] without packing for a MixerDecodeState, got {list(x.shape)}"
+                )
             self._check_convolution(state, len(x), x.device)
             return self._step(x, state, active), state
         if active is not None:
-            raise ValueError("active says which rows of a MixerDecodeState move on: got no such state")
+            raise ValueError(f"active needs a MixerDecodeState as state, got {type(state).__name__}")
         if state is not None:
             rows = len(x) if packing is None else packing.cu_seqlens.numel() - 1
             self._check_convolution(state, rows, x.device)
         if packing is not None:
             x = packing.unpad(x)
-            if x.shape[1] == 0:  # all padding: no sequence moves, but every parameter gets its gradient, of zero
+            if x.shape[1] == 0:  # all padding: no state changes, but every parameter needs a gradient of zero
                 y, _ = self.forward(F.pad(x, (0, 0, 0, 1)))
                 return packing.pad(y[:, :0]), state
         z, qkv = self._project(x)
@@ -178,27 +212,30 @@ class Mixer(nn.Module):
             y = packing.pad(y)
         if fenwick is None:
             return y, None
-        return y, MixerState(conv_state.clone(), fenwick)  # a copy: the view would keep the whole prompt alive
+        return y, MixerState(conv_state.clone(), fenwick)  # a copy, because a view keeps the whole prompt alive
 
     def step(self, x: Tensor, state: MixerDecodeState, active: Tensor | None = None) -> Tensor:
-        """One token a row, [B, 1, D] -> [B, 1, D], without gradients; rows that are not active [B] keep their state.
+        """Return the output [B, 1, D] of one token per row [B, 1, D] and advance `state` in place, without gradients.
 
-        This is a call of the module, so that hooks on its forward (offloading, sharding) see it.
+        Rows that are not `active` [B] keep their state.
         """
+        # A call of the module, so hooks on its forward pass (offloading, sharding) run.
         return self(x, state=state, active=active)[0]
 
     @torch.no_grad()
     def _step(self, x: Tensor, state: MixerDecodeState, active: Tensor | None) -> Tensor:
+        """Run one token per row."""
         z, qkv = self._project(x)
         qkv, conv_state = self.conv(qkv, state.conv)
         tensors, v = self._operands(x, qkv)
         tokens = [None if t is None else t[:, 0] for t in tensors]
-        y = self.operator_step(*tokens, state.decode, active=active, **self._options)  # moves nothing that it refuses
+        # The operator goes first: if it raises, no part of the state has changed.
+        y = self.operator_step(*tokens, state.decode, active=active, **self._options)
         state.conv.copy_(conv_state if active is None else torch.where(active[:, None, None], conv_state, state.conv))
         return self._output(y[:, None], v, z)
 
     def _check_convolution(self, state: Any, rows: int, device: torch.device) -> None:
-        """The part of a state that is not the operator's."""
+        """Raise ValueError unless the convolution's part of a state fits; the operator checks its own part."""
         if not isinstance(state, MixerState | MixerDecodeState):
             raise ValueError(f"state must be a MixerState or a MixerDecodeState, got {type(state).__name__}")
         if self.conv.kernel > 1:
@@ -206,11 +243,11 @@ class Mixer(nn.Module):
             check_tensor("state.conv", state.conv, "SWC", sizes, device)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """z, and q, k, v before the convolution."""
+        """Return z, and q, k, v before the convolution."""
         return self.in_proj(x).split([self.value_width, 2 * self.key_width + self.value_width], dim=-1)
 
     def _operands(self, x: Tensor, qkv: Tensor) -> tuple[list[Tensor | None], Tensor]:
-        """The operator's tensors in its order, and v as it came from the convolution."""
+        """Return the operator's tensors in its order, and v from the convolution."""
         q, k, v = qkv.split([self.key_width, self.key_width, self.value_width], dim=-1)
         q, k = (t.unflatten(-1, (self.heads.num_groups, self.heads.key_dim)) for t in (q, k))
         v = v.unflatten(-1, (self.heads.num_heads, self.heads.head_dim))
@@ -221,18 +258,21 @@ class Mixer(nn.Module):
 
     @property
     def _options(self) -> dict[str, Any]:
+        """The operator's keyword arguments."""
         options: dict[str, Any] = dict(scale=self.variant.scale, impl=self.impl)
         if self.variant.transition == "delta_rule":
             options["l2_normalize"] = self.variant.l2_normalize
         return options
 
     def _level_scales(self, x: Tensor) -> Tensor:
+        """Return lambda [B, T, H, L]; ones for the linear model."""
         if self.level_scales is not None:
             return self.level_scales(x)
         one = at_least_float32(x.new_ones(1))
         return one.expand(*x.shape[:2], self.heads.num_heads, 1)
 
     def _output(self, y: Tensor, v: Tensor, z: Tensor) -> Tensor:
+        """Return the mixer's output from the operator's: skip connection, norm and projection."""
         if self.variant.skip_bias is not None:
             y = self.variant.skip_bias(y, v)
         return self.out_proj(self.norm(y, z))

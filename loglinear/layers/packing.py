@@ -1,5 +1,5 @@
 # B batch, T time, N tokens of all sequences together, S sequences, W convolution kernel
-"""Where the tokens of a batch lie. Computed once per forward, used by every layer."""
+"""The places of tokens in a packed or padded batch, computed once per forward pass for all layers."""
 
 import sys
 from typing import NamedTuple
@@ -10,15 +10,18 @@ from torch.nn import functional as F
 
 
 def of_any_length(x: Tensor) -> Tensor:
-    """x; blocks that are compiled with it get one graph for every length that it may have, from the first on."""
+    """Return x, marked so that a compiled block has one graph for all lengths of x, from the first call on."""
     if not torch.compiler.is_compiling() and "torch._dynamo" in sys.modules:
         torch._dynamo.maybe_mark_dynamic(x, 0)
     return x
 
 
 def own_boundaries(cu_seqlens: Tensor) -> Tensor:
-    """A copy that nobody changes, as the operators' kernels take it. At `layouts` they keep what they make of it, for
-    all layers and their backward."""
+    """Return an int64 copy of boundaries that never changes.
+
+    The operators' kernels store the layouts that they derive from it in its attribute `layouts`, for all layers and
+    their backward pass.
+    """
     boundaries = of_any_length(cu_seqlens.to(torch.int64, copy=True))
     if not torch.compiler.is_compiling():
         boundaries.layouts = {}  # type: ignore[attr-defined]
@@ -26,25 +29,30 @@ def own_boundaries(cu_seqlens: Tensor) -> Tensor:
 
 
 class Packing(NamedTuple):
-    """Ragged sequences, one behind the other in a batch of one: `cu_seqlens` [S+1] as FlashAttention names it.
+    """Sequences of any lengths, laid end to end in a batch of one.
 
-    The convolution sees every sequence behind W - 1 slots of its own (its state, or zeros), so nothing leaks over a
-    boundary: `head_slots` [S * (W-1)] are these, `token_slots` [N] the tokens', `tail_slots` [S * (W-1)] the last
-    W - 1 of each sequence, its next state. `position` [N] counts the tokens of each sequence.
+    For the convolution every sequence comes after W - 1 slots of its own (its state, or zeros), so nothing leaks over a
+    boundary.
     """
 
     cu_seqlens: Tensor
+    """[S+1] Boundaries of the sequences, as FlashAttention names them."""
     token_slots: Tensor
+    """[N] Slots of the tokens."""
     head_slots: Tensor
+    """[S * (W-1)] Slots before each sequence, for its state."""
     tail_slots: Tensor
+    """[S * (W-1)] The last W - 1 slots of each sequence, its next state."""
     position: Tensor
+    """[N] Position of each token in its sequence."""
     shape: tuple[int, int] | None = None
-    """(B, T) of the padded batch that these tokens were taken from; None: the batch is packed already"""
+    """(B, T) of the padded batch that the tokens come from; None: the batch is already packed."""
     token_index: Tensor | None = None
-    """[N] places of the tokens in the flattened padded batch"""
+    """[N] Places of the tokens in the flattened padded batch."""
 
     @staticmethod
     def from_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, conv_kernel: int) -> "Packing":
+        """Return the packing of boundaries [S+1] of `num_tokens` tokens, for a convolution of `conv_kernel` taps."""
         gap = conv_kernel - 1
         sequences = cu_seqlens.numel() - 1
         sequence_S = torch.arange(sequences, device=cu_seqlens.device)
@@ -63,20 +71,23 @@ class Packing(NamedTuple):
 
     @staticmethod
     def from_mask(mask_BT: Tensor, conv_kernel: int) -> "Packing":
-        """mask: True at real tokens, anywhere in the row. Every row is one sequence, of length zero if all padding."""
+        """Return the packing of a padded batch: mask [B, T] is True at tokens, which may be anywhere in a row.
+
+        Every row is one sequence; a row of padding is a sequence of length 0.
+        """
         token_index = mask_BT.flatten().nonzero().squeeze(1)
         cu_seqlens = F.pad(mask_BT.sum(1).cumsum(0), (1, 0)).to(torch.int32)
         packing = Packing.from_cu_seqlens(cu_seqlens, token_index.numel(), conv_kernel)
         return packing._replace(shape=(mask_BT.shape[0], mask_BT.shape[1]), token_index=token_index)
 
     def unpad(self, x: Tensor) -> Tensor:
-        """[B, T, ...] -> [1, N, ...]"""
+        """Return the tokens [1, N, ...] of a padded batch [B, T, ...]."""
         if self.token_index is None:
             return x
         return x.flatten(0, 1).index_select(0, self.token_index).unsqueeze(0)
 
     def pad(self, x: Tensor) -> Tensor:
-        """[1, N, ...] -> [B, T, ...], zeros at the padding."""
+        """Return a padded batch [B, T, ...] of tokens [1, N, ...], with zeros at padding."""
         if self.shape is None or self.token_index is None:
             return x
         rows, time = self.shape

@@ -1,5 +1,5 @@
 # B batch, T time, C channels, W kernel, S sequences
-"""Short causal depthwise convolution with SiLU, in plain torch."""
+"""The short causal depthwise convolution with SiLU, in plain torch."""
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,20 @@ from loglinear.variants.base import at_least_float32
 
 
 class ShortConvolution(nn.Module):
-    """y_t = silu(sum_w weight[:, w] x_{t - W + 1 + w} + bias), zeros before a sequence's first token.
+    """A causal depthwise convolution with SiLU, with zeros before a sequence's first token: [B, T, C] -> [B, T, C].
 
-    `forward(x_BTC, state, packing) -> (y_BTC, new state)`: the state [S, W-1, C] holds each sequence's last W - 1
-    inputs (None: the sequences start here), so a sequence may come in pieces of any length.
+        y_t = silu(sum_w weight[:, w] x_{t - W + 1 + w} + bias)
+
+    `forward(x, state, packing)` returns y and the new state. A state [S, W-1, C] holds the last W - 1 inputs of each
+    sequence, so a sequence may come in pieces of any length. None starts new sequences.
+
+    Args:
+        channels: C.
+        kernel: W, the taps, at least 1.
+        bias: True for a bias per channel.
+
+    Raises:
+        ValueError: `kernel` is less than 1.
     """
 
     def __init__(self, channels: int, kernel: int, *, bias: bool) -> None:
@@ -50,23 +60,26 @@ class ShortConvolution(nn.Module):
         return y.index_select(0, packing.token_slots - gap).unsqueeze(0), new_state
 
     def _dense(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run a batch in which each row is one sequence."""
         gap = self.kernel - 1
         extended = F.pad(x, (0, 0, gap, 0)) if state is None else torch.cat([state.to(x.dtype), x], dim=1)
         return self._convolve(extended), extended[:, extended.shape[1] - gap :]
 
     def _fused(self, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-        """Packed sequences that start here, without a copy of them: for a compiler that makes one pass of it all."""
+        """Run new packed sequences without copying them, in a form that a compiler fuses into one pass."""
         gap, position = self.kernel - 1, packing.position.unsqueeze(1)
         extended = F.pad(x, (0, 0, gap, 0))
-        inside = [position >= gap - w for w in range(self.kernel)]  # is a tap's input of the same sequence?
+        inside = [position >= gap - w for w in range(self.kernel)]  # True if a tap's input is in the same sequence
         tail = packing.cu_seqlens[1:].unsqueeze(1) - gap + torch.arange(gap, device=x.device)
         is_token = tail >= packing.cu_seqlens[:-1].unsqueeze(1)
         new_state = extended[0].index_select(0, tail.flatten() + gap).unflatten(0, tail.shape)
         return self._sum_taps(extended, inside), torch.where(is_token.unsqueeze(2), new_state, 0.0)
 
     def _sum_taps(self, extended: Tensor, inside: list[Tensor] | None = None) -> Tensor:
-        """`_convolve` as one sum, in float32 as conv1d has it, of the taps that are `inside` [T, 1] for each (None: all
-        of them)."""
+        """Return `_convolve` as a sum of taps in float32, as conv1d computes it.
+
+        A tap counts for tokens at which its `inside` [T, 1] is True (None: all tokens).
+        """
         time, dtype = extended.shape[1] - self.kernel + 1, extended.dtype
         weight, wide = at_least_float32(self.weight.to(dtype)), at_least_float32(extended)
         y = wide.new_zeros(()) if self.bias is None else at_least_float32(self.bias.to(dtype))
@@ -76,12 +89,12 @@ class ShortConvolution(nn.Module):
         return F.silu(y).to(dtype)
 
     def _convolve(self, extended: Tensor) -> Tensor:
-        """[B, T + W - 1, C] -> [B, T, C]"""
+        """Return the outputs [B, T, C] of inputs [B, T + W - 1, C]."""
         if torch.compiler.is_compiling() and extended.shape[1] != self.kernel:
             return self._sum_taps(extended)
         weight = self.weight.to(extended.dtype)
         bias = None if self.bias is None else self.bias.to(extended.dtype)
-        if extended.shape[1] == self.kernel:  # one token, the decode step: two small operations
+        if extended.shape[1] == self.kernel:  # a decode step of one token: two small operations
             y = (extended * weight.t()).sum(1, keepdim=True)
             return F.silu(y if bias is None else y + bias)
         y = F.conv1d(extended.transpose(1, 2), weight.unsqueeze(1), bias, groups=self.channels)

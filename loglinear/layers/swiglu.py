@@ -5,7 +5,12 @@ from torch.nn import functional as F
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)). Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, equation 6."""
+    """The SwiGLU layer: [B, T, D] -> [B, T, D].
+
+        y = down(silu(gate(x)) * up(x))
+
+    Source: Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, equation 6.
+    """
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()

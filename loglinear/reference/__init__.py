@@ -1,4 +1,4 @@
-"""The mathematics, slow and obvious: what every other implementation is checked against."""
+"""The definitions, slow and obvious: the tests compare every other implementation with them."""
 
 from loglinear.reference.chunked import chunked_scalar_gate
 from loglinear.reference.dense import dense_delta_rule, dense_scalar_gate

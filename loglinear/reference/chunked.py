@@ -1,5 +1,5 @@
 # T time, C chunk, N chunks, K key, V value, L levels
-"""The Fenwick-array algorithm in four steps, for one head: the listing to read before any fast implementation.
+"""The Fenwick-array algorithm in four steps, for one head; read it before any fast implementation.
 
     1. S_z = sum_j exp(G_z,C - G_z,j) k_j v_j^T          every chunk's own state at its end
     2. S_block = exp(G_right) S_left + S_right           merged in place: slot e is the block that ends at chunk e

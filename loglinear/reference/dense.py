@@ -1,10 +1,12 @@
-"""The O(T^2) definition: a matrix of attention coefficients, weighted level by level.
+"""The O(T^2) definition: a matrix of attention coefficients, weighted by level.
 
     scalar gate :  O = (Q K^T * M^S * M^H) V
     delta rule  :  O = (E * M^H) V,  E the coefficient of v_s in the output of the linear delta rule at t
 
-with M^S[t, s] = exp(G_t - G_s), G the cumulative log decay, and M^H[t, s] = lambda[t, min(level(t, s), L - 1)], both
-lower triangular. Source: arXiv 2506.04761, equations 4 to 8.
+M^S[t, s] = exp(G_t - G_s), with G the cumulative log decay, and M^H[t, s] = lambda[t, min(level(t, s), L - 1)]. Both
+are lower triangular.
+
+Source: arXiv 2506.04761, equations 4 to 8.
 """
 
 # T time, H heads, K key, V value, L levels; one sequence, one tensor layout: heads first.
@@ -17,20 +19,20 @@ from loglinear.fenwick import level
 
 
 def level_matrix_TT(length: int, num_levels: int) -> Tensor:
-    """``min(level(t, s), num_levels - 1)`` for all t, s."""
+    """Return ``min(level(t, s), num_levels - 1)`` for all t, s."""
     rows = [[min(level(t, s), num_levels - 1) for s in range(length)] for t in range(length)]
     return torch.tensor(rows).view(length, length)
 
 
 def level_weights_HTT(level_scales_HTL: Tensor) -> Tensor:
-    """M^H, the lower-triangular matrix of lambdas."""
+    """Return M^H, the lower-triangular matrix of lambdas."""
     heads, length, levels = level_scales_HTL.shape
     index_TT = level_matrix_TT(length, levels).to(level_scales_HTL.device)
     return level_scales_HTL.gather(2, index_TT.expand(heads, length, length)).tril()
 
 
 def decay_HTT(log_decay_HT: Tensor) -> Tensor:
-    """M^S: the decay from s (exclusive) to t (inclusive), as a sum over exactly those tokens."""
+    """Return M^S, the decay from s (exclusive) to t (inclusive), summed over exactly those tokens."""
     length = log_decay_HT.shape[1]
     between_TTT = torch.ones(length, length, device=log_decay_HT.device).tril(-1)  # [m, s]: m > s
     steps = log_decay_HT[:, :, None] * between_TTT
@@ -38,15 +40,18 @@ def decay_HTT(log_decay_HT: Tensor) -> Tensor:
 
 
 def dense_scalar_gate(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor) -> Tensor:
-    """q, k [H,T,K]; v [H,T,V]; log_decay [H,T]; level_scales [H,T,L] -> [H,T,V]."""
+    """Return the outputs [H, T, V] of the scalar gate.
+
+    The shapes are q, k [H, T, K]; v [H, T, V]; log_decay [H, T]; level_scales [H, T, L].
+    """
     return (q @ k.mT * decay_HTT(log_decay) * level_weights_HTT(level_scales)) @ v
 
 
 def dense_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, level_scales: Tensor) -> Tensor:
-    """As `dense_scalar_gate`, with beta [H,T].
+    """Return the outputs [H, T, V] of the delta rule; shapes as in `dense_scalar_gate`, and beta [H, T].
 
-    The linear delta rule's output is linear in v: o = (Q K^T * M^S) u with u_t = b_t (v_t - k_t^T a_t S_{t-1}), so
-    (I + tril(diag(b) K K^T * M^S, -1)) u = diag(b) v, and E = (Q K^T * M^S) (I + ...)^-1 diag(b).
+    The output of the linear delta rule is linear in v: o = (Q K^T * M^S) u with u_t = b_t (v_t - k_t^T a_t S_{t-1}).
+    So (I + tril(diag(b) K K^T * M^S, -1)) u = diag(b) v, and E = (Q K^T * M^S) (I + ...)^-1 diag(b).
     """
     decay = decay_HTT(log_decay)
     identity = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)

@@ -1,7 +1,11 @@
 """The token-by-token definition: one state per level, rewritten at every step.
 
-At position t:  1. merge levels 0 .. ctz(t) into the next one;  2. apply token t's transition to every level;
-3. set level 0 to the new write;  4. read every level with its lambda.
+At position t:
+
+    1. merge levels 0 .. ctz(t) into the next level
+    2. apply token t's transition to every level
+    3. set level 0 to the new write
+    4. read every level with its lambda
 
     scalar gate :  S <- a_t S                          write k_t v_t^T
     delta rule  :  S <- a_t (I - b_t k_t k_t^T) S      write b_t k_t v_t^T
@@ -19,7 +23,7 @@ from loglinear.fenwick import block_level, merge_height
 
 
 def merged(states_LHKV: Tensor, position: int) -> Tensor:
-    """The level states as token ``position`` finds them: the merge that comes before its step."""
+    """Return the level states after the merge that precedes the step of token ``position``."""
     last = states_LHKV.shape[0] - 1
     if position == 0 or last == 0:
         return states_LHKV
@@ -31,7 +35,7 @@ def merged(states_LHKV: Tensor, position: int) -> Tensor:
 def step(
     states_LHKV: Tensor, position: int, k_HK: Tensor, v_HV: Tensor, decay_H: Tensor, beta_H: Tensor | None
 ) -> Tensor:
-    """One token's update of all levels."""
+    """Return all level states after one token."""
     states = merged(states_LHKV, position)
     write = k_HK[:, :, None] * v_HV[:, None, :]
     if beta_H is not None:
@@ -54,10 +58,17 @@ def recurrent(
     states_LHKV: Tensor,
     position: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Run one sequence from ``position`` on.
+    """Return the outputs [T, H, V] of one sequence, and the level states after its last token.
 
-    q, k [T,H,K]; v [T,H,V]; log_decay [T,H]; beta [T,H] or None (scalar gate); level_scales [T,H,L]; states before
-    the merge of the first token. Returns the outputs [T,H,V] and the states after the last token.
+    Args:
+        q: [T, H, K].
+        k: [T, H, K].
+        v: [T, H, V].
+        log_decay: [T, H].
+        beta: [T, H], or None for the scalar gate.
+        level_scales: [T, H, L].
+        states_LHKV: The level states before the merge of the first token.
+        position: The position of the first token.
     """
     outputs = []
     for t in range(q.shape[0]):
@@ -68,7 +79,7 @@ def recurrent(
 
 
 def level_states_from_blocks(blocks_MHKV: Tensor, num_levels: int, chunk_size: int) -> Tensor:
-    """The level states at the start of a chunk: block m is level log2(C) + 1 + m, and the lower levels are empty."""
+    """Return the level states at a chunk's start: block m is level log2(C) + 1 + m, and lower levels are empty."""
     levels = [torch.zeros_like(blocks_MHKV[0])] * num_levels
     for m, block in enumerate(blocks_MHKV):
         levels[block_level(m, num_levels, chunk_size)] = block

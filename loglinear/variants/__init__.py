@@ -1,6 +1,6 @@
-"""The base models that log-linear attention builds on, one file each.
+"""The variants, one file each: the base models that log-linear attention extends.
 
-A new variant on an existing transition is one file here and one line in `VARIANTS`.
+A new variant with an existing transition needs one file here and one line in `VARIANTS`.
 """
 
 import difflib
@@ -24,7 +24,7 @@ VARIANTS: dict[str, type[Variant]] = {
 
 
 def get_variant(name: str) -> type[Variant]:
-    """The class of a variant; ValueError with the nearest name if there is none of that name."""
+    """Return the class of a variant; ValueError with the nearest name if there is none of that name."""
     if name in VARIANTS:
         return VARIANTS[name]
     nearest = difflib.get_close_matches(str(name), VARIANTS, n=1, cutoff=0.4)

@@ -1,5 +1,5 @@
 # B batch, T time, D hidden size, G query/key groups, H heads, K key, V value
-"""What a base model brings to the one mixer: its gates, its operator and the conventions around it."""
+"""The base of the variants: the gates, the operator and the conventions that a base model adds to the mixer."""
 
 import math
 from typing import ClassVar, Literal, NamedTuple
@@ -10,25 +10,34 @@ from torch.nn import functional as F
 
 
 class Operands(NamedTuple):
-    """What the operators of `loglinear.ops` take; gates are float32 (float64 for a float64 model)."""
+    """The operands of an operator of `loglinear.ops`; gates are float32 (float64 for a float64 model)."""
 
-    q: Tensor  # [B, T, G, K]
-    k: Tensor  # [B, T, G, K]
-    v: Tensor  # [B, T, H, V]
-    log_decay: Tensor | None  # [B, T, H], <= 0; None: no decay
-    beta: Tensor | None = None  # [B, T, H], delta rule only
+    q: Tensor
+    """[B, T, G, K] Queries."""
+    k: Tensor
+    """[B, T, G, K] Keys."""
+    v: Tensor
+    """[B, T, H, V] Values."""
+    log_decay: Tensor | None
+    """[B, T, H] Log decays, <= 0; None for no decay."""
+    beta: Tensor | None = None
+    """[B, T, H] Write strengths, for the delta rule only."""
 
 
 class HeadSizes(NamedTuple):
-    """Heads of one mixer: H, G, K and V of the operators."""
+    """The heads of one mixer."""
 
     num_heads: int
+    """H, the value heads."""
     num_groups: int
+    """G, the query/key groups."""
     key_dim: int
+    """K, the width of a query or key."""
     head_dim: int
+    """V, the width of a value."""
 
     def check(self) -> None:
-        """ValueError, naming the size, where these cannot be the heads of a mixer."""
+        """Raise ValueError unless all sizes are at least 1 and H is a multiple of G."""
         for name, size in self._asdict().items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
@@ -37,16 +46,16 @@ class HeadSizes(NamedTuple):
 
 
 class HeadBias(nn.Module):
-    """Base of modules that hold one value for each head: float32 also in a 16-bit model, never decayed.
+    """The base of modules that hold one value per head: float32 even in a 16-bit model, without weight decay.
 
-    Such a module holds nothing else and is called where its values are used: FSDP shards parameters of one dtype
-    together, and offloading fetches parameters for their module's `forward`. Its name in the model contains "bias",
-    by which transformers' Trainer and others exempt parameters from weight decay.
+    Such a module holds no other parameters, because FSDP shards parameters of one dtype together. Its values are used
+    in its own `forward`, because offloading fetches parameters for it. Its name in the model contains "bias", by which
+    transformers' Trainer and other tools exempt parameters from weight decay.
     """
 
 
 class GateBias(HeadBias):
-    """Time steps and log decay, both [B, T, H], of gate logits [B, T, H]:
+    """The time step and log decay, both [B, T, H], from gate logits [B, T, H]:
 
         dt = softplus(gate + dt_bias),    log_decay = -exp(A_log) dt
 
@@ -72,7 +81,10 @@ class GateBias(HeadBias):
 
 
 class SkipBias(HeadBias):
-    """y + D v for the operator's output y and its values v, both [B, T, H, V]; D [H] starts at ones."""
+    """The skip connection y + D v of the operator's output y and its values v, both [B, T, H, V].
+
+    D [H] starts at ones.
+    """
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
@@ -87,23 +99,24 @@ class SkipBias(HeadBias):
 
 
 class Variant(nn.Module):
-    """Base of all variants. A subclass states its equation, sets the class attributes and defines `forward`.
+    """The base of all variants.
 
-    `forward(x_BTD, q_BTGK, k_BTGK, v_BTHV) -> Operands` turns the mixer's hidden states (of the block's input, not
-    convolved) and its convolved q, k, v into the operands of the operator of `transition`. Parameters of the heads
-    belong to a `HeadBias`.
+    A subclass states its equation, sets the class attributes and defines `forward`. Parameters of the heads belong to a
+    `HeadBias`.
     """
 
     transition: ClassVar[Literal["scalar_gate", "delta_rule"]] = "scalar_gate"
+    """The transition of the state, which chooses the operator."""
     l2_normalize: ClassVar[bool] = False
-    """does the operator bring q and k to length 1? (delta rule only)"""
+    """True if the operator scales q and k to length 1 (delta rule only)."""
     gates_per_head: ClassVar[int] = 0
-    """how many gate logits each head gets from the hidden states"""
+    """The number of gate logits per head that come from the hidden states."""
     conv_bias: ClassVar[bool] = False
+    """True if the short convolution has a bias."""
     gate_before_norm: ClassVar[bool] = False
-    """output norm: True `norm(y * silu(z))` over each group's heads together, False `norm(y) * silu(z)` per head"""
+    """Output norm: True `norm(y * silu(z))` over each group's heads together, False `norm(y) * silu(z)` per head."""
     paper_heads: ClassVar[HeadSizes]
-    """the heads at the paper's hidden size of 1536"""
+    """The heads at the paper's hidden size of 1536."""
 
     def __init__(self, hidden_size: int, heads: HeadSizes) -> None:
         super().__init__()
@@ -111,21 +124,29 @@ class Variant(nn.Module):
         self.heads = heads
         if self.gates_per_head:
             self.gates = nn.Linear(hidden_size, self.gates_per_head * heads.num_heads, bias=False)
-        self.skip_bias: SkipBias | None = None  # what bypasses the operator
+        self.skip_bias: SkipBias | None = None  # the values bypass the operator through it
 
     @property
     def scale(self) -> float:
-        """What the operator multiplies q with."""
+        """The operator's factor of q."""
         return self.heads.key_dim**-0.5
 
     def gate_logits(self, x: Tensor) -> tuple[Tensor, ...]:
-        """`gates_per_head` tensors [B, T, H], never in 16 bits."""
+        """Return `gates_per_head` tensors [B, T, H] of gate logits in at least float32."""
         return at_least_float32(self.gates(x)).chunk(self.gates_per_head, dim=-1)
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Operands:
+        """Return the operands of the operator of `transition`.
+
+        Args:
+            x: [B, T, D], the mixer's input before projection and convolution.
+            q: [B, T, G, K], after the convolution.
+            k: [B, T, G, K], after the convolution.
+            v: [B, T, H, V], after the convolution.
+        """
         return Operands(q, k, v, None)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it already is."""
+    """Return x in float32, or in float64 if it already is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

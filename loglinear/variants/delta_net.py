@@ -1,14 +1,17 @@
+"""The variant DeltaNet."""
+
 from torch import Tensor
 
 from loglinear.variants.base import HeadSizes, Operands, Variant
 
 
 class DeltaNet(Variant):
-    """The delta rule without decay, q and k of length 1:
+    """DeltaNet: the delta rule without decay, with q and k of length 1.
 
         S_t = (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T,    b_t = sigmoid(W x_t)
 
-    Yang, Wang, Zhang, Shen, Kim, "Parallelizing Linear Transformers with the Delta Rule", arXiv 2406.06484, equation 4.
+    Source: Yang, Wang, Zhang, Shen, Kim, "Parallelizing Linear Transformers with the Delta Rule", arXiv 2406.06484,
+    equation 4.
     """
 
     transition = "delta_rule"

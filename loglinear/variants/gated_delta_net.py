@@ -1,15 +1,17 @@
+"""The variant Gated DeltaNet."""
+
 from torch import Tensor
 
 from loglinear.variants.base import GateBias, HeadSizes, Operands, Variant
 
 
 class GatedDeltaNet(Variant):
-    """The gated delta rule, q and k of length 1:
+    """Gated DeltaNet: the gated delta rule, with q and k of length 1.
 
         S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T
         log a_t = -exp(A_log) softplus(W_a x_t + dt_bias),    b_t = sigmoid(W_b x_t)
 
-    Yang, Kautz, Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464, equation 10.
+    Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks", arXiv 2412.06464, equation 10.
     """
 
     transition = "delta_rule"

@@ -1,16 +1,20 @@
+"""The variant Mamba-2."""
+
 from torch import Tensor
 
 from loglinear.variants.base import GateBias, HeadSizes, Operands, SkipBias, Variant
 
 
 class Mamba2(Variant):
-    """Mamba-2 (state space duality): q = C, k = B, v = x dt,
+    """Mamba-2 (state space duality), with q = C, k = B, v = x dt.
 
         dt_t = softplus(W x_t + dt_bias)
         S_t  = exp(-exp(A_log) dt_t) S_{t-1} + k_t (dt_t v_t)^T
         y_t  = q_t^T S_t + D v_t
 
-    Dao, Gu, "Transformers are SSMs", arXiv 2405.21060, sections 6 and 7; output norm `norm(y * silu(z))`.
+    The output norm is `norm(y * silu(z))`.
+
+    Source: Dao, Gu, "Transformers are SSMs", arXiv 2405.21060, sections 6 and 7.
     """
 
     gates_per_head = 1

@@ -1,3 +1,5 @@
+"""The variant RetNet."""
+
 import torch
 from torch import Tensor
 
@@ -5,12 +7,14 @@ from loglinear.variants.base import HeadSizes, Operands, Variant
 
 
 class RetNet(Variant):
-    """Retention with a fixed decay per head, h = 0 .. H-1:
+    """RetNet: retention with a fixed decay for each head h = 0 .. H-1.
 
         S_t = (1 - 2^(-5 - h)) S_{t-1} + k_t v_t^T
 
-    Sun et al., "Retentive Network", arXiv 2307.08621, equations 6 and 8. This is the simple form without the rotation
-    (xPos) of q and k: the short convolution gives positions, as in the other variants.
+    This is the simple form without the rotation (xPos) of q and k. The short convolution encodes positions, as in the
+    other variants.
+
+    Source: Sun et al., "Retentive Network", arXiv 2307.08621, equations 6 and 8.
     """
 
     paper_heads = HeadSizes(num_heads=6, num_groups=6, key_dim=256, head_dim=512)

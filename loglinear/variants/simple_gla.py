@@ -1,3 +1,5 @@
+"""The variant simple GLA."""
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -5,12 +7,12 @@ from loglinear.variants.base import HeadSizes, Operands, Variant
 
 
 class SimpleGLA(Variant):
-    """Gated linear attention with one gate per head:
+    """Simple GLA: gated linear attention with one gate per head.
 
         S_t = a_t S_{t-1} + k_t v_t^T,    log a_t = logsigmoid(W x_t) / 16
 
-    Yang et al., "Gated Linear Attention Transformers", arXiv 2312.06635 (the temperature of 16 is its section 4.4),
-    with the scalar gate of flash-linear-attention's `simple_gla`.
+    Source: Yang et al., "Gated Linear Attention Transformers", arXiv 2312.06635 (section 4.4 for the temperature of
+    16), with the scalar gate of flash-linear-attention's `simple_gla`.
     """
 
     gates_per_head = 1

@@ -177,9 +177,9 @@ def test_steps_run_what_was_asked_for_and_give_the_whole(variant: str, impl: str
 def test_a_decode_state_takes_one_token_a_row() -> None:
     mixer, x = tiny("mamba2"), torch.randn(2, 3, 12, dtype=torch.float64)
     state = mixer(x, return_state=True)[1]
-    with pytest.raises(ValueError, match=r"MixerDecodeState takes one token a row, got x of shape \[2, 3, 12\]"):
+    with pytest.raises(ValueError, match=r"x must have shape \[B, 1, D\] .* for a MixerDecodeState, got \[2, 3, 12\]"):
         mixer(x, state=MixerDecodeState.of(state))
-    with pytest.raises(ValueError, match="active says which rows of a MixerDecodeState move on"):
+    with pytest.raises(ValueError, match="active needs a MixerDecodeState as state, got MixerState"):
         mixer(x, state=state, active=torch.ones(2, dtype=torch.bool))
 
 
