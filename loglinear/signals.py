@@ -1,6 +1,6 @@
-"""Signals that ask a program to end: which they are, and a handler that ends it at once, in one line.
+"""The signals that ask a program to end, and a handler that ends it at once with one line.
 
-The standard library alone, so that a command can answer before it imports anything else.
+This file imports the standard library alone, so that a command can answer before it imports anything else.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Handler = Callable[[int, Any], Any] | signal.Handlers
 
 
 def exit_code(number: int = signal.SIGINT) -> int:
-    """The code of a process that a signal ended: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
+    """Return the code of a process that a signal ended: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
     return 128 + number
 
 
 def install(handler: Handler) -> dict[int, Any]:
-    """Answer the ending signals with a handler; returns the previous ones, for `restore`.
+    """Set a handler for the ending signals. Return the previous handlers, for `restore`.
 
-    A signal that is ignored stays so: nohup and the background jobs of a shell rely on it.
+    An ignored signal stays ignored: nohup and the background jobs of a shell rely on it.
     """
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
         return {}
@@ -36,9 +36,9 @@ def install(handler: Handler) -> dict[int, Any]:
 
 
 def restore(previous: dict[int, Any]) -> None:
-    """Put the handlers back that `install` replaced."""
+    """Restore the handlers that `install` replaced."""
     for number, handler in previous.items():
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: a handler that Python did not set
 
 
 @contextlib.contextmanager
@@ -53,7 +53,7 @@ def answered() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ignored() -> Iterator[None]:
-    """Ignore the ending signals for a moment, so that the processes that are started in it ignore them for good."""
+    """Ignore the ending signals in this context. Processes that start in it ignore them for good."""
     previous = install(signal.SIG_IGN)
     try:
         yield
@@ -62,19 +62,19 @@ def ignored() -> Iterator[None]:
 
 
 def end(number: int, frame: object) -> None:
-    """Say which signal came, and exit.
+    """Write the name of the signal and exit.
 
-    It raises nothing: imports and destructors swallow an exception that comes out of nowhere, or make another of it.
+    A handler must not raise: imports and destructors swallow an exception, or turn it into another one.
     """
-    with contextlib.suppress(Exception):  # it may be what was interrupted
+    with contextlib.suppress(Exception):  # the signal may have interrupted a print
         sys.stdout.flush()
     say("interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}")
     os._exit(exit_code(number))
 
 
 def say(text: str) -> None:
-    """A line on standard error from within a handler, where print may be what was interrupted."""
+    """Write a line to standard error from a handler, which may have interrupted print."""
     show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a spinner hides it
-    new_line = "\n" if os.isatty(2) else ""  # behind a progress bar, or the terminal's own ^C
+    new_line = "\n" if os.isatty(2) else ""  # after a progress bar, or the terminal's own ^C
     with contextlib.suppress(OSError):
         os.write(2, f"{show_cursor}{new_line}{text}\n".encode())

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 BAD_INPUT = 2
 MAY_BE_EMPTY = ("--prompt",)
-LONGEST_LINE = 1000  # characters, whatever value an error repeats
+LONGEST_LINE = 1000  # characters of an error, whatever value it repeats
 TRACEBACK = "LOGLINEAR_TRACEBACK"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command `loglinear`."""
+    """Run the command `loglinear` and exit, as `execute` does."""
     with answered():  # before anything else is imported
         from loglinear.cli.app import app
 
@@ -26,9 +26,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def execute(program: Typer, name: str, arguments: list[str] | None = None) -> None:
-    """Run a command line and exit: 0, 2 with one line for bad input, 128 + its number with one line after a signal.
+    """Run a command line and exit with its code.
 
-    LOGLINEAR_TRACEBACK=1 shows the traceback behind such a line.
+    The code is 0, or 2 with one line for bad input, or 128 + the number of a signal with one line.
+    LOGLINEAR_TRACEBACK=1 shows the traceback behind a line.
     """
     from loglinear.cli.console import Interrupted
 
@@ -36,7 +37,7 @@ def execute(program: Typer, name: str, arguments: list[str] | None = None) -> No
         _refuse_empty(sys.argv[1:] if arguments is None else arguments)
         with answered():
             code = program(args=arguments, prog_name=name, standalone_mode=False)
-    except BrokenPipeError:  # the reader of our output left, as in `loglinear generate | head`
+    except BrokenPipeError:  # the reader of the output is gone, as in `loglinear generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Interrupted as stopped:
@@ -44,7 +45,7 @@ def execute(program: Typer, name: str, arguments: list[str] | None = None) -> No
     except Exception as error:
         code = _explain(error)
     else:
-        if code == exit_code():  # what typer makes of a KeyboardInterrupt
+        if code == exit_code():  # typer turns a KeyboardInterrupt into this code
             _line("interrupted", code)
     sys.exit(code or 0)
 
@@ -61,7 +62,7 @@ def _refuse_empty(arguments: list[str]) -> None:
 
 
 def _explain(error: Exception) -> int:
-    if type(error).__name__ == "Abort":  # what older versions of typer make of a KeyboardInterrupt
+    if type(error).__name__ == "Abort":  # older versions of typer turn a KeyboardInterrupt into it
         return _line("interrupted", exit_code())
     usage = getattr(error, "format_message", None)  # typer's own errors: an unknown option, a missing argument
     known = usage is not None or isinstance(error, (ValueError, OSError)) or _is_about_memory(error)
@@ -72,7 +73,7 @@ def _explain(error: Exception) -> int:
 
 
 def _is_about_memory(error: Exception) -> bool:
-    """Whether the machine has too little of it; torch has a class of its own, and none for the CPU's."""
+    """Return True if the machine has too little memory. torch has no class for an error of the CPU's memory."""
     names = {"MemoryError", "OutOfMemoryError"}
     return bool(names & {kind.__name__ for kind in type(error).__mro__}) or "can't allocate memory" in str(error)
 

@@ -1,9 +1,10 @@
-"""The commands and their options. What they do is in the module of each command's name."""
+"""The commands and their options. The module of each command's name does its work."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,13 +12,13 @@ from loglinear import __version__
 
 app = typer.Typer(
     name="loglinear",
-    help="Log-linear attention: train, evaluate and run models whose memory grows with the logarithm of the text.",
+    help="Train, evaluate and run models with log-linear attention, whose memory grows with log T.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-eval_app = typer.Typer(help="Measure what models learn.", no_args_is_help=True)
+eval_app = typer.Typer(help="Measure the quality of models.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
@@ -32,23 +33,33 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
-LARGEST = 2**31 - 1  # of a count: places of tokens in a row are int32
-LARGEST_SEED = 2**32 - 1  # that numpy's generator takes
-DATA_HELP = (
-    "File, folder, glob, 'stdlib', 'datasets:NAME[:CONFIG]' or 'needle:COUNT:LENGTH[:SOURCE]'; "
-    "may be given several times."
+LARGEST = 2**31 - 1  # of a count: positions of tokens are int32
+LARGEST_SEED = 2**32 - 1  # the limit of numpy's generator
+PROTOCOL = "the protocol's"
+SOURCES = (
+    "a file, a folder, a quoted glob, 'stdlib', 'datasets:NAME[:CONFIG]' or 'needle:COUNT:LENGTH[:SOURCE]'; repeatable."
 )
-Model = Annotated[Path, typer.Option("--model", help="Checkpoint folder, or a training run's folder.")]
+MORE_DATA = "Further values of --data, such as the files of a glob that the shell expanded."
+Model = Annotated[Path, typer.Option(help="Folder of a checkpoint or of a training run.")]
+MoreData = Annotated[list[str] | None, typer.Argument(help=MORE_DATA, show_default=False)]
+
+
+def _option(default: str, text: str, *names: str, **limits: Any) -> Any:
+    """Return an option whose value is None where it is absent, and whose help shows `default`."""
+    return typer.Option(*names, help=text, show_default=default, **limits)
+
+
+_of_recipe = partial(_option, "the recipe's")
 
 
 def _all_data(data: list[str] | None, more: list[str] | None) -> tuple[str, ...] | None:
-    """`--data a b c` means what `--data a --data b --data c` does."""
+    """Return every source, so that `--data a b c` equals `--data a --data b --data c`."""
     if more and not data:
         raise ValueError(f"unexpected argument {more[0]!r}: data is named with --data")
     return (*data, *(more or ())) if data else None
@@ -57,30 +68,32 @@ def _all_data(data: list[str] | None, more: list[str] | None) -> tuple[str, ...]
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, metrics.jsonl and run.json.")],
-    recipe: Annotated[str | None, typer.Option(help="Named run, see `loglinear info`.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help=DATA_HELP)] = None,
-    more_data: Annotated[list[str] | None, typer.Argument(help="More of --data: what a shell makes of a glob.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="'bytes' or the folder of a Hugging Face tokenizer.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Base model: mamba2, gated_delta_net, ...")] = None,
-    num_levels: Annotated[int | None, typer.Option(help="Levels of the Fenwick tree; 1 is the linear model.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Longest stretch of a document read at once, in tokens.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one optimiser step.")] = None,
-    micro_batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one forward pass.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the weights and of the data's order.")] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Name of a recipe, as `loglinear info` lists them.")] = None,
+    data: Annotated[list[str] | None, _of_recipe(f"Training text: {SOURCES}")] = None,
+    more_data: MoreData = None,
+    tokenizer: Annotated[str | None, _of_recipe("'bytes' or the folder of a Hugging Face tokenizer.")] = None,
+    variant: Annotated[str | None, _of_recipe("Base model, as `loglinear info` lists them.")] = None,
+    num_levels: Annotated[int | None, _of_recipe("Number of levels; 1 makes the linear model.")] = None,
+    steps: Annotated[int | None, _of_recipe("Optimiser steps.")] = None,
+    seq_len: Annotated[int | None, _of_recipe("Length of the longest sequence, in tokens.")] = None,
+    batch_tokens: Annotated[int | None, _of_recipe("Tokens per optimiser step.")] = None,
+    micro_batch_tokens: Annotated[int | None, _of_recipe("Tokens per forward pass.")] = None,
+    lr: Annotated[float | None, _of_recipe("Peak learning rate.")] = None,
+    seed: Annotated[int | None, _of_recipe("Seed of the weights and of the data's order.")] = None,
+    eval_every: Annotated[int | None, _of_recipe("Steps between validations.")] = None,
+    save_every: Annotated[int | None, _of_recipe("Steps between checkpoints.")] = None,
     compile: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="torch.compile: fewer, larger kernels on a GPU.")
+        bool | None, _of_recipe("Compile the blocks, on one GPU as CUDA graphs.", "--compile/--no-compile")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, exactly.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out exactly.")] = False,
     minutes: Annotated[
-        float | None, typer.Option(help="Save and stop (exit code 130) after about so long; --resume goes on.")
+        float | None, typer.Option(help="Save a checkpoint and stop with exit code 130 after about this many minutes.")
     ] = None,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log for TensorBoard.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard logs.")] = False,
 ) -> None:
-    """Train a model.
+    """Train a model on text.
+
+    The recipe sets every value; an option replaces one of them. Ctrl-C saves a checkpoint and stops.
 
     Examples:
 
@@ -124,18 +137,22 @@ def train(
 
 @app.command()
 def tune(
-    heads: Annotated[int, typer.Option(help="Value heads.")] = 48,
-    groups: Annotated[int, typer.Option(help="Query/key groups.")] = 1,
-    key_dim: Annotated[int, typer.Option()] = 128,
-    value_dim: Annotated[int, typer.Option()] = 64,
+    heads: Annotated[int, typer.Option(help="Number of value heads.")] = 48,
+    groups: Annotated[int, typer.Option(help="Number of query/key groups.")] = 1,
+    key_dim: Annotated[int, typer.Option(help="Width of a query or key.")] = 128,
+    value_dim: Annotated[int, typer.Option(help="Width of a value.")] = 64,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    length: Annotated[list[int] | None, typer.Option(help="Tokens; give one for each range that you use.")] = None,
-    batch: Annotated[int, typer.Option()] = 1,
-    out: Annotated[Path | None, typer.Option(help="Table to extend (default: the user's own).")] = None,
+    length: Annotated[
+        list[int] | None, _option("16384", "Sequence length, one per range that you use; repeatable.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Number of sequences.")] = 1,
+    out: Annotated[Path | None, _option("the table in your cache folder", "Table of plans to extend.")] = None,
 ) -> None:
-    """Measure the GPU kernels for a shape, and use the fastest from then on.
+    """Measure the GPU kernels for one shape and keep the fastest plan.
 
-    Examples:
+    Later runs on this machine use the plan for the same shape.
+
+    Example:
 
     `loglinear tune --heads 24 --key-dim 128 --value-dim 64 --length 4096 --length 32768`
     """
@@ -147,16 +164,22 @@ def tune(
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue; read from standard input if absent.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST)] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 always takes the likeliest token.")] = 0.8,
+    prompt: Annotated[str | None, _option("standard input", "Text to continue.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST, help="Most tokens to write.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, max=100.0, help="Sampling temperature; 0 takes the likeliest token.")
+    ] = 0.8,
     top_k: Annotated[
-        int, typer.Option(min=0, max=LARGEST, help="Sample among the k likeliest tokens; 0 means all.")
+        int, typer.Option(min=0, max=LARGEST, help="Sample from the k likeliest tokens; 0 means all.")
     ] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample within this probability mass.")] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED)] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this total probability.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.")] = 0,
 ) -> None:
     """Continue a text, token by token.
+
+    The text goes to standard output, the speed to standard error.
 
     Examples:
 
@@ -172,16 +195,17 @@ def generate(
 @app.command()
 def serve(
     model: Model,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "localhost",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    max_tokens: Annotated[int, typer.Option(min=1, max=LARGEST, help="Tokens of the longest answer.")] = 4096,
-    max_prompt: Annotated[int, typer.Option(min=1, max=LARGEST, help="Tokens of the longest prompt.")] = 65_536,
-    timeout: Annotated[float, typer.Option(help="Seconds of work for one answer, which ends there.")] = 120.0,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 means all of them.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    max_tokens: Annotated[int, typer.Option(min=1, max=LARGEST, help="Most tokens of an answer.")] = 4096,
+    max_prompt: Annotated[int, typer.Option(min=1, max=LARGEST, help="Most tokens of a prompt.")] = 65_536,
+    timeout: Annotated[float, typer.Option(help="Seconds of work after which an answer ends.")] = 120.0,
 ) -> None:
-    """Serve a checkpoint over HTTP as OpenAI's API: /v1/completions and /v1/chat/completions.
+    """Serve a checkpoint over HTTP with OpenAI's API.
 
-    The model's name is what --model was given. Without a chat template a chat is its messages joined by newlines. One
-    request is answered at a time. A request that cannot be honoured in full is refused with status 400 and one line.
+    The routes are /v1/completions, /v1/chat/completions, /v1/models and /health. The model's name is the value of
+    --model. Without a chat template a chat is its messages, joined by newlines. The server answers one request at a
+    time, and refuses one that it cannot honour in full with status 400 and one line.
 
     Example:
 
@@ -195,13 +219,13 @@ def serve(
 @eval_app.command()
 def perplexity(
     model: Model,
-    data: Annotated[list[str], typer.Option(help=DATA_HELP)],
+    data: Annotated[list[str], typer.Option(help=f"Text to score: {SOURCES}")],
     out: Annotated[Path, typer.Option(help="Folder for perplexity.json and per_position.png.")],
-    more_data: Annotated[list[str] | None, typer.Argument(help="More of --data: what a shell makes of a glob.")] = None,
-    length: Annotated[int, typer.Option(min=2, max=LARGEST, help="Longest stretch read at once, in tokens.")] = 4096,
-    max_tokens: Annotated[int, typer.Option(min=2, max=LARGEST, help="Stop after about this many tokens.")] = 1_000_000,
+    more_data: MoreData = None,
+    length: Annotated[int, typer.Option(min=2, max=LARGEST, help="Length of a window, in tokens.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(min=2, max=LARGEST, help="Number of tokens to read, about.")] = 1_000_000,
 ) -> None:
-    """Bits per byte, perplexity, and the loss at each position.
+    """Measure bits per byte, perplexity and the loss at each position.
 
     Example:
 
@@ -217,18 +241,23 @@ def needle(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for needle.json and needle.png.")],
     length: Annotated[
-        list[int] | None, typer.Option(min=1, max=LARGEST, help="Tokens of an example; several: repeat.")
+        list[int] | None,
+        _option("1024, 2048, 4096", "Length of an example, in tokens; repeatable.", min=1, max=LARGEST),
     ] = None,
-    task: Annotated[list[str] | None, typer.Option(help="RULER's name without niah_; several: repeat.")] = None,
-    examples: Annotated[int, typer.Option(min=1, max=LARGEST, help="Of each task and length.")] = 200,
-    data: Annotated[list[str] | None, typer.Option(help="Haystack of all tasks but single_1. " + DATA_HELP)] = None,
-    more_data: Annotated[list[str] | None, typer.Argument(help="More of --data: what a shell makes of a glob.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the examples.")] = 0,
+    task: Annotated[
+        list[str] | None,
+        _option("all of them", "single_1, single_2, multikey_1, multivalue or multiquery; repeatable."),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, max=LARGEST, help="Examples of each task and length.")] = 200,
+    data: Annotated[list[str] | None, _option("noise", f"Text of the haystacks: {SOURCES}")] = None,
+    more_data: MoreData = None,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the examples.")] = 0,
 ) -> None:
-    """Find needles in haystacks, as RULER has it: single_1, single_2, multikey_1, multivalue, multiquery.
+    """Measure retrieval with five of RULER's needle-in-a-haystack tasks.
 
-    The haystack is a repeated line of noise or, with --data, text (single_2 needs text). By default all tasks at 1024,
-    2048 and 4096 tokens. Accuracy is the share of values whose every token is the likeliest one.
+    The haystack of single_1 is always a repeated line of noise. The other tasks use the text of --data, and noise
+    without it, except for single_2, which needs text. Accuracy is the share of values whose every token is the
+    likeliest one.
 
     Example:
 
@@ -241,37 +270,38 @@ def needle(
 
 @eval_app.command()
 def mqar(
-    out: Annotated[Path, typer.Option(help="Folder for a JSON file of each cell, checkpoints and mqar.json.")],
-    model: Annotated[list[str] | None, typer.Option(help="Only this model; may be given several times.")] = None,
-    dim: Annotated[list[int] | None, typer.Option(help="Only this dimension (default: 16, 32, 64); likewise.")] = None,
-    lr: Annotated[list[float] | None, typer.Option(help="Only this rate (default: the protocol's); likewise.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Only this seed (default: the protocol's); likewise.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results of cells, their checkpoints and mqar.json.")],
+    model: Annotated[list[str] | None, _option("five models", "Model to train; repeatable.")] = None,
+    dim: Annotated[list[int] | None, _option("16, 32, 64", "Hidden size of the models; repeatable.")] = None,
+    lr: Annotated[list[float] | None, _option(PROTOCOL, "Learning rate; repeatable.")] = None,
+    seed: Annotated[list[int] | None, _option(PROTOCOL, "Seed of the weights and of the batches; repeatable.")] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, max=LARGEST, help="Cells at a time (default: one per CPU core).")
+        int | None, _option("one per CPU core", "Number of cells at a time.", min=1, max=LARGEST)
     ] = None,
-    minutes: Annotated[float | None, typer.Option(min=0, help="Stop after this time; call again to continue.")] = None,
-    examples: Annotated[
-        int | None, typer.Option(min=1, help="For training, of each number of pairs (default: 20480).")
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Save and stop after this many minutes; the same command continues.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="At most so many (default: 32).")] = None,
+    examples: Annotated[int | None, _option("20480", "Training examples of each number of pairs.", min=1)] = None,
+    epochs: Annotated[int | None, _option("32", "Most passes over the examples.", min=1)] = None,
     pairs: Annotated[
-        list[int] | None, typer.Option(min=1, help="Numbers of pairs (default: 4, 8, 16, 32, 64); likewise.")
+        list[int] | None, _option("4, 8, 16, 32, 64", "Key-value pairs of an example; repeatable.", min=1)
     ] = None,
-    length: Annotated[int | None, typer.Option(min=4, help="Tokens of an example (default: 256).")] = None,
+    length: Annotated[int | None, _option("256", "Tokens of an example.", min=4)] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="'loglinear' (default), or 'zoology': as the task's authors train.")
+        str | None, _option("loglinear", "How to train: 'loglinear' or, as the task's authors do, 'zoology'.")
     ] = None,
 ) -> None:
-    """Multi-query associative recall: train small models to look up what they have read, and print the table.
+    """Train and score small models on multi-query associative recall.
 
-    Besides the five models of the table there are other choices for the log-linear ones, which run when they are named:
-    log_linear_mamba2_bounded, _unit (lambda's form), _capped (fewer levels), _blocks (one lambda for blocks of 64
-    tokens), and the same of log_linear_gated_delta_net.
+    A cell is one model, hidden size, learning rate and seed. The whole table tries every learning rate with one
+    seed, then trains the best with every seed. Cells in --out are not trained again. A cell takes up to 12,800 steps
+    and wants a GPU: a CPU core needs 1 to 9 seconds a step.
 
-    Without options: five models, three dimensions, three learning rates with the smallest seed, and the best of them
-    with all seeds, as in the recipe `loglinear/recipes/mqar.py`. What --out holds already is not run again. A cell has
-    up to 12,800 steps, which want a GPU: a CPU core takes 1 to 9 seconds for one. The last example takes some seconds
-    there; it shows that all works, and has too few steps to learn.
+    The five models are mamba2, log_linear_mamba2, gated_delta_net, log_linear_gated_delta_net and attention. The
+    log-linear names also take the suffixes _bounded and _unit (forms of lambda), _capped (fewer levels) and _blocks
+    (one lambda for 64 tokens).
+
+    The last example takes seconds on a CPU; it shows that everything works, and is too short to learn.
 
     Examples:
 
@@ -300,9 +330,10 @@ def mqar(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 )
 def ops(context: typer.Context) -> None:
-    """Time and memory of the operators beside their peers on this CPU (in a clone of the repository).
+    """Time the operators and their peers, in a clone of the repository.
 
-    Options go to benchmarks/ops.py: --lengths N (may be repeated), --rounds N, --threads N, --out FILE.
+    Options go to benchmarks/ops.py: --lengths N (repeatable), --rounds N, --threads N, --out FILE and others, which
+    `python -m benchmarks.ops --help` lists.
 
     Examples:
 
@@ -320,10 +351,10 @@ def info(
     recipe: Annotated[str | None, typer.Option(help="Describe the model of this recipe.")] = None,
     model: Annotated[Path | None, typer.Option(help="Describe the model of this checkpoint.")] = None,
 ) -> None:
-    """Versions, implementations, recipes; for one model: parameters, lambda's share, state bytes beside a KV cache.
+    """Show versions, implementations, variants and recipes, or describe one model.
 
-    A state's size is fixed by the number of levels: the first column keeps the model's own, so that older text shares
-    the last level; the second has as many levels as the text needs.
+    The description has parameters, the share of lambda, and the memory of one sequence by its length: the state with
+    the model's own levels, the state with as many levels as the sequence needs, and a key/value cache.
 
     Examples:
 
@@ -340,12 +371,16 @@ def info(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("runs/demo"),
-    variant: Annotated[str | None, typer.Option(help="Base model instead of mamba2.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps of each of the two models.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the weights and of the data's order.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, metrics, figures and results.")] = Path(
+        "runs/demo"
+    ),
+    variant: Annotated[str | None, _option("mamba2", "Base model.")] = None,
+    steps: Annotated[int | None, _option("240", "Optimiser steps of each model.")] = None,
+    seed: Annotated[int | None, _option("0", "Seed of the weights and of the data's order.")] = None,
 ) -> None:
-    """Train a log-linear model and its linear twin on Python's standard library, on the CPU, and compare them.
+    """Train a log-linear model and the linear model on a CPU and compare them.
+
+    The data is the text of Python's standard library, so nothing is downloaded.
 
     Example:
 

@@ -10,10 +10,12 @@ import loglinear
 
 
 def run(name: str, arguments: list[str]) -> None:
-    """Run benchmarks/NAME.py. Raises ValueError where the package was installed without its repository."""
+    """Run benchmarks/NAME.py. Raises ValueError if the package was installed without its repository."""
     script = Path(loglinear.__file__).resolve().parent.parent / "benchmarks" / f"{name}.py"
     if not script.is_file():
-        raise ValueError(f"benchmarks/{name}.py is not here: benchmarks are part of the repository, not of the package")
+        raise ValueError(
+            f"there is no benchmarks/{name}.py: benchmarks are part of the repository, so run this in a clone of it"
+        )
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent.parent))
     runpy.run_path(str(script), run_name="__main__")

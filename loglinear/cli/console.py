@@ -1,17 +1,23 @@
-"""What several commands print the same way."""
+"""Output that several commands and the benchmarks share."""
 
 from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from loglinear.signals import exit_code
 
+WIDE = 200  # columns of a table that goes to a file or a pipe
+
 
 class Interrupted(Exception):
-    """A run that a signal, or its minutes, stopped after its checkpoint was saved; the text says how to go on.
+    """The end of a run by a signal or its minutes, after it saved a checkpoint. The text says how to continue.
 
-    Its exit code is the signal's; minutes end like Ctrl-C.
+    `code` is the signal's exit code; minutes end like Ctrl-C.
     """
 
     def __init__(self, text: str, signal: int | None = None) -> None:
@@ -19,18 +25,22 @@ class Interrupted(Exception):
         self.code = exit_code() if signal is None else exit_code(signal)
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table: the first column names the row, the others are aligned to the right."""
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text: bool = False) -> None:
+    """Print a table. The first column names the row; the others are right-aligned numbers, or left-aligned `text`.
+
+    A cell that does not fit into the terminal continues on the next line. Nothing is cut off.
+    """
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="left" if index == 0 or text else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+    Console(width=None if narrow else WIDE, markup=False, emoji=False, highlight=False).print(table)
 
 
 def human_bytes(count: int) -> str:
-    """1536 -> '1.5 KiB'."""
+    """Return a size with its binary unit: 1536 gives '1.5 KiB'."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

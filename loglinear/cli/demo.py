@@ -1,4 +1,4 @@
-"""`loglinear demo`: a log-linear model beside its linear twin, from data to figures."""
+"""`loglinear demo`: a log-linear and a linear model, from data to figures."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from loglinear.training.json_files import write_object
 from loglinear.training.run_folder import read_metrics
 
 MODELS = ("log_linear", "linear")
+LABELS = {"log_linear": "log-linear", "linear": "linear"}  # on the terminal and in figures
 EVALUATION_TOKENS = 262_144
 SAMPLE_PROMPT = "import os\n\n\ndef "
 SAMPLE_TOKENS = 384
@@ -29,7 +30,7 @@ SAMPLE_TOKENS = 384
 
 @dataclass(frozen=True)
 class Measured:
-    """What the demo measured of one model."""
+    """The measurements of one model."""
 
     parameters: int
     perplexity: Perplexity
@@ -37,7 +38,7 @@ class Measured:
     sample: Sample
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return plain JSON types."""
         training = [record for record in self.metrics if record["split"] == "train"]
         seconds, tokens = training[-1]["seconds"], training[-1]["tokens"]
         return {
@@ -51,7 +52,7 @@ class Measured:
 
 
 def run(recipe: TrainingRecipe, out: Path) -> None:
-    """Train both models (or continue what is in `out`), evaluate, draw, and print what came out."""
+    """Train both models, or continue them in `out`; evaluate them, draw the figures and print the comparison."""
     logging.set_verbosity_error()
     recipes = {"log_linear": recipe, "linear": recipe.override(num_levels=1)}
     for name in MODELS:
@@ -64,12 +65,12 @@ def run(recipe: TrainingRecipe, out: Path) -> None:
 def _train(name: str, recipe: TrainingRecipe, out: Path) -> None:
     resume = (out / name / "run.json").exists()
     if resume:
-        print(f"continuing {out / name} (delete the folder to train anew)", file=sys.stderr)
-    result = train(recipe, out / name, resume=resume, label=name)
+        print(f"continuing {out / name}: delete the folder to train again", file=sys.stderr)
+    result = train(recipe, out / name, resume=resume, label=LABELS[name])
     if result.interrupted:
         raise console.Interrupted(
-            f"stopped at step {result.step} of {recipe.steps} of {name}, checkpoint saved; continue with: "
-            f"loglinear demo {_options(recipe)} --out {shlex.quote(str(out))}",
+            f"stopped the {LABELS[name]} model at step {result.step} of {recipe.steps}, checkpoint saved; "
+            f"continue with: loglinear demo {_options(recipe)} --out {shlex.quote(str(out))}",
             result.signal,
         )
 
@@ -82,7 +83,7 @@ def _measure(recipe: TrainingRecipe, folder: Path) -> Measured:
     model = load_model(folder)
     tokenizer = load_tokenizer(recipe.tokenizer or "bytes")
     _, validation = load_corpus(recipe.data, tokenizer, recipe.validation_fraction)
-    # Twice the training length: what happens past it belongs in the picture.
+    # Twice the training length, so that the figure shows the loss beyond it.
     result = evaluate_perplexity(model, validation, length=2 * recipe.seq_len, max_tokens=EVALUATION_TOKENS)
     written = sample(model, tokenizer, SAMPLE_PROMPT, max_new_tokens=SAMPLE_TOKENS, temperature=0.7, seed=recipe.seed)
     return Measured(
@@ -96,11 +97,10 @@ def _measure(recipe: TrainingRecipe, folder: Path) -> Measured:
 def _write(recipe: TrainingRecipe, out: Path, measured: dict[str, Measured]) -> None:
     lines = [json.dumps({"model": name, **record}) for name in MODELS for record in measured[name].metrics]
     write_atomically(out / "metrics.jsonl", "\n".join(lines) + "\n")
-    final = {name: measured[name].perplexity.bits_per_byte for name in MODELS}
-    plot_losses(out / "loss.png", {name: measured[name].metrics for name in MODELS}, final)
-    curves = {
-        name: measured[name].perplexity.by_position() for name in MODELS if len(measured[name].perplexity.nats_NT)
-    }
+    final = {LABELS[name]: measured[name].perplexity.bits_per_byte for name in MODELS}
+    plot_losses(out / "loss.png", {LABELS[name]: measured[name].metrics for name in MODELS}, final)
+    results_by_label = {LABELS[name]: measured[name].perplexity for name in MODELS}
+    curves = {label: result.by_position() for label, result in results_by_label.items() if len(result.nats_NT)}
     plot_positions(out / "per_position.png", curves, training_length=recipe.seq_len)
     difference, error = measured["log_linear"].perplexity.difference(measured["linear"].perplexity)
     results = {name: measured[name].to_dict() for name in MODELS}
@@ -110,27 +110,28 @@ def _write(recipe: TrainingRecipe, out: Path, measured: dict[str, Measured]) -> 
 
 
 def _print(recipe: TrainingRecipe, out: Path, measured: dict[str, Measured]) -> None:
-    print(f"--- written by the log-linear model, after {SAMPLE_PROMPT!r}\n")
-    print(measured["log_linear"].sample.text + "\n\n---")
+    print(f"The log-linear model continues {SAMPLE_PROMPT!r}:\n")
+    print(measured["log_linear"].sample.text + "\n")
     facts = [measured[name].to_dict() for name in MODELS]
     rows = [
         ["levels", str(recipe.model["num_levels"]), "1"],
         ["parameters", *(f"{fact['parameters']:,}" for fact in facts)],
-        ["validation bits per byte", *(str(measured[name].perplexity) for name in MODELS)],
-        ["training seconds", *(f"{fact['training_seconds']:.1f}" for fact in facts)],
-        ["training tokens/s", *(f"{fact['tokens_per_second']:,.0f}" for fact in facts)],
+        ["validation, bits per byte", *(str(measured[name].perplexity) for name in MODELS)],
+        ["training, seconds", *(f"{fact['training_seconds']:.1f}" for fact in facts)],
+        ["training, tokens/s", *(f"{fact['tokens_per_second']:,.0f}" for fact in facts)],
         ["state while decoding", *(console.human_bytes(fact["state_bytes"]) for fact in facts)],
     ]
-    console.print_table(f"{recipe.name}: {recipe.steps} steps", ["", "log-linear", "linear twin"], rows)
+    title = f"{recipe.name}: {recipe.model['variant']}, {recipe.steps} steps"
+    console.print_table(title, ["", *(LABELS[name] for name in MODELS)], rows)
     print(verdict(measured["log_linear"].perplexity, measured["linear"].perplexity))
-    print(f"figures, metrics and checkpoints: {out}")
+    print(f"Figures, metrics and checkpoints: {out}")
 
 
 def verdict(log_linear: Perplexity, linear: Perplexity) -> str:
-    """One honest sentence: which model is better on the validation text, if the difference exceeds twice its error."""
+    """Return a sentence that names the better model if the difference exceeds twice its error."""
     difference, error = log_linear.difference(linear)
     margin = f"{abs(difference):.4f} ± {error:.4f} bits per byte (paired over {len(log_linear.names)} files)"
     if abs(difference) > 2 * error:
-        better = "log-linear model" if difference < 0 else "linear twin"
-        return f"The {better} is better on validation text by {margin}; one seed, so not a law."
-    return f"No difference beyond its error on validation text: {margin}."
+        better = "log-linear" if difference < 0 else "linear"
+        return f"The {better} model is better on the validation text by {margin}. This is one seed."
+    return f"The models do not differ beyond the error on the validation text: {margin}."

@@ -16,7 +16,7 @@ from loglinear.training.checkpoints import load_checkpoint
 
 
 def run(path: Path, prompt: str | None, **sampling: Any) -> None:
-    """Stream a continuation to standard output; the speed goes to standard error. `sampling` as in `sample`."""
+    """Write a continuation to standard output and its speed to standard error. `sampling` is as in `sample`."""
     check_sampling(**sampling)
     logging.set_verbosity_error()
     model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from os.path import commonprefix
 from pathlib import Path
 
 from loglinear.cli import console
@@ -30,16 +31,21 @@ def run(recipe: str | None, model: Path | None) -> None:
 
 
 def _installation() -> None:
-    console.print_table("versions", ["", "version"], [[name, text] for name, text in versions().items()])
+    console.print_table("Versions", ["", "version"], list(versions().items()), text=True)
     implementations = [[name, impl_triton.availability() if name == "triton" else "yes"] for name in IMPLEMENTATIONS]
-    console.print_table("implementations of the operators (impl=)", ["name", "available"], implementations)
+    console.print_table("Implementations of the operators (impl=)", ["name", "available"], implementations, text=True)
     variants = [[name, variant.transition] for name, variant in VARIANTS.items()]
-    console.print_table("variants (--variant)", ["name", "transition"], variants)
+    console.print_table("Variants (--variant)", ["name", "transition"], variants, text=True)
     recipes = {name: make() for name, make in RECIPES.items()}
     rows = [[name, recipe.summary] for name, recipe in recipes.items()]
-    console.print_table("recipes (--recipe)", ["name", "what"], rows)
+    console.print_table("Recipes (--recipe)", ["name", "summary"], rows, text=True)
     for first, group in groupby(recipes, key=lambda name: needs(recipes[name])):
-        print(f"{', '.join(group)}: {'needs ' + first if first else 'runs as it is'}")
+        print(f"{_together(list(group))}: {'needs ' + first if first else 'runs as it is'}")
+
+
+def _together(names: list[str]) -> str:
+    """Return the names of recipes by their common beginning: 'paper_*'."""
+    return names[0] if len(names) == 1 else f"{commonprefix(names)}*"
 
 
 def _describe(name: str, config: LogLinearConfig) -> None:
@@ -48,8 +54,8 @@ def _describe(name: str, config: LogLinearConfig) -> None:
         ["variant", config.variant if "linear_attention" in (config.layer_types or []) else "full attention"],
         ["levels", str(config.num_levels)],
         ["parameters", f"{counts.total:,}"],
-        ["of these embeddings", f"{counts.embeddings:,}"],
-        ["of these lambda", f"{counts.level_scales:,} ({counts.lambda_share:.2%})"],
+        ["of which embeddings", f"{counts.embeddings:,}"],
+        ["of which lambda", f"{counts.level_scales:,} ({counts.lambda_share:.2%})"],
     ]
     console.print_table(name, ["", "value"], rows)
     attention = f"KV cache ({config.num_key_value_heads} heads of {config.attention_head_dim})"
@@ -63,11 +69,11 @@ def _describe(name: str, config: LogLinearConfig) -> None:
         for label, tokens in CONTEXTS
     ]
     console.print_table(
-        "memory of one sequence, bf16 model", ["tokens", "this model's state", "with all its levels", attention], rows
+        "Memory of one sequence, model in bf16", ["tokens", "state", "state, all levels", attention], rows
     )
 
 
 def _with_full_levels(config: LogLinearConfig, tokens: int) -> LogLinearConfig:
-    """The same log-linear model with as many levels as the length has; a linear model stays what it is."""
+    """Return the configuration with all levels of a length; that of a linear model stays the same."""
     levels = num_levels(tokens) if config.num_levels > 1 else 1
     return LogLinearConfig(**{**config.to_dict(), "num_levels": levels})

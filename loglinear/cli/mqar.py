@@ -16,7 +16,7 @@ TABLE_FILE = "mqar.json"
 
 
 def run(out: Path, *, processes: int | None, minutes: float | None, task: dict[str, Any], **table: Any) -> None:
-    """Run the cells that are missing, write mqar.json, and print the table of all cells in the folder."""
+    """Run the missing cells, write mqar.json and print the table of all cells in the folder."""
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
     given = {name: tuple(values) for name, values in table.items() if values}
@@ -35,9 +35,9 @@ def run(out: Path, *, processes: int | None, minutes: float | None, task: dict[s
             summary = gather(results)
             write_object(out / TABLE_FILE, summary)
             print(markdown(summary))
-            print("test accuracy in percent, mean (standard deviation) over seeds", file=sys.stderr)
+            print("Test accuracy in percent, mean (standard deviation) over seeds.", file=sys.stderr)
     state = f"{progress.finished} of {progress.total} cells finished"
     if progress.finished < progress.total:
-        text = f"{state}, checkpoints of the running ones saved; the same command continues"
+        text = f"{state}, checkpoints of the running ones saved; continue with the same command"
         raise Interrupted(text, progress.signal)
     print(state, file=sys.stderr)

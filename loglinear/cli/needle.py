@@ -19,7 +19,7 @@ from loglinear.training.sources import read_documents
 def run(
     path: Path, data: tuple[str, ...], out: Path, lengths: list[int], tasks: list[str] | None, count: int, seed: int
 ) -> None:
-    """Score every task at every length, write needle.json and needle.png."""
+    """Score every task at every length; write needle.json and needle.png."""
     require_folder(out, "--out")
     texts = [document.text for document in read_documents(data)]
     model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -31,8 +31,8 @@ def run(
     plot_needle(out / "needle.png", results)
     rows = [[task, *(_accuracy(result) for result in results[task])] for task in results]
     columns = [f"{length:,}" for length in sorted(set(lengths))]
-    console.print_table(f"{path}: values found in {count} examples", ["tokens", *columns], rows)
-    print(f"figure and results: {out}")
+    console.print_table(f"{path}: share of values found, {count} examples", ["tokens", *columns], rows)
+    print(f"Figure and results: {out}")
 
 
 def _accuracy(result: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from loglinear.training.run_folder import require_folder
 
 
 def run(path: Path, data: tuple[str, ...], out: Path, *, length: int, max_tokens: int) -> None:
-    """Evaluate all of the data (nothing is held out here), write perplexity.json and per_position.png."""
+    """Score all of the data; write perplexity.json and per_position.png."""
     require_folder(out, "--out")
     model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
     corpus = read_corpus(data, tokenizer, progress=True)

@@ -15,15 +15,15 @@ from transformers.utils.import_utils import is_serve_available
 from loglinear.training.checkpoints import load_checkpoint
 from loglinear.training.tokenizer import ByteTokenizer
 
-# A base model knows no turns: messages become one text, and a single one is continued as /v1/completions would.
+# A base model knows no turns, so messages become one text. /v1/completions would continue a single message alike.
 CHAT_TEMPLATE = "{{ bos_token }}{{ messages | map(attribute='content') | join('\n') }}"
-SHUTDOWN_SECONDS = 5  # for the answers that are being written when a signal comes
+SHUTDOWN_SECONDS = 5  # for answers in progress when a signal comes
 
 
 def run(path: Path, host: str, port: int, *, max_tokens: int, max_prompt: int, timeout: float) -> None:
-    """Serve a checkpoint as OpenAI's API until interrupted; `path`, as it was given, is the model's name there.
+    """Serve a checkpoint with OpenAI's API until a signal comes. The model's name is `path`.
 
-    Raises ValueError without the server's packages, OSError where the port is taken.
+    Raises ValueError without the server's packages, OSError if the port is taken.
     """
     if not 0 < timeout < math.inf:
         raise ValueError(f"--timeout must be positive and finite, got {timeout}")
@@ -43,21 +43,21 @@ def run(path: Path, host: str, port: int, *, max_tokens: int, max_prompt: int, t
     prepare(model, tokenizer)
     limits = Limits(tokens=max_tokens, prompt_tokens=max_prompt, seconds=timeout)
     app = application(str(path), model, tokenizer, limits)
-    print(f"model {str(path)!r} at http://{host}:{port}/v1", file=sys.stderr)
+    print(f"serving model {str(path)!r} at http://{host}:{port}/v1", file=sys.stderr)
     uvicorn.Server(
         uvicorn.Config(app, host=host, port=port, ws="none", lifespan="off", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
     ).run()
-    # Only a signal ends the server, and is raised again then: as an exception, which a destructor or a callback loses.
+    # Only a signal ends the server. uvicorn raises it again, but a destructor or a callback may lose that exception.
     raise KeyboardInterrupt
 
 
 def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Set what the server takes from the model and the tokenizer, and a request does not say.
+    """Set the defaults that the server takes from the model and the tokenizer.
 
     Raises ValueError for a tokenizer that the server cannot stream through.
     """
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # Without do_sample a request's temperature would do nothing; the server turns it off where that is 0.
+    # Without do_sample a request's temperature would have no effect; the server turns it off at temperature 0.
     model.generation_config.update(do_sample=True, top_k=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad)
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     if isinstance(tokenizer, ByteTokenizer):

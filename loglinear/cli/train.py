@@ -20,7 +20,7 @@ def run(
     tensorboard: bool,
     **overrides: Any,
 ) -> None:
-    """Train, and say where the result is or how to go on."""
+    """Train, and print where the checkpoint is or how to continue."""
     recipe = _recipe(out, recipe_name, resume, overrides)
     from accelerate import PartialState
 
@@ -29,7 +29,7 @@ def run(
     try:
         result = train(recipe, out, resume=resume, minutes=minutes, tensorboard=tensorboard)
     finally:
-        PartialState().destroy_process_group()  # a process that exits with its group's threads running may abort
+        PartialState().destroy_process_group()  # a process that exits while its group's threads run may abort
     if result.interrupted:
         raise Interrupted(
             f"stopped at step {result.step} of {recipe.steps}, checkpoint saved; continue with: "
@@ -47,7 +47,7 @@ def _recipe(out: Path, name: str | None, resume: bool, overrides: dict[str, Any]
 
         recipe = run_recipe(out)
     else:
-        raise ValueError("--recipe is missing: name one (see `loglinear info`), or continue a run with --resume")
+        raise ValueError("--recipe is missing: name one (`loglinear info` lists them), or continue a run with --resume")
     variant = overrides.get("variant")
     if variant is not None:
         from loglinear.variants import get_variant

@@ -13,7 +13,10 @@ from loglinear.ops.impl_triton import MAX_HEAD_DIM
 def run(
     heads: int, groups: int, key_dim: int, value_dim: int, dtype: str, lengths: list[int], batch: int, out: Path | None
 ) -> None:
-    """Raises ValueError without a GPU, or for a shape that the kernels do not take."""
+    """Measure each length and write the fastest plans.
+
+    Raises ValueError without a GPU, and for a shape that the kernels do not take.
+    """
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype not in dtypes:
         raise ValueError(f"--dtype must be one of {list(dtypes)}, got {dtype!r}")

@@ -20,7 +20,7 @@ RECIPES |= {f"needle_{kind}": partial(needle, kind) for kind in KINDS}
 
 
 def get_recipe(name: str) -> TrainingRecipe:
-    """The recipe called `name`. Raises ValueError with the nearest name where there is none."""
+    """Return the recipe called `name`. Raises ValueError, with the nearest name, if there is none."""
     if name not in RECIPES:
         nearest = get_close_matches(name, RECIPES, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown recipe {name!r}: did you mean {nearest!r}? There are {', '.join(RECIPES)}")

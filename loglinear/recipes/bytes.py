@@ -1,21 +1,21 @@
-"""Byte-level recipes, for machines without a GPU (demo) and with one (small)."""
+"""Byte-level recipes: `demo` for a CPU, `small` for one GPU."""
 
 from typing import Any
 
 from loglinear.recipes.recipe import TrainingRecipe
 
-BYTE_VOCABULARY = 264  # 256 bytes, bos, eos, pad, and padding of the table to a multiple of 8
+BYTE_VOCABULARY = 264  # 256 bytes, bos, eos and pad, padded to a multiple of 8
 
 
 def byte_model(**sizes: Any) -> dict[str, Any]:
-    """Arguments of LogLinearConfig for a byte-level Mamba-2 with heads of 64, whatever its sizes."""
+    """Return arguments of LogLinearConfig for a byte-level Mamba-2 with heads of 64 and the given sizes."""
     shared = dict(vocab_size=BYTE_VOCABULARY, variant="mamba2", num_groups=1, key_dim=64, head_dim=64, chunk_size=64)
-    shared["loss_chunk_size"] = 16_384  # 17 MB of logits: with this vocabulary a slice may be long
+    shared["loss_chunk_size"] = 16_384  # 17 MB of logits: this small vocabulary allows long slices
     return {**shared, "lambda_form": "unit", "tie_word_embeddings": True, **sizes}
 
 
 def demo() -> TrainingRecipe:
-    """A model of 1 to 2 M parameters on the text of Python's standard library: minutes on two CPU cores."""
+    """Return the recipe of the demo: 1.0 M parameters on Python's standard library, minutes on two CPU cores."""
     return TrainingRecipe(
         name="demo",
         summary="1.0 M parameters, bytes of Python's standard library, minutes on two CPU cores",
@@ -40,7 +40,7 @@ def demo() -> TrainingRecipe:
 
 
 def small() -> TrainingRecipe:
-    """About 26 M parameters at the byte level: an evening on one GPU."""
+    """Return a recipe of 26 M parameters at the byte level: an evening on one GPU."""
     return TrainingRecipe(
         name="small",
         summary="26 M parameters, bytes, an evening on one GPU",

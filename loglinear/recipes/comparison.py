@@ -1,5 +1,7 @@
-"""Models to compare: five of the same sizes, variant and number of parameters that look back in different ways, and
-other choices for the log-linear one."""
+"""Models to compare: five with one size, one variant and one number of parameters, and ablations of the log-linear one.
+
+The five differ in the way they read the past (KINDS). `choices` lists the ablations.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from loglinear.recipes.recipe import TrainingRecipe
 
 KINDS = ("linear", "log_linear", "capped", "hybrid", "transformer")
 ATTENTION_PERIOD, ATTENTION_PLACE = 6, 3  # a hybrid's full attention: the fourth of every six layers
-PUBLISHED = {"lambda_form": "softplus"}  # and all levels, each with a lambda of its own, from single tokens on
-# What the experiments share; and one in small, for minutes on two CPU cores, which shows no more than that all works.
+PUBLISHED = {"lambda_form": "softplus"}  # with all levels, and a lambda for each from single tokens on
+# The training that all experiments share. A miniature takes minutes on two CPU cores and shows only that all works.
 TRAINING = dict(
     batch_tokens=131_072,
     micro_batch_tokens=65_536,
@@ -31,13 +33,15 @@ MINIATURE_TRAINING = dict(
     eval_tokens=16_384,
     save_every=60,
 )
-CAPPED_BY = 2  # levels: what is an eighth of a sequence or more away shares the last
-WIDTH_STEP = 16  # of the SwiGLU layers, by which parameters are made equal
+CAPPED_BY = 2  # levels: tokens an eighth of a sequence away and farther share the last level
+WIDTH_STEP = 16  # step of the SwiGLU layers' width, which makes the parameters equal
 
 
 def choices(*, capped_levels: int) -> dict[str, dict[str, Any]]:
-    """Log-linear models that differ from the published one in one thing, as what their configuration says: lambda's two
-    other forms, fewer levels, and one lambda for the tokens of a chunk of 64 (a hierarchy of chunks)."""
+    """Return the configurations of log-linear models that differ from the published one in one thing.
+
+    These are the two other forms of lambda, fewer levels, and one lambda for the tokens of a chunk of 64.
+    """
     changes: dict[str, dict[str, Any]] = {
         "bounded": {"lambda_form": "bounded"},
         "unit": {"lambda_form": "unit"},
@@ -59,11 +63,12 @@ def recipe_of_kind(
     miniature: bool,
     **training: Any,
 ) -> TrainingRecipe:
-    """The recipe EXPERIMENT_KIND: a model of one of KINDS with these sizes, TRAINING and `training`; or its miniature,
-    with MINIATURE_MODEL for the sizes.
+    """Return the recipe EXPERIMENT_KIND, or its miniature with MINIATURE_MODEL for the sizes.
 
-    The log-linear model has the levels of `seq_len` tokens: of a longer text the last holds all that is older. `shared`
-    is what else the model's configuration says; `about` and `parameters` are for the summary."""
+    `kind` is one of KINDS; the training is TRAINING with `training` over it. The log-linear model has the levels of
+    `seq_len` tokens, so in a longer sequence the last level holds everything older. `shared` holds the other fields of
+    the model's configuration; `about` and `parameters` go into the summary.
+    """
     if miniature:
         sizes, training = MINIATURE_MODEL, {**training, **MINIATURE_TRAINING}
     base = byte_model(num_levels=num_levels(seq_len), **sizes, **shared)
@@ -77,12 +82,12 @@ def recipe_of_kind(
 
 
 def model_of_kind(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of LogLinearConfig for one of KINDS.
+    """Return arguments of LogLinearConfig for one of KINDS.
 
-    `base` is the log-linear model, with all the levels that its training sequences have; it must name num_levels,
-    hidden_size, num_hidden_layers and intermediate_size. `linear` has one level, `capped` CAPPED_BY fewer, `hybrid` has
-    full attention in one layer of six, and in one at least, `transformer` in all of them. The width of the SwiGLU
-    layers, in steps of WIDTH_STEP, makes their parameters as many as those of `base`.
+    `base` is the log-linear model with all levels of its training sequences. It must name num_levels, hidden_size,
+    num_hidden_layers and intermediate_size. `linear` has one level and `capped` CAPPED_BY fewer levels. `hybrid` has
+    full attention in one layer of six, and at least in one; `transformer` has it in all. The width of the SwiGLU
+    layers, in steps of WIDTH_STEP, brings each model to the number of parameters of `base`.
     """
     layers = base["num_hidden_layers"]
     place = min(ATTENTION_PLACE, layers - 1)
@@ -98,7 +103,7 @@ def model_of_kind(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _widened(model: dict[str, Any], wanted: int) -> dict[str, Any]:
-    """The model with SwiGLU layers of the width that brings it nearest to so many parameters."""
+    """Return the model with the width of SwiGLU layers that brings it nearest to `wanted` parameters."""
     step = 3 * model["hidden_size"] * model["num_hidden_layers"] * WIDTH_STEP  # parameters: gate, up and down
     wider = WIDTH_STEP * round((wanted - _parameters(model)) / step)
     return {**model, "intermediate_size": model["intermediate_size"] + wider}

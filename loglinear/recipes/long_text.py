@@ -1,4 +1,7 @@
-"""Language modelling of long texts at the byte level: five models of 13.3 M parameters, see `experiments.long_text`."""
+"""Language modelling of long texts at the byte level: five models of 13.3 M parameters.
+
+`experiments.long_text` prepares the data, trains the models and evaluates them.
+"""
 
 from loglinear.recipes.comparison import recipe_of_kind
 from loglinear.recipes.recipe import TrainingRecipe
@@ -8,8 +11,10 @@ TRAINING = "data/long_text/train.jsonl.zst"  # `python -m experiments.long_text 
 
 
 def long_text(kind: str, *, miniature: bool = False) -> TrainingRecipe:
-    """One of `comparison.KINDS`, on documents of 64 KiB to 1 MiB: sources and manuals, 16,384 tokens at a time (in
-    miniature 1,024)."""
+    """Return the recipe of one of `comparison.KINDS` on sources and manuals of 64 KiB to 1 MiB.
+
+    Sequences have 16,384 tokens, those of the miniature 1,024.
+    """
     sequence = SEQUENCE // 16 if miniature else SEQUENCE
     return recipe_of_kind(
         "long_text",

@@ -1,10 +1,10 @@
 """Multi-query associative recall (MQAR): a table of small models, each trained and tested on the same examples.
 
 The task is that of Arora et al., "Zoology", arXiv 2312.04927, appendix E: two layers without an MLP, tied embeddings,
-batches of examples with one number of pairs, AdamW, a cosine from the learning rate to zero without warmup, and an end
-where validation is nearly perfect. Models, sizes and numbers of pairs are those of Guo et al., arXiv 2506.04761,
-section 4.1: 4 to 64 pairs, dimensions 16, 32 and 64. `PROTOCOLS` says how they are trained and how a learning rate is
-chosen.
+batches of examples with one number of pairs, AdamW, a cosine from the learning rate to zero without warmup. Training
+ends early if validation is nearly perfect. Models, sizes and numbers of pairs are those of Guo et al., arXiv
+2506.04761, section 4.1: 4 to 64 pairs, dimensions 16, 32 and 64. `PROTOCOLS` sets the training and the choice of the
+learning rate.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 LAYERS = 2
 LARGEST_DIM = 4096
-STATE_DIM = 16  # of Mamba-2: head dimension and key dimension
-CHUNK_SIZE = 16  # no result depends on it; on a CPU it suits such heads, and miniatures of short examples
+STATE_DIM = 16  # head dimension and key dimension of Mamba-2
+CHUNK_SIZE = 16  # no result depends on it; it is fast on a CPU for such heads and short examples
 
 
 def _mamba2(dim: int) -> dict[str, Any]:
-    """Expansion 2 in heads of 16, one query/key group."""
+    """Return Mamba-2 with expansion 2 in heads of 16, one query/key group."""
     return dict(variant="mamba2", num_heads=2 * dim // STATE_DIM, num_groups=1, key_dim=STATE_DIM, head_dim=STATE_DIM)
 
 
 def _gated_delta_net(dim: int) -> dict[str, Any]:
-    """One head at dimension 16, otherwise two; values twice as wide as keys."""
+    """Return Gated DeltaNet with one head at dimension 16, otherwise two; values are twice as wide as keys."""
     heads = 1 if dim <= 16 else 2
     return dict(
         variant="gated_delta_net",
@@ -46,12 +46,12 @@ def _gated_delta_net(dim: int) -> dict[str, Any]:
 
 
 def _attention(dim: int) -> dict[str, Any]:
-    """Softmax attention: one head of the whole dimension, rotary positions."""
+    """Return softmax attention with one head of the whole dimension and rotary positions."""
     return dict(layer_types=["full_attention"] * LAYERS, num_attention_heads=1, attention_head_dim=dim)
 
 
 class Model(NamedTuple):
-    """The sizes of a dimension, and what else its configuration says; without num_levels, all levels of the length."""
+    """The sizes for a dimension, and further fields of the configuration. num_levels defaults to all levels."""
 
     sizes: Callable[[int], dict[str, Any]]
     changes: dict[str, Any] = {}
@@ -64,7 +64,7 @@ MODELS = {
     "log_linear_gated_delta_net": Model(_gated_delta_net, PUBLISHED),
     "attention": Model(_attention, {"num_levels": 1}),
 }
-CHOICES = choices(capped_levels=6)  # what is 16 tokens or more away shares the last
+CHOICES = choices(capped_levels=6)  # tokens 16 positions away and farther share the last level
 ABLATIONS = {
     f"{name}_{choice}": Model(MODELS[name].sizes, changes)
     for name in ("log_linear_mamba2", "log_linear_gated_delta_net")
@@ -74,23 +74,23 @@ DIMS = (16, 32, 64)
 
 
 class TrainingProtocol(NamedTuple):
-    """How the cells of a table are trained, and which learning rates and seeds there are."""
+    """The training of a table's cells, with its learning rates and seeds."""
 
     learning_rates: tuple[float, ...]
-    seeds: tuple[int, ...]  # that are reported
-    tuning_seeds: tuple[int, ...] | None  # by whose mean the learning rate is chosen; None: the smallest of `seeds`
-    tokens_per_pair: int | None  # length of an example, up to `RecallTask.length`; None: that length for all
-    easiest: int  # times as many training examples with the fewest pairs
-    torch_init: bool  # PyTorch's own start values of linear layers; or normal ones of deviation 0.02
+    seeds: tuple[int, ...]  # of the reported cells
+    tuning_seeds: tuple[int, ...] | None  # their mean chooses the learning rate; None: the smallest of `seeds`
+    tokens_per_pair: int | None  # sets the length of an example, up to `RecallTask.length`; None: always that length
+    easiest: int  # factor of the number of training examples with the fewest pairs
+    torch_init: bool  # PyTorch's initial values of linear layers; otherwise normal ones of deviation 0.02
     max_grad_norm: float  # 0: gradients are not clipped
-    decay_all: bool  # weight decay of vectors and gates too
-    float32: bool  # or bfloat16 autocast, on a GPU
-    by_epoch: bool  # the learning rate falls once an epoch; or once a step
+    decay_all: bool  # weight decay also for vectors and gates
+    float32: bool  # otherwise bfloat16 autocast on a GPU
+    by_epoch: bool  # the learning rate falls once an epoch; otherwise once a step
 
 
 PROTOCOLS = {
     "loglinear": TrainingProtocol((1e-3, 3e-3, 1e-2), (0, 1, 2), None, None, 1, False, 1.0, False, False, False),
-    # As in the code that the task's authors published: 64 tokens with 4 pairs, 128 with 8, 256 with more.
+    # The published code of the task's authors: 64 tokens with 4 pairs, 128 with 8, 256 with more.
     "zoology": TrainingProtocol(
         (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), (3, 4, 5, 6, 7), (0, 1, 2), 16, 5, True, 0.0, True, True, True
     ),
@@ -98,7 +98,7 @@ PROTOCOLS = {
 
 
 class Setting(NamedTuple):
-    """Examples of one kind."""
+    """The size of one kind of example, and their number."""
 
     pairs: int
     length: int
@@ -107,22 +107,23 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RecallTask:
-    """What all cells of a table share: the examples, and how long a model may learn from them.
+    """The examples and the limits of training that all cells of a table share.
 
-    `examples` are for training, `test_examples` for validation and as many others for the test, each for every number
-    of `pairs`; `length` is in tokens; `protocol` is a name in PROTOCOLS. Raises ValueError, naming the field, where a
-    value cannot work.
+    For every number of `pairs` there are `examples` for training, `test_examples` for validation and as many others
+    for the test. `length` is in tokens; `protocol` is a name in PROTOCOLS.
+
+    Raises ValueError, which names the field, for a value that cannot work.
     """
 
     protocol: str = "loglinear"
-    examples: int = 20_480  # whole batches: each shape of a batch would be compiled by itself
+    examples: int = 20_480  # whole batches, because every shape of a batch is compiled
     test_examples: int = 1_024
     length: int = 256
     pairs: tuple[int, ...] = (4, 8, 16, 32, 64)
     vocab_size: int = 8192
     batch_size: int = 256  # examples
-    epochs: int = 32  # at most
-    good_enough: float = 0.99  # the validation accuracy above which training ends
+    epochs: int = 32  # the most
+    good_enough: float = 0.99  # validation accuracy that ends the training
     weight_decay: float = 0.1
     adam_betas: tuple[float, float] = (0.9, 0.999)
 
@@ -143,11 +144,11 @@ class RecallTask:
 
     @property
     def how(self) -> TrainingProtocol:
-        """The protocol itself."""
+        """The protocol of that name."""
         return PROTOCOLS[self.protocol]
 
     def settings(self, *, training: bool) -> list[Setting]:
-        """The kinds of examples: for training, or equally many of each for validation and test."""
+        """Return the kinds of examples for training, or for validation and test."""
         of_a_pair = self.how.tokens_per_pair
         lengths = {pairs: min(self.length, of_a_pair * pairs) if of_a_pair else self.length for pairs in self.pairs}
         times = {min(self.pairs): self.how.easiest} if training else {}
@@ -156,11 +157,11 @@ class RecallTask:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of all kinds of examples."""
+        """The number of training batches."""
         return sum(-(-setting.examples // self.batch_size) for setting in self.settings(training=True))
 
     def override(self, **changes: Any) -> RecallTask:
-        """The same task with every `changes` that is not None put in; lists become tuples."""
+        """Return the task with every change that is not None. Lists become tuples."""
         given = {name: value for name, value in changes.items() if value is not None}
         given.pop("max_grad_norm", None)  # results of earlier versions name it; it belongs to the protocol
         values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in given.items()}
@@ -169,9 +170,9 @@ class RecallTask:
 
 @dataclass(frozen=True, kw_only=True)
 class RecallCell:
-    """One model, trained once. The seed is of its weights and of the order of the batches, not of the examples.
+    """One model, trained once. The seed sets its weights and the order of the batches, not the examples.
 
-    Raises ValueError, naming the field, where a value cannot work.
+    Raises ValueError, which names the field, for a value that cannot work.
     """
 
     model: str
@@ -197,11 +198,11 @@ class RecallCell:
 
     @property
     def name(self) -> str:
-        """For files and people: all that distinguishes the cells of one table."""
+        """The name of files and rows: model, dimension, learning rate and seed."""
         return f"{self.model}-dim{self.dim}-lr{self.learning_rate:g}-seed{self.seed}"
 
     def model_config(self) -> LogLinearConfig:
-        """The model's configuration (imports transformers)."""
+        """Return the model's configuration. Imports transformers."""
         from loglinear.models import LogLinearConfig
 
         sizes, changes = (MODELS | ABLATIONS)[self.model]
@@ -217,23 +218,24 @@ class RecallCell:
         return LogLinearConfig(**shared | sizes(self.dim) | changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is its inverse."""
+        """Return plain JSON types. `from_dict` is the inverse."""
         values = dataclasses.asdict(self)
         task = {name: list(value) if isinstance(value, tuple) else value for name, value in values["task"].items()}
         return {**values, "task": task}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RecallCell:
-        """The cell that `to_dict` wrote."""
+        """Return the cell that `to_dict` wrote."""
         return cls(**{**values, "task": RecallTask().override(**values["task"])})
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecallTable:
-    """Which cells there are: every learning rate is tried with the tuning seeds, and the best has all `seeds`.
+    """The cells of a table. Every learning rate is tried with the tuning seeds, and the best has all `seeds`.
 
-    Learning rates and seeds that are not given are the protocol's. Where there is one rate, nothing is chosen.
-    Raises ValueError, naming the field, where a value cannot work.
+    The protocol gives the default learning rates and seeds. With one rate there is no choice.
+
+    Raises ValueError, which names the field, for a value that cannot work.
     """
 
     models: tuple[str, ...] = tuple(MODELS)
@@ -252,13 +254,13 @@ class RecallTable:
         self.groups()
 
     def __len__(self) -> int:
-        """Cells of the whole table."""
+        """Return the number of cells in the whole table."""
         model, dim = self.models[0], self.dims[0]
         rate = self.learning_rates[0]
         return len(self.models) * len(self.dims) * len(self.sweep(model, dim) + self.repeats(model, dim, rate))
 
     def groups(self) -> list[tuple[str, int]]:
-        """Every (model, dim), the slowest first: they should not be what all processes wait for in the end."""
+        """Return every (model, dim), the slowest first, so that none of them is left alone at the end."""
         groups = [(model, dim) for dim in sorted(self.dims, reverse=True) for model in self.models]
         for model, dim in groups:
             self.repeats(model, dim, self.learning_rates[0])
@@ -266,18 +268,18 @@ class RecallTable:
 
     @property
     def tuning_seeds(self) -> tuple[int, ...]:
-        """The seeds by whose mean validation accuracy a learning rate is chosen."""
+        """The seeds whose mean validation accuracy chooses a learning rate."""
         own = self.task.how.tuning_seeds
         return (min(self.seeds),) if own is None else own
 
     def sweep(self, model: str, dim: int) -> list[RecallCell]:
-        """The cells among which the learning rate of a model is chosen."""
+        """Return the cells that decide the learning rate of a model."""
         if len(self.learning_rates) == 1:
             return []
         return [self._cell(model, dim, rate, seed) for rate in self.learning_rates for seed in self.tuning_seeds]
 
     def repeats(self, model: str, dim: int, learning_rate: float) -> list[RecallCell]:
-        """The reported cells at the learning rate that was chosen, but for those of the sweep."""
+        """Return the reported cells at the chosen learning rate, without those of the sweep."""
         swept = self.sweep(model, dim)
         cells = [self._cell(model, dim, learning_rate, seed) for seed in sorted(self.seeds)]
         return [cell for cell in cells if cell not in swept]

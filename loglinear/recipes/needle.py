@@ -4,14 +4,14 @@ from loglinear.recipes.comparison import recipe_of_kind
 from loglinear.recipes.recipe import TrainingRecipe
 
 SEQUENCE = 4096  # tokens
-VOCABULARY = 4096  # tokens, where the long texts have bytes: a key of eleven is hard to recognise
+VOCABULARY = 4096  # tokens; the long texts have bytes, but a key of eleven bytes is hard to recognise
 TOKENIZER = "data/needle/tokenizer"  # `python -m experiments.needle prepare` makes it
 
 
 def needle(kind: str, *, miniature: bool = False) -> TrainingRecipe:
-    """One of `comparison.KINDS`, on documents of needles in noise and in Python's standard library, and on its files.
+    """Return the recipe of one of `comparison.KINDS` on needles in noise and in Python's standard library.
 
-    4,096 tokens at a time; 197 M tokens.
+    The files of the standard library are training text too. Sequences have 4,096 tokens; a run reads 197 M.
     """
     return recipe_of_kind(
         "needle",

@@ -2,7 +2,7 @@
 
 Shared by all three: 21 layers, hidden size 1536, a vocabulary of 32,000, 50 B tokens of long documents in sequences of
 16,384 and batches of 524,288 tokens, AdamW at 3e-4 with 1,024 steps of warmup, clipping at 1.0, initial weights of
-standard deviation 0.006, and 15 levels. Data and tokenizer are yours to name: `--data`, `--tokenizer`.
+standard deviation 0.006, and 15 levels. The recipes name no data and no tokenizer: give `--data` and `--tokenizer`.
 """
 
 from typing import Any
@@ -43,7 +43,7 @@ def _paper(name: str, summary: str, **model: Any) -> TrainingRecipe:
 
 
 def paper_mamba2() -> TrainingRecipe:
-    """Log-Linear Mamba-2: 48 heads of 64, state dimension 128, one query/key group."""
+    """Return Log-Linear Mamba-2: 48 heads of 64, state dimension 128, one query/key group."""
     return _paper(
         "paper_mamba2",
         "Log-Linear Mamba-2 of the paper, about 800 M parameters",
@@ -56,7 +56,7 @@ def paper_mamba2() -> TrainingRecipe:
 
 
 def paper_gated_delta_net() -> TrainingRecipe:
-    """Log-Linear Gated DeltaNet: 6 heads, key dimension 192, values twice as wide."""
+    """Return Log-Linear Gated DeltaNet: 6 heads, key dimension 192, values twice as wide."""
     return _paper(
         "paper_gated_delta_net",
         "Log-Linear Gated DeltaNet of the paper, about 800 M parameters",
@@ -69,7 +69,7 @@ def paper_gated_delta_net() -> TrainingRecipe:
 
 
 def paper_transformer() -> TrainingRecipe:
-    """The softmax-attention baseline: 16 heads, RoPE base 500,000."""
+    """Return the softmax-attention baseline: 16 heads, RoPE base 500,000."""
     return _paper(
         "paper_transformer",
         "Transformer baseline of the paper, about 700 M parameters",

@@ -1,4 +1,4 @@
-"""What a recipe needs before it can run: options that are yours to give, files that a command makes."""
+"""The needs of a recipe before it can run: options without a default, and files that a command makes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ PREPARED_BY = {TRAINING: "python -m experiments.long_text prepare", TOKENIZER: "
 
 
 def needs(recipe: TrainingRecipe) -> str:
-    """The options to give, or the command to run first in a clone of the repository; empty where there is nothing."""
+    """Return the options to give or the command to run first in a clone of the repository, or an empty text."""
     options = [f"--{name}" for name in ("tokenizer", "data") if not getattr(recipe, name)]
     commands = [f"`{PREPARED_BY[path]}`" for path in _files(recipe) if path in PREPARED_BY]
     return " ".join(options + commands)
 
 
 def require_ready(recipe: TrainingRecipe) -> None:
-    """Raise ValueError where a recipe names no data or tokenizer, or files that a command has yet to make."""
+    """Raise ValueError if a recipe names no data, no tokenizer, or a file that is not there yet."""
     missing = [name for name in ("tokenizer", "data") if not getattr(recipe, name)]
     if missing:
         options = {"tokenizer": "--tokenizer (a folder, or 'bytes')", "data": "--data (files, or 'stdlib')"}
@@ -28,7 +28,7 @@ def require_ready(recipe: TrainingRecipe) -> None:
     for path in _files(recipe):
         if path in PREPARED_BY and not Path(path).exists():
             command = PREPARED_BY[path]
-            raise ValueError(f"there is no {path}: `{command}`, in a clone of the repository, makes it")
+            raise ValueError(f"recipe {recipe.name!r} needs {path}: run `{command}` in a clone of the repository")
 
 
 def _files(recipe: TrainingRecipe) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a training run is made of: a model, data and an optimisation, in one value that is written to run.json."""
+"""A training run as one value: model, data and optimisation. run.json holds it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from loglinear.fenwick import num_levels
 if TYPE_CHECKING:
     from loglinear.models import LogLinearConfig
 
-# The fields of `model` that a command line may override; everything else about a model belongs in a recipe.
+# Fields of `model` that a command line may override. A recipe sets all others.
 MODEL_OVERRIDES = ("variant", "num_levels")
-LARGEST = 2**31 - 1  # of a count: places of tokens in a row are int32
+LARGEST = 2**31 - 1  # of a count: positions of tokens are int32
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecipe:
     """A named, complete training run. Equal recipes on equal data give equal loss curves.
 
-    Lengths are in tokens: `seq_len` is the longest stretch of a document that the model sees at once, `batch_tokens`
-    what one optimiser step sees, `micro_batch_tokens` what one forward pass sees (default: the whole batch), and
-    `eval_tokens` the validation text read every `eval_every` steps. `data` and `tokenizer` are as in
-    `loglinear.training.data`. The learning rate rises linearly for `warmup_steps` and falls on a cosine to
-    `final_lr_ratio` of its peak. `compile`: torch.compile for the blocks (`loglinear.training.compilation`).
+    Lengths are in tokens. `seq_len` is the length of the longest sequence. `batch_tokens` is the size of one optimiser
+    step, and `micro_batch_tokens` that of one forward pass (default: the whole batch). Every `eval_every` steps the
+    model reads `eval_tokens` of validation text. `data` and `tokenizer` are as in `loglinear.training.data`. The
+    learning rate rises linearly for `warmup_steps` and falls on a cosine to `final_lr_ratio` of its peak. `compile`
+    compiles the blocks (`loglinear.training.compilation`).
 
-    Raises ValueError, naming the field, where a value cannot work.
+    Raises ValueError, which names the field, for a value that cannot work.
     """
 
     name: str
@@ -56,10 +56,10 @@ class TrainingRecipe:
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"):
             self._require(name, 1, LARGEST)
-        for name in ("seq_len", "batch_tokens", "micro_batch_tokens"):  # one token has none to be predicted from
+        for name in ("seq_len", "batch_tokens", "micro_batch_tokens"):  # one token predicts nothing
             self._require(name, 2, LARGEST)
-        self._require("seed", 0, 2**32 - 1)  # what numpy's generator takes
-        if not 0 < self.learning_rate <= 1:  # AdamW moves every weight by about so much in a step
+        self._require("seed", 0, 2**32 - 1)  # the limit of numpy's generator
+        if not 0 < self.learning_rate <= 1:  # AdamW moves every weight by about this much in a step
             raise ValueError(f"learning_rate must be positive and at most 1, got {self.learning_rate}")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}")
@@ -80,24 +80,24 @@ class TrainingRecipe:
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of one packed row, that is of one forward pass."""
+        """The tokens of one packed row, which is one forward pass."""
         return self.batch_tokens if self.micro_batch_tokens is None else self.micro_batch_tokens
 
     def model_config(self) -> LogLinearConfig:
-        """The model's configuration (imports transformers)."""
+        """Return the model's configuration. Imports transformers."""
         from loglinear.models import LogLinearConfig
 
         return LogLinearConfig(**self.model)
 
     @property
     def trained_levels(self) -> int:
-        """Levels that `seq_len` tokens read. If the model has more, those stay as they begin."""
+        """The number of levels that `seq_len` tokens read. Training does not change further levels of the model."""
         return num_levels(self.seq_len)
 
     def override(self, **changes: Any) -> TrainingRecipe:
-        """The same recipe with every `changes` that is not None put in, fields of the recipe or MODEL_OVERRIDES.
+        """Return the recipe with every change that is not None: a field of the recipe or of MODEL_OVERRIDES.
 
-        A shorter run keeps its shape: the warmup never takes more than a tenth of the steps.
+        If `steps` changes, the warmup is shortened to at most a tenth of them.
         """
         given = {name: value for name, value in changes.items() if value is not None}
         model = {name: given.pop(name) for name in MODEL_OVERRIDES if name in given}
@@ -108,12 +108,12 @@ class TrainingRecipe:
         return dataclasses.replace(self, model={**self.model, **model}, **given)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is its inverse."""
+        """Return plain JSON types. `from_dict` is the inverse."""
         values = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingRecipe:
-        """The recipe that `to_dict` wrote."""
+        """Return the recipe that `to_dict` wrote."""
         fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
         return cls(**fields)

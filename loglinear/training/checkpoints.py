@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import get_annotations
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerState
+from transformers.utils import logging as transformers_logging
 
 from loglinear.layers.former_names import current_name
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
@@ -190,16 +193,29 @@ def _load_model(checkpoint: Path, device: str | torch.device) -> LogLinearForCau
     config = _config(checkpoint)
     check_settings(checkpoint)
     check_weights(checkpoint, config, described_by="its config.json")
-    model = LogLinearForCausalLM.from_pretrained(
-        checkpoint,
-        config=config,
-        generation_config=GenerationConfig.from_model_config(config),
-        device_map={"": torch.device(device)},
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-    )
+    with _without_bars():
+        model = LogLinearForCausalLM.from_pretrained(
+            checkpoint,
+            config=config,
+            generation_config=GenerationConfig.from_model_config(config),
+            device_map={"": torch.device(device)},
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
     return model.eval()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide transformers' progress bars in this context: the weights load in a moment."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _config(checkpoint: Path) -> LogLinearConfig:

@@ -77,9 +77,9 @@ def _read_source(source: str) -> Iterator[Document]:
     if not source:
         raise ValueError("data must not be empty: '.' is the current folder")
     if source == "-":
-        raise ValueError("data '-': standard input is not read; write it to a file, and name that")
+        raise ValueError("data '-': standard input is not read; save it as a file and give the file's path")
     if "://" in source:
-        raise ValueError(f"data {source!r}: nothing is downloaded; fetch the file, and name it here")
+        raise ValueError(f"data {source!r}: URLs are not read; download the file and give its path")
     if source == STDLIB:
         yield from _read_stdlib()
     elif source.startswith(DATASETS_PREFIX):

@@ -34,7 +34,7 @@ MISTAKES = {
     "train --recipe paper_mamba2 --out {out}": "names no tokenizer and no data: give --tokenizer",
     "train --recipe demo --data= --out {out}": "--data must not be empty",
     "train --recipe demo --data - --out {out}": "data '-': standard input is not read",
-    "train --recipe demo --data https://a/b.txt --out {out}": "data 'https://a/b.txt': nothing is downloaded",
+    "train --recipe demo --data https://a/b.txt --out {out}": "data 'https://a/b.txt': URLs are not read",
     "train --recipe demo --data {bad}/\udcff.txt --out {out}": "has a name that is not UTF-8: rename it",
     "train --recipe demo --data needle:9999999999:300 --out {out}": "must be needle:COUNT:LENGTH",
     "train --recipe demo --data {text} --out {run}": "holds another run: add --resume",

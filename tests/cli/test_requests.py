@@ -199,7 +199,7 @@ def test_too_many_requests_are_told_to_come_again(model, monkeypatch):
         [thread.start() for thread in threads]
         time.sleep(0.3)
         status, body = complete(port, **asked)
-        assert status == 429 and "2 requests are being answered" in refusal((status, body))
+        assert status == 429 and "2 requests are open" in refusal((status, body))
         [thread.join() for thread in threads]
         assert complete(port, prompt="ab", max_tokens=1)[0] == 200
 

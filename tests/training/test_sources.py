@@ -121,7 +121,7 @@ def test_gzip_is_read_as_zstd_is(tmp_path):
 def test_what_is_no_path_says_what_to_do(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("of the current folder")
-    with pytest.raises(ValueError, match="must not be empty|standard input is not read|nothing is downloaded"):
+    with pytest.raises(ValueError, match="must not be empty|standard input is not read|URLs are not read"):
         read(source)
 
 

@@ -1,1 +1,1 @@
-"""The HTTP service of `loglinear serve`: OpenAI's API, checked and bounded in front of transformers' handlers."""
+"""The HTTP service of `loglinear serve`: OpenAI's API, with checks and limits in front of transformers' handlers."""

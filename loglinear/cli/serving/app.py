@@ -1,4 +1,4 @@
-"""The application: routes, limits and errors; transformers' handlers write the answers."""
+"""The application: routes, limits and errors. transformers' handlers write the answers."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from loglinear.cli.serving.turns import CURRENT, Limits, OneQueue, Turn
 from loglinear.evaluation.sampling import GREEDY
 from loglinear.models import LogLinearForCausalLM
 
-DEFAULT_TOKENS = 1024  # of an answer whose length is not asked
-MOST_REQUESTS = 64  # at a time: one is answered, the others wait
-BYTES_PER_TOKEN, OTHER_BYTES = 16, 65_536  # of a body: for each token of the longest prompt, and for the rest
+DEFAULT_TOKENS = 1024  # of an answer whose request names no length
+MOST_REQUESTS = 64  # open at a time: one is answered, the others wait
+BYTES_PER_TOKEN, OTHER_BYTES = 16, 65_536  # limits of a body: per token of the longest prompt, and for the rest
 BODY_SECONDS = 30.0
 Handler = CompletionHandler | ChatCompletionHandler
-GONE = 499  # status of a response that nobody reads
+GONE = 499  # status of a response whose client has left
 
 
 class OneModel(ModelManager):
-    """Serves the model that is there; transformers' own finds classes in transformers alone."""
+    """A manager of the loaded model. transformers' own manager finds only classes of transformers."""
 
     def __init__(self, name: str, model: LogLinearForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -48,7 +48,7 @@ class OneModel(ModelManager):
 
 
 class Server:
-    """What the routes share: one model, its handlers, its limits and its open requests."""
+    """The state of all routes: one model, its handlers, its limits and its open requests."""
 
     def __init__(
         self, name: str, model: LogLinearForCausalLM, tokenizer: PreTrainedTokenizerBase, limits: Limits
@@ -59,14 +59,14 @@ class Server:
         self.open: set[Turn] = set()
 
     async def answer(self, request: Request, kind: type[requests.Request], handler: Handler) -> Response:
-        """Check a request, wait for its turn, and answer; an answer whose client leaves is not finished.
+        """Check a request, wait for its turn and answer it. The answer ends early if the client leaves.
 
-        Raises Refused for a request that is not answered.
+        Raises Refused for a request that gets no answer.
         """
         asked = requests.parse(kind, await self._body(request))
         turn = self._turn(asked)
         if len(self.open) >= MOST_REQUESTS:
-            raise Refused(f"{MOST_REQUESTS} requests are being answered: try again later", status=429)
+            raise Refused(f"{MOST_REQUESTS} requests are open: try again later", status=429)
         self.open.add(turn)
         request.scope["end"] = lambda: self._end(turn)
         CURRENT.set(turn)
@@ -111,7 +111,7 @@ class Server:
     async def _read(self, request: Request) -> bytes:
         most = BYTES_PER_TOKEN * self.limits.prompt_tokens + OTHER_BYTES
         data, size = bytearray(), 0
-        async for part in request.stream():  # to its end: many clients read no answer before they have sent all
+        async for part in request.stream():  # to its end: many clients read no answer before they have sent everything
             size += len(part)
             if size <= most:
                 data += part
@@ -120,7 +120,7 @@ class Server:
         return bytes(data)
 
     async def load(self, request: Request) -> Response:
-        """`transformers chat` asks for its model with this, and waits for "ready"."""
+        """Answer `transformers chat`, which asks for its model here and waits for "ready"."""
         try:
             name = json.loads(await self._body(request)).get("model")
         except (ValueError, AttributeError, RecursionError):
@@ -131,10 +131,10 @@ class Server:
 
 
 async def _while_connected(request: Request, work: Any) -> Response:
-    """The response, or an empty one where the client leaves before there is one."""
+    """Return the response, or an empty one if the client leaves first."""
     work, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:
-        # The body has been read: what the client can still send is that it leaves.
+        # The body has been read, so the client can only send that it leaves.
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         return work.result() if work.done() else Response(status_code=GONE)
     except TemplateError as error:
@@ -145,7 +145,7 @@ async def _while_connected(request: Request, work: Any) -> Response:
 
 
 class EndTurns:
-    """ASGI middleware that ends a request's turn when its response has ended, in whatever way."""
+    """ASGI middleware that ends a request's turn as soon as its response ends, for any reason."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -159,7 +159,7 @@ class EndTurns:
 
 
 def application(name: str, model: LogLinearForCausalLM, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> FastAPI:
-    """The ASGI application that serves one model under a name."""
+    """Return the ASGI application that serves one model under a name."""
     server = Server(name, model, tokenizer, limits)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_middleware(EndTurns)
@@ -204,6 +204,6 @@ def application(name: str, model: LogLinearForCausalLM, tokenizer: PreTrainedTok
 
 
 def _error(status: int, message: str, param: str | None = None, kind: str = "invalid_request_error") -> Response:
-    """In OpenAI's shape, and in one line."""
+    """Return an error of OpenAI's shape with a message of one line."""
     error = {"message": " ".join(message.split()), "type": kind, "param": param, "code": None}
     return JSONResponse({"error": error}, status_code=status)

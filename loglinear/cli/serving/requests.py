@@ -1,6 +1,6 @@
-"""The requests that the server takes: every field is checked here, before a handler or the model sees it.
+"""The requests that the server accepts. Every field is checked before a handler or the model sees it.
 
-A field that is not listed is refused, and so is a value that would have to be ignored. null means absent.
+An unlisted field is refused, and so is a value that the server would have to ignore. null means absent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SHOWN = 60  # characters of a refused value
 
 
 class Refused(Exception):
-    """A request that is not answered; the text is one line for the client."""
+    """A request that gets no answer. The text is one line for the client."""
 
     def __init__(self, message: str, *, param: str | None = None, status: int = 400) -> None:
         super().__init__(message)
@@ -24,7 +24,7 @@ class Refused(Exception):
 
 
 def only(value: Any) -> BeforeValidator:
-    """The only value of a field that the server does not support: the one that asks for nothing."""
+    """Return a validator for an unsupported field, which accepts only the value without effect."""
 
     def check(given: Any) -> Any:
         if given != value or isinstance(given, bool) != isinstance(value, bool):
@@ -35,7 +35,7 @@ def only(value: Any) -> BeforeValidator:
 
 
 class Checked(BaseModel):
-    """Strict types, finite numbers, no other fields."""
+    """A model with strict types, finite numbers and no other fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -46,7 +46,7 @@ class Checked(BaseModel):
 
 
 class GenerationFlags(Checked):
-    """The `generation_config` of `transformers chat`, as far as a request may decide it."""
+    """The part of `transformers chat`'s `generation_config` that a request may set."""
 
     transformers_version: str | None = None
     do_sample: bool = True
@@ -57,7 +57,7 @@ class GenerationFlags(Checked):
 
 
 class StreamOptions(Checked):
-    """Streams end with their usage, asked for or not."""
+    """The options of a stream. Streams always end with their usage."""
 
     include_usage: bool = True
 
@@ -66,7 +66,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 class Request(Checked):
-    """What both endpoints share."""
+    """The fields of both endpoints."""
 
     model: str | None = None
     stream: bool = False
@@ -78,7 +78,7 @@ class Request(Checked):
     stop: Annotated[list[Stop], Field(max_length=MOST_STOPS)] = []
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES)] = {}
     generation_config: Json[GenerationFlags] | None = None
-    user: str | None = None  # says who asks, and asks for nothing
+    user: str | None = None  # a label without effect
     n: Annotated[Any, only(1)] = None
     frequency_penalty: Annotated[Any, only(0)] = None
     presence_penalty: Annotated[Any, only(0)] = None
@@ -102,13 +102,13 @@ class Request(Checked):
 
     @property
     def lengths(self) -> dict[str, int]:
-        """The fields that say how many tokens the answer may have, with their values; at most one of them."""
+        """Return the field that limits the tokens of the answer, with its value. At most one is set."""
         flags = self.generation_config or GenerationFlags()
         found = {"max_tokens": self.max_tokens, "generation_config.max_new_tokens": flags.max_new_tokens}
         return {name: value for name, value in found.items() if value is not None}
 
     def sampling(self, greedy_below: float) -> dict[str, Any]:
-        """Settings of a GenerationConfig, without those of a length."""
+        """Return the settings of a GenerationConfig without its length."""
         flags = self.generation_config or GenerationFlags()
         temperature = flags.temperature if self.temperature is None else self.temperature
         top_p = flags.top_p if self.top_p is None else self.top_p
@@ -118,7 +118,7 @@ class Request(Checked):
         return {name: value for name, value in given.items() if value is not None}
 
     def body(self) -> dict[str, Any]:
-        """What is asked, for a handler of transformers'."""
+        """Return the prompt or the messages for transformers' handler."""
         raise NotImplementedError
 
 
@@ -136,7 +136,7 @@ class CompletionRequest(Request):
 
 
 class TextPart(Checked):
-    """A part of a message."""
+    """A text that is part of a message."""
 
     type: Literal["text"]
     text: str
@@ -150,7 +150,7 @@ class Message(Checked):
 
 
 class ResponseFormat(Checked):
-    """The format of an answer."""
+    """The format of an answer, which is always text."""
 
     type: Literal["text"]
 
@@ -176,7 +176,10 @@ Kind = TypeVar("Kind", bound=Request)
 
 
 def parse(kind: type[Kind], data: bytes) -> Kind:
-    """The request in a body. Raises Refused: it names the first wrong field, what it was and what was expected."""
+    """Return the request in a body.
+
+    Raises Refused, which names the first wrong field, its value and the expected one.
+    """
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
@@ -187,7 +190,7 @@ def parse(kind: type[Kind], data: bytes) -> Kind:
 
 
 def _explained(kind: str, place: tuple[int | str, ...], message: str, given: Any) -> Refused:
-    # a union's place goes on with its choices, which are names of types
+    # the place of a union also names its choices, which are types
     names = [str(part) for part in place if not str(part).startswith(("list[", "function-")) and part != "str"]
     param = ".".join(names) or None
     name = param if param is None or (param.isprintable() and len(param) <= SHOWN) else shown(param)
@@ -204,6 +207,6 @@ def _explained(kind: str, place: tuple[int | str, ...], message: str, given: Any
 
 
 def shown(value: Any) -> str:
-    """A value in an error's text: one line, not long."""
+    """Return a value for an error's text: one short line."""
     text = ascii(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

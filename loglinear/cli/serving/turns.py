@@ -1,4 +1,4 @@
-"""One request's turn at the model: seeded, within its limits, and ended when its client is gone."""
+"""One request's turn at the model: seeded, within its limits, and ended when its client leaves."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from loglinear.cli.serving.requests import Refused
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one request may cost."""
+    """The limits of one request."""
 
     tokens: int  # of the answer
     prompt_tokens: int
-    seconds: float  # of work for one answer, its prompt included; waiting for others does not count
+    seconds: float  # of work for one answer and its prompt; waiting for other requests does not count
 
 
 class TurnEnded(Exception):
-    """The client is gone."""
+    """The client has left."""
 
 
 class Turn(StoppingCriteria):
-    """Stands for the model where transformers' handlers call `generate`.
+    """A stand-in for the model whose `generate` transformers' handlers call.
 
-    `options` are settings of the GenerationConfig; `stops` end the answer, and are its last characters.
+    `options` are settings of the GenerationConfig. A string of `stops` ends the answer and stays in it.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class Turn(StoppingCriteria):
     ) -> None:
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
         self.options, self.stops, self.seed = options, stops, seed
-        # A token stands for a byte at least; some stand for no text.
+        # Most tokens stand for at least one byte; some stand for no text.
         self._tail = 8 + 2 * max((len(stop.encode()) for stop in stops), default=0)
         self._gone = threading.Event()
 
     def cancel(self) -> None:
-        """End it, from any thread: at the next block of the model, or before its first."""
+        """End the turn from any thread, before the next block of the model."""
         self._gone.set()
 
     def require_short(self, prompt_tokens: int) -> None:
@@ -64,7 +64,10 @@ class Turn(StoppingCriteria):
             raise Refused("the prompt is empty, and this tokenizer has no token to begin with")
 
     def generate(self, *, input_ids: Tensor, generation_config: GenerationConfig, **inputs: Any) -> Any:
-        """As the model's. Raises TurnEnded after `cancel`, Refused where the time ends within the prompt."""
+        """Generate as the model does.
+
+        Raises TurnEnded after `cancel`, and Refused if the time ends while the prompt is read.
+        """
         torch.seed() if self.seed is None else torch.manual_seed(self.seed)
         self._end = time.monotonic() + self.limits.seconds
         self._prompt_tokens, self._begun, self._config = input_ids.shape[1], False, generation_config
@@ -89,7 +92,7 @@ class Turn(StoppingCriteria):
         answer = input_ids[0, self._prompt_tokens :]
         stopped = bool(self.stops) and self._ends_with_a_stop(answer[-self._tail :])
         if not stopped and time.monotonic() > self._end:
-            # the handlers say "length" of an answer that has as many tokens as this says
+            # the handlers give the reason "length" to an answer with exactly this many tokens
             self._config.max_new_tokens, stopped = len(answer), True
         return torch.full((1,), stopped, device=input_ids.device)
 
@@ -98,11 +101,11 @@ class Turn(StoppingCriteria):
         return any(stop in text for stop in self.stops)
 
 
-CURRENT: ContextVar[Turn] = ContextVar("turn")  # of the request that is being handled
+CURRENT: ContextVar[Turn] = ContextVar("turn")  # of the request in progress
 
 
 class TurnTaker(GenerateManager):
-    """transformers' queue of generations, with the current turn in the place of the model."""
+    """transformers' queue of generations, with the current turn in place of the model."""
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return super().generate_streaming(_turn(inputs), processor, inputs, *args, **kwargs)
@@ -112,8 +115,8 @@ class TurnTaker(GenerateManager):
 
     def async_submit(self, *args: Any, **kwargs: Any) -> asyncio.Future:
         future = super().async_submit(*args, **kwargs)
-        # Where the client has left nobody awaits it: its exception is no news, and it must not be cancelled, because
-        # the queue sets its result.
+        # Nothing awaits the future after the client has left: read its exception, so that asyncio reports none. The
+        # shield keeps it from being cancelled, because the queue sets its result.
         future.add_done_callback(lambda future: future.exception())
         return asyncio.shield(future)
 
