@@ -1,4 +1,4 @@
-"""Training on transformers' Trainer: data, tokenizer, runs that resume exactly, checkpoints that are always whole."""
+"""Training with transformers' Trainer: data, tokenizers, runs that resume exactly, checkpoints that appear whole."""
 
 from loglinear.models import ByteTokenizer
 from loglinear.training.checkpoints import load_checkpoint, load_model, resolve

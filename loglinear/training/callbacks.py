@@ -1,4 +1,4 @@
-"""What happens around the Trainer's steps: metrics.jsonl and the progress bar, and stopping before the last one."""
+"""Callbacks of the Trainer: metrics.jsonl with the progress bar, and an early stop with a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from loglinear.training.run_folder import append_metrics
 
 
 def bits_per_byte(nats_per_token: float, rows: PackedRows, which: range) -> float:
-    """The mean loss of some rows, as bits for each byte of the text that is predicted in them.
+    """Return the mean loss of some rows in bits per byte of predicted text.
 
-    Raises ValueError where they predict no text.
+    Raises ValueError if they predict no text.
     """
     tokens, size = rows.predicted(which)
     if size == 0:
@@ -29,13 +29,13 @@ def bits_per_byte(nats_per_token: float, rows: PackedRows, which: range) -> floa
 
 
 class RunLog(TrainerCallback):
-    """Append one line to metrics.jsonl for every step and every validation, and show them on a progress bar.
+    """A callback that appends a line to metrics.jsonl for every step and validation, and draws a progress bar.
 
-    A line has: step, split ("train" | "validation"), loss (nats per predicted token), bits_per_byte (the same nats
-    for each byte of these tokens, as in `loglinear.evaluation`); for training also learning_rate, grad_norm, tokens
-    (seen so far), seconds (spent in training steps so far, without validation and saving), tokens_per_second and, on a
-    GPU, peak_bytes (of its memory, since this process began). `before` are the lines of the steps that were trained
-    already.
+    A line has step, split ("train" or "validation"), loss (nats per predicted token) and bits_per_byte (the same nats
+    per byte of these tokens, as in `loglinear.evaluation`). A line of training also has learning_rate, grad_norm,
+    tokens (in all steps so far), seconds (in all training steps so far, without validation and saving),
+    tokens_per_second and, on a GPU, peak_bytes (of its memory, in this process). `before` holds the lines of earlier
+    steps.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class RunLog(TrainerCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
-        state.log_history.clear()  # metrics.jsonl has it; in every checkpoint it would grow without bound
+        state.log_history.clear()  # metrics.jsonl has it, and it would make every checkpoint grow
         logs = logs or {}
         if "loss" in logs:
             self._log_training(state.global_step, logs)
@@ -94,7 +94,7 @@ class RunLog(TrainerCallback):
             )
 
     def _log_training(self, step: int, logs: dict[str, float]) -> None:
-        seconds = max(time.perf_counter() - self.step_began, 1e-9)  # the loss has been read, so the GPU is done too
+        seconds = max(time.perf_counter() - self.step_began, 1e-9)  # reading the loss has waited for the GPU
         self.seconds += seconds
         rate = self.batch_tokens / seconds
         rows = range((step - 1) * self.rows_per_step, step * self.rows_per_step)
@@ -127,21 +127,21 @@ class RunLog(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the progress bar."""
         if self.bar is not None:
             self.bar.close()
 
 
 class StopEarly(TrainerCallback):
-    """Ask for a checkpoint after the running step, and then for the end: after some minutes, or on a signal.
+    """A callback that saves a checkpoint and ends the training after the current step, on a signal or after minutes.
 
-    The minutes count from the construction. SIGINT, SIGTERM and SIGHUP are heard while this is used as a context. A
-    second SIGINT is left to the handler that was there before, which stops at once; what is being saved is given up,
-    and the checkpoints that were saved before stay whole. Other signals may be repeated.
+    The minutes count from the construction. As a context it handles SIGINT, SIGTERM and SIGHUP. A second SIGINT goes to
+    the previous handler, which stops at once: an unfinished checkpoint is dropped, and earlier ones stay whole. Other
+    signals have no effect when repeated.
     """
 
     def __init__(self, minutes: float | None = None) -> None:
-        self.signal: int | None = None  # the first that came
+        self.signal: int | None = None  # the first one
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self._previous: dict[int, Any] = {}
 
@@ -164,17 +164,17 @@ class StopEarly(TrainerCallback):
 
     @property
     def is_due(self) -> bool:
-        """Whether a signal came or the minutes are over."""
+        """True after a signal or after the minutes."""
         return self.signal is not None or time.monotonic() >= self.deadline
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if _anywhere(self.is_due) and state.global_step < state.max_steps:
-            control.should_save = True  # behind the validation of this step, if it is due: nobody would make up for it
+            control.should_save = True  # after this step's validation, if it is due: a resumed run would not repeat it
             control.should_training_stop = True
 
 
 def _anywhere(flag: bool) -> bool:
-    """Whether `flag` is set in any of the processes that train together: they must stop at the same step."""
+    """Return True if `flag` is set in any process of the training, so that all stop at the same step."""
     if not torch.distributed.is_initialized():
         return flag
     flags: list[bool | None] = [None] * torch.distributed.get_world_size()

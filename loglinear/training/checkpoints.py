@@ -1,7 +1,7 @@
-"""Checkpoints on disk: finding the last whole one, saying what is wrong with a broken one, loading a model from one.
+"""Checkpoints on disk: find the last whole one, name the defect of a broken one, load a model from one.
 
-A checkpoint is a folder that `from_pretrained` reads (config.json, model.safetensors, the tokenizer) and, in a training
-run's folder, the optimiser's and the schedule's state beside it.
+A checkpoint is a folder that `from_pretrained` reads: config.json, model.safetensors and the tokenizer. That of a
+training run also holds the state of the optimiser and of the schedule.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from loglinear.training.manifest import MANIFEST, damage
 from loglinear.training.tokenizer import load_tokenizer
 
 TRAINER_STATE = "trainer_state.json"
-PICKLED = (".pt", ".pth", ".bin")  # what only a training reads, besides its state
+PICKLED = (".pt", ".pth", ".bin")  # files that only training reads, besides TRAINER_STATE
 
 logger = logging.getLogger(__name__)
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The folders `checkpoint-STEP` of a run, oldest first, whole or not."""
+    """Return the folders `checkpoint-STEP` of a run, oldest first, whole or not."""
     found = [path for path in run.glob("checkpoint-*") if path.is_dir() and path.name.split("-", 1)[1].isdigit()]
     return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The training step that a folder `checkpoint-STEP` was saved after."""
+    """Return the step after which a folder `checkpoint-STEP` was saved."""
     return int(checkpoint.name.split("-", 1)[1])
 
 
 def defect(checkpoint: Path, *, resumable: bool = False) -> str | None:
-    """What keeps this folder from being a whole checkpoint, or None.
+    """Return the reason why a folder is no whole checkpoint, or None.
 
-    Every byte of what is read is compared with the manifest; without one, names, headers and lengths are all that can
-    be checked. `resumable` also asks for the state of the training, and for the run's files as they were then.
+    The files that are read are compared with the manifest byte by byte. Without a manifest only names, headers and
+    lengths are checked. `resumable` also checks the state of the training and the run's files at that time.
     """
     needed = ["config.json", "model*.safetensors"]
     if resumable:
@@ -63,7 +63,7 @@ def defect(checkpoint: Path, *, resumable: bool = False) -> str | None:
 
 
 def is_listed(checkpoint: Path) -> bool:
-    """Whether the checkpoint has a manifest, so that its contents can be checked."""
+    """Return True if the checkpoint has a manifest, so that its contents can be checked."""
     return (checkpoint / MANIFEST).exists()
 
 
@@ -72,7 +72,7 @@ def _of_training(name: str) -> bool:
 
 
 def _visible_defect(checkpoint: Path, resumable: bool) -> str | None:
-    """A defect that shows without a manifest."""
+    """Return a defect that shows without a manifest, or None."""
     for file in sorted(checkpoint.glob("*.json")):
         if not resumable and _of_training(file.name):
             continue
@@ -99,7 +99,7 @@ def _visible_defect(checkpoint: Path, resumable: bool) -> str | None:
 
 
 def _state_problem(values: dict[str, Any], step: int) -> str | None:
-    """What is wrong in a Trainer's state; its callbacks, a list in memory, are an object in the file."""
+    """Return the defect of a Trainer's state, or None. Its callbacks are a list in memory and an object in the file."""
     hints = {**get_annotations(TrainerState, eval_str=True), "stateful_callbacks": dict}
     for name, value in values.items():
         if name not in hints:
@@ -110,9 +110,9 @@ def _state_problem(values: dict[str, Any], step: int) -> str | None:
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run that training can go on from, or None where there is none at all.
+    """Return the newest checkpoint from which training can resume, or None if the run has no checkpoint.
 
-    One that is not whole is passed over with a note. Raises ValueError where none of them is whole.
+    A checkpoint that is not whole is skipped with a note. Raises ValueError if none is whole.
     """
     checkpoint = _newest_whole(run, resumable=True)
     if checkpoint is not None:
@@ -121,9 +121,9 @@ def last_checkpoint(run: Path) -> Path | None:
 
 
 def resolve(path: Path | str) -> Path:
-    """The checkpoint meant by `path`: itself, or the newest whole one where `path` is a training run's folder.
+    """Return the checkpoint at `path`: `path` itself, or the newest whole one in the folder of a training run.
 
-    One that is not whole is passed over with a note. Raises ValueError where there is none or it is not whole.
+    A checkpoint of a run that is not whole is skipped with a note. Raises ValueError if there is no whole checkpoint.
     """
     path = Path(path)
     if not path.is_dir():
@@ -153,21 +153,22 @@ def _newest_whole(run: Path, *, resumable: bool) -> Path | None:
 
 
 def _note_unlisted(checkpoint: Path) -> None:
-    """Say of a checkpoint without a manifest that nobody knows whether its contents are what was saved."""
+    """Write a note for a checkpoint without a manifest, whose contents cannot be checked."""
     if not is_listed(checkpoint):
         _note(f"checkpoint {checkpoint} has no {MANIFEST}, so its contents were not checked")
 
 
 def _note(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+    if os.environ.get("RANK", "0") == "0":  # one of several processes writes it
         logger.warning("note: %s", text)
 
 
 def load_model(path: Path | str, *, device: str | torch.device = "cpu") -> LogLinearForCausalLM:
-    """The model of a checkpoint or of a run's last checkpoint, in evaluation mode.
+    """Return the model of a checkpoint, or of a run's last checkpoint, in evaluation mode.
 
     No code of the folder runs, and no server is asked. Raises ValueError, in one line, for a checkpoint that is
-    missing, damaged, of another model, or holds what this library does not write (`loglinear.training.foreign`).
+    missing, damaged or of another model, and for content that this library does not write
+    (`loglinear.training.foreign`).
     """
     checkpoint = resolve(path)
     model = _load_model(checkpoint, device)
@@ -178,9 +179,9 @@ def load_model(path: Path | str, *, device: str | torch.device = "cpu") -> LogLi
 def load_checkpoint(
     path: Path | str, *, device: str | torch.device = "cpu"
 ) -> tuple[LogLinearForCausalLM, PreTrainedTokenizerBase]:
-    """`load_model` and the tokenizer beside it; what both are read from is checked once.
+    """Return the model and the tokenizer of a checkpoint, which is checked once for both.
 
-    Raises ValueError as `load_model` does, and where there is no tokenizer or it has more tokens than the model.
+    Raises ValueError as `load_model` does, and if the tokenizer is missing or has more tokens than the model.
     """
     checkpoint = resolve(path)
     model = _load_model(checkpoint, device)
@@ -222,14 +223,15 @@ def _config(checkpoint: Path) -> LogLinearConfig:
     fields = read_config(checkpoint)
     try:
         return LogLinearConfig(**fields)
-    except (ValueError, TypeError, AttributeError) as error:  # the latter two: fields of transformers' own
+    except (ValueError, TypeError, AttributeError) as error:  # the latter two come from fields of transformers
         raise ValueError(f"{checkpoint / 'config.json'} describes no model: {error}") from error
 
 
 def check_weights(checkpoint: Path, config: LogLinearConfig, *, described_by: str) -> None:
     """Raise ValueError unless names and shapes of the stored weights are those of the configuration's model.
 
-    transformers itself would leave out, or draw anew, what does not fit. `described_by` is whose configuration it is.
+    transformers itself would drop misfitting weights, or initialise them again. `described_by` names the owner of the
+    configuration in the error.
     """
     stored: dict[str, list[int]] = {}
     for file in weight_files(checkpoint):
@@ -249,8 +251,8 @@ def check_weights(checkpoint: Path, config: LogLinearConfig, *, described_by: st
 
 
 def _described(config: LogLinearConfig, described_by: str, tensors: int) -> LogLinearForCausalLM:
-    """The model of a configuration, without memory for its weights."""
-    if config.num_hidden_layers > tensors:  # each has weights of its own: not even their modules are made
+    """Return the model of a configuration, without memory for its weights."""
+    if config.num_hidden_layers > tensors:  # refused before their modules are made: each layer has weights of its own
         raise ValueError(f"{described_by} has {config.num_hidden_layers:,} layers, and there are {tensors} weights")
     try:
         with torch.device("meta"):

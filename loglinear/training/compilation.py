@@ -1,7 +1,7 @@
-"""torch.compile for training: the blocks of a model, each in place, and on one GPU as CUDA graphs.
+"""torch.compile for training: every block of a model in place, and on one GPU as CUDA graphs.
 
-Of a small model's step on a GPU most is the host's: it launches some hundred kernels for each block. A CUDA graph is
-recorded once and launched whole.
+A small model is launch-bound on a GPU: the CPU launches hundreds of kernels for each block. A CUDA graph is recorded
+once and launched as a whole.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from transformers import TrainerCallback
 
 from loglinear.models import LogLinearForCausalLM
 
-GRAPHS = 16  # that the compiler may make of the blocks' one function: a hybrid has twice the four below
-SEQUENCES = 32  # in a row, or a multiple or power of two: each number of them is recorded by itself
+GRAPHS = 16  # limit for the blocks' one function: a hybrid needs twice the four that `compile_blocks` names
+SEQUENCES = 32  # step of the number of sequences in a row: every number has a recording of its own
 
 
 def compile_blocks(model: LogLinearForCausalLM, *, cuda_graphs: bool = False, **options: Any) -> None:
-    """Compile every block of the model when it first runs; `options` are torch.compile's.
+    """Compile every block of the model at its first run; `options` go to torch.compile.
 
-    With `cuda_graphs` each becomes graphs whose results the next replays write over: where they are not needed any more
-    `torch.compiler.cudagraph_mark_step_begin` has to say so, in training by GraphSteps.
+    With `cuda_graphs` every block becomes CUDA graphs. Each replay overwrites the results of the last one, so the
+    caller must call `torch.compiler.cudagraph_mark_step_begin` when they are no longer needed. In training GraphSteps
+    does so.
 
-    A step is then about 35 kernels a block besides the operator's own, forward and backward, instead of 200. Blocks of
-    a kind share their graphs: for training and for evaluation one of any number of packed documents, and one of a
-    single document. Names of parameters, checkpoints and what the model computes stay as they
-    were. With impl="triton" a block is one graph; impl="torch" and softmax attention over packed documents run between
-    graphs.
+    A step then takes about 35 kernels a block instead of 200, forward and backward, besides the operator's own. Blocks
+    of one kind share their graphs: for training and for evaluation one for packed sequences and one for a single
+    sequence. Parameter names, checkpoints and results stay the same. With impl="triton" a block is one graph;
+    impl="torch" and softmax attention over packed sequences run between graphs.
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     if cuda_graphs:
@@ -39,17 +39,19 @@ def compile_blocks(model: LogLinearForCausalLM, *, cuda_graphs: bool = False, **
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise ValueError where torch.compile cannot work on this device: without Triton on a GPU, g++ on a CPU."""
+    """Raise ValueError if torch.compile cannot work on this device: without Triton on a GPU, without g++ on a CPU."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # each part of the compiler has errors of its own
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"compile needs a compiler that works for {device.type}, or leave it out: {reason}") from error
+        raise ValueError(f"compile needs a working compiler for {device.type}; use --no-compile: {reason}") from error
 
 
 def in_few_sizes(row: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The row with empty sequences behind its own, up to a power of two or a multiple of SEQUENCES: what it gives stays
-    the same, to rounding."""
+    """Return the row with empty sequences appended, up to a power of two or a multiple of SEQUENCES of them.
+
+    The results stay the same to rounding.
+    """
     cu_seqlens = row["cu_seqlens"]
     count = len(cu_seqlens) - 1
     wanted = 1 << (count - 1).bit_length() if count < SEQUENCES else -(-count // SEQUENCES) * SEQUENCES
@@ -57,12 +59,12 @@ def in_few_sizes(row: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class GraphSteps(TrainerCallback):
-    """Says where a row is done: until then what graphs gave must not be written over by their next replays."""
+    """A callback that marks the end of every row, after which replays may overwrite the results of graphs."""
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The next row's gradients are to be added to those so far, which get memory of their own.
+        """Copy the gradients out of the graphs' memory, so that the next row's can be added to them.
 
-        Without it all rows of a step would be one sequence of graphs, recorded for every combination of their sizes.
+        Without it the rows of a step would be one chain of graphs, recorded for every combination of their sizes.
         """
         for parameter in kwargs["model"].parameters():
             if parameter.grad is not None:

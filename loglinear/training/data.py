@@ -23,37 +23,39 @@ from transformers import PreTrainedTokenizerBase
 from loglinear.training.sources import Document, name_hash, read_documents
 from loglinear.training.tokenizer import encode_documents
 
-IGNORED = -100  # the label that the loss leaves out
+IGNORED = -100  # the label without a loss
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents as one array of tokens, ordered by the hash of their names (a fixed, arbitrary order)."""
+    """Documents in one array of tokens, in the fixed, arbitrary order of the hashes of their names."""
 
     names: tuple[str, ...]
-    tokens: np.ndarray  # all documents behind one another
+    tokens: np.ndarray  # all documents end to end
     offsets_D: np.ndarray  # int64 [D + 1]; document d is tokens[offsets_D[d] : offsets_D[d + 1]]
     bytes_D: np.ndarray  # int64 [D]; UTF-8 bytes of each document's text
-    learnt: np.ndarray  # bool: which of the tokens the loss counts
-    special: tuple[int, ...]  # tokens that stand for no text: beginning and end of a document
+    learnt: np.ndarray  # bool: the tokens that count in the loss
+    special: tuple[int, ...]  # tokens without text: beginning and end of a document
 
     @cached_property
     def bytes_per_text_token_D(self) -> np.ndarray:
-        """Bytes of each document's text for each of its tokens that are not special: exactly 1 for byte tokens."""
+        """The bytes of each document's text per token that is not special: exactly 1 for byte tokens."""
         counts_D = [self._is_text(self.document(d)).sum() for d in range(len(self.names))]
         return self.bytes_D / np.maximum(1, np.array(counts_D, dtype=np.int64))
 
     def token_bytes(self, start: int, end: int) -> np.ndarray:
-        """Bytes of text that each of tokens[start:end], a part of one document, stands for.
+        """Return the bytes of text for each of tokens[start:end], which must be a part of one document.
 
-        Special tokens stand for none and all others of a document for equally many: exact for the byte tokenizer, and
-        for the sum over a whole document with any.
+        Special tokens have no bytes; all other tokens of a document have equally many. This is exact for the byte
+        tokenizer, and for any tokenizer in the sum over a document.
         """
         return self.bytes_per_text_token_D[self.document_of(end - 1)] * self._is_text(self.tokens[start:end])
 
     def predicted_in(self, spans_P2: np.ndarray) -> tuple[int, float]:
-        """Tokens of these stretches that the loss counts, never a first one, and their bytes as `token_bytes` gives
-        them; each stretch is a part of one document."""
+        """Return the number of tokens that count in the loss of some spans, and their bytes as in `token_bytes`.
+
+        A span is a part of one document. Its first token is never predicted.
+        """
         begins_P, ends_P = spans_P2[:, 0] + 1, spans_P2[:, 1]
         span_N = np.repeat(np.arange(len(spans_P2)), ends_P - begins_P)
         inner = [slice(*span) for span in zip(begins_P, ends_P, strict=True)]
@@ -64,17 +66,17 @@ class Corpus:
 
     def _is_text(self, tokens: np.ndarray) -> np.ndarray:
         text = np.ones(len(tokens), bool)
-        for token in self.special:  # two of them: faster than np.isin
+        for token in self.special:  # there are two, and this is faster than np.isin
             text &= tokens != token
         return text
 
     def document_of(self, place: ArrayLike) -> Any:
-        """The document that holds a place of `tokens`, or the documents of several places."""
+        """Return the document of a place in `tokens`, or the documents of several places."""
         return np.searchsorted(self.offsets_D, place, side="right") - 1
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of names, boundaries and tokens: equal fingerprints mean equal data."""
+        """A hash of names, boundaries and tokens. Equal fingerprints mean equal data."""
         digest = hashlib.blake2b("\0".join(self.names).encode(), digest_size=16)
         digest.update(self.offsets_D.tobytes())
         digest.update(self.tokens.tobytes())
@@ -83,14 +85,14 @@ class Corpus:
         return digest.hexdigest()
 
     def document(self, d: int) -> np.ndarray:
-        """The tokens of document d."""
+        """Return the tokens of document d."""
         return self.tokens[self._place(d)]
 
     def _place(self, d: int) -> slice:
         return slice(self.offsets_D[d], self.offsets_D[d + 1])
 
     def take(self, documents: Iterable[int]) -> Corpus:
-        """The corpus of these documents only."""
+        """Return the corpus of these documents only."""
         places = [(d, self._place(d)) for d in documents]
         parts = [_Part(self.names[d], self.tokens[p], self.learnt[p], int(self.bytes_D[d])) for d, p in places]
         return _corpus(parts, self.special)
@@ -117,7 +119,7 @@ def _corpus(parts: list[_Part], special: tuple[int, ...]) -> Corpus:
 
 
 def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """Tokenise documents, in memory (2 bytes for each byte of text with the byte tokenizer)."""
+    """Return documents as tokens in memory: 2 bytes for each byte of text with the byte tokenizer."""
     measured, texts = itertools.tee((document, _size(document)) for document in documents)
     encoded = encode_documents(tokenizer, ((document.text, document.learnt) for document, _ in texts))
     parts = [
@@ -129,19 +131,19 @@ def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) 
 
 
 def _size(document: Document) -> int:
-    """UTF-8 bytes of a document."""
+    """Return the number of UTF-8 bytes of a document."""
     try:
         return len(document.text.encode())
-    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+    except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
         raise ValueError(f"document {document.name} is not text: character {error.start} is a lone surrogate") from None
 
 
 def split(corpus: Corpus, validation_fraction: float) -> tuple[Corpus, Corpus]:
-    """(training, validation), by document: a document whose name hashes below the fraction validates, whole.
+    """Return (training, validation). A document whose name hashes below the fraction validates as a whole.
 
-    The choice depends on the name alone, so a document never changes sides when others are added. Two cases are special
-    so that both sides always have text: where the hash puts all documents on one side, the first (or last) one in hash
-    order moves over; a corpus of one document is cut, and its end validates.
+    The choice depends on the name alone, so a document never changes sides when others are added. Both sides always
+    have text. If the hash puts all documents on one side, the first or last one in hash order changes sides. A single
+    document is cut, and its end validates.
     """
     count = len(corpus.names)
     if count == 1:
@@ -164,12 +166,12 @@ def _cut_single(corpus: Corpus, validation_fraction: float) -> tuple[Corpus, Cor
 def load_corpus(
     sources: Iterable[str], tokenizer: PreTrainedTokenizerBase, validation_fraction: float, *, progress: bool = False
 ) -> tuple[Corpus, Corpus]:
-    """Read, tokenise and split: (training, validation)."""
+    """Read, tokenise and split sources. Return (training, validation)."""
     return split(read_corpus(sources, tokenizer, progress=progress), validation_fraction)
 
 
 def read_corpus(sources: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, progress: bool = False) -> Corpus:
-    """Read and tokenise; a progress bar shows after a second."""
+    """Read and tokenise sources. With `progress` a bar appears after a second."""
     documents = tqdm(
         read_documents(sources), desc="reading", unit=" documents", disable=not progress, leave=False, delay=1
     )
@@ -177,7 +179,7 @@ def read_corpus(sources: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, p
 
 
 def pieces(corpus: Corpus, seq_len: int) -> np.ndarray:
-    """int64 [P, 2]: start and end of every document's consecutive stretches of at most `seq_len` tokens."""
+    """Return int64 [P, 2]: start and end of consecutive pieces of at most `seq_len` tokens of every document."""
     starts, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for begin, end in zip(corpus.offsets_D[:-1], corpus.offsets_D[1:], strict=True):
         cuts = np.arange(begin, end, seq_len)
@@ -187,9 +189,9 @@ def pieces(corpus: Corpus, seq_len: int) -> np.ndarray:
 
 
 def pieces_by_rounds(corpus: Corpus, seq_len: int) -> np.ndarray:
-    """`pieces` in another order: all documents' first pieces, then all second ones, and so on.
+    """Return `pieces` in another order: the first pieces of all documents, then the second ones, and so on.
 
-    The beginning of this order is the fairest sample of a corpus that a limited number of tokens can give.
+    The beginning of this order is the fairest sample of a corpus for a limited number of tokens.
     """
     parts_P2 = pieces(corpus, seq_len)
     documents_P = corpus.document_of(parts_P2[:, 0])
@@ -198,15 +200,18 @@ def pieces_by_rounds(corpus: Corpus, seq_len: int) -> np.ndarray:
 
 
 def pack(parts: Iterable[np.ndarray], learnt: Iterable[np.ndarray] = ()) -> dict[str, Tensor]:
-    """One row for the model: input_ids and labels [1, R], cu_seqlens [n + 1]. No label crosses into another part.
+    """Return one row for the model: input_ids and labels [1, R], cu_seqlens [n + 1].
 
-    `learnt` are masks of the parts' tokens that the loss counts; without it all count.
+    No label crosses into another part. `learnt` holds masks of the tokens of each part that count in the loss; without
+    it all count.
     """
     arrays, masks = list(parts), list(learnt)
-    input_ids = np.concatenate(arrays).astype(np.int64)  # in numpy: torch would wake all cores for each small operation
+    input_ids = np.concatenate(arrays).astype(
+        np.int64
+    )  # numpy, because torch would wake all cores for each small operation
     cu_seqlens = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
     labels = input_ids.copy()
-    labels[cu_seqlens[:-1]] = IGNORED  # a sequence's first token has nothing to be predicted from
+    labels[cu_seqlens[:-1]] = IGNORED  # nothing predicts the first token of a sequence
     if masks:
         labels[~np.concatenate(masks)] = IGNORED
     row = {"input_ids": input_ids[None], "labels": labels[None], "cu_seqlens": cu_seqlens}
@@ -214,10 +219,10 @@ def pack(parts: Iterable[np.ndarray], learnt: Iterable[np.ndarray] = ()) -> dict
 
 
 class PackedRows(Dataset):
-    """Row i of a training run: `row_tokens` tokens of pieces of documents, shuffled anew in every epoch by the seed.
+    """The rows of a training run: `row_tokens` tokens of pieces each, in another order in every epoch.
 
-    An epoch lays all pieces behind one another and cuts rows from that; a piece that a row's end cuts goes on in the
-    next row as a sequence of its own. With `shuffle_seed=None` the order is that of `pieces_by_rounds`.
+    An epoch lays all pieces end to end and cuts rows from that. A piece that is cut at the end of a row continues in
+    the next row as a sequence of its own. `shuffle_seed` decides the order; None means that of `pieces_by_rounds`.
     """
 
     def __init__(
@@ -242,7 +247,7 @@ class PackedRows(Dataset):
         return self.rows
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pieces of this epoch in order, and where each begins in the epoch's stream [P + 1]."""
+        """Return the pieces of an epoch in order [P, 2], and the place where each begins in its stream [P + 1]."""
         if self._epoch is None or self._epoch[0] != epoch:
             order_P2 = self.pieces_P2
             if self.seed is not None:
@@ -256,11 +261,11 @@ class PackedRows(Dataset):
         return pack((self.corpus.tokens[p] for p in places), (self.corpus.learnt[p] for p in places))
 
     def predicted(self, rows: range) -> tuple[int, float]:
-        """Tokens whose prediction counts in these rows, never a sequence's first, and their bytes of text."""
+        """Return the number of tokens that count in the loss of these rows, and their bytes of text."""
         return self.corpus.predicted_in(np.concatenate([self._spans_P2(row) for row in rows]))
 
     def _spans_P2(self, index: int) -> np.ndarray:
-        """Start and end of the sequences of a row."""
+        """Return the start and the end of the sequences of a row."""
         epoch, row = divmod(index, self.rows_per_epoch)
         order_P2, begins = self._epoch_order(epoch)
         row_start, row_end = row * self.row_tokens, (row + 1) * self.row_tokens

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: they are on the disk before they count, and errors of writing name them."""
+"""Files that appear whole or not at all: they are on the disk before they replace others, and errors name them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ TORCH_WRITER = ("inline_container.cc", "PytorchStreamWriter")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader, a kill or a power cut leaves the old text or the new one.
+    """Replace a file in one step. A reader, a kill or a power cut sees the old text or the new one.
 
-    Raises OSError, naming the file and the reason, where the file system refuses; the old text stays.
+    Raises OSError, which names the file and the reason, if the file system refuses; the old text stays.
     """
     staged = staged_file(path)
     with writing(path):
@@ -32,19 +32,19 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def staged_file(path: Path) -> Path:
-    """The name under which the new text of a file is written before it takes the file's place."""
+    """Return the path of a file's new text before it replaces the file."""
     return path.with_name(f".{path.name}.new")
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's contents, or a folder's names, are on the disk."""
-    if os.name == "nt":  # Windows flushes no folder, and no file that is open for reading
+    """Wait until the contents of a file, or the names in a folder, are on the disk."""
+    if os.name == "nt":  # Windows flushes neither folders nor files that are open for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems keep no folders
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems flush no folders
             raise
     finally:
         os.close(descriptor)
@@ -52,9 +52,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn every way in which writing fails into one OSError that names `path` and the reason.
+    """Turn every failure of writing into one OSError that names `path` and the reason.
 
-    A full disk has no file name in Python's error; safetensors and torch do not raise OSError at all.
+    Python's error for a full disk has no file name. safetensors and torch do not raise OSError at all.
     """
     try:
         yield
@@ -67,7 +67,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def _reason(error: BaseException | None) -> str | None:
     if isinstance(error, OSError):
-        return error.strerror or _reason(error.__cause__)  # the latter of an error that has passed through `writing`
+        return error.strerror or _reason(error.__cause__)  # the cause, if the error has passed through `writing`
     if isinstance(error, SafetensorError):
         return str(error).rpartition("I/O error: ")[2].partition(" (os error")[0]
     if any(name in str(error) for name in TORCH_WRITER):

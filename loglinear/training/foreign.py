@@ -1,6 +1,6 @@
-"""Checkpoints from strangers: loading one runs none of its code, imports nothing it names, and asks no server.
+"""Checkpoints of unknown origin: loading one runs no code of it, imports nothing that it names and asks no server.
 
-Only what this library writes is read: fields of `LogLinearConfig`, weights as safetensors in the folder itself.
+Only files that this library writes are read: fields of `LogLinearConfig`, and safetensors in the folder itself.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from loglinear.models import LogLinearConfig
 from loglinear.training.json_files import fits, read_object, type_name
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.ckpt", "*.pkl")  # as which others save weights
+PICKLES = ("*.bin", "*.ckpt", "*.pkl")  # weights of other libraries
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-# Notes about a checkpoint that nothing is loaded by.
+# Notes about a checkpoint, which loading ignores.
 NOTES = {"model_type", "architectures", "transformers_version", "_name_or_path"}
-# Settings of generation that every command gives itself, and notes.
+# Settings of generation that every command overrides, and notes.
 GENERATION = {
     "_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
     "output_attentions", "output_hidden_states", "return_dict_in_generate", "do_sample", "temperature", "top_k",
@@ -27,10 +27,10 @@ GENERATION = {
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
-    """The fields of config.json, without the notes.
+    """Return the fields of config.json without the notes.
 
-    Raises ValueError for a model of another type, for a field that is not of `LogLinearConfig`, of another type, or not
-    finite, and for a field of transformers' own with another value than this library writes.
+    Raises ValueError for a model of another type. Raises it also for an unknown field, a value of the wrong type, a
+    value that is not finite, and a field of transformers with a value that this library never writes.
     """
     file = checkpoint / "config.json"
     values = read_object(file)
@@ -53,7 +53,7 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_settings(checkpoint: Path) -> None:
-    """Raise ValueError for files beside the weights that would make another model of them, or generate otherwise."""
+    """Raise ValueError for files that would change the model or its generation: an adapter, unknown settings."""
     if (checkpoint / "adapter_config.json").exists():
         raise ValueError(f"checkpoint {checkpoint} holds an adapter: merge it into its model, and save that")
     file = checkpoint / "generation_config.json"
@@ -63,9 +63,9 @@ def check_settings(checkpoint: Path) -> None:
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
-    """The files that transformers loads the weights from: one, or those of an index.
+    """Return the files of the weights: one, or those of an index.
 
-    Raises ValueError where there are none, and for an index that names anything but safetensors in its own folder.
+    Raises ValueError if there are none, and for an index that names anything but safetensors in its own folder.
     """
     if (checkpoint / WEIGHTS).is_file():
         return [checkpoint / WEIGHTS]
@@ -86,6 +86,6 @@ def weight_files(checkpoint: Path) -> list[Path]:
 
 
 def pickled(checkpoint: Path) -> str:
-    """Why weights that are there are not read, or nothing; behind a text that says that there are none."""
+    """Return the reason why existing weights are not read, or an empty text. It follows an error's text."""
     found = sorted(path.name for pattern in PICKLES for path in checkpoint.glob(pattern))
     return f"; {found[0]} is not read, because it could run code" if found else ""

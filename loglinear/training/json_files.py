@@ -1,4 +1,4 @@
-"""JSON objects in files: written in one step, read with errors that name the file; sealed ones carry a checksum."""
+"""JSON objects in files, written in one step. Errors name the file; a sealed object carries a checksum."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, get_args, get_origin
 
 from loglinear.training.files import write_atomically
 
-SEAL = "sha256"  # of the other entries, in a sealed object
+SEAL = "sha256"  # the entry of a sealed object with the checksum of the others
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError, naming the file, where there is something else in it."""
+    """Return the JSON object in a file. Raises ValueError, which names the file, for anything else."""
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -26,14 +26,14 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def write_object(path: Path, value: dict[str, Any]) -> None:
-    """Write strict JSON atomically; a number that is not known (NaN) becomes null."""
+    """Write strict JSON atomically. NaN becomes null."""
     write_atomically(path, json.dumps(_without_nan(value), indent=2, allow_nan=False) + "\n")
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """The object that `write_sealed` wrote, without its checksum; one that never had a checksum is not checked.
+    """Return the object that `write_sealed` wrote, without its checksum. An object without a checksum is not checked.
 
-    Raises ValueError, naming the file, where it is damaged.
+    Raises ValueError, which names the file, if it is damaged.
     """
     value = read_object(path)
     seal = value.pop(SEAL, None)
@@ -43,8 +43,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
-    """`write_object` with a checksum of the object in it."""
-    value = json.loads(json.dumps(_without_nan(value)))  # as it will be read
+    """Write an object as `write_object` does, with a checksum in it."""
+    value = json.loads(json.dumps(_without_nan(value)))  # as it is read later
     write_object(path, {**value, SEAL: _seal(value)})
 
 
@@ -61,7 +61,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of an annotated type; int serves as float, but bool not as int."""
+    """Return True if a JSON value has an annotated type. An int is a float too, but a bool is no int."""
     options = [get_origin(option) or option for option in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
     if isinstance(value, bool):
         return bool in options
@@ -69,5 +69,5 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def type_name(hint: Any) -> str:
-    """An annotated type, for an error's text."""
+    """Return the name of an annotated type for an error's text."""
     return hint.__name__ if isinstance(hint, type) else str(hint)

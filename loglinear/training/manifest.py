@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: size and SHA-256 of every file, so that damage is found before anything is loaded.
+"""The manifest of a checkpoint: size and SHA-256 of every file, which show damage before anything is loaded.
 
-manifest.json holds `files`, those of the checkpoint; `run`, the part of each file of the run's folder that had been
-written when the checkpoint was saved; and a checksum of itself.
+manifest.json holds a checksum of itself and two objects. `files` lists the files of the checkpoint. `run` lists, for
+each growing file of the run's folder, the part that existed when the checkpoint was saved.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ BLOCK = 1 << 20  # bytes read at once
 
 
 def write_manifest(folder: Path, beside: Iterable[Path] = ()) -> None:
-    """Put everything in a folder on the disk and write its manifest. `beside` are files of the run that only grow.
+    """Flush everything in a folder to the disk and write its manifest. `beside` lists growing files of the run.
 
-    All files get the mode of a file that this process creates: safetensors leaves them to their owner alone.
+    All files get the mode of a new file of this process, because safetensors makes them readable to the owner only.
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     for path in (*files.values(), *beside):
@@ -36,9 +36,9 @@ def write_manifest(folder: Path, beside: Iterable[Path] = ()) -> None:
 
 
 def damage(folder: Path, *, which: Callable[[str], bool], with_run: bool) -> str | None:
-    """The first difference between a folder, or with `with_run` its run's files, and its manifest, or None.
+    """Return the first difference between a folder and its manifest, or None.
 
-    `which` says of a name whether that file of the folder is read.
+    `which` selects the names of files to compare; `with_run` adds the files of the run.
     """
     try:
         manifest = read_manifest(folder)
@@ -54,7 +54,7 @@ def damage(folder: Path, *, which: Callable[[str], bool], with_run: bool) -> str
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder. Raises ValueError where it is damaged, FileNotFoundError where there is none."""
+    """Return the manifest of a folder. Raises ValueError if it is damaged, FileNotFoundError if there is none."""
     manifest = read_sealed(folder / MANIFEST)
     for part in ("files", "run"):
         if not isinstance(manifest.get(part), dict) or not all(map(_is_stamp, manifest[part].values())):
@@ -63,7 +63,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def logged_bytes(folder: Path, name: str) -> int | None:
-    """The size of a file of the run when the checkpoint was saved, or None where no manifest says so."""
+    """Return the size of a file of the run when the checkpoint was saved, or None without a manifest."""
     if not (folder / MANIFEST).exists():
         return None
     stamp = read_manifest(folder)["run"].get(name)
@@ -80,10 +80,10 @@ def _stamp(path: Path) -> dict[str, Any]:
 
 
 def _difference(path: Path, stamp: dict[str, Any], *, whole: bool) -> str | None:
-    """A verb and what follows it; only the beginning of a file that may have grown is compared."""
+    """Return the difference as a predicate, or None. Without `whole` only the beginning of the file is compared."""
     expected = stamp["bytes"]
     try:
-        if not path.is_file():  # reading a pipe would wait for ever
+        if not path.is_file():  # reading a pipe would never end
             return "is missing"
         size = path.stat().st_size
         if size < expected:
@@ -98,7 +98,7 @@ def _difference(path: Path, stamp: dict[str, Any], *, whole: bool) -> str | None
 
 
 def _sha256(path: Path, size: int) -> str:
-    """The checksum of the first `size` bytes."""
+    """Return the checksum of the first `size` bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while size > 0 and (block := file.read(min(size, BLOCK))):

@@ -1,13 +1,13 @@
-"""Needles in a haystack: facts hidden in other text, questions about them, and documents of these to train on.
+"""Needles in a haystack: facts hidden in other text, questions about them, and training documents of both.
 
-After RULER (Hsieh et al., arXiv 2404.06654, section 3.1), with the wording of its code. A needle is one sentence with a
-key and a value; the haystack is a repeated line of noise, or sentences of real text; a question names one key or
-several, and its answer is their values. Keys are two words joined by a hyphen, values are numbers of seven digits.
-The words are a thousand made of syllables, where RULER has a list of English ones: a million keys, and a tokenizer can
-learn the words by heart, but nobody the keys.
+The tasks follow RULER (Hsieh et al., arXiv 2404.06654, section 3.1) with the wording of its code. A needle is one
+sentence with a key and a value. The haystack is a repeated line of noise, or sentences of real text. A question names
+one key or several, and its answer is their values. Keys are two words joined by a hyphen, values are numbers of seven
+digits. RULER draws words from an English list; here a thousand words are made of syllables. They give a million keys:
+a tokenizer can learn the words by heart, but a model cannot learn the keys.
 
-What is held out for tests is never in a training document, neither as a key nor as a value: a hash of the key or value
-decides on which side it is.
+A hash of every key and value decides whether it is for training or for tests. Test keys and values never occur in a
+training document.
 """
 
 from __future__ import annotations
@@ -24,49 +24,49 @@ import numpy as np
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
-HELD_OUT = 0.25  # share of all keys, and of all values, that tests use
+HELD_OUT = 0.25  # share of keys, and of values, for tests
 LONGEST_SENTENCE = 256  # characters; text without full stops is cut between words
 
 WORD_COUNT = 1000
 KEY_OR_VALUE = re.compile(r" ([a-z]{5}-[a-z]{5}|\d{7})\b(,(?: and)?(?= \d)|\.)?")
 
 SHORTEST = 200  # bytes of the shortest training document
-HAY = "<hay>"  # stands for the haystack until the rest of a document is known
-MOST = 4  # keys of one question, and values of one key, as RULER has it
+HAY = "<hay>"  # placeholder for the haystack until the rest of a document is known
+MOST = 4  # keys of one question, and values of one key, as in RULER
 SINGLE = 0.6  # share of questions about one key, and of keys with one value
 
 
 class Needle(NamedTuple):
-    """One fact."""
+    """One fact: a key and its value."""
 
     key: str
     value: str
 
     @property
     def sentence(self) -> str:
-        """What stands in the text."""
+        """The sentence in the text."""
         return f"One of the special magic numbers for {self.key} is: {self.value}."
 
 
-TELLING = len(Needle("tabem-zulor", "1234567").sentence) + 1  # bytes of any needle, with the separator behind it
+TELLING = len(Needle("tabem-zulor", "1234567").sentence) + 1  # bytes of any needle with its separator
 
 
 class Question(NamedTuple):
-    """Some keys, and their values: keys in the order they are asked, values of a key in the order they appear."""
+    """Some keys and their values. Keys are in the order of the question, values of a key in that of the text."""
 
     keys: tuple[str, ...]
     values: tuple[str, ...]
 
     @classmethod
     def about(cls, keys: Iterable[str], needles: Sequence[Needle]) -> Question:
-        """The question for these keys, answered by needles in the order in which they (first) stand in the text."""
+        """Return the question for these keys. Its values are in the order in which needles first occur in the text."""
         keys = tuple(keys)
         found = (needle for key in keys for needle in needles if needle.key == key)
         return cls(keys, tuple(needle.value for needle in dict.fromkeys(found)))
 
     @property
     def introduction(self) -> str:
-        """What stands before the haystack."""
+        """The text before the haystack."""
         hidden, number = ("A special magic number is", "number")
         if len(self.values) > 1:
             hidden, number = ("Some special magic numbers are", "numbers")
@@ -77,7 +77,7 @@ class Question(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What stands behind the haystack, with the beginning of the answer."""
+        """The text after the haystack, with the beginning of the answer."""
         keys = _listed(self.keys)
         if len(self.values) == 1:
             asked, answered, is_ = "What is the special magic number", "The special magic number", "is"
@@ -88,7 +88,7 @@ class Question(NamedTuple):
 
     @property
     def answer(self) -> list[str]:
-        """The rest of the answer in pieces: value, separator, value ...; without the full stop."""
+        """The rest of the answer in pieces without the full stop: value, separator, value ..."""
         pieces = []
         for number, value in enumerate(self.values, start=1):
             pieces += [f" {value}", ", and" if number == len(self.values) - 1 else ","]
@@ -101,18 +101,18 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def draw_key(rng: Random, *, held_out: bool) -> str:
-    """A new key such as 'tabem-zulor', of those for tests or of those for training."""
+    """Return a random key such as 'tabem-zulor', for tests or for training."""
     return _draw(lambda: f"{rng.choice(words())}-{rng.choice(words())}", held_out)
 
 
 def draw_value(rng: Random, *, held_out: bool) -> str:
-    """A new value, a number of seven digits, of those for tests or of those for training."""
+    """Return a random value, a number of seven digits, for tests or for training."""
     return _draw(lambda: str(rng.randrange(10**6, 10**7)), held_out)
 
 
 @functools.cache
 def words() -> list[str]:
-    """What keys are made of."""
+    """Return the thousand words that keys are made of."""
     rng = Random("words of needles")
     found: dict[str, None] = {}
     while len(found) < WORD_COUNT:
@@ -131,15 +131,15 @@ def _draw(make: Callable[[], str], held_out: bool) -> str:
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a key or value is for tests. Nothing but the whole of it says so: there is no rule to be learnt."""
+    """Return True if a key or value is for tests. A hash of the whole decides, so there is no rule to learn."""
     return hashlib.blake2b(text.encode(), digest_size=1).digest()[0] < 256 * HELD_OUT
 
 
-Sizes = Callable[[Sequence[str]], Sequence[int]]  # of several texts
+Sizes = Callable[[Sequence[str]], Sequence[int]]  # the sizes of several texts
 
 
 class Haystack:
-    """Sentences in a ring, and the size of each with its separator, in whatever unit `sizes` counts."""
+    """Sentences in a ring. `sizes` gives the size of each with its separator, in its own unit."""
 
     def __init__(self, sentences: Sequence[str], separator: str, sizes: Sizes) -> None:
         self.sentences, self.separator = sentences, separator
@@ -147,14 +147,14 @@ class Haystack:
 
     @classmethod
     def noise(cls, sizes: Sizes) -> Haystack:
-        """RULER's line of noise, again and again."""
+        """Return RULER's repeated line of noise."""
         return cls([NOISE], "\n", sizes)
 
     @classmethod
     def of_texts(cls, texts: Iterable[str], sizes: Sizes) -> Haystack:
-        """The sentences of texts, behind one another, with single spaces for all white space.
+        """Return the sentences of all texts in a row, with single spaces for all white space.
 
-        Raises ValueError where there is none.
+        Raises ValueError if there is no sentence.
         """
         sentences = [sentence for text in texts for sentence in split_sentences(text)]
         if not sentences:
@@ -162,7 +162,7 @@ class Haystack:
         return cls(sentences, " ", sizes)
 
     def take(self, rng: Random, size: int) -> list[str]:
-        """As many consecutive sentences as fit into `size`, from a random one on; behind the last comes the first."""
+        """Return as many consecutive sentences as fit into `size`, from a random one on; the first follows the last."""
         count, lap = len(self.sentences), int(self._ends[-1])
         first = rng.randrange(count)
         before = int(self._ends[first - 1]) if first else 0
@@ -172,15 +172,15 @@ class Haystack:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of at most LONGEST_SENTENCE characters, white space made single spaces; of a longer word its end."""
+    """Return sentences of at most LONGEST_SENTENCE characters with single spaces. A longer word keeps only its end."""
     most = LONGEST_SENTENCE - 2
     return re.findall(rf"\S(?:.{{0,{most}}}?[.!?]|.{{0,{most + 1}}})(?= |$)", " ".join(text.split()))
 
 
 def hide(rng: Random, needles: Sequence[Needle], sentences: Sequence[str]) -> tuple[list[str], list[float]]:
-    """Sentences with needles between them in the given order, and each needle's depth: 0 before all, 1 behind all.
+    """Return the sentences with the needles between them in their order, and the depth of each needle.
 
-    Every place is as likely as any other, for each needle.
+    Depth 0 is before all sentences, 1 after all. Every place is equally likely for each needle.
     """
     places = sorted(rng.randrange(len(sentences) + 1) for _ in needles)
     mixed = list(sentences)
@@ -190,13 +190,13 @@ def hide(rng: Random, needles: Sequence[Needle], sentences: Sequence[str]) -> tu
 
 
 def needle_documents(count: int, length: int, texts: Iterable[str] = ()) -> Iterator[str]:
-    """Training documents of 200 to `length` bytes; document i is the same for every `count`.
+    """Yield training documents of 200 to `length` bytes. Document i is the same for every `count`.
 
-    There are as many bytes in documents of 200 to 400 bytes as of 400 to 800, and so on: what can be found out in short
-    ones need not be in long ones. Each has 1 to length / 124 facts, log-uniformly, some keys with up to 4 values; some
-    are told again, until a random share of the document is full. They lie in noise or, with equal probability, in the
-    sentences of `texts` where these are given. Behind them stand questions about 1 to 4 keys each, until all are asked
-    or half of the document is used. It is filled to within one sentence.
+    Documents of 200 to 400 bytes hold as many bytes in all as those of 400 to 800, and so on: short documents teach
+    what long ones need not. Each has 1 to length / 124 facts, log-uniformly, and some keys have up to 4 values. Facts
+    are repeated until a random share of the document is full. They are hidden in noise or, if there are `texts`, with
+    equal probability in their sentences. Questions about 1 to 4 keys each follow, until all keys are used or half of
+    the document is full. A document is shorter than its length by less than one sentence.
 
     Raises ValueError for a count below 1 or a length below 200.
     """
@@ -209,10 +209,10 @@ def needle_documents(count: int, length: int, texts: Iterable[str] = ()) -> Iter
 
 
 def told_again(text: str) -> Iterator[tuple[int, int]]:
-    """Where in a document a key or a value comes again, as ranges of characters: what can be known of it.
+    """Yield the ranges of characters in which a key or a value is repeated. The loss counts nothing else.
 
-    With the space before it, which an answer begins with, and what separates values or ends them. The loss counts
-    nothing else. New keys and values nobody can predict, and their noise drowns what there is to learn.
+    A range includes the space before the key or value, with which an answer begins, and the separator or full stop
+    after it. New keys and values are unpredictable, and their noise would drown everything that can be learnt.
     """
     known: set[str] = set()
     for found in KEY_OR_VALUE.finditer(text):
@@ -254,7 +254,7 @@ def _few(rng: Random) -> int:
 
 
 def _asked(rng: Random, needles: Sequence[Needle], room: int) -> str:
-    """Questions with their answers, as many as have room, behind an introduction and the place of the haystack."""
+    """Return an introduction, the placeholder of the haystack, and as many answered questions as fit."""
     keys = list(dict.fromkeys(needle.key for needle in needles))
     rng.shuffle(keys)
     text = HAY

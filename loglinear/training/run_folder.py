@@ -1,4 +1,4 @@
-"""A run's folder: who is writing to it, which run it holds, and its metrics.jsonl."""
+"""A run's folder: its lock, the run in it, and its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from loglinear.training.manifest import logged_bytes
 
 try:
     import fcntl
-except ImportError:  # Windows has no advisory locks of this kind: there a folder is not guarded
+except ImportError:  # Windows has no advisory locks of this kind, so a folder has no guard there
     fcntl = None  # type: ignore[assignment]
 
 RUN_FILE, METRICS_FILE, LOCK_FILE = "run.json", "metrics.jsonl", ".lock"
-STAGING = ".saving"  # the folder of a checkpoint that is being written
+STAGING = ".saving"  # the folder of an unfinished checkpoint
 
 
 @contextmanager
 def claim(out: Path) -> Iterator[None]:
-    """Hold a run's folder for this process; the operating system lets go when the process ends, however it ends.
+    """Lock a run's folder for this process. The operating system unlocks it when the process ends, for any reason.
 
-    Raises ValueError where another live process holds it, or where it cannot be made.
+    Raises ValueError if another process holds the lock, or if the folder cannot be made.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -61,13 +61,13 @@ def claim(out: Path) -> Iterator[None]:
 
 
 def require_folder(path: Path, option: str) -> None:
-    """Raise ValueError where what an option names is a file, so that nothing can be written into it."""
+    """Raise ValueError if an option names a file where a folder is needed."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{option} must be a folder, got the file {path}")
 
 
 def require_empty(out: Path) -> None:
-    """Raise ValueError where the folder already holds something; what a failed start left behind does not count."""
+    """Raise ValueError if the folder already holds something, except the remains of a failed start."""
     if (out / RUN_FILE).exists():
         raise ValueError(f"output folder {out} holds another run: add --resume to continue it, or choose another --out")
     own = {LOCK_FILE, STAGING, *(staged_file(out / name).name for name in (RUN_FILE, METRICS_FILE))}
@@ -76,7 +76,7 @@ def require_empty(out: Path) -> None:
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """What run.json says. Raises ValueError where the folder holds no run, or the file not what we wrote."""
+    """Return the content of run.json. Raises ValueError if there is no run or if the file is damaged."""
     try:
         run = read_sealed(out / RUN_FILE)
     except FileNotFoundError:
@@ -88,7 +88,7 @@ def read_run(out: Path) -> dict[str, Any]:
 
 
 def run_recipe(out: Path) -> TrainingRecipe:
-    """The recipe of the run in this folder. Raises ValueError where run.json holds none that could have run."""
+    """Return the recipe of the run in a folder. Raises ValueError if run.json holds no usable one."""
     values = read_run(out)["recipe"]
     try:
         recipe = TrainingRecipe.from_dict(values)
@@ -99,7 +99,7 @@ def run_recipe(out: Path) -> TrainingRecipe:
 
 
 def write_run(out: Path, recipe: TrainingRecipe, data: dict[str, Any], parameters: int) -> None:
-    """Record everything that decides the result: recipe with its seed, data, versions, command."""
+    """Write everything that decides the result to run.json: recipe with its seed, data, versions, command."""
     write_sealed(
         out / RUN_FILE,
         {
@@ -115,37 +115,37 @@ def write_run(out: Path, recipe: TrainingRecipe, data: dict[str, Any], parameter
 
 
 def check_same_run(out: Path, recipe: TrainingRecipe, data: dict[str, Any]) -> None:
-    """Raise ValueError, naming what differs, unless the folder's run has this recipe and this data."""
+    """Raise ValueError, which names the difference, unless the folder's run has this recipe and this data."""
     stored = read_run(out)
     old, new = _flat(run_recipe(out).to_dict()), _flat(recipe.to_dict())
     changed = [name for name in old | new if old.get(name) != new.get(name)]
     if changed:
         name = changed[0]
         had, has = old.get(name), new.get(name)
-        hint = "" if checkpoints(out) else "; it has no checkpoint yet: delete the folder to begin anew"
+        hint = "" if checkpoints(out) else "; it has no checkpoint yet: delete the folder to start again"
         raise ValueError(f"{out} holds a run with {name} = {had!r}, which cannot resume with {has!r}{hint}")
     if stored["data"] != data:
         raise ValueError(f"the data of the run in {out} has changed since it started, so it cannot resume exactly")
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The model's own fields as `model.name`."""
+    """Return the fields of a recipe, with those of its model as `model.name`."""
     model = {f"model.{name}": value for name, value in recipe["model"].items()}
     return {name: value for name, value in recipe.items() if name != "model"} | model
 
 
 def command() -> list[str]:
-    """The command line of this process, without where its program lies."""
+    """Return the command line of this process, without the folder of its program."""
     program = Path(sys.argv[0])
     is_ours = program.name in ("__main__.py", "loglinear")
     return ["loglinear" if is_ours else "/".join(program.parts[-2:]), *sys.argv[1:]]
 
 
 def versions() -> dict[str, str]:
-    """Versions and hardware that a figure depends on."""
+    """Return the versions and the hardware that a result depends on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     if device != "cpu" and os.environ.get("CUDA_MPS_PIPE_DIRECTORY"):
-        device += " shared with other processes (MPS)"  # times are not those of the whole device
+        device += " shared with other processes (MPS)"  # so times are not those of the whole device
     return {
         "loglinear": loglinear.__version__,
         "python": platform.python_version(),
@@ -159,9 +159,9 @@ def versions() -> dict[str, str]:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a kill cut short is left out.
+    """Return the lines of metrics.jsonl, without a last line that a kill cut short.
 
-    Raises ValueError, naming file and line, where another line is damaged.
+    Raises ValueError, which names file and line, if another line is damaged.
     """
     return _records(_read_bytes(out / METRICS_FILE), out / METRICS_FILE)
 
@@ -189,15 +189,15 @@ def _record(line: bytes, place: str) -> dict[str, Any]:
 
 
 def append_metrics(out: Path, record: dict[str, Any]) -> None:
-    """One more line of metrics.jsonl. Raises OSError, naming the file, where it cannot be written."""
+    """Append a line to metrics.jsonl. Raises OSError, which names the file, if it cannot be written."""
     with writing(out / METRICS_FILE), (out / METRICS_FILE).open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def rewind_metrics(out: Path, checkpoint: Path | None) -> list[dict[str, Any]]:
-    """Drop what metrics.jsonl says about steps after a checkpoint, or all of it; returns what is left.
+    """Drop the lines of metrics.jsonl after a checkpoint, or all without one. Return the remaining records.
 
-    The checkpoint's manifest has its length then; without one the records' own steps decide.
+    The checkpoint's manifest has the length of the file at that time. Without it the steps of the records decide.
     """
     path = out / METRICS_FILE
     text = _read_bytes(path)

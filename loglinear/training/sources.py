@@ -1,7 +1,7 @@
-"""Where text comes from: files, folders, globs, a `datasets` name, the running Python's standard library, or made.
+"""Sources of text: files, folders, globs, data sets, the standard library of this Python, and generated needles.
 
-A document is a file, or one line of a jsonl file, or one row of a data set, or a made one. Documents are never mixed:
-they are split into training and validation whole, and packed so that nothing leaks from one to the next.
+A document is a file, a line of a jsonl file, a row of a data set, or a generated text. Documents are never mixed: each
+is wholly for training or wholly for validation, and packing keeps each as a sequence of its own.
 """
 
 from __future__ import annotations
@@ -26,42 +26,48 @@ from loglinear.training.needle import SHORTEST, needle_documents, told_again
 STDLIB = "stdlib"
 DATASETS_PREFIX = "datasets:"
 NEEDLE_PREFIX = "needle:"
-NEVER_A_HAYSTACK = 0.1  # documents below it by `name_hash`: what validates is not to be trained on in haystacks
-END_TOKENS = 2  # of a document: where it begins, and where it ends
-SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # what is taken from a folder, also with .zst or .gz behind
+NEVER_A_HAYSTACK = 0.1  # documents with a `name_hash` below it may validate, so they are never training haystacks
+END_TOKENS = 2  # of a document: one at its beginning, one at its end
+SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")  # files read from a folder, also with .zst or .gz appended
 PACKED = (".zst", ".gz")
-# Folders of the standard library that not every installation has, or that are not library code.
+# Folders of the standard library that some installations lack, or that are not library code.
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "ensurepip"}
 
 
 def name_hash(name: str) -> float:
-    """A document's fixed, arbitrary place in [0, 1): those below the validation fraction validate."""
+    """Return a document's fixed, arbitrary number in [0, 1). Below the validation fraction it validates."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 class Document(NamedTuple):
-    """One text, under a name that depends neither on the machine's folders nor on other documents.
+    """One text with a name that depends neither on the machine's folders nor on other documents.
 
-    A file's name is relative to the folder that was given, or to the part of a glob before its first wildcard.
+    The name of a file is relative to the folder of the source, or to the part of a glob before its first wildcard.
     """
 
     name: str
     text: str
-    learnt: tuple[tuple[int, int], ...] | None = None  # ranges of characters that the loss counts; None: all
+    learnt: tuple[tuple[int, int], ...] | None = None  # ranges of characters that count in the loss; None: all
 
 
 def read_documents(sources: Iterable[str]) -> Iterator[Document]:
-    """All documents of all sources, in an order that is the same on every machine.
+    """Yield all documents of all sources, in the same order on every machine.
 
-    A source is a file, a folder (its .txt .md .rst .py .jsonl files, each also as .zst or .gz), a glob, `stdlib`, or
-    `datasets:NAME` / `datasets:NAME:CONFIG` (rows with a `text` column; needs the `datasets` extra). And
-    `needle:COUNT:LENGTH` makes documents of needles in noise (`loglinear.training.needle`), of at most LENGTH byte
-    tokens with the two at its ends; `needle:COUNT:LENGTH:SOURCE` hides those of half of the documents in the text
-    of another source, where it has several without the tenth of its documents that may validate. The loss counts
-    what can be known of them alone: keys and values where they come again, and so all answers.
+    A source is one of these:
 
-    Links to folders are followed. Raises ValueError for a source that is missing, holds nothing to read, or holds a
-    file that is not text; and for a part of it that cannot be read, or would be read twice.
+    - a file, a folder (its .txt .md .rst .py .jsonl files, each also as .zst or .gz) or a glob;
+    - `stdlib`, the text of the standard library of this Python;
+    - `datasets:NAME` or `datasets:NAME:CONFIG`, whose rows have a `text` column (needs the `datasets` extra);
+    - `needle:COUNT:LENGTH`, generated documents of needles in noise (`loglinear.training.needle`) of at most LENGTH
+      byte tokens, the two at the ends included;
+    - `needle:COUNT:LENGTH:SOURCE`, the same with half of the documents in the text of another source. A tenth of its
+      documents may validate and is left out, if others remain.
+
+    In generated documents the loss counts only repeated keys and values, and so all answers. Links to folders are
+    followed.
+
+    Raises ValueError for a source that is missing or holds no text. Raises it also for a file that is not text, and for
+    a part that cannot be read or would be read twice.
     """
     for source in sources:
         count = 0
@@ -112,12 +118,12 @@ def _read_paths(source: str) -> Iterator[Document]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Everything below a folder that is no folder. What cannot be read raises: to train on less would go unnoticed."""
+    """Yield every file below a folder. Raises ValueError for an unreadable part, whose absence nobody would notice."""
     seen: dict[str, str] = {}
     for folder, subfolders, names in os.walk(root, onerror=_unreadable, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
-            raise ValueError(f"data folder {folder} is {seen[real]} again, through a link: take one of them away")
+            raise ValueError(f"data folder {folder} is {seen[real]} again, through a link: remove one of them")
         seen[real] = folder
         subfolders.sort()
         yield from (Path(folder, name) for name in names)
@@ -132,7 +138,7 @@ def _is_readable(file: Path) -> bool:
 
 
 def _plain(file: Path) -> Path:
-    """The file's name without the suffix of a compression."""
+    """Return the file's name without the suffix of a compression."""
     return file.with_suffix("") if file.suffix in PACKED else file
 
 
@@ -170,7 +176,7 @@ def _decode(file: Path) -> str:
 
 
 def _decompress(data: bytes) -> bytes:
-    """All frames of a .zst file; unlike zstandard's stream reader this notices a truncated one."""
+    """Return all frames of a .zst file. Unlike zstandard's stream reader this notices a truncated frame."""
     parts = []
     while data:
         frame = zstandard.ZstdDecompressor().decompressobj()
@@ -195,7 +201,7 @@ def _read_jsonl(file: Path, name: str, text: str) -> Iterator[Document]:
 
 
 def _read_stdlib() -> Iterator[Document]:
-    """Sources of the running Python's standard library, without its tests, and the topics of pydoc's help."""
+    """Yield the sources of this Python's standard library, without its tests, and the topics of pydoc's help."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
@@ -214,7 +220,7 @@ def _read_dataset(source: str) -> Iterator[Document]:
     name, _, config = source.removeprefix(DATASETS_PREFIX).partition(":")
     try:
         rows = datasets.load_dataset(name, config or None, split="train")
-    except Exception as error:  # the library raises dozens of its own types, all of which mean: not loaded
+    except Exception as error:  # the library raises dozens of types, and all mean that nothing was loaded
         raise ValueError(f"data {source!r} could not be loaded: {error}") from error
     if "text" not in rows.column_names:
         raise ValueError(f"data {source!r} has no 'text' column, only {', '.join(rows.column_names)}")

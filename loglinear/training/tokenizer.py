@@ -1,4 +1,4 @@
-"""Loading a tokenizer by name or path, and documents as tokens."""
+"""Tokenizers by name or path, and documents as tokens."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loglinear.models import ByteTokenizer
 
-TOGETHER = 1 << 22  # characters that a tokenizer takes at once: a hundred megabytes of what it makes of them
+TOGETHER = 1 << 22  # characters that a tokenizer takes at once; its output for them takes a hundred megabytes
 Ranges = Sequence[tuple[int, int]]  # of a text's characters
-BYTES = "bytes"  # the name of the built-in tokenizer wherever a tokenizer is asked for
+BYTES = "bytes"  # the name of the built-in tokenizer
 
 
 def load_tokenizer(name: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
-    """`"bytes"` for the built-in tokenizer, otherwise the folder of a Hugging Face tokenizer (or of a checkpoint).
+    """Return the built-in tokenizer for `"bytes"`, otherwise the tokenizer in a folder, for example a checkpoint.
 
-    Raises ValueError where there is no tokenizer, one without an end-of-sequence token, or one with more tokens than
-    `vocab_size`, the model's.
+    Raises ValueError if there is no tokenizer, if it has no end-of-sequence token, or if it has more tokens than
+    `vocab_size`, that of the model.
     """
     tokenizer = ByteTokenizer() if name == BYTES else _load_folder(name)
     if vocab_size is not None and len(tokenizer) > vocab_size:
@@ -34,7 +34,7 @@ def _load_folder(name: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"tokenizer must be 'bytes' or the folder of a Hugging Face tokenizer, got {str(name)!r}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # of transformers, or Exception itself, of tokenizers: all mean that it is none
+    except Exception as error:  # transformers and tokenizers raise many types: all mean that there is no tokenizer
         raise ValueError(f"no tokenizer could be loaded from {name}: {type(error).__name__}: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"{name} holds a {type(tokenizer).__name__}, expected a tokenizer of text")
@@ -44,12 +44,12 @@ def _load_folder(name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands before a document's text: its beginning-of-sequence token, where there is one."""
+    """Return the tokens before a document's text: the beginning-of-sequence token, if there is one."""
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    """Ids of one document: beginning-of-sequence token (where there is one), text, end-of-sequence token."""
+    """Return the ids of one document: beginning-of-sequence token (if there is one), text, end-of-sequence token."""
     ((tokens, _),) = encode_documents(tokenizer, [(text, None)])
     return tokens
 
@@ -57,10 +57,11 @@ def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray
 def encode_documents(
     tokenizer: PreTrainedTokenizerBase, documents: Iterable[tuple[str, Ranges | None]]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each text and its ranges of characters: `encode_document`, and which tokens begin in the ranges (None: all).
+    """Yield, for each text, the ids of `encode_document` and a mask of the tokens that begin in its ranges (None: all).
 
-    A fast tokenizer of transformers' takes many texts at once, on all cores; they are read as they are needed. Raises
-    ValueError for ranges with a slow one, which does not say where its tokens begin.
+    A fast tokenizer of transformers takes many texts at once on all cores. Texts are read only as they are needed.
+
+    Raises ValueError for ranges with a slow tokenizer, which does not tell where its tokens begin.
     """
     batch: list[tuple[str, Ranges | None]] = []
     size = 0
@@ -100,10 +101,10 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, encoding: Encoding | Non
 
 
 def _begins(tokenizer: PreTrainedTokenizerBase, text: str, encoding: Encoding | None) -> Sequence[int]:
-    """For each token the first character of which it is a part."""
+    """Return, for each token, the first character of which it is a part."""
     if isinstance(tokenizer, ByteTokenizer):
         every_byte = (place for place, character in enumerate(text) for _ in character.encode())
         return range(len(text)) if text.isascii() else list(every_byte)
     if encoding is None:
-        raise ValueError(f"{type(tokenizer).__name__} does not say where tokens begin: give a fast tokenizer")
+        raise ValueError(f"{type(tokenizer).__name__} does not tell where tokens begin: give a fast tokenizer")
     return [begin for begin, _ in encoding.offsets]

@@ -27,13 +27,12 @@ from loglinear.training.trainer import LogLinearTrainer, quiet, training_argumen
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where a run stands: its last checkpoint, whether its time ended it before its last step or a signal came (to this
-    process, if that was in the last step), and the signal, if one came to this process."""
+    """The state of a run after `train`."""
 
     checkpoint: Path
-    step: int
-    interrupted: bool
-    signal: int | None = None
+    step: int  # of the last checkpoint
+    interrupted: bool  # True if minutes or a signal ended it early, or a signal came to this process in the last step
+    signal: int | None = None  # the signal, if one came to this process
 
 
 def train(
@@ -46,15 +45,15 @@ def train(
     progress: bool = True,
     label: str | None = None,
 ) -> TrainingResult:
-    """Train `recipe` into the folder `out`, or continue the run that is there.
+    """Train `recipe` into the folder `out`, or continue the run in it.
 
-    A resumed run gives the loss curve of one that was never interrupted, bit for bit on the CPU. Once it
-    trains, SIGINT, SIGTERM and SIGHUP save a checkpoint at the end of the step in which they come, and so do `minutes`,
-    reading the data included. A signal that this process ignores (nohup) stays ignored.
-    With several processes (torchrun, accelerate launch) every process calls this.
+    A resumed run gives the loss curve of an uninterrupted one, bit for bit on the CPU. During training SIGINT, SIGTERM
+    and SIGHUP save a checkpoint at the end of the current step and stop. So do `minutes`, which include reading the
+    data. A signal that this process ignores (nohup) stays ignored. With several processes (torchrun, accelerate
+    launch) every process calls this function. `label` names the progress bar.
 
-    Raises ValueError for data, a tokenizer or a folder that cannot serve, and where the loss stops being finite. Raises
-    OSError where a checkpoint or a line of metrics cannot be written.
+    Raises ValueError for unusable data, an unusable tokenizer or folder, and if the loss stops being finite. Raises
+    OSError if a checkpoint or a line of metrics cannot be written.
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
@@ -118,13 +117,13 @@ def train(
 
 
 def _untrained_levels(recipe: TrainingRecipe, config: LogLinearConfig) -> str | None:
-    """What a longer text than those of the training would read of a model with more levels than these have."""
+    """Return a note if training never reaches some levels of the model: longer sequences would read them untrained."""
     trained, levels = recipe.trained_levels, config.num_levels
     if trained >= levels or "linear_attention" not in (config.layer_types or ()):
         return None
     return (
-        f"note: windows of {recipe.seq_len:,} tokens train {trained} of {levels} levels, and longer texts would read "
-        f"the others untrained: num_levels {trained} leaves them out"
+        f"note: sequences of {recipe.seq_len:,} tokens train {trained} of {levels} levels; longer ones would read the "
+        f"others untrained. Set num_levels to {trained} to leave them out."
     )
 
 
@@ -133,13 +132,13 @@ def _world_size() -> int:
 
 
 def _can_record(device: torch.device) -> bool:
-    """Whether the training can be CUDA graphs: not where other processes wait for its gradients."""
+    """Return True if training can use CUDA graphs: on one GPU, because other processes would wait for gradients."""
     return device.type == "cuda" and _world_size() == 1
 
 
 @contextlib.contextmanager
 def _one_thread_beside(device: torch.device) -> Iterator[None]:
-    """Beside a GPU the CPU copies small rows: waking other threads for it took 40 ms of a step, with 32 cores."""
+    """Use one CPU thread beside a GPU. Waking 32 cores to copy small rows took 40 ms of a step."""
     threads = torch.get_num_threads()
     try:
         if device.type != "cpu":
@@ -150,7 +149,7 @@ def _one_thread_beside(device: torch.device) -> Iterator[None]:
 
 
 def _accumulation(recipe: TrainingRecipe) -> int:
-    """Forward passes of each process in one optimiser step."""
+    """Return the number of forward passes of each process in one optimiser step."""
     step_tokens = recipe.row_tokens * _world_size()
     if recipe.batch_tokens % step_tokens:
         raise ValueError(
@@ -200,10 +199,10 @@ def _arguments(recipe: TrainingRecipe, out: Path, tensorboard: bool) -> Training
         label_names=["labels"],
         prediction_loss_only=True,
         dataloader_pin_memory=torch.cuda.is_available(),
-        logging_steps=1,  # an average over several steps would not survive a resume exactly
+        logging_steps=1,  # an average over steps would not be exact after a resume
         eval_steps=recipe.eval_every,
         save_steps=recipe.save_every,
         save_total_limit=recipe.keep_checkpoints,
         report_to=["tensorboard"] if tensorboard else [],
-        use_cache=True,  # the Trainer writes this into the model's configuration; a loss builds no cache anyway
+        use_cache=True,  # the Trainer writes this into the model's configuration; a loss builds no cache
     )

@@ -21,14 +21,17 @@ from loglinear.training.run_folder import STAGING
 
 
 def quiet() -> None:
-    """No warnings of transformers, and none of its bars, of writing weights: there is a bar of our own."""
+    """Silence the warnings and progress bars of transformers; `RunLog` draws one bar."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 
 def training_arguments(out: Path, **own: Any) -> TrainingArguments:
-    """What the trainings of this library have in common: items of the data are whole batches, AdamW in one kernel,
-    bfloat16 where there is a GPU, and no output of transformers' own. `own` are those of one training."""
+    """Return the arguments that all trainings of this library share, with `own` over them.
+
+    Items of the data are whole batches, AdamW is one kernel, a GPU computes in bfloat16 if it can, and transformers
+    prints nothing.
+    """
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(out),
@@ -37,13 +40,13 @@ def training_arguments(out: Path, **own: Any) -> TrainingArguments:
         optim="adamw_torch_fused",
         use_cpu=not on_gpu,
         remove_unused_columns=False,
-        logging_nan_inf_filter=False,  # it would wait for the loss
+        logging_nan_inf_filter=False,  # the filter would wait for the loss
         eval_strategy="steps",
         save_strategy="steps",
         disable_tqdm=True,
         **{"report_to": [], "bf16": on_gpu and torch.cuda.is_bf16_supported(), **own},
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one process trains on one GPU; more would mean nn.DataParallel
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process trains on one GPU; more would be nn.DataParallel
     return arguments
 
 
@@ -53,10 +56,10 @@ def _only_item(items: list[Any], prepare: Callable[[Any], Any] | None = None) ->
 
 
 class LogLinearTrainer(Trainer):
-    """The Trainer of transformers with one of its steps replaced, quiet, for data whose items are batches.
+    """The Trainer of transformers for data whose items are batches, with checkpoints that appear whole.
 
-    `prepare` is what the loader does with every item. `run_files` are files of the run that a checkpoint belongs to and
-    that only grow: it is of use only beside them as they are when it is saved.
+    The loader applies `prepare` to every item. `run_files` are the growing files of the run: a checkpoint records how
+    long they are when it is saved, and training resumes only with that part intact.
     """
 
     _staging: Path | None = None
@@ -71,7 +74,7 @@ class LogLinearTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
-        """Without the logits of a whole row where only its loss is asked for."""
+        """Skip the logits of a row if only its loss is needed."""
         if prediction_loss_only:
             inputs = {**inputs, "skip_logits": True}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -80,13 +83,13 @@ class LogLinearTrainer(Trainer):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write beside the checkpoints, then rename: a kill or a power cut leaves the previous ones whole.
+        """Write a checkpoint to a staging folder, then rename it: a kill or a power cut leaves earlier ones whole.
 
-        Raises OSError, in one line, where the disk refuses; nothing is left of what could not be finished.
+        Raises OSError, in one line, if the disk refuses; the unfinished checkpoint is removed.
         """
         out = Path(self.args.output_dir or ".")
         final = out / f"checkpoint-{self.state.global_step}"
-        if defect(final, resumable=True) is None:  # a run that was stopped at the very step it resumed from
+        if defect(final, resumable=True) is None:  # the run stopped at the step from which it resumed
             return
         with writing(final):
             try:
@@ -96,7 +99,7 @@ class LogLinearTrainer(Trainer):
                 if self.args.should_save:
                     shutil.rmtree(out / STAGING, ignore_errors=True)
         if self.args.should_save and self.args.save_total_limit is not None:
-            # Newer ones are not whole, or this run would have gone on from them: they do not count.
+            # Newer ones do not count: they are not whole, or this run would have resumed from them.
             past = [path for path in checkpoints(out) if step_of(path) <= self.state.global_step]
             for old in past[: -self.args.save_total_limit]:
                 shutil.rmtree(old)
@@ -104,7 +107,7 @@ class LogLinearTrainer(Trainer):
     def _write_checkpoint(self, model: nn.Module, trial: Any, staging: Path, final: Path) -> None:
         self._staging = staging
         if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)  # what a kill left behind
+            shutil.rmtree(staging, ignore_errors=True)  # the remains of a kill
             staging.mkdir()
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
@@ -130,7 +133,7 @@ class LogLinearTrainer(Trainer):
 
 @contextmanager
 def _loading(checkpoint: str | None, what: str) -> Iterator[None]:
-    """One line for a part of a checkpoint that had no manifest to check it with: damage raises anything at all."""
+    """Turn any error of loading a part into one line. Without a manifest, damage can raise any type."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -105,9 +105,9 @@ def test_train_overrides_reach_the_model(capsys, tmp_path, text):
 def test_levels_that_the_training_cannot_reach_are_named(capsys, tmp_path, text, levels, noted):
     options = ["--recipe", "demo", "--data", text, "--out", tmp_path / "run", *FAST, "--seq-len", "60"]
     code, _, errors = in_process(capsys, "train", *options, "--num-levels", levels)
-    note = "note: windows of 60 tokens train 7 of 8 levels, and longer texts would read the others untrained: "
+    note = "note: sequences of 60 tokens train 7 of 8 levels; longer ones would read the others untrained. "
     assert code == 0, errors
-    assert (note + "num_levels 7 leaves them out" in errors) == noted
+    assert (note + "Set num_levels to 7 to leave them out." in errors) == noted
 
 
 def test_generate_continues_the_prompt_and_reports_speed(capsys, run):

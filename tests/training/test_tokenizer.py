@@ -41,7 +41,7 @@ def test_a_tokenizer_that_does_not_say_where_tokens_begin_is_named():
         encode = staticmethod(lambda text, **_: [2] * len(text))
 
     assert encode_document(Slow(), "text").tolist() == [2, 2, 2, 2, 1]
-    with pytest.raises(ValueError, match="Slow does not say where tokens begin: give a fast tokenizer"):
+    with pytest.raises(ValueError, match="Slow does not tell where tokens begin: give a fast tokenizer"):
         list(encode_documents(Slow(), [("text", [(0, 1)])]))
 
 
