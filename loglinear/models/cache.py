@@ -68,7 +68,7 @@ class LinearStateLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        if self.is_compileable and self.state is not None:  # the memory stays: graphs point at it
+        if self.is_compileable and self.state is not None:  # graphs point at this memory
             for part in self.state.tensors:
                 part.zero_()
             self.columns *= 0
@@ -154,9 +154,9 @@ class LogLinearCache(Cache):
 
     Args:
         config: The model's configuration.
-        max_cache_len: The largest number of columns, or None for a cache that grows. With a number (`generate` with
-            cache_implementation="static") full-attention layers are allocated once and no part of the cache is a
-            Python number, so torch.compile and CUDA graphs can capture a step. Linear layers have no such limit.
+        max_cache_len: The largest number of columns (`generate` with cache_implementation="static"), or None for a
+            cache that grows. With a number, full-attention layers are allocated once, and no part of the cache is a
+            Python number. So torch.compile and CUDA graphs can capture a step. Linear layers have no such limit.
     """
 
     def __init__(self, config: LogLinearConfig, max_cache_len: int | None = None) -> None:

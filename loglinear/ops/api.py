@@ -5,8 +5,8 @@
 
     o_t = sum_l lambda[t, l] * scale * q_t^T S_t^(l)
 
-S_t^(l) is the part of the state that the tokens s with min(level(t, s), L - 1) = l wrote, where
-level(t, s) = bit_length(t XOR s) (see `loglinear.fenwick`). If every lambda is 1, this is the linear model.
+S_t^(l) is the part of the state that the tokens s with min(level(t, s), L - 1) = l wrote. The level is
+level(t, s) = bit_length(t XOR s); see `loglinear.fenwick`. If every lambda is 1, this is the linear model.
 """
 
 # B batch, T time, G query/key groups, H value heads, K key, V value, L levels, N sequences

@@ -1,7 +1,7 @@
 """The implementation impl="triton": both operators on a GPU, without any wait of the CPU for the device.
 
-As in impl="torch", the buffered tokens of a state come before the new ones, here packed without gaps. Chunks start
-where the unfinished chunk started, and the outputs of the buffered tokens are dropped.
+The buffered tokens of a state come before the new ones, as in impl="torch", but packed without gaps. Chunks start where
+the unfinished chunk started, and the outputs of the buffered tokens are dropped.
 """
 
 # N sequences, T time, C chunk, H heads, G groups, K key, V value
@@ -26,7 +26,7 @@ MAX_HEAD_DIM = 256
 
 def _triton_version() -> str | None:
     """Return the version of the installed Triton, or None."""
-    # The package's metadata tell it without an import, which takes a second.
+    # The package's metadata contain it; an import takes a second.
     if util.find_spec("triton") is None:
         return None
     for distribution in ("triton", "pytorch-triton", "triton-windows"):

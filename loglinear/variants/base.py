@@ -55,12 +55,12 @@ class HeadBias(nn.Module):
 
 
 class GateBias(HeadBias):
-    """The time step and log decay, both [B, T, H], from gate logits [B, T, H]:
+    """The time step and log decay, both [B, T, H], from gate logits [B, T, H].
 
         dt = softplus(gate + dt_bias),    log_decay = -exp(A_log) dt
 
-    At the start the rates exp(A_log) are uniform in [1, 16] (Mamba-2) and the time steps softplus(dt_bias) are
-    log-uniform in [1e-3, 1e-1] (Mamba, arXiv 2312.00752, section 3.6).
+    At the start the rates exp(A_log) are uniform in [1, 16] (Mamba-2). The time steps softplus(dt_bias) are log-uniform
+    in [1e-3, 1e-1] (Mamba, arXiv 2312.00752, section 3.6).
     """
 
     def __init__(self, num_heads: int) -> None:
