@@ -2,8 +2,14 @@
 parallel processes. Processes that a test starts inherit it."""
 
 import os
+import signal
 
 import pytest
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell's background job: tests of Ctrl-C need one that is heard
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

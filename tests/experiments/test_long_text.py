@@ -84,8 +84,8 @@ def test_figures_and_table_are_drawn_of_the_results_that_there_are(tmp_path, res
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
     out = results / "figures"  # a folder of its own, as the results have
     assert set(written) == set(out.iterdir())
-    assert {path.name for path in out.glob("*.png")} == {
-        f"long-text-{n}.png" for n in ("positions", "differences", "training")
+    assert {path.name for path in out.glob("long-text-*.svg")} == {
+        f"long-text-{n}{theme}.svg" for n in ("positions", "differences", "training") for theme in ("", "-dark")
     }
     table = (out / "long-text.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:4]] == ["| linear", "| log-linear"]
