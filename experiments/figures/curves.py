@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import SymmetricalLogLocator
 
+from experiments.figures.speed import token_axis
 from experiments.figures.style import MODELS, draw
 
 Curves = Mapping[str, Mapping[str, list[float]]]  # kind -> position, bits_per_byte, standard_error
@@ -20,9 +21,9 @@ def draw_positions(file: Path, curves: Curves, *, training_length: int) -> list[
     """Loss against position, with a band of one standard error over documents."""
 
     def paint(_: Any) -> Figure:
-        figure, axes = _axes("Attention fails past its training length; recurrent models do not")
+        figure, axes = _axes("Past its training length the Transformer fails; the others do not")
         _draw_bands(axes, curves, training_length)
-        axes.set_xscale("log", base=2)
+        token_axis(axes, [2**exponent for exponent in range(4, 17, 2)])
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:.3g}")
         axes.yaxis.set_minor_formatter("{x:.3g}")
@@ -33,17 +34,18 @@ def draw_positions(file: Path, curves: Curves, *, training_length: int) -> list[
 
 
 def draw_differences(file: Path, curves: Curves, *, reference: str, training_length: int) -> list[Path]:
-    """Loss less the reference's against position: below zero is better. The axis is linear up to 0.1 bits per byte."""
+    """Loss minus the reference's against position: below zero is better. The axis is linear up to 0.1 bits per byte."""
 
     def paint(_: Any) -> Figure:
         name = MODELS[reference].label
         gain = -np.mean(curves["log_linear"]["bits_per_byte"]) if "log_linear" in curves else float("nan")
-        figure, axes = _axes(f"Log-linear gains {gain:.3f} bits per byte, near and far alike")
+        figure, axes = _axes(f"Log-linear gains {gain:.3f} bits per byte, and no more at far positions")
         _draw_bands(axes, curves, training_length)
         axes.set_yscale("symlog", linthresh=0.1)
         axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=0.1, subs=[0.2, 0.5, 1]))
         axes.yaxis.set_major_formatter("{x:.3g}")
-        axes.set(xlabel="position in the document (bytes)", ylabel=f"bits per byte less {name}'s")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set(xlabel="position in the document (bytes)", ylabel=f"bits per byte minus {name}")
         return figure
 
     return draw(file, paint)
@@ -53,7 +55,7 @@ def draw_training(file: Path, metrics: Mapping[str, list[dict[str, Any]]]) -> li
     """Validation loss (points) and training loss (thin, smoothed over 5 % of the run) against steps."""
 
     def paint(_: Any) -> Figure:
-        figure, axes = _axes("Attention models draw away once they learn to copy")
+        figure, axes = _axes("Models with attention pull ahead in the course of training")
         shown: list[float] = []
         for kind, records in metrics.items():
             line = MODELS[kind]

@@ -56,7 +56,7 @@ def perplexity_table(found: dict[str, Result], column: str, reference: str) -> s
     header = [
         column,
         *(f"bits per byte, windows of {length:,}" for length in lengths),
-        *(f"less {title(reference)}'s, {length:,}" for length in lengths),
+        *(f"minus {title(reference)}, {length:,}" for length in lengths),
         *COST_COLUMNS,
     ]
     base = windows(found[reference]) if reference in found else {}
@@ -69,7 +69,7 @@ def perplexity_table(found: dict[str, Result], column: str, reference: str) -> s
         rows.append([title(name), *bits, *differences, *costs(result)])
     note = (
         f"{first['evaluation']['documents']} validation documents, the first {max(lengths):,} tokens of each. "
-        f"{conditions(found.values())} Differences: ± the standard error over paired documents."
+        f"{conditions(found.values())} Differences have the standard error over paired documents."
     )
     return f"{markdown_table(header, rows)}\n{note}\n"
 

@@ -1,4 +1,4 @@
-"""Memory against length: of one decoded sequence, and at the peak of prefill and training."""
+"""Memory against length: of one sequence while decoding, and at the peak of prefill and training."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _state(sizes: Sizes) -> Figure:
     _draw(axes, {model: sizes[model] for model in ("log-linear Mamba-2", "linear Mamba-2", "Transformer")})
     T = max(sizes["Transformer"])
     ratio = sizes["Transformer"][T] / sizes["log-linear Mamba-2"][T]
-    axes.set_title(f"At {T // 1024}K tokens a sequence keeps 1/{ratio:.0f} of a KV cache's memory")
+    axes.set_title(f"At {T // 1024}K tokens a log-linear state takes 1/{ratio:.0f} of a KV cache's memory")
     axes.set_ylabel("state of one sequence (GiB)")
     axes.legend(frameon=False)
     return figure
@@ -64,10 +64,11 @@ def _peaks(peaks: dict[str, Sizes]) -> Figure:
     panels = figure.subplots(1, len(peaks))
     for (work, sizes), axes in zip(peaks.items(), panels, strict=True):
         _draw(axes, sizes)
+        axes.tick_params(axis="x", labelsize=9)
         axes.set_title(work, fontweight="normal", fontsize=11)
     panels[0].set_ylabel("GiB at the peak, weights included")
     more = [100 * (_most(sizes) - 1) for sizes in peaks.values()]
-    title = f"Log-linear against linear: at most {more[0]:.0f} % more memory in prefill, {more[1]:.0f} % in training"
+    title = f"Log-linear takes at most {more[0]:.0f} % more memory than linear in prefill, {more[1]:.0f} % in training"
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure

@@ -70,9 +70,9 @@ def _table(found: dict[str, list[Result]]) -> str:
     evaluations = [run["evaluation"] for _, run in all_runs]
     note = (
         f"{said(evaluations, lambda of: of['examples'])} examples of every task and length, in "
-        f"{said(evaluations, lambda of: ', '.join(of['data']) or 'noise')} (single_1: in noise), ± the standard error "
-        f"over examples (0 where none or all are found, which does not make that certain); of several seeds the mean "
-        f"and each. {conditions([run for _, run in all_runs])}"
+        f"{said(evaluations, lambda of: ', '.join(of['data']) or 'noise')} (single_1: in noise). A model with one seed "
+        f"has the standard error over examples, which is 0 and no certainty where none or all are found. Models with "
+        f"several seeds have the mean and each seed. {conditions([run for _, run in all_runs])}"
     )
     return f"{accuracies}\n{note}\n\n{prices}"
 

@@ -85,7 +85,7 @@ def _fenwick_array(theme: Theme) -> Figure:
 
 def _block(theme: Theme) -> Figure:
     """The way of the hidden states through one block."""
-    figure, axes = _canvas(7.5, 3.6, "A block is its linear model's block, plus the level weights")
+    figure, axes = _canvas(7.5, 3.6, "A log-linear block is a linear block plus level scales")
     grey, ours = "#6e7781", "#d55e00"
     stages = [
         ("norm", 0.00, 1.5, grey),
@@ -124,7 +124,7 @@ def _state(theme: Theme) -> Figure:
         _box(axes, end - length + 0.06, 1.0, length - 0.12, 0.9, text, SHADES[(size + 1) % len(SHADES)])
     _box(axes, chunks + 0.06, 1.0, held / C, 0.9, "", "#d55e00")
     axes.text(chunks + 0.06 + held / C + 0.1, 1.45, f"{held} raw tokens:\nk, v, log_decay", va="center", fontsize=10)
-    axes.text(0, 2.35, "position // 64 = 13 = 1101 in binary: blocks 3, 2 and 0 are live, block 1 is zero", fontsize=10)
+    axes.text(0, 2.35, "position // 64 = 13 = 1101 in binary: blocks 3, 2, 0 are in use, block 1 is zero", fontsize=10)
     axes.text(0, 0.35, "blocks [N, M, H, K, V]", fontsize=10)
     axes.text(chunks, 0.35, "k [N, C, G, K], v [N, C, H, V]", fontsize=10, ha="center")
     axes.set(xlim=(-0.3, 17.2), ylim=(0.0, 2.8))

@@ -1,4 +1,4 @@
-"""Time of the operators against length, beside the kernels that people use."""
+"""Time of the operators against length, compared with widely used kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from experiments.figures.style import PEERS, Theme, draw
 from loglinear.training.json_files import read_object
@@ -51,6 +52,8 @@ def _figure(curves: dict[str, dict[int, float]], device: str, theme: Theme) -> F
     axes.set_ylabel("forward and backward (ms)")
     token_axis(axes, [T for T in curves["loglinear"]])
     axes.set_yscale("log")
+    if max(max(times.values()) for times in curves.values()) < 100:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_minor_formatter("")
     axes.text(1, 0.02, device, transform=axes.transAxes, ha="right", fontsize=9)
@@ -70,11 +73,11 @@ def _conclusion(curves: dict[str, dict[int, float]], T: int) -> str:
         if peer in curves:
             share = ours / curves[peer][T]
             words.append(f"{share:.2f} {what}" if share > 0.1 else f"1/{1 / share:.0f} {what}")
-    return f"{T // 1024}K tokens: " + ", ".join(words)
+    return f"At {T // 1024}K tokens: " + ", ".join(words)
 
 
 def token_axis(axes: Axes, lengths: list[int]) -> None:
-    """A logarithmic axis of lengths, labelled 2K, 4K, ... 128K."""
+    """A logarithmic axis of lengths, labelled 2K, 4K, ... 128K; lengths below 1,024 in full."""
     axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{T // 1024:,}K" for T in lengths])
+    axes.set_xticks(lengths, [f"{T // 1024:,}K" if T >= 1024 else str(T) for T in lengths])
     axes.minorticks_off()

@@ -39,8 +39,8 @@ def conditions(models: Collection[Result]) -> str:
     length = said(models, lambda result: f"{result['recipe']['seq_len']:,}")
     seed = said(models, lambda result: result["seed"])
     device = said(models, lambda result: result["versions"]["device"])
-    speed = "tokens/s of the median step, minutes of training with compilation"
-    return f"Trained in windows of {length} tokens, seed {seed}, {device}; {speed}."
+    speed = "Tokens/s are those of the median step, minutes those of training with compilation"
+    return f"Trained in windows of {length} tokens, seed {seed}, {device}. {speed}."
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

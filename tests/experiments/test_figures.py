@@ -70,7 +70,7 @@ def test_ablations_are_compared_with_the_published_choice_document_by_document(t
     ablations(tmp_path, tmp_path)
     text = (tmp_path / "ablations.md").read_text()
     header, _, softplus, unit = cells(text)
-    assert header[:2] == ["choice", "bits per byte, windows of 64"] and header[4] == "less softplus's, 256"
+    assert header[:2] == ["choice", "bits per byte, windows of 64"] and header[4] == "minus softplus, 256"
     assert softplus[:6] == ["softplus", "2.5000", "2.0000", "-", "-", "1,000"]
     error = f"{np.std([0.5, 0.25, 0], ddof=1) / math.sqrt(3):.4f}"
     assert unit[:5] == ["unit", "2.2500", "1.7500", *[f"-0.2500 ± {error}"] * 2]
