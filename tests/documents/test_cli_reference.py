@@ -2,7 +2,6 @@
 
 import runpy
 from inspect import signature
-from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -10,8 +9,9 @@ import pytest
 from loglinear.cli import app
 from loglinear.recipes import get_recipe
 from loglinear.recipes.mqar import DIMS, RecallTask
+from tests.documents.pages import DOCS
 
-SCRIPT = Path(__file__).parent.parent / "docs" / "cli_reference.py"
+SCRIPT = DOCS / "cli_reference.py"
 
 
 def test_the_page_is_up_to_date():

@@ -1,0 +1,96 @@
+"""Every command line that a page shows, and how it is known to work.
+
+The lines are those of blocks of code. A command in a sentence needs no entry: its options must exist. `pytest` and
+`make` need none: their paths, markers and targets are looked up.
+"""
+
+SHORT = "--steps 2 --seq-len 64 --batch-tokens 128"
+MQAR_IN_SECONDS = (
+    "loglinear eval mqar --model attention --dim 32 --lr 1e-2 --seed 0 --length 32 --pairs 2 --examples 4000 --epochs 2"
+)
+
+# Executed in this order in one folder with ~/books and ~/letters; the flags on the right are appended, to be quick.
+EXECUTED = {
+    "loglinear info": "",
+    "loglinear info --recipe paper_mamba2": "",
+    "loglinear train --recipe demo --data stdlib --out runs/first": f"{SHORT} --eval-every 2",
+    'loglinear generate --model runs/first --prompt "import "': "--max-new-tokens 5",
+    "loglinear eval perplexity --model runs/first --data stdlib --out runs/first/perplexity": "--max-tokens 2000",
+    "loglinear train --recipe demo --data ~/books --out runs/books": SHORT,
+    "loglinear train --recipe demo --data ~/books --out runs/linear --num-levels 1 --steps 100": SHORT,
+    "loglinear train --resume --out runs/books": "",
+    'loglinear generate --model runs/books --prompt "Once" --max-new-tokens 100': "--max-new-tokens 5",
+    "loglinear generate --model runs/books --temperature 0": "--max-new-tokens 5",  # its prompt comes by a pipe
+    "loglinear eval perplexity --model runs/books --data ~/letters --out runs/books/letters": "--max-tokens 2000",
+    "loglinear eval perplexity --model runs/books --data ~/letters --length 65536 --out runs/books/long": (
+        "--max-tokens 2000"
+    ),
+    "loglinear eval needle --model runs/books --data ~/letters --length 1024 --length 4096 --out runs/books/needle": (
+        "--examples 1 --task single_2"
+    ),
+    "loglinear eval needle --model runs/books --data ~/letters --length 4096 --length 16384 --out runs/books/needle": (
+        "--examples 1 --task single_2"
+    ),
+    f"{MQAR_IN_SECONDS} --out runs/mqar": "--examples 50 --epochs 1",
+    f"{MQAR_IN_SECONDS} --out runs/miniature/mqar": "--examples 50 --epochs 1",
+}
+# Executed alone.
+BENCHMARKS = {
+    "loglinear bench ops --out results/ops-cpu.json": "--lengths 64 --rounds 1",
+    "python -m benchmarks.decode --out results/decode-cpu.json": "--steps 1",
+}
+
+# Executed by another test.
+DEMO = "tests/cli/test_demo.py::test_demo_writes_everything_it_promises_and_continues_a_finished_run"
+SERVE = "tests/cli/test_serve.py::test_completions_are_those_of_generate"
+NEEDLE = "tests/experiments/test_needle.py::test_pieces_give_what_one_call_gives"
+LONG_TEXT = "tests/experiments/test_long_text.py::test_both_lengths_are_evaluated_on_the_same_text"
+TESTED = {
+    "loglinear demo --seed 1 --out runs/demo-seed1": DEMO,
+    "loglinear serve --model runs/books": SERVE,
+    "loglinear serve --model runs/books --port 8000": SERVE,
+    "python -m experiments.figures": "tests/documents/test_figures.py::test_figures_are_those_of_the_results",
+    "python -m experiments.figures --results results/miniature": (
+        "tests/experiments/test_long_text.py::test_figures_and_table_are_drawn_of_the_results_that_there_are"
+    ),
+    "python -m experiments.needle prepare": (
+        "tests/experiments/test_needle.py::test_prepared_tokenizer_keeps_every_byte_and_cuts_digits_in_threes"
+    ),
+    "python -m experiments.needle run --kind log_linear --out runs/miniature/needle --miniature --examples 4": NEEDLE,
+    "python -m experiments.long_text run --kind log_linear --out runs/miniature/log_linear --miniature": LONG_TEXT,
+}
+
+# Not executed here, for the reason above: the command, its options and their values are read.
+READ = {
+    "a GPU": [
+        "loglinear train --recipe small --compile --data ~/books --out runs/small",
+        "python -m benchmarks.decode --device cuda --out results/decode-h100.json",
+        "python -m benchmarks.memory --out results/memory-h100.json",
+        "python -m benchmarks.ops --device cuda --out results/ops-h100.json",
+        'python -m benchmarks.ops --device cuda --shape "delta rule" --out results/ops-delta-h100.json',
+        'python -m benchmarks.ops --device cuda --shape "delta rule, one sequence"',
+        'python -m benchmarks.ops --device cuda --shape "delta rule, the paper\'s heads" '
+        "--lengths 16384 --lengths 65536 --lengths 131072",
+        "python -m benchmarks.training --lengths 16384 --lengths 4096 --out results/training-short.json",
+        "python -m benchmarks.training --lengths 65536 --lengths 131072 --out results/training-long.json",
+        "loglinear eval mqar --out runs/mqar --minutes 9",
+        "loglinear eval mqar --model log_linear_mamba2 --dim 64 --out runs/mqar --minutes 9",
+        "loglinear eval mqar --model log_linear_mamba2 --dim 64 --lr 1e-2 --seed 0 --out runs/mqar",
+        "loglinear eval mqar --model log_linear_mamba2_unit --dim 32 --dim 64 --out runs/mqar",
+        "python -m experiments.ablations run --choice CHOICE --out runs/ablations/CHOICE --minutes 9",
+        "python -m experiments.ablations run --choice unit --out runs/ablations/unit --minutes 9",
+        "python -m experiments.long_text run --kind KIND --out runs/long_text/KIND --minutes 9",
+        "python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9",
+        "python -m experiments.needle run --kind KIND --out runs/needle/KIND --minutes 9 "
+        "--data data/long_text/validation.jsonl.zst",
+        "python -m experiments.needle run --kind log_linear --out runs/needle/log_linear --minutes 9 "
+        "--data data/long_text/validation.jsonl.zst",
+        "python -m experiments.needle run --kind log_linear --seed 1 --out runs/needle/seed1-log_linear --minutes 9 "
+        "--data data/long_text/validation.jsonl.zst",
+    ],
+    "330 MB of Debian packages": [
+        "python -m experiments.long_text prepare",
+        "python -m experiments.ablations run --choice unit --out runs/miniature/unit --miniature",
+    ],
+    "triton without its interpreter": ["python -m benchmarks.resources"],
+}
