@@ -166,7 +166,9 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend by one of torch's kernels."""
-        causal = mask is None and q.shape[2] > 1
+        causal = False
+        if mask is None and q.shape[2] > 1:  # a branch: in a graph of any length a comparison is no bool
+            causal = True
         if mask is not None and mask.is_floating_point():
             mask = mask.to(q.dtype).clamp(min=torch.finfo(q.dtype).min)  # finite, so no row of the softmax is empty
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=bool(causal), enable_gqa=self.grouped)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)

@@ -201,10 +201,16 @@ class LogLinearCache(Cache):
 
         Returns:
             [B, S + T], or [B, max_cache_len] of a static cache; None if there is no padding.
+
+        Raises:
+            ValueError: a static cache has no room for them (on a GPU the copy itself notices).
         """
         if real_BT is None and self.real is None and self.columns_limit is None:
             return None
         past = self.get_seq_length()
+        limit, may_ask = self.columns_limit, device.type == "cpu" and not torch.compiler.is_compiling()
+        if limit is not None and may_ask and int(past) + time > limit:
+            raise ValueError(f"past_key_values has room for {limit} columns, got {int(past) + time}")
         now = torch.ones(rows, time, dtype=torch.bool, device=device) if real_BT is None else real_BT
         if self.columns_limit is not None:
             if self.real is None:

@@ -123,9 +123,9 @@ def token_layout(
     elif has_linear and real_BT is not None and not places.is_step:
         packing = Packing.from_mask(real_BT, config.conv_kernel)
     active = real_BT[:, 0] if places.is_step and real_BT is not None else None
-    columns_BS = real_BT if cache is None else cache.extend_real(real_BT, places.rows, places.time, device)
     attention = None
     if has_attention:
+        columns_BS = real_BT if cache is None else cache.extend_real(real_BT, places.rows, places.time, device)
         attention = _attention_context(config, places, device, position_ids, columns_BS, with_weights)
     return TokenLayout(packing, attention, places.is_step, active)
 

@@ -101,3 +101,13 @@ def test_documents_at_once_are_as_exact_as_one_by_one(heads, key_heads, head_dim
 def test_impossible_sizes_raise(sizes: tuple[int, int, int, int], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         Attention(*sizes)
+
+
+def test_a_graph_of_any_length_is_one_graph() -> None:
+    layer, shared = Attention(8, 4, 2, 6), context(torch.arange(9)[None])
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+    for length in (9, 5):
+        x = torch.randn(2, length, 8)
+        some = shared._replace(cos=shared.cos[:, :length], sin=shared.sin[:, :length])
+        torch.testing.assert_close(compiled(x, some)[0], layer(x, some)[0])

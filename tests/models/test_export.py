@@ -50,6 +50,7 @@ def test_a_traced_model_gives_the_same_numbers(make_model, options):
 
 @KINDS
 def test_a_forward_and_its_backward_are_one_graph(make_model, options):
+    torch._dynamo.reset()  # or its lengths would follow from those of earlier tests
     model, ids = make_model(**options), tokens(2, T)
     results = []
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import HYBRID, KINDS, tokens
+from tiny_models import HYBRID, KINDS, TRANSFORMER, tokens
 from transformers import TextStreamer
 
 from loglinear.models import LogLinearCache, LogLinearForCausalLM
@@ -296,3 +296,26 @@ def test_cache_rows_can_be_repeated_and_selected(make_model, options, max_cache_
     for row, (source, length) in enumerate([(1, 8), (0, T)]):
         alone = model(torch.cat([ids[source : source + 1, T - length :], more[row : row + 1]], 1)).logits[0, -1]
         torch.testing.assert_close(logits[row, -1], alone, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{"variant": "mamba2"}, HYBRID, TRANSFORMER], ids=["mamba2", "hybrid", "softmax"])
+@torch.no_grad()
+def test_only_full_attention_fills_a_static_cache(make_model, options) -> None:
+    model, x = make_model(**options), tokens(2, 12)
+    cache = LogLinearCache(model.config, 8)
+    for column in range(8):
+        model(x[:, column : column + 1], past_key_values=cache)
+    if "layer_types" in options:
+        with pytest.raises(ValueError, match="past_key_values has room for 8 columns, got 12"):
+            model(x[:, 8:], past_key_values=cache)
+    else:
+        output = model(x[:, 8:], past_key_values=cache, attention_mask=torch.ones(2, 4))
+        torch.testing.assert_close(output.logits, model(x).logits[:, 8:])
+
+
+@torch.no_grad()
+def test_a_model_of_linear_layers_keeps_nothing_for_each_column(make_model) -> None:
+    mask = torch.ones(2, 12)
+    mask[0, :3] = 0
+    cache = make_model(variant="mamba2")(tokens(2, 12), attention_mask=mask).past_key_values
+    assert cache.real is None
