@@ -1,8 +1,8 @@
 # %% [markdown]
 # # The tree by hand
 #
-# **The partition of the past is one line: `level(t, s) = bit_length(t XOR s)`.** This notebook draws it, builds the
-# states of one sequence by hand, and compares the result with the library.
+# **One line partitions the past into buckets: `level(t, s) = bit_length(t XOR s)`.** This notebook prints the buckets,
+# builds the states of one sequence by hand, and compares the result with the library.
 
 # %%
 import torch
@@ -13,12 +13,12 @@ for t in (5, 6, 7, 8):
     print(t, [level(t, s) for s in range(t + 1)])
 
 # %% [markdown]
-# Position 8 = 1000 in binary sees all earlier tokens through one bucket. Position 7 = 111 sees three
-# buckets and itself.
+# Position 8 is 1000 in binary and reads all earlier tokens from one bucket. Position 7 is 111 and reads three buckets
+# and itself.
 #
 # ## One state per level
 #
-# At position t the levels up to `merge_height(t)` join into the next one. Then the token's transition multiplies every
+# At position t the levels up to `merge_height(t)` merge into the next one. Then the token's transition multiplies every
 # state, and the new key-value pair enters level 0.
 
 # %%
@@ -55,7 +55,7 @@ assert error < 1e-12
 # %% [markdown]
 # ## With every lambda 1 it is the linear model
 #
-# The sum of all levels is the linear model's state, whatever the partition.
+# The sum of all levels is the linear model's state, for any partition into buckets.
 
 # %%
 ones = torch.ones_like(lam)
@@ -67,7 +67,8 @@ assert torch.allclose(neutral, one_level, atol=1e-12)
 # %% [markdown]
 # ## The walk
 #
-# The algorithm keeps one state per chunk. Chunk 13 reads the blocks that end at chunks 13, 12 and 8, nearest first:
+# The algorithm keeps one state per chunk. Chunk 13 reads three blocks, nearest first. `walk` returns each block's end
+# (exclusive) and the logarithm of its size:
 
 # %%
 print(walk(13))

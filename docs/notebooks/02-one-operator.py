@@ -2,7 +2,7 @@
 # # One operator
 #
 # **An operator takes q, k, v, log decays and level scales, and returns outputs and a state.** This notebook continues a
-# sequence in pieces, decodes it token by token, packs two sequences, and takes gradients through all of it.
+# sequence in pieces, decodes it token by token, packs two sequences, and computes gradients.
 
 # %%
 import torch
@@ -43,7 +43,7 @@ print(state.position, [list(part.shape) for part in state if part is not None])
 # %% [markdown]
 # ## Token by token
 #
-# `DecodeState` is the same state in memory that never moves. A step takes one token a row, without the time axis:
+# `DecodeState` is the same state at a fixed address in memory. A step takes one token per row, without the time axis:
 
 # %%
 first = {name: value[:, :40] for name, value in x.items()}
@@ -57,7 +57,7 @@ for t in range(40, 70):
 # %% [markdown]
 # ## Packed
 #
-# Two sequences in one row; each has its own tree:
+# One row holds two sequences. Each has its own tree:
 
 # %%
 ends = torch.tensor([0, 30, 70])
@@ -68,7 +68,7 @@ assert torch.allclose(packed[:, 30:], alone, atol=1e-12)
 # %% [markdown]
 # ## The delta rule, and gradients
 #
-# The delta rule takes a write strength beta. Its keys have length 1:
+# The delta rule takes a write strength beta. `l2_normalize` scales its queries and keys to length 1:
 
 # %%
 beta = torch.rand(B, T, H, dtype=torch.float64, requires_grad=True)

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Train a tiny model
 #
-# **A log-linear model is an ordinary Hugging Face model.** This notebook trains one for some steps on the text of
-# Python's standard library and generates from it. It learns little in a minute; `make demo` trains longer.
+# **A log-linear model is an ordinary Hugging Face model.** This notebook trains one for a few steps on a module of
+# Python's standard library and generates text. The model learns little in a minute. `make demo` trains longer.
 
 # %%
 import tempfile
@@ -69,7 +69,7 @@ with torch.no_grad():
 # %% [markdown]
 # ## The linear model
 #
-# One level is the linear model of the same variant. Fewer parameters, the same code:
+# One level is the linear model of the same variant. The code is the same, and the parameters are fewer:
 
 # %%
 linear = LogLinearForCausalLM(LogLinearConfig(**{**config.to_diff_dict(), "num_levels": 1}))

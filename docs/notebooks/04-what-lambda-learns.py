@@ -1,8 +1,8 @@
 # %% [markdown]
 # # What lambda learns
 #
-# **Lambda starts at exactly 1, so a new model is its linear model; training moves the levels apart.** This notebook
-# trains a model on a task that needs one particular distance and shows lambda by level before and after.
+# **Lambda starts at exactly 1, so a new model equals its linear model. Training moves the levels apart.** This notebook
+# trains a model on a task that needs one particular distance. It shows lambda by level before and after training.
 
 # %%
 import matplotlib.pyplot as plt
@@ -22,8 +22,8 @@ model = LogLinearForCausalLM(
 # %% [markdown]
 # ## The task
 #
-# A sequence of random tokens is repeated after 32 positions: the second half can be copied,
-# the first cannot be predicted.
+# Each sequence is 32 random tokens, then the same 32 tokens again. The second half can be copied. The first cannot be
+# predicted.
 
 
 # %%
@@ -68,5 +68,5 @@ axes.set(xlabel="level", ylabel="mean lambda", title="Levels move apart from 1")
 assert (after - 1).abs().max() > 0.01
 
 # %% [markdown]
-# Longer training on the same task moves them further. Lambda depends on the reading token alone, so it cannot know
-# which bucket holds a particular key: [Results](../../results/index.md) says what follows from that.
+# Lambda depends on the reading token alone, so it cannot know which bucket holds a particular key. The consequences
+# are measured in [Results](../../results/).

@@ -78,7 +78,7 @@ def _fenwick_array(theme: Theme) -> Figure:
     slots = ", ".join(str(end - 1) for end, _ in walk(reader))
     axes.text(0, -1.15, f"The queries of chunk {reader} read slots {slots}.", va="center", color="#d55e00")
     for height in range(N.bit_length()):
-        axes.text(-0.3, height + 0.3, f"step {height}" if height else "chunks", ha="right", va="center", fontsize=9)
+        axes.text(-0.3, height + 0.3, f"round {height}" if height else "chunks", ha="right", va="center", fontsize=9)
     axes.set(xlim=(-2.0, 16.3), ylim=(-1.6, 4.8))
     return figure
 
