@@ -44,6 +44,7 @@ def training_arguments(out: Path, **own: Any) -> TrainingArguments:
         eval_strategy="steps",
         save_strategy="steps",
         disable_tqdm=True,
+        log_level_replica="error",  # of the other processes, which would warn by default
         **{"report_to": [], "bf16": on_gpu and torch.cuda.is_bf16_supported(), **own},
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process trains on one GPU; more would be nn.DataParallel

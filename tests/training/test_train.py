@@ -260,7 +260,10 @@ def test_two_processes_give_the_curve_of_one_that_accumulates(tmp_path, data):
         SCRIPT.format(sabotage="").replace("tiny_recipe(data)", "tiny_recipe(data, micro_batch_tokens=64)")
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*command, str(script), str(data), str(tmp_path / "two")], env=ENVIRONMENT, check=True)
+    run = subprocess.run(
+        [*command, str(script), str(data), str(tmp_path / "two")], env=ENVIRONMENT, check=True, capture_output=True
+    )
+    assert b"[transformers]" not in run.stderr
     train(tiny_recipe(data, micro_batch_tokens=64), tmp_path / "one", progress=False)
     assert curve(tmp_path / "two") == curve(tmp_path / "one")
 
