@@ -1,5 +1,4 @@
-"""Evaluation: perplexity as bits per byte, its error over documents and its course over positions; needles in
-haystacks; samples of text."""
+"""Evaluation: bits per byte with their error and by position, needles in haystacks, samples of text."""
 
 from loglinear.evaluation.needle import NeedleScores, evaluate_needle, needle_examples
 from loglinear.evaluation.perplexity import Perplexity, evaluate_perplexity

@@ -1,15 +1,16 @@
-"""Needle-in-a-haystack retrieval, after RULER (Hsieh et al., arXiv 2404.06654), by teacher forcing.
+"""Needle-in-a-haystack retrieval after RULER (Hsieh et al., arXiv 2404.06654), by teacher forcing.
 
-Five of RULER's tasks, by its names without `niah_`. An example is as long as it is asked to be, to within one sentence,
-with its answer; the places of its needles are drawn uniformly. Its keys and values are none of those in training
-documents (`loglinear.training.needle`).
+There are five of RULER's tasks, with its names without `niah_`. An example with its answer is shorter than its length
+by less than one sentence. The places of its needles are uniform. Its keys and values never occur in training documents
+(`loglinear.training.needle`).
 
-A model answers by the likeliest token each time. All tokens of the answer are read at once, behind the true ones, so
-one forward pass scores many examples: where each is the likeliest, greedy decoding writes just this answer. A value
-counts as found where all its tokens are the likeliest, with what stands before it in the answer given; the accuracy is
-the share of values found. Several values are asked for in the order of the question's keys, those of one key in the
-order in which they appear. RULER looks for the values in what the model writes, in any order: for one value the same,
-where the model begins with it; of several, ours takes no account of mistakes in those before.
+The model reads the true answer, and every token of it counts as right if it is the likeliest after the true tokens
+before it. One forward pass scores many examples. If all tokens are right, greedy decoding writes exactly this answer.
+A value is found if all its tokens are right; the accuracy is the share of values found. The values of several keys are
+in the order of the question's keys, those of one key in the order of the text.
+
+RULER searches the values in the model's own text, in any order. For one value both scores are the same if the model
+begins with it. For several, this score does not count errors in the values before.
 
 # N examples, V values of one example
 """
@@ -38,25 +39,25 @@ DEPTH_BINS = 10
 
 
 class Task(NamedTuple):
-    """How many needles an example has, and how many keys are asked."""
+    """The number of needles in an example, and of keys in its question."""
 
     keys: int = 1
     values: int = 1  # of each key
-    asked: int = 1  # keys
+    asked: int = 1  # keys in the question
 
 
 TASKS = {
-    "single_1": Task(),  # in noise, whatever text there is
+    "single_1": Task(),  # always in noise
     "single_2": Task(),
     "multikey_1": Task(keys=4),
     "multivalue": Task(values=4),
     "multiquery": Task(keys=4, asked=4),
 }
-IN_NOISE, IN_TEXT = "single_1", "single_2"  # the same but for the haystack
+IN_NOISE, IN_TEXT = "single_1", "single_2"  # they differ only in the haystack
 
 
 class Example(NamedTuple):
-    """One text with a question, the answer's pieces (value, separator, value ...) and the depths of its values."""
+    """A text with a question, the pieces of the answer (value, separator, value ...) and the depths of the values."""
 
     prompt: str
     answer: list[str]
@@ -64,7 +65,7 @@ class Example(NamedTuple):
 
 
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> Sizes:
-    """The function that counts the tokens of each of several texts, without special ones."""
+    """Return the function that counts the tokens of each of several texts, without special tokens."""
     return lambda texts: [len(tokens) for tokens in _tokens(tokenizer, texts)]
 
 
@@ -76,12 +77,12 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterato
 def needle_examples(
     task: str, count: int, *, length: int, haystack: Haystack, tokenizer: PreTrainedTokenizerBase, seed: int = 0
 ) -> list[Example]:
-    """Examples of at most `length` tokens with their answer, less than one sentence shorter.
+    """Return examples of at most `length` tokens with their answer, shorter by less than one sentence.
 
-    Equal arguments give equal examples, and a larger count more of the same. The haystack must count tokens of this
-    tokenizer (`token_counter`); with one that joins characters of neighbouring sentences examples become shorter.
+    Equal arguments give equal examples, and a larger count adds examples. The haystack must count tokens of this
+    tokenizer (`token_counter`). A tokenizer that joins characters of neighbouring sentences makes examples shorter.
 
-    Raises ValueError for an unknown task, and for a length without room for its needles and question.
+    Raises ValueError for an unknown task, and for a length without room for the needles and the question.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -101,7 +102,7 @@ def _example(task: str, length: int, haystack: Haystack, tokenizer: PreTrainedTo
     room = length - len(first_tokens(tokenizer)) - sum(token_counter(tokenizer)(fixed))
     sentences = haystack.take(rng, room)
     if not sentences:
-        enough = length - room + LONGEST_SENTENCE  # bytes, which are tokens or more than those
+        enough = length - room + LONGEST_SENTENCE  # bytes: at least as many as tokens
         raise ValueError(f"length must leave room for a sentence in {task}: {enough} tokens are enough, got {length}")
     mixed, depths = hide(rng, needles, sentences)
     depth_of = {needle.value: depth for needle, depth in zip(needles, depths, strict=True)}
@@ -121,11 +122,11 @@ def example_sets(
     tasks: Sequence[str] | None = None,
     seed: int = 0,
 ) -> ExampleSets:
-    """`needle_examples` of every task (default: all) at every length, from the shortest on.
+    """Return `needle_examples` of every task (default: all) at every length, the shortest first.
 
-    Needles are hidden in the sentences of `texts`; where there are none, in noise, and single_2 is left out.
+    Needles are hidden in the sentences of `texts`. Without texts they are hidden in noise, and single_2 is left out.
 
-    Raises ValueError for single_2 without a text, and as `needle_examples` does.
+    Raises ValueError if single_2 is named without a text, and as `needle_examples` does.
     """
     if IN_TEXT in (tasks or ()) and not texts:
         raise ValueError(f"task {IN_TEXT} hides its needle in text: give --data")
@@ -151,29 +152,29 @@ def _different(draw: Callable[[], str], count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class NeedleScores:
-    """What one model found, in examples with equally many values."""
+    """The values that a model found, in examples with equally many values."""
 
     found_NV: np.ndarray  # bool
-    exact_N: np.ndarray  # bool: the whole answer, separators as well
+    exact_N: np.ndarray  # bool: the whole answer with its separators
     depths_NV: np.ndarray
 
     @property
     def accuracy(self) -> float:
-        """Share of values found."""
+        """The share of values found."""
         return float(self.found_NV.mean())
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy p, over examples: with one value each the binomial sqrt(p (1 - p) / N)."""
+        """The standard error of the accuracy p over examples. For one value each it is sqrt(p (1 - p) / N)."""
         return float(self.found_NV.mean(1).std() / math.sqrt(len(self.found_NV)))
 
     @property
     def exact_match(self) -> float:
-        """Share of examples that greedy decoding answers in full, word for word."""
+        """The share of examples that greedy decoding answers word for word."""
         return float(self.exact_N.mean())
 
     def by_depth(self) -> list[dict[str, Any]]:
-        """Accuracy, its binomial error and the number of values for each tenth of the haystack that has any."""
+        """Return accuracy, binomial error and number of values for each tenth of the haystack with values."""
         bins_NV = np.minimum((self.depths_NV * DEPTH_BINS).astype(int), DEPTH_BINS - 1)
         parts = []
         for number in np.unique(bins_NV).tolist():
@@ -189,7 +190,7 @@ class NeedleScores:
         return parts
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return plain JSON types."""
         return {
             "examples": len(self.found_NV),
             "accuracy": self.accuracy,
@@ -207,9 +208,10 @@ def evaluate_needle(
     row_tokens: int = ROW_TOKENS,
     label: str | None = "needles",
 ) -> NeedleScores:
-    """Score examples, as many in one packed forward pass as `row_tokens` takes; logits exist for the answers alone.
+    """Return the scores of a model on examples.
 
-    `label` is what the progress bar says; None: no bar.
+    A packed forward pass reads as many examples as fit into `row_tokens`. Logits exist only for the answers. `label`
+    names the progress bar; None means no bar.
     """
     found_NV, exact_N = [], []
     encoded = _encode(tokenizer, examples)
@@ -226,7 +228,7 @@ def evaluate_needle(
 
 
 def evaluate_sets(model: Any, tokenizer: PreTrainedTokenizerBase, sets: ExampleSets) -> dict[str, list[dict[str, Any]]]:
-    """`NeedleScores.to_dict` with its length, by task and in the order of the lengths."""
+    """Return, by task, `NeedleScores.to_dict` with its length for every length in order."""
     results: dict[str, list[dict[str, Any]]] = {task: [] for task, _ in sets}
     for (task, length), examples in sets.items():
         scores = evaluate_needle(model, tokenizer, examples, label=f"{task}, {length:,} tokens")
@@ -237,7 +239,7 @@ def evaluate_sets(model: Any, tokenizer: PreTrainedTokenizerBase, sets: ExampleS
 class _Encoded(NamedTuple):
     prompt: np.ndarray
     answer: np.ndarray
-    starts: np.ndarray  # where the answer's pieces begin in it
+    starts: np.ndarray  # the first tokens of the pieces of the answer
 
     def size(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -253,9 +255,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> 
 
 @torch.no_grad()
 def answer_hits(model: Any, examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-    """For each (prompt, answer), both token ids, which tokens of the answer are the likeliest behind the true ones.
+    """Return, for each (prompt, answer) of token ids, a mask of the tokens of the answer that are the likeliest.
 
-    One forward pass. Greedy decoding of the prompt begins with the answer exactly where all of them are.
+    Each token is predicted from the true tokens before it, in one forward pass. Greedy decoding of a prompt begins with
+    the answer if and only if the whole mask is True.
     """
     hidden, targets = read(model, [np.concatenate(example) for example in examples])
     marks = [np.repeat([False, True], [len(prompt), len(answer)]) for prompt, answer in examples]

@@ -1,4 +1,4 @@
-"""Reading many sequences in packed forward passes: what every teacher-forced evaluation does.
+"""Packed forward passes over many sequences, for every evaluation with teacher forcing.
 
 # R tokens of a row, D hidden size
 """
@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 
 
 def rows(items: Iterable[Item], size: Callable[[Item], int], row_tokens: int) -> Iterator[list[Item]]:
-    """Items in their order, together as long as they fit into `row_tokens`; a longer one is a row of its own."""
+    """Yield rows of consecutive items that fit into `row_tokens`. A longer item is a row of its own."""
     row: list[Item] = []
     used = 0
     for item in items:
@@ -34,9 +34,9 @@ def rows(items: Iterable[Item], size: Callable[[Item], int], row_tokens: int) ->
 
 @torch.no_grad()
 def read(model: Any, sequences: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """(hidden states [R - 1, D], the token [R - 1] that each is to predict) of sequences read in one forward pass.
+    """Return hidden states [R - 1, D] of sequences from one forward pass, and the target [R - 1] of each.
 
-    Across a boundary the token is IGNORED.
+    The target across a boundary of sequences is IGNORED.
     """
     row = {name: tensor.to(model.device) for name, tensor in pack(sequences).items()}
     labels: Tensor = row.pop("labels")

@@ -1,8 +1,8 @@
-"""Validation loss: bits per byte with its standard error over documents, and the loss at each position.
+"""Validation loss: bits per byte with their standard error over documents, and the loss at each position.
 
-Bits per byte are the nats of all predicted tokens, divided by the bytes of text that these tokens stand for (see
-`Corpus.token_bytes`) and by ln 2. A window's first token is context: it is not predicted, and its bytes do not count.
-The end of a document is predicted and has no bytes.
+Bits per byte are the nats of all predicted tokens, divided by the bytes of their text (`Corpus.token_bytes`) and by
+ln 2. The first token of a window is context: it is not predicted, and its bytes do not count. The end of a document is
+predicted and has no bytes.
 
 # D documents, N windows, P position bins, T positions
 """
@@ -27,20 +27,20 @@ FIRST_BIN = 16  # positions of the first bin of a curve over positions
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What one model does on one text, in nats, summed so that two models can be compared document by document."""
+    """The loss of a model on a text, in nats per document, so that two models can be compared document by document."""
 
     names: tuple[str, ...]
-    nats_D: np.ndarray  # summed over each document's predicted tokens
+    nats_D: np.ndarray  # sum over the predicted tokens of each document
     tokens_D: np.ndarray  # predicted tokens of each document
-    bytes_D: np.ndarray  # bytes of text that these tokens stand for
-    length: int  # the longest stretch that was read at once
-    nats_NT: np.ndarray  # [windows that are `length` long, length - 1]: token t + 1 given tokens 0..t
+    bytes_D: np.ndarray  # bytes of text of these tokens
+    length: int  # tokens of the longest window
+    nats_NT: np.ndarray  # [windows of `length` tokens, length - 1]: token t + 1 after tokens 0..t
     bytes_NT: np.ndarray  # bytes of each of these tokens
     documents_N: np.ndarray  # the document of each of these windows, an index into names
 
     @property
     def bits_per_byte(self) -> float:
-        """Cross-entropy for each byte of text."""
+        """The cross-entropy per byte of text."""
         return _bits(self.nats_D.sum() / self.bytes_D.sum())
 
     def __str__(self) -> str:
@@ -49,18 +49,20 @@ class Perplexity:
 
     @property
     def loss(self) -> float:
-        """Nats per token; its exponential is the perplexity."""
+        """The nats per token. Their exponential is the perplexity."""
         return float(self.nats_D.sum() / self.tokens_D.sum())
 
     @property
     def standard_error(self) -> float:
-        """Of bits_per_byte, over documents: tokens of one document are not independent of one another."""
+        """The standard error of bits_per_byte over documents, because tokens of one document are not independent."""
         return _bits(_ratio_error(self.nats_D, self.bytes_D))
 
     def difference(self, other: Perplexity) -> tuple[float, float]:
-        """bits_per_byte of this model less the other's on the same text, and the standard error of that difference.
+        """Return this model's bits_per_byte minus the other's on the same text, and the standard error.
 
-        Paired by document, which removes what is easy or hard for both.
+        The difference is paired by document, which removes the difficulty that both models share.
+
+        Raises ValueError for results of different texts.
         """
         if self.names != other.names or not np.array_equal(self.tokens_D, other.tokens_D):
             raise ValueError("the two results are of different texts, expected the same documents and lengths")
@@ -68,14 +70,14 @@ class Perplexity:
         return self.bits_per_byte - other.bits_per_byte, error
 
     def by_position(self) -> dict[str, list[float]]:
-        """Bits per byte in bins of positions that widen by sqrt(2), over windows of full length only.
+        """Return bits per byte in bins of positions that widen by sqrt(2), over windows of full length only.
 
-        Every bin averages the same windows, so the curve compares positions and not texts; its standard error is over
-        their documents. Empty where no document is as long as `length`.
+        Every bin averages the same windows, so the curve compares positions and not texts. Its standard error is over
+        their documents. The curve is empty if no document has `length` tokens.
         """
         edges_P = self._edges()
         nats_DP, bytes_DP = self._sums_DP(self.nats_NT, edges_P), self._sums_DP(self.bytes_NT, edges_P)
-        with np.errstate(invalid="ignore", divide="ignore"):  # a bin of document ends alone has no bytes
+        with np.errstate(invalid="ignore", divide="ignore"):  # a bin with only ends of documents has no bytes
             means_P = nats_DP.sum(0) / bytes_DP.sum(0)
         errors_P = [_ratio_error(nats_D, bytes_D) for nats_D, bytes_D in zip(nats_DP.T, bytes_DP.T, strict=True)]
         return {
@@ -85,9 +87,9 @@ class Perplexity:
         }
 
     def by_document(self, width: int) -> dict[str, list[Any]]:
-        """Bits per byte in bins of `width` positions, for each document that has full windows: what pairs two models.
+        """Return bits per byte in bins of `width` positions for each document with full windows, to pair two models.
 
-        "bits_per_byte" has a row for each of "documents", rounded to 1e-4, and NaN where a bin has no bytes.
+        "bits_per_byte" has a row for each of "documents", rounded to 1e-4. It is NaN for a bin without bytes.
         """
         edges_P = self._edges(width)
         nats_DP, bytes_DP = self._sums_DP(self.nats_NT, edges_P), self._sums_DP(self.bytes_NT, edges_P)
@@ -100,7 +102,7 @@ class Perplexity:
         }
 
     def _edges(self, width: int | None = None) -> np.ndarray:
-        """First positions of the bins, and the end of the last; one edge, that is no bin, without full windows."""
+        """Return the first positions of the bins and the end of the last. Without full windows there is no bin."""
         windows, positions = self.nats_NT.shape
         if windows == 0:
             return np.zeros(1, dtype=np.int64)
@@ -111,7 +113,7 @@ class Perplexity:
         return np.unique([0, *(round(edge) for edge in edges), positions])
 
     def _sums_DP(self, values_NT: np.ndarray, edges_P: np.ndarray) -> np.ndarray:
-        """Sums [documents that have full windows, bins] of values of windows and positions."""
+        """Return the sums [documents with full windows, bins] of values of windows and positions."""
         documents, rows_N = np.unique(self.documents_N, return_inverse=True)
         sums_DP = np.zeros((len(documents), len(edges_P) - 1))
         if len(documents) == 0:
@@ -120,7 +122,7 @@ class Perplexity:
         return sums_DP
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary as plain JSON types."""
+        """Return the summary as plain JSON types."""
         return {
             "bits_per_byte": self.bits_per_byte,
             "standard_error": self.standard_error,
@@ -143,7 +145,7 @@ def _bits(nats: float) -> float:
 
 
 def _ratio_error(sums_D: np.ndarray, counts_D: np.ndarray) -> float:
-    """Standard error of sums.sum() / counts.sum() over independent documents (linearised ratio estimator)."""
+    """Return the standard error of sums.sum() / counts.sum() over independent documents (linearised estimator)."""
     documents = len(sums_D)
     if documents < 2 or counts_D.sum() == 0:
         return math.nan
@@ -154,12 +156,12 @@ def _ratio_error(sums_D: np.ndarray, counts_D: np.ndarray) -> float:
 def evaluate_perplexity(
     model: Any, corpus: Corpus, *, length: int, max_tokens: int, row_tokens: int | None = None, progress: bool = True
 ) -> Perplexity:
-    """Read a corpus in windows of at most `length` tokens, each from an empty state, until about `max_tokens` are read.
+    """Return the loss on about `max_tokens` tokens of a corpus, in windows of at most `length` tokens.
 
-    All documents' first windows come before any second one, so that a small `max_tokens` still sees many documents.
-    `row_tokens` (default: 4 windows) is what one forward pass takes.
+    Every window begins with an empty state. The first windows of all documents come before any second window, so a
+    small `max_tokens` still covers many documents. A forward pass reads `row_tokens` (default: 4 windows).
 
-    Raises ValueError where no token of text has one before it to be predicted from.
+    Raises ValueError if no token of text has a token before it.
     """
     windows = _windows(corpus, length, max_tokens)
     if not any(corpus.token_bytes(start + 1, end).any() for _, start, end in windows):
@@ -193,7 +195,7 @@ def evaluate_perplexity(
 
 
 def _windows(corpus: Corpus, length: int, max_tokens: int) -> list[tuple[int, int, int]]:
-    """(document, start, end), first windows first, up to max_tokens in all."""
+    """Return (document, start, end) of windows, first windows first, until they have max_tokens."""
     chosen, total = [], 0
     for start, end in pieces_by_rounds(corpus, length).tolist():
         if end - start >= 2 and total < max_tokens:
@@ -209,7 +211,7 @@ def _size(window: tuple[int, int, int]) -> int:
 
 @torch.no_grad()
 def token_losses(model: Any, sequences: list[np.ndarray]) -> list[np.ndarray]:
-    """Nats of every token but the first of each sequence, read packed in one forward pass; float64 arrays."""
+    """Return the nats of every token but the first of each sequence, as float64, from one packed forward pass."""
     hidden, labels = read(model, sequences)
     head = model.get_output_embeddings()
     losses = [

@@ -1,4 +1,4 @@
-"""Figures of one run: loss against steps and against position, needles found by length and depth."""
+"""Figures of a run: loss by step and by position, needles by length and depth."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def plot_losses(
 ) -> None:
     """Draw training loss (thin, smoothed over 5 % of the run) and validation loss (dots) of each named model.
 
-    Validation during training reads a part of the validation text; `final` (stars) are bits per byte of all of it.
+    Validation during training reads a part of the validation text. `final` (stars) holds bits per byte of all of it.
     """
     figure, axes = _axes("Training and validation loss", "step", "bits per byte")
     shown: list[float] = []
@@ -45,13 +45,13 @@ def plot_losses(
         if final and name in final and train:
             axes.plot(train[-1]["step"], final[name], f"C{index}*", ms=12, label=f"{name}, all validation text")
             shown.append(final[name])
-    if shown:  # the first steps from a random model would hide everything else
+    if shown:  # the first steps of a random model would hide everything else
         axes.set_ylim(min(shown) - 0.1, max(shown) + 0.1)
     axes.legend()
     figure.savefig(path, dpi=150)
 
 
-Curves = Mapping[str, Mapping[str, list[float]]]  # name -> what `Perplexity.by_position` gives
+Curves = Mapping[str, Mapping[str, list[float]]]  # name -> `Perplexity.by_position`
 
 
 def plot_positions(path: Path, curves: Curves, *, training_length: int | None = None) -> None:
@@ -79,7 +79,7 @@ Tasks = Mapping[str, list[dict[str, Any]]]  # name -> `NeedleScores.to_dict` wit
 
 
 def plot_needle(path: Path, tasks: Tasks) -> None:
-    """Draw accuracy against length for each task and, beside it, against length and depth for each task alone."""
+    """Draw accuracy against length for all tasks, and a map of length and depth for each task."""
     figure = Figure(figsize=(6 + 3 * len(tasks), 4.5), layout="constrained")
     lines, *maps = figure.subplots(1, 1 + len(tasks), width_ratios=[2] + [1] * len(tasks))
     for (task, results), axes in zip(tasks.items(), maps, strict=True):
@@ -91,7 +91,7 @@ def plot_needle(path: Path, tasks: Tasks) -> None:
 
 
 def _draw_accuracies(axes: Axes, tasks: Tasks) -> None:
-    """Accuracy against length for each task, with its standard error over examples."""
+    """Draw accuracy against length for each task, with its standard error over examples."""
     for task, results in tasks.items():
         lengths, accuracies, errors = (
             [result[name] for result in results] for name in ("length", "accuracy", "standard_error")
@@ -105,7 +105,7 @@ def _draw_accuracies(axes: Axes, tasks: Tasks) -> None:
 
 
 def _draw_depths(axes: Axes, results: list[dict[str, Any]]) -> AxesImage:
-    """Accuracy as a colour, one column for each length; what no needle fell into stays white."""
+    """Draw accuracy as a colour, one column for each length. Cells without needles stay white."""
     depths = sorted({part["depth"] for result in results for part in result["by_depth"]})
     table = np.full((len(depths), len(results)), np.nan)
     for column, result in enumerate(results):

@@ -1,4 +1,4 @@
-"""Continuing a prompt, with the time it took and the memory it left."""
+"""Samples: the continuation of a prompt, its time, and the memory of its state."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from loglinear.training.tokenizer import encode_document
 
-GREEDY = 1e-6  # below, only logits that differ by a rounding error would share probability, and then they overflow
-HOTTEST = 100.0  # here all tokens are nearly equally likely
-SEEDS = 2**32  # of numpy's generator, which set_seed seeds too
+GREEDY = 1e-6  # a lower temperature mixes only logits within a rounding error, and then overflows
+HOTTEST = 100.0  # the temperature at which all tokens are nearly equally likely
+SEEDS = 2**32  # the limit of numpy's generator, which set_seed also seeds
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Sample:
     """A prompt and its continuation."""
 
     text: str  # prompt and continuation
-    tokens: int  # new ones
+    tokens: int  # of the continuation
     seconds: float
-    state_bytes: int  # of the cache after the last token
+    state_bytes: int  # size of the cache after the last token
 
 
 @torch.no_grad()
@@ -40,12 +40,13 @@ def sample(
     seed: int = 0,
     streamer: Any = None,
 ) -> Sample:
-    """Continue `prompt` until the end-of-sequence token or for `max_new_tokens`; a temperature below 1e-6 is greedy.
+    """Return a continuation of `prompt` up to the end-of-sequence token or `max_new_tokens` tokens.
 
-    The prompt begins as a document does in training: with the beginning-of-sequence token, where there is one.
+    A temperature below 1e-6 is greedy. The prompt begins like a document of the training, with the
+    beginning-of-sequence token if there is one.
 
-    Raises ValueError, naming the argument, for a value that cannot work, and for an empty prompt where the tokenizer
-    has no token to begin with.
+    Raises ValueError, which names the argument, for a value that cannot work. Raises it also for an empty prompt if the
+    tokenizer has no beginning-of-sequence token.
     """
     check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     ids = torch.from_numpy(encode_document(tokenizer, prompt)[None, :-1].astype(np.int64)).to(model.device)
@@ -75,7 +76,7 @@ def sample(
 
 
 def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
-    """Raise ValueError, naming the argument of `sample`, for a value that cannot work."""
+    """Raise ValueError, which names the argument of `sample`, for a value that cannot work."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= temperature <= HOTTEST:

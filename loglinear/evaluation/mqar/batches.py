@@ -1,7 +1,7 @@
-"""Examples as whole batches on the device, and a model's loss and accuracy on them.
+"""Batches of examples on the device, and the loss and accuracy of a model on them.
 
-A batch has examples with one number of pairs only, so it has a fixed number of supervised positions: vocabulary logits
-are computed there and nowhere else.
+All examples of a batch have the same number of pairs, so a batch has a fixed number of queries. Vocabulary logits are
+computed only there.
 """
 
 # N examples, T tokens, P pairs, B examples of a batch, D hidden size
@@ -23,29 +23,29 @@ SPLITS = ("train", "validation", "test")
 
 
 class RecallBatch(TypedDict):
-    """What a training step takes."""
+    """The input of a training step."""
 
     input_ids: Tensor  # [B, T]
-    queries: Tensor  # [B P] where the answers are predicted, as places of the flattened batch
-    answers: Tensor  # [B P] the tokens to predict there
+    queries: Tensor  # [B P] positions in the flattened batch that predict the answers
+    answers: Tensor  # [B P] the targets there
 
 
 class Scores(NamedTuple):
-    """A model's answers on some batches."""
+    """The scores of a model on some batches."""
 
-    accuracy: dict[int, float]  # by number of pairs: the share of queries whose likeliest answer is right
+    accuracy: dict[int, float]  # by number of pairs: the share of queries with the right likeliest token
     loss: float  # nats of a query, the mean over the numbers of pairs
 
     @property
     def mean(self) -> float:
-        """The mean over the numbers of pairs."""
+        """The mean accuracy over the numbers of pairs."""
         return sum(self.accuracy.values()) / len(self.accuracy)
 
 
 def recall_batches(task: RecallTask, split: str, device: str | torch.device) -> list[RecallBatch]:
-    """All batches of a split, ready on the device; a last batch of each number of pairs may be smaller.
+    """Return all batches of a split on the device. The last batch of each number of pairs may be smaller.
 
-    The three splits have different seeds, and equal tasks equal examples.
+    The three splits have different seeds. Equal tasks have equal examples.
     """
     batches: list[RecallBatch] = []
     for pairs, length, examples in task.settings(training=split == "train"):
@@ -56,7 +56,7 @@ def recall_batches(task: RecallTask, split: str, device: str | torch.device) -> 
 
 
 def split_batches(recall: Recall, batch_size: int, device: str | torch.device) -> list[RecallBatch]:
-    """Examples of one number of pairs, in their order, as batches."""
+    """Return examples of one number of pairs as batches, in their order."""
     N, T = recall.tokens_NT.shape
     targets_NT = F.pad(recall.labels_NT[:, 1:], (0, 1), value=IGNORED)
     example, place = (targets_NT != IGNORED).nonzero(as_tuple=True)
@@ -70,29 +70,31 @@ def split_batches(recall: Recall, batch_size: int, device: str | torch.device) -
 
 
 def answer_loss(logits: Tensor, answers: Tensor) -> Tensor:
-    """Mean nats of answers [N] from logits [N, V]."""
+    """Return the mean nats of answers [N] from logits [N, V]."""
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), answers)
 
 
 def recall_loss(
     model: LogLinearForCausalLM, batch: RecallBatch, loss: Callable[[Tensor, Tensor], Tensor] = answer_loss
 ) -> Tensor:
-    """Mean nats of the answers: what the model's own loss gives for the labels of these examples. `loss`: answer_loss,
-    compiled perhaps."""
+    """Return the mean nats of the answers, which equal the model's own loss for the labels of these examples.
+
+    `loss` is answer_loss, or a compiled version of it.
+    """
     return loss(model.lm_head(_at_queries(model, batch)), batch["answers"])
 
 
 def _at_queries(model: LogLinearForCausalLM, batch: RecallBatch) -> Tensor:
-    """Hidden states [B P, D] that predict the answers."""
+    """Return the hidden states [B P, D] that predict the answers."""
     hidden_BTD = model.model(batch["input_ids"], use_cache=False).last_hidden_state
     return hidden_BTD.flatten(0, 1).index_select(0, batch["queries"])
 
 
 @torch.no_grad()
 def recall_scores(model: LogLinearForCausalLM, batches: Iterable[RecallBatch]) -> Scores:
-    """Accuracy and loss over all queries of each number of pairs; waits for the device once.
+    """Return accuracy and loss over all queries of each number of pairs. Waits for the device once.
 
-    The head is computed in the model's own precision, also under autocast: rounded logits have ties.
+    The head computes in the model's own precision even under autocast, because rounded logits have ties.
     """
     sums: dict[int, Tensor] = {}  # correct answers, nats, queries
     for batch in batches:

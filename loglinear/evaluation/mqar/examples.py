@@ -1,13 +1,14 @@
-"""Multi-query associative recall: pairs of keys and values, then the keys again, each to be answered by its value.
+"""Multi-query associative recall: pairs of keys and values, then the keys again as queries for their values.
 
-Arora, Eyuboglu, Timalsina, Johnson, Poli, Zou, Rudra, Ré, "Zoology", arXiv 2312.04927, appendix E, as its authors
-generate it. A sequence of T tokens begins with P pairs k_1 v_1 ... k_P v_P. Behind them lie (T - 2 P) / 2 slots of two
-tokens; P of them, drawn one after the other without replacement with probabilities proportional to
+The task is that of Arora, Eyuboglu, Timalsina, Johnson, Poli, Zou, Rudra, Ré, "Zoology", arXiv 2312.04927, appendix E,
+as its authors generate it. A sequence of T tokens begins with P pairs k_1 v_1 ... k_P v_P. Then follow (T - 2 P) / 2
+slots of two tokens. P of the slots begin with a key. They are drawn one after the other without replacement, with
+probabilities proportional to
 
     alpha x^(alpha - 1),    x = 1 ... (T - 2 P) / 2
 
-begin with a key, the first drawn with k_1 and so on. All other tokens are drawn uniformly from the vocabulary. Keys are
-different tokens of its lower half without 0, values of its upper half.
+The first drawn slot has k_1, the second k_2 and so on. All other tokens are drawn uniformly from the vocabulary. Keys
+are different tokens of its lower half without 0, values are different tokens of its upper half.
 """
 
 # N examples, P pairs, T tokens
@@ -24,19 +25,19 @@ ROWS = 4096  # examples whose random numbers exist at once
 
 
 class Recall(NamedTuple):
-    """Examples of the task, as a language model takes them."""
+    """Examples as tokens and labels of a language model."""
 
     tokens_NT: Tensor
-    labels_NT: Tensor  # behind a query, where the next token is predicted: its value; IGNORED elsewhere
+    labels_NT: Tensor  # the value at the position after a query, IGNORED elsewhere
 
 
 def recall_examples(
     examples: int, *, length: int, pairs: int, seed: int, vocab_size: int = 8192, alpha: float = 0.01
 ) -> Recall:
-    """So many examples of one length and one number of pairs; equal arguments give equal examples.
+    """Return examples of one length and one number of pairs. Equal arguments give equal examples.
 
-    Raises ValueError for sizes that do not fit: length must be even and at least four times the pairs, and each half of
-    the vocabulary must have more tokens than there are pairs.
+    Raises ValueError unless the length is even and at least four times the pairs, and each half of the vocabulary has
+    more tokens than there are pairs.
     """
     if length % 2 or length < 4 * pairs:
         raise ValueError(f"length must be even and at least 4 times the {pairs} pairs, got {length}")
@@ -54,11 +55,11 @@ def _examples(
     half, slots = vocab_size // 2, (T - 2 * P) // 2
 
     def distinct(count: int) -> Tensor:
-        """P different numbers below count for each example, in random order."""
+        """Return P different numbers below count for each example, in random order."""
         return torch.rand(N, count, generator=generator).topk(P).indices
 
     keys, values = 1 + distinct(half - 1), half + distinct(vocab_size - half)
-    # Drawn one after the other without replacement: the order of log p + Gumbel noise (Plackett-Luce).
+    # The order of log p + Gumbel noise is that of draws without replacement (Plackett-Luce).
     log_p = (alpha - 1) * torch.arange(1, slots + 1, dtype=torch.float64).log()
     uniform = torch.rand(N, slots, generator=generator, dtype=torch.float64).clamp(min=1e-300)
     query = 2 * P + 2 * (log_p - (-uniform.log()).log()).topk(P).indices

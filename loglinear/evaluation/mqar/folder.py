@@ -1,4 +1,4 @@
-"""A folder of cells: `cells/NAME.json` of every finished one, `unfinished/NAME/` with a stopped one's checkpoint."""
+"""A folder of cells: `cells/NAME.json` for a finished one, `unfinished/NAME/` with the checkpoint of a stopped one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from loglinear.recipes.mqar import RecallCell, RecallTask
 from loglinear.training.checkpoints import checkpoints, step_of
 from loglinear.training.json_files import read_object, write_object
 
-Result = dict[str, Any]  # what `run_cell` gives
+Result = dict[str, Any]  # the value of `run_cell`
 CELL_FILE = "cell.json"
-# What the table is made of.
+# The entries of a result that the table needs.
 ACCURACIES = ("test_accuracy", "test_accuracy_by_pairs", "validation_accuracy")
 COSTS = ("parameters", "epochs", "steps", "seconds")
 HOW = ("precision", "versions", "command")
@@ -20,9 +20,9 @@ NEEDED = (*ACCURACIES, *COSTS, *HOW)
 
 
 def begin(out: Path, cell: RecallCell) -> Path:
-    """The folder for the checkpoints of a cell, which may hold some.
+    """Make and return the folder for the checkpoints of a cell, which may already hold some.
 
-    Raises ValueError where they are of this cell with another task.
+    Raises ValueError if they belong to another task.
     """
     folder = out / "unfinished" / cell.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,27 +32,27 @@ def begin(out: Path, cell: RecallCell) -> Path:
 
 
 def epochs_trained(out: Path, task: RecallTask) -> float:
-    """How many epochs unfinished cells have a checkpoint of, the mean over those that have one."""
+    """Return the mean number of epochs in the checkpoints of unfinished cells."""
     saved = [found[-1] for folder in (out / "unfinished").glob("*") if (found := checkpoints(folder))]
     return sum(step_of(checkpoint) for checkpoint in saved) / task.steps_per_epoch / max(1, len(saved))
 
 
 def finish(out: Path, cell: RecallCell, result: Result) -> None:
-    """Write a cell's result, then drop its checkpoints."""
+    """Write the result of a cell, then remove its checkpoints."""
     (out / "cells").mkdir(exist_ok=True)
     write_object(out / "cells" / f"{cell.name}.json", result)
     shutil.rmtree(out / "unfinished" / cell.name)
 
 
 def cell_of(result: Result) -> RecallCell:
-    """The cell that a result is of."""
+    """Return the cell of a result."""
     return RecallCell.from_dict(result["cell"])
 
 
 def read_results(out: Path, task: RecallTask) -> dict[str, Result]:
-    """The results of all finished cells, by name.
+    """Return the results of all finished cells by name.
 
-    Raises ValueError, naming the file, where one is no result or of another task.
+    Raises ValueError, which names the file, for a file that is no result or belongs to another task.
     """
     results = {}
     for file in sorted((out / "cells").glob("*.json")):
@@ -69,7 +69,7 @@ def read_results(out: Path, task: RecallTask) -> dict[str, Result]:
 
 
 def require_same_task(out: Path, cell: RecallCell) -> None:
-    """Raise ValueError, naming what differs, where the checkpoints of a cell are of another task."""
+    """Raise ValueError, which names the difference, if the checkpoints of a cell belong to another task."""
     file = out / "unfinished" / cell.name / CELL_FILE
     if not file.exists():
         return

@@ -1,4 +1,4 @@
-"""From the results of cells to the table: the best learning rate, mean and standard deviation over seeds."""
+"""The table from the results of cells: the best learning rate, mean and standard deviation over seeds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from loglinear.recipes.mqar import ABLATIONS, MODELS, RecallCell
 
 
 def best_learning_rate(results: Iterable[Result]) -> float:
-    """The learning rate of one model with the best mean validation accuracy over the tuning seeds of its protocol.
+    """Return the learning rate of a model with the best mean validation accuracy over its protocol's tuning seeds.
 
-    Without any of these seeds, all that there are count; of equals it is the smallest rate.
+    If there are none of these seeds, all seeds count. The smallest of equal rates wins.
     """
     by_rate: dict[float, list[float]] = {}
     pairs = [(cell_of(result), result["validation_accuracy"]) for result in results]
@@ -31,9 +31,9 @@ def _tuning_seeds(cells: Sequence[RecallCell]) -> set[int]:
 
 
 def gather(results: Sequence[Result]) -> dict[str, Any]:
-    """The table as plain JSON types: a row for each model and dimension, a line for each cell, and how they were made.
+    """Return the table as plain JSON types: a row for each model and dimension, a line for each cell, and the versions.
 
-    Mean and standard deviation (of a sample; None for one seed) are over the seeds at the best learning rate.
+    Mean and sample standard deviation (None for one seed) are over the seeds at the best learning rate.
     """
     order = [*MODELS, *ABLATIONS]
     groups: dict[tuple[int, int], list[Result]] = {}
@@ -52,7 +52,9 @@ def gather(results: Sequence[Result]) -> dict[str, Any]:
 def _row(results: Sequence[Result]) -> dict[str, Any]:
     rate = best_learning_rate(results)
     chosen = {cell.seed: r for r in results if (cell := cell_of(r)).learning_rate == rate}
-    if (own := cell_of(results[0]).task.how.tuning_seeds) is not None:  # these chose the rate: others are reported
+    if (
+        own := cell_of(results[0]).task.how.tuning_seeds
+    ) is not None:  # these chose the rate, so other seeds are reported
         chosen = {seed: r for seed, r in chosen.items() if seed not in own} or chosen
     accuracies = [result["test_accuracy"] for result in chosen.values()]
     by_pairs = [result["test_accuracy_by_pairs"] for result in chosen.values()]
@@ -76,9 +78,10 @@ def _line(result: Result) -> dict[str, Any]:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """Rows are dimensions, columns models: mean test accuracy in percent (standard deviation over seeds), or '-'.
+    """Return the table in markdown: rows are dimensions, columns are models.
 
-    A star is behind what has not had all the learning rates that others had: its best one may still come.
+    A cell is the mean test accuracy in percent (standard deviation over seeds), or '-'. A star marks a model that has
+    not yet tried all learning rates of the others.
     """
     rows = table["table"]
     models = list(dict.fromkeys(row["model"] for row in rows))

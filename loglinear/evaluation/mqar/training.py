@@ -1,4 +1,4 @@
-"""One cell of the table: trained on the Trainer of transformers, stopped and continued exactly, and tested."""
+"""One cell of the table: trained with transformers' Trainer, stopped and resumed exactly, and tested."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from loglinear.training.trainer import LogLinearTrainer, quiet, training_argumen
 
 
 class Flag(Protocol):
-    """A `threading.Event`, or that of multiprocessing: somebody wants the training to stop."""
+    """A request to stop the training: an event of `threading` or of `multiprocessing`."""
 
     def is_set(self) -> bool: ...
 
@@ -43,16 +43,16 @@ _require_compiler = functools.cache(require_compiler)
 
 @functools.cache
 def _batches(task: RecallTask, split: str, device: str) -> list[RecallBatch]:
-    """A process makes the examples once, for all of its cells."""
+    """Return the batches of a split, which a process makes once for all its cells."""
     return recall_batches(task, split, device)
 
 
 def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
-    """Train and test a cell, or continue it, and write its result; None if `stop` was set before its end.
+    """Train or resume a cell, test it, and write and return its result. Return None if `stop` was set before its end.
 
-    What was stopped continues exactly: bit for bit on the CPU.
+    A stopped cell resumes exactly, bit for bit on the CPU.
 
-    Raises ValueError where `out` holds checkpoints of this cell with another task.
+    Raises ValueError if `out` holds checkpoints of this cell with another task.
     """
     if stop.is_set():
         return None
@@ -75,7 +75,7 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
     )
     if device == "cuda":
         _require_compiler(torch.device(device))
-        torch.compiler.reset()  # a process that trains many kinds of model would come to the compiler's limit of them
+        torch.compiler.reset()  # a process that trains many kinds of model would reach the compiler's limit
         compile_blocks(model)
         trainer.answer_loss = torch.compile(answer_loss)
     checkpoint = last_checkpoint(folder)
@@ -113,9 +113,9 @@ def _costs(trainer: RecallTrainer, seconds: float, steps_per_epoch: int) -> dict
 
 @torch.no_grad()
 def initialise_as_torch(model: LogLinearForCausalLM) -> None:
-    """Give the layers' linear maps PyTorch's own start values, and divide outputs by the root of the number of layers.
+    """Give the linear maps of the layers PyTorch's initial values, and divide outputs by the root of the layers.
 
-    Linear maps that start at zero keep doing so: they say that the model starts as its linear model.
+    Linear maps that start at zero still do: with them the model starts as the linear model.
     """
     for name, module in model.model.layers.named_modules():
         if isinstance(module, nn.Linear) and not hasattr(module, "initial_values"):
@@ -125,7 +125,7 @@ def initialise_as_torch(model: LogLinearForCausalLM) -> None:
 
 
 class RecallTrainer(LogLinearTrainer):
-    """The dataset's items are batches; vocabulary logits are computed at the queries only."""
+    """A Trainer whose items are batches. It computes vocabulary logits only at the queries."""
 
     answer_loss: Callable[[Tensor, Tensor], Tensor] = staticmethod(answer_loss)
 
@@ -134,13 +134,13 @@ class RecallTrainer(LogLinearTrainer):
         super().__init__(**options)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All parameters where the protocol decays all."""
+        """Return all parameters if the protocol decays all, otherwise those of the Trainer."""
         if self.protocol.decay_all:
             return [name for name, _ in model.named_parameters()]
         return super().get_decay_parameter_names(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-        """The cosine to zero, which falls once an epoch where the protocol says so."""
+        """Return the cosine to zero, which falls once an epoch if the protocol wants that."""
         if self.lr_scheduler is None and self.protocol.by_epoch:
             optimizer = self.optimizer if optimizer is None else optimizer
             epochs, steps = int(self.args.num_train_epochs), int(self.args.save_steps)
@@ -150,11 +150,11 @@ class RecallTrainer(LogLinearTrainer):
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: RecallBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        with self.accelerator.autocast():  # what `accelerate` wraps around the whole model's forward
+        with self.accelerator.autocast():  # `accelerate` wraps it only around the forward of the whole model
             return recall_loss(model, inputs, self.answer_loss)  # type: ignore[arg-type]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Accuracy and loss on the validation batches, into the state's log and to the callbacks."""
+        """Log accuracy and loss on the validation batches, pass them to the callbacks and return them."""
         scores = self.scores(self.eval_dataset)
         metrics = {"eval_accuracy": scores.mean, "eval_loss": scores.loss}
         self.log(dict(metrics))
@@ -162,14 +162,14 @@ class RecallTrainer(LogLinearTrainer):
         return metrics
 
     def scores(self, batches: Any) -> Scores:
-        """The model's answers, in the precision that it trains in."""
+        """Return the scores of the model in the precision of its training."""
         assert isinstance(self.model, LogLinearForCausalLM)
         self.model.eval()
         with self.accelerator.autocast():
             return recall_scores(self.model, batches)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Nobody reads this count, and it walks over all modules in every step."""
+        """Return 0. Nothing reads this count, and the Trainer's would walk over all modules in every step."""
         return 0
 
 
@@ -178,9 +178,9 @@ def _cosine_by_epoch(step: int, *, epochs: int, steps: int) -> float:
 
 
 class Course(TrainerCallback):
-    """When a cell's training ends: at the accuracy that is good enough, or early, with a checkpoint, on request.
+    """A callback that ends the training of a cell at the accuracy `good_enough`, or with a checkpoint on request.
 
-    The log of the Trainer's state, which is part of every checkpoint, also takes the seconds spent so far.
+    It adds the seconds so far to the log of the Trainer's state, which is part of every checkpoint.
     """
 
     def __init__(self, stop: Flag, good_enough: float) -> None:
@@ -190,14 +190,14 @@ class Course(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Spent in training and validation, over all the times that this cell was continued."""
+        """The seconds of training and validation, over all resumed parts of this cell."""
         return self.seconds_before + time.perf_counter() - self.began
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.seconds_before = max((record.get("seconds", 0.0) for record in state.log_history), default=0.0)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Not at a step that is validated: whether training goes on is decided there.
+        # Not at a step with validation, which decides by itself if training continues.
         if self.stop.is_set() and not control.should_evaluate:
             self.stopped = control.should_save = control.should_training_stop = True
             state.log_history.append({"step": state.global_step, "seconds": self.seconds})
@@ -207,11 +207,11 @@ class Course(TrainerCallback):
         record["seconds"] = self.seconds
         if record["eval_accuracy"] > self.good_enough:
             control.should_training_stop = True
-            control.should_save = False  # who continued from here would train on
+            control.should_save = False  # a run that resumed from here would train on
 
     @staticmethod
     def records(state: TrainerState) -> list[dict[str, float]]:
-        """Validation after each epoch."""
+        """Return the validation after each epoch."""
         return [
             {"step": record["step"], "accuracy": record["eval_accuracy"], "loss": record["eval_loss"]}
             for record in state.log_history
@@ -233,8 +233,8 @@ def _arguments(cell: RecallCell, folder: Path, steps_per_epoch: int) -> Training
         lr_scheduler_type="cosine",
         warmup_steps=0,
         seed=cell.seed,
-        dataloader_pin_memory=False,  # batches lie on the device already
-        logging_strategy="no",  # the loss of a step would be waited for
+        dataloader_pin_memory=False,  # batches are on the device already
+        logging_strategy="no",  # logging would wait for the loss of a step
         eval_steps=steps_per_epoch,
         save_steps=steps_per_epoch,
         save_total_limit=1,

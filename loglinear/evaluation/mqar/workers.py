@@ -1,4 +1,4 @@
-"""Many cells at once: worker processes on one device, one progress bar, and an end at which nothing is lost."""
+"""Many cells at once: worker processes on one device, one progress bar, and a stop that loses nothing."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from loglinear.recipes.mqar import RecallCell, RecallTable
 from loglinear.signals import ENDING, exit_code, ignored
 from loglinear.training.callbacks import StopEarly
 
-POLL_SECONDS = 0.5  # how late a signal or the end of the time is noticed
+POLL_SECONDS = 0.5  # delay until a signal or the end of the minutes is noticed
 
 
 class Progress(NamedTuple):
-    """How far a table is, and the signal that stopped it, if one did."""
+    """The state of a table, and the signal that stopped it, if any."""
 
     finished: int
     total: int
@@ -36,19 +36,19 @@ class Progress(NamedTuple):
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_table(
     table: RecallTable, out: Path, *, processes: int, minutes: float | None = None, progress: bool = True
 ) -> Progress:
-    """Run all cells of a table that `out` does not hold yet, `processes` at a time.
+    """Run all cells of a table without a result in `out`, `processes` at a time. Return how far the table is.
 
-    After some minutes, or on SIGINT, SIGTERM or SIGHUP, every running cell saves a checkpoint. The next call with the
-    same table and folder continues, and gives the results of one that was never stopped.
+    After `minutes`, or on SIGINT, SIGTERM or SIGHUP, every running cell saves a checkpoint. The next call with the same
+    table and folder continues, with the results of an uninterrupted one.
 
-    Raises ValueError for a folder with another task, and where a worker died.
+    Raises ValueError for a folder with another task, and if a worker dies.
     """
     results = read_results(out, table.task)
     for cell in _missing(table, results):
@@ -71,8 +71,8 @@ def run_table(
                 if early.is_due:
                     stop.set()
         except BrokenProcessPool:
-            if early.signal is None:  # one that reached the whole process group ends the workers too
-                raise ValueError("a worker process died, for lack of memory perhaps: give fewer --processes") from None
+            if early.signal is None:  # a signal to the process group ends the workers too
+                raise ValueError("a worker process died, perhaps for lack of memory: give fewer --processes") from None
         finally:
             stop.set()
     return Progress(_finished(table, results), len(table), early.signal)
@@ -82,11 +82,11 @@ def _result(future: Future[Result | None]) -> Result | None:
     try:
         return future.result()
     except torch.OutOfMemoryError as error:
-        raise ValueError("the device has too little memory for so many cells: give fewer --processes") from error
+        raise ValueError("the device has too little memory for that many cells: give fewer --processes") from error
 
 
 def _known(table: RecallTable, results: Mapping[str, Result]) -> list[RecallCell]:
-    """The cells that are known so far: a model's other seeds follow when its learning rate is chosen."""
+    """Return the cells that are known so far. The other seeds of a model follow when its learning rate is chosen."""
     cells = []
     for group in table.groups():
         sweep = table.sweep(*group)
@@ -98,7 +98,7 @@ def _known(table: RecallTable, results: Mapping[str, Result]) -> list[RecallCell
 
 
 def _missing(table: RecallTable, results: Mapping[str, Result]) -> list[RecallCell]:
-    """Those of them that can run now."""
+    """Return the known cells without a result."""
     return [cell for cell in _known(table, results) if cell.name not in results]
 
 
@@ -118,9 +118,9 @@ def _bar(table: RecallTable, results: Mapping[str, Result], progress: bool) -> t
 
 
 def _workers(processes: int) -> tuple[Executor, Event | threading.Event]:
-    """Who works, and the flag that stops them. One worker is a thread of this process: it starts at once.
+    """Return the workers and the flag that stops them. A single worker is a thread of this process and starts at once.
 
-    Processes start from a server that has imported everything and never used CUDA, whose users cannot be forked.
+    Processes fork from a server that has imported everything but never used CUDA, after which forking is impossible.
     """
     if processes == 1:
         flag = threading.Event()
@@ -129,7 +129,7 @@ def _workers(processes: int) -> tuple[Executor, Event | threading.Event]:
     context = multiprocessing.get_context("forkserver" if can_fork else "spawn")
     if can_fork:
         context.set_forkserver_preload([run_cell.__module__])
-        with ignored():  # a signal to all processes must leave the workers somebody to report to
+        with ignored():  # a signal to all processes must leave the workers a server to report to
             resource_tracker.ensure_running()
             forkserver.ensure_running()
     stop = context.Event()
@@ -149,14 +149,14 @@ def _share(stop: Event | threading.Event) -> None:
 def _start_process(stop: Event, threads: int) -> None:
     _share(stop)
     torch.set_num_threads(threads)
-    for number in ENDING:  # those of a terminal reach all its processes: the parent decides
+    for number in ENDING:  # those of a terminal reach all its processes, and the parent decides
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _this.terminate)  # also how the workers of a broken pool are ended
+    signal.signal(signal.SIGTERM, _this.terminate)  # a broken pool also ends its workers with it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed leaves no workers behind: they would write where its successor does."""
+    """End this process with its parent. A worker of a killed parent would write into the next run's files."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -164,7 +164,7 @@ def _end_with_parent() -> None:
 
 
 class _Worker:
-    """This process, and the flag that it shows its cell: the one that all workers share, or a SIGTERM to this one."""
+    """This worker, and the flag of its cell: set by the flag that all workers share, or by a SIGTERM to this one."""
 
     running = False
     signal: int | None = None
@@ -173,7 +173,7 @@ class _Worker:
         return self.signal is not None or _stop.is_set()
 
     def terminate(self, number: int, frame: object) -> None:
-        """End; a running cell saves its checkpoint first."""
+        """End this worker. A running cell saves its checkpoint first."""
         self.signal = number
         if not self.running:
             os._exit(exit_code(number))
