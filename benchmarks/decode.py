@@ -1,18 +1,18 @@
-"""What one token costs: a layer's step, and whole models by context, beside a KV cache.
+"""Cost of one token: a layer's step, and whole models by context, compared with a key/value cache.
 
     python -m benchmarks.decode --device cuda --out results/decode-h100.json
     python -m benchmarks.decode --out results/decode-cpu.json          # the demo's size, at 200 and at 20,000 tokens
 
-GPU times are of replayed CUDA graphs, of one step of a model or 64 of a layer, which runs over the 1,024 tokens up to
-its context, merges of blocks included; the bytes are those that its steps must read and write (`step_bytes`). Models
-stand where the most blocks are read, and sample greedily; a KV cache is given the least work there is (`ContextLayer`).
+GPU times are those of replayed CUDA graphs: one step of a model, or 64 steps of a layer. A layer runs over the 1,024
+tokens up to its context, merges of blocks included; `step_bytes` gives the bytes that its steps must read and write.
+Models are at a position where they read the most blocks, and sample greedily. A key/value cache does the least possible
+work (`ContextLayer`).
 """
 
 # N rows, B batch, T context, C chunk, M blocks, G groups, H heads, K key, V value, L levels
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +20,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from benchmarks.decoding_models import MODELS, build, cache_at
-from benchmarks.machine import about, check_options, command_line, keep
+from benchmarks.machine import about, announce, check_options, command_line, keep, progress_bar
+from loglinear.cli.console import print_table
 from loglinear.fenwick import num_levels
 from loglinear.models import LogLinearCache, LogLinearConfig, LogLinearForCausalLM
 from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
@@ -41,7 +40,7 @@ MODEL_STEPS = 50
 
 
 def step_bytes(position: int, G: int, H: int, K: int, V: int, blocks: int, delta: bool) -> int:
-    """Bytes of one row's step: the blocks that are there, the rows of the chunk, and at its end the blocks anew."""
+    """Return the bytes of one row's step: its blocks, the rows of its chunk, and at a chunk's end the merged blocks."""
     place, chunks = position % CHUNK, position // CHUNK
     state = 4 * H * K * V
 
@@ -56,14 +55,14 @@ def step_bytes(position: int, G: int, H: int, K: int, V: int, blocks: int, delta
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that a copy of 1 GiB reads and writes: the median of 20."""
+    """Return the bytes a second that a copy of 1 GiB reads and writes, as the median of 20."""
     x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     y = torch.empty_like(x)
     return 2 * x.numel() / statistics.median(times(lambda: y.copy_(x), 20)) * 1e3
 
 
 def times(run: Callable[[], Any], runs: int) -> list[float]:
-    """Milliseconds of each run, one queued behind the other."""
+    """Return the milliseconds of each run. The runs are queued one after the other."""
     run()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
     events[0].record()
@@ -75,7 +74,7 @@ def times(run: Callable[[], Any], runs: int) -> list[float]:
 
 
 def captured(run: Callable[[], Any], steps: int = 1) -> torch.cuda.CUDAGraph:
-    """A graph of so many runs; one runs before it."""
+    """Return a CUDA graph of `steps` runs, after one run that warms up."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -89,6 +88,7 @@ def captured(run: Callable[[], Any], steps: int = 1) -> torch.cuda.CUDAGraph:
 
 
 def layer_row(name: str, N: int, bandwidth: float) -> dict[str, Any]:
+    """Return the time, the bytes and the share of the bandwidth of a layer's step with N rows."""
     G, H, K, V = LAYERS[name]
     L, delta = num_levels(LAYER_CONTEXT), name.startswith("delta")
     state = FenwickState.zeros(
@@ -119,6 +119,7 @@ def layer_row(name: str, N: int, bandwidth: float) -> dict[str, Any]:
 
 @torch.no_grad()
 def model_row(name: str, model: LogLinearForCausalLM, B: int, T: int, compiled: bool = False) -> dict[str, Any]:
+    """Return the time and the memory of a model's step at batch B and context T."""
     row: dict[str, Any] = {"model": name + (", torch.compile" if compiled else ""), "B": B, "T": T}
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -139,6 +140,7 @@ def model_row(name: str, model: LogLinearForCausalLM, B: int, T: int, compiled: 
 
 
 def on_gpu(progress: Progress, keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """Return the rows of all layers and models. `keep` is called after every model's row."""
     bandwidth = copy_bandwidth()
     rows: list[dict[str, Any]] = [{"copy_gb_per_second": bandwidth / 1e9}]
     task = progress.add_task("layers", total=len(LAYERS) * 2 + len(MODELS))
@@ -148,12 +150,13 @@ def on_gpu(progress: Progress, keep: Callable[[list[dict[str, Any]]], None]) -> 
             progress.advance(task)
     keep(rows)
     for name in MODELS:
-        progress.update(task, description=name)
+        announce(progress, task, name)
         model = build(name, "cuda", torch.bfloat16)
         for T in CONTEXTS:
             for B in BATCHES:
                 rows.append(model_row(name, model, B, T))
-                progress.console.print(rows[-1])
+                time = rows[-1].get("failed") or f"{rows[-1]['ms']:.2f} ms"
+                progress.console.print(f"{name}, B {B}, T {T:,}: {time}", highlight=False)
                 keep(rows)
         if not name.startswith("linear"):
             rows.append(model_row(name, model, 1, CONTEXTS[1], compiled=True))
@@ -165,7 +168,7 @@ def on_gpu(progress: Progress, keep: Callable[[list[dict[str, Any]]], None]) -> 
 
 @torch.no_grad()
 def on_cpu(progress: Progress, steps: int, contexts: tuple[int, ...] = (200, 20_000)) -> list[dict[str, Any]]:
-    """The demo's model and a Transformer of its size, float32, after reading a prompt of each length."""
+    """Return the step times of the demo's models and of a Transformer of the same size, float32, by prompt length."""
     demo = get_recipe("demo").model_config().to_dict()
     kinds: dict[str, dict[str, Any]] = {
         "log-linear Mamba-2": {},
@@ -187,7 +190,7 @@ def on_cpu(progress: Progress, steps: int, contexts: tuple[int, ...] = (200, 20_
             progress.advance(task)
     token = torch.zeros(1, 1, dtype=torch.long)
     for number in progress.track(range(steps + 3), description="steps"):
-        for key, cache in caches.items():  # in turn, so that a slow moment meets all
+        for key, cache in caches.items():  # in turn, so that a slow moment affects all of them
             start = time.perf_counter()
             models[key[0]](token, past_key_values=cache)
             if number >= 3:
@@ -198,41 +201,39 @@ def on_cpu(progress: Progress, steps: int, contexts: tuple[int, ...] = (200, 20_
     ]
 
 
-def show(rows: list[dict[str, Any]], console: Console) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a table of the layers, if there are any, and a table of the models."""
     layers = [row for row in rows if "layer" in row]
     if layers:
-        table = Table(title=f"one layer's step at T {LAYER_CONTEXT:,}")
-        for column in ("", "rows", "us", "MiB that it must move", "of the copy's bandwidth"):
-            table.add_column(column)
-        for row in layers:
-            share = f"{row['bandwidth_share']:.0%}"
-            table.add_row(row["layer"], str(row["N"]), f"{row['us']:.1f}", f"{row['mib_per_step']:.1f}", share)
-        console.print(table)
-    models = [row for row in rows if "model" in row]
-    table = Table(title="ms a step, by batch and context")
-    places = list(dict.fromkeys((row["B"], row["T"]) for row in models))
-    for column in ("", *(f"B {B}, T {T:,}" for B, T in places)):
-        table.add_column(column)
-    for name in dict.fromkeys(row["model"] for row in models):
-        mine = {(row["B"], row["T"]): row for row in models if row["model"] == name}
-        cells = [mine.get(place, {"failed": ""}) for place in places]
-        table.add_row(name, *(row.get("failed", f"{row.get('ms', 0):.2f}") for row in cells))
-    console.print(table)
+        columns = ["", "rows", "us", "MiB to move", "of a copy's bandwidth"]
+        numbers = [[f"{r['us']:.1f}", f"{r['mib_per_step']:.1f}", f"{r['bandwidth_share']:.0%}"] for r in layers]
+        named = [[row["layer"], str(row["N"]), *cells] for row, cells in zip(layers, numbers, strict=True)]
+        print_table(f"Step of one layer at T {LAYER_CONTEXT:,}", columns, named)
+    models = {(row["model"], row["B"], row["T"]): row for row in rows if "model" in row}
+    places = list(dict.fromkeys((B, T) for _, B, T in models))
+    table = []
+    for name in dict.fromkeys(name for name, _, _ in models):
+        mine = [models.get((name, *place), {"failed": ""}) for place in places]
+        table.append([name, *(row.get("failed", f"{row.get('ms', 0):.2f}") for row in mine)])
+    print_table("Milliseconds a step by batch and context", ["", *(f"B {B}, T {T:,}" for B, T in places)], table)
 
 
 def main(
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    steps: Annotated[int, typer.Option(help="timed steps; the median counts (cpu)")] = 100,
-    out: Annotated[Path | None, typer.Option(help="write the numbers to this JSON file")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    steps: Annotated[int, typer.Option(help="Timed steps on a CPU, of which the median counts.")] = 100,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
-    """Time decoding steps. cpu: the demo's size. cuda: one layer, and the paper's models by context and batch."""
+    """Time the steps of decoding.
+
+    cpu: models of the demo's size. cuda: one layer, and the paper's models by context and batch.
+    """
     check_options(device, out, steps=steps)
     described = about("decode", device)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with progress_bar() as progress:
         rows = (
             on_gpu(progress, lambda rows: keep(out, described, rows)) if device == "cuda" else on_cpu(progress, steps)
         )
-    show(rows, Console(width=None if sys.stdout.isatty() else 200))
+    show(rows)
     keep(out, described, rows)
 
 

@@ -1,4 +1,4 @@
-"""The models whose decoding and memory are measured, and caches that stand at any context without having read it."""
+"""The models of the decoding and memory benchmarks, and caches at any context that they never read."""
 
 # B batch, S columns so far, G key/value heads, K head width
 from __future__ import annotations
@@ -12,7 +12,7 @@ from loglinear.models import LogLinearCache, LogLinearConfig, LogLinearForCausal
 from loglinear.models.cache import KeyValueLayer, LinearStateLayer
 from loglinear.recipes import get_recipe
 
-LEVELS = 18  # of a model for 131,072 tokens, at whatever context it is measured
+LEVELS = 18  # of a model for 131,072 tokens, at every measured context
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "log-linear Mamba-2": ("paper_mamba2", {"num_levels": LEVELS}),
     "linear Mamba-2": ("paper_mamba2", {"num_levels": 1}),
@@ -23,7 +23,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(name: str, device: str, dtype: torch.dtype) -> LogLinearForCausalLM:
-    """Random weights."""
+    """Return a model with random weights."""
     recipe, changes = MODELS[name]
     torch.manual_seed(0)
     with torch.device(device):
@@ -33,8 +33,10 @@ def build(name: str, device: str, dtype: torch.dtype) -> LogLinearForCausalLM:
 
 
 class ContextLayer(KeyValueLayer):
-    """Keys and values of a context that is there: the next token is always written behind it, and attention reads
-    exactly as many columns. No copy, no mask: the least that a step with a KV cache can do."""
+    """Keys and values of a complete context. The next token is always written to its end.
+
+    Attention reads exactly as many columns, without a copy or a mask: the least work of a step with a key/value cache.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -58,10 +60,11 @@ class ContextLayer(KeyValueLayer):
 
 @torch.no_grad()
 def cache_at(model: LogLinearForCausalLM, rows: int, context: int, static: bool = False) -> LogLinearCache:
-    """A cache of `rows` sequences of `context` tokens with random contents: what a step costs does not depend on them.
-    static: linear layers as generate(cache_implementation="static") has them.
+    """Return a cache of `rows` sequences of `context` tokens with random contents, which do not change a step's cost.
 
-    Rows stand just before the end of the context, where the most blocks of the Fenwick tree are there."""
+    Rows are just before the end of the context, where a token reads the most blocks. `static` makes linear layers as
+    generate(cache_implementation="static") does.
+    """
     config, weight = model.config, model.lm_head.weight
     cache = LogLinearCache(config, 1 << 30 if static and "linear_attention" in (config.layer_types or []) else None)
     assert config.layer_types is not None and config.num_key_value_heads and config.attention_head_dim

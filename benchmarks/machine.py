@@ -1,4 +1,4 @@
-"""What every result carries: the command, the machine and the versions."""
+"""The parts that all benchmarks share: options, progress, results with their command, machine and versions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 import loglinear
 from loglinear.cli import execute
@@ -19,14 +21,14 @@ LARGEST = 2**31 - 1
 
 
 def command_line(main: Callable[..., None], name: str) -> None:
-    """The command line of a benchmark: a mistake is one line and exit code 2, as with `loglinear`."""
+    """Run the command line of a benchmark. A mistake ends with one line and exit code 2, as with `loglinear`."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(main)
     execute(app, f"python -m benchmarks.{name}")
 
 
 def check_options(device: str, out: Path | None, **counts: int | list[int] | None) -> None:
-    """One line for options that could not work, before anything is measured: counts are at least 1."""
+    """Raise BadParameter, before anything is measured, for options that cannot work. Counts are at least 1."""
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"--device must be cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -41,8 +43,21 @@ def check_options(device: str, out: Path | None, **counts: int | list[int] | Non
                 raise typer.BadParameter(f"--{name} must lie between 1 and {LARGEST}, got {value}")
 
 
+def progress_bar() -> Progress:
+    """Return a progress bar on standard error with the time so far."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def announce(progress: Progress, task: TaskID, text: str) -> None:
+    """Show the current measurement: on the bar, or in a line of its own where there is no terminal."""
+    progress.update(task, description=text)
+    if not progress.console.is_terminal:
+        print(text, file=sys.stderr, flush=True)
+
+
 def keep(out: Path | None, described: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Writes what has been measured so far, atomically: a run that is cut off loses nothing."""
+    """Write the rows so far atomically, so that an interrupted run loses nothing."""
     if out is not None:
         temporary = out.with_suffix(".tmp")
         temporary.write_text(json.dumps({"about": described, "rows": rows}, indent=1) + "\n")
@@ -50,6 +65,7 @@ def keep(out: Path | None, described: dict[str, Any], rows: list[dict[str, Any]]
 
 
 def about(script: str, device: str) -> dict[str, Any]:
+    """Return the command, the machine and the versions of a result."""
     versions = {"loglinear": loglinear.__version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     machine: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     if device == "cuda":

@@ -3,8 +3,8 @@
     python -m benchmarks.memory --out results/memory-h100.json
     python -m experiments.figures                                   # draws them
 
-GiB that the device held at the peak, weights included (training: and gradients; one row, every block checkpointed, no
-optimizer), and what one sequence leaves in the cache. Weights are random and bf16.
+The peak is in GiB and includes the weights. Training also has gradients, and one row with every block checkpointed, but
+no optimizer. Another number is the size of one sequence's cache. Weights are random and bf16.
 """
 
 # T tokens
@@ -17,19 +17,18 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from benchmarks.decoding_models import MODELS, build, cache_at
-from benchmarks.machine import about, check_options, command_line, keep
+from benchmarks.machine import about, announce, check_options, command_line, keep, progress_bar
+from loglinear.cli.console import print_table
 from loglinear.models import LogLinearForCausalLM
 
 LENGTHS = (1024, 4096, 16_384, 65_536, 131_072)
 
 
 def prefill(model: LogLinearForCausalLM, T: int) -> dict[str, Any]:
-    """Tokens in, one row of logits and a cache out."""
+    """Read T tokens, and return the time and the size of the cache."""
     with torch.no_grad():
         tokens = torch.zeros(1, T, dtype=torch.long, device="cuda")
         start = time.perf_counter()
@@ -39,6 +38,7 @@ def prefill(model: LogLinearForCausalLM, T: int) -> dict[str, Any]:
 
 
 def decode(model: LogLinearForCausalLM, T: int) -> dict[str, Any]:
+    """Decode a token at context T, and return the size of the cache."""
     with torch.no_grad():
         cache = cache_at(model, 1, T)
         model(torch.zeros(1, 1, dtype=torch.long, device="cuda"), past_key_values=cache)
@@ -46,6 +46,7 @@ def decode(model: LogLinearForCausalLM, T: int) -> dict[str, Any]:
 
 
 def training(model: LogLinearForCausalLM, T: int) -> dict[str, Any]:
+    """Compute the gradients of T tokens, and return the time."""
     tokens = torch.zeros(1, T, dtype=torch.long, device="cuda")
     model.train()
     model.gradient_checkpointing_enable()
@@ -64,18 +65,19 @@ WORK: dict[str, Callable[[LogLinearForCausalLM, int], dict[str, Any]]] = {
 
 
 def measure(progress: Progress, keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """Return a row for each model, work and length. `keep` is called after every row."""
     rows: list[dict[str, Any]] = []
     task = progress.add_task("", total=len(MODELS) * len(WORK) * len(LENGTHS))
     for name in MODELS:
         model = build(name, "cuda", torch.bfloat16)
         for work, run in WORK.items():
             for T in LENGTHS:
-                progress.update(task, description=f"{name}, {work}, T {T:,}")
+                announce(progress, task, f"{name}, {work}, T {T:,}")
                 row: dict[str, Any] = {"model": name, "work": work, "T": T}
                 model.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
                 try:
-                    run(model, min(T, 4096))  # what is made once, kernels and tables
+                    run(model, min(T, 4096))  # makes kernels and tables once
                     model.zero_grad(set_to_none=True)
                     torch.cuda.reset_peak_memory_stats()
                     row |= run(model, T)
@@ -89,27 +91,26 @@ def measure(progress: Progress, keep: Callable[[list[dict[str, Any]]], None]) ->
     return rows
 
 
-def show(rows: list[dict[str, Any]], console: Console) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a table for each kind of work."""
     lengths = list(dict.fromkeys(row["T"] for row in rows))
     for work in dict.fromkeys(row["work"] for row in rows):
-        table = Table(title=f"{work}: GiB at the peak")
-        for column in ("", *(f"T {T:,}" for T in lengths)):
-            table.add_column(column)
+        cells = []
         for name in dict.fromkeys(row["model"] for row in rows):
             mine = {row["T"]: row for row in rows if (row["model"], row["work"]) == (name, work)}
-            table.add_row(name, *(mine[T].get("failed") or f"{mine[T]['peak_gib']:.2f}" for T in mine))
-        console.print(table)
+            cells.append([name, *(mine[T].get("failed") or f"{mine[T]['peak_gib']:.2f}" for T in mine)])
+        print_table(f"{work}: GiB at the peak", ["", *(f"T {T:,}" for T in lengths)], cells)
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="write the numbers to this JSON file")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
     """Measure memory by length on a GPU."""
     check_options("cuda", out)
     described = about("memory", "cuda")
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with progress_bar() as progress:
         rows = measure(progress, lambda rows: keep(out, described, rows))
-    show(rows, Console(width=200))
+    show(rows)
 
 
 if __name__ == "__main__":

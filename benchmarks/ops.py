@@ -1,19 +1,20 @@
-"""Time and memory of the operators beside their peers, in one run on one machine.
+"""Time and memory of the operators and their peers, in one run on one machine.
 
     python -m benchmarks.ops                              # this machine's CPU; docs/benchmarks/operators.md
     python -m benchmarks.ops --lengths 4096 --out ops.json
-    python -m benchmarks.ops --lengths 4096 --neighbours 2       # beside two processes that compute and allocate
+    python -m benchmarks.ops --lengths 4096 --neighbours 2       # with two busy processes beside it
     PYTHONPATH=.peers/fla:.peers/mamba:. python -m benchmarks.ops --device cuda      # see ops_gpu.py
 
-Correctness comes first: every configuration is compared with the float64 result before it is timed. Times are medians
-over rounds in which all candidates of a length run in turn, so that a slow moment meets all of them. Beside them
-stands the processor time of all threads, which waiting for a processor does not change. Peak memory
-is the growth of the resident set in a fresh process, inputs included.
+Every configuration is compared with the float64 result before it is timed. Times are medians over rounds. In each round
+all candidates of a length run in turn, so that a slow moment affects all of them. The processor time of all threads is
+measured too, which does not grow while they wait for a processor. Peak memory is the growth of the resident set of a
+fresh process, inputs included.
 """
 
 # B batch, T time, H heads, K key, V value, L levels
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import statistics
@@ -28,19 +29,18 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks import ops_gpu
-from benchmarks.machine import about, check_options, command_line, keep
+from benchmarks.machine import about, announce, check_options, command_line, keep, progress_bar
+from loglinear.cli.console import print_table
 from loglinear.fenwick import num_levels
 from loglinear.ops import LogLinearOutput, log_linear_attention, log_linear_delta_rule
 
 HEADS, KEY, VALUE = 8, 64, 64
 LENGTHS = [2048, 4096, 8192, 16384, 32768]
-PEER_LIMIT = 8192  # transformers' Mamba-2 core and softmax attention take minutes beyond
+PEER_LIMIT = 8192  # beyond it transformers' Mamba-2 core and softmax attention take minutes
 FLOAT32_BUDGET = 1e-6
 OPERATORS: dict[str, Callable[..., LogLinearOutput]] = {
     "scalar_gate": log_linear_attention,
@@ -49,7 +49,7 @@ OPERATORS: dict[str, Callable[..., LogLinearOutput]] = {
 
 
 def make_inputs(family: str, T: int, levels: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """q, k, v, log_decay, (beta,) level_scales; B 1, one group per head, unit keys."""
+    """Return q, k, v, log_decay, (beta,) level_scales: B 1, one group per head, unit keys."""
     generator = torch.Generator().manual_seed(T)
 
     def normal(*shape: int) -> Tensor:
@@ -64,17 +64,19 @@ def make_inputs(family: str, T: int, levels: int, dtype: torch.dtype = torch.flo
 
 
 def forward(family: str, inputs: list[Tensor]) -> Callable[[], Any]:
+    """Return a function that computes the output."""
     return lambda: OPERATORS[family](*inputs).output
 
 
 def forward_backward(family: str, inputs: list[Tensor]) -> Callable[[], Any]:
+    """Return a function that computes the output and every gradient."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     weight = torch.ones_like(inputs[2])
     return lambda: torch.autograd.grad(OPERATORS[family](*leaves).output, leaves, weight)
 
 
 def peers(family: str, T: int) -> dict[str, Callable[[], Any]]:
-    """What others do for the same shape: linear models in pure PyTorch, and softmax attention."""
+    """Return peers for the same shape: linear models in pure PyTorch, and softmax attention."""
     q, k, v, log_decay, *beta, _ = make_inputs(family, T, 1)
     if family == "delta_rule":
         from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
@@ -91,7 +93,7 @@ def peers(family: str, T: int) -> dict[str, Callable[[], Any]]:
 
 
 def check(family: str, T: int, levels: int) -> float:
-    """||output - float64|| / ||float64|| of the float32 forward."""
+    """Return ||output - float64|| / ||float64|| of the float32 forward. Exits if it is too large."""
     single, double = (
         forward(family, make_inputs(family, T, levels, dtype))() for dtype in (torch.float32, torch.float64)
     )
@@ -111,7 +113,7 @@ while True:
 
 @contextmanager
 def busy_neighbours(count: int) -> Iterator[None]:
-    """Beside `count` processes, each of which computes on one thread and takes fresh memory all the time."""
+    """Run `count` processes in this context, each of which computes on one thread and allocates all the time."""
     processes = [subprocess.Popen([sys.executable, "-c", NEIGHBOUR]) for _ in range(count)]
     try:
         time.sleep(5 if count else 0)  # they import torch first
@@ -123,7 +125,7 @@ def busy_neighbours(count: int) -> Iterator[None]:
 
 
 def median_times(candidates: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds of each candidate, by the clock and of the processor: medians over rounds, after one warm-up."""
+    """Return the milliseconds of each candidate by the clock and by processor: medians over rounds after a warm-up."""
     clock: dict[str, list[float]] = {name: [] for name in candidates}
     processor: dict[str, list[float]] = {name: [] for name in candidates}
     for round_number in range(rounds + 1):
@@ -140,7 +142,7 @@ def median_times(candidates: dict[str, Callable[[], Any]], rounds: int) -> tuple
 
 
 def peak_memory(family: str, T: int, backward: bool) -> dict[str, float]:
-    """MiB of a fresh process beyond its imports, and the ratio to the size of the inputs and the output."""
+    """Return the peak of a fresh process beyond its imports in MiB, and its ratio to the inputs and the output."""
     code = f"from benchmarks.ops import memory_probe; memory_probe({family!r}, {T}, {backward})"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
@@ -148,10 +150,12 @@ def peak_memory(family: str, T: int, backward: bool) -> dict[str, float]:
 
 
 def memory_probe(family: str, T: int, backward: bool) -> None:
-    """Prints the peak of this (fresh, Linux) process between the inputs' creation and the end of one call."""
+    """Print the peak of this fresh process from the creation of the inputs to the end of one call. Linux only."""
     run = forward_backward if backward else forward
-    run(family, make_inputs(family, 256, 9))()  # code and thread pools are loaded
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    run(family, make_inputs(family, 256, 9))()  # loads code and thread pools
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # or the call would reuse the memory of the first one, and short sequences would seem to take none
+    Path("/proc/self/clear_refs").write_text("5")  # the peak restarts from here
     before = resident_peak()
     inputs = make_inputs(family, T, num_levels(T))
     result = run(family, inputs)()
@@ -162,16 +166,18 @@ def memory_probe(family: str, T: int, backward: bool) -> None:
 
 
 def resident_peak() -> int:
+    """Return the peak of the resident set in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def measure(lengths: list[int], rounds: int, progress: Progress) -> list[dict[str, Any]]:
+    """Return a row for each operator and length."""
     rows = []
     task = progress.add_task("operators", total=len(OPERATORS) * len(lengths))
     for family in OPERATORS:
         for T in lengths:
-            progress.update(task, description=f"{family}, T {T}")
+            announce(progress, task, f"{family}, T {T:,}")
             full, one = num_levels(T), 1
             row: dict[str, Any] = {"family": family, "T": T, "levels": full, "error": check(family, T, full)}
             inputs, linear = make_inputs(family, T, full), make_inputs(family, T, one)
@@ -197,45 +203,48 @@ def measure(lengths: list[int], rounds: int, progress: Progress) -> list[dict[st
     return rows
 
 
-def show(rows: list[dict[str, Any]], console: Console) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the times, the processor times and the peak memory of each operator."""
     for family in OPERATORS:
         mine = [row for row in rows if row["family"] == family]
-        table = Table(title=f"{family}: milliseconds (peers: and their time / our forward)")
-        table.add_column("", no_wrap=True)
-        for row in mine:
-            table.add_column(f"T {row['T']:,}", justify="right")
-        for name in dict.fromkeys(name for row in mine for name in row["ms"]):
-            table.add_row(name, *(cell(row["ms"], name) for row in mine))
-        table.add_row("x per doubling", *(f"{row['doubling']:.2f}" if "doubling" in row else "" for row in mine))
-        table.add_row("error against float64", *(f"{row['error']:.1e}" for row in mine))
-        console.print(table)
-        for row in mine:
-            times = ", ".join(f"{name} {ms:.0f}" for name, ms in row["processor_ms"].items())
-            console.print(f"{family}, T {row['T']:,}: processor milliseconds: {times}")
-        for row in mine:
-            for name, memory in row.get("memory", {}).items():
-                console.print(
-                    f"{family}, T {row['T']:,}, {name}: peak {memory['peak_mib']:.0f} MiB, "
-                    f"{memory['ratio']:.2f}x the inputs and the output ({memory['inputs_and_output_mib']:.0f} MiB)"
-                )
+        columns = ["", *(f"T {row['T']:,}" for row in mine)]
+        names = list(dict.fromkeys(name for row in mine for name in row["ms"]))
+        times = [[name, *(cell(row["ms"], name) for row in mine)] for name in names]
+        times.append(["x per doubling", *(f"{row['doubling']:.2f}" if "doubling" in row else "" for row in mine)])
+        times.append(["error against float64", *(f"{row['error']:.1e}" for row in mine)])
+        print_table(f"{family}: milliseconds (peers: ratio to our forward)", columns, times)
+        processor = [[name, *(f"{row['processor_ms'].get(name, 0):.0f}" for row in mine)] for name in names]
+        print_table(f"{family}: milliseconds of the processor, all threads", columns, processor)
+        memory = [
+            [f"{name}, T {row['T']:,}", *(f"{of[part]:.1f}" for part in ("peak_mib", "inputs_and_output_mib", "ratio"))]
+            for row in mine
+            for name, of in row.get("memory", {}).items()
+        ]
+        print_table(f"{family}: memory", ["", "peak MiB", "inputs and output MiB", "ratio"], memory)
 
 
 def cell(ms: dict[str, float], name: str) -> str:
+    """Return a time, for a peer with its ratio to our forward."""
     if name not in ms:
         return ""
     return f"{ms[name]:.0f}" + ("" if name.startswith("forward") else f" ({ms[name] / ms['forward']:.1f}x)")
 
 
 def main(
-    lengths: Annotated[list[int] | None, typer.Option(help="sequence lengths; on cuda of those of the shapes")] = None,
-    rounds: Annotated[int, typer.Option(help="timed rounds; the median counts (cpu)")] = 5,
-    threads: Annotated[int, typer.Option(help="CPU threads (0: torch's default)")] = 0,
-    neighbours: Annotated[int, typer.Option(min=0, help="busy processes beside it (cpu)")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    shape: Annotated[list[str] | None, typer.Option(help="which of the shapes of ops_gpu.py (cuda)")] = None,
-    out: Annotated[Path | None, typer.Option(help="write the numbers to this JSON file")] = None,
+    lengths: Annotated[
+        list[int] | None, typer.Option(help="Sequence length, on cuda one of a shape's; repeatable.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds on a CPU, of which the median counts.")] = 5,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 means torch's default.")] = 0,
+    neighbours: Annotated[int, typer.Option(min=0, help="Busy processes beside it on a CPU.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    shape: Annotated[list[str] | None, typer.Option(help="Shape of ops_gpu.py for cuda; repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
-    """Time the operators beside their peers. cpu: B 1, H 8, K 64, V 64, float32, full levels."""
+    """Time the operators and their peers.
+
+    cpu: B 1, H 8, K 64, V 64, float32, all levels. cuda: the shapes of ops_gpu.py in bf16.
+    """
     check_options(device, out, rounds=rounds, lengths=lengths, threads=threads or None)
     names = [s.name for s in ops_gpu.SHAPES]
     for name in shape or ():
@@ -243,19 +252,18 @@ def main(
             raise typer.BadParameter(f"--shape must be one of {', '.join(names)}, got {name!r}")
     if threads:
         torch.set_num_threads(threads)
-    console = Console(width=None if sys.stdout.isatty() else 200)
     described = about("ops", device)
     if device == "cpu":
         described["neighbours"] = neighbours
         described["shape"] = {"B": 1, "H": HEADS, "K": KEY, "V": VALUE, "dtype": "float32"}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with progress_bar() as progress:
         if device == "cuda":
             shapes = [s for s in ops_gpu.SHAPES if shape is None or s.name in shape]
             rows = ops_gpu.measure(shapes, lengths, progress, lambda rows: keep(out, described, rows))
         else:
             with busy_neighbours(neighbours):
                 rows = measure(sorted(lengths or LENGTHS), rounds, progress)
-    (ops_gpu.show if device == "cuda" else show)(rows, console)
+    (ops_gpu.show if device == "cuda" else show)(rows)
     keep(out, described, rows)
 
 

@@ -1,7 +1,8 @@
-"""The GPU half of `benchmarks.ops`: log-linear attention beside its peers in one run, forward and backward.
+"""The GPU half of `benchmarks.ops`: log-linear attention and its peers in one run, forward and backward.
 
-The peers are not installed by this project; what is importable is measured. `PYTHONPATH=.peers/fla:.peers/mamba`
-is how flash-linear-attention and mamba-ssm were given here. Every kernel of ours is compared with float64 first.
+This project does not install the peers; every importable one is measured. The published runs found
+flash-linear-attention and mamba-ssm with `PYTHONPATH=.peers/fla:.peers/mamba`. Every kernel of this library is compared
+with float64 first.
 """
 
 # B batch, T time, G groups, H heads, K key, V value, L levels
@@ -14,15 +15,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks.machine import announce
+from loglinear.cli.console import print_table
 from loglinear.fenwick import num_levels
 from loglinear.ops import log_linear_attention, log_linear_delta_rule
 
-SECONDS = 0.25  # of device time for one figure, at least MIN_RUNS runs
+SECONDS = 0.25  # of device time for one number, with at least MIN_RUNS runs
 MIN_RUNS = 5
 BF16_BUDGET = {False: 3.5e-3, True: 7e-3}  # of the scalar gate, of the delta rule
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -30,6 +31,8 @@ LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 @dataclass(frozen=True)
 class Shape:
+    """Sizes of an operator's inputs, with the lengths to measure."""
+
     name: str
     B: int
     H: int
@@ -52,8 +55,10 @@ SHAPES = [
 
 
 def make_inputs(s: Shape, T: int, levels: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """q, k, v, log_decay, level_scales as a Mamba-2 layer makes them: v = x dt, log_decay = A dt. For the delta rule as
-    Gated DeltaNet's: unit q and k, and beta between 0 and 1 before level_scales."""
+    """Return q, k, v, log_decay, level_scales as a Mamba-2 layer makes them: v = x dt, log_decay = A dt.
+
+    For the delta rule they are those of Gated DeltaNet: unit q and k, and beta between 0 and 1 before level_scales.
+    """
     generator = torch.Generator("cuda").manual_seed(T)
 
     def normal(*shape: int) -> Tensor:
@@ -65,7 +70,7 @@ def make_inputs(s: Shape, T: int, levels: int, dtype: torch.dtype = torch.bfloat
     if not s.delta:
         v.mul_(dt[..., None])
     scales = torch.empty(s.B, T, s.H, levels, dtype=dtype, device="cuda")
-    for b in range(s.B):  # no float32 copy of all of it
+    for b in range(s.B):  # avoids a float32 copy of the whole tensor
         scales[b] = F.softplus(torch.randn(T, s.H, levels, generator=generator, device="cuda", dtype=dtype))
     if s.delta:
         q, k = (F.normalize(normal(s.G, s.K), dim=-1).to(dtype) for _ in range(2))
@@ -75,13 +80,14 @@ def make_inputs(s: Shape, T: int, levels: int, dtype: torch.dtype = torch.bfloat
 
 
 def operator(s: Shape, impl: str) -> Callable[..., Tensor]:
+    """Return the operator of a shape as a function of its inputs."""
     function = log_linear_delta_rule if s.delta else log_linear_attention
     scale = s.K**-0.5 if s.delta else 1.0
     return lambda *leaves: function(*leaves, scale=scale, impl=impl).output
 
 
 def candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
-    """name -> (function of leaves, leaves). A peer that cannot be imported is left out."""
+    """Return name -> (function of leaves, leaves). A peer that cannot be imported is left out."""
     inputs = make_inputs(s, T, num_levels(T))
     ours, scales = operator(s, "triton"), inputs[-1]
     found: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
@@ -125,8 +131,10 @@ def candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[
 
 
 def delta_rule_peers(inputs: list[Tensor]) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
-    """fla's linear Gated DeltaNet. Its backward refuses Triton 3.4 to 3.7.0 on Hopper, where it is wrong: it is let run
-    here for its time alone."""
+    """Return fla's linear Gated DeltaNet.
+
+    Its backward refuses Triton 3.4 to 3.7.0 on Hopper, where it is wrong. Here it runs all the same, only for its time.
+    """
     try:
         import fla.ops.common.chunk_o as stages
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
@@ -140,8 +148,10 @@ def delta_rule_peers(inputs: list[Tensor]) -> dict[str, tuple[Callable[..., Tens
 
 
 def median_ms(run: Callable[[], Any]) -> float:
-    """Median of single runs between device events. Runs are queued one behind the other, so that the time the host
-    takes to launch counts only where the device has to wait for it."""
+    """Return the median of single runs between device events.
+
+    Runs are queued one after the other, so the CPU's time for launches counts only if the device waits for it.
+    """
     run()
     torch.cuda.synchronize()
     clock = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -161,7 +171,7 @@ def median_ms(run: Callable[[], Any]) -> float:
 
 
 def figures(function: Callable[..., Tensor], leaves: list[Tensor], graph: bool) -> dict[str, float]:
-    """Milliseconds and peak memory beyond the inputs; with `graph` also of a replayed CUDA graph."""
+    """Return milliseconds and peak memory beyond the inputs, with `graph` also the times of a replayed CUDA graph."""
     with torch.no_grad():
         forward = median_ms(lambda: function(*leaves))
     leaves = [x.detach().requires_grad_() for x in leaves]
@@ -186,7 +196,7 @@ def figures(function: Callable[..., Tensor], leaves: list[Tensor], graph: bool) 
 
 
 def check(s: Shape) -> float:
-    """||output - float64|| / ||float64|| at T 2,048, four heads (one group) at most."""
+    """Return ||output - float64|| / ||float64|| at T 2,048 with at most four heads and groups. Exits if it is large."""
     few = Shape(s.name, 1, min(4, s.H), min(4, s.G), s.K, s.V, (), delta=s.delta)
     inputs = make_inputs(few, 2048, 12)
     exact = operator(s, "torch")(*(x.double() for x in inputs))
@@ -202,7 +212,7 @@ def measure(
     progress: Progress,
     keep: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
-    """One row for each shape and length, in the order of `lengths` where given; `keep` is called after every figure."""
+    """Return a row for each shape and length, in the order of `lengths` if given. `keep` is called after each one."""
     rows: list[dict[str, Any]] = []
     for s in shapes:
         error = check(s)
@@ -211,33 +221,33 @@ def measure(
             rows.append(row)
             task = progress.add_task(f"{s.name}, T {T}", total=None)
             for name, (function, leaves) in candidates(s, T).items():
-                progress.update(task, description=f"{s.name}, T {T}, {name}")
+                announce(progress, task, f"{s.name}, T {T:,}, {name}")
                 try:
                     row["figures"][name] = figures(function, leaves, graph=T == 2048 and name.startswith("loglinear"))
                 except Exception as failure:  # a peer that cannot run this shape is part of the result
                     if name.startswith("loglinear"):
                         raise
                     row["figures"][name] = {"failed": f"{type(failure).__name__}: {str(failure)[:200]}"}
-                progress.console.print(s.name, T, name, row["figures"][name])
+                found = cell(row["figures"][name])
+                progress.console.print(f"{s.name}, T {T:,}, {name}: {found}", highlight=False)
                 keep(rows)
                 torch.cuda.empty_cache()
             progress.remove_task(task)
     return rows
 
 
-def show(rows: list[dict[str, Any]], console: Console) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a table for each shape."""
     for shape in dict.fromkeys(row["shape"] for row in rows):
         mine = [row for row in rows if row["shape"] == shape]
-        table = Table(title=f"{shape}: ms forward / forward+backward, GiB (error {mine[0]['error']:.1e})")
-        table.add_column("", no_wrap=True)
-        for row in mine:
-            table.add_column(f"T {row['T']:,}", justify="right")
-        for name in dict.fromkeys(name for row in mine for name in row["figures"]):
-            table.add_row(name, *(cell(row["figures"].get(name)) for row in mine))
-        console.print(table)
+        names = dict.fromkeys(name for row in mine for name in row["figures"])
+        cells = [[name, *(cell(row["figures"].get(name)) for row in mine)] for name in names]
+        title = f"{shape}: ms forward / forward+backward, GiB (error {mine[0]['error']:.1e})"
+        print_table(title, ["", *(f"T {row['T']:,}" for row in mine)], cells)
 
 
 def cell(found: dict[str, Any] | None) -> str:
+    """Return the numbers of one candidate at one length."""
     if found is None:
         return ""
     if "failed" in found:

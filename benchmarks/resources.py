@@ -1,10 +1,10 @@
-"""What the compiler makes of every kernel, without a GPU: registers, spilled bytes, shared memory.
+"""Registers, spilled bytes and shared memory of every compiled kernel, without a GPU.
 
     python -m benchmarks.resources --key-dim 128 --value-dim 64      # the default plans, compute capability 9.0
     python -m benchmarks.resources --delta --value-dim 128           # the delta rule's
 
-A program on an H100 has at most 255 registers a thread and 227 KiB of shared memory; "stack" is what did not fit. Needs
-triton (any build: its own assembler comes with it). TRITON_INTERPRET must not be set.
+A program on an H100 has at most 255 registers a thread and 227 KiB of shared memory; "stack" is the part that
+did not fit. This needs triton, any build, because its assembler comes with it. TRITON_INTERPRET must not be set.
 """
 
 # C chunk, K key, V value
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,13 +19,11 @@ from typing import Annotated, Any
 import torch
 import triton
 import typer
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.machine import command_line
+from benchmarks.machine import announce, command_line, progress_bar
+from loglinear.cli.console import print_table
 from loglinear.fenwick import log2
 from loglinear.kernels.triton.call import DOT_TYPES
 from loglinear.kernels.triton.config import STAGES, Launch, default_plan
@@ -58,7 +55,7 @@ UNALIGNED = {  # strides of H and of L numbers, and counts
 def compiled(
     kernel: Any, constants: dict[str, Any], launch: Launch, dtype: torch.dtype, maxnreg: int | None = None
 ) -> Any:
-    """The kernel as `launch.py` would compile it for a dense batch."""
+    """Return the kernel, compiled as `launch.py` compiles it for a dense batch."""
     types: dict[str, str] = {}
     values: dict[tuple[int], Any] = {}
     hints: dict[tuple[int], Any] = {}
@@ -82,7 +79,7 @@ def compiled(
 
 
 def resources(binary: Any) -> tuple[int, int, int]:
-    """Registers a thread, bytes of stack a thread, bytes of shared memory."""
+    """Return registers a thread, bytes of stack a thread and bytes of shared memory."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -96,6 +93,7 @@ def resources(binary: Any) -> tuple[int, int, int]:
 
 
 def constants(stage: str, direction: str, K: int, V: int, C: int, tile: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the constants of a scalar-gate kernel."""
     _, dot, precision = DOT_TYPES[dtype]
     return dict(
         K=K, V=V, C=C, BK=max(16, triton.next_power_of_2(K)), BV=min(tile, max(16, triton.next_power_of_2(V))),
@@ -106,7 +104,7 @@ def constants(stage: str, direction: str, K: int, V: int, C: int, tile: int, dty
 
 
 def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, dict[str, Any], Launch]]:
-    """Direction, stage, chunk, constants and launch of the delta rule's kernels."""
+    """Return direction, stage, chunk, constants and launch of the delta rule's kernels."""
     k, v = torch.empty(1, 1, 1, K, dtype=dtype), torch.empty(1, 1, 1, V, dtype=dtype)
     C = delta_stages.choose_chunk_size(k, k, v, 0)
     tiling, jobs = Tiling(K, V, C, delta_stages.state_dtype(k, k, v)), []
@@ -127,7 +125,7 @@ def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, 
 def scalar_jobs(
     K: int, V: int, dtype: torch.dtype, chunk_size: int | None
 ) -> list[tuple[str, str, int, dict[str, Any], Launch]]:
-    """The same of the scalar gate's."""
+    """Return direction, stage, chunk, constants and launch of the scalar gate's kernels."""
     jobs = []
     for direction, names in STAGES.items():
         plan = default_plan(direction, K, V, dtype, chunk_size)
@@ -139,13 +137,13 @@ def scalar_jobs(
 
 
 def main(
-    key_dim: Annotated[int, typer.Option()] = 128,
-    value_dim: Annotated[int, typer.Option()] = 64,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "bfloat16",
-    chunk_size: Annotated[int | None, typer.Option(help="as a state would prescribe it (scalar gate)")] = None,
-    delta: Annotated[bool, typer.Option("--delta", help="the delta rule's kernels")] = False,
+    key_dim: Annotated[int, typer.Option(help="Width of a query or key.")] = 128,
+    value_dim: Annotated[int, typer.Option(help="Width of a value.")] = 64,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    chunk_size: Annotated[int | None, typer.Option(help="Chunk size of a state, for the scalar gate.")] = None,
+    delta: Annotated[bool, typer.Option("--delta", help="Compile the delta rule's kernels.")] = False,
 ) -> None:
-    """Registers, stack and shared memory of the default plans' kernels."""
+    """Print the registers, stack and shared memory of the default plans' kernels."""
     if dtype not in ("bfloat16", "float16", "float32"):
         raise typer.BadParameter(f"--dtype must be bfloat16, float16 or float32, got {dtype!r}")
     widest = 2 * MAX_HEAD_DIM if delta else MAX_HEAD_DIM
@@ -155,18 +153,20 @@ def main(
     if chunk_size is not None and chunk_size not in CHUNK_SIZES:
         raise typer.BadParameter(f"--chunk-size must be one of {', '.join(map(str, CHUNK_SIZES))}, got {chunk_size}")
     of = getattr(torch, dtype)
-    table = Table(title=f"K {key_dim}, V {value_dim}, {dtype}, sm_90, triton {triton.__version__}")
-    for column in ("direction", "stage", "chunk", "tiles, warps, stages", "registers", "stack", "shared KiB"):
-        table.add_column(column)
     jobs = delta_jobs(key_dim, value_dim, of) if delta else scalar_jobs(key_dim, value_dim, of, chunk_size)
-    for direction, stage, chunk, values, launch in track(jobs, console=Console(stderr=True), transient=True):
-        kernel = getattr(delta_stages if delta else stages, f"{stage}_kernel")
-        registers, stack, shared = resources(compiled(kernel, values, launch, of, values.pop("maxnreg", None)))
-        tiles = f"{launch.tile} x {values['BV']}" if delta else launch.tile
-        options = f"{tiles}, {launch.num_warps}, {launch.num_stages}"
-        row = [direction, stage, chunk, options, registers, stack, f"{shared / 1024:.0f}"]
-        table.add_row(*map(str, row))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    rows = []
+    with progress_bar() as progress:
+        task = progress.add_task("", total=len(jobs))
+        for direction, stage, chunk, values, launch in jobs:
+            announce(progress, task, f"{direction}, {stage}")
+            kernel = getattr(delta_stages if delta else stages, f"{stage}_kernel")
+            registers, stack, shared = resources(compiled(kernel, values, launch, of, values.pop("maxnreg", None)))
+            tiles = f"{launch.tile} x {values['BV']}" if delta else launch.tile
+            options = f"{tiles}, {launch.num_warps}, {launch.num_stages}"
+            rows.append([direction, stage, *map(str, (chunk, options, registers, stack)), f"{shared / 1024:.0f}"])
+            progress.advance(task)
+    columns = ["direction", "stage", "chunk", "tiles, warps, stages", "registers", "stack", "shared KiB"]
+    print_table(f"K {key_dim}, V {value_dim}, {dtype}, sm_90, triton {triton.__version__}", columns, rows)
 
 
 if __name__ == "__main__":

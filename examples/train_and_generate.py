@@ -1,4 +1,4 @@
-"""Train a small log-linear model on a folder of text from Python, then let it write.
+"""Train a small log-linear model on a folder of text, then continue a prompt with it.
 
 python examples/train_and_generate.py FOLDER_OF_TEXT OUTPUT_FOLDER
 """
@@ -17,7 +17,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(data: str, out: Path) -> None:
-    """Train on the folder DATA, keep the run in the folder OUT, and print what the model writes."""
+    """Train on the text in DATA, keep the run in the folder OUT, and print a sample of the model."""
     recipe = get_recipe("demo").override(data=(data,), steps=100, num_levels=10)
     train(recipe, out)
     result = sample(

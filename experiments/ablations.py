@@ -1,4 +1,4 @@
-"""Choices of the log-linear model, one changed at a time, on the long texts of `experiments.long_text`.
+"""Ablations: log-linear models with one choice changed, on the long texts of `experiments.long_text`.
 
 python -m experiments.ablations run --choice unit --out runs/ablations/unit --minutes 9
 python -m experiments.figures
@@ -26,7 +26,7 @@ app = program(__doc__)
 
 
 def changes(recipe: TrainingRecipe) -> dict[str, dict[str, Any]]:
-    """What the configuration of each choice says, of the recipe's log-linear model."""
+    """Return the configuration of each choice, for the log-linear model of a recipe."""
     return {DEFAULT: PUBLISHED, **choices(capped_levels=recipe.model["num_levels"] - CAPPED_BY)}
 
 
@@ -34,7 +34,7 @@ CHOICES = tuple(changes(long_text("log_linear")))
 
 
 def ablation(choice: str, *, miniature: bool = False) -> TrainingRecipe:
-    """The recipe long_text_log_linear with one of CHOICES, for STEPS steps. Raises ValueError for another choice."""
+    """Return the recipe long_text_log_linear with one of CHOICES, for STEPS steps. Raises ValueError for others."""
     if choice not in CHOICES:
         raise ValueError(f"choice must be one of {', '.join(CHOICES)}, got {choice!r}")
     recipe = long_text("log_linear", miniature=miniature)
@@ -47,18 +47,18 @@ def ablation(choice: str, *, miniature: bool = False) -> TrainingRecipe:
 @app.command()
 @with_options
 def run(
-    choice: Annotated[str, typer.Option(help=f"{', '.join(CHOICES)}.")],
+    choice: Annotated[str, typer.Option(help=f"One of {', '.join(CHOICES)}.")],
     out: Out,
     data: Data = Path("data/long_text"),
     *,
     options: Options,
 ) -> None:
-    """Train a model with one choice, or go on where its run stands, and evaluate it: ablation-CHOICE.json.
+    """Train or resume a model with one choice, evaluate it at the end, and write ablation-CHOICE.json.
 
-    Training may be ended at any time: the next call goes on from the last checkpoint. The evaluation behind it takes
-    minutes of its own, not counted in --minutes; one that is ended begins anew.
+    Training can stop at any time: the next call resumes it from the last checkpoint. The evaluation takes further
+    minutes, which --minutes does not include. An interrupted evaluation starts again.
 
-    Example, to be called until it exits with 0:
+    Example, to repeat until it exits with 0:
 
     python -m experiments.ablations run --choice unit --out runs/ablations/unit --minutes 9
     """

@@ -1,14 +1,14 @@
-"""Long documents out of Debian packages: sources and manuals, the files of one directory joined to one text.
+"""Long documents from Debian packages: sources and manuals, the files of one directory joined to one text.
 
-What is taken is decided by the code here alone, so equal versions of the packages give equal documents:
+This code alone decides the selection, so equal versions of the packages give equal documents:
 
-- Files with a suffix of `SUFFIXES` in the folders of `SOURCES`, but not below `SKIPPED`, that are UTF-8 text.
-- Not what a program wrote (`is_generated`), nor tables of numbers (`is_table`), nor a file most of whose lines earlier
-  files had (`NearDuplicates`).
+- A file has a suffix of `SUFFIXES`, is in a folder of `SOURCES` but not below `SKIPPED`, and is UTF-8 text.
+- Generated files (`is_generated`), tables of numbers (`is_table`) and files that mostly repeat lines of earlier files
+  (`NearDuplicates`) are left out.
 - A document is the files of one directory, by name, each below a line `==> path <==`. A directory of more than 1 MiB
-  becomes several documents of about the same size, cut between files; what stays below 64 KiB is left out.
-- A directory validates where the hash of its path says so. Only its first document is taken then, so that those of the
-  validation text come from different directories: standard errors take them for independent.
+  becomes several documents of about the same size, cut between files. A document below 64 KiB is left out.
+- The hash of a directory's path decides if it validates. Only its first document is used then, so that all validation
+  documents come from different directories: standard errors assume that they are independent.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 SUFFIXES = {".c", ".cc", ".h", ".rs", ".go", ".el", ".py", ".rst", ".txt", ".md", ".pod"}
-SKIPPED = "translations"  # of the kernel's documentation: the same text in other languages
+SKIPPED = "translations"  # in the kernel's documentation: the same text in other languages
 SMALLEST, LARGEST = 64 * 1024, 1024 * 1024  # UTF-8 bytes of a document
 VALIDATION_SHARE = 0.15  # of the directories
-MOST_DIGITS = 0.12  # of a text's characters that are no spaces: prose and code have about 0.02, register tables 0.2
-SHORTEST_LINE = 24  # shorter lines are the same everywhere, and do not tell where a file comes from
+MOST_DIGITS = 0.12  # share of a text's characters without spaces: prose and code have about 0.02, register tables 0.2
+SHORTEST_LINE = 24  # shorter lines are common and do not identify a file
 GENERATED = re.compile(r"do not (edit|modify)|(auto(matically)?|machine|code)[- ]?generated", re.IGNORECASE)
 
 
 class Source(NamedTuple):
-    """Folders of one Debian package, or of an archive inside it, with all that lies below them."""
+    """Folders of one Debian package, or of an archive inside it, with everything below them."""
 
     package: str
     root: str
-    folders: tuple[str, ...] = ()  # of the root; none: all of them
+    folders: tuple[str, ...] = ()  # of the root; empty: all of them
 
 
 SOURCES = (  # Debian 12
@@ -80,7 +80,7 @@ class LongDocument(NamedTuple):
 
 
 def read_package(archive: Path, source: Source) -> list[File]:
-    """The text files of a .deb that `source` names, by path."""
+    """Return the text files that `source` names in a .deb, by path."""
     process = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     with process, tarfile.open(fileobj=process.stdout, mode="r|") as tar:
@@ -88,7 +88,7 @@ def read_package(archive: Path, source: Source) -> list[File]:
 
 
 def text_files(tar: tarfile.TarFile, source: Source) -> Iterator[File]:
-    """The text files of an archive, and of a .tar.xz inside it, in its order; what is .gz is unpacked."""
+    """Yield the text files of an archive, and of a .tar.xz inside it, in order. Files in .gz are unpacked."""
     folders = tuple(f"{folder}/" for folder in source.folders)
     for member in tar:
         content = tar.extractfile(member) if member.isfile() else None
@@ -114,23 +114,23 @@ def _is_wanted(path: PurePosixPath) -> bool:
 
 
 def is_generated(text: str) -> bool:
-    """Whether a file says on top that a program wrote it."""
+    """Return True if the top of a file says that a program wrote it."""
     return GENERATED.search(text[:1000]) is not None
 
 
 def is_table(text: str) -> bool:
-    """Whether digits are many: register headers, arrays of hexadecimal numbers, test vectors."""
+    """Return True if digits are many, as in register headers, arrays of hexadecimal numbers and test vectors."""
     return sum(map(text.count, "0123456789")) > MOST_DIGITS * sum(map(len, text.split()))
 
 
 class NearDuplicates:
-    """Remembers the lines of the files it has seen."""
+    """A memory of the lines of all earlier files."""
 
     def __init__(self) -> None:
         self.seen: set[int] = set()  # checksums: a rare wrong one among a file's lines does not matter
 
     def has_most_of(self, text: str) -> bool:
-        """Whether earlier files had more than half of this one's longer lines; remembers them if not."""
+        """Return True if earlier files had more than half of this file's longer lines. Otherwise remember the lines."""
         stripped = (line.strip() for line in text.split("\n"))
         lines = [zlib.crc32(line.encode()) for line in stripped if len(line) >= SHORTEST_LINE]
         if sum(line in self.seen for line in lines) > len(lines) / 2:
@@ -140,7 +140,7 @@ class NearDuplicates:
 
 
 def long_documents(package: str, files: Iterable[File], duplicates: NearDuplicates) -> Iterator[LongDocument]:
-    """The documents of one package's files, which are in the order of their paths."""
+    """Yield the documents of one package in the order of their paths."""
     by_directory = sorted(files, key=lambda file: (PurePosixPath(file.path).parent.as_posix(), file.path))
     kept = (
         file
@@ -156,13 +156,13 @@ def long_documents(package: str, files: Iterable[File], duplicates: NearDuplicat
 
 
 def validates(directory: str) -> bool:
-    """Whether a directory is of the validation text; depends on its name alone."""
+    """Return True if a directory is for validation, which depends on its name alone."""
     digest = hashlib.blake2b(directory.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < VALIDATION_SHARE * 2**64
 
 
 def _join(files: Iterable[File]) -> Iterator[str]:
-    """The files behind one another, in as many parts as LARGEST asks for."""
+    """Yield the files end to end, in as many parts as LARGEST requires."""
     texts = [f"==> {file.path} <==\n\n{file.text.strip()}\n\n" for file in files]
     ends = list(accumulate(len(text.encode()) for text in texts))
     parts = -(-ends[-1] // LARGEST)

@@ -1,4 +1,4 @@
-"""Language modelling of long texts: the data, five models of one size, and what each does within and past its length.
+"""Language modelling of long texts: the data, five models of one size, and their loss within and past their length.
 
 python -m experiments.long_text prepare
 python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9
@@ -22,8 +22,8 @@ from loglinear.recipes import TrainingRecipe
 from loglinear.training import load_tokenizer
 from loglinear.training.data import Corpus, read_corpus
 
-LENGTHS = (1, 4)  # of the windows that are evaluated, in training lengths
-BINS = 4  # of a training length, in the curves of each document
+LENGTHS = (1, 4)  # of the evaluated windows, in training lengths
+BINS = 4  # per training length, in the curves of each document
 
 app = program(__doc__)
 Data = Annotated[Path, typer.Option(help="Folder of train.jsonl.zst and validation.jsonl.zst.")]
@@ -31,7 +31,7 @@ Data = Annotated[Path, typer.Option(help="Folder of train.jsonl.zst and validati
 
 @app.command()
 def prepare(out: Data = Path("data/long_text")) -> None:
-    """Make the two texts out of Debian 12's packages (330 MB to download, ten minutes on two cores).
+    """Make the two texts from packages of Debian 12: a download of 330 MB and ten minutes on two cores.
 
     Example:
 
@@ -54,12 +54,12 @@ def run(
     *,
     options: Options,
 ) -> None:
-    """Train one model, or go on where its run stands, and evaluate it once it is trained: long-text-KIND.json.
+    """Train or resume one model, evaluate it at the end of the training, and write long-text-KIND.json.
 
-    Training may be ended at any time: the next call goes on from the last checkpoint. The evaluation behind it takes
-    minutes of its own, not counted in --minutes; one that is ended begins anew.
+    Training can stop at any time: the next call resumes it from the last checkpoint. The evaluation takes further
+    minutes, which --minutes does not include. An interrupted evaluation starts again.
 
-    Example, to be called until it exits with 0:
+    Example, to repeat until it exits with 0:
 
     python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9
     """
@@ -67,13 +67,13 @@ def run(
 
 
 def run_on_long_text(recipe: TrainingRecipe, out: Path, data: Path, name: str, options: Options) -> None:
-    """`train_and_evaluate` with the two texts in the folder `data`. Raises ValueError where one of them is missing."""
+    """Run `train_and_evaluate` on the two texts in the folder `data`. Raises ValueError if one of them is missing."""
     if data.is_file():
         raise ValueError(f"--data must be the folder of train.jsonl.zst and validation.jsonl.zst, got the file {data}")
     training, validation = data / "train.jsonl.zst", data / "validation.jsonl.zst"
     for file in (training, validation):
         if not file.is_file():
-            raise ValueError(f"there is no {file}: make it with `python -m experiments.long_text prepare`")
+            raise ValueError(f"there is no {file}: run `python -m experiments.long_text prepare` first")
     train_and_evaluate(
         recipe,
         out,
@@ -85,10 +85,9 @@ def run_on_long_text(recipe: TrainingRecipe, out: Path, data: Path, name: str, o
 
 
 def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe, validation: Path) -> dict[str, Any]:
-    """A model on the beginning of every long validation document, in windows of each of LENGTHS.
+    """Return the loss of a model on the beginning of every long validation document, for windows of each of LENGTHS.
 
-    All windows together are the same text, so that the lengths can be compared: as many tokens of each document as the
-    longest window has.
+    The windows of every length cover the same text: as many tokens of each document as the longest window has.
     """
     longest = max(LENGTHS) * recipe.seq_len
     corpus = _longer_than(longest, read_corpus([str(validation)], load_tokenizer(recipe.tokenizer or "bytes")))

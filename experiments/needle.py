@@ -1,4 +1,4 @@
-"""Retrieval from long text: five models of one size, trained at 4,096 tokens and asked within and past that length.
+"""Retrieval from long text: five models of one size, trained at 4,096 tokens and tested within and past that length.
 
 python -m experiments.needle prepare
 python -m experiments.needle run --kind log_linear --out runs/needle/log_linear --minutes 9
@@ -26,8 +26,8 @@ from loglinear.training import load_tokenizer
 from loglinear.training.sources import read_documents
 
 LENGTHS = (SEQUENCE // 4, SEQUENCE // 2, SEQUENCE, 2 * SEQUENCE, 4 * SEQUENCE)  # tokens of the examples
-TOKENIZER_DATA = ("needle:20000:12000", "stdlib")  # what the tokenizer is made from
-TIMES = 2000  # more often than most pairs of tokens
+TOKENIZER_DATA = ("needle:20000:12000", "stdlib")  # training text of the tokenizer
+TIMES = 2000  # repetitions of the digits, more than of most pairs of tokens
 END = "<|endoftext|>"
 
 app = program(__doc__)
@@ -36,7 +36,7 @@ TokenizerFolder = Annotated[Path, typer.Option(help="Folder of the tokenizer tha
 
 @app.command()
 def prepare(tokenizer: TokenizerFolder = Path(TOKENIZER)) -> None:
-    """Make the tokenizer, in half a minute: the same one on every machine with the same Python.
+    """Make the tokenizer in half a minute. It is the same on every machine with the same Python.
 
     Example:
 
@@ -45,13 +45,13 @@ def prepare(tokenizer: TokenizerFolder = Path(TOKENIZER)) -> None:
     texts = (document.text for document in read_documents(TOKENIZER_DATA))
     made = byte_pair_tokenizer(texts, VOCABULARY)
     made.save_pretrained(str(tokenizer))
-    print(f"written to {tokenizer}: {len(made):,} tokens")
+    print(f"tokenizer of {len(made):,} tokens written to {tokenizer}")
 
 
 def byte_pair_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) of bytes, with digits in groups of three from the left.
+    """Return a byte-pair encoding (Sennrich et al., arXiv 1508.07909) of bytes, with digits in groups of three.
 
-    All groups of three are tokens: numbers that are random have no common parts to be found.
+    Groups count from the left. All of them are tokens, because random numbers have no frequent parts.
     """
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Split(Regex(r"\d{1,3}"), "isolated")
@@ -71,24 +71,25 @@ def run(
     out: Out,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text to hide the tests' needles in, as for training; without it in noise, and no single_2."),
+        typer.Option(help="Text of the haystacks; without it they are noise, and single_2 is left out."),
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples of every task and length.")] = 200,
     tokenizer: TokenizerFolder = Path(TOKENIZER),
     levels: Annotated[
-        int | None, typer.Option(help="Levels of the log-linear model instead of the recipe's: a result of its own.")
+        int | None,
+        typer.Option(help="Levels of the log-linear model, as a result of its own.", show_default="the recipe's"),
     ] = None,
     *,
     options: Options,
 ) -> None:
-    """Train one model, or go on where its run stands, and evaluate it once it is trained: needle-KIND.json.
+    """Train or resume one model, evaluate it at the end of the training, and write needle-KIND.json.
 
-    Training may be ended at any time: the next call goes on from the last checkpoint. The evaluation behind it takes
-    minutes of its own, not counted in --minutes; one that is ended begins anew. All models, of any seed, answer the
-    same examples. --data should be a text that is not in the training, which has Python's standard library: the
-    validation text of `experiments.long_text`, for one.
+    Training can stop at any time: the next call resumes it from the last checkpoint. The evaluation takes further
+    minutes, which --minutes does not include. An interrupted evaluation starts again. All models of all seeds answer
+    the same examples. --data should not be training text, which is Python's standard library. The validation text of
+    `experiments.long_text` is suitable.
 
-    Example, to be called until it exits with 0:
+    Example, to repeat until it exits with 0:
 
     python -m experiments.needle run --kind log_linear --out runs/needle/log_linear --minutes 9
     --data data/long_text/validation.jsonl.zst
@@ -97,13 +98,13 @@ def run(
     if levels is not None and kind != "log_linear":
         raise ValueError(f"--levels goes with --kind log_linear, got {kind}")
     if not tokenizer.is_dir():
-        raise ValueError(f"there is no tokenizer {tokenizer}: `python -m experiments.needle prepare` makes it")
+        raise ValueError(f"there is no tokenizer {tokenizer}: run `python -m experiments.needle prepare` first")
     tokens = load_tokenizer(tokenizer)
     for name in data or ():
         if name.endswith(".jsonl.zst") and not Path(name).is_file():
-            raise ValueError(f"there is no {name}: `python -m experiments.long_text prepare` makes the long texts")
+            raise ValueError(f"there is no {name}: run `python -m experiments.long_text prepare` first")
     texts = [document.text for document in read_documents(data or ())]
-    sets = example_sets(tokens, texts, lengths=LENGTHS, count=examples)  # what is wrong is known before training
+    sets = example_sets(tokens, texts, lengths=LENGTHS, count=examples)  # mistakes show before the training
 
     def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:
         return {"tasks": evaluate_sets(model, tokens, sets)}

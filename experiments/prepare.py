@@ -1,4 +1,4 @@
-"""From Debian's packages to train.jsonl.zst, validation.jsonl.zst and statistics.json."""
+"""The long texts from packages of Debian: train.jsonl.zst, validation.jsonl.zst and statistics.json."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from tqdm import tqdm
 from experiments.corpus import LARGEST, SMALLEST, SOURCES, LongDocument, NearDuplicates, long_documents, read_package
 from loglinear.training.json_files import write_object
 
-LEVEL = 22  # zstd's last
-WINDOW = 27  # log2 bytes: the largest that a decompressor takes without being asked
+LEVEL = 22  # the highest of zstd
+WINDOW = 27  # log2 bytes: the largest that a decompressor accepts by default
 KIB = 1024
-DOWNLOADS = ".packages-"  # how the folder of the packages begins, while they are read
+DOWNLOADS = ".packages-"  # prefix of the temporary folder of the packages
 
 
 def prepare(out: Path) -> dict[str, Any]:
-    """Download the packages, write the two texts, and at the end, so that it says that they are whole, statistics.json.
+    """Download the packages, write the two texts and then statistics.json, whose presence means that they are whole.
 
-    Returns the statistics. Raises ValueError where this is not Debian 12, or its packages cannot be downloaded.
+    Returns the statistics. Raises ValueError if this is not Debian 12, or if packages cannot be downloaded.
     """
     _require_debian()
     out.mkdir(parents=True, exist_ok=True)
     documents: list[LongDocument] = []
     versions = {}
-    for left in out.glob(f"{DOWNLOADS}*"):  # by one that a signal ended
+    for left in out.glob(f"{DOWNLOADS}*"):  # remains of an interrupted run
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=DOWNLOADS, dir=out) as folder:
         archives = _download(Path(folder))
@@ -65,7 +65,9 @@ def _require_debian() -> None:
     except OSError:
         system = {"PRETTY_NAME": platform.system()}
     if (system.get("ID"), system.get("VERSION_ID")) != ("debian", "12"):
-        raise ValueError(f"the texts are Debian 12's packages, and this is {system['PRETTY_NAME']}: prepare them there")
+        raise ValueError(
+            f"the texts come from packages of Debian 12, and this is {system['PRETTY_NAME']}: prepare them on Debian 12"
+        )
 
 
 def _download(folder: Path) -> dict[str, Path]:
@@ -86,7 +88,7 @@ def _output(*command: str, cwd: Path | None = None) -> str:
 
 
 def write_documents(path: Path, documents: Sequence[LongDocument]) -> int:
-    """One JSON line {"name", "text"} for each document, compressed, in one step; returns the file's bytes."""
+    """Write a compressed JSON line {"name", "text"} for each document, in one step. Return the bytes of the file."""
     lines = [json.dumps({"name": document.name, "text": document.text}, ensure_ascii=False) for document in documents]
     parameters = zstandard.ZstdCompressionParameters.from_level(LEVEL, window_log=WINDOW)
     staged = path.with_name(f".{path.name}.new")
@@ -104,7 +106,7 @@ def write_documents(path: Path, documents: Sequence[LongDocument]) -> int:
 
 
 def describe(documents: Sequence[LongDocument]) -> dict[str, Any]:
-    """What is in some documents, and a hash of their names and texts."""
+    """Return the sizes of some documents, and a hash of their names and texts."""
     sizes = [len(document.text.encode()) for document in documents]
     digest = hashlib.blake2b(digest_size=16)
     for document in documents:
@@ -123,7 +125,7 @@ def describe(documents: Sequence[LongDocument]) -> dict[str, Any]:
 
 
 def _histogram(sizes: Sequence[int]) -> dict[str, dict[str, int]]:
-    """Documents and bytes by the size of the document."""
+    """Return the number of documents and their bytes by size."""
     edges = [SMALLEST, 2 * SMALLEST, 4 * SMALLEST, 8 * SMALLEST, LARGEST]
     found = {}
     for low, high in zip(edges, [*edges[1:], None], strict=True):

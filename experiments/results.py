@@ -1,4 +1,4 @@
-"""Results, JSON files with the name of their model and its seed: naming them, reading them, telling them apart."""
+"""Results: JSON files, named by model and seed, with readers that refuse to mix different runs."""
 
 from __future__ import annotations
 
@@ -11,28 +11,36 @@ from typing import Any
 from loglinear.recipes import TrainingRecipe
 from loglinear.training.json_files import read_object
 
-SEED = r"(-seed\d+)?"  # behind a name
-OF_A_RUN = ("summary", "seed", "compile", "tokenizer", "data")  # of a recipe: its words, seed, machine and folders
-TRAINING_DATA = "training data"  # how differences call a result's "data", with its fingerprints
+SEED = r"(-seed\d+)?"  # after a name
+OF_A_RUN = (
+    "summary",
+    "seed",
+    "compile",
+    "tokenizer",
+    "data",
+)  # fields of a recipe that do not decide a result: words, seed, machine, folders
+TRAINING_DATA = "training data"  # the name in errors of a result's "data", with its fingerprints
 NEEDED = ("seed", "parameters", "versions", "recipe", "training", "evaluation")
-Result = dict[str, Any]  # what `experiments.runs.train_and_evaluate` writes
+Result = dict[str, Any]  # written by `experiments.runs.train_and_evaluate`
 
 
 def result_file(results: Path, name: str, seed: int) -> Path:
-    """NAME.json in the folder `results`; of a seed that is not 0 NAME-seedSEED.json."""
+    """Return NAME.json in the folder `results`, or NAME-seedSEED.json for another seed than 0."""
     return results / f"{name}{seed_suffix(seed)}.json"
 
 
 def seed_suffix(seed: int) -> str:
-    """What a file's name has of a seed."""
+    """Return the suffix of a seed in a file name, which is empty for seed 0."""
     return f"-seed{seed}" if seed else ""
 
 
 def require_replaceable(
     file: Path, recipe: TrainingRecipe, asked: dict[str, Any], training_data: dict[str, Any] | None = None
 ) -> None:
-    """Raise ValueError, naming what differs, where this result is there and of another recipe, evaluation or training
-    data; of the latter where they are known."""
+    """Raise ValueError, which names the difference, if the file holds a result of another recipe or evaluation.
+
+    The training data are compared too, if they are given.
+    """
     if not file.exists():
         return
     ours = {**_decisive(json.loads(json.dumps(recipe.to_dict()))), **_asked(asked)}
@@ -41,23 +49,23 @@ def require_replaceable(
     theirs = _conditions(_read_result(file))
     if differing := _differing(ours, theirs, ours):
         raise ValueError(
-            f"{file} is of a run that differs in {', '.join(differing)}: give --results another folder, or move it away"
+            f"{file} is of a run that differs in {', '.join(differing)}: choose another --results or move the file"
         )
 
 
 def read_results(results: Path, experiment: str, names: Iterable[str]) -> dict[str, Result]:
-    """The results EXPERIMENT-NAME.json that there are, in the order of the names.
+    """Return the existing results EXPERIMENT-NAME.json in the order of the names.
 
-    Raises ValueError, naming the file, where one is no result.
+    Raises ValueError, which names the file, for a file that is no result.
     """
     files = {name: results / f"{experiment}-{name}.json" for name in names}
     return {name: _read_result(file) for name, file in files.items() if file.is_file()}
 
 
 def read_seeds(results: Path, experiment: str, names: Iterable[str]) -> dict[str, list[Result]]:
-    """As `read_results`, each name with all its seeds in their order: those but 0 are EXPERIMENT-NAME-seedSEED.json.
+    """Return the existing results of each name with all its seeds in order, from EXPERIMENT-NAME[-seedSEED].json.
 
-    Raises ValueError, naming the files, where two differ in more than the seed, or not in it.
+    Raises ValueError, which names the files, if two differ in more than the seed, or have the same seed.
     """
     found = {}
     for name in names:
@@ -84,7 +92,7 @@ def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _conditions(result: Result) -> dict[str, Any]:
-    """All that has to be the same in two results of one model, but for the seed."""
+    """Return everything that must be the same in two results of one model with different seeds."""
     evaluation = result["evaluation"]
     lengths = {task: [score["length"] for score in scores] for task, scores in evaluation.get("tasks", {}).items()}
     return {

@@ -1,4 +1,4 @@
-"""What the drivers share: a model is trained in as many calls as that takes, then evaluated, and its result written."""
+"""The part that all experiments share: train a model in as many calls as needed, evaluate it, write its result."""
 
 from __future__ import annotations
 
@@ -34,44 +34,50 @@ from loglinear.training.run_folder import (
 )
 
 EXPERIMENTS = {"long_text": long_text, "needle": needle}
-CURVE_POINTS = 100  # that a result keeps of the training loss
+CURVE_POINTS = 100  # of the training loss in a result
 
-Kind = Annotated[str, typer.Option(help=f"{', '.join(KINDS)}.")]
+RECIPE = "the recipe's"
+Kind = Annotated[str, typer.Option(help=f"One of {', '.join(KINDS)}.")]
 Out = Annotated[Path, typer.Option(help="Folder of this model's training run.")]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What every driver's `run` takes besides: how to train, and where the result goes."""
+    """The options of every `run`: the training, and the folder of the result."""
 
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of the recipe's.")] = None
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", show_default=RECIPE)] = None
     seq_len: Annotated[
-        int | None, typer.Option(help="Tokens read at once, instead of the recipe's: to try things out.")
+        int | None, typer.Option(help="Length of the longest sequence, in tokens.", show_default=RECIPE)
     ] = None
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a step, instead of the recipe's, which want 11 GiB of a GPU.")
+        int | None, typer.Option(help="Tokens per step; the recipe's need 11 GiB of a GPU.", show_default=RECIPE)
     ] = None
-    seed: Annotated[int | None, typer.Option(help="Of the weights and of the data's order.")] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the weights and of the data's order.", show_default=RECIPE)
+    ] = None
     compile: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="torch.compile for the blocks; where there is a GPU, the default."),
+        typer.Option("--compile/--no-compile", help="Compile the blocks.", show_default="compile on a GPU"),
     ] = None
     miniature: Annotated[
-        bool, typer.Option("--miniature", help="Small, for minutes on a CPU: it shows that all works, no more.")
+        bool,
+        typer.Option("--miniature", help="Train a small model for minutes on a CPU, to see that everything works."),
     ] = False
-    minutes: Annotated[float | None, typer.Option(help="Save and stop training (exit code 130) after so long.")] = None
+    minutes: Annotated[
+        float | None, typer.Option(help="Save a checkpoint and stop with exit code 130 after about this many minutes.")
+    ] = None
     results: Annotated[
-        Path, typer.Option(help="Folder for the result, a JSON file; a miniature's goes to miniature/ in it.")
+        Path, typer.Option(help="Folder for the JSON file of the result; that of a miniature goes to miniature/ in it.")
     ] = Path("results")
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """Those of the recipe."""
+        """The options that change the recipe."""
         return {name: value for name, value in vars(self).items() if name not in ("miniature", "minutes", "results")}
 
 
 def with_options(run: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameter `options` is given as one option for each field of Options."""
+    """Return the command with an option for each field of Options in place of its parameter `options`."""
     hints = get_type_hints(run, include_extras=True) | get_type_hints(Options, include_extras=True)
     own = [parameter for name, parameter in inspect.signature(run).parameters.items() if name != "options"]
     shared = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default) for f in fields(Options)]
@@ -88,9 +94,9 @@ def with_options(run: Callable[..., None]) -> Callable[..., None]:
 
 
 def program(text: str | None) -> typer.Typer:
-    """A command line with subcommands, and this text as its --help."""
+    """Return a command line with subcommands whose --help shows this text."""
     app = typer.Typer(help=text, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-    app.callback()(lambda: None)  # or typer would take the name of an only command away
+    app.callback()(lambda: None)  # without it typer would drop the name of an only command
     return app
 
 
@@ -104,15 +110,14 @@ def train_and_evaluate(
     asked: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> None:
-    """Train a recipe in the folder `out`, or go on there; once it is trained evaluate it and write the file NAME.json.
+    """Train or resume a recipe in the folder `out`, evaluate the trained model, and write NAME.json.
 
-    `asked` is what the evaluation is made with, and stands in the result. `overrides` are more of
-    `TrainingRecipe.override`. The result of a seed that is not 0 has it in its file's name. On a GPU the evaluation is
-    in bfloat16, as the training is.
+    `asked` holds the settings of the evaluation, which the result repeats. `overrides` are further arguments of
+    `TrainingRecipe.override`. A seed other than 0 is part of the file's name. On a GPU the evaluation is in bfloat16,
+    as the training is.
 
-    Raises Interrupted where a signal, or the minutes, stopped the training before its end: call it again. Raises
-    ValueError where `out` holds a run of another recipe, or the file to be written a result of another recipe,
-    evaluation or training data.
+    Raises Interrupted if a signal or the minutes stopped the training before its end: call it again. Raises ValueError
+    if `out` holds a run of another recipe, or NAME.json a result of another recipe, evaluation or training data.
     """
     asked = asked or {}
     recipe = begun(recipe, out, **options.overrides, **overrides)
@@ -124,10 +129,12 @@ def train_and_evaluate(
     require_replaceable(result, recipe, asked, read_run(out)["data"] if resume else None)
     state = train(recipe, out, resume=resume, minutes=options.minutes, label=name)
     if state.interrupted:
-        text = f"stopped at step {state.step} of {recipe.steps}, saved in {out}: the same command goes on"
+        text = (
+            f"stopped at step {state.step} of {recipe.steps}, checkpoint saved in {out}; continue with the same command"
+        )
         raise Interrupted(text, state.signal)
     stored = read_run(out)
-    require_replaceable(result, recipe, asked, stored["data"])  # before a long evaluation; the checkpoint is kept
+    require_replaceable(result, recipe, asked, stored["data"])  # before a long evaluation; the checkpoint stays
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         evaluation = evaluate(load_model(out, device=device), recipe)
@@ -142,18 +149,18 @@ def train_and_evaluate(
         "evaluation": {**asked, **evaluation},
     }
     write_object(result, written)
-    print(f"written to {result}")
+    print(f"result: {result}")
 
 
 def kind_recipe(experiment: str, kind: str, miniature: bool) -> TrainingRecipe:
-    """The recipe EXPERIMENT_KIND, or its miniature. Raises ValueError for a kind that is none."""
+    """Return the recipe EXPERIMENT_KIND, or its miniature. Raises ValueError for an unknown kind."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     return EXPERIMENTS[experiment](kind, miniature=miniature)
 
 
 def begun(recipe: TrainingRecipe, out: Path, *, compile: bool | None = None, **overrides: Any) -> TrainingRecipe:
-    """The recipe of the run in the folder `out`, or `recipe` where there is none, with what is given put in."""
+    """Return the recipe of the run in the folder `out`, or else `recipe`, with the overrides."""
     if (out / RUN_FILE).exists():
         name, recipe = recipe.name, run_recipe(out)
         if recipe.name != name:
@@ -164,8 +171,11 @@ def begun(recipe: TrainingRecipe, out: Path, *, compile: bool | None = None, **o
 
 
 def training_summary(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """Cost and course of a training run: minutes of its steps, with what was compiled in them, the speed of the median
-    step, and the loss averaged over stretches of steps."""
+    """Return the cost and the course of a training run.
+
+    These are the minutes of its steps, compilation included, the speed of the median step, and the loss averaged over
+    intervals of steps.
+    """
     steps = [record for record in metrics if record["split"] == "train"]
     tokens, seconds = steps[-1]["tokens"], steps[-1]["seconds"]
     peaks = [record["peak_bytes"] for record in steps if "peak_bytes" in record]

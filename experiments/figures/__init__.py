@@ -1,4 +1,4 @@
-"""Every figure and table of the experiments, from the JSON files that they wrote.
+"""All figures and tables of the experiments, drawn from their JSON files.
 
 python -m experiments.figures
 """
@@ -20,7 +20,7 @@ from experiments.figures.pictures import pictures
 from experiments.figures.speed import speed
 from loglinear.training.run_folder import require_folder
 
-# Each draws what the results allow and returns the files that it wrote.
+# Each draws the figures whose results exist, and returns the files that it wrote.
 FIGURES: tuple[Callable[[Path, Path], list[Path]], ...] = (long_text, ablations, needle, mqar, speed, memory)
 RESULTS, DRAWN = Path("results"), Path("docs/figures")
 
@@ -32,13 +32,15 @@ def main(
     results: Annotated[Path, typer.Option(help="Folder of the experiments' JSON files.")] = RESULTS,
     out: Annotated[
         Path | None,
-        typer.Option(help=f"Folder for figures and tables; {DRAWN}, or figures/ in another folder of results."),
+        typer.Option(
+            help="Folder for figures and tables.", show_default=f"{DRAWN}, or figures/ in another folder of results"
+        ),
     ] = None,
 ) -> None:
-    """Draw all figures and write all tables whose results there are.
+    """Draw all figures and write all tables whose results exist.
 
-    Results are long-text-KIND.json and ablation-CHOICE.json, of seed 0, needle-KIND.json with all its seeds, and
-    mqar.json, which `loglinear eval mqar` writes.
+    Results are long-text-KIND.json and ablation-CHOICE.json of seed 0, needle-KIND.json of all seeds, and mqar.json,
+    which `loglinear eval mqar` writes.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Choices of the log-linear model: a table beside the published choice."""
+"""Ablations of the log-linear model: a table with the difference from the published choice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loglinear.training.files import write_atomically
 
 
 def ablations(results: Path, out: Path) -> list[Path]:
-    """Bits per byte of each choice, and by how much they are above those of the published one."""
+    """Write ablations.md: bits per byte of each choice, and the difference from the published one."""
     found = read_results(results, "ablation", CHOICES)
     if not found:
         return []

@@ -21,11 +21,11 @@ from experiments.results import Result, read_results
 from loglinear.recipes.comparison import KINDS
 from loglinear.training.files import write_atomically
 
-REFERENCE = "linear"  # the model that the others are compared with
+REFERENCE = "linear"  # the baseline of all differences
 
 
 def long_text(results: Path, out: Path) -> list[Path]:
-    """Loss by position, its difference from the linear model's, the training losses, and a table."""
+    """Draw loss by position, its difference from the linear model's and the training losses; write long-text.md."""
     found = read_results(results, "long-text", KINDS)
     if not found:
         return []
@@ -47,9 +47,9 @@ def long_text(results: Path, out: Path) -> list[Path]:
 
 
 def perplexity_table(found: dict[str, Result], column: str, reference: str) -> str:
-    """Bits per byte at each length of the windows, by how much they are above the reference's, and the costs.
+    """Return the table of bits per byte for each length of windows, the differences from the baseline, and the costs.
 
-    Raises ValueError where two results are not of the same documents.
+    Raises ValueError if two results have different documents.
     """
     first = next(iter(found.values()))
     lengths = sorted(windows(first))
@@ -75,14 +75,14 @@ def perplexity_table(found: dict[str, Result], column: str, reference: str) -> s
 
 
 def windows(result: Result) -> dict[int, dict[str, Any]]:
-    """The evaluations of a result by the length of their windows."""
+    """Return the evaluations of a result by the length of their windows."""
     return {int(length): window for length, window in result["evaluation"].items() if length.isdigit()}
 
 
 def difference(model: dict[str, Any], reference: dict[str, Any]) -> dict[str, list[float]]:
-    """Curve of one model's `Perplexity.by_document` less another's, with the standard error of the paired documents.
+    """Return the curve of a model's `Perplexity.by_document` minus another's, with the error over paired documents.
 
-    Raises ValueError where they are not of the same documents.
+    Raises ValueError if they have different documents.
     """
     means_P, errors_P = _mean_and_error(_differences_DP(model, reference))
     return {

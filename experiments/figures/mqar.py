@@ -1,4 +1,4 @@
-"""Multi-query associative recall: the table of `loglinear eval mqar`, and what the paper reports beside it."""
+"""Multi-query associative recall: the table of `loglinear eval mqar`, and the numbers of the paper."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAPER_DIMS = (16, 32, 64)
 
 
 def mqar(results: Path, out: Path) -> list[Path]:
-    """mqar.md: the models of the comparison, the paper's numbers, and other choices of the log-linear models."""
+    """Write mqar.md: the compared models, the paper's numbers, and ablations of the log-linear models."""
     file = results / "mqar.json"
     if not file.is_file():
         return []

@@ -26,8 +26,10 @@ LEVELS = re.compile(rf"needle-(log_linear-levels(\d+)){SEED}\.json")  # of `expe
 
 
 def needle(results: Path, out: Path) -> list[Path]:
-    """needle.svg with a panel for each task, recall.svg with two of them, needle-KIND.svg with a map of lengths and
-    depths for each seed, and needle.md; other numbers of levels are kinds of their own."""
+    """Draw needle.svg with a panel for each task, recall.svg with two of them, and needle-KIND.svg; write needle.md.
+
+    needle-KIND.svg has a map of lengths and depths for each seed. Another number of levels is a kind of its own.
+    """
     others = {match[1]: int(match[2]) for file in results.iterdir() if (match := LEVELS.fullmatch(file.name))}
     found = read_seeds(results, "needle", (*KINDS, *sorted(others, key=lambda name: others[name])))
     if not found:

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a page: ink for text and axes, paper behind them, and a faint line for grids."""
+    """The colours of a page: ink for text and axes, paper behind them, and a faint line for grids."""
 
-    suffix: str  # behind the file's name
+    suffix: str  # of the file's name
     ink: str
     paper: str
     faint: str
@@ -26,7 +26,7 @@ THEMES = (Theme("", "#1f2328", "#ffffff", "#d8dee4"), Theme("-dark", "#e6edf3", 
 
 @dataclass(frozen=True)
 class Line:
-    """How one model is drawn, in every figure. Colours are Okabe and Ito's, which colour-blind readers tell apart."""
+    """The look of one model in every figure. The colours are Okabe and Ito's, which colour-blind readers tell apart."""
 
     label: str
     colour: str
@@ -51,7 +51,7 @@ PEERS = {
 
 
 def draw(file: Path, paint: Callable[[Theme], Figure]) -> list[Path]:
-    """Write FILE.svg and FILE-dark.svg, byte for byte the same each time; return their paths."""
+    """Write FILE.svg and FILE-dark.svg, byte for byte the same each time. Return their paths."""
     written = []
     for theme in THEMES:
         with matplotlib.rc_context(_settings(theme)):

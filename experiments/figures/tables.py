@@ -1,4 +1,4 @@
-"""The parts of a table that all experiments have in common."""
+"""The parts of a table that all experiments share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COST_COLUMNS = ("parameters", "M tokens", "tokens/s", "minutes", "peak GiB")
 
 
 def costs(result: Result) -> list[str]:
-    """The cells of COST_COLUMNS; minutes and tokens are those of training."""
+    """Return the cells of COST_COLUMNS. Minutes and tokens are those of training."""
     training, peak = result["training"], result["training"]["peak_bytes"]
     return [
         f"{result['parameters']:,}",
@@ -25,17 +25,17 @@ def costs(result: Result) -> list[str]:
 
 
 def title(name: str) -> str:
-    """A kind's name in a table."""
+    """Return a kind's name in a table."""
     return name.replace("_", "-")
 
 
 def said(found: Iterable[Any], what: Callable[[Any], Any]) -> str:
-    """What all results say, once; where they differ, all that they say."""
+    """Return the common value of all results, or all different values."""
     return " or ".join(dict.fromkeys(str(what(result)) for result in found))
 
 
 def conditions(models: Collection[Result]) -> str:
-    """What all models of a table were trained and evaluated with."""
+    """Return a sentence with the conditions of the training."""
     length = said(models, lambda result: f"{result['recipe']['seq_len']:,}")
     seed = said(models, lambda result: result["seed"])
     device = said(models, lambda result: result["versions"]["device"])
@@ -44,6 +44,6 @@ def conditions(models: Collection[Result]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column names the row."""
+    """Return a markdown table whose first column names the row."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -30,13 +30,15 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
     A cell that does not fit into the terminal continues on the next line. Nothing is cut off.
     """
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 or text else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
-    Console(width=None if narrow else WIDE, markup=False, emoji=False, highlight=False).print(table)
+    console = Console(width=None if narrow else WIDE, markup=False, emoji=False, highlight=False)
+    console.print(title, style="bold")
+    console.print(table)
 
 
 def human_bytes(count: int) -> str:

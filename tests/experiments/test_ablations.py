@@ -30,5 +30,5 @@ def test_the_default_choice_is_the_published_model():
 def test_unknown_choice_and_missing_data_are_one_line(tmp_path):
     with pytest.raises(ValueError, match="choice must be one of softplus, bounded, unit, capped, blocks, got 'hard'"):
         ablations.run("hard", tmp_path / "run")
-    with pytest.raises(ValueError, match="train.jsonl.zst: make it with"):
+    with pytest.raises(ValueError, match="train.jsonl.zst: run `python -m experiments.long_text prepare`"):
         ablations.run("unit", tmp_path / "run", data=tmp_path)

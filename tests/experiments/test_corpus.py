@@ -130,6 +130,6 @@ def test_other_systems_are_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setattr(
         prepare.platform, "freedesktop_os_release", lambda: {"ID": "fedora", "PRETTY_NAME": "Fedora 41"}
     )
-    with pytest.raises(ValueError, match="Debian 12's packages, and this is Fedora 41"):
+    with pytest.raises(ValueError, match="packages of Debian 12, and this is Fedora 41"):
         prepare.prepare(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -49,7 +49,7 @@ def result(tmp_path_factory, data):
 
 
 def test_missing_data_says_how_to_make_it(tmp_path):
-    with pytest.raises(ValueError, match="train.jsonl.zst: make it with"):
+    with pytest.raises(ValueError, match="train.jsonl.zst: run `python -m experiments.long_text prepare`"):
         long_text.run("linear", tmp_path / "run", data=tmp_path)
 
 

@@ -99,7 +99,7 @@ def test_another_number_of_levels_is_a_result_of_its_own(tmp_path, monkeypatch):
 
 
 def test_a_tokenizer_that_is_missing_is_known_before_training(tmp_path):
-    with pytest.raises(ValueError, match="there is no tokenizer .*: `python -m experiments.needle prepare` makes it"):
+    with pytest.raises(ValueError, match="there is no tokenizer .*: run `python -m experiments.needle prepare` first"):
         needle.run("linear", tmp_path / "run", tokenizer=tmp_path / "none")
     assert not (tmp_path / "run").exists()
 

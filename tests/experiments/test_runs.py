@@ -64,7 +64,7 @@ def test_a_result_of_another_recipe_is_not_replaced(tmp_path, monkeypatch):
     tried_out = recipe.override(learning_rate=1e-4, seed=5, batch_tokens=2 * recipe.batch_tokens)
     (tmp_path / "results").mkdir()
     write_object(tmp_path / "results" / "tiny.json", {**written, "recipe": tried_out.to_dict()})
-    with pytest.raises(ValueError, match="tiny.json is of a run that differs in batch_tokens, learning_rate: give"):
+    with pytest.raises(ValueError, match="tiny.json is of a run that differs in batch_tokens, learning_rate: choose"):
         train_and_evaluate(recipe, tmp_path / "run", lambda model, recipe: {}, "tiny", options(tmp_path))
     with pytest.raises(pytest.fail.Exception, match="nothing to train"):  # another seed has a file of its own
         train_and_evaluate(recipe, tmp_path / "run", lambda model, recipe: {}, "tiny", options(tmp_path, seed=3))
@@ -78,9 +78,9 @@ def test_a_result_of_another_evaluation_or_other_data_is_not_replaced(tmp_path):
     write_object(file, {**written, "recipe": recipe.to_dict()})
     elsewhere = recipe.override(compile=True, tokenizer="there/tokenizer", data=("there/text",))
     require_replaceable(file, elsewhere, asked, data)
-    with pytest.raises(ValueError, match="differs in evaluation data, examples: give --results another folder"):
+    with pytest.raises(ValueError, match="differs in evaluation data, examples: choose another --results"):
         require_replaceable(file, recipe, {"data": [], "examples": 4})
-    with pytest.raises(ValueError, match="differs in training data: give"):
+    with pytest.raises(ValueError, match="differs in training data: choose"):
         require_replaceable(file, recipe, asked, {"train": {"fingerprint": "b"}})
 
 
