@@ -1,4 +1,4 @@
-"""Language modelling: loss by position, its difference from one model's, and the course of training."""
+"""Language modelling: loss by position, its difference from a reference, and the course of training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Curves = Mapping[str, Mapping[str, list[float]]]  # kind -> position, bits_per_b
 
 
 def draw_positions(file: Path, curves: Curves, *, training_length: int) -> list[Path]:
-    """Loss against position, with a band of one standard error over documents."""
+    """Draw loss against position, with a band of one standard error over documents."""
 
     def paint(_: Any) -> Figure:
         figure, axes = _axes("Past its training length the Transformer fails; the others do not")
@@ -52,7 +52,7 @@ def draw_differences(file: Path, curves: Curves, *, reference: str, training_len
 
 
 def draw_training(file: Path, metrics: Mapping[str, list[dict[str, Any]]]) -> list[Path]:
-    """Validation loss (points) and training loss (thin, smoothed over 5 % of the run) against steps."""
+    """Draw validation loss (points) and training loss (thin, smoothed over 5 % of the run) against steps."""
 
     def paint(_: Any) -> Figure:
         figure, axes = _axes("Models with attention pull ahead in the course of training")
@@ -68,7 +68,7 @@ def draw_training(file: Path, metrics: Mapping[str, list[dict[str, Any]]]) -> li
             losses = [record["bits_per_byte"] for record in validation]
             axes.plot(steps, losses, line.marker + "-", color=line.colour, label=line.label, ms=5)
             shown += [*bits[len(bits) // 10 :], *losses]
-        if shown:  # the first steps from a random model would hide everything else
+        if shown:  # the first steps of a random model would hide everything else
             axes.set_ylim(min(shown) - 0.1, max(shown) + 0.1)
         axes.set(xlabel="training step", ylabel="bits per byte")
         axes.legend(frameon=False)

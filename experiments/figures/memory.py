@@ -24,9 +24,9 @@ Sizes = dict[str, dict[int, float]]  # model -> length -> GiB
 
 
 def memory(results: Path, out: Path) -> list[Path]:
-    """memory.svg: GiB that a sequence keeps while it is decoded; memory-peaks.svg: at the peak of prefill and training.
+    """Draw memory.svg, the memory of a decoded sequence, and memory-peaks.svg, the peaks of prefill and training.
 
-    The models have 690 to 830 M parameters.
+    Both are in GiB. The models have 690 to 830 M parameters.
     """
     file = results / "memory-h100.json"
     if not file.is_file():
@@ -75,7 +75,7 @@ def _peaks(peaks: dict[str, Sizes]) -> Figure:
 
 
 def _most(sizes: Sizes) -> float:
-    """The largest ratio of a log-linear model's memory to its linear baseline's."""
+    """Return the largest ratio of a log-linear model's memory to the linear model's."""
     pairs = [(model, model.replace("log-linear", "linear")) for model in sizes if model.startswith("log-linear")]
     return max(sizes[ours][T] / sizes[linear][T] for ours, linear in pairs for T in sizes[ours])
 

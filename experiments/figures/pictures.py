@@ -1,4 +1,4 @@
-"""Pictures that explain: one token's buckets, the Fenwick array, a block of the model, a state. Drawn from the code."""
+"""Explanatory pictures, drawn from the code: one token's buckets, the Fenwick array, a block of the model, a state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHADES = ("#d55e00", "#e69f00", "#009e73", "#0f80c1", "#cc79a7")  # level 0, 1, 
 
 
 def pictures(out: Path) -> list[Path]:
-    """buckets.svg, fenwick-array.svg, block.svg and state.svg; they need no results."""
+    """Draw buckets.svg, fenwick-array.svg, block.svg and state.svg, which need no results."""
     painters = {"buckets": _buckets, "fenwick-array": _fenwick_array, "block": _block, "state": _state}
     return [file for name, paint in painters.items() for file in draw(out / name, paint)]
 
@@ -43,7 +43,7 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
 
 
 def _buckets(theme: Theme) -> Figure:
-    """The bucket of each past token, for three positions of the query."""
+    """Draw the bucket of each past token, for three positions of the query."""
     figure, axes = _canvas(7.5, 3.0, "A token reads one state per bucket; buckets double with distance")
     for row, t in enumerate((13, 14, 16)):
         y = -1.5 * row
@@ -60,17 +60,17 @@ def _buckets(theme: Theme) -> Figure:
 
 
 def _fenwick_array(theme: Theme) -> Figure:
-    """The up-sweep over 16 chunks in place, and the walk of one of them over its past."""
+    """Draw the up-sweep over 16 chunks in place, and the walk of one chunk over its past."""
     N, reader = 16, 13
     figure, axes = _canvas(7.5, 5.0, "One state per chunk: merged in place, then read by every chunk at once")
     for height in range(N.bit_length()):
         size = 2**height
         for end in range(size, N + 1, size):
-            kept = merge_height(end) == height  # slot end - 1 holds this block in the end; others are overwritten
+            kept = merge_height(end) == height  # slot end - 1 keeps this block; others are overwritten
             name = f"slot {end - 1}" if size > 1 else str(end - 1)
             colour, ink = (SHADES[(height + 1) % len(SHADES)], "white") if kept else (theme.faint, theme.ink)
             _box(axes, end - size + 0.06, height, size - 0.12, 0.6, name if kept else "", colour, ink)
-            if height:  # the left half is added to the right half, where that stands
+            if height:  # the left half is added to the right half in place
                 _arrow(axes, (end - size / 2 - 0.3, height - 0.38), (end - 0.5, height - 0.02), theme.ink)
     for end, size in walk(reader):
         _arrow(axes, (reader + 0.5, -0.85), (end - 0.75 * 2**size + 0.1, size - 0.02), "#d55e00", 0.08)
@@ -84,7 +84,7 @@ def _fenwick_array(theme: Theme) -> Figure:
 
 
 def _block(theme: Theme) -> Figure:
-    """The way of the hidden states through one block."""
+    """Draw the way of the hidden states through one block."""
     figure, axes = _canvas(7.5, 3.6, "A log-linear block is a linear block plus level scales")
     grey, ours = "#6e7781", "#d55e00"
     stages = [
@@ -115,7 +115,7 @@ def _block(theme: Theme) -> Figure:
 
 
 def _state(theme: Theme) -> Figure:
-    """A FenwickState after 13 full chunks and 40 tokens of the next: which blocks it holds."""
+    """Draw the blocks of a FenwickState after 13 full chunks and 40 tokens of the next one."""
     chunks, C, held = 13, 64, 40
     figure, axes = _canvas(7.5, 3.3, f"FenwickState at position {chunks * C + held}: block states and raw tokens")
     for end, size in walk(chunks):

@@ -1,4 +1,4 @@
-"""Needles found: accuracy by length of all models, and by length and depth of one."""
+"""Needles found: accuracy by length for all models, and by length and depth for one."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ README_TASKS = ("single_2", "multikey_1")
 
 
 def line_of(kind: str) -> Line:
-    """How a kind is drawn; a log-linear model with another number of levels has a label that says so."""
+    """Return the line of a kind. The label of a log-linear model with another number of levels names it."""
     levels = re.fullmatch(r"log_linear-levels(\d+)", kind)
     return Line(f"log-linear Mamba-2, {levels[1]} levels", "#7f4f24", "P") if levels else MODELS[kind]
 
 
 def draw_retrieval(file: Path, models: Models, *, training_length: int) -> list[Path]:
-    """A panel for each task: lines are means over seeds, points are the seeds."""
+    """Draw a panel for each task: lines are means over seeds, points are seeds."""
     tasks = [task for task in TITLES if any(task in run for runs in models.values() for run in runs)]
     return draw(file, lambda theme: _panels(models, tasks, training_length))
 
 
 def draw_recall(file: Path, models: Models, *, training_length: int) -> list[Path]:
-    """The two panels of `draw_retrieval` that tell most: needles in text, and among other keys."""
+    """Draw two panels of `draw_retrieval`: needles in text, and needles among other keys."""
     compared = {kind: runs for kind, runs in models.items() if kind in MODELS}
     tasks = [task for task in README_TASKS if any(task in run for runs in compared.values() for run in runs)]
     return draw(file, lambda theme: _panels(compared, tasks, training_length)) if tasks else []
@@ -102,7 +102,7 @@ def _draw_accuracies(axes: Axes, line: Line, runs: Sequence[list[dict[str, Any]]
 
 
 def draw_depths(file: Path, label: str, tasks: Tasks) -> list[Path]:
-    """Maps of one run: what was found by the length of the text and by how deep the needle lay in it."""
+    """Draw maps of one run: accuracy by the length of the text and the depth of the needle."""
     return draw(file, lambda theme: _maps(label, tasks, theme))
 
 

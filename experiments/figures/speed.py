@@ -20,7 +20,7 @@ SHAPES = {  # figure -> (file in results/, its shape)
 
 
 def speed(results: Path, out: Path) -> list[Path]:
-    """speed.svg (scalar gate) and speed-delta-rule.svg: milliseconds of forward and backward, both axes logarithmic."""
+    """Draw speed.svg (scalar gate) and speed-delta-rule.svg: milliseconds of forward and backward by length."""
     written = []
     for name, (file, shape) in SHAPES.items():
         if (results / file).is_file():
@@ -32,7 +32,7 @@ def speed(results: Path, out: Path) -> list[Path]:
 
 
 def _curves(rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
-    """Milliseconds by peer and length."""
+    """Return milliseconds by peer and length."""
     rows = sorted(rows, key=lambda row: row["T"])
     return {
         peer: {row["T"]: row["figures"][peer][WORK] for row in rows if peer in row["figures"]}

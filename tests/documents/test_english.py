@@ -9,7 +9,8 @@ from tests.documents.pages import PAGES, ROOT, inline, prose
 
 SENTENCES = ("What", "Of", "That", "Whether", "Those")
 DOCSTRINGS = ("What", "Whether", "Of", "Which", "Where", "How")
-FOLDERS = ("ops", "layers", "models", "variants", "training", "cli")
+ROOMS = ("ops", "layers", "models", "variants", "training", "evaluation", "recipes", "cli")
+FOLDERS = (*(f"loglinear/{room}" for room in ROOMS), "benchmarks", "experiments", "examples")
 READ = [page for page in PAGES if page == "README.md" or page.startswith("docs/") and "lab-notes" not in page]
 
 
@@ -24,7 +25,7 @@ def test_sentences_have_a_subject(page):
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_docstrings_say_what_a_function_returns_or_does(folder):
-    files = sorted((ROOT / "loglinear" / folder).rglob("*.py"))
+    files = sorted((ROOT / folder).rglob("*.py"))
     assert files
     wrong = []
     for file in files:
