@@ -182,7 +182,9 @@ def measure(
                     losses[compiled] = row["loss"]
                 if len(losses) == 2 and abs(losses[True] - losses[False]) > LOSS_BUDGET:
                     row["failed"] = "the loss differs from eager mode"
-                progress.console.print(f"{work}: {cell(row)}", highlight=False, markup=False)
+                progress.console.print(
+                    f"{work}: {cell(row)}{' tokens/s' * ('failed' not in row)}", highlight=False, markup=False
+                )
                 progress.advance(task)
                 rows.append(row)
                 keep(rows)

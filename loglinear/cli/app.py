@@ -353,8 +353,9 @@ def info(
 ) -> None:
     """Show versions, implementations, variants and recipes, or describe one model.
 
-    The description has parameters, the share of lambda, and the memory of one sequence by its length: the state with
-    the model's own levels, the state with as many levels as the sequence needs, and a key/value cache.
+    The description has the parameters, the share of lambda, and the memory of one sequence by its length. The first
+    column is the state with the model's own levels, the second the state with all levels of the sequence, the third
+    the key/value cache of a Transformer.
 
     Examples:
 

@@ -1,7 +1,7 @@
 """Multi-query associative recall (MQAR): a table of small models, each trained and tested on the same examples.
 
-The task is that of Arora et al., "Zoology", arXiv 2312.04927, appendix E: two layers without an MLP, tied embeddings,
-batches of examples with one number of pairs, AdamW, a cosine from the learning rate to zero without warmup. Training
+The task is that of Arora et al., "Zoology", arXiv 2312.04927, appendix E. Models have two layers without an MLP and
+tied embeddings; a batch has examples with one number of pairs. AdamW follows a cosine to zero without warmup. Training
 ends early if validation is nearly perfect. Models, sizes and numbers of pairs are those of Guo et al., arXiv
 2506.04761, section 4.1: 4 to 64 pairs, dimensions 16, 32 and 64. `PROTOCOLS` sets the training and the choice of the
 learning rate.

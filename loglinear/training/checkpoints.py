@@ -1,7 +1,7 @@
 """Checkpoints on disk: find the last whole one, name the defect of a broken one, load a model from one.
 
-A checkpoint is a folder that `from_pretrained` reads: config.json, model.safetensors and the tokenizer. That of a
-training run also holds the state of the optimiser and of the schedule.
+A checkpoint is a folder that `from_pretrained` reads: config.json, model.safetensors and the tokenizer. In a training
+run it also holds the state of the optimiser and of the schedule.
 """
 
 from __future__ import annotations

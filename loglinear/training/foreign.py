@@ -29,8 +29,8 @@ GENERATION = {
 def read_config(checkpoint: Path) -> dict[str, Any]:
     """Return the fields of config.json without the notes.
 
-    Raises ValueError for a model of another type. Raises it also for an unknown field, a value of the wrong type, a
-    value that is not finite, and a field of transformers with a value that this library never writes.
+    Raises ValueError for a model of another type. Raises it also for an unknown field and for a
+    value of the wrong type or not finite. A field of transformers must have the value that this library writes.
     """
     file = checkpoint / "config.json"
     values = read_object(file)
