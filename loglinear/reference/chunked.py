@@ -22,11 +22,11 @@ def chunked_scalar_gate(
     N, L = len(q_TK) // C, lambda_TL.shape[1]
     q, k, v, g, lam = (x.unflatten(0, (N, C)) for x in (q_TK, k_TK, v_TV, log_decay_T, lambda_TL))
     G, total = g.cumsum(1), g.sum(1)
-    # --8<-- [start:own]
+    # [own]
     # 1. every chunk's own state [N, K, V]
     state = (k * (total[:, None] - G).exp()[..., None]).mT @ v
-    # --8<-- [end:own]
-    # --8<-- [start:sweep]
+    # [end]
+    # [sweep]
     # 2. up-sweep: pairs of neighbouring blocks of w chunks
     log_decay, w = total.clone(), 1
     while w < N:
@@ -35,14 +35,14 @@ def chunked_scalar_gate(
         state[right] += log_decay[right].exp()[:, None, None] * state[left]
         log_decay[right] += log_decay[left]
         w *= 2
-    # --8<-- [end:sweep]
-    # --8<-- [start:inside]
+    # [end]
+    # [inside]
     # 3. inside the chunk
     decay_CC = (G[:, :, None] - G[:, None, :]).tril().exp().tril()
     levels_CC = torch.tensor([[min(level(i, j), L - 1) for j in range(C)] for i in range(C)])
     out = ((q @ k.mT) * decay_CC * lam.gather(2, levels_CC.expand(N, C, C))) @ v
-    # --8<-- [end:inside]
-    # --8<-- [start:walk]
+    # [end]
+    # [walk]
     # 4. the walk of chunk z over its past, nearest block first
     for z in range(N):
         path = torch.zeros_like(total[0])
@@ -50,5 +50,5 @@ def chunked_scalar_gate(
             weight = lam[z, :, block_level(size, L, C)] * (G[z] + path).exp()
             out[z] += weight[:, None] * (q[z] @ state[end - 1])
             path = path + log_decay[end - 1]
-    # --8<-- [end:walk]
+    # [end]
     return out.flatten(0, 1)

@@ -47,22 +47,6 @@ def raw_blocks(page: str) -> list[tuple[str, str]]:
     return [(t.info.strip(), t.content) for t in tokens(page) if t.type in ("fence", "code_block")]
 
 
-def code_blocks(page: str) -> list[tuple[str, str]]:
-    """The same with includes resolved."""
-    include = re.compile(r'^--8<-- "(.*)"$', re.MULTILINE)
-    return [(language, include.sub(_included, text)) for language, text in raw_blocks(page)]
-
-
-def _included(match: re.Match[str]) -> str:
-    """The file that an include names, or its section: `file:section`."""
-    name, _, section = match[1].partition(":")
-    text = (ROOT / name).read_text()
-    if section:
-        text = text.partition(f"# --8<-- [start:{section}]\n")[2].partition(f"# --8<-- [end:{section}]")[0]
-    assert text.strip(), match[0]
-    return text
-
-
 def command_lines(page: str) -> list[str]:
     """The commands of the project in the page's blocks of code, without variables and comments."""
     blocks = (text.replace("\\\n", " ") for language, text in raw_blocks(page) if language in ("", "bash", "sh"))

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import re
 import runpy
 from pathlib import Path
 from unittest import mock
@@ -12,15 +11,14 @@ import pytest
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.training import ByteTokenizer
 from tests.cli.server import served, tiny_model
-from tests.documents.pages import DOCS, PAGES, ROOT, code_blocks, raw_blocks
+from tests.documents.pages import DOCS, PAGES, ROOT, raw_blocks
 
+LISTINGS = runpy.run_path(str(DOCS / "listings.py"))
 COMPLETE = ("README.md", "docs/getting-started.md")  # a newcomer copies these
 GUIDES = [page for page in PAGES if page.startswith("docs/guides/")]
 WITH_PYTHON = [page for page in (*COMPLETE, *GUIDES) if any(language == "python" for language, _ in raw_blocks(page))]
-WHOLE_SNIPPET = re.compile(r'--8<-- "docs/(snippets/.*\.py)"\s*')
-INCLUDED = {
-    match[1] for page in WITH_PYTHON for _, text in raw_blocks(page) if (match := WHOLE_SNIPPET.fullmatch(text))
-}
+SNIPPETS = {path.read_text(): path.relative_to(DOCS).as_posix() for path in DOCS.glob("snippets/*.py")}
+INCLUDED = {SNIPPETS[text] for page in WITH_PYTHON for _, text in raw_blocks(page) if text in SNIPPETS}
 SCRIPTS = sorted(
     script
     for folder in ("snippets", "notebooks")
@@ -74,10 +72,9 @@ def test_the_blocks_of_a_page_run_in_order(page, checkpoint, request):
         names["checkpoint"] = str(checkpoint)
     if "localhost:8000" in (ROOT / page).read_text():
         request.getfixturevalue("server")
-    blocks = zip(raw_blocks(page), code_blocks(page), strict=True)
-    for number, ((language, raw), (_, text)) in enumerate(blocks, 1):
-        if snippet := WHOLE_SNIPPET.fullmatch(raw):
-            names |= run(snippet[1])
+    for number, (language, text) in enumerate(raw_blocks(page), 1):
+        if text in SNIPPETS:
+            names |= run(SNIPPETS[text])
         elif language == "python":
             exec(compile(text, f"{page}, block {number}", "exec"), names)
     if page == "README.md":
@@ -90,7 +87,7 @@ def test_notebooks_and_other_snippets_run(script):
     assert run(script)
 
 
-def test_every_include_is_resolved():
-    for page in PAGES:
-        assert "--8 <" not in (ROOT / page).read_text(), f"{page}: a formatter has changed an include"
-        assert not any("--8<--" in text for _, text in code_blocks(page)), page
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_listings_are_what_their_files_say(page):
+    text = (ROOT / page).read_text()
+    assert LISTINGS["updated"](text) == text, f"{page}: `python docs/listings.py` copies its listings again"
