@@ -7,7 +7,6 @@ python -m experiments.figures
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -49,7 +48,7 @@ def ablation(choice: str, *, miniature: bool = False) -> TrainingRecipe:
 def run(
     choice: Annotated[str, typer.Option(help=f"One of {', '.join(CHOICES)}.")],
     out: Out,
-    data: Data = Path("data/long_text"),
+    data: Data = None,
     *,
     options: Options,
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from experiments.prepare import prepare as prepare_corpus
+from experiments.prepare import prepare_miniature
 from experiments.runs import Kind, Options, Out, kind_recipe, program, train_and_evaluate, with_options
 from loglinear.cli import execute
 from loglinear.cli.console import print_table
@@ -26,18 +27,31 @@ LENGTHS = (1, 4)  # of the evaluated windows, in training lengths
 BINS = 4  # per training length, in the curves of each document
 
 app = program(__doc__)
-Data = Annotated[Path, typer.Option(help="Folder of train.jsonl.zst and validation.jsonl.zst.")]
+FOLDER, MINIATURE_FOLDER = Path("data/long_text"), Path("data/long_text_miniature")
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help=f"Folder of train.jsonl.zst and validation.jsonl.zst.  [default: {FOLDER}, or {MINIATURE_FOLDER}]"
+    ),
+]
 
 
 @app.command()
-def prepare(out: Data = Path("data/long_text")) -> None:
+def prepare(
+    out: Data = None,
+    miniature: Annotated[
+        bool, typer.Option("--miniature", help="Take 4 MB of Python's standard library: no download, half a minute.")
+    ] = False,
+) -> None:
     """Make the two texts from packages of Debian 12: a download of 330 MB and ten minutes on two cores.
 
-    Example:
+    Examples:
 
     python -m experiments.long_text prepare --out data/long_text
+
+    python -m experiments.long_text prepare --miniature
     """
-    statistics = prepare_corpus(out)
+    statistics = prepare_miniature(out or MINIATURE_FOLDER) if miniature else prepare_corpus(out or FOLDER)
     for name in ("train", "validation"):
         part = statistics[name]
         rows = [[size, f"{of['documents']}", f"{of['bytes'] / 1e6:.1f}"] for size, of in part["documents_of"].items()]
@@ -50,7 +64,7 @@ def prepare(out: Data = Path("data/long_text")) -> None:
 def run(
     kind: Kind,
     out: Out,
-    data: Data = Path("data/long_text"),
+    data: Data = None,
     *,
     options: Options,
 ) -> None:
@@ -66,14 +80,16 @@ def run(
     run_on_long_text(kind_recipe("long_text", kind, options.miniature), out, data, f"long-text-{kind}", options)
 
 
-def run_on_long_text(recipe: TrainingRecipe, out: Path, data: Path, name: str, options: Options) -> None:
+def run_on_long_text(recipe: TrainingRecipe, out: Path, data: Path | None, name: str, options: Options) -> None:
     """Run `train_and_evaluate` on the two texts in the folder `data`. Raises ValueError if one of them is missing."""
+    data = data or (MINIATURE_FOLDER if options.miniature else FOLDER)
     if data.is_file():
         raise ValueError(f"--data must be the folder of train.jsonl.zst and validation.jsonl.zst, got the file {data}")
     training, validation = data / "train.jsonl.zst", data / "validation.jsonl.zst"
     for file in (training, validation):
         if not file.is_file():
-            raise ValueError(f"there is no {file}: run `python -m experiments.long_text prepare` first")
+            command = f"python -m experiments.long_text prepare{' --miniature' * options.miniature}"
+            raise ValueError(f"there is no {file}: run `{command}` first")
     train_and_evaluate(
         recipe,
         out,

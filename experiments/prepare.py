@@ -1,4 +1,4 @@
-"""The long texts from packages of Debian: train.jsonl.zst, validation.jsonl.zst and statistics.json."""
+"""The long texts, from packages of Debian or in miniature: train.jsonl.zst, validation.jsonl.zst, statistics.json."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from tqdm import tqdm
 
 from experiments.corpus import LARGEST, SMALLEST, SOURCES, LongDocument, NearDuplicates, long_documents, read_package
 from loglinear.training.json_files import write_object
+from loglinear.training.sources import read_documents
 
 LEVEL = 22  # the highest of zstd
 WINDOW = 27  # log2 bytes: the largest that a decompressor accepts by default
 KIB = 1024
+MINIATURE_BYTES, MINIATURE_SMALLEST = 4_000_000, 8 * KIB  # of all documents together, and of one
 DOWNLOADS = ".packages-"  # prefix of the temporary folder of the packages
 
 
@@ -44,6 +46,11 @@ def prepare(out: Path) -> dict[str, Any]:
             versions[source.package] = _output("dpkg-deb", "--field", str(archives[source.package]), "Version")
             files = read_package(archives[source.package], source)
             documents += long_documents(source.package, files, duplicates)
+    return _write(out, documents, versions)
+
+
+def _write(out: Path, documents: Sequence[LongDocument], versions: dict[str, str]) -> dict[str, Any]:
+    """Write the two texts and then statistics.json, whose presence means that they are whole. Return the statistics."""
     parts = {
         "train": [document for document in documents if not document.validates],
         "validation": [document for document in documents if document.validates],
@@ -57,6 +64,19 @@ def prepare(out: Path) -> dict[str, Any]:
     }
     write_object(out / "statistics.json", statistics)
     return statistics
+
+
+def prepare_miniature(out: Path) -> dict[str, Any]:
+    """Write both texts from long documents of Python's standard library, with no download. Return their statistics."""
+    out.mkdir(parents=True, exist_ok=True)
+    documents: list[LongDocument] = []
+    room = MINIATURE_BYTES
+    for document in read_documents(["stdlib"]):
+        size = len(document.text.encode())
+        if MINIATURE_SMALLEST <= size <= room:
+            room -= size
+            documents.append(LongDocument(document.name, document.text, len(documents) % 10 == 0))
+    return _write(out, documents, {"python": platform.python_version()})
 
 
 def _require_debian() -> None:

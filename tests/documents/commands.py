@@ -45,6 +45,7 @@ DEMO = "tests/cli/test_demo.py::test_demo_writes_everything_it_promises_and_cont
 SERVE = "tests/cli/test_serve.py::test_completions_are_those_of_generate"
 NEEDLE = "tests/experiments/test_needle.py::test_pieces_give_what_one_call_gives"
 LONG_TEXT = "tests/experiments/test_long_text.py::test_both_lengths_are_evaluated_on_the_same_text"
+MINIATURE = "tests/experiments/test_corpus.py::test_the_miniature_is_made_of_the_standard_library_without_a_download"
 TESTED = {
     "loglinear demo --seed 1 --out runs/demo-seed1": DEMO,
     "loglinear serve --model runs/books": SERVE,
@@ -57,7 +58,9 @@ TESTED = {
         "tests/experiments/test_needle.py::test_prepared_tokenizer_keeps_every_byte_and_cuts_digits_in_threes"
     ),
     "python -m experiments.needle run --kind log_linear --out runs/miniature/needle --miniature --examples 4": NEEDLE,
+    "python -m experiments.long_text prepare --miniature": MINIATURE,
     "python -m experiments.long_text run --kind log_linear --out runs/miniature/log_linear --miniature": LONG_TEXT,
+    "python -m experiments.ablations run --choice unit --out runs/miniature/unit --miniature": LONG_TEXT,
 }
 
 # Not executed here, for the reason above: the command, its options and their values are read.
@@ -90,7 +93,6 @@ READ = {
     ],
     "330 MB of Debian packages": [
         "python -m experiments.long_text prepare",
-        "python -m experiments.ablations run --choice unit --out runs/miniature/unit --miniature",
     ],
     "triton without its interpreter": ["python -m benchmarks.resources"],
 }

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import corpus, prepare
 from experiments.corpus import File, NearDuplicates, Source, is_generated, is_table, long_documents, text_files
-from experiments.prepare import describe, write_documents
+from experiments.prepare import describe, prepare_miniature, write_documents
 from loglinear.training.sources import read_documents
 
 
@@ -133,3 +133,13 @@ def test_other_systems_are_one_clear_line(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="packages of Debian 12, and this is Fedora 41"):
         prepare.prepare(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_miniature_is_made_of_the_standard_library_without_a_download(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.prepare.MINIATURE_BYTES", 200_000)
+    statistics = prepare_miniature(tmp_path)
+    read = {name: list(read_documents([str(tmp_path / f"{name}.jsonl.zst")])) for name in ("train", "validation")}
+    sizes = [len(document.text.encode()) for documents in read.values() for document in documents]
+    assert min(sizes) >= 8192 and 100_000 < sum(sizes) <= 200_000
+    assert all(statistics[name]["documents"] == len(documents) > 0 for name, documents in read.items())
+    assert {d.name for d in read["train"]}.isdisjoint(d.name for d in read["validation"])
