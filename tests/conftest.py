@@ -6,10 +6,10 @@ import signal
 
 import pytest
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a shell's background job: tests of Ctrl-C need one that is heard
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A background job of a shell, and nohup, ignore signals, and processes inherit that. Tests of signals need them heard.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and numpy are imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
