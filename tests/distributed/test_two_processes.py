@@ -32,7 +32,7 @@ def _make(name: str) -> LogLinearForCausalLM:
 
 
 def _processes(folder: Path) -> dict:
-    """What two processes find, by model, way and dtype: names that decay, losses, weights."""
+    """The findings of two processes, by model, way and dtype: names that decay, losses, weights."""
     for name in MODELS:
         _make(name).save_pretrained(folder / name)
     common = dict(WORLD_SIZE=str(RANKS), OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
@@ -52,7 +52,7 @@ def _processes(folder: Path) -> dict:
 
 
 def _one_process(folder: Path, dtype: torch.dtype) -> tuple[list[str], list[float], dict, dict]:
-    """What the processes should find, and the weights of the beginning."""
+    """The findings to expect, and the weights of the beginning."""
     model = LogLinearForCausalLM.from_pretrained(folder, dtype=dtype)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer, losses = optimizer_of(model), []

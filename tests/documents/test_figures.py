@@ -14,7 +14,7 @@ PIXELS = 0.01  # by which another processor's rounding may move a point
 
 
 def equal(drawn: Path, shown: Path) -> bool:
-    """Whether the files are the same, up to rounding and names of elements; other matplotlibs draw differently."""
+    """Return True if the files are equal, up to rounding and names of elements."""
     texts = [path.read_text() for path in (drawn, shown)]
     if texts[0] == texts[1] or drawn.suffix != ".svg":
         return texts[0] == texts[1]

@@ -1,4 +1,4 @@
-"""What transformers decides about `generate` by the names of a model's arguments."""
+"""Decisions of transformers about `generate` by the names of a model's arguments."""
 
 import inspect
 

@@ -50,7 +50,7 @@ def test_an_offloaded_model_gives_the_same(make_model, tmp_path, options: dict, 
 
 
 def test_a_step_is_a_forward_of_the_mixer(make_model) -> None:
-    """What hooks a mixer's forward, to move or gather its parameters or to look at it, sees every token."""
+    """A hook on a mixer's forward, which moves or gathers parameters or looks at them, sees every token."""
     model = make_model(torch.float32)
     seen: list[int] = []
     for mixer in (module for module in model.modules() if isinstance(module, Mixer)):

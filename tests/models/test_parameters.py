@@ -1,4 +1,4 @@
-"""Which module owns a parameter, its dtype, and whether it decays: what sharding, offloading and trainers go by."""
+"""The module that owns each parameter, its dtype and its decay: sharding, offloading and trainers go by them."""
 
 from copy import deepcopy
 

@@ -40,7 +40,7 @@ def die_at(moment):
 
 
 def attempt(data, out, moment):
-    """Whether the run, or what is left of it, came to its end in a process that dies at this moment."""
+    """Return True if the run, or its rest, came to its end in a process that dies at this moment."""
     child = os.fork()
     if child == 0:
         code = 1

@@ -79,7 +79,7 @@ DAMAGES = [flip, flip, cut, zero, empty, remove, change_a_field, change_a_field]
 
 
 def same(name, before, after):
-    """Whether a file still says the same: as JSON, up to its own checksum, or because nothing is read from it."""
+    """Return True if a file says the same: as JSON, up to its own checksum, or because nothing is read from it."""
     if name == run_folder.LOCK_FILE or after == before:
         return True
     if after is None or not name.endswith(".json"):

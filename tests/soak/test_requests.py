@@ -145,7 +145,7 @@ def place(rng, port):
 
 
 def raw(rng, port):
-    """What is no HTTP at all: it is answered with 4xx, or closed."""
+    """Bytes that are no HTTP at all: they are answered with 4xx, or the connection is closed."""
     lines = [rng.randbytes(60), b"GET / HTTP/9.9", b"POST " + b"a" * 100_000, b"\x16\x03\x01", b"Content-Length: -1"]
     with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
         try:

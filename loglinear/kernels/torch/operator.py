@@ -42,7 +42,7 @@ def stages(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, level_scales: Tensor,
     nodes: Tensor | None, position: Tensor | None, cu_seqlens: Tensor | None, rows: int, chunk_size: int, final: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What `fenwick_array` computes, open to autograd: with gradients on it records every stage."""
+    """Return the outputs of `fenwick_array`, open to autograd: with gradients on it records every stage."""
     plan = _schedule(v, level_scales, position, cu_seqlens, rows, chunk_size, final)
     family, inputs = _family(q, k, v, log_decay, beta, level_scales, nodes)
     return slab.forward(family, plan, inputs, final)

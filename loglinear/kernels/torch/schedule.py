@@ -197,7 +197,7 @@ def _scan_merges(rank: Tensor, direction: int) -> tuple[list[Merge], list[Merge]
 def _places(
     length: Tensor, held: Tensor, offset: Tensor, n: int, C: int, buffered: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each token lies in the array of chunks, and which token lies at each place."""
+    """Return the place of each token in the array of chunks, and the token at each place."""
     N = len(length)
     empty = n * C  # the first place of the empty chunk
     token_sequence = torch.repeat_interleave(torch.arange(N), length)

@@ -1,4 +1,4 @@
-"""What both families share: moving tokens into chunks and back, and the masks of a chunk.
+"""Tokens moved into chunks and back, and the masks of a chunk: both families share them.
 
 Inside a kernel every tensor is [H, n, C, ...]: a slab of heads, then chunks, then places in the chunk. Slabs keep the
 temporaries small (they lie in memory that is used again, see `workspace`) and their number does not depend on the

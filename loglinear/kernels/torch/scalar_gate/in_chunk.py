@@ -1,4 +1,4 @@
-"""What the queries of a chunk read inside their own chunk.
+"""The reads of a chunk's queries inside their own chunk.
 
 O_in = ((Q K^T * dec) * LAM) V
 """
