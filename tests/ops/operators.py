@@ -75,7 +75,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def excess(actual: Tensor, twin: Tensor, exact: Tensor, size: float = 0.0) -> float:
-    """How many times as far from `exact` as its same-dtype twin is; NaN counts as infinite.
+    """Return the error against `exact` over that of the same-dtype twin; NaN counts as infinite.
 
     The twin computes the same in plain torch, in the same test and on the same machine, so a limit on this number is
     one for any machine. Where the twin happens to be nearer than one rounding of `exact`, or of a number of that `size`

@@ -43,7 +43,7 @@ FACTOR = 6  # times the error of the whole sequence in float32, by impl="torch"
 
 
 def budget_of(dtype, operator, inputs, whole, **options):
-    """Of the steps' outputs in that dtype together; a single one, of few numbers, may have ten times as much."""
+    """Return the budget of all steps' outputs together; a single one, of few numbers, may have ten times as much."""
     if dtype == torch.float64:
         return 1e-10
     twin = operator({name: x.detach().to(dtype) for name, x in inputs.items()}, impl="torch", **options).output
