@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.figures.tables import MISSING, markdown_table, said
 from loglinear.evaluation.mqar import markdown
-from loglinear.recipes.mqar import ABLATIONS, CHOICES, MODELS
+from loglinear.recipes.mqar_models import ABLATIONS, CHOICES, MODELS
 from loglinear.training.files import write_atomically
 from loglinear.training.json_files import read_object
 

@@ -299,7 +299,8 @@ def mqar(
 
     The five models are mamba2, log_linear_mamba2, gated_delta_net, log_linear_gated_delta_net and attention. The
     log-linear names also take the suffixes _bounded and _unit (forms of lambda), _capped (fewer levels) and _blocks
-    (one lambda for 64 tokens).
+    (one lambda for 64 tokens). The linear names mamba2 and gated_delta_net take _equal_bytes (a decode state of at
+    least the log-linear model's bytes) and _states2, 4, 8 or 16 (a state so many times as large).
 
     The last example takes seconds on a CPU; it shows that everything works, and is too short to learn.
 

@@ -10,66 +10,18 @@ learning rate.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loglinear.fenwick import num_levels
-from loglinear.recipes.comparison import PUBLISHED, choices
+from loglinear.recipes.mqar_models import MODELS, STATE_DIM, decode_bytes, find_model, model_config
 from loglinear.recipes.recipe import LARGEST
 
 if TYPE_CHECKING:
     from loglinear.models import LogLinearConfig
 
-LAYERS = 2
 LARGEST_DIM = 4096
-STATE_DIM = 16  # head dimension and key dimension of Mamba-2
-CHUNK_SIZE = 16  # no result depends on it; it is fast on a CPU for such heads and short examples
-
-
-def _mamba2(dim: int) -> dict[str, Any]:
-    """Return Mamba-2 with expansion 2 in heads of 16, one query/key group."""
-    return dict(variant="mamba2", num_heads=2 * dim // STATE_DIM, num_groups=1, key_dim=STATE_DIM, head_dim=STATE_DIM)
-
-
-def _gated_delta_net(dim: int) -> dict[str, Any]:
-    """Return Gated DeltaNet with one head at dimension 16, otherwise two; values are twice as wide as keys."""
-    heads = 1 if dim <= 16 else 2
-    return dict(
-        variant="gated_delta_net",
-        num_heads=heads,
-        num_groups=heads,
-        key_dim=dim // heads,
-        head_dim=2 * dim // heads,
-    )
-
-
-def _attention(dim: int) -> dict[str, Any]:
-    """Return softmax attention with one head of the whole dimension and rotary positions."""
-    return dict(layer_types=["full_attention"] * LAYERS, num_attention_heads=1, attention_head_dim=dim)
-
-
-class Model(NamedTuple):
-    """The sizes for a dimension, and further fields of the configuration. num_levels defaults to all levels."""
-
-    sizes: Callable[[int], dict[str, Any]]
-    changes: dict[str, Any] = {}
-
-
-MODELS = {
-    "mamba2": Model(_mamba2, {"num_levels": 1}),
-    "log_linear_mamba2": Model(_mamba2, PUBLISHED),
-    "gated_delta_net": Model(_gated_delta_net, {"num_levels": 1}),
-    "log_linear_gated_delta_net": Model(_gated_delta_net, PUBLISHED),
-    "attention": Model(_attention, {"num_levels": 1}),
-}
-CHOICES = choices(capped_levels=6)  # tokens 16 positions away and farther share the last level
-ABLATIONS = {
-    f"{name}_{choice}": Model(MODELS[name].sizes, changes)
-    for name in ("log_linear_mamba2", "log_linear_gated_delta_net")
-    for choice, changes in CHOICES.items()
-}
 DIMS = (16, 32, 64)
 
 
@@ -182,11 +134,7 @@ class RecallCell:
     task: RecallTask = field(default_factory=RecallTask)
 
     def __post_init__(self) -> None:
-        models = MODELS | ABLATIONS
-        if self.model not in models:
-            nearest = get_close_matches(self.model, models, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown model {self.model!r}: did you mean {nearest!r}? There are {', '.join(models)}")
-        block = models[self.model].changes.get("finest_block", 1)
+        block = find_model(self.model).changes.get("finest_block", 1)
         if self.task.length <= block:
             raise ValueError(f"length must be more than {block} tokens for {self.model}, got {self.task.length}")
         if not STATE_DIM <= self.dim <= LARGEST_DIM or self.dim % STATE_DIM:
@@ -203,19 +151,20 @@ class RecallCell:
 
     def model_config(self) -> LogLinearConfig:
         """Return the model's configuration. Imports transformers."""
-        from loglinear.models import LogLinearConfig
-
-        sizes, changes = (MODELS | ABLATIONS)[self.model]
-        shared = dict(
-            vocab_size=self.task.vocab_size,
-            hidden_size=self.dim,
-            num_hidden_layers=LAYERS,
-            intermediate_size=0,
-            tie_word_embeddings=True,
-            num_levels=num_levels(self.task.length),
-            chunk_size=CHUNK_SIZE,
+        task = self.task
+        return model_config(
+            self.model, self.dim, vocab_size=task.vocab_size, length=task.length, levels=num_levels(task.length)
         )
-        return LogLinearConfig(**shared | sizes(self.dim) | changes)
+
+    @property
+    def decode_bytes(self) -> int:
+        """The bytes of the float32 decode state of one sequence of the longest examples, in all layers."""
+        return decode_bytes(self.model_config(), self.task.length)
+
+    @property
+    def cache_bytes(self) -> int:
+        """The bytes of the float32 KV cache of the attention model of this dimension for the same sequence."""
+        return dataclasses.replace(self, model="attention").decode_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types. `from_dict` is the inverse."""

@@ -3,18 +3,11 @@
 import json
 
 import pytest
+import torch
 
-from loglinear.models import LogLinearForCausalLM, parameter_counts
-from loglinear.recipes.mqar import (
-    ABLATIONS,
-    CHOICES,
-    DIMS,
-    MODELS,
-    PROTOCOLS,
-    RecallCell,
-    RecallTable,
-    RecallTask,
-)
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts
+from loglinear.recipes.mqar import DIMS, PROTOCOLS, RecallCell, RecallTable, RecallTask
+from loglinear.recipes.mqar_models import ABLATIONS, CHOICES, CONTROLS, KEY_STEP, MODELS, decode_bytes
 from loglinear.variants import HeadSizes
 
 HEADS = {  # heads, query/key groups, key dimension, head dimension
@@ -64,6 +57,39 @@ def test_ablations_change_one_choice_of_a_log_linear_model():
         changed, original = (cell(model=model).model_config().to_dict() for model in (name, base))
         differing = {key for key in original if changed[key] != original[key]}
         assert len(differing) == 1 and differing <= set(CHOICES[choice]) and original["lambda_form"] == "softplus"
+
+
+def test_controls_differ_from_the_linear_model_in_the_key_dimension_alone():
+    for name in CONTROLS:
+        base = "mamba2" if name.startswith("mamba2") else "gated_delta_net"
+        control, linear = (cell(model=model, dim=32).model_config().to_dict() for model in (name, base))
+        assert {key for key in linear if control[key] != linear[key]} == {"key_dim"}
+        if "_states" in name:
+            assert control["key_dim"] == int(name.rpartition("_states")[2]) * linear["key_dim"]
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])
+def test_control_of_equal_bytes_has_the_narrowest_keys_that_give_it_as_many(variant, dim):
+    published, control = (cell(model=name, dim=dim) for name in (f"log_linear_{variant}", f"{variant}_equal_bytes"))
+    config = control.model_config()
+    narrower = LogLinearConfig(**{**config.to_dict(), "key_dim": config.key_dim - KEY_STEP})
+    assert decode_bytes(narrower, 256) < published.decode_bytes <= control.decode_bytes
+    assert control.decode_bytes < 1.1 * published.decode_bytes
+
+
+@pytest.mark.parametrize("model", ["mamba2", "log_linear_gated_delta_net", "attention", "mamba2_equal_bytes"])
+def test_decode_bytes_are_those_of_the_smallest_cache_of_any_chunk_size(model):
+    task = RecallTask(length=24, pairs=(2,), vocab_size=32)
+    small = cell(model=model, task=task)
+    caches = []
+    for chunk_size in (1, 2, 4, 8, 16, 32):
+        config = LogLinearConfig(**{**small.model_config().to_dict(), "chunk_size": chunk_size})
+        with torch.no_grad():
+            output = LogLinearForCausalLM(config)(torch.zeros(1, 24, dtype=torch.long), use_cache=True)
+        caches.append(output.past_key_values.nbytes)
+    assert small.decode_bytes == min(caches)
+    assert small.cache_bytes == cell(model="attention", task=task).decode_bytes == 2 * 2 * 24 * 16 * 4
 
 
 def test_cell_survives_json():

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loglinear.evaluation.mqar.folder import ACCURACIES, COSTS, HOW, Result, cell_of
-from loglinear.recipes.mqar import ABLATIONS, MODELS, RecallCell
+from loglinear.recipes.mqar import RecallCell
+from loglinear.recipes.mqar_models import ALL_MODELS
 
 
 def best_learning_rate(results: Iterable[Result]) -> float:
@@ -35,7 +36,7 @@ def gather(results: Sequence[Result]) -> dict[str, Any]:
 
     Mean and sample standard deviation (None for one seed) are over the seeds at the best learning rate.
     """
-    order = [*MODELS, *ABLATIONS]
+    order = [*ALL_MODELS]
     groups: dict[tuple[int, int], list[Result]] = {}
     for result in results:
         cell = cell_of(result)
