@@ -214,6 +214,29 @@ class Mixer(nn.Module):
             return y, None
         return y, MixerState(conv_state.clone(), fenwick)  # a copy, because a view keeps the whole prompt alive
 
+    def starting_at(self, position: Tensor | None, x: Tensor) -> MixerState | None:
+        """Return the state of sequences that start at `position` [S] and have no token yet; None for new sequences.
+
+        The state fits inputs like `x`. The linear model has one level, so no position changes its results: None.
+        """
+        if position is None or self.num_levels == 1:
+            return None
+        heads = self.heads
+        fenwick = FenwickState.zeros(
+            len(position),
+            num_levels=self.num_levels,
+            chunk_size=self.chunk_size,
+            groups=heads.num_groups,
+            heads=heads.num_heads,
+            key_dim=heads.key_dim,
+            value_dim=heads.head_dim,
+            delta_rule=self.variant.transition == "delta_rule",
+            position=position,
+            dtype=torch.promote_types(x.dtype, torch.float32),
+            device=x.device,
+        )
+        return MixerState(x.new_zeros(len(position), self.conv.kernel - 1, self.conv.channels), fenwick)
+
     def step(self, x: Tensor, state: MixerDecodeState, active: Tensor | None = None) -> Tensor:
         """Return the output [B, 1, D] of one token per row [B, 1, D] and advance `state` in place, without gradients.
 

@@ -11,6 +11,7 @@ from loglinear.layers.packing import of_any_length
 from loglinear.models.cache import LogLinearCache
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.places import TokenPlaces
+from loglinear.ops.validation import INDICES, check_tensor, check_tree_positions
 
 
 class TokenLayout(NamedTuple):
@@ -20,6 +21,7 @@ class TokenLayout(NamedTuple):
     attention: AttentionContext | None  # for full attention; None: the model has none of it
     is_step: bool = False  # one token per row from the states of a cache, without gradients: `Mixer.step`
     active: Tensor | None = None  # [B] True at rows for which the step has a token; None: all
+    initial_position: Tensor | None = None  # [S] where new sequences start in the tree; None: at 0
 
 
 NEUTRAL = {"is_causal": True, "output_router_logits": False}  # arguments with one possible value here
@@ -101,6 +103,17 @@ def check_positions(position_ids: Tensor | None, places: TokenPlaces) -> None:
     )
 
 
+def check_initial_position(position: Tensor | None, places: TokenPlaces, cache: LogLinearCache | None) -> None:
+    """Raise ValueError unless positions [B] or [n] fit the sequences of a batch, all of them new."""
+    if position is None:
+        return
+    sequences = places.rows if places.cu_seqlens is None else len(places.cu_seqlens) - 1
+    check_tensor("initial_position", position, "S", {"S": sequences}, None, INDICES)
+    check_tree_positions("initial_position", position)
+    if cache is not None and cache.rows is not None:
+        raise ValueError("initial_position needs new sequences, got past_key_values with positions of their own")
+
+
 def token_layout(
     config: LogLinearConfig,
     places: TokenPlaces,
@@ -109,6 +122,7 @@ def token_layout(
     cache: LogLinearCache | None = None,
     *,
     with_weights: bool = False,
+    initial_position: Tensor | None = None,
 ) -> TokenLayout:
     """Return the layout of tokens in these places, and note their padding in the cache."""
     assert config.layer_types is not None
@@ -127,7 +141,7 @@ def token_layout(
     if has_attention:
         columns_BS = real_BT if cache is None else cache.extend_real(real_BT, places.rows, places.time, device)
         attention = _attention_context(config, places, device, position_ids, columns_BS, with_weights)
-    return TokenLayout(packing, attention, places.is_step, active)
+    return TokenLayout(packing, attention, places.is_step, active, initial_position)
 
 
 def _attention_context(

@@ -15,7 +15,15 @@ from loglinear.layers import Attention, Mixer, SwiGLU
 from loglinear.models.cache import LogLinearCache
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.generation import LogLinearGenerationMixin
-from loglinear.models.inputs import TokenLayout, TokensFirst, check_positions, one_of, refuse_unknown, token_layout
+from loglinear.models.inputs import (
+    TokenLayout,
+    TokensFirst,
+    check_initial_position,
+    check_positions,
+    one_of,
+    refuse_unknown,
+    token_layout,
+)
 from loglinear.models.loss import sliced_cross_entropy
 from loglinear.models.places import TokenPlaces
 from loglinear.variants import HeadBias
@@ -65,12 +73,14 @@ class LogLinearBlock(GradientCheckpointingLayer):
             mixed, weights = self.mixer(normed, layout.attention, past_key_values)
             x = x + mixed
         elif past_key_values is None:
-            x = x + self.mixer(normed, layout.packing)[0]
+            start = self.mixer.starting_at(layout.initial_position, normed)
+            x = x + self.mixer(normed, layout.packing, start)[0]
         elif layout.is_step:
             x = x + self.mixer.step(normed, past_key_values.state, layout.active)
             past_key_values.advance(1)
         else:
-            before = None if past_key_values.state is None else past_key_values.state.state()
+            past = past_key_values.state
+            before = self.mixer.starting_at(layout.initial_position, normed) if past is None else past.state()
             mixed, state = self.mixer(normed, layout.packing, before, return_state=True)
             past_key_values.store(state, x.shape[1])
             x = x + mixed
@@ -133,6 +143,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        initial_position: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -156,6 +167,9 @@ class LogLinearModel(LogLinearPreTrainedModel):
             cu_seq_lens_q: Another name of cu_seqlens, from transformers' collator.
             cu_seq_lens_k: Another name of cu_seqlens, from transformers' collator.
             seq_idx: [1, T], the document of each token, in place of cu_seqlens.
+            initial_position: [B], or [n] for packed documents: the position in the tree at which each new sequence
+                starts, below 2**62. Token t of a sequence is then at position initial_position + t, which alone decides
+                its buckets. Linear models and full attention do not depend on it. None: 0.
             use_cache: True to return a cache, False for none. None: as the configuration says, but none in training or
                 for packed documents.
             output_hidden_states: True to also return the input of each block and the final hidden states.
@@ -183,13 +197,22 @@ class LogLinearModel(LogLinearPreTrainedModel):
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_weights = self.config.output_attentions if output_attentions is None else output_attentions
         check_positions(position_ids, places)
+        check_initial_position(initial_position, places, past_key_values)
         tokens_first = None
         if places.real is not None and cache is None and torch.compiler.is_compiling():
             tokens_first = TokensFirst.of(places.real)
             x, places = tokens_first.apply(x), places._replace(real=None)
             if position_ids is not None:
                 position_ids = tokens_first.apply(position_ids.expand(places.rows, -1))
-        layout = token_layout(self.config, places, x.device, position_ids, cache, with_weights=bool(with_weights))
+        layout = token_layout(
+            self.config,
+            places,
+            x.device,
+            position_ids,
+            cache,
+            with_weights=bool(with_weights),
+            initial_position=initial_position,
+        )
         if cache is not None:
             cache.history.extend(places.rows, places.time, places.real, input_ids, x.device)
         all_hidden_states, all_weights = [], []

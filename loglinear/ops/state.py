@@ -13,6 +13,7 @@ from torch import Tensor
 from loglinear.fenwick import MOST_LEVELS, num_blocks
 from loglinear.kernels.torch import chunk_inverse
 from loglinear.ops.validation import (
+    INTEGERS,
     INVERSE,
     WIDE_FLOATS,
     Sizes,
@@ -21,6 +22,7 @@ from loglinear.ops.validation import (
     check_rows,
     check_state,
     check_tensor,
+    check_tree_positions,
     chunk_length,
     flag,
     whole_number,
@@ -73,10 +75,14 @@ class FenwickState(NamedTuple):
         key_dim: int,
         value_dim: int,
         delta_rule: bool,
+        position: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> FenwickState:
         """Return the state of sequences that have no token yet.
+
+        A sequence of T tokens that starts from this state at position p has the partition of positions p to p + T - 1.
+        Its outputs are those after p tokens that write nothing.
 
         Args:
             rows: N, the number of sequences.
@@ -87,6 +93,7 @@ class FenwickState(NamedTuple):
             key_dim: K.
             value_dim: V.
             delta_rule: True for the delta rule (with beta), False for a scalar gate.
+            position: [N] integers, the position at which each sequence starts. None: 0.
             dtype: float32 or float64.
             device: The device of all parts.
 
@@ -103,11 +110,18 @@ class FenwickState(NamedTuple):
             raise ValueError(f"dtype must be float32 or float64, got {dtype}")
         flag("delta_rule", delta_rule)
 
+        if position is None:
+            position = torch.zeros(rows, dtype=torch.int64, device=device)
+        else:
+            check_tensor("position", position, "N", {"N": rows}, position.device, INTEGERS)
+            check_tree_positions("position", position)
+            position = position.to(device, torch.int64)
+
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
 
         return cls(
-            position=torch.zeros(rows, dtype=torch.int64, device=device),
+            position=position,
             blocks=zeros(num_blocks(num_levels, chunk_size), heads, key_dim, value_dim),
             k=zeros(chunk_size, groups, key_dim),
             v=zeros(chunk_size, heads, value_dim),

@@ -123,21 +123,21 @@ def check_state(name: str, state: Any, sizes: Sizes, device: torch.device | None
         dtype = x.dtype
     chunk_length(f"{name}'s chunk_size", sizes["C"])
     check_groups(name, sizes["H"], sizes["G"])
-    check_positions(name, state.position)
+    check_tree_positions(f"{name}.position", state.position)
 
 
-def check_positions(name: str, position: Tensor) -> None:
+def check_tree_positions(name: str, position: Tensor) -> None:
     """Raise ValueError unless positions are from 0 to 2**62 - 1.
 
     A GPU checks its values itself, so the CPU does not wait; a wrong one ends the process with the same text.
     """
     if position.is_cuda or torch.compiler.is_compiling():
         fits = ((position >= 0) & (position < MAX_POSITION)).all()
-        torch._assert_async(fits, f"{name}.position must be from 0 to 2**62 - 1")
+        torch._assert_async(fits, f"{name} must be from 0 to 2**62 - 1")
         return
     for number in position.tolist():
         if not 0 <= number < MAX_POSITION:
-            raise ValueError(f"{name}.position must be from 0 to 2**62 - 1, got {number}")
+            raise ValueError(f"{name} must be from 0 to 2**62 - 1, got {number}")
 
 
 def check_family(name: str, has_beta: bool, delta_rule: bool) -> None:

@@ -7,6 +7,7 @@ of the kernels is checked on a GPU (test_triton_gpu.py).
 import pytest
 import torch
 
+from loglinear.ops import FenwickState
 from tests.kernels.emulation import (
     EMULATED,
     differentiate,
@@ -148,6 +149,14 @@ def test_continues_a_state(operator, levels, start):
     state = operator(first, chunk_size=16, output_final_state=True).final_state
     state = type(state)(*(None if x is None else x.detach() for x in state))
     compare(operator.inputs(B=1, T=70, G=1, H=1, K=8, V=8, L=levels), initial_state=state)
+
+
+def test_empty_states_at_different_positions(operator):
+    start = FenwickState.zeros(
+        3, num_levels=8, chunk_size=16, groups=1, heads=2, key_dim=8, value_dim=8, delta_rule=operator.delta,
+        position=torch.tensor([5, 48, 255]), dtype=torch.float64,
+    )  # fmt: skip
+    compare(operator.inputs(B=3, T=40, G=1, H=2, K=8, V=8, L=8), initial_state=start)
 
 
 def test_continues_packed_states_at_different_positions(operator):

@@ -7,7 +7,9 @@ import torch
 
 from loglinear.models import LogLinearCache, LogLinearForCausalLM
 from loglinear.training import train
+from loglinear.training.compilation import compile_blocks
 from tests.models.tiny_models import KINDS, tiny_config, tokens
+from tests.ops.operators import excess
 from tests.training.tiny import tiny_recipe, write_text
 
 pytestmark = pytest.mark.gpu
@@ -62,6 +64,28 @@ def test_a_step_waits_for_nothing(options):
         model(ids[:, :1], attention_mask=mask, past_key_values=cache)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])
+def test_compiled_blocks_of_the_kernels_start_anywhere_with_every_gradient(variant):
+    options = dict(variant=variant, chunk_size=16, key_dim=16, head_dim=16, num_levels=9)
+    exact = LogLinearForCausalLM(tiny_config(**options, impl="torch")).double().cuda().train()
+    twin, kernels = (
+        LogLinearForCausalLM(tiny_config(**options, impl=impl)).cuda().train() for impl in ("torch", "triton")
+    )
+    for model in (twin, kernels):
+        model.load_state_dict(exact.state_dict())
+    torch._dynamo.reset()
+    compile_blocks(kernels)
+    for rows in (4, 7):
+        ids, starts = tokens(rows, 90).cuda(), (37 * torch.arange(rows)).cuda()
+        results = []
+        for model in (exact, twin, kernels):
+            logits = model(ids, initial_position=starts, use_cache=False).logits
+            weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device="cuda").view_as(logits)
+            results.append([logits, *torch.autograd.grad((logits * weights).sum(), list(model.parameters()))])
+        for e, t, k in zip(*results, strict=True):
+            assert excess(k, t, e, size=float(e.norm())) <= 20
 
 
 @pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])

@@ -86,6 +86,8 @@ SIZES = dict(num_levels=6, chunk_size=4, groups=2, heads=4, key_dim=5, value_dim
         (dict(rows=0), "rows must be an integer of at least 1, got 0"),
         (dict(rows=2.0), "rows must be an integer of at least 1, got 2.0"),
         (dict(heads=True), "heads must be an integer of at least 1, got True"),
+        (dict(position=torch.tensor([0])), r"position must have shape \[N\] = \[2\], got \[1\]"),
+        (dict(position=torch.tensor([0, -1])), r"position must be from 0 to 2\*\*62 - 1, got -1"),
         (dict(heads=3), "heads must be a multiple of groups = 2, got 3"),
         (dict(num_levels=10**8), "num_levels must be at most 64, got 100000000"),
         (dict(chunk_size=3), "chunk_size must be a power of two, got 3"),

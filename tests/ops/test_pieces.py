@@ -161,3 +161,30 @@ def test_training_after_inference_mode(operator):
     sum(x.sum() for x in second).backward()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert inputs["level_scales"].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("levels", [1, 4, 6, 9])
+@pytest.mark.parametrize("starts", [[0, 1], [3, 4], [5, 31], [32, 33], [64, 100]], ids=str)
+def test_an_empty_state_at_a_position_is_that_many_tokens_that_write_nothing(operator, starts, levels, impl):
+    """The outputs are the dense operator's last ones, behind tokens with v = 0 and no decay; so are all gradients."""
+    T = 37
+    inputs = operator.inputs(B=2, T=T, G=2, H=4, K=5, V=3, L=levels)
+    start = FenwickState.zeros(
+        2, num_levels=levels, chunk_size=4, groups=2, heads=4, key_dim=5, value_dim=3, delta_rule=operator.delta,
+        position=torch.tensor(starts, dtype=torch.int32), dtype=torch.float64,
+    )  # fmt: skip
+    out = operator(inputs, chunk_size=4, initial_state=start, output_final_state=True, impl=impl)
+    rows = []
+    for b, p in enumerate(starts):
+        front = {name: x.detach() for name, x in operator.inputs(B=1, T=p, L=levels).items()}
+        front |= {name: torch.zeros_like(front[name]) for name in ("v", "log_decay")}
+        row = {name: torch.cat([front[name], inputs[name][b : b + 1]], 1) for name in inputs}
+        rows.append(operator.dense(row)[0, p:])
+    expected = torch.stack(rows)
+    assert relative_error(out.output, expected) < EXACT
+    assert out.final_state.position.tolist() == [p + T for p in starts]
+    weights = random_loss(out.output)
+    actual, wanted = (gradients([y], weights, list(inputs.values())) for y in (out.output, expected))
+    for name, a, e in zip(inputs, actual, wanted, strict=True):
+        assert relative_error(a, e) < EXACT, name

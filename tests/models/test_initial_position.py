@@ -1,0 +1,121 @@
+"""Sequences that start at any position of the tree: the partition is that of their positions, all else stays."""
+
+import copy
+
+import pytest
+import torch
+from black_box import replace_kernels
+from tiny_models import HYBRID, KINDS, TRANSFORMER, tiny_config, tokens
+
+from loglinear.models import LogLinearForCausalLM
+from loglinear.ops import impl_triton
+from loglinear.training.compilation import compile_blocks
+from tests.ops.operators import excess
+
+T = 21
+STARTS = torch.tensor([3, 13])  # in chunks of 4, and with 5 levels
+
+
+def behind_silent_tokens(operator):
+    """The operator, from position 0, behind as many tokens that write nothing as each row's position says."""
+
+    def run(*tensors, initial_state, output_final_state, cu_seqlens, **options):
+        rows = []
+        for b, p in enumerate(initial_state.position.tolist()):
+            fronts = [x[b : b + 1, :1].expand(-1, p, *[-1] * (x.dim() - 2)).detach() for x in tensors]
+            fronts[2], fronts[3] = torch.zeros_like(fronts[2]), torch.zeros_like(fronts[3])  # v, log_decay
+            longer = (torch.cat([front, x[b : b + 1]], 1) for front, x in zip(fronts, tensors, strict=True))
+            rows.append(operator(*longer, **options).output[:, p:])
+        return torch.cat(rows), None
+
+    return run
+
+
+def gradients(model, **inputs):
+    model.zero_grad()
+    logits = model(**inputs).logits
+    logits.square().sum().backward()
+    return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("options", [{"variant": "mamba2"}, {"variant": "gated_delta_net"}, HYBRID], ids=str)
+def test_a_model_at_a_position_with_every_gradient(make_model, options) -> None:
+    model, ids = make_model(**options), tokens(2, T)
+    actual = gradients(model, input_ids=ids, initial_position=STARTS, use_cache=False)
+    for block in model.model.layers:
+        if hasattr(block.mixer, "operator"):
+            block.mixer.operator = behind_silent_tokens(block.mixer.operator)
+    expected = gradients(model, input_ids=ids, initial_position=STARTS, use_cache=False)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+@KINDS
+def test_position_matters_where_there_is_a_tree(make_model, options) -> None:
+    model, ids = make_model(**options), tokens(2, T)
+    plain = model(ids).logits
+    torch.testing.assert_close(model(ids, initial_position=torch.tensor([0, 0])).logits, plain, rtol=1e-11, atol=1e-11)
+    moved = model(ids, initial_position=STARTS).logits
+    has_tree = model.config.num_levels > 1 and options != TRANSFORMER
+    assert torch.allclose(moved, plain, rtol=1e-11, atol=1e-11) != has_tree
+
+
+@pytest.mark.parametrize("options", [{"variant": "mamba2"}, HYBRID], ids=str)
+def test_rows_pieces_padding_and_packing_keep_their_positions(make_model, options) -> None:
+    model, ids = make_model(**options), tokens(2, T)
+    whole = model(ids, initial_position=STARTS).logits
+    for row in range(2):
+        alone = model(ids[row : row + 1], initial_position=STARTS[row : row + 1]).logits
+        torch.testing.assert_close(alone[0], whole[row], rtol=1e-11, atol=1e-11)
+    with torch.no_grad():
+        first = model(ids[:, :7], initial_position=STARTS, use_cache=True)
+        outputs, cache = [first.logits], first.past_key_values
+        for part in ids[:, 7:].split([1, 1, 12], dim=1):
+            outputs.append(model(part, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-11, atol=1e-11)
+    padded, mask = torch.nn.functional.pad(ids, (3, 0)), torch.ones(2, T + 3)
+    mask[:, :3] = 0
+    shown = model(padded, attention_mask=mask, initial_position=STARTS).logits[:, 3:]
+    torch.testing.assert_close(shown, whole, rtol=1e-11, atol=1e-11)
+    packed = model(ids.view(1, -1), cu_seqlens=torch.tensor([0, T, 2 * T]), initial_position=STARTS).logits
+    torch.testing.assert_close(packed.view_as(whole), whole, rtol=1e-11, atol=1e-11)
+
+
+def test_gradient_checkpointing_recomputes_at_the_position(make_model) -> None:
+    model, ids = make_model().train(), tokens(2, T)
+    expected = gradients(model, input_ids=ids, initial_position=STARTS)
+    model.gradient_checkpointing_enable()
+    torch.testing.assert_close(gradients(model, input_ids=ids, initial_position=STARTS), expected)
+
+
+def test_positions_that_do_not_fit_are_named(make_model) -> None:
+    model, ids = make_model(), tokens(2, T)
+    for position, text in (
+        (torch.tensor([1]), r"initial_position must have shape \[S\] = \[2\], got \[1\]"),
+        (torch.tensor([0.0, 1.0]), "initial_position must hold int32 or int64, got torch.float32"),
+        (torch.tensor([0, -1]), r"initial_position must be from 0 to 2\*\*62 - 1, got -1"),
+        ([1, 2], "initial_position must be a tensor, got list"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            model(ids, initial_position=position)
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="initial_position needs new sequences, got past_key_values"):
+        model(ids, past_key_values=cache, initial_position=STARTS)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])
+def test_a_block_with_positions_is_one_graph(monkeypatch, variant) -> None:
+    """Also for another number of rows; with the kernels' place in it, and no value read by Python."""
+    replace_kernels(monkeypatch)
+    monkeypatch.setattr(impl_triton, "unsupported", lambda problem: None)
+    torch._dynamo.reset()
+    options = dict(num_hidden_layers=1, num_heads=2, chunk_size=16, impl="triton", variant=variant)
+    models = [LogLinearForCausalLM(tiny_config(**options)).train() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    exact = copy.deepcopy(models[0]).double()
+    compile_blocks(models[1], backend="aot_eager", fullgraph=True)
+    for rows in (2, 3, 5):
+        ids, starts = tokens(rows, T), 5 * torch.arange(rows)
+        results = [gradients(m, input_ids=ids, initial_position=starts) for m in (exact, *models)]
+        for e, plain, compiled in zip(*results, strict=True):
+            assert excess(compiled, plain, e, size=1.0) <= 6
