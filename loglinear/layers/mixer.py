@@ -70,13 +70,10 @@ class MixerDecodeState(NamedTuple):
     def state(self) -> MixerState:
         """Return the state from which sequences continue with more than one token.
 
-        It shares this memory, but is a copy if gradients are enabled: later steps would change what is saved for
-        backward.
+        It shares this memory. `conv` is a copy if gradients are enabled: later steps would change what is saved for
+        backward. The operator copies its own part.
         """
-        if not torch.is_grad_enabled():
-            return MixerState(self.conv, self.decode.fenwick)
-        fenwick = FenwickState._make(None if part is None else part.clone() for part in self.decode.fenwick)
-        return MixerState(self.conv.clone(), fenwick)
+        return MixerState(self.conv.clone() if torch.is_grad_enabled() else self.conv, self.decode.fenwick)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -65,11 +65,13 @@ def log_linear_attention(
         k: [B, T, G, K], the keys.
         v: [B, T, H, V], the values; H is a multiple of G.
         log_decay: [B, T, H], natural logarithms, <= 0; None for no decay. A value below -80 counts as -80 (a full
-            reset).
+            reset). A value above 0 is refused on the CPU. A GPU's values are not read, nor those of a traced tensor.
         level_scales: [B, T, H, L], the lambdas. Levels are capped at L - 1, so every T works with every L >= 1. L = 1
             is the linear model times one lambda.
         scale: The factor of q.
         initial_state: The state to continue from, one row per sequence, at any position; None starts new sequences.
+            Its dtype is that of the final_state of these inputs. A `DecodeState.fenwick` may change before the backward
+            pass, which uses a copy.
         output_final_state: True to also return the state after the last token.
         cu_seqlens: [N + 1] integers from 0 to T, non-decreasing: the boundaries of packed sequences (B = 1). Each
             sequence has its own tree.
@@ -125,12 +127,14 @@ def log_linear_delta_rule(
         k: [B, T, G, K], the keys.
         v: [B, T, H, V], the values; H is a multiple of G.
         log_decay: [B, T, H], natural logarithms, <= 0; None for no decay. A value below -80 counts as -80 (a full
-            reset).
+            reset). A value above 0 is refused on the CPU. A GPU's values are not read, nor those of a traced tensor.
         beta: [B, T, H], the write strength. States stay bounded if 0 <= beta * |k|^2 <= 2, so use unit keys.
         level_scales: [B, T, H, L], the lambdas, with levels capped at L - 1.
         scale: The factor of q.
         l2_normalize: True to first scale q and k to length 1, x / sqrt(|x|^2 + 1e-6), as Gated DeltaNet does.
         initial_state: The state to continue from, one row per sequence, at any position; None starts new sequences.
+            Its dtype is that of the final_state of these inputs. A `DecodeState.fenwick` may change before the backward
+            pass, which uses a copy.
         output_final_state: True to also return the state after the last token.
         cu_seqlens: [N + 1] integers from 0 to T, non-decreasing: the boundaries of packed sequences (B = 1). Each
             sequence has its own tree.

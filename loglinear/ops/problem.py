@@ -15,9 +15,11 @@ from loglinear.ops.validation import (
     Sizes,
     check_cu_seqlens,
     check_operands,
+    check_state_dtype,
     chunk_length,
     finite_number,
     flag,
+    working_dtype,
 )
 
 
@@ -51,7 +53,8 @@ class Problem:
         if state is not None:
             sizes |= {"N": self.num_sequences, "M": num_blocks(sizes["L"], sizes["C"])}
             state = checked_state("initial_state", state, sizes, self.v.device, delta_rule=delta_rule)
-            state = for_backward(state)
+            check_state_dtype("initial_state", state, self.operands)
+            state = for_backward(state, self.operands)
         if scale is self.scale and state is self.initial_state and sizes["C"] is self.chunk_size:
             return self
         return replace(self, scale=scale, initial_state=state, chunk_size=sizes["C"])
@@ -62,14 +65,18 @@ class Problem:
         return len(self.v) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
     @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """The tensors of the tokens; None where the call has none."""
+        return self.q, self.k, self.v, self.log_decay, self.beta, self.level_scales
+
+    @property
     def is_float64(self) -> bool:
         """True if any operand is float64."""
-        tensors = (self.q, self.k, self.v, self.log_decay, self.beta, self.level_scales)
-        return any(x is not None and x.dtype == torch.float64 for x in tensors)
+        return working_dtype(self.operands) == torch.float64
 
     def in_working_dtype(self) -> WorkingProblem:
         """Return the same call as the implementations in plain torch take it."""
-        dtype = torch.float64 if self.is_float64 else torch.float32
+        dtype = working_dtype(self.operands)
         log_decay = self.v.new_zeros(self.v.shape[:3], dtype=dtype)
         if self.log_decay is not None:
             log_decay = self.log_decay.to(dtype).clamp(min=MIN_LOG_DECAY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -158,7 +158,8 @@ class DecodeState:
     """A `FenwickState` for decoding: its memory is allocated once, and the one-token steps change it in place.
 
     It carries no gradients, so a backward pass treats the past as constant. `fenwick` is a valid initial_state of the
-    operators at any time, to continue with more than one token. With N rows, C chunk_size:
+    operators at any time, to continue with more than one token. An operator whose inputs require gradients works on a
+    copy, so the state may change before the backward pass. With N rows, C chunk_size:
 
         inverse   [N, C, H, C]   the delta rule's (I + tril(diag(beta) K K^T dec, -1))^-1 of the unfinished chunk, by
                                  its rows; None for a scalar gate
@@ -269,11 +270,13 @@ def checked_state(
     return state if state.position.dtype == torch.int64 else state._replace(position=state.position.long())
 
 
-def for_backward(state: FenwickState) -> FenwickState:
-    """Return the state, or a copy if it is made in inference mode and a backward pass may need to save it."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return state
-    if not any(x is not None and x.is_inference() for x in state):
+def for_backward(state: FenwickState, operands: Iterable[Tensor | None]) -> FenwickState:
+    """Return the state, or a copy of a constant state that a backward pass with these operands may save.
+
+    The memory of a `DecodeState` changes before that backward pass, and a tensor of inference mode cannot be saved.
+    """
+    is_saved = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+    if not is_saved or any(x is not None and x.requires_grad for x in state):
         return state
     return FenwickState._make(None if x is None else x.clone() for x in state)
 

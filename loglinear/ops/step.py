@@ -26,6 +26,7 @@ from loglinear.ops.validation import (
     check_blocks,
     check_family,
     check_operands,
+    check_state_dtype,
     check_tensor,
     finite_number,
     flag,
@@ -55,10 +56,10 @@ def log_linear_attention_step(
         q: [N, G, K], the queries.
         k: [N, G, K], the keys.
         v: [N, H, V], the values.
-        log_decay: [N, H], natural logarithms, <= 0; None for no decay.
+        log_decay: [N, H], natural logarithms, <= 0; None for no decay. A value above 0 is refused on the CPU.
         level_scales: [N, H, L], the lambdas.
         state: A state of N rows, each at its own position; `DecodeState.of(final_state)` makes it. It changes in
-            place.
+            place. It is float64 if an input is, and float32 otherwise.
         scale: The factor of q.
         active: [N] bool. An inactive row gets output 0 and keeps its state. None: all rows are active.
         impl: "auto", "triton" (one launch), "torch" or "reference" (the recurrence). "auto" chooses triton on a GPU if
@@ -98,11 +99,11 @@ def log_linear_delta_rule_step(
         q: [N, G, K], the queries.
         k: [N, G, K], the keys.
         v: [N, H, V], the values.
-        log_decay: [N, H], natural logarithms, <= 0; None for no decay.
+        log_decay: [N, H], natural logarithms, <= 0; None for no decay. A value above 0 is refused on the CPU.
         beta: [N, H], the write strength.
         level_scales: [N, H, L], the lambdas.
         state: A state of N rows, each at its own position; `DecodeState.of(final_state)` makes it. It changes in
-            place.
+            place. It is float64 if an input is, and float32 otherwise.
         scale: The factor of q.
         l2_normalize: True to first scale q and k to length 1, x / sqrt(|x|^2 + 1e-6).
         active: [N] bool. An inactive row gets output 0 and keeps its state. None: all rows are active.
@@ -150,6 +151,7 @@ class Token(NamedTuple):
             check_tensor("active", self.active, "N", sizes, fenwick.k.device, BOOL)
         flag("l2_normalize", self.l2_normalize)
         self.refuse_derivatives(TOKENS[delta_rule])
+        check_state_dtype("state", fenwick, [getattr(self, name) for name in TOKENS[delta_rule]])
         scale, log_decay = finite_number("scale", self.scale), self.log_decay
         if log_decay is None:
             log_decay = torch.zeros(self.v.shape[:2], dtype=fenwick.k.dtype, device=fenwick.k.device)

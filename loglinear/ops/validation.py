@@ -95,6 +95,42 @@ def check_operands(call: Any, table: Table, sizes: Sizes, device: torch.device |
         device = x.device
         if name == "v":
             check_groups("v", sizes["H"], sizes["G"])
+        elif name == "log_decay":
+            check_log_decay(x)
+
+
+def check_log_decay(log_decay: Tensor) -> None:
+    """Raise ValueError if a log decay on the CPU is above 0; NaN passes.
+
+    A GPU's values are not read, because the CPU would wait for them. Nor are those of a tensor that is being traced.
+    """
+    if not is_readable(log_decay):
+        return
+    largest = log_decay.detach().amax().item()
+    if largest > 0:
+        raise ValueError(f"log_decay must be at most 0 (the logarithm of the decay), got a maximum of {largest:.6g}")
+
+
+def is_readable(x: Tensor) -> bool:
+    """Return True if Python may read a value: a plain tensor on the CPU outside every graph, trace and transform."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    is_plain = type(x) is Tensor or type(x) is torch.nn.Parameter  # not a FakeTensor
+    is_traced = torch._C._len_torch_dispatch_stack() > 0 or bool(torch._C._functorch.get_interpreter_stack())
+    return is_plain and not is_traced
+
+
+def check_state_dtype(name: str, state: Any, operands: Iterable[Tensor | None]) -> None:
+    """Raise ValueError unless a `FenwickState` has the dtype that an operator returns for these operands."""
+    expected = working_dtype(operands)
+    if state.k.dtype != expected:
+        raise ValueError(f"{name} must hold {expected}, as final_state does for these inputs, got {state.k.dtype}")
+
+
+def working_dtype(operands: Iterable[Tensor | None]) -> torch.dtype:
+    """Return the dtype of an operator's sums and states: float64 if any operand is, float32 otherwise."""
+    is_float64 = any(x is not None and x.dtype == torch.float64 for x in operands)
+    return torch.float64 if is_float64 else torch.float32
 
 
 def check_groups(name: str, heads: int, groups: int) -> None:

@@ -145,8 +145,9 @@ def test_a_step_says_that_it_has_no_derivatives(operator):
     inputs = operator.inputs(**SIZES | dict(T=1))
     token = {name: x[:, 0].detach() for name, x in inputs.items()}
     state = DecodeState.zeros(
-        2, num_levels=5, chunk_size=4, groups=1, heads=2, key_dim=3, value_dim=2, delta_rule=operator.delta
-    )
+        2, num_levels=5, chunk_size=4, groups=1, heads=2, key_dim=3, value_dim=2, delta_rule=operator.delta,
+        dtype=torch.float64,
+    )  # fmt: skip
     function = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
 
     def step(q):

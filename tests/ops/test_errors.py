@@ -9,6 +9,7 @@ import torch
 
 from loglinear.ops import DecodeState, FenwickState
 from tests.ops.operators import OPERATORS
+from tests.ops.test_step import take_step, token_at
 
 DELTA = OPERATORS[1]
 
@@ -182,6 +183,57 @@ def test_a_state_of_another_dtype():
         call(initial_state=state._replace(position=state.position.float()))
     with pytest.raises(ValueError, match="initial_state.blocks must hold float32 or float64, got torch.int64"):
         call(initial_state=state._replace(blocks=state.blocks.long()))
+
+
+POSITIVE = r"^log_decay must be at most 0 \(the logarithm of the decay\), got a maximum of 0.9$"
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decay", [0.9, torch.nn.Parameter])
+def test_a_decay_is_no_log_decay(operator, dtype, decay):
+    """The likeliest mistake of a newcomer: one number of the decay itself suffices."""
+    inputs = operator.inputs(T=7, dtype=dtype)
+    wrong = inputs["log_decay"].detach().clone()
+    wrong[1, 5, 3] = 0.9
+    if decay is torch.nn.Parameter:
+        wrong = decay(wrong)
+    for impl in ("torch", "reference", "auto"):
+        with pytest.raises(ValueError, match=POSITIVE):
+            operator(inputs | {"log_decay": wrong}, impl=impl)
+    state = DecodeState.of(operator(inputs, output_final_state=True, chunk_size=4).final_state)
+    before = state.fenwick.position.clone()
+    with torch.no_grad(), pytest.raises(ValueError, match=POSITIVE):
+        take_step(operator, token_at(inputs | {"log_decay": wrong}, 5, dtype), state)
+    assert torch.equal(state.fenwick.position, before)
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_a_log_decay_of_0_minus_infinity_or_nan_is_taken(operator):
+    inputs = operator.inputs(T=7)
+    for value in (0.0, -0.0, -torch.inf):
+        output = operator(inputs | {"log_decay": torch.full_like(inputs["log_decay"], value)}).output
+        assert output.isfinite().all()
+    assert operator(inputs | {"log_decay": inputs["log_decay"] * torch.nan}).output.isnan().any()
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+@pytest.mark.parametrize("state_dtype, dtype", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_a_state_has_the_dtype_that_its_inputs_return(operator, state_dtype, dtype):
+    """One float64 operand makes the state float64; a state of the other dtype would be rounded without a word."""
+    kept = operator(operator.inputs(T=5, dtype=state_dtype), chunk_size=4, output_final_state=True).final_state.detach()
+    inputs = operator.inputs(T=5, dtype=dtype)
+    text = f"must hold {dtype}, as final_state does for these inputs, got {state_dtype}$"
+    for impl in ("torch", "reference"):
+        with pytest.raises(ValueError, match=f"^initial_state {text}"):
+            operator(inputs, chunk_size=4, initial_state=kept, impl=impl)
+    decode = DecodeState.of(kept)
+    with torch.no_grad(), pytest.raises(ValueError, match=f"^state {text}"):
+        take_step(operator, token_at(inputs, 0, dtype), decode)
+    mixed = inputs | {"level_scales": inputs["level_scales"].to(state_dtype)}
+    if state_dtype == torch.float64:
+        again = operator(mixed, chunk_size=4, initial_state=kept, output_final_state=True).final_state
+        assert again.blocks.dtype == torch.float64
 
 
 def test_impl_triton_without_triton_is_one_clear_line():

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from loglinear.kernels.torch import fenwick_array
 from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
@@ -77,6 +79,32 @@ def test_a_traced_operator_gives_the_same_numbers_for_other_values(operator, kin
     for x in (first, other):
         for mine, expected in zip(traced(*x), call(*x), strict=True):
             assert torch.equal(mine, expected)
+
+
+WITHOUT_VALUES = {
+    "vmap": lambda f, x: torch.func.vmap(f)(*(torch.stack([t, t]) for t in x)),
+    "grad": lambda f, x: torch.func.grad(lambda *x: f(*x).sum())(*x),
+    "make_fx": lambda f, x: make_fx(f)(*x),
+    "FakeTensor": lambda f, x: f(*map(FakeTensorMode().from_tensor, x)),
+    "compile": lambda f, x: torch.compile(f, **WHOLE)(*x),
+    "export": lambda f, x: exported(Call(f.operator), x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning", "error::torch.jit.TracerWarning")
+@pytest.mark.parametrize("where", WITHOUT_VALUES)
+def test_no_value_of_log_decay_is_read_where_none_is_known(operator, where):
+    """The check of the CPU, which would refuse this log decay, asks nothing of a traced or transformed tensor."""
+    inputs = {name: x.detach() for name, x in operator.inputs(**SIZES | dict(T=7)).items()}
+    inputs["log_decay"] = inputs["log_decay"].neg()
+
+    def function(*x):
+        return operator(dict(zip(operator.names, x, strict=True)), chunk_size=4).output
+
+    function.operator = operator
+    WITHOUT_VALUES[where](function, tuple(inputs.values()))
+    with pytest.raises(ValueError, match="^log_decay must be at most 0"):
+        function(*inputs.values())
 
 
 def test_an_exported_length_is_free(operator):
