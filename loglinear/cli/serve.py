@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import socket
 import sys
 from pathlib import Path
@@ -23,7 +25,7 @@ SHUTDOWN_SECONDS = 5  # for answers in progress when a signal comes
 def run(path: Path, host: str, port: int, *, max_tokens: int, max_prompt: int, timeout: float) -> None:
     """Serve a checkpoint with OpenAI's API until a signal comes. The model's name is `path`.
 
-    Raises ValueError without the server's packages, OSError if the port is taken.
+    Raises ValueError without the server's packages, or if the port is taken.
     """
     if not 0 < timeout < math.inf:
         raise ValueError(f"--timeout must be positive and finite, got {timeout}")
@@ -36,7 +38,10 @@ def run(path: Path, host: str, port: int, *, max_tokens: int, max_prompt: int, t
 
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except (TypeError, UnicodeError, socket.gaierror):
+    except (TypeError, UnicodeError, OSError) as error:
+        number = getattr(error, "errno", None)
+        if number in (errno.EADDRINUSE, errno.EACCES):
+            raise ValueError(f"--port {port} cannot be used at {host}: {os.strerror(number)}") from None
         raise ValueError(f"--host must be an address of this machine, got {ascii(host)}") from None
     logging.set_verbosity_error()
     model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")

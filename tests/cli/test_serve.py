@@ -134,5 +134,12 @@ def test_a_server_that_a_lost_signal_ended_was_interrupted(capsys, monkeypatch, 
 
 def test_a_taken_port_is_one_line(capsys, run):
     with socket.create_server(("localhost", 0)) as listener:
-        message = one_line(capsys, "--model", run, "--port", listener.getsockname()[1])
-    assert "Address already in use" in message
+        port = listener.getsockname()[1]
+        message = one_line(capsys, "--model", run, "--port", port)
+    assert message == f"error: --port {port} cannot be used at localhost: Address already in use\n"
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid"])  # documentation's address, and no name
+def test_an_address_of_another_machine_is_one_line(capsys, run, host):
+    message = one_line(capsys, "--model", run, "--host", host, "--port", free_port())
+    assert message == f"error: --host must be an address of this machine, got '{host}'\n"
