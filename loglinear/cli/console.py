@@ -17,7 +17,7 @@ WIDE = 200  # columns of a table that goes to a file or a pipe
 class Interrupted(Exception):
     """The end of a run by a signal or its minutes, after it saved a checkpoint. The text says how to continue.
 
-    `code` is the signal's exit code; minutes end like Ctrl-C.
+    `code` is the signal's exit code; minutes end like Ctrl-C. No line is printed for an empty text.
     """
 
     def __init__(self, text: str, signal: int | None = None) -> None:
@@ -39,6 +39,11 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     console = Console(width=None if narrow else WIDE, markup=False, emoji=False, highlight=False)
     console.print(title, style="bold")
     console.print(table)
+
+
+def count(number: int, thing: str) -> str:
+    """Return a number with its noun: 1 gives '1 step', 2000 gives '2,000 steps'."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def human_bytes(count: int) -> str:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from loglinear.cli.console import Interrupted
+from loglinear.cli.console import Interrupted, count
 from loglinear.evaluation.mqar import cores, gather, markdown, read_results, run_table
 from loglinear.recipes.mqar import RecallTable, RecallTask
 from loglinear.training.json_files import write_object
@@ -36,7 +36,7 @@ def run(out: Path, *, processes: int | None, minutes: float | None, task: dict[s
             write_object(out / TABLE_FILE, summary)
             print(markdown(summary))
             print("Test accuracy in percent, mean (standard deviation) over seeds.", file=sys.stderr)
-    state = f"{progress.finished} of {progress.total} cells finished"
+    state = f"{progress.finished} of {count(progress.total, 'cell')} finished"
     if progress.finished < progress.total:
         text = f"{state}, checkpoints of the running ones saved; continue with the same command"
         raise Interrupted(text, progress.signal)

@@ -200,6 +200,12 @@ class RecallTable:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be one or more different values, got {values}")
+        own = self.task.how.tuning_seeds or ()
+        if len(self.learning_rates) > 1 and (both := [seed for seed in self.seeds if seed in own]):
+            raise ValueError(
+                f"seeds must not be tuning seeds {own} of protocol {self.task.protocol!r}, which choose among the "
+                f"learning rates, got {both[0]}"
+            )
         self.groups()
 
     def __len__(self) -> int:

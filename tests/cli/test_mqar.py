@@ -25,7 +25,7 @@ def test_one_cell_then_the_table_with_another_that_lies_there(capsys, tmp_path):
     other = tiny_cell(model="mamba2", task=TASK)
     (tmp_path / "cells" / f"{other.name}.json").write_text(json.dumps(result_of(other, 0.5)))
     code, out, errors = command(capsys, *CELL, *MINIATURE, "--out", tmp_path)
-    assert code == 0 and "1 of 1 cells finished" in errors
+    assert code == 0 and "1 of 1 cell finished" in errors
     table = json.loads((tmp_path / "mqar.json").read_text())
     assert [(row["model"], row["seeds"]) for row in table["table"]] == [("mamba2", [0]), ("attention", [0])]
     assert out.splitlines()[0] == "| dim | mamba2 | attention |" and out.splitlines()[2].startswith("| 16 | 50.0 | ")
@@ -44,6 +44,11 @@ def test_one_cell_then_the_table_with_another_that_lies_there(capsys, tmp_path):
         (["--length", "30"], "length must be even and at least 4 times the pairs (4, 8, 16, 32, 64), got 30"),
         (["--processes", "0"], "--processes"),
         (["--minutes", "-1"], "--minutes"),
+        (
+            ["--protocol", "zoology", "--model", "mamba2", "--dim", "16", "--seed", "3", "--seed", "0"],
+            "seeds must not be tuning seeds (0, 1, 2) of protocol 'zoology', which choose among the learning rates, "
+            "got 0",
+        ),
         (["--epochs", "2"], "was made with epochs = 1, got 2: choose another --out"),
     ],
 )

@@ -117,6 +117,8 @@ def test_zoology_chooses_a_rate_by_three_seeds_and_reports_five_others():
     assert len(table) == len(sweep) + len(repeats) == 23
     one = RecallTable(models=("mamba2",), dims=(32,), learning_rates=(8e-3,), seeds=(4,), task=task)
     assert one.sweep("mamba2", 32) == [] and [c.seed for c in one.repeats("mamba2", 32, 8e-3)] == [4]
+    tuned = RecallTable(models=("mamba2",), dims=(32,), learning_rates=(8e-3,), seeds=(0,), task=task)  # no choice
+    assert [c.seed for c in tuned.repeats("mamba2", 32, 8e-3)] == [0]
 
 
 def test_zoology_has_short_sequences_of_few_pairs_and_more_of_them():
@@ -147,6 +149,10 @@ def test_zoology_has_short_sequences_of_few_pairs_and_more_of_them():
         ),
         (lambda: RecallTask(length=30, pairs=(4, 8)), "length must be even and at least 4 times the pairs"),
         (lambda: RecallTable(seeds=(1, 1)), "seeds must be one or more different values"),
+        (
+            lambda: RecallTable(seeds=(0, 3), task=RecallTask(protocol="zoology")),
+            r"seeds must not be tuning seeds \(0, 1, 2\) of protocol 'zoology', .* got 0",
+        ),
         (lambda: RecallTable(dims=(16, 17)), "dim must be a multiple of 16 up to 4096, got 17"),
     ],
 )

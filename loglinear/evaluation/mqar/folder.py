@@ -8,7 +8,7 @@ from typing import Any
 
 from loglinear.recipes.mqar import RecallCell, RecallTask
 from loglinear.training.checkpoints import checkpoints, step_of
-from loglinear.training.json_files import read_object, write_object
+from loglinear.training.json_files import read_object, read_sealed, write_object, write_sealed
 
 Result = dict[str, Any]  # the value of `run_cell`
 CELL_FILE = "cell.json"
@@ -38,9 +38,9 @@ def epochs_trained(out: Path, task: RecallTask) -> float:
 
 
 def finish(out: Path, cell: RecallCell, result: Result) -> None:
-    """Write the result of a cell, then remove its checkpoints."""
+    """Write the result of a cell with its checksum, then remove its checkpoints."""
     (out / "cells").mkdir(exist_ok=True)
-    write_object(out / "cells" / f"{cell.name}.json", result)
+    write_sealed(out / "cells" / f"{cell.name}.json", result)
     shutil.rmtree(out / "unfinished" / cell.name)
 
 
@@ -52,11 +52,13 @@ def cell_of(result: Result) -> RecallCell:
 def read_results(out: Path, task: RecallTask) -> dict[str, Result]:
     """Return the results of all finished cells by name.
 
-    Raises ValueError, which names the file, for a file that is no result or belongs to another task.
+    A file without a checksum is read as it is.
+
+    Raises ValueError, which names the file, for a file that is damaged, is no result or belongs to another task.
     """
     results = {}
     for file in sorted((out / "cells").glob("*.json")):
-        result = read_object(file)
+        result = read_sealed(file)
         try:
             cell = cell_of(result)
         except (KeyError, TypeError, AttributeError, ValueError) as error:

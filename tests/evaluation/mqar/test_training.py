@@ -1,6 +1,8 @@
 """One cell: it learns, stops where that is good enough, and continues exactly after any kind of end."""
 
 import dataclasses
+import json
+import shutil
 import threading
 
 import pytest
@@ -49,6 +51,17 @@ def test_result_says_all_that_it_depends_on_and_checkpoints_are_gone(folder, uni
     assert uninterrupted["cell"] == cell.to_dict() and uninterrupted["precision"] == precision
     assert (uninterrupted["epochs"], uninterrupted["steps"]) == (3, 24) and uninterrupted["seconds"] > 0
     assert {"torch", "device"} <= set(uninterrupted["versions"]) and uninterrupted["command"]
+
+
+def test_damage_to_a_result_is_named_and_a_file_without_checksum_is_read(tmp_path, folder, uninterrupted):
+    """One digit of a number, which is JSON as before."""
+    (file,) = (shutil.copytree(folder, tmp_path / "copy") / "cells").iterdir()
+    text, seconds = file.read_text(), json.loads(file.read_text())["seconds"]
+    file.write_text(text.replace(f'"seconds": {seconds}', f'"seconds": {seconds + 1}'))
+    with pytest.raises(ValueError, match=f"{file.name} is damaged: it differs from its checksum"):
+        read_results(tmp_path / "copy", SHORT)
+    file.write_text(json.dumps(uninterrupted))  # as earlier versions wrote it
+    assert read_results(tmp_path / "copy", SHORT) == {tiny_cell(task=SHORT).name: uninterrupted}
 
 
 def test_seed_changes_the_result(tmp_path, uninterrupted):
