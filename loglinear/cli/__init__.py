@@ -80,5 +80,6 @@ def _is_about_memory(error: Exception) -> bool:
 
 def _line(text: str, code: int) -> int:
     line = " ".join(text.split())
-    print(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}...", file=sys.stderr)
+    if line:
+        print(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}...", file=sys.stderr)
     return code

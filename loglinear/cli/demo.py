@@ -121,7 +121,7 @@ def _print(recipe: TrainingRecipe, out: Path, measured: dict[str, Measured]) -> 
         ["training, tokens/s", *(f"{fact['tokens_per_second']:,.0f}" for fact in facts)],
         ["state while decoding", *(console.human_bytes(fact["state_bytes"]) for fact in facts)],
     ]
-    title = f"{recipe.name}: {recipe.model['variant']}, {recipe.steps} steps"
+    title = f"{recipe.name}: {recipe.model['variant']}, {console.count(recipe.steps, 'step')}"
     console.print_table(title, ["", *(LABELS[name] for name in MODELS)], rows)
     print(verdict(measured["log_linear"].perplexity, measured["linear"].perplexity))
     print(f"Figures, metrics and checkpoints: {out}")
@@ -130,7 +130,8 @@ def _print(recipe: TrainingRecipe, out: Path, measured: dict[str, Measured]) -> 
 def verdict(log_linear: Perplexity, linear: Perplexity) -> str:
     """Return a sentence that names the better model if the difference exceeds twice its error."""
     difference, error = log_linear.difference(linear)
-    margin = f"{abs(difference):.4f} ± {error:.4f} bits per byte (paired over {len(log_linear.names)} files)"
+    files = console.count(len(log_linear.names), "file")
+    margin = f"{abs(difference):.4f} ± {error:.4f} bits per byte (paired over {files})"
     if abs(difference) > 2 * error:
         better = "log-linear" if difference < 0 else "linear"
         return f"The {better} model is better on the validation text by {margin}. This is one seed."

@@ -10,6 +10,7 @@ import torch
 from transformers import TextStreamer
 from transformers.utils import logging
 
+from loglinear.cli.console import count
 from loglinear.evaluation import sample
 from loglinear.evaluation.sampling import check_sampling
 from loglinear.training.checkpoints import load_checkpoint
@@ -25,7 +26,7 @@ def run(path: Path, prompt: str | None, **sampling: Any) -> None:
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     result = sample(model, tokenizer, text, streamer=streamer, **sampling)
     rate = result.tokens / result.seconds
-    print(f"{result.tokens} tokens in {result.seconds:.1f} s, {rate:.1f} tokens/s", file=sys.stderr)
+    print(f"{count(result.tokens, 'token')} in {result.seconds:.1f} s, {rate:.1f} tokens/s", file=sys.stderr)
 
 
 def _text(prompt: str | None) -> str:

@@ -31,7 +31,7 @@ def run(
     plot_needle(out / "needle.png", results)
     rows = [[task, *(_accuracy(result) for result in results[task])] for task in results]
     columns = [f"{length:,}" for length in sorted(set(lengths))]
-    console.print_table(f"{path}: share of values found, {count} examples", ["tokens", *columns], rows)
+    console.print_table(f"{path}: share of values found, {console.count(count, 'example')}", ["tokens", *columns], rows)
     print(f"Figure and results: {out}")
 
 

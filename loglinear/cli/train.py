@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from loglinear.cli.console import Interrupted
+from loglinear.cli.console import Interrupted, count
 from loglinear.recipes import TrainingRecipe, get_recipe
 
 
@@ -25,18 +25,25 @@ def run(
     from accelerate import PartialState
 
     from loglinear.training import train
+    from loglinear.training.processes import is_main_process
 
     try:
         result = train(recipe, out, resume=resume, minutes=minutes, tensorboard=tensorboard)
     finally:
         PartialState().destroy_process_group()  # a process that exits while its group's threads run may abort
     if result.interrupted:
-        raise Interrupted(
+        text = (
             f"stopped at step {result.step} of {recipe.steps}, checkpoint saved; continue with: "
-            f"loglinear train --resume --out {shlex.quote(str(out))}",
-            result.signal,
+            f"loglinear train --resume --out {shlex.quote(str(out))}"
         )
-    print(f"trained {recipe.name} for {result.step} steps: {result.checkpoint}", file=sys.stderr)
+        raise Interrupted(text if is_main_process() else "", result.signal)
+    steps = count(result.step, "step")
+    if result.was_finished:
+        text = f"{recipe.name} had finished its {steps} before, nothing was trained: {result.checkpoint}"
+    else:
+        text = f"trained {recipe.name} for {steps}: {result.checkpoint}"
+    if is_main_process():
+        print(text, file=sys.stderr)
 
 
 def _recipe(out: Path, name: str | None, resume: bool, overrides: dict[str, Any]) -> TrainingRecipe:

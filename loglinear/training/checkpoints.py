@@ -7,7 +7,6 @@ run it also holds the state of the optimiser and of the schedule.
 from __future__ import annotations
 
 import logging
-import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.training.foreign import check_settings, pickled, read_config, weight_files
 from loglinear.training.json_files import fits, read_object, type_name
 from loglinear.training.manifest import MANIFEST, damage
+from loglinear.training.processes import is_main_process
 from loglinear.training.tokenizer import load_tokenizer
 
 TRAINER_STATE = "trainer_state.json"
@@ -159,7 +159,7 @@ def _note_unlisted(checkpoint: Path) -> None:
 
 
 def _note(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # one of several processes writes it
+    if is_main_process():
         logger.warning("note: %s", text)
 
 

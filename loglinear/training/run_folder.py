@@ -6,11 +6,11 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import accelerate
 import numpy
@@ -37,27 +37,51 @@ STAGING = ".saving"  # the folder of an unfinished checkpoint
 def claim(out: Path) -> Iterator[None]:
     """Lock a run's folder for this process. The operating system unlocks it when the process ends, for any reason.
 
+    An error removes the folders and the lock that this call made, unless something else is in them.
+
     Raises ValueError if another process holds the lock, or if the folder cannot be made.
     """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    is_new = not (out / LOCK_FILE).exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / LOCK_FILE).open("ab+", buffering=0)
     except OSError as error:
         raise ValueError(f"output folder {out} cannot be written: {error.strerror}") from error
     with lock:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                holder = lock.read().decode(errors="replace").strip() or "unknown"
-                raise ValueError(f"output folder {out} is in use by another process (pid {holder})") from None
-        lock.truncate(0)
+        _hold(lock, out)
         try:
-            lock.write(str(os.getpid()).encode())
-        except OSError as error:
-            raise ValueError(f"output folder {out} cannot be written: {error.strerror}") from error
-        yield
+            lock.truncate(0)
+            with writing(out):
+                lock.write(str(os.getpid()).encode())
+            yield
+        except BaseException:
+            if is_new and [path.name for path in out.iterdir()] == [LOCK_FILE]:
+                _remove(out / LOCK_FILE, made)
+            raise
+
+
+def _hold(lock: IO[bytes], out: Path) -> None:
+    """Raise ValueError if another process holds the lock, or has just removed it."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock.fileno()).st_nlink:
+            return
+    except BlockingIOError:
+        pass
+    lock.seek(0)
+    holder = lock.read().decode(errors="replace").strip() or "unknown"
+    raise ValueError(f"output folder {out} is in use by another process (pid {holder})")
+
+
+def _remove(lock: Path, folders: Iterable[Path]) -> None:
+    """Remove a lock and these folders, the innermost first; the first that is refused stays, and all around it."""
+    with suppress(OSError):
+        lock.unlink()
+        for folder in folders:
+            folder.rmdir()
 
 
 def require_folder(path: Path, option: str) -> None:

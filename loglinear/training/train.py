@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from loglinear.training.callbacks import RunLog, StopEarly
 from loglinear.training.checkpoints import check_weights, last_checkpoint, step_of
 from loglinear.training.compilation import GraphSteps, compile_blocks, in_few_sizes, require_compiler
 from loglinear.training.data import Corpus, PackedRows, load_corpus
+from loglinear.training.processes import is_main_process, world_size
 from loglinear.training.tokenizer import load_tokenizer
 from loglinear.training.trainer import LogLinearTrainer, quiet, training_arguments
 
@@ -33,6 +33,7 @@ class TrainingResult:
     step: int  # of the last checkpoint
     interrupted: bool  # True if minutes or a signal ended it early, or a signal came to this process in the last step
     signal: int | None = None  # the signal, if one came to this process
+    was_finished: bool = False  # True if it had taken its last step before, so that nothing was trained
 
 
 def train(
@@ -61,7 +62,7 @@ def train(
     config = recipe.model_config()
     stop = StopEarly(minutes)
     quiet()
-    main_process = int(os.environ.get("RANK", "0")) == 0
+    main_process = is_main_process()
     with run_folder.claim(out) if main_process else contextlib.nullcontext():
         if main_process and not resume:
             run_folder.require_empty(out)
@@ -85,7 +86,7 @@ def train(
             check_weights(checkpoint, config, described_by="the run's recipe")
         before = run_folder.rewind_metrics(out, checkpoint) if main_process else []
         if checkpoint is not None and step_of(checkpoint) >= recipe.steps:
-            return TrainingResult(checkpoint, recipe.steps, interrupted=False)
+            return TrainingResult(checkpoint, recipe.steps, interrupted=False, was_finished=True)
 
         log = RunLog(
             out,
@@ -127,13 +128,9 @@ def _untrained_levels(recipe: TrainingRecipe, config: LogLinearConfig) -> str | 
     )
 
 
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _can_record(device: torch.device) -> bool:
     """Return True if training can use CUDA graphs: on one GPU, because other processes would wait for gradients."""
-    return device.type == "cuda" and _world_size() == 1
+    return device.type == "cuda" and world_size() == 1
 
 
 @contextlib.contextmanager
@@ -150,17 +147,17 @@ def _one_thread_beside(device: torch.device) -> Iterator[None]:
 
 def _accumulation(recipe: TrainingRecipe) -> int:
     """Return the number of forward passes of each process in one optimiser step."""
-    step_tokens = recipe.row_tokens * _world_size()
+    step_tokens = recipe.row_tokens * world_size()
     if recipe.batch_tokens % step_tokens:
         raise ValueError(
             f"batch_tokens must be a multiple of micro_batch_tokens times processes, got {recipe.batch_tokens} and "
-            f"{recipe.row_tokens} x {_world_size()}"
+            f"{recipe.row_tokens} x {world_size()}"
         )
     return recipe.batch_tokens // step_tokens
 
 
 def _training_rows(recipe: TrainingRecipe, corpus: Corpus) -> PackedRows:
-    rows = recipe.steps * _accumulation(recipe) * _world_size()
+    rows = recipe.steps * _accumulation(recipe) * world_size()
     return PackedRows(corpus, seq_len=recipe.seq_len, row_tokens=recipe.row_tokens, shuffle_seed=recipe.seed, rows=rows)
 
 

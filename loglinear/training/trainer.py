@@ -45,6 +45,8 @@ def training_arguments(out: Path, **own: Any) -> TrainingArguments:
         save_strategy="steps",
         disable_tqdm=True,
         log_level_replica="error",  # of the other processes, which would warn by default
+        # Every forward uses every parameter, also one of padding alone, so nobody needs to look for others.
+        ddp_find_unused_parameters=False,
         **{"report_to": [], "bf16": on_gpu and torch.cuda.is_bf16_supported(), **own},
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process trains on one GPU; more would be nn.DataParallel

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from loglinear.cli.console import count
 from loglinear.recipes import RECIPES
 from loglinear.variants import VARIANTS
 from tests.cli.command_line import FAST, assert_one_line, in_process
@@ -78,9 +79,33 @@ def test_train_then_resume_needs_the_folder_alone(capsys, tmp_path, text):
     command = ["train", "--recipe", "demo", "--data", text, "--out", out, *FAST]
     code, _, errors = in_process(capsys, *command, "--minutes", "1e-9")
     assert code == 130 and errors.endswith(f"continue with: loglinear train --resume --out {out}\n")
-    for _ in range(2):  # to the end, and once more
+    last = out / "checkpoint-2"
+    for text in (
+        f"trained demo for 2 steps: {last}",
+        f"demo had finished its 2 steps before, nothing was trained: {last}",
+    ):
         code, _, errors = in_process(capsys, "train", "--resume", "--out", out)
-        assert code == 0 and str(out / "checkpoint-2") in errors
+        assert code == 0 and errors.splitlines()[-1] == text
+
+
+@pytest.mark.parametrize("number, text", [(0, "0 files"), (1, "1 file"), (2, "2 files"), (12345, "12,345 files")])
+def test_one_thing_is_no_plural(number, text):
+    assert count(number, "file") == text
+
+
+def test_sums_of_one_have_no_plural(capsys, tmp_path, text, run):
+    """Of steps, examples and tokens, in the commands that print them."""
+    steps = ["--steps", "1", "--eval-every", "1", "--save-every", "1"]
+    calls = {
+        "trained demo for 1 step:": ["train", "--recipe", "demo", "--data", text, "--out", tmp_path, *FAST, *steps],
+        "share of values found, 1 example\n": [
+            "eval", "needle", "--model", run, "--length", "800", "--examples", "1", "--out", tmp_path / "eval"
+        ],
+        "1 token in": ["generate", "--model", run, "--prompt", "line", "--max-new-tokens", "1"],
+    }  # fmt: skip
+    for message, arguments in calls.items():
+        code, out, errors = in_process(capsys, *arguments)
+        assert code == 0 and message in out + errors, errors
 
 
 def test_data_takes_all_names_that_follow(capsys, tmp_path, text):
