@@ -12,7 +12,7 @@ from loglinear.fenwick import block_cap, block_level, has_block, num_blocks
 from loglinear.ops.problem import Problem
 from loglinear.ops.state import DecodeState, FenwickState
 from loglinear.reference import level_states_from_blocks, recurrent
-from loglinear.reference.recurrent import merged
+from loglinear.reference.recurrent import moved
 
 
 def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
@@ -92,7 +92,7 @@ def _run_sequence(
     blocks = torch.where(held_blocks.view(-1, 1, 1, 1), state.blocks[row].to(v.dtype), 0.0)
     states = level_states_from_blocks(blocks, L, C)
     head, states = piece(states, 0, cut, start)
-    states = merged(states, start + cut)
+    states = moved(states, start + cut)
     tail, _ = piece(states, cut, len(all_q), start + cut)
     blocks = torch.stack([states[block_level(m, L, C)] for m in range(num_blocks(L, C))])
 

@@ -6,19 +6,26 @@
     3. O = ((Q K^T * dec) * LAM) V                       inside the chunk
     4. O += lambda * exp(G + path) * (Q S_slot)          for each block of the walk over the past, nearest first
 
-G is the cumulative log decay inside a chunk. Fast implementations run step 4 for all chunks at once.
+G is the cumulative log decay inside a chunk. Fast implementations run step 4 for all chunks at once. With radix r a
+block joins r blocks of the next smaller size, and the walk reads up to r - 1 blocks of each size.
 """
 
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import block_level, level, walk
+from loglinear.partition import FENWICK, Partition
 
 
 def chunked_scalar_gate(
-    q_TK: Tensor, k_TK: Tensor, v_TV: Tensor, log_decay_T: Tensor, lambda_TL: Tensor, C: int
+    q_TK: Tensor,
+    k_TK: Tensor,
+    v_TV: Tensor,
+    log_decay_T: Tensor,
+    lambda_TL: Tensor,
+    C: int,
+    partition: Partition = FENWICK,
 ) -> Tensor:
-    """Return o [T, V] of one head with a scalar gate; T is a multiple of the chunk size C, a power of two."""
+    """Return o [T, V] of one head with a scalar gate; T is a multiple of the chunk size C, the size of a block."""
     N, L = len(q_TK) // C, lambda_TL.shape[1]
     q, k, v, g, lam = (x.unflatten(0, (N, C)) for x in (q_TK, k_TK, v_TV, log_decay_T, lambda_TL))
     G, total = g.cumsum(1), g.sum(1)
@@ -27,27 +34,27 @@ def chunked_scalar_gate(
     state = (k * (total[:, None] - G).exp()[..., None]).mT @ v
     # [end]
     # [sweep]
-    # 2. up-sweep: pairs of neighbouring blocks of w chunks
-    log_decay, w = total.clone(), 1
-    while w < N:
-        right = list(range(2 * w - 1, N, 2 * w))
-        left = [e - w for e in right]
-        state[right] += log_decay[right].exp()[:, None, None] * state[left]
-        log_decay[right] += log_decay[left]
-        w *= 2
+    # 2. up-sweep: r neighbouring blocks of w chunks become one, which takes the slot of the newest
+    log_decay = total.clone()
+    for w, r, _ in partition.heights(C, N):
+        newest = list(range(r * w - 1, N, r * w))
+        for older in range(1, r):
+            left = [e - older * w for e in newest]
+            state[newest] += log_decay[newest].exp()[:, None, None] * state[left]
+            log_decay[newest] += log_decay[left]
     # [end]
     # [inside]
     # 3. inside the chunk
     decay_CC = (G[:, :, None] - G[:, None, :]).tril().exp().tril()
-    levels_CC = torch.tensor([[min(level(i, j), L - 1) for j in range(C)] for i in range(C)])
-    out = ((q @ k.mT) * decay_CC * lam.gather(2, levels_CC.expand(N, C, C))) @ v
+    column_CC = torch.tensor([[min(partition.index(i, min(i, j)), L - 1) for j in range(C)] for i in range(C)])
+    out = ((q @ k.mT) * decay_CC * lam.gather(2, column_CC.expand(N, C, C))) @ v
     # [end]
     # [walk]
     # 4. the walk of chunk z over its past, nearest block first
     for z in range(N):
         path = torch.zeros_like(total[0])
-        for end, size in walk(z):
-            weight = lam[z, :, block_level(size, L, C)] * (G[z] + path).exp()
+        for end, _, column in partition.walk(z, C):
+            weight = lam[z, :, min(column, L - 1)] * (G[z] + path).exp()
             out[z] += weight[:, None] * (q[z] @ state[end - 1])
             path = path + log_decay[end - 1]
     # [end]

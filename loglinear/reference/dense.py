@@ -3,8 +3,8 @@
     scalar gate :  O = (Q K^T * M^S * M^H) V
     delta rule  :  O = (E * M^H) V,  E the coefficient of v_s in the output of the linear delta rule at t
 
-M^S[t, s] = exp(G_t - G_s), with G the cumulative log decay, and M^H[t, s] = lambda[t, min(level(t, s), L - 1)]. Both
-are lower triangular.
+M^S[t, s] = exp(G_t - G_s), with G the cumulative log decay, and M^H[t, s] = lambda[t, min(index(t, s), L - 1)]. Both
+are lower triangular. The partition of the past gives index(t, s); radix 2 is the published level(t, s).
 
 Source: arXiv 2506.04761, equations 4 to 8.
 """
@@ -15,19 +15,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import level
+from loglinear.partition import FENWICK, Partition
 
 
-def level_matrix_TT(length: int, num_levels: int) -> Tensor:
-    """Return ``min(level(t, s), num_levels - 1)`` for all t, s."""
-    rows = [[min(level(t, s), num_levels - 1) for s in range(length)] for t in range(length)]
+def index_matrix_TT(length: int, num_columns: int, partition: Partition = FENWICK) -> Tensor:
+    """Return ``min(index(t, s), num_columns - 1)`` for all s <= t, and 0 for the others."""
+    rows = [[min(partition.index(t, min(s, t)), num_columns - 1) for s in range(length)] for t in range(length)]
     return torch.tensor(rows).view(length, length)
 
 
-def level_weights_HTT(level_scales_HTL: Tensor) -> Tensor:
+def level_weights_HTT(level_scales_HTL: Tensor, partition: Partition = FENWICK) -> Tensor:
     """Return M^H, the lower-triangular matrix of lambdas."""
-    heads, length, levels = level_scales_HTL.shape
-    index_TT = level_matrix_TT(length, levels).to(level_scales_HTL.device)
+    heads, length, columns = level_scales_HTL.shape
+    index_TT = index_matrix_TT(length, columns, partition).to(level_scales_HTL.device)
     return level_scales_HTL.gather(2, index_TT.expand(heads, length, length)).tril()
 
 
@@ -39,15 +39,25 @@ def decay_HTT(log_decay_HT: Tensor) -> Tensor:
     return steps.cumsum(1).exp().tril()
 
 
-def dense_scalar_gate(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor) -> Tensor:
+def dense_scalar_gate(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor, partition: Partition = FENWICK
+) -> Tensor:
     """Return the outputs [H, T, V] of the scalar gate.
 
     The shapes are q, k [H, T, K]; v [H, T, V]; log_decay [H, T]; level_scales [H, T, L].
     """
-    return (q @ k.mT * decay_HTT(log_decay) * level_weights_HTT(level_scales)) @ v
+    return (q @ k.mT * decay_HTT(log_decay) * level_weights_HTT(level_scales, partition)) @ v
 
 
-def dense_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, level_scales: Tensor) -> Tensor:
+def dense_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    level_scales: Tensor,
+    partition: Partition = FENWICK,
+) -> Tensor:
     """Return the outputs [H, T, V] of the delta rule; shapes as in `dense_scalar_gate`, and beta [H, T].
 
     The output of the linear delta rule is linear in v: o = (Q K^T * M^S) u with u_t = b_t (v_t - k_t^T a_t S_{t-1}).
@@ -57,4 +67,4 @@ def dense_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: T
     identity = torch.eye(q.shape[1], dtype=q.dtype, device=q.device)
     erase = (beta[..., None] * (k @ k.mT) * decay).tril(-1)
     effective = (q @ k.mT * decay) @ torch.linalg.inv(identity + erase) * beta[:, None, :]
-    return (effective * level_weights_HTT(level_scales)) @ v
+    return (effective * level_weights_HTT(level_scales, partition)) @ v

@@ -1,11 +1,11 @@
-"""The token-by-token definition: one state per level, rewritten at every step.
+"""The token-by-token definition: one state per column of lambda (a level, for radix 2), rewritten at every step.
 
 At position t:
 
-    1. merge levels 0 .. ctz(t) into the next level
-    2. apply token t's transition to every level
-    3. set level 0 to the new write
-    4. read every level with its lambda
+    1. move every state to the column in which position t sees its tokens; states that meet are added
+    2. apply token t's transition to every state
+    3. add the new write to column 0
+    4. read every column with its lambda
 
     scalar gate :  S <- a_t S                          write k_t v_t^T
     delta rule  :  S <- a_t (I - b_t k_t k_t^T) S      write b_t k_t v_t^T
@@ -19,33 +19,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import block_level, merge_height
+from loglinear.fenwick import block_level
+from loglinear.partition import FENWICK, Partition
 
 
-def merged(states_LHKV: Tensor, position: int) -> Tensor:
-    """Return the level states after the merge that precedes the step of token ``position``."""
-    last = states_LHKV.shape[0] - 1
-    if position == 0 or last == 0:
-        return states_LHKV
-    target = min(merge_height(position) + 1, last)
-    joined = states_LHKV[: target + 1].sum(0, keepdim=True)
-    return torch.cat([torch.zeros_like(states_LHKV[:target]), joined, states_LHKV[target + 1 :]])
+def moved(states_LHKV: Tensor, position: int, partition: Partition = FENWICK) -> Tensor:
+    """Return the states after the moves that precede the step of token ``position``."""
+    columns = torch.tensor(partition.next_columns(position, len(states_LHKV)), device=states_LHKV.device)
+    return torch.zeros_like(states_LHKV).index_add(0, columns, states_LHKV)
 
 
-def step(
-    states_LHKV: Tensor, position: int, k_HK: Tensor, v_HV: Tensor, decay_H: Tensor, beta_H: Tensor | None
-) -> Tensor:
-    """Return all level states after one token."""
-    states = merged(states_LHKV, position)
+def step(states_LHKV: Tensor, k_HK: Tensor, v_HV: Tensor, decay_H: Tensor, beta_H: Tensor | None) -> Tensor:
+    """Return all states after one token; they are moved already."""
+    states = states_LHKV
     write = k_HK[:, :, None] * v_HV[:, None, :]
     if beta_H is not None:
         write = beta_H[:, None, None] * write
         erased = torch.einsum("hk,lhkv->lhv", k_HK, states)
         states = states - torch.einsum("h,hk,lhv->lhkv", beta_H, k_HK, erased)
     states = decay_H[:, None, None] * states
-    if states.shape[0] == 1:  # one level holds everything: the linear model
-        return states + write
-    return torch.cat([write[None], states[1:]])
+    return torch.cat([states[:1] + write, states[1:]])
 
 
 def recurrent(
@@ -57,8 +50,9 @@ def recurrent(
     level_scales: Tensor,
     states_LHKV: Tensor,
     position: int = 0,
+    partition: Partition = FENWICK,
 ) -> tuple[Tensor, Tensor]:
-    """Return the outputs [T, H, V] of one sequence, and the level states after its last token.
+    """Return the outputs [T, H, V] of one sequence, and the states [L, H, K, V] after its last token.
 
     Args:
         q: [T, H, K].
@@ -67,13 +61,15 @@ def recurrent(
         log_decay: [T, H].
         beta: [T, H], or None for the scalar gate.
         level_scales: [T, H, L].
-        states_LHKV: The level states before the merge of the first token.
+        states_LHKV: The states before the moves of the first token.
         position: The position of the first token.
+        partition: The partition of the past, which assigns every earlier token to a column.
     """
     outputs = []
     for t in range(q.shape[0]):
         beta_H = None if beta is None else beta[t]
-        states_LHKV = step(states_LHKV, position + t, k[t], v[t], log_decay[t].exp(), beta_H)
+        states_LHKV = moved(states_LHKV, position + t, partition)
+        states_LHKV = step(states_LHKV, k[t], v[t], log_decay[t].exp(), beta_H)
         outputs.append(torch.einsum("hl,hk,lhkv->hv", level_scales[t], q[t], states_LHKV))
     return torch.stack(outputs) if outputs else v, states_LHKV
 
