@@ -19,7 +19,7 @@ from loglinear.recipes.mqar_models import MODELS, STATE_DIM, decode_bytes, find_
 from loglinear.recipes.recipe import LARGEST
 
 if TYPE_CHECKING:
-    from loglinear.models import LogLinearConfig
+    from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 
 LARGEST_DIM = 4096
 DIMS = (16, 32, 64)
@@ -155,6 +155,15 @@ class RecallCell:
         return model_config(
             self.model, self.dim, vocab_size=task.vocab_size, length=task.length, levels=num_levels(task.length)
         )
+
+    def build(self) -> LogLinearForCausalLM:
+        """Return the untrained model, from the present random state. Imports transformers."""
+        from loglinear.models import LogLinearForCausalLM
+
+        model = LogLinearForCausalLM(self.model_config())
+        if adapt := find_model(self.model).adapt:
+            adapt(model, self.task.length)
+        return model
 
     @property
     def decode_bytes(self) -> int:

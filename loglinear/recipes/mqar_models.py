@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from loglinear.recipes.comparison import PUBLISHED, choices
 
 if TYPE_CHECKING:
-    from loglinear.models import LogLinearConfig
+    from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 
 LAYERS = 2
 STATE_DIM = 16  # head dimension and key dimension of Mamba-2
@@ -57,12 +57,13 @@ class Model(NamedTuple):
     """The sizes for a dimension, and further fields of the configuration. num_levels defaults to all levels.
 
     If `bytes_of` names a model, the key dimension grows until the decode state has at least as many bytes as that
-    model's.
+    model's. `adapt` changes a built model, for examples of up to so many tokens.
     """
 
     sizes: Callable[[int], dict[str, Any]]
     changes: dict[str, Any] = {}
     bytes_of: str | None = None
+    adapt: Callable[[LogLinearForCausalLM, int], None] | None = None
 
 
 LINEAR = {"num_levels": 1}

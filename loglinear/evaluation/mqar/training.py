@@ -61,7 +61,7 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
     folder = begin(out, cell)
     training, validation, test = (_batches(cell.task, split, device) for split in SPLITS)
     set_seed(cell.seed)
-    model = LogLinearForCausalLM(cell.model_config())
+    model = cell.build()
     if cell.task.how.torch_init:
         initialise_as_torch(model)
     course = Course(stop, cell.task.good_enough)
@@ -165,7 +165,8 @@ class RecallTrainer(LogLinearTrainer):
         """Return the scores of the model in the precision of its training."""
         assert isinstance(self.model, LogLinearForCausalLM)
         self.model.eval()
-        with self.accelerator.autocast():
+        # Few batches: compiling them as well would take longer than it saves.
+        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
             return recall_scores(self.model, batches)
 
     def floating_point_ops(self, inputs: Any) -> int:

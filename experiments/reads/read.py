@@ -1,0 +1,93 @@
+"""A candidate: the partition of the past, the score of a bucket, and the form that makes weights of scores."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+SCORES = ("none", "keys", "qk", "gram", "energy", "absorbed")
+"""The score of a bucket with tokens s, for the query of token t.
+
+k' and q' have a projection and a convolution of their own.
+
+    none       0: the weights depend on x_t alone
+    keys       sum_s q'_t . k'_s / sqrt(n), q' and k' of unit length
+    qk         sum_s q_t . k_s / sqrt(n), the operator's own q and k, of unit length
+    gram       sum_s (q_t . k_s)^2 - n / K, the operator's own q and k, of unit length
+    energy     log(|R|^2 + 1e-4) / 8, R the read of the bucket
+    absorbed   1 - |P^T q_t|^2, P the bucket's transition without decay (delta rule; q of unit length)
+"""
+OPTIONS = ("residual", "eta", "unerased", "late")
+
+
+@dataclass(frozen=True)
+class Read:
+    """One candidate. Its name is `r16-f16-keys`, with the options behind it.
+
+    The tokens of a block of `finest` up to the token itself are one bucket. Older blocks form a tree of this radix. The
+    buckets have weights n_t softmax(a) of mean one. Options:
+
+        residual   the linear read plus rho_t times a softmax over the buckets and a null route; it reads the state at a
+                   bucket's end with q_t itself, without decay and erasure by nearer buckets
+        eta        the decay between buckets has an exponent per head, 1, 1/2, 1/4, 0, 1 ... at the start
+        unerased   far buckets are read with q_t itself, not with its remains after nearer ones (delta rule)
+        late       tau starts at 0, where the model is the linear one, instead of at 1
+
+    Raises ValueError for an unknown score, or for sizes that are no powers of two.
+    """
+
+    radix: int = 16
+    finest: int = 16
+    score: str = "keys"
+    residual: bool = False
+    eta: bool = False
+    unerased: bool = False
+    late: bool = False
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {self.score!r}")
+        for name, least in (("radix", 2), ("finest", 1)):
+            size = getattr(self, name)
+            if size < least or size & (size - 1):
+                raise ValueError(f"{name} must be a power of two and at least {least}, got {size}")
+
+    @property
+    def name(self) -> str:
+        """The name, from which `parse` makes the same candidate."""
+        options = [option for option in OPTIONS if getattr(self, option)]
+        return "-".join([f"r{self.radix}", f"f{self.finest}", self.score, *options])
+
+    @classmethod
+    def parse(cls, name: str) -> Read:
+        """Return the candidate of a name; ValueError if it is none."""
+        match = re.fullmatch(rf"r(\d+)-f(\d+)-([a-z]+)((?:-(?:{'|'.join(OPTIONS)}))*)", name)
+        if match is None:
+            raise ValueError(f"a read is named like r16-f16-keys or r4-f16-gram-eta, got {name!r}")
+        options = {option: True for option in match[4].split("-") if option}
+        return cls(int(match[1]), int(match[2]), match[3], **options)
+
+    def num_buckets(self, length: int) -> int:
+        """Return the number of columns of the weights for sequences of at most `length` tokens."""
+        digits, blocks = 0, -(-length // self.finest)
+        while self.radix**digits < blocks:
+            digits += 1
+        return 1 + digits * (self.radix - 1)
+
+    def bucket(self, z: int, c: int) -> int:
+        """Return the bucket in which tokens of block z read block c <= z: 0 for z == c, then by age.
+
+        The highest base-r digit p in which z and c differ gives 1 + p (r - 1) + (z_p - c_p - 1).
+
+        Examples:
+            >>> [Read(radix=2).bucket(6, c) for c in range(7)]
+            [3, 3, 3, 3, 2, 2, 0]
+            >>> [Read(radix=4).bucket(6, c) for c in range(7)]
+            [4, 4, 4, 4, 2, 1, 0]
+        """
+        p, found = 0, 0
+        while z or c:
+            if z % self.radix != c % self.radix:
+                found = 1 + p * (self.radix - 1) + z % self.radix - c % self.radix - 1
+            z, c, p = z // self.radix, c // self.radix, p + 1
+        return found
