@@ -8,19 +8,24 @@ from typing import Any
 
 from loglinear.cli.console import Interrupted, count
 from loglinear.evaluation.mqar import cores, gather, markdown, read_results, run_table
-from loglinear.recipes.mqar import RecallTable, RecallTask
+from loglinear.recipes.mqar import RecallTable, get_task
 from loglinear.training.json_files import write_object
 from loglinear.training.run_folder import RUN_FILE, claim
 
 TABLE_FILE = "mqar.json"
 
 
-def run(out: Path, *, processes: int | None, minutes: float | None, task: dict[str, Any], **table: Any) -> None:
-    """Run the missing cells, write mqar.json and print the table of all cells in the folder."""
+def run(
+    out: Path, *, task: str | None, changes: dict[str, Any], processes: int | None, minutes: float | None, **table: Any
+) -> None:
+    """Run the missing cells, write mqar.json and print the table of all cells in the folder.
+
+    `task` is a name in TASKS, and `changes` are values in place of its own.
+    """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
     given = {name: tuple(values) for name, values in table.items() if values}
-    cells = RecallTable(**given, task=RecallTask().override(**task))
+    cells = RecallTable(**given, task=get_task(task or "standard").override(**changes))
     if (out / RUN_FILE).exists():
         raise ValueError(f"--out {out} holds a training run: choose another folder")
     with claim(out):

@@ -64,6 +64,15 @@ class RecallTask:
     For every number of `pairs` there are `examples` for training, `test_examples` for validation and as many others
     for the test. `length` is in tokens; `protocol` is a name in PROTOCOLS.
 
+    With `jitter` every sequence starts at a random position of the tree, because the standard task cannot tell more
+    buckets from one. There the P pairs are the tokens s < 2 P, and every query is a later token t. Let P be a power of
+    two. Then t has a bit at or above that of 2 P, and s has none there, so t XOR s has the highest bit of t:
+
+        level(t, s) = bit_length(t XOR s) = bit_length(t)    for all s < 2 P <= t
+
+    All pairs lie in one bucket, for every query. Jitter moves the pairs over boundaries of buckets; numbers of pairs
+    that are no powers of two do so as well.
+
     Raises ValueError, which names the field, for a value that cannot work.
     """
 
@@ -78,6 +87,7 @@ class RecallTask:
     good_enough: float = 0.99  # validation accuracy that ends the training
     weight_decay: float = 0.1
     adam_betas: tuple[float, float] = (0.9, 0.999)
+    jitter: bool = False
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -108,6 +118,16 @@ class RecallTask:
         return [Setting(pairs, lengths[pairs], examples * times.get(pairs, 1)) for pairs in self.pairs]
 
     @property
+    def starts(self) -> int:
+        """The number of positions at which a sequence may start: with jitter the power of two from `length` on."""
+        return 1 << (self.length - 1).bit_length() if self.jitter else 1
+
+    @property
+    def levels(self) -> int:
+        """The number of levels that the sequences use, wherever they start."""
+        return num_levels(self.starts - 1 + self.length)
+
+    @property
     def steps_per_epoch(self) -> int:
         """The number of training batches."""
         return sum(-(-setting.examples // self.batch_size) for setting in self.settings(training=True))
@@ -118,6 +138,19 @@ class RecallTask:
         given.pop("max_grad_norm", None)  # results of earlier versions name it; it belongs to the protocol
         values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in given.items()}
         return dataclasses.replace(self, **values)
+
+
+TASKS = {
+    "standard": RecallTask(),
+    "jittered": RecallTask(jitter=True, length=1024, pairs=(6, 12, 24, 48, 96, 192)),  # the few are learnt first
+}
+
+
+def get_task(name: str) -> RecallTask:
+    """Return the task called `name`. Raises ValueError if there is none."""
+    if name not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    return TASKS[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +185,7 @@ class RecallCell:
     def model_config(self) -> LogLinearConfig:
         """Return the model's configuration. Imports transformers."""
         task = self.task
-        return model_config(
-            self.model, self.dim, vocab_size=task.vocab_size, length=task.length, levels=num_levels(task.length)
-        )
+        return model_config(self.model, self.dim, vocab_size=task.vocab_size, length=task.length, levels=task.levels)
 
     def build(self) -> LogLinearForCausalLM:
         """Return the untrained model, from the present random state. Imports transformers."""

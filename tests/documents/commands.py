@@ -80,6 +80,7 @@ READ = {
         "loglinear eval mqar --model log_linear_mamba2 --dim 64 --out runs/mqar --minutes 9",
         "loglinear eval mqar --model log_linear_mamba2 --dim 64 --lr 1e-2 --seed 0 --out runs/mqar",
         "loglinear eval mqar --model log_linear_mamba2_unit --dim 32 --dim 64 --out runs/mqar",
+        "loglinear eval mqar --task jittered --protocol zoology --model mamba2_equal_bytes --out runs/jittered",
         "python -m experiments.ablations run --choice CHOICE --out runs/ablations/CHOICE --minutes 9",
         "python -m experiments.ablations run --choice unit --out runs/ablations/unit --minutes 9",
         "python -m experiments.long_text run --kind KIND --out runs/long_text/KIND --minutes 9",

@@ -29,8 +29,8 @@ def test_every_command_is_on_the_page():
 DEMO, TASK = get_recipe("demo"), RecallTask()
 SHOWN = [
     (app.demo, {"variant": DEMO.model["variant"], "steps": DEMO.steps, "seed": DEMO.seed}),
-    (app.mqar, {"examples": TASK.examples, "epochs": TASK.epochs, "length": TASK.length, "protocol": TASK.protocol}),
-    (app.mqar, {"pairs": ", ".join(map(str, TASK.pairs)), "dim": ", ".join(map(str, DIMS))}),
+    (app.mqar, {"examples": TASK.examples, "epochs": TASK.epochs, "protocol": TASK.protocol, "task": "standard"}),
+    (app.mqar, {"dim": ", ".join(map(str, DIMS))}),
 ]
 
 

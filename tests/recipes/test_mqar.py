@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from loglinear.fenwick import level
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts
-from loglinear.recipes.mqar import DIMS, PROTOCOLS, RecallCell, RecallTable, RecallTask
+from loglinear.recipes.mqar import DIMS, PROTOCOLS, RecallCell, RecallTable, RecallTask, get_task
 from loglinear.recipes.mqar_models import ABLATIONS, CHOICES, CONTROLS, KEY_STEP, MODELS, decode_bytes
 from loglinear.variants import HeadSizes
 
@@ -131,6 +132,17 @@ def test_zoology_has_short_sequences_of_few_pairs_and_more_of_them():
     assert {length for _, length, _ in RecallTask().settings(training=True)} == {256}
 
 
+def test_a_jittered_task_has_the_levels_of_every_start():
+    for length in (2, 250, 256, 258):
+        task = RecallTask(length=4 * length, pairs=(1,), jitter=True)
+        assert task.starts >= task.length > task.starts // 2
+        assert task.levels == max(level(task.starts - 1 + task.length - 1, s) for s in range(task.starts)) + 1
+    assert (RecallTask().starts, RecallTask().levels) == (1, 9)
+    jittered = cell(model="log_linear_mamba2", task=get_task("jittered"))
+    assert jittered.model_config().num_levels == 12 and RecallCell.from_dict(jittered.to_dict()) == jittered
+    assert all(pairs & (pairs - 1) for pairs in jittered.task.pairs)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -139,6 +151,7 @@ def test_zoology_has_short_sequences_of_few_pairs_and_more_of_them():
         (lambda: cell(learning_rate=0.0), "learning rate must be positive and at most 1, got 0.0"),
         (lambda: cell(seed=-1), "seed must lie between 0 and 4294967295, got -1"),
         (lambda: RecallTask(protocol="zoo"), "protocol must be one of loglinear, zoology, got 'zoo'"),
+        (lambda: get_task("jitter"), "task must be one of standard, jittered, got 'jitter'"),
         (lambda: RecallTask(epochs=0), "epochs must lie between 1 and 2147483647, got 0"),
         (lambda: RecallTask(pairs=(4, 0)), "pairs must be one or more different positive numbers"),
         (lambda: RecallTask(pairs=(4, 4)), "pairs must be one or more different positive numbers"),

@@ -22,12 +22,16 @@ from loglinear.training.data import IGNORED
 SPLITS = ("train", "validation", "test")
 
 
-class RecallBatch(TypedDict):
+class _Queries(TypedDict):
+    input_ids: Tensor  # [B, T]
+    queries: Tensor  # [B P] places in the flattened batch that predict the answers
+    answers: Tensor  # [B P] the targets there
+
+
+class RecallBatch(_Queries, total=False):
     """The input of a training step."""
 
-    input_ids: Tensor  # [B, T]
-    queries: Tensor  # [B P] positions in the flattened batch that predict the answers
-    answers: Tensor  # [B P] the targets there
+    initial_position: Tensor  # [B] of a jittered task: the position of the tree at which each sequence starts
 
 
 class Scores(NamedTuple):
@@ -50,7 +54,9 @@ def recall_batches(task: RecallTask, split: str, device: str | torch.device) -> 
     batches: list[RecallBatch] = []
     for pairs, length, examples in task.settings(training=split == "train"):
         seed = len(SPLITS) * pairs + SPLITS.index(split)
-        recall = recall_examples(examples, length=length, pairs=pairs, seed=seed, vocab_size=task.vocab_size)
+        recall = recall_examples(
+            examples, length=length, pairs=pairs, seed=seed, vocab_size=task.vocab_size, starts=task.starts
+        )
         batches += split_batches(recall, task.batch_size, device)
     return batches
 
@@ -63,10 +69,14 @@ def split_batches(recall: Recall, batch_size: int, device: str | torch.device) -
     queries_NP = (example % batch_size * T + place).view(N, -1).to(device)
     answers_NP = targets_NT[example, place].view(N, -1).to(device)
     parts = (x.split(batch_size) for x in (recall.tokens_NT.to(device), queries_NP, answers_NP))
-    return [
+    batches = [
         RecallBatch(input_ids=tokens, queries=queries.flatten(), answers=answers.flatten())
         for tokens, queries, answers in zip(*parts, strict=True)
     ]
+    if recall.starts_N is not None:
+        for batch, starts in zip(batches, recall.starts_N.to(device).split(batch_size), strict=True):
+            batch["initial_position"] = starts
+    return batches
 
 
 def answer_loss(logits: Tensor, answers: Tensor) -> Tensor:
@@ -86,7 +96,8 @@ def recall_loss(
 
 def _at_queries(model: LogLinearForCausalLM, batch: RecallBatch) -> Tensor:
     """Return the hidden states [B P, D] that predict the answers."""
-    hidden_BTD = model.model(batch["input_ids"], use_cache=False).last_hidden_state
+    start = batch.get("initial_position")
+    hidden_BTD = model.model(batch["input_ids"], initial_position=start, use_cache=False).last_hidden_state
     return hidden_BTD.flatten(0, 1).index_select(0, batch["queries"])
 
 

@@ -9,6 +9,8 @@ probabilities proportional to
 
 The first drawn slot has k_1, the second k_2 and so on. All other tokens are drawn uniformly from the vocabulary. Keys
 are different tokens of its lower half without 0, values are different tokens of its upper half.
+
+With `starts` the sequences also have random positions of the tree at which they start. The tokens are the same.
 """
 
 # N examples, P pairs, T tokens
@@ -29,12 +31,22 @@ class Recall(NamedTuple):
 
     tokens_NT: Tensor
     labels_NT: Tensor  # the value at the position after a query, IGNORED elsewhere
+    starts_N: Tensor | None = None  # the position of the tree at which each sequence starts; None: 0
 
 
 def recall_examples(
-    examples: int, *, length: int, pairs: int, seed: int, vocab_size: int = 8192, alpha: float = 0.01
+    examples: int,
+    *,
+    length: int,
+    pairs: int,
+    seed: int,
+    vocab_size: int = 8192,
+    alpha: float = 0.01,
+    starts: int = 1,
 ) -> Recall:
     """Return examples of one length and one number of pairs. Equal arguments give equal examples.
+
+    Each sequence starts at a position of the tree that is drawn uniformly from 0 to `starts` - 1.
 
     Raises ValueError unless the length is even and at least four times the pairs, and each half of the vocabulary has
     more tokens than there are pairs.
@@ -44,9 +56,10 @@ def recall_examples(
     if vocab_size // 2 <= pairs:
         raise ValueError(f"vocab_size must be more than twice the {pairs} pairs, got {vocab_size}")
     generator = torch.Generator().manual_seed(seed)
-    starts = range(0, examples, ROWS)
-    parts = [_examples(min(ROWS, examples - start), length, pairs, vocab_size, alpha, generator) for start in starts]
-    return Recall(torch.cat([tokens for tokens, _ in parts]), torch.cat([labels for _, labels in parts]))
+    firsts = range(0, examples, ROWS)
+    parts = [_examples(min(ROWS, examples - first), length, pairs, vocab_size, alpha, generator) for first in firsts]
+    starts_N = torch.randint(starts, (examples,), generator=generator) if starts > 1 else None
+    return Recall(torch.cat([tokens for tokens, _ in parts]), torch.cat([labels for _, labels in parts]), starts_N)
 
 
 def _examples(

@@ -65,6 +65,23 @@ def test_loss_and_its_gradients_are_those_of_the_models_own_loss(model):
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-10)
 
 
+def test_jittered_batches_start_each_sequence_where_its_example_says():
+    task = TASK.override(jitter=True, test_examples=70)
+    plain, jittered = (recall_batches(t, "test", "cpu") for t in (TASK.override(test_examples=70), task))
+    starts = torch.cat([batch["initial_position"] for batch in jittered])
+    assert len(starts) == 140 and starts.unique().tolist() == [*range(8)]
+    model = LogLinearForCausalLM(tiny_cell(model="log_linear_mamba2", task=task).model_config()).double()
+    assert model.config.num_levels == 5  # positions 0 to 14
+    for one, other in zip(jittered, plain, strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"]) and "initial_position" not in other
+        logits = model(one["input_ids"], initial_position=one["initial_position"]).logits.flatten(0, 1)
+        right = logits[one["queries"]].argmax(-1) == one["answers"]
+        expected = torch.nn.functional.cross_entropy(logits[one["queries"]], one["answers"])
+        torch.testing.assert_close(recall_loss(model, one), expected, rtol=1e-10, atol=1e-10)
+        assert recall_scores(model, [one]).mean == pytest.approx(float(right.double().mean()))
+        assert not torch.allclose(recall_loss(model, one), recall_loss(model, other), rtol=1e-9, atol=0)
+
+
 def test_accuracy_counts_the_likeliest_tokens_of_the_whole_model(model):
     parts = {pairs: recall_examples(50, length=8, pairs=pairs, vocab_size=12, seed=pairs) for pairs in (1, 2)}
     with torch.no_grad():

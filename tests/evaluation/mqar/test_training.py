@@ -78,6 +78,14 @@ def test_stopped_cell_continues_bit_for_bit(tmp_path, uninterrupted, steps):
     assert stops == 2 and exact(result) == exact(uninterrupted)
 
 
+def test_jittered_cell_learns_and_continues_bit_for_bit(tmp_path):
+    cell = tiny_cell(model="log_linear_gated_delta_net", task=dataclasses.replace(TASK, jitter=True, epochs=2))
+    whole = run_cell(cell, tmp_path / "whole", NEVER)
+    assert whole["cell"]["task"]["jitter"] and whole["test_accuracy"] > 0.8
+    assert run_cell(cell, tmp_path, AfterSteps(50)) is None
+    assert exact(run_cell(cell, tmp_path, NEVER)) == exact(whole)
+
+
 def test_flag_that_is_set_already_starts_nothing(tmp_path):
     assert run_cell(tiny_cell(), tmp_path, AfterSteps(0)) is None and not any(tmp_path.iterdir())
 
