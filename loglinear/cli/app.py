@@ -334,8 +334,8 @@ def mqar(
         seeds=seed,
         processes=processes,
         minutes=minutes,
-        task=task,
-        changes=dict(examples=examples, epochs=epochs, pairs=pairs, length=length, protocol=protocol),
+        preset=task or "standard",
+        task=dict(examples=examples, epochs=epochs, pairs=pairs, length=length, protocol=protocol),
     )
 
 

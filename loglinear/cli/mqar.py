@@ -16,16 +16,22 @@ TABLE_FILE = "mqar.json"
 
 
 def run(
-    out: Path, *, task: str | None, changes: dict[str, Any], processes: int | None, minutes: float | None, **table: Any
+    out: Path,
+    *,
+    processes: int | None,
+    minutes: float | None,
+    task: dict[str, Any],
+    preset: str = "standard",
+    **table: Any,
 ) -> None:
     """Run the missing cells, write mqar.json and print the table of all cells in the folder.
 
-    `task` is a name in TASKS, and `changes` are values in place of its own.
+    `preset` is a name in TASKS, and `task` holds values in place of its own.
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
     given = {name: tuple(values) for name, values in table.items() if values}
-    cells = RecallTable(**given, task=get_task(task or "standard").override(**changes))
+    cells = RecallTable(**given, task=get_task(preset).override(**task))
     if (out / RUN_FILE).exists():
         raise ValueError(f"--out {out} holds a training run: choose another folder")
     with claim(out):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loglinear.fenwick import num_levels
-from loglinear.recipes.mqar_models import MODELS, STATE_DIM, decode_bytes, find_model, model_config
+from loglinear.recipes.mqar_models import MODELS, STATE_DIM, find_model, model_bytes, model_config
 from loglinear.recipes.recipe import LARGEST
 
 if TYPE_CHECKING:
@@ -197,14 +197,19 @@ class RecallCell:
         return model
 
     @property
-    def decode_bytes(self) -> int:
-        """The bytes of the float32 decode state of one sequence of the longest examples, in all layers."""
-        return decode_bytes(self.model_config(), self.task.length)
+    def decode_bytes(self) -> int | None:
+        """The bytes of the float32 decode state of one sequence of the longest examples, in all layers.
+
+        None for an adapted model that does not say.
+        """
+        return model_bytes(self.model, self.model_config(), self.task.length)
 
     @property
     def cache_bytes(self) -> int:
         """The bytes of the float32 KV cache of the attention model of this dimension for the same sequence."""
-        return dataclasses.replace(self, model="attention").decode_bytes
+        attention = dataclasses.replace(self, model="attention").decode_bytes
+        assert attention is not None
+        return attention
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types. `from_dict` is the inverse."""

@@ -57,13 +57,16 @@ class Model(NamedTuple):
     """The sizes for a dimension, and further fields of the configuration. num_levels defaults to all levels.
 
     If `bytes_of` names a model, the key dimension grows until the decode state has at least as many bytes as that
-    model's. `adapt` changes a built model, for examples of up to so many tokens.
+    model's. `adapt` changes a built model, for examples of up to so many tokens. `decode_bytes` returns the bytes of an
+    adapted model's decode state from its configuration and a number of tokens, as the function of this name does for
+    others.
     """
 
     sizes: Callable[[int], dict[str, Any]]
     changes: dict[str, Any] = {}
     bytes_of: str | None = None
     adapt: Callable[[LogLinearForCausalLM, int], None] | None = None
+    decode_bytes: Callable[[LogLinearConfig, int], int] | None = None
 
 
 LINEAR = {"num_levels": 1}
@@ -118,10 +121,20 @@ def model_config(name: str, dim: int, *, vocab_size: int, length: int, levels: i
     fields |= model.sizes(dim) | model.changes
     if model.bytes_of is not None:
         other = model_config(model.bytes_of, dim, vocab_size=vocab_size, length=length, levels=levels)
-        wanted = decode_bytes(other, length)
+        wanted = model_bytes(model.bytes_of, other, length)
+        if wanted is None:
+            raise ValueError(f"{name} needs the decode bytes of {model.bytes_of}, which are not known")
         wider = (LogLinearConfig(**{**fields, "key_dim": key}) for key in itertools.count(fields["key_dim"], KEY_STEP))
         return next(config for config in wider if decode_bytes(config, length) >= wanted)
     return LogLinearConfig(**fields)
+
+
+def model_bytes(name: str, config: LogLinearConfig, tokens: int) -> int | None:
+    """Return `decode_bytes` of a model with this configuration; None if an adapted model does not say."""
+    model = find_model(name)
+    if model.adapt is None or model.decode_bytes is not None:
+        return (model.decode_bytes or decode_bytes)(config, tokens)
+    return None
 
 
 def decode_bytes(config: LogLinearConfig, tokens: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from loglinear.fenwick import level
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts
 from loglinear.recipes.mqar import DIMS, PROTOCOLS, RecallCell, RecallTable, RecallTask, get_task
-from loglinear.recipes.mqar_models import ABLATIONS, CHOICES, CONTROLS, KEY_STEP, MODELS, decode_bytes
+from loglinear.recipes.mqar_models import ABLATIONS, ALL_MODELS, CHOICES, CONTROLS, KEY_STEP, MODELS, decode_bytes
 from loglinear.variants import HeadSizes
 
 HEADS = {  # heads, query/key groups, key dimension, head dimension
@@ -91,6 +91,20 @@ def test_decode_bytes_are_those_of_the_smallest_cache_of_any_chunk_size(model):
         caches.append(output.past_key_values.nbytes)
     assert small.decode_bytes == min(caches)
     assert small.cache_bytes == cell(model="attention", task=task).decode_bytes == 2 * 2 * 24 * 16 * 4
+
+
+def test_bytes_of_an_adapted_model_are_its_own(monkeypatch):
+    linear = cell().decode_bytes
+
+    def adapt(model, length): ...
+
+    for name, own in (("silent", None), ("known", lambda config, tokens: 3 * linear + tokens)):
+        monkeypatch.setitem(ALL_MODELS, name, MODELS["mamba2"]._replace(adapt=adapt, decode_bytes=own))
+        monkeypatch.setitem(ALL_MODELS, f"{name}_equal_bytes", MODELS["mamba2"]._replace(bytes_of=name))
+    assert cell(model="silent").decode_bytes is None and cell(model="known").decode_bytes == 3 * linear + 256
+    assert 3 * linear + 256 <= cell(model="known_equal_bytes").decode_bytes < 4 * linear
+    with pytest.raises(ValueError, match="silent_equal_bytes needs the decode bytes of silent, which are not known"):
+        cell(model="silent_equal_bytes").model_config()
 
 
 def test_cell_survives_json():
