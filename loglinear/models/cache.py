@@ -1,6 +1,8 @@
 # B batch, T time (new columns), S columns so far, G key/value heads, K head width
 """The cache of generation: a fixed-size state per linear layer, keys and values per full-attention layer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -150,7 +152,8 @@ class LogLinearCache(Cache):
 
     `real` [B, S] tells the full-attention layers which columns are tokens and which are padding (None: no padding so
     far), so a continuation needs no attention mask. The mixers' states contain no padding. `history` recognises a mask
-    or tokens that differ from those that the cache has seen.
+    or tokens that differ from those that the cache has seen. A call that raises after it has begun to change the cache,
+    for instance for lack of memory, leaves it unusable until `reset`. A compiled graph does not notice that.
 
     Args:
         config: The model's configuration.
@@ -171,6 +174,7 @@ class LogLinearCache(Cache):
         self.columns_limit = max_cache_len
         self.real: Tensor | None = None
         self.history = History(static=max_cache_len is not None)
+        self.is_whole = True  # False: some parts have changed and others have not
 
     @property
     def has_states(self) -> bool:
@@ -181,6 +185,14 @@ class LogLinearCache(Cache):
     def rows(self) -> int | None:
         """The number of sequences; None before the first token."""
         return None if self.history.numbers is None else self.history.numbers.shape[1]
+
+    def require_whole(self) -> None:
+        """Raise ValueError if an earlier call raised an error while it changed the cache."""
+        if not self.is_whole:
+            raise ValueError(
+                "past_key_values is not whole, because an earlier call with it raised an error midway: "
+                "start with a new cache or call its reset()"
+            )
 
     def check_past(self, real_BS: Tensor, ids_BS: Tensor | None = None) -> None:
         """Raise ValueError unless the cache has seen this mask [B, S] and, at its tokens, these ids [B, S]."""
@@ -219,54 +231,73 @@ class LogLinearCache(Cache):
                 if not torch.compiler.is_compiling():
                     torch._dynamo.mark_static_address(self.real)
             return self.real.index_copy_(1, past + torch.arange(time, device=device), now)
-        before = torch.ones(rows, past, dtype=torch.bool, device=device) if self.real is None else self.real
+        before = torch.ones(rows, past, dtype=torch.bool, device=device) if self.real is None else self.real[:, :past]
         self.real = torch.cat([before, now], dim=1)
         return self.real
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove == 0:
             return
+        self.require_whole()
         for layer in self.layers:  # linear layers refuse before any layer changes
             if isinstance(layer, LinearStateLayer):
                 layer.crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
-        self.history.forget()
-        if self.real is not None:
-            self.real = self.real[:, : self.get_seq_length()]
+        with changing(self):
+            super().crop(tokens_to_remove)
+            self.history.forget()
+            if self.real is not None:
+                self.real = self.real[:, : self.get_seq_length()]
 
     def reset(self) -> None:
-        super().reset()
-        self.history.reset()
-        if self.real is not None and self.columns_limit is not None:
-            self.real.zero_()
-        else:
-            self.real = None
+        with changing(self):
+            super().reset()
+            self.history.reset()
+            if self.real is not None and self.columns_limit is not None:
+                self.real.zero_()
+            else:
+                self.real = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         rows = self.rows
         if rows is None:
             return
+        self.require_whole()
         check_rows("beam_idx", beam_idx, rows)
         if len(beam_idx) != rows:
             raise ValueError(f"beam_idx must have one number for each of {rows} rows, got {len(beam_idx)}")
-        super().reorder_cache(beam_idx)
-        self.history.reorder(beam_idx)
-        if self.real is not None:
-            reordered = self.real.index_select(0, beam_idx.to(self.real.device))
-            self.real = reordered if self.columns_limit is None else self.real.copy_(reordered)
+        with changing(self):
+            super().reorder_cache(beam_idx)
+            self.history.reorder(beam_idx)
+            if self.real is not None:
+                reordered = self.real.index_select(0, beam_idx.to(self.real.device))
+                self.real = reordered if self.columns_limit is None else self.real.copy_(reordered)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.rows is None:
             return
+        self.require_whole()
         check_rows("indices", indices, self.rows)
-        super().batch_select_indices(indices)
-        self.history.index_select(indices)
-        if self.real is not None:
-            self.real = self.real[indices]
+        with changing(self):
+            super().batch_select_indices(indices)
+            self.history.index_select(indices)
+            if self.real is not None:
+                self.real = self.real[indices]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         repeats = whole_number("repeats", repeats)
-        super().batch_repeat_interleave(repeats)
-        self.history.repeat_interleave(repeats)
-        if self.real is not None:
-            self.real = self.real.repeat_interleave(repeats, dim=0)
+        self.require_whole()
+        with changing(self):
+            super().batch_repeat_interleave(repeats)
+            self.history.repeat_interleave(repeats)
+            if self.real is not None:
+                self.real = self.real.repeat_interleave(repeats, dim=0)
+
+
+@contextmanager
+def changing(cache: LogLinearCache | None) -> Iterator[None]:
+    """Enter a context that changes a cache; an error inside it leaves the cache marked as not whole."""
+    if cache is not None:
+        cache.is_whole = False
+    yield
+    if cache is not None:
+        cache.is_whole = True

@@ -133,6 +133,7 @@ def check_continuation(
     `input_ids` are the whole sequence or, with a mask of the whole sequence, the new tokens alone. `generate` drops a
     mask of ones and notes its length.
     """
+    cache.require_whole()
     seen, embeds = int(cache.get_seq_length()), model_kwargs.get("inputs_embeds")
     rows, given = input_ids.shape if embeds is None else embeds.shape[:2]
     mask = model_kwargs.get("attention_mask")

@@ -90,7 +90,15 @@ def _reordered(x: Tensor, order: Tensor, dim: int) -> Tensor:
 
 
 def check_positions(position_ids: Tensor | None, places: TokenPlaces) -> None:
-    """Raise ValueError if positions restart without boundaries: state would leak between packed documents."""
+    """Raise ValueError for positions of another shape, or if they restart without boundaries.
+
+    State would leak between packed documents.
+    """
+    if position_ids is not None and tuple(position_ids.shape) not in ((1, places.time), (places.rows, places.time)):
+        raise ValueError(
+            f"position_ids must have shape [{places.rows}, {places.time}] or [1, {places.time}], "
+            f"got {list(position_ids.shape)}"
+        )
     if position_ids is None or places.time == 1 or not (places.cu_seqlens is places.scores_mask is None):
         return
     restarts = position_ids[..., 1:] <= position_ids[..., :-1]

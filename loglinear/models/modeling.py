@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from loglinear.layers import Attention, Mixer, SwiGLU
-from loglinear.models.cache import LogLinearCache
+from loglinear.models.cache import LogLinearCache, changing
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.generation import LogLinearGenerationMixin
 from loglinear.models.inputs import (
@@ -159,7 +159,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
                 which may be anywhere. A row gives exactly the same outputs as without its padding. Models without
                 linear layers also take [B, 1, T, past + T]: booleans, True at keys that a query attends to, or numbers
                 that are added to the scores.
-            position_ids: The rotary positions of full-attention layers. None: every row counts its tokens.
+            position_ids: [B or 1, T], the rotary positions of full-attention layers. None: every row counts its tokens.
             past_key_values: The `LogLinearCache` to continue from; it changes in place and carries no gradients. Under
                 torch.no_grad, as in `generate`, one token per row is a decode step.
             inputs_embeds: [B, T, D], embeddings in place of input_ids.
@@ -213,16 +213,17 @@ class LogLinearModel(LogLinearPreTrainedModel):
             with_weights=bool(with_weights),
             initial_position=initial_position,
         )
-        if cache is not None:
-            cache.history.extend(places.rows, places.time, places.real, input_ids, x.device)
         all_hidden_states, all_weights = [], []
-        for i, layer in enumerate(self.layers):
-            if keep_all:
-                all_hidden_states.append(x)
-            x, weights = layer(x, layout, past_key_values=None if cache is None else cache.layers[i])
-            if weights is not None:
-                all_weights.append(weights)
-        x = self.norm(x)
+        with changing(cache):
+            if cache is not None:
+                cache.history.extend(places.rows, places.time, places.real, input_ids, x.device)
+            for i, layer in enumerate(self.layers):
+                if keep_all:
+                    all_hidden_states.append(x)
+                x, weights = layer(x, layout, past_key_values=None if cache is None else cache.layers[i])
+                if weights is not None:
+                    all_weights.append(weights)
+            x = self.norm(x)
         if tokens_first is not None:
             x, *all_hidden_states = (tokens_first.undo(y) for y in (x, *all_hidden_states))
             all_weights = [tokens_first.undo_weights(weights) for weights in all_weights]
@@ -333,16 +334,17 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         loss = logits = None
-        if targets is not None:
-            loss = sliced_cross_entropy(
-                self.lm_head,
-                hidden_states,
-                targets,
-                slice_size=self.config.loss_chunk_size,
-                num_items=num_items_in_batch,
-            )
-        if not skip_logits:
-            logits = self.lm_head(_kept(hidden_states, logits_to_keep))
+        with changing(outputs.past_key_values):
+            if targets is not None:
+                loss = sliced_cross_entropy(
+                    self.lm_head,
+                    hidden_states,
+                    targets,
+                    slice_size=self.config.loss_chunk_size,
+                    num_items=num_items_in_batch,
+                )
+            if not skip_logits:
+                logits = self.lm_head(_kept(hidden_states, logits_to_keep))
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

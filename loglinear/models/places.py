@@ -49,6 +49,8 @@ class TokenPlaces(NamedTuple):
         """
         if cache is not None and not isinstance(cache, LogLinearCache):
             raise ValueError(f"past_key_values must be a LogLinearCache, got {type(cache).__name__}")
+        if cache is not None:
+            cache.require_whole()
         rows, time = tokens.shape[:2]
         if time == 0:
             raise ValueError("input_ids must have at least one token in each row, got none")

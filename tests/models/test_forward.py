@@ -94,6 +94,10 @@ def test_bfloat16_stays_near_float32(make_model, variant: str) -> None:
     ("arguments", "message"),
     [
         ({}, "exactly one of input_ids and inputs_embeds"),
+        (
+            {"input_ids": tokens(2, 6), "position_ids": torch.tensor([[0]])},
+            r"position_ids must have shape \[2, 6\] or \[1, 6\], got \[1, 1\]",
+        ),
         ({"input_ids": tokens(1, 6), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, "position_ids restart"),
         ({"input_ids": tokens(2, 6), "cu_seqlens": torch.tensor([0, 6])}, "cu_seqlens describes .* a batch of 2"),
         ({"input_ids": tokens(1, 6), "cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens must rise from 0 to .* \\(6\\)"),
