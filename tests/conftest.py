@@ -49,3 +49,19 @@ def _reproducible():
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder of text for the tiny recipe."""
+    from tests.training.tiny import write_text
+
+    return write_text(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, data):
+    """The folder of a run of the tiny recipe from its beginning to its end. A test that changes it works on a copy."""
+    from tests.training.tiny import train_tiny
+
+    return train_tiny(data, tmp_path_factory.mktemp("runs") / "whole")

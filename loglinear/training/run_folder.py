@@ -51,9 +51,7 @@ def claim(out: Path) -> Iterator[None]:
     with lock:
         _hold(lock, out)
         try:
-            lock.truncate(0)
-            with writing(out):
-                lock.write(str(os.getpid()).encode())
+            _sign(lock, out)
             yield
         except BaseException:
             if is_new and [path.name for path in out.iterdir()] == [LOCK_FILE]:
@@ -74,6 +72,15 @@ def _hold(lock: IO[bytes], out: Path) -> None:
     lock.seek(0)
     holder = lock.read().decode(errors="replace").strip() or "unknown"
     raise ValueError(f"output folder {out} is in use by another process (pid {holder})")
+
+
+def _sign(lock: IO[bytes], out: Path) -> None:
+    """Write this process's number into its lock. Raises ValueError if the disk refuses."""
+    lock.truncate(0)
+    try:
+        lock.write(str(os.getpid()).encode())
+    except OSError as error:
+        raise ValueError(f"output folder {out} cannot be written: {error.strerror}") from error
 
 
 def _remove(lock: Path, folders: Iterable[Path]) -> None:

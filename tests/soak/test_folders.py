@@ -9,27 +9,16 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import pytest
 import torch
 
 from loglinear.training import run_folder
 from loglinear.training.checkpoints import last_checkpoint, load_checkpoint, resolve
 from loglinear.training.train import train
-from tests.training.tiny import assert_same_run, tiny_recipe, train_tiny, write_text
+from tests.training.tiny import assert_same_run, tiny_recipe
 
 SOAK = int(os.environ.get("SOAK", "1"))
 CASES, RESUMED, KILLS = 600 * SOAK, 6 * SOAK, 8 * SOAK
 LAST = "checkpoint-8"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, data):
-    return train_tiny(data, tmp_path_factory.mktemp("runs") / "whole")
 
 
 # --- damages: what the file holds afterwards, or None where it is gone -----------------------------------------------

@@ -17,17 +17,7 @@ from loglinear.training.files import write_atomically
 from loglinear.training.run_folder import claim
 from loglinear.training.train import train
 from tests.cli.command_line import FAST, in_process
-from tests.training.tiny import assert_same_run, tiny_recipe, train_tiny, write_text
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, data):
-    return train_tiny(data, tmp_path_factory.mktemp("runs") / "uninterrupted")
+from tests.training.tiny import assert_same_run, tiny_recipe
 
 
 @contextlib.contextmanager
@@ -40,12 +30,12 @@ def no_file_above(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def assert_usable(out, data, uninterrupted):
+def assert_usable(out, data, whole):
     """Nothing of ours is in the way: the run begins anew where it had not begun, and goes on where it had."""
-    assert not [path.name for path in out.iterdir() if path.name.startswith(".") and path.name != ".lock"]
+    assert not [path.name for path in out.glob(".*") if path.name != ".lock"]
     assert all(defect(checkpoint, resumable=True) is None for checkpoint in checkpoints(out))
     train(tiny_recipe(data), out, resume=(out / "run.json").exists(), progress=False)
-    assert_same_run(out, uninterrupted)
+    assert_same_run(out, whole)
 
 
 @pytest.mark.parametrize(
@@ -57,18 +47,18 @@ def assert_usable(out, data, uninterrupted):
         (80_000, "checkpoint-2", "a write failed"),  # the optimizer's state
     ],
 )
-def test_a_limit_of_file_size_is_one_line(tmp_path, data, uninterrupted, size, file, reason):
+def test_a_limit_of_file_size_is_one_line(tmp_path, data, whole, size, file, reason):
     out = tmp_path / "run"
     with no_file_above(size), pytest.raises((ValueError, OSError)) as error:
         train(tiny_recipe(data), out, progress=False)
     assert re.search(rf"{file} cannot be written: {reason}", str(error.value)), error.value
-    assert_usable(out, data, uninterrupted)
+    assert_usable(out, data, whole)
 
 
-def test_metrics_that_cannot_grow_are_one_line_and_the_checkpoints_stay(tmp_path, data, uninterrupted):
-    size = (uninterrupted / "metrics.jsonl").read_bytes().index(b'"step": 6')
+def test_metrics_that_cannot_grow_are_one_line_and_the_checkpoints_stay(tmp_path, data, whole):
+    size = (whole / "metrics.jsonl").read_bytes().index(b'"step": 6')
     out = tmp_path / "run"
-    sizes = {path.stat().st_size for path in uninterrupted.rglob("*") if path.is_file()}
+    sizes = {path.stat().st_size for path in whole.rglob("*") if path.is_file()}
     append = files.writing
 
     @contextlib.contextmanager
@@ -82,7 +72,7 @@ def test_metrics_that_cannot_grow_are_one_line_and_the_checkpoints_stay(tmp_path
         with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: File too large"):
             train(tiny_recipe(data), out, progress=False)
     assert [path.name for path in checkpoints(out)] == ["checkpoint-2", "checkpoint-4"]
-    assert_usable(out, data, uninterrupted)
+    assert_usable(out, data, whole)
 
 
 def test_on_the_command_line_it_is_code_2(capsys, tmp_path, data):
@@ -108,7 +98,7 @@ FAILURES = {
 
 @pytest.mark.parametrize(("reason", "error"), [(reason, error) for reason in FAILURES for error in FAILURES[reason]])
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
-def test_a_save_that_fails_in_any_way_is_one_line(tmp_path, data, uninterrupted, monkeypatch, reason, error, name):
+def test_a_save_that_fails_in_any_way_is_one_line(tmp_path, data, whole, monkeypatch, reason, error, name):
     save = torch.save
 
     def full(value, path, *args, **kwargs):
@@ -123,7 +113,7 @@ def test_a_save_that_fails_in_any_way_is_one_line(tmp_path, data, uninterrupted,
         with pytest.raises(OSError, match=rf"checkpoint-4 cannot be written: {reason}"):
             train(tiny_recipe(data), out, progress=False)
     assert [path.name for path in checkpoints(out)] == ["checkpoint-2"]
-    assert_usable(out, data, uninterrupted)
+    assert_usable(out, data, whole)
 
 
 def test_other_errors_while_saving_are_not_called_a_full_disk(tmp_path, data, monkeypatch):

@@ -13,19 +13,9 @@ from loglinear.training import run_folder
 from loglinear.training.checkpoints import defect, last_checkpoint, load_checkpoint, load_model, resolve
 from loglinear.training.json_files import read_object
 from loglinear.training.train import train
-from tests.training.tiny import assert_same_run, tiny_recipe, train_tiny, write_text
+from tests.training.tiny import assert_same_run, tiny_recipe
 
 OF_TRAINING = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, data):
-    return train_tiny(data, tmp_path_factory.mktemp("runs") / "whole")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from loglinear.training.checkpoints import defect, last_checkpoint, load_model
 from loglinear.training.data import IGNORED, PackedRows, load_corpus
 from loglinear.training.tokenizer import ByteTokenizer
 from loglinear.training.train import train
-from tests.training.tiny import assert_same_run, curve, tiny_recipe, train_tiny, write_text
+from tests.training.tiny import assert_same_run, curve, tiny_recipe, write_text
 
 # Trains the tiny recipe in a process of its own, which `sabotage` ends somewhere.
 SCRIPT = """
@@ -65,18 +65,8 @@ def run_sabotaged(sabotage, data, out):
     return process.returncode, process.stderr
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, data):
-    return train_tiny(data, tmp_path_factory.mktemp("runs") / "uninterrupted")
-
-
-def test_run_learns_and_logs_every_step(uninterrupted):
-    records = curve(uninterrupted)
+def test_run_learns_and_logs_every_step(whole):
+    records = curve(whole)
     training = [record for record in records if record["split"] == "train"]
     assert [record["step"] for record in training] == list(range(1, 9))
     assert [record["step"] for record in records if record["split"] == "validation"] == [4, 8]
@@ -84,22 +74,22 @@ def test_run_learns_and_logs_every_step(uninterrupted):
     assert training[-1]["tokens"] == 8 * 128
 
 
-def test_learning_rate_warms_up_and_falls_to_a_tenth(uninterrupted):
-    rates = [record["learning_rate"] for record in curve(uninterrupted) if record["split"] == "train"]
+def test_learning_rate_warms_up_and_falls_to_a_tenth(whole):
+    rates = [record["learning_rate"] for record in curve(whole) if record["split"] == "train"]
     assert rates[0] == 0 and rates[2] == max(rates) == 1e-2
     assert 1e-3 < rates[-1] < 3e-3
 
 
-def test_sigkill_then_resume_gives_the_uninterrupted_curve_bit_for_bit(tmp_path, data, uninterrupted):
+def test_sigkill_then_resume_gives_the_uninterrupted_curve_bit_for_bit(tmp_path, data, whole):
     out = tmp_path / "run"
     code, _ = run_sabotaged(AT_STEP_5.format(signal="SIGKILL"), data, out)
     assert code == -signal.SIGKILL
     assert [record["step"] for record in curve(out)][-1] == 5 and last_checkpoint(out).name == "checkpoint-4"
     train(tiny_recipe(data), out, resume=True, progress=False)
-    assert_same_run(out, uninterrupted)
+    assert_same_run(out, whole)
 
 
-def test_kill_in_the_middle_of_saving_leaves_the_previous_checkpoint_whole(tmp_path, data, uninterrupted):
+def test_kill_in_the_middle_of_saving_leaves_the_previous_checkpoint_whole(tmp_path, data, whole):
     out = tmp_path / "run"
     code, _ = run_sabotaged(WHILE_SAVING_STEP_4, data, out)
     assert code == -signal.SIGKILL
@@ -107,18 +97,18 @@ def test_kill_in_the_middle_of_saving_leaves_the_previous_checkpoint_whole(tmp_p
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
     assert defect(out / "checkpoint-2", resumable=True) is None
     train(tiny_recipe(data), out, resume=True, progress=False)
-    assert_same_run(out, uninterrupted)
+    assert_same_run(out, whole)
     assert not (out / ".saving").exists()
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_signal_saves_the_running_step_and_resumes_exactly(tmp_path, data, uninterrupted, name):
+def test_signal_saves_the_running_step_and_resumes_exactly(tmp_path, data, whole, name):
     out = tmp_path / "run"
     code, errors = run_sabotaged(AT_STEP_5.format(signal=name), data, out)
     assert code == 130 and "Traceback" not in errors
     assert last_checkpoint(out).name in ("checkpoint-5", "checkpoint-6")  # logging follows the step's end
     train(tiny_recipe(data), out, resume=True, progress=False)
-    assert_same_run(out, uninterrupted)
+    assert_same_run(out, whole)
 
 
 def test_a_signal_in_the_last_step_is_not_forgotten(tmp_path, data, monkeypatch):
@@ -135,7 +125,7 @@ def test_a_signal_in_the_last_step_is_not_forgotten(tmp_path, data, monkeypatch)
     assert not train(tiny_recipe(data), tmp_path / "run", resume=True, progress=False).interrupted
 
 
-def test_minutes_stop_at_a_step_and_resume_exactly(tmp_path, data, uninterrupted):
+def test_minutes_stop_at_a_step_and_resume_exactly(tmp_path, data, whole):
     out = tmp_path / "run"
     for step in (1, 2, 3, 4):  # a time that has passed already still takes one step; the fourth is validated
         result = train(tiny_recipe(data), out, resume=step > 1, minutes=1e-9, progress=False)
@@ -143,7 +133,7 @@ def test_minutes_stop_at_a_step_and_resume_exactly(tmp_path, data, uninterrupted
         assert result.checkpoint == out / f"checkpoint-{step}"
     result = train(tiny_recipe(data), out, resume=True, minutes=60, progress=False)
     assert (result.step, result.interrupted) == (8, False)
-    assert_same_run(out, uninterrupted)
+    assert_same_run(out, whole)
 
 
 @pytest.mark.parametrize("minutes", [0, -1, math.nan])
@@ -152,7 +142,7 @@ def test_minutes_must_be_positive(tmp_path, data, minutes):
         train(tiny_recipe(data), tmp_path / "run", minutes=minutes, progress=False)
 
 
-def test_incomplete_checkpoint_is_never_resumed_from(tmp_path, data, uninterrupted):
+def test_incomplete_checkpoint_is_never_resumed_from(tmp_path, data, whole):
     out = tmp_path / "run"
     train(tiny_recipe(data), out, progress=False)
     assert last_checkpoint(out).name == "checkpoint-8"
@@ -162,18 +152,18 @@ def test_incomplete_checkpoint_is_never_resumed_from(tmp_path, data, uninterrupt
         assert last_checkpoint(out).name == newest
     result = train(tiny_recipe(data), out, resume=True, progress=False)
     assert result.checkpoint == last_checkpoint(out) == out / "checkpoint-8"
-    assert_same_run(out, uninterrupted)
+    assert_same_run(out, whole)
 
 
-def test_resuming_a_finished_run_changes_nothing(uninterrupted, data):
-    before = (uninterrupted / "metrics.jsonl").read_bytes()
-    result = train(tiny_recipe(data), uninterrupted, resume=True, progress=False)
+def test_resuming_a_finished_run_changes_nothing(whole, data):
+    before = (whole / "metrics.jsonl").read_bytes()
+    result = train(tiny_recipe(data), whole, resume=True, progress=False)
     assert (result.step, result.interrupted) == (8, False)
-    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+    assert (whole / "metrics.jsonl").read_bytes() == before
 
 
-def test_bits_per_byte_counts_predicted_text_alone(uninterrupted, data):
-    first = curve(uninterrupted)[0]
+def test_bits_per_byte_counts_predicted_text_alone(whole, data):
+    first = curve(whole)[0]
     training, _ = load_corpus([str(data)], ByteTokenizer(), 0.25)
     row = PackedRows(training, seq_len=64, row_tokens=128, shuffle_seed=0)[0]
     predicted = row["labels"][row["labels"] != IGNORED]
@@ -197,8 +187,8 @@ def test_one_process_trains_on_one_gpu_of_several(tmp_path, data, monkeypatch):
     assert (arguments.n_gpu, arguments.train_batch_size, arguments.eval_batch_size) == (1, 1, 1)
 
 
-def test_checkpoint_uses_the_cache(uninterrupted):
-    assert json.loads((last_checkpoint(uninterrupted) / "config.json").read_text())["use_cache"] is True
+def test_checkpoint_uses_the_cache(whole):
+    assert json.loads((last_checkpoint(whole) / "config.json").read_text())["use_cache"] is True
 
 
 def with_extra_key(run):
@@ -214,8 +204,8 @@ def with_broken_model(run):
 
 
 @pytest.mark.parametrize("change", [lambda run: {}, lambda run: [], with_extra_key, with_null_steps, with_broken_model])
-def test_damaged_run_json_is_one_clear_line(tmp_path, uninterrupted, change):
-    run = json.loads((uninterrupted / "run.json").read_text())
+def test_damaged_run_json_is_one_clear_line(tmp_path, whole, change):
+    run = json.loads((whole / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(change(run)))
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "run.json"))):
         run_folder.run_recipe(tmp_path)
@@ -228,14 +218,14 @@ def test_damaged_metrics_name_file_and_line(tmp_path, line):
         run_folder.read_metrics(tmp_path)
 
 
-def test_only_the_newest_checkpoints_are_kept(uninterrupted):
-    assert sorted(path.name for path in uninterrupted.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (4, 6, 8)]
+def test_only_the_newest_checkpoints_are_kept(whole):
+    assert sorted(path.name for path in whole.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (4, 6, 8)]
 
 
-def test_both_twins_read_the_same_rows(tmp_path, data, uninterrupted):
+def test_both_twins_read_the_same_rows(tmp_path, data, whole):
     out = tmp_path / "twin"
     train(tiny_recipe(data).override(num_levels=1), out, progress=False)
-    stored = [run_folder.read_run(path) for path in (out, uninterrupted)]
+    stored = [run_folder.read_run(path) for path in (out, whole)]
     assert stored[0]["data"] == stored[1]["data"]
     different = {k for k, v in stored[0]["recipe"].items() if v != stored[1]["recipe"][k]}
     assert different == {"model"}
@@ -268,22 +258,32 @@ def test_two_processes_give_the_curve_of_one_that_accumulates(tmp_path, data):
     assert curve(tmp_path / "two") == curve(tmp_path / "one")
 
 
-def test_run_json_has_what_decides_the_result(uninterrupted, data):
-    run = json.loads((uninterrupted / "run.json").read_text())
+def test_run_json_has_what_decides_the_result(whole, data):
+    run = json.loads((whole / "run.json").read_text())
     assert run["seed"] == 0 and run["recipe"] == tiny_recipe(data).to_dict()
     assert run["versions"]["torch"] == torch.__version__ and run["command"] == run_folder.command()
-    assert run["parameters"] == load_model(uninterrupted).num_parameters()
+    assert run["parameters"] == load_model(whole).num_parameters()
 
 
-def test_checkpoint_carries_the_tokenizer(uninterrupted):
+def test_checkpoint_carries_the_tokenizer(whole):
     from transformers import AutoTokenizer
 
-    checkpoint = last_checkpoint(uninterrupted)
+    checkpoint = last_checkpoint(whole)
     saved = AutoTokenizer.from_pretrained(checkpoint)
     assert saved("a")["input_ids"] == [97] and saved.bos_token_id == 256
     for file, name in {"config.json": "LogLinearForCausalLM", "tokenizer_config.json": "ByteTokenizer"}.items():
         assert f"loglinear_auto.{name}" in (checkpoint / file).read_text()
     assert "loglinear_auto.py" in (checkpoint / "manifest.json").read_text()
+
+
+def test_transformers_loads_a_checkpoint_and_not_the_folder_of_a_run(whole):
+    from transformers import AutoModelForCausalLM
+
+    loaded, ours = AutoModelForCausalLM.from_pretrained(whole / "checkpoint-8"), load_model(whole)
+    assert type(loaded) is type(ours)
+    assert all(torch.equal(x, ours.state_dict()[name]) for name, x in loaded.state_dict().items())
+    with pytest.raises((OSError, ValueError), match=re.escape(str(whole))):
+        AutoModelForCausalLM.from_pretrained(whole)
 
 
 def test_tensorboard_events_are_written(tmp_path, data):
@@ -299,9 +299,9 @@ def test_diverging_loss_is_one_clear_line(tmp_path, data):
         train(recipe, tmp_path / "run", progress=False)
 
 
-def test_folder_of_another_run_is_refused_without_resume(uninterrupted, data):
+def test_folder_of_another_run_is_refused_without_resume(whole, data):
     with pytest.raises(ValueError, match="holds another run: add --resume"):
-        train(tiny_recipe(data), uninterrupted, progress=False)
+        train(tiny_recipe(data), whole, progress=False)
 
 
 def test_folder_with_other_files_is_refused(tmp_path, data):
@@ -310,26 +310,26 @@ def test_folder_with_other_files_is_refused(tmp_path, data):
         train(tiny_recipe(data), tmp_path, progress=False)
 
 
-def test_resume_with_another_recipe_names_the_difference(uninterrupted, data):
+def test_resume_with_another_recipe_names_the_difference(whole, data):
     with pytest.raises(ValueError, match="run with learning_rate = 0.01, which cannot resume with 0.02"):
-        train(tiny_recipe(data, learning_rate=2e-2), uninterrupted, resume=True, progress=False)
+        train(tiny_recipe(data, learning_rate=2e-2), whole, resume=True, progress=False)
 
 
-def test_a_run_without_a_checkpoint_may_be_deleted(tmp_path, uninterrupted, data):
-    (tmp_path / "run.json").write_text((uninterrupted / "run.json").read_text())
+def test_a_run_without_a_checkpoint_may_be_deleted(tmp_path, whole, data):
+    (tmp_path / "run.json").write_text((whole / "run.json").read_text())
     with pytest.raises(ValueError, match="steps = 8, which cannot resume with 9; it has no checkpoint yet: delete"):
         train(tiny_recipe(data, steps=9), tmp_path, resume=True, progress=False)
 
 
-def test_resume_with_another_model_names_the_field(uninterrupted, data):
+def test_resume_with_another_model_names_the_field(whole, data):
     recipe = tiny_recipe(data, model=tiny_recipe(data).model | {"num_levels": 3})
     with pytest.raises(ValueError, match=r"run with model.num_levels = 6, which cannot resume with 3$"):
-        train(recipe, uninterrupted, resume=True, progress=False)
+        train(recipe, whole, resume=True, progress=False)
 
 
-def test_resume_of_weights_that_the_recipe_does_not_describe_is_refused(tmp_path, data, uninterrupted):
+def test_resume_of_weights_that_the_recipe_does_not_describe_is_refused(tmp_path, data, whole):
     """As where a default has changed that run.json does not name: the Trainer would leave such weights out."""
-    shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(last_checkpoint(tmp_path / "run"))
     checkpoint = last_checkpoint(tmp_path / "run")
     other = LogLinearConfig.from_pretrained(checkpoint, lambda_form="softplus")
