@@ -271,10 +271,10 @@ class Mixer(nn.Module):
         q, k, v = qkv.split([self.key_width, self.key_width, self.value_width], dim=-1)
         q, k = (t.unflatten(-1, (self.heads.num_groups, self.heads.key_dim)) for t in (q, k))
         v = v.unflatten(-1, (self.heads.num_heads, self.heads.head_dim))
-        *tensors, beta = self.variant(x, q, k, v)
-        if self.variant.transition == "delta_rule":
-            tensors.append(beta)
-        return [*tensors, self._level_scales(x)], v
+        operands = self.variant(x, q, k, v)
+        # Named one by one: torch 2.11 compiles `*tensors, beta = operands` to a tuple where Python makes a list.
+        gates = [operands.log_decay, operands.beta] if self.variant.transition == "delta_rule" else [operands.log_decay]
+        return [operands.q, operands.k, operands.v, *gates, self._level_scales(x)], v
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
+import traceback
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -182,10 +184,21 @@ class _Worker:
         self.running = True
         try:
             return run_cell(cell, out, self)
+        except Exception as error:
+            raise sendable(error) from None
         finally:
             self.running = False
             if self.signal is not None:
                 os._exit(exit_code(self.signal))
+
+
+def sendable(error: Exception) -> Exception:
+    """Return the error, or one with its traceback as text if it cannot go to another process, as some of a compiler."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error
 
 
 _this = _Worker()

@@ -1,12 +1,13 @@
 """Many cells in parallel processes: the same results as one after the other, also where the time ran out."""
 
 import dataclasses
+import pickle
 import threading
 
 import torch
 
 from loglinear.evaluation.mqar import Progress, read_results, run_cell, run_table
-from loglinear.evaluation.mqar.workers import _finished, _missing
+from loglinear.evaluation.mqar.workers import _finished, _missing, sendable
 from loglinear.recipes.mqar import RecallTable
 from tests.evaluation.mqar.tiny import TASK, AfterSteps, result_of, tiny_cell
 
@@ -59,3 +60,12 @@ def test_seeds_are_repeated_only_at_the_best_learning_rate_and_only_when_it_is_k
     assert _finished(table, results) == 2 and len(table) == 3
     results[(cell := tiny_cell(seed=1)).name] = result_of(cell, 0.4)
     assert _missing(table, results) == [] and _finished(table, results) == 3
+
+
+def test_an_error_that_cannot_be_pickled_arrives_with_its_traceback():
+    error = RuntimeError("no such kernel")
+    error.frame = pickle  # a module, as errors of a compiler hold
+    received = pickle.loads(pickle.dumps(sendable(error)))
+    assert "RuntimeError: no such kernel" in str(received)
+    kept = ValueError("a mistake of the user")
+    assert sendable(kept) is kept
