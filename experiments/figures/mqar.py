@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from experiments.figures.recall import draw_recall_by_bytes
 from experiments.figures.tables import MISSING, markdown_table, said
-from loglinear.evaluation.mqar import markdown
-from loglinear.recipes.mqar_models import ABLATIONS, CHOICES, MODELS
+from loglinear.evaluation.mqar import markdown, rows_of
+from loglinear.recipes.mqar_models import ABLATIONS, CONTROLS, MODELS
 from loglinear.training.files import write_atomically
 from loglinear.training.json_files import read_object
 
@@ -21,27 +22,21 @@ PAPER_DIMS = (16, 32, 64)
 
 
 def mqar(results: Path, out: Path) -> list[Path]:
-    """Write mqar.md: the compared models, the paper's numbers, and ablations of the log-linear models."""
+    """Draw mqar.svg and write mqar.md: compared models and controls, the paper's numbers, and other choices."""
     file = results / "mqar.json"
     if not file.is_file():
         return []
     found = read_object(file)
-    parts = ["## Test accuracy", _table(found, MODELS), _note(found)]
+    rows = rows_of(found)
+    compared = [row for row in rows if row["model"] in MODELS | CONTROLS]
+    parts = ["## Test accuracy", markdown(compared), _note(found, compared)]
     parts += ["## As reported in the paper (arXiv 2506.04761, 5 seeds): not measured here", _paper()]
-    measured = {row["model"] for row in found["table"]}
-    if not measured.isdisjoint(ABLATIONS):
-        parts.append("## Other choices of the log-linear models")
-    for model in MODELS:
-        choices = [f"{model}_{choice}" for choice in CHOICES]
-        if not measured.isdisjoint(choices):
-            parts.append(_table(found, [model, *choices]))
+    choices = [row for row in rows if row["model"] in ABLATIONS]
+    if choices:
+        parts += ["## Other choices of the log-linear models", markdown(choices)]
     table = out / "mqar.md"
     write_atomically(table, "\n\n".join(parts) + "\n")
-    return [table]
-
-
-def _table(found: dict[str, Any], models: Any) -> str:
-    return markdown({"table": [row for row in found["table"] if row["model"] in models]})
+    return [table, *draw_recall_by_bytes(out / "mqar.svg", compared)] if compared else [table]
 
 
 def _paper() -> str:
@@ -49,15 +44,15 @@ def _paper() -> str:
     return markdown_table(["dim", *PAPER], rows).rstrip()
 
 
-def _note(found: dict[str, Any]) -> str:
+def _note(found: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     task, made = found["task"], found["made"]
-    compared = sorted(len(row["seeds"]) for row in found["table"] if row["model"] in MODELS)
-    seeds = said(compared, lambda count: count)
+    seeds = said(sorted(len(row["seeds"]) for row in rows), lambda count: count)
     pairs = ", ".join(map(str, task["pairs"]))
     return (
-        f"Percent, mean (standard deviation) over {seeds} seeds, at the learning rate that is best on validation; "
-        f"{MISSING}: not measured; *: other learning rates are still to run. Sequences of {task['length']} tokens with "
-        f"{pairs} pairs, "
-        f"{task['examples']:,} for training with each number of pairs, at most {task['epochs']} epochs. "
+        f"Percent over {seeds} seeds, at the learning rate that is best on validation; {MISSING}: not measured; "
+        "*: other learning rates are still to run. Decode state: the float32 bytes of one sequence of "
+        f"{task['length']} tokens in all layers, at the chunk size with the smallest state. KV cache: that of softmax "
+        f"attention. Sequences of at most {task['length']} tokens with {pairs} pairs, {task['examples']:,} for "
+        f"training with each number of pairs, at most {task['epochs']} epochs. "
         f"{said(made, lambda how: how['precision'])}, {said(made, lambda how: how['versions'].get('device'))}."
     )

@@ -28,7 +28,8 @@ def test_one_cell_then_the_table_with_another_that_lies_there(capsys, tmp_path):
     assert code == 0 and "1 of 1 cell finished" in errors
     table = json.loads((tmp_path / "mqar.json").read_text())
     assert [(row["model"], row["seeds"]) for row in table["table"]] == [("mamba2", [0]), ("attention", [0])]
-    assert out.splitlines()[0] == "| dim | mamba2 | attention |" and out.splitlines()[2].startswith("| 16 | 50.0 | ")
+    assert out.splitlines()[0].startswith("| dim | model | decode state | KV cache | median |")
+    assert out.splitlines()[2].startswith("| 16 | mamba2 | ") and " | 50.0 | - | 50.0 | " in out.splitlines()[2]
     assert len(table["cells"]) == 2 and table["task"]["pairs"] == [2]
 
 

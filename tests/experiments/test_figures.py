@@ -12,6 +12,7 @@ from experiments.figures.memory import memory
 from experiments.figures.mqar import mqar
 from experiments.figures.needle import needle
 from experiments.figures.pictures import pictures as draw_pictures
+from experiments.figures.recall import conclusion
 from experiments.figures.speed import speed
 from loglinear.evaluation.mqar import gather
 from loglinear.evaluation.needle import NeedleScores
@@ -185,11 +186,35 @@ def test_mqar_tables_keep_ours_the_papers_and_other_choices_apart(tmp_path):
     models = {"mamba2": 0.25, "log_linear_mamba2": 0.5, "log_linear_mamba2_unit": 0.75}
     results = [result_of(tiny_cell(model=model), test=test) for model, test in models.items()]
     results.append(result_of(tiny_cell(model="mamba2", dim=32, seed=1), test=0.125))
+    results.append(result_of(tiny_cell(model="mamba2_states2"), test=0.375))
     write_object(tmp_path / "mqar.json", gather(results))
     mqar(tmp_path, tmp_path)
     ours, paper, choices = (tmp_path / "mqar.md").read_text().split("## ")[1:]
-    assert cells(ours)[0::2] == [["dim", "mamba2", "log_linear_mamba2"], ["16", "25.0", "50.0"]]
-    assert cells(ours)[3] == ["32", "12.5", "-"]
+    rows = {(row[0], row[1]): row[4:7] for row in cells(ours)[2:]}
+    assert rows == {
+        ("16", "mamba2"): ["25.0", "-", "25.0"],
+        ("16", "log_linear_mamba2"): ["50.0", "-", "50.0"],
+        ("16", "mamba2_states2"): ["37.5", "-", "37.5"],
+        ("32", "mamba2"): ["12.5", "-", "12.5"],
+    }
     assert "paper" in paper.splitlines()[0] and "5 seeds" in paper.splitlines()[0]
     assert cells(paper)[3][:3] == ["32", "75.1 (4.9)", "76.5 (4.8)"]
-    assert cells(choices)[0::2] == [["dim", "log_linear_mamba2", "log_linear_mamba2_unit"], ["16", "50.0", "75.0"]]
+    assert [row[1] for row in cells(choices)[2:]] == ["log_linear_mamba2_unit"]
+    assert drawn(tmp_path) == {"mqar.svg", "mqar-dark.svg"}
+
+
+@pytest.mark.parametrize(
+    ("linear", "equal", "title"),
+    [
+        ((0.4, 0.5), None, "Log-linear Mamba-2: above linear at 16, seeds overlap with linear at 32"),
+        ((0.8, 0.9), None, "Log-linear Mamba-2: below linear at 16, seeds overlap with linear at 32"),
+        ((0.4, 0.5), (0.65, 0.9), "Log-linear Mamba-2: seeds overlap with linear of equal bytes at 16"),
+        (None, None, "Queries answered, by the bytes of the decode state"),
+    ],
+)
+def test_the_title_of_the_recall_figure_says_whose_seeds_are_above(linear, equal, title):
+    found = {("mamba2", 16): linear, ("mamba2_equal_bytes", 16): equal, ("log_linear_mamba2", 16): (0.6, 0.7)}
+    if linear:
+        found |= {("mamba2", 32): (0.1, 0.9), ("log_linear_mamba2", 32): (0.2, 0.3)}
+    rows = [{"model": m, "dim": dim, "accuracies": list(seeds)} for (m, dim), seeds in found.items() if seeds]
+    assert conclusion(rows) == title

@@ -1,4 +1,4 @@
-"""The table from the results of cells: the best learning rate, mean and standard deviation over seeds."""
+"""The table from the results of cells: the best learning rate, median, range and every seed, and bytes of states."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 from loglinear.evaluation.mqar.folder import ACCURACIES, COSTS, HOW, Result, cell_of
 from loglinear.recipes.mqar import RecallCell
 from loglinear.recipes.mqar_models import ALL_MODELS
+
+CELL = ("model", "dim", "learning_rate", "seed")
+COLUMNS = ["dim", "model", "decode state", "KV cache", "median", "range", "each seed", "learning rate"]
+MISSING = "-"
 
 
 def best_learning_rate(results: Iterable[Result]) -> float:
@@ -34,20 +38,33 @@ def _tuning_seeds(cells: Sequence[RecallCell]) -> set[int]:
 def gather(results: Sequence[Result]) -> dict[str, Any]:
     """Return the table as plain JSON types: a row for each model and dimension, a line for each cell, and the versions.
 
-    Mean and sample standard deviation (None for one seed) are over the seeds at the best learning rate.
+    Mean, sample standard deviation (None for one seed), median and range are over the seeds at the best learning rate.
+    `decode_bytes` and `cache_bytes` are those of `RecallCell`.
     """
+    made = [{name: result[name] for name in HOW} for result in results]
+    return {
+        "task": results[0]["cell"]["task"],
+        "table": _rows(results),
+        "cells": [_line(result) for result in results],
+        "made": [how for index, how in enumerate(made) if how not in made[:index]],
+    }
+
+
+def rows_of(gathered: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a gathered table, computed again from its cells: earlier versions lacked some columns."""
+    task = gathered["task"]
+    return _rows(
+        [{**line, "cell": {**{name: line[name] for name in CELL}, "task": task}} for line in gathered["cells"]]
+    )
+
+
+def _rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     order = [*ALL_MODELS]
     groups: dict[tuple[int, int], list[Result]] = {}
     for result in results:
         cell = cell_of(result)
         groups.setdefault((order.index(cell.model), cell.dim), []).append(result)
-    made = [{name: result[name] for name in HOW} for result in results]
-    return {
-        "task": results[0]["cell"]["task"],
-        "table": [_row(group) for _, group in sorted(groups.items())],
-        "cells": [_line(result) for result in results],
-        "made": [how for index, how in enumerate(made) if how not in made[:index]],
-    }
+    return [_row(group) for _, group in sorted(groups.items())]
 
 
 def _row(results: Sequence[Result]) -> dict[str, Any]:
@@ -69,6 +86,8 @@ def _row(results: Sequence[Result]) -> dict[str, Any]:
         "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "median": statistics.median(accuracies),
         "accuracies": [chosen[seed]["test_accuracy"] for seed in sorted(chosen)],
+        "decode_bytes": cell_of(results[0]).decode_bytes,
+        "cache_bytes": cell_of(results[0]).cache_bytes,
         "mean_by_pairs": {pairs: statistics.fmean(each[pairs] for each in by_pairs) for pairs in by_pairs[0]},
     }
 
@@ -78,25 +97,35 @@ def _line(result: Result) -> dict[str, Any]:
     return {**cell, **{name: result[name] for name in (*ACCURACIES, *COSTS)}}
 
 
-def markdown(table: dict[str, Any]) -> str:
-    """Return the table in markdown: rows are dimensions, columns are models.
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows of the table in markdown, by dimension.
 
-    A cell is the mean test accuracy in percent (standard deviation over seeds), or '-'. A star marks a model that has
-    not yet tried all learning rates of the others.
+    Accuracies are test accuracies in percent. Sizes are those of the float32 state of one sequence and of the KV cache
+    of the attention model. A star marks a model that has not yet tried all learning rates of the others.
     """
-    rows = table["table"]
-    models = list(dict.fromkeys(row["model"] for row in rows))
     rates = {rate for row in rows for rate in row["learning_rates"]}
-    texts = {
-        (row["dim"], row["model"]): _percent(row) + ("" if rates == set(row["learning_rates"]) else " *")
-        for row in rows
-    }
-    lines = [["dim", *models], ["---", *["---:"] * len(models)]]
-    for dim in sorted({row["dim"] for row in rows}):
-        lines.append([str(dim), *(texts.get((dim, model), "-") for model in models)])
+    lines = [COLUMNS, ["---:", "---", *["---:"] * (len(COLUMNS) - 2)]]
+    for row in sorted(rows, key=lambda row: row["dim"]):
+        star = "" if rates == set(row["learning_rates"]) else " *"
+        seeds = row["accuracies"]
+        lines.append(
+            [
+                str(row["dim"]),
+                row["model"] + star,
+                MISSING if row["decode_bytes"] is None else _kib(row["decode_bytes"]),
+                _kib(row["cache_bytes"]),
+                _percent(row["median"]),
+                f"{_percent(min(seeds))} to {_percent(max(seeds))}" if len(seeds) > 1 else MISSING,
+                ", ".join(map(_percent, seeds)),
+                f"{row['learning_rate']:g}",
+            ]
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _percent(row: dict[str, Any]) -> str:
-    spread = "" if row["std"] is None else f" ({100 * row['std']:.1f})"
-    return f"{100 * row['mean']:.1f}{spread}"
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _kib(size: int) -> str:
+    return f"{size / 1024:.1f} KiB"

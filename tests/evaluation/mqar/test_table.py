@@ -2,12 +2,15 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
-from loglinear.evaluation.mqar import gather, markdown, read_results
+from loglinear.evaluation.mqar import gather, markdown, read_results, rows_of
 from loglinear.evaluation.mqar.folder import epochs_trained
 from loglinear.evaluation.mqar.table import best_learning_rate
+from loglinear.recipes.mqar import RecallCell
+from loglinear.recipes.mqar_models import ALL_MODELS, MODELS
 from tests.evaluation.mqar.tiny import TASK, result_of, tiny_cell
 
 RESULTS = [
@@ -49,13 +52,36 @@ def test_mean_and_sample_standard_deviation_over_seeds():
     assert (mamba2["mean"], mamba2["std"], mamba2["seeds"]) == (0.25, None, [0])
 
 
-def test_markdown_has_a_row_for_each_dimension_and_a_column_for_each_model():
-    assert markdown(gather(RESULTS)).splitlines() == [
-        "| dim | mamba2 | attention |",
-        "| --- | ---: | ---: |",
-        "| 16 | - | 60.0 (10.0) |",
-        "| 32 | 25.0 * | - |",  # other rates may be better
+def test_markdown_has_a_row_for_each_dimension_and_model_with_every_seed_and_the_bytes():
+    attention, linear = RecallCell.from_dict(RESULTS[0]["cell"]), RecallCell.from_dict(RESULTS[4]["cell"])
+    kib = f"{2 * 2 * 8 * 16 * 4 / 1024:.1f} KiB"  # layers, keys and values, tokens, dimension, float32
+    assert attention.decode_bytes == attention.cache_bytes and linear.cache_bytes == 2 * attention.cache_bytes
+    own = f"{linear.decode_bytes / 1024:.1f} KiB"
+    assert markdown(gather(RESULTS)["table"]).splitlines() == [
+        "| dim | model | decode state | KV cache | median | range | each seed | learning rate |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| 16 | attention | {kib} | {kib} | 60.0 | 50.0 to 70.0 | 50.0, 60.0, 70.0 | 0.01 |",
+        f"| 32 | mamba2 * | {own} | 4.0 KiB | 25.0 | - | 25.0 | 0.01 |",  # other rates may be better
     ]
+
+
+def test_bytes_that_an_adapted_model_does_not_say_are_missing(monkeypatch):
+    monkeypatch.setitem(ALL_MODELS, "adapted", MODELS["mamba2"]._replace(adapt=lambda model, length: None))
+    rows = gather([result_of(tiny_cell(model="adapted"), test=0.5)])["table"]
+    assert rows[0]["decode_bytes"] is None and "| 16 | adapted | - | 2.0 KiB | 50.0 |" in markdown(rows)
+
+
+def test_rows_of_earlier_versions_get_the_columns_that_they_lack():
+    table = json.loads(json.dumps(gather(RESULTS)))
+    assert rows_of(table) == table["table"]
+    for row in table["table"]:
+        for name in ("decode_bytes", "cache_bytes", "median", "accuracies"):
+            del row[name]
+    assert rows_of(table) == gather(RESULTS)["table"]
+    published = json.loads((Path(__file__).parents[3] / "results/mqar.json").read_text())
+    rows = rows_of(published)
+    assert [row["mean"] for row in rows] == [row["mean"] for row in published["table"]]
+    assert {row["cache_bytes"] for row in rows} == {2 * 2 * 256 * dim * 4 for dim in (16, 32, 64)}
 
 
 def test_gathered_json_has_every_cell_and_how_it_was_made_once():
