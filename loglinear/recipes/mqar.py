@@ -167,7 +167,10 @@ class RecallCell:
     task: RecallTask = field(default_factory=RecallTask)
 
     def __post_init__(self) -> None:
-        block = find_model(self.model).changes.get("finest_block", 1)
+        model = find_model(self.model)
+        if self.task.jitter and model.adapt is not None and not model.takes_positions:
+            raise ValueError(f"a jittered task needs a model that starts at any position, got {self.model}")
+        block = model.changes.get("finest_block", 1)
         if self.task.length <= block:
             raise ValueError(f"length must be more than {block} tokens for {self.model}, got {self.task.length}")
         if not STATE_DIM <= self.dim <= LARGEST_DIM or self.dim % STATE_DIM:

@@ -59,7 +59,7 @@ class Model(NamedTuple):
     If `bytes_of` names a model, the key dimension grows until the decode state has at least as many bytes as that
     model's. `adapt` changes a built model, for examples of up to so many tokens. `decode_bytes` returns the bytes of an
     adapted model's decode state from its configuration and a number of tokens, as the function of this name does for
-    others.
+    others. `takes_positions` is True for an adapted model whose tree starts at `initial_position`; others always do.
     """
 
     sizes: Callable[[int], dict[str, Any]]
@@ -67,6 +67,7 @@ class Model(NamedTuple):
     bytes_of: str | None = None
     adapt: Callable[[LogLinearForCausalLM, int], None] | None = None
     decode_bytes: Callable[[LogLinearConfig, int], int] | None = None
+    takes_positions: bool = False
 
 
 LINEAR = {"num_levels": 1}

@@ -107,6 +107,15 @@ def test_bytes_of_an_adapted_model_are_its_own(monkeypatch):
         cell(model="silent_equal_bytes").model_config()
 
 
+def test_an_adapted_model_must_take_the_positions_of_a_jittered_task(monkeypatch):
+    adapted = MODELS["mamba2"]._replace(adapt=lambda model, length: None)
+    monkeypatch.setitem(ALL_MODELS, "adapted", adapted)
+    monkeypatch.setitem(ALL_MODELS, "taking", adapted._replace(takes_positions=True))
+    assert cell(model="taking", task=get_task("jittered")).task.jitter and not cell(model="adapted").task.jitter
+    with pytest.raises(ValueError, match="a jittered task needs a model that starts at any position, got adapted"):
+        cell(model="adapted", task=get_task("jittered"))
+
+
 def test_cell_survives_json():
     changed = cell(learning_rate=3e-3, task=RecallTask(pairs=(2, 4), epochs=1))
     assert RecallCell.from_dict(json.loads(json.dumps(changed.to_dict()))) == changed
