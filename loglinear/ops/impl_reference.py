@@ -92,8 +92,8 @@ def _run_sequence(
     blocks = torch.where(held_blocks.view(-1, 1, 1, 1), state.blocks[row].to(v.dtype), 0.0)
     states = level_states_from_blocks(blocks, L, C)
     head, states = piece(states, 0, cut, start)
-    states = moved(states, start + cut)
     tail, _ = piece(states, cut, len(all_q), start + cut)
+    states = moved(states, start + cut)  # as the next call expects them
     blocks = torch.stack([states[block_level(m, L, C)] for m in range(num_blocks(L, C))])
 
     def buffer(x: Tensor | None) -> Tensor | None:
