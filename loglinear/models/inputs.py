@@ -10,7 +10,7 @@ from loglinear.layers import AttentionContext, Packing, rotary_tables
 from loglinear.layers.packing import of_any_length
 from loglinear.models.cache import LogLinearCache
 from loglinear.models.configuration import LogLinearConfig
-from loglinear.models.places import TokenPlaces
+from loglinear.models.places import TokenPlaces, has_shape
 from loglinear.ops.validation import INDICES, check_tensor, check_tree_positions
 
 
@@ -94,7 +94,7 @@ def check_positions(position_ids: Tensor | None, places: TokenPlaces) -> None:
 
     State would leak between packed documents.
     """
-    if position_ids is not None and tuple(position_ids.shape) not in ((1, places.time), (places.rows, places.time)):
+    if position_ids is not None and not any(has_shape(position_ids, rows, places.time) for rows in (1, places.rows)):
         raise ValueError(
             f"position_ids must have shape [{places.rows}, {places.time}] or [1, {places.time}], "
             f"got {list(position_ids.shape)}"

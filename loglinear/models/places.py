@@ -106,15 +106,15 @@ class TokenPlaces(NamedTuple):
 
     def _check_labels(self, name: str, labels: Tensor) -> None:
         """Raise ValueError unless labels are integers [B, T]."""
-        if tuple(labels.shape) != (self.rows, self.time):
+        if not has_shape(labels, self.rows, self.time):
             raise ValueError(f"{name} must have shape [{self.rows}, {self.time}], got {list(labels.shape)}")
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"{name} must hold integers, got {labels.dtype}")
 
     def _new_columns(self, attention_mask: Tensor, cache: LogLinearCache | None) -> Tensor | None:
         """Return True [B, T] at new columns that are tokens; None if the CPU may read that all are."""
-        new, whole = (self.rows, self.time), (self.rows, self.past + self.time)
-        if tuple(attention_mask.shape) not in (new, whole):
+        widths = (self.time, self.past + self.time)
+        if not any(has_shape(attention_mask, self.rows, width) for width in widths):
             raise ValueError(
                 f"attention_mask must have shape [{self.rows}, {int(self.past) + self.time}] (1 token, 0 padding), "
                 f"got {list(attention_mask.shape)}"
@@ -178,6 +178,11 @@ def _read_boundaries(tokens: Tensor, name: str, boundaries: Tensor) -> Tensor:
     if len(ends) < 2 or ends[0] != 0 or ends[-1] != time or ends != sorted(ends):
         raise ValueError(f"{name} must rise from 0 to the number of tokens ({time}), got {ends}")
     return boundaries.to(tokens.device)
+
+
+def has_shape(x: Tensor, *shape: int | Tensor) -> bool:
+    """Return True for a tensor of this shape, also in a graph, where `in` takes tuples with a free size for unequal."""
+    return x.dim() == len(shape) and all(x.shape[dim] == size for dim, size in enumerate(shape))
 
 
 def _next_real(real: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from tiny_models import KINDS, tokens
+from transformers.exporters.configs import DynamoConfig
+from transformers.exporters.exporter_dynamo import DynamoExporter
 
 T = 12
 
@@ -36,6 +38,24 @@ def test_an_exported_model_takes_any_mask(make_model, options):
     for other in (mask, mask.flip(0), torch.ones_like(mask)):
         real = other.bool()
         torch.testing.assert_close(program(ids, other)[real], model(ids, other)[real])
+
+
+@KINDS
+@torch.no_grad()
+def test_transformers_exporter_gives_the_same_numbers(make_model, options):
+    """Its program has the mask as an input and takes any length."""
+    model = make_model(**options)
+
+    def inputs(rows, time, padding):
+        mask = torch.ones(rows, time, dtype=torch.long)
+        mask[0, :padding] = 0
+        return {"input_ids": tokens(rows, time, seed=time), "attention_mask": mask, "use_cache": False}
+
+    program = DynamoExporter().export(model, inputs(2, T, 3), DynamoConfig(dynamic=True))
+    for other in (inputs(2, T, 3), inputs(2, T, 0), inputs(2, 7, 2)):
+        real = other["attention_mask"].bool()
+        given = {name: x for name, x in other.items() if name != "use_cache"}  # a constant of the program
+        torch.testing.assert_close(program(**given).logits[real], model(**other).logits[real])
 
 
 @KINDS

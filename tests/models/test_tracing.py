@@ -80,6 +80,19 @@ def test_a_forward_with_a_mask_is_one_graph_and_can_be_exported(make_model, opti
 
 
 @TWO
+@pytest.mark.parametrize("late", ["attention_mask", "position_ids", "labels", "shift_labels"])
+def test_an_argument_that_comes_late_has_the_sizes_of_the_others(make_model, options, late) -> None:
+    """The compiler has made the length free by then, but takes that of a new argument for a constant."""
+    model = make_model(**options)
+    compiled = torch.compile(model, **GRAPH)
+    compiled(input_ids=tokens(2, 12), use_cache=False)
+    ids = tokens(2, 32)
+    values = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(32).expand(2, 32)}
+    arguments = {"input_ids": ids, "use_cache": False, late: values.get(late, ids)}
+    torch.testing.assert_close(compiled(**arguments).logits, model(**arguments).logits)
+
+
+@TWO
 def test_generation_with_a_static_cache_has_one_graph_for_all_lengths_up_to_the_largest(make_model, options) -> None:
     model = make_model(**options)
     ids, mask = padded()
