@@ -281,17 +281,10 @@ def mqar(
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Save and stop after this many minutes; the same command continues.")
     ] = None,
-    task: Annotated[
-        str | None,
-        _option(
-            "standard", "'standard' (4 to 64 pairs, 256 tokens) or 'jittered' (6 to 192, 1,024, from any position)."
-        ),
-    ] = None,
+    task: Annotated[str | None, _option("standard", "'standard', or 'jittered' with longer examples.")] = None,
     examples: Annotated[int | None, _option("20480", "Training examples of each number of pairs.", min=1)] = None,
     epochs: Annotated[int | None, _option("32", "Most passes over the examples.", min=1)] = None,
-    pairs: Annotated[
-        list[int] | None, _option("the task's", "Key-value pairs of an example; repeatable.", min=1)
-    ] = None,
+    pairs: Annotated[list[int] | None, _option("the task's", "Key-value pairs; repeatable.", min=1)] = None,
     length: Annotated[int | None, _option("the task's", "Most tokens of an example.", min=4)] = None,
     protocol: Annotated[
         str | None, _option("loglinear", "How to train: 'loglinear' or, as the task's authors do, 'zoology'.")
@@ -308,8 +301,8 @@ def mqar(
     (one lambda for 64 tokens). The linear names mamba2 and gated_delta_net take _equal_bytes (a decode state of at
     least the log-linear model's bytes) and _states2, 4, 8 or 16 (a state so many times as large).
 
-    In the standard task 4, 8, 16, 32 or 64 pairs in 256 tokens lie in one bucket, seen from any query. In the
-    jittered task they lie in several.
+    The standard task has 4 to 64 pairs in 256 tokens; any query sees them all in one bucket. In the jittered task,
+    6 to 192 pairs in up to 1,024 tokens, sequences start anywhere in the tree, so the pairs lie in several buckets.
 
     The last example takes seconds on a CPU; it shows that everything works, and is too short to learn.
 
