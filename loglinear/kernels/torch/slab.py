@@ -1,4 +1,4 @@
-"""An operator, forward and backward, one slab of heads after the other.
+"""An operator, forward and backward, one slab of heads after the other, or some at once (see `threads`).
 
 Backward keeps the inputs alone and recomputes the chunk quantities and the states: that costs about a fifth of its
 time, and saves the memory of the states and of every chunk matrix.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.torch.schedule import Schedule
+from loglinear.kernels.torch.threads import run
 from loglinear.kernels.torch.tiles import from_chunks, slab_heads, to_chunks
 
 # q, k [tokens,G,K]; v [tokens,H,V]; log_decay [tokens,H]; beta [tokens,H] (delta rule only); level_scales [tokens,H,L];
@@ -67,11 +68,18 @@ def forward(family: type[Slab], schedule: Schedule, inputs: Inputs, final: bool)
     blocks = v.new_zeros(0)
     if final:
         blocks = v.new_zeros(schedule.num_sequences, schedule.num_blocks, v.shape[1], q.shape[2], v.shape[2])
-    for heads in slab_heads(q, v, schedule):
+
+    def compute(heads: slice) -> Tensor:
         slab = family(inputs, schedule, heads)
-        from_chunks(slab.output(), out, heads, schedule)
+        output = slab.output()
         if final:
             slab.final_blocks(blocks[:, :, heads])
+        return output
+
+    def add(heads: slice, output: Tensor) -> None:
+        from_chunks(output, out, heads, schedule)
+
+    run(compute, add, *slab_heads(q, v, schedule))
     return out, blocks
 
 
@@ -80,17 +88,22 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of the inputs."""
     q, _, v, *_, nodes = inputs
-    dout = torch.zeros_like(v) if dout is None else dout
+    do = torch.zeros_like(v) if dout is None else dout
     grads: list[Any] = [
         None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs
     ]
-    for heads in slab_heads(q, v, schedule):
+
+    def compute(heads: slice) -> tuple[tuple[int, ...], tuple[Tensor, ...], Tensor]:
         slab = family(inputs, schedule, heads)
-        parts, dnodes = slab.backward(
-            to_chunks(dout, heads, schedule), None if dblocks is None else dblocks[:, :, heads]
-        )
-        for part, grad, R in zip(parts, grads, slab.shared, strict=False):
+        parts, dnodes = slab.backward(to_chunks(do, heads, schedule), None if dblocks is None else dblocks[:, :, heads])
+        return slab.shared, parts, dnodes
+
+    def add(heads: slice, computed: tuple[tuple[int, ...], tuple[Tensor, ...], Tensor]) -> None:
+        shared, parts, dnodes = computed
+        for part, grad, R in zip(parts, grads, shared, strict=False):
             from_chunks(part, grad, heads, schedule, R)
         if nodes is not None:
             grads[-1][:, :, heads] = dnodes.transpose(0, 1).unflatten(0, nodes.shape[:2])
+
+    run(compute, add, *slab_heads(q, v, schedule))
     return grads

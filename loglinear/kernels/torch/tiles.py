@@ -8,30 +8,34 @@ sequence's length beyond what memory asks for.
 # H heads of a slab, n chunks (with the empty one), C chunk, L levels
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from loglinear.fenwick import log2
 from loglinear.kernels.torch.schedule import Schedule
-from loglinear.kernels.torch.workspace import empty, take, zeros
+from loglinear.kernels.torch.workspace import empty, is_recycling, take, zeros
 
-SLAB_BYTES = {"cpu": 9 << 19}  # of one [H, n, C, max(C, K, V)] temporary
+SLAB_BYTES = {"cpu": 9 << 19}  # of one [H, n, C, max(C, K, V)] temporary of all slabs that run at once
 OTHER_DEVICES_SLAB_BYTES = 256 << 20
+MOST_AT_ONCE = 4  # times as many bytes, where that gives every thread a slab of one head
+SMALLEST_SHARE = 1 << 20  # bytes of a thread's part of it; below, the interpreter takes longer than the operations
 
 
-def slab_heads(q: Tensor, v: Tensor, schedule: Schedule) -> Iterator[slice]:
-    """Ranges of heads that are worked on together: whole groups, or heads of one group."""
+def slab_heads(q: Tensor, v: Tensor, schedule: Schedule) -> tuple[list[slice], int]:
+    """Ranges of heads that are worked on together, whole groups or heads of one group; how many of them run at once."""
     limit = SLAB_BYTES.get(v.device.type, OTHER_DEVICES_SLAB_BYTES)
     widest = max(q.shape[2], v.shape[2], schedule.chunk_size)
     per_head = (schedule.num_chunks + 1) * schedule.chunk_size * widest * v.element_size()
     heads, R = v.shape[1], v.shape[1] // q.shape[1]
-    fits = max(1, limit // per_head)
-    step = -(-heads // -(-heads // fits))  # even shares
+    at_once = 1
+    if is_recycling(v):  # elsewhere autograd may record, which is for one thread
+        room, work = MOST_AT_ONCE * limit // per_head, heads * per_head // SMALLEST_SHARE
+        at_once = max(1, min(torch.get_num_threads(), heads, room, work))
+    fits = max(1, limit // at_once // per_head)
+    step = -(-heads // max(at_once, -(-heads // fits)))  # even shares
     step = step // R * R if step >= R else max(d for d in range(1, step + 1) if R % d == 0)
-    for begin in range(0, heads, step):
-        yield slice(begin, min(begin + step, heads))
+    slabs = [slice(begin, min(begin + step, heads)) for begin in range(0, heads, step)]
+    return slabs, min(at_once, len(slabs))
 
 
 def group_slice(heads: slice, R: int) -> slice:

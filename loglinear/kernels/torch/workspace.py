@@ -61,13 +61,18 @@ def recycled() -> Iterator[None]:
         _own.is_open = before
 
 
+def is_recycling(x: Tensor) -> bool:
+    """Whether temporaries of this tensor's device lie in blocks here."""
+    return _own.is_open and x.device.type == "cpu"
+
+
 def empty(like: Tensor, *shape: int) -> Tensor:
     """As `like.new_empty`."""
     count, block = 1, None
     for size in shape:
         count *= size
     size = count * like.element_size()
-    if _own.is_open and size >= SMALLEST and like.device.type == "cpu":
+    if size >= SMALLEST and is_recycling(like):
         block = _own.find(size + ALIGNMENT)
     if block is None:
         return like.new_empty(shape)
