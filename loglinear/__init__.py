@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from loglinear.ops import DecodeState as DecodeState
     from loglinear.ops import FenwickState as FenwickState
     from loglinear.ops import LogLinearOutput as LogLinearOutput
+    from loglinear.ops import Partition as Partition
     from loglinear.ops import log_linear_attention as log_linear_attention
     from loglinear.ops import log_linear_attention_step as log_linear_attention_step
     from loglinear.ops import log_linear_delta_rule as log_linear_delta_rule
@@ -20,6 +21,7 @@ __all__ = [
     "DecodeState",
     "FenwickState",
     "LogLinearOutput",
+    "Partition",
     "__version__",
     "log_linear_attention",
     "log_linear_attention_step",

@@ -97,26 +97,6 @@ def num_blocks(num_levels: int, chunk_size: int) -> int:
     return block_cap(num_levels, chunk_size) + 1
 
 
-def has_block(chunks: int, size: int, cap: int) -> bool:
-    """Return True if the past of ``chunks`` chunks has a block of ``2**size``; at the cap this is the older prefix.
-
-    Examples:
-        >>> [has_block(13, size, cap=2) for size in range(3)]
-        [True, False, True]
-    """
-    return chunks >> size > 0 if size == cap else chunks >> size & 1 == 1
-
-
-def block_level(size: int, num_levels: int, chunk_size: int) -> int:
-    """Return the level of a whole block of ``2**size`` chunks, at most ``num_levels - 1``.
-
-    Examples:
-        >>> [block_level(size, num_levels=9, chunk_size=64) for size in range(4)]
-        [7, 8, 8, 8]
-    """
-    return min(log2(chunk_size) + 1 + size, num_levels - 1)
-
-
 def log2(power: int) -> int:
     """Return the exponent of a power of two.
 

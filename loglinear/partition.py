@@ -101,7 +101,8 @@ class Partition:
             [8, 8, 8, 8, 7, 7, 7, 7, 6, 6, 6, 6, 5, 5, 5, 5, 4, 4, 4, 4, 2, 1, 0]
         """
         a, b, p = t // self.finest_block, s // self.finest_block, 0
-        while a // self.radix != b // self.radix and p != self._last_digit:
+        last = self.last_digit(self.finest_block)
+        while a // self.radix != b // self.radix and p != last:
             a, b, p = a // self.radix, b // self.radix, p + 1
         return p * (self.radix - 1) + a - b
 
@@ -136,11 +137,11 @@ class Partition:
         """
         if t == 0 or t % self.finest_block:
             return list(range(num_columns))
-        b, p = t // self.finest_block, 0
-        while b % self.radix == 0 and p != self._last_digit:
+        b, p, last = t // self.finest_block, 0, self.last_digit(self.finest_block)
+        while b % self.radix == 0 and p != last:
             b, p = b // self.radix, p + 1
         first = 1 + p * (self.radix - 1)  # the column of the block that is whole now
-        behind = num_columns if p == self._last_digit else first + self.radix - 1
+        behind = num_columns if p == last else first + self.radix - 1
         moved = [first if c < first else c + 1 if c < behind else c for c in range(num_columns)]
         return [min(c, num_columns - 1) for c in moved]
 
@@ -160,15 +161,15 @@ class Partition:
             ValueError: ``chunk_size`` is not the size of a block.
         """
         self.check_chunk_size(chunk_size)
-        p = (log2(chunk_size) - log2(self.finest_block)) // log2(self.radix)
-        found, size = [], 1
+        last, column = self.last_digit(chunk_size), self.first_column(chunk_size)
+        found: list[Height] = []
+        size = 1
         while size <= chunks:
-            column = 1 + p * (self.radix - 1)
-            if p == self._last_digit:
+            if len(found) == last:
                 found.append(Height(size, chunks // size + 1, column))  # more than there are, so they never join
                 break
             found.append(Height(size, self.radix, column))
-            size, p = size * self.radix, p + 1
+            size, column = size * self.radix, column + self.radix - 1
         return found
 
     def walk(self, z: int, chunk_size: int) -> list[Block]:
@@ -189,6 +190,11 @@ class Partition:
             for size, radix, column in self.heights(chunk_size, z)
             for d in range(z // size % radix)
         ]
+
+    @property
+    def numbers(self) -> list[int]:
+        """The arguments that make an equal partition; the last one is missing without a largest block."""
+        return [self.radix, self.finest_block, *([] if self.largest_block is None else [self.largest_block])]
 
     def chunk_near(self, chunk_size: int, most: int) -> int:
         """Return the size of block, at most ``most`` if one is, with the smallest ratio to ``chunk_size``.
@@ -213,12 +219,55 @@ class Partition:
             sizes.append(sizes[-1] * self.radix)
         return sizes
 
-    @property
-    def _last_digit(self) -> int | None:
-        """The digit of the largest blocks; None without a largest block."""
+    def last_digit(self, chunk_size: int) -> int | None:
+        """Return the digit of a chunk's number that counts the largest blocks; None without a largest block.
+
+        Examples:
+            >>> Partition(4, largest_block=256).last_digit(chunk_size=16), Partition().last_digit(chunk_size=16)
+            (2, None)
+        """
         if self.largest_block is None:
             return None
-        return (log2(self.largest_block) - log2(self.finest_block)) // log2(self.radix)
+        return (log2(self.largest_block) - log2(chunk_size)) // log2(self.radix)
+
+    def first_column(self, chunk_size: int) -> int:
+        """Return the column of the nearest chunk.
+
+        Examples:
+            >>> Partition().first_column(64), Partition(16, 64).first_column(64), Partition(4).first_column(64)
+            (7, 1, 10)
+        """
+        return 1 + (log2(chunk_size) - log2(self.finest_block)) // log2(self.radix) * (self.radix - 1)
+
+    def num_blocks(self, num_columns: int, chunk_size: int) -> int:
+        """Return the number of block states in a decoding state: one for each column of chunks, at least one.
+
+        The last one is everything older.
+
+        Examples:
+            >>> Partition().num_blocks(15, 64), Partition(16, 64).num_blocks(32, 64), Partition().num_blocks(1, 64)
+            (8, 31, 1)
+        """
+        return max(1, num_columns - self.first_column(chunk_size))
+
+    def block_column(self, number: int, num_columns: int, chunk_size: int) -> int:
+        """Return the column of a block state, at most ``num_columns - 1``."""
+        return min(self.first_column(chunk_size) + number, num_columns - 1)
+
+    def has_block(self, chunks: int, number: int, num_blocks: int, chunk_size: int) -> bool:
+        """Return True if the past of ``chunks`` chunks has block ``number``; the last one is everything older.
+
+        Examples:
+            >>> [Partition(4, 16).has_block(11, number, num_blocks=5, chunk_size=16) for number in range(5)]
+            [True, True, True, True, True]
+            >>> [Partition(4, 16).has_block(17, number, num_blocks=5, chunk_size=16) for number in range(5)]
+            [True, False, False, False, True]
+        """
+        last = self.last_digit(chunk_size)
+        p = number // (self.radix - 1) if last is None else min(number // (self.radix - 1), last)
+        left, nearer = chunks // self.radix**p, number - p * (self.radix - 1)
+        is_open = number == num_blocks - 1 or p == last  # it may reach beyond its digit
+        return (left if is_open else left % self.radix) > nearer
 
 
 def _power_of_two(name: str, value: object, least: int) -> int:

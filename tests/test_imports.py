@@ -17,11 +17,11 @@ ALLOWED = {
     "kernels": {"partition", "fenwick"},
     "ops": {"reference", "kernels", "partition", "fenwick"},
     "variants": {"ops", "fenwick"},
-    "layers": {"variants", "ops", "fenwick"},
-    "models": {"layers", "variants", "ops", "fenwick"},
+    "layers": {"variants", "ops", "partition", "fenwick"},
+    "models": {"layers", "variants", "ops", "partition", "fenwick"},
     "training": {"signals", "models", "layers", "variants", "recipes"},
     "evaluation": {"signals", "models", "training", "recipes"},
-    "recipes": {"models", "variants", "fenwick"},
+    "recipes": {"models", "variants", "partition", "fenwick"},
     "cli": {"signals", "training", "evaluation", "recipes", "models", "variants", "ops", "kernels", "fenwick"},
 }
 

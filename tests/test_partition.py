@@ -26,7 +26,7 @@ def test_radix_2_is_the_fenwick_tree():
         assert [(block.end, fenwick.log2(block.size)) for block in blocks] == fenwick.walk(z)
         for columns in (3, 8, 20):
             clamped = [min(block.column, columns - 1) for block in blocks]
-            assert clamped == [fenwick.block_level(size, columns, 16) for _, size in fenwick.walk(z)]
+            assert clamped == [min(5 + size, columns - 1) for _, size in fenwick.walk(z)]
 
 
 @every_partition
@@ -107,6 +107,18 @@ def test_numbers_that_no_partition_has(arguments, text):
 def test_numbers_of_numpy_make_the_same_partition():
     assert Partition(numpy.int64(4), numpy.uint8(16)) == Partition(4, 16)
     assert hash(Partition(numpy.int64(4))) == hash(Partition(4)) and type(Partition(numpy.int64(4)).radix) is int
+
+
+def test_the_blocks_of_a_state():
+    """A state has the blocks of its chunk's past, and the last one is everything older."""
+    for partition in PARTITIONS:
+        C = partition.chunk_near(4, most=64)
+        for columns in (1, 2, 5, 9, 40):
+            M = partition.num_blocks(columns, C)
+            for z in range(70):
+                walked = {min(b.column, columns - 1) for b in partition.walk(z, C)}
+                held = {partition.block_column(m, columns, C) for m in range(M) if partition.has_block(z, m, M, C)}
+                assert held == walked
 
 
 def test_a_length_without_tokens_has_no_columns():

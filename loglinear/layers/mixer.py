@@ -78,7 +78,7 @@ class MixerDecodeState(NamedTuple):
     @property
     def tensors(self) -> list[Tensor]:
         """All parts that are tensors."""
-        parts = (self.conv, *self.decode.fenwick, self.decode.inverse)
+        parts = (self.conv, *self.decode.fenwick.tensors, self.decode.inverse)
         return [part for part in parts if part is not None]
 
     @property

@@ -3,8 +3,9 @@
 from loglinear.ops.api import IMPLEMENTATIONS, LogLinearOutput, log_linear_attention, log_linear_delta_rule
 from loglinear.ops.state import DecodeState, FenwickState
 from loglinear.ops.step import log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.partition import Partition
 
 __all__ = [
-    "IMPLEMENTATIONS", "DecodeState", "FenwickState", "LogLinearOutput", "log_linear_attention",
+    "IMPLEMENTATIONS", "DecodeState", "FenwickState", "LogLinearOutput", "Partition", "log_linear_attention",
     "log_linear_attention_step", "log_linear_delta_rule", "log_linear_delta_rule_step",
 ]  # fmt: skip

@@ -5,8 +5,9 @@
 
     o_t = sum_l lambda[t, l] * scale * q_t^T S_t^(l)
 
-S_t^(l) is the part of the state that the tokens s with min(level(t, s), L - 1) = l wrote. The level is
-level(t, s) = bit_length(t XOR s); see `loglinear.fenwick`. If every lambda is 1, this is the linear model.
+S_t^(l) is the part of the state that the tokens s with min(index(t, s), L - 1) = l wrote. A partition of the past gives
+index(t, s); see `loglinear.partition`. The default is the level, bit_length(t XOR s); see `loglinear.fenwick`. If every
+lambda is 1, this is the linear model.
 """
 
 # B batch, T time, G query/key groups, H value heads, K key, V value, L levels, N sequences
@@ -26,6 +27,7 @@ from loglinear.ops.impl_torch import run as run_torch
 from loglinear.ops.problem import Problem, unit_length
 from loglinear.ops.state import FenwickState
 from loglinear.ops.validation import flag, one_of
+from loglinear.partition import FENWICK, Partition
 
 
 class LogLinearOutput(NamedTuple):
@@ -54,6 +56,7 @@ def log_linear_attention(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     chunk_size: int = 64,
+    partition: Partition = FENWICK,
     impl: str = "auto",
 ) -> LogLinearOutput:
     """Return log-linear attention with a scalar gate (linear attention, RetNet, simple GLA, Mamba-2).
@@ -76,7 +79,10 @@ def log_linear_attention(
         cu_seqlens: [N + 1] integers from 0 to T, non-decreasing: the boundaries of packed sequences (B = 1). Each
             sequence has its own tree.
         chunk_size: Tokens per chunk, a power of two up to 4096. It changes the speed and the layout of a state, but
-            no result.
+            no result. Other partitions take the size of block next to it.
+        partition: The rule that assigns past tokens to the columns of level_scales. The default is the published one,
+            index(t, s) = bit_length(t XOR s). A state serves the partition that it was made with. triton supports the
+            default alone.
         impl: "auto", "triton" (the Fenwick-array algorithm on a GPU), "torch" (the same algorithm on any device) or
             "reference" (token by token). "auto" chooses triton on a GPU if it supports the call, and torch otherwise
             or for one token after a state. triton continues states at positions below 65,536 chunks. At later positions
@@ -95,8 +101,9 @@ def log_linear_attention(
     Source: arXiv 2506.04761, equations 4 to 6; capped levels are this library's.
     """
     call = Problem(
-        q, k, v, log_decay, None, level_scales, scale, initial_state, output_final_state, cu_seqlens, chunk_size
-    )
+        q, k, v, log_decay, None, level_scales, scale, initial_state, output_final_state, cu_seqlens, chunk_size,
+        partition,
+    )  # fmt: skip
     one_of("impl", impl, ["auto", *IMPLEMENTATIONS])
     return _run("log_linear_attention", call.checked(delta_rule=False), impl)
 
@@ -115,6 +122,7 @@ def log_linear_delta_rule(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     chunk_size: int = 64,
+    partition: Partition = FENWICK,
     impl: str = "auto",
 ) -> LogLinearOutput:
     """Return log-linear attention with the delta rule (DeltaNet, Gated DeltaNet).
@@ -139,7 +147,8 @@ def log_linear_delta_rule(
         cu_seqlens: [N + 1] integers from 0 to T, non-decreasing: the boundaries of packed sequences (B = 1). Each
             sequence has its own tree.
         chunk_size: Tokens per chunk, a power of two up to 4096. It changes the speed and the layout of a state, but
-            no result.
+            no result. Other partitions take the size of block next to it.
+        partition: The rule that assigns past tokens to the columns of level_scales, as in `log_linear_attention`.
         impl: "auto", "triton", "torch" or "reference", as in `log_linear_attention`.
 
     Returns:
@@ -151,8 +160,9 @@ def log_linear_delta_rule(
     Source: arXiv 2506.04761, equation 8; Yang, Kautz, Hatamizadeh, arXiv 2412.06464 (the linear Gated DeltaNet).
     """
     call = Problem(
-        q, k, v, log_decay, beta, level_scales, scale, initial_state, output_final_state, cu_seqlens, chunk_size
-    )
+        q, k, v, log_decay, beta, level_scales, scale, initial_state, output_final_state, cu_seqlens, chunk_size,
+        partition,
+    )  # fmt: skip
     one_of("impl", impl, ["auto", *IMPLEMENTATIONS])
     call = call.checked(delta_rule=True)
     if flag("l2_normalize", l2_normalize):

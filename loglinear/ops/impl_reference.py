@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import block_cap, block_level, has_block, num_blocks
 from loglinear.ops.problem import Problem
 from loglinear.ops.state import DecodeState, FenwickState
-from loglinear.reference import level_states_from_blocks, recurrent
-from loglinear.reference.recurrent import moved
+from loglinear.partition import FENWICK
+from loglinear.reference import recurrent, states_from_blocks
 
 
 def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
@@ -29,6 +28,7 @@ def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
         state = FenwickState.zeros(
             len(lengths), num_levels=p.level_scales.shape[3], chunk_size=p.chunk_size, groups=groups, heads=heads,
             key_dim=key_dim, value_dim=value_dim, delta_rule=p.beta is not None, dtype=p.v.dtype, device=p.v.device,
+            partition=p.partition,
         )  # fmt: skip
     tokens = [None if x is None else x.flatten(0, 1) for x in (p.q, p.k, p.v, p.log_decay, p.beta, p.level_scales)]
     splits = [[None] * len(lengths) if x is None else x.split(lengths) for x in tokens]
@@ -37,8 +37,8 @@ def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
     output = torch.cat([output for output, _ in results]).view(p.v.shape)
     if not p.output_final_state:
         return output, None
-    finals = zip(*(final for _, final in results), strict=True)
-    return output, FenwickState._make(None if parts[0] is None else torch.stack(parts) for parts in finals)
+    finals = zip(*(final.tensors for _, final in results), strict=True)
+    return output, state.with_tensors(torch.stack(parts) for parts in finals)
 
 
 def step(problem: Problem, state: DecodeState, active: Tensor | None) -> Tensor:
@@ -49,9 +49,9 @@ def step(problem: Problem, state: DecodeState, active: Tensor | None) -> Tensor:
     if active is not None:
         row = active.view(-1, 1, 1)
         y = torch.where(row, y, 0.0)
-        final = FenwickState._make(
-            None if new is None or old is None else torch.where(row.view(-1, *[1] * (new.dim() - 1)), new, old)
-            for new, old in zip(final, state.fenwick, strict=True)
+        final = final.with_tensors(
+            torch.where(row.view(-1, *[1] * (new.dim() - 1)), new, old)
+            for new, old in zip(final.tensors, state.fenwick.tensors, strict=True)
         )
     state.copy_(final)
     return y
@@ -65,15 +65,15 @@ def _run_sequence(
 ) -> tuple[Tensor, FenwickState]:
     """Replay the state's unfinished chunk, run the new tokens and cut the state at the last chunk's start."""
     q, k, v, log_decay, beta, scales = tokens
-    C, L = state.chunk_size, scales.shape[2]
+    C, L, partition = state.chunk_size, scales.shape[2], state.partition or FENWICK
     held = position % C
     start, end = position - held, position + len(q)
 
     def joined(buffer: Tensor | None, new: Tensor | None) -> Tensor | None:
         return None if buffer is None or new is None else torch.cat([buffer[row, :held].to(new.dtype), new])
 
-    buffered = [joined(old, new) for old, new in zip(state[2:], (k, v, log_decay, beta), strict=True)]
-    raw = FenwickState._make([state.position[row] + len(q), state.blocks[row], *buffered])
+    buffered = [joined(old, new) for old, new in zip(state[2:6], (k, v, log_decay, beta), strict=True)]
+    raw = FenwickState._make([state.position[row] + len(q), state.blocks[row], *buffered, state.partition])
     R = v.shape[1] // k.shape[1]
     all_k = raw.k.repeat_interleave(R, 1)
     all_q = torch.cat([torch.zeros_like(all_k[:held]), q.repeat_interleave(R, 1)])
@@ -84,17 +84,24 @@ def _run_sequence(
         part = slice(first, last)
         beta_part = None if raw.beta is None else raw.beta[part]
         return recurrent(
-            all_q[part], all_k[part], raw.v[part], raw.log_decay[part], beta_part, all_scales[part], states, at
+            all_q[part],
+            all_k[part],
+            raw.v[part],
+            raw.log_decay[part],
+            beta_part,
+            all_scales[part],
+            states,
+            at,
+            partition,
         )
 
-    cap = block_cap(L, C)
-    held_blocks = torch.tensor([has_block(start // C, m, cap) for m in range(cap + 1)], device=v.device)
+    M = state.blocks.shape[1]
+    held_blocks = torch.tensor([partition.has_block(start // C, m, M, C) for m in range(M)], device=v.device)
     blocks = torch.where(held_blocks.view(-1, 1, 1, 1), state.blocks[row].to(v.dtype), 0.0)
-    states = level_states_from_blocks(blocks, L, C)
+    states = states_from_blocks(blocks, L, C, partition)
     head, states = piece(states, 0, cut, start)
     tail, _ = piece(states, cut, len(all_q), start + cut)
-    states = moved(states, start + cut)  # as the next call expects them
-    blocks = torch.stack([states[block_level(m, L, C)] for m in range(num_blocks(L, C))])
+    blocks = torch.stack([states[partition.block_column(m, L, C)] for m in range(M)])
 
     def buffer(x: Tensor | None) -> Tensor | None:
         if x is None:
@@ -102,5 +109,5 @@ def _run_sequence(
         rest = x[cut:]
         return torch.cat([rest, rest.new_zeros(C - len(rest), *rest.shape[1:])])
 
-    final = FenwickState._make([raw.position, blocks, *(buffer(x) for x in raw[2:])])
+    final = FenwickState._make([raw.position, blocks, *(buffer(x) for x in raw[2:6]), state.partition])
     return torch.cat([head, tail])[held:], final

@@ -13,6 +13,7 @@ from torch import Tensor
 from loglinear.kernels import torch as kernels
 from loglinear.ops.problem import Problem, is_transformed
 from loglinear.ops.state import FenwickState
+from loglinear.partition import FENWICK
 
 
 def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
@@ -39,8 +40,9 @@ def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
         raise ValueError("torch.func and forward-mode derivatives of an operator do not work in torch.compile")
     compute = kernels.stages if transformed else kernels.fenwick_array
     output, blocks = compute(
-        q, k, v, log_decay, beta, scales, nodes, position, p.cu_seqlens, N, C, p.output_final_state
-    )
+        q, k, v, log_decay, beta, scales, nodes, position, p.cu_seqlens, N, C, p.output_final_state,
+        p.partition.numbers,
+    )  # fmt: skip
     output = output[held:].view(p.v.shape)
     if not p.output_final_state:
         return output, None
@@ -51,7 +53,7 @@ def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
     start = torch.zeros_like(ends[1:]) if position is None else position
     end = start + ends.diff()
     tails = _tails([k, v, log_decay, beta], start, end, held + ends[:-1], C)
-    return output, FenwickState._make([end, blocks, *tails])
+    return output, FenwickState._make([end, blocks, *tails, None if p.partition == FENWICK else p.partition])
 
 
 def _tails(tokens: list[Tensor | None], start: Tensor, end: Tensor, first: Tensor, C: int) -> list[Tensor | None]:

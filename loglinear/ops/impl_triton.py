@@ -19,6 +19,7 @@ from torch.torch_version import TorchVersion
 from loglinear.kernels.torch import has_blocks
 from loglinear.ops.problem import MIN_LOG_DECAY, Problem, is_transformed
 from loglinear.ops.state import DecodeState, FenwickState
+from loglinear.partition import FENWICK, Partition
 
 OLDEST_TRITON = "3.4"  # 3.3 refuses `load_ahead`, whose branches return different types; torch 2.8 brings 3.4
 MAX_HEAD_DIM = 256
@@ -79,9 +80,16 @@ def _too_wide(K: int, V: int, is_delta_rule: bool) -> str | None:
     return f"head dims K = {K}, V = {V} need impl='torch': impl='triton' takes up to {MAX_HEAD_DIM} and {widest}"
 
 
+def _not_binary(partition: Partition) -> str | None:
+    """Return the reason why the kernels do not read this partition, or None."""
+    if partition == FENWICK:
+        return None
+    return f"{partition} needs impl='torch': impl='triton' takes radix 2 with no other finest or largest block"
+
+
 def unsupported(p: Problem) -> str | None:
     """Return the reason why these kernels do not support a call and what does; None if they support it."""
-    reason = _unavailable(p.v.device)
+    reason = _unavailable(p.v.device) or _not_binary(p.partition)
     if reason is not None:
         return reason
     if _is_interpreted() and torch.bfloat16 in (p.q.dtype, p.k.dtype, p.v.dtype):
@@ -122,7 +130,7 @@ def unsupported(p: Problem) -> str | None:
 
 def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
     """Return the reason why the kernels do not support a step, as `unsupported` does for calls."""
-    reason = _unavailable(v.device)
+    reason = _unavailable(v.device) or _not_binary(state.fenwick.partition or FENWICK)
     if reason is not None:
         return reason
     if torch.float64 in (q.dtype, state.fenwick.blocks.dtype):
@@ -157,7 +165,8 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
         position = ends.diff()
         clamped = log_decay.clamp(min=MIN_LOG_DECAY)
         tokens = [None if x is None else x.flatten(0, 1) for x in (p.k, p.v, clamped, p.beta)]
-        return output, FenwickState._make([position, blocks, *_tails(tokens, ends, p.chunk_size, blocks.dtype)])
+        tails = _tails(tokens, ends, p.chunk_size, blocks.dtype)
+        return output, FenwickState._make([position, blocks, *tails, None])
     return _continue(p, p.initial_state, log_decay)
 
 
@@ -195,7 +204,7 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
     if p.beta is not None:
         beta = packed(p.beta, state.beta)
         # The first entry of the delta rule's tree reads the prefix even if there is none, so it must be zero.
-        is_past = has_blocks(state.position // C, blocks.shape[1])
+        is_past = has_blocks(state.position // C, blocks.shape[1], C, p.partition)
         blocks = torch.where(is_past[..., None, None, None], blocks, 0.0)
     tokens = [packed(p.k, state.k), packed(p.v, state.v), packed(log_decay, state.log_decay), beta]
     output, blocks, *_ = chunkwise(
@@ -207,7 +216,7 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
     if not p.output_final_state:
         return output, None
     tails = _tails(tokens, ends, C, blocks.dtype)
-    return output, FenwickState._make([state.position + lengths, blocks, *tails])
+    return output, FenwickState._make([state.position + lengths, blocks, *tails, None])
 
 
 def _tails(tokens: list[Tensor | None], ends: Tensor, C: int, dtype: torch.dtype) -> list[Tensor | None]:

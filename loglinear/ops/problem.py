@@ -7,20 +7,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import num_blocks
 from loglinear.kernels import MIN_LOG_DECAY
 from loglinear.ops.state import FenwickState, checked_state, for_backward
 from loglinear.ops.validation import (
+    LARGEST_CHUNK,
     OPERANDS,
     Sizes,
     check_cu_seqlens,
     check_operands,
+    check_partition,
+    check_same_partition,
     check_state_dtype,
     chunk_length,
     finite_number,
     flag,
     working_dtype,
 )
+from loglinear.partition import FENWICK, Partition
 
 
 @dataclass(frozen=True)
@@ -38,20 +41,25 @@ class Problem:
     output_final_state: bool
     cu_seqlens: Tensor | None
     chunk_size: int
+    partition: Partition
 
     def checked(self, *, delta_rule: bool) -> Problem:
-        """Return the same call with normalised arguments.
+        """Return the same call with normalised arguments; chunk_size becomes the size of a block.
 
         Raises:
             ValueError: An argument does not fit; one line names it.
         """
-        sizes: Sizes = {"C": chunk_length("chunk_size", self.chunk_size)}
+        check_partition("partition", self.partition)
+        chunk_size = chunk_length("chunk_size", self.chunk_size)
+        sizes: Sizes = {"C": self.partition.chunk_near(chunk_size, LARGEST_CHUNK)}
         check_operands(self, OPERANDS[delta_rule], sizes)
         check_cu_seqlens(sizes["B"], sizes["T"], self.cu_seqlens)
         flag("output_final_state", self.output_final_state)
         scale, state = finite_number("scale", self.scale), self.initial_state
         if state is not None:
-            sizes |= {"N": self.num_sequences, "M": num_blocks(sizes["L"], sizes["C"])}
+            sizes |= {"N": self.num_sequences, "M": self.partition.num_blocks(sizes["L"], sizes["C"])}
+            if isinstance(state, FenwickState):
+                check_same_partition("initial_state", state.partition or FENWICK, self.partition)
             state = checked_state("initial_state", state, sizes, self.v.device, delta_rule=delta_rule)
             check_state_dtype("initial_state", state, self.operands)
             state = for_backward(state, self.operands)
@@ -91,6 +99,7 @@ class Problem:
             output_final_state=self.output_final_state,
             cu_seqlens=self.cu_seqlens,
             chunk_size=self.chunk_size,
+            partition=self.partition,
         )
 
 
@@ -108,6 +117,7 @@ class WorkingProblem:
     output_final_state: bool
     cu_seqlens: Tensor | None
     chunk_size: int
+    partition: Partition
 
 
 def is_transformed() -> bool:

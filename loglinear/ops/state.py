@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import MOST_LEVELS, num_blocks
 from loglinear.kernels.torch import chunk_inverse
 from loglinear.ops.validation import (
     INTEGERS,
     INVERSE,
+    LARGEST_CHUNK,
     WIDE_FLOATS,
     Sizes,
     check_family,
     check_owned,
+    check_partition,
     check_rows,
+    check_same_partition,
     check_state,
     check_tensor,
     check_tree_positions,
@@ -27,6 +29,9 @@ from loglinear.ops.validation import (
     flag,
     whole_number,
 )
+from loglinear.partition import FENWICK, Partition
+
+torch.utils._pytree.register_constant(Partition)  # graphs return states, which are pytrees
 
 
 @contextmanager
@@ -45,13 +50,15 @@ class FenwickState(NamedTuple):
         position   [N] int64          tokens consumed so far
         blocks     [N, M, H, K, V]    block m covers 2**m chunks, decayed to the start of the unfinished chunk;
                                       zero if bit m of position // C is 0. The last block is the whole older
-                                      prefix, zero if there is none. M = max(1, L - 1 - log2(C)).
+                                      prefix, zero if there is none. M = max(1, L - 1 - log2(C)). With another
+                                      partition block m has column M - L + m of level_scales.
         k          [N, C, G, K]       the unfinished chunk's tokens, zero from row position % C on
         v          [N, C, H, V]
         log_decay  [N, C, H]
         beta       [N, C, H]          None for the scalar gate
+        partition                     the `Partition` of the past; None for the Fenwick partition
 
-    The size depends on L and C alone, never on the position. All parts except `position` are float32 (float64 for
+    The size depends on L and C alone, never on the position. All tensors except `position` are float32 (float64 for
     float64 inputs) and carry gradients. The operators ignore any finite number in place of these zeros; decoding leaves
     such numbers behind.
     """
@@ -62,6 +69,7 @@ class FenwickState(NamedTuple):
     v: Tensor
     log_decay: Tensor
     beta: Tensor | None
+    partition: Partition | None = None
 
     @classmethod
     def zeros(
@@ -78,6 +86,7 @@ class FenwickState(NamedTuple):
         position: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        partition: Partition = FENWICK,
     ) -> FenwickState:
         """Return the state of sequences that have no token yet.
 
@@ -87,7 +96,7 @@ class FenwickState(NamedTuple):
         Args:
             rows: N, the number of sequences.
             num_levels: L, at most 64.
-            chunk_size: C, a power of two up to 4096.
+            chunk_size: C, a power of two up to 4096; the size of block next to it with another partition.
             groups: G, the query/key groups.
             heads: H, the value heads, a multiple of G.
             key_dim: K.
@@ -96,14 +105,16 @@ class FenwickState(NamedTuple):
             position: [N] integers, the position at which each sequence starts. None: 0.
             dtype: float32 or float64.
             device: The device of all parts.
+            partition: The partition of the past, as in the operators.
 
         Raises:
             ValueError: A size or dtype that no state has; the message names it.
         """
         sizes = dict(rows=rows, groups=groups, heads=heads, key_dim=key_dim, value_dim=value_dim)
         rows, groups, heads, key_dim, value_dim = (whole_number(*size) for size in sizes.items())
-        num_levels = whole_number("num_levels", num_levels, most=MOST_LEVELS)
-        chunk_size = chunk_length("chunk_size", chunk_size)
+        check_partition("partition", partition)
+        num_levels = whole_number("num_levels", num_levels, most=partition.num_columns(2**63))
+        chunk_size = partition.chunk_near(chunk_length("chunk_size", chunk_size), LARGEST_CHUNK)
         if heads % groups:
             raise ValueError(f"heads must be a multiple of groups = {groups}, got {heads}")
         if dtype not in WIDE_FLOATS:
@@ -122,11 +133,12 @@ class FenwickState(NamedTuple):
 
         return cls(
             position=position,
-            blocks=zeros(num_blocks(num_levels, chunk_size), heads, key_dim, value_dim),
+            blocks=zeros(partition.num_blocks(num_levels, chunk_size), heads, key_dim, value_dim),
             k=zeros(chunk_size, groups, key_dim),
             v=zeros(chunk_size, heads, value_dim),
             log_decay=zeros(chunk_size, heads),
             beta=zeros(chunk_size, heads) if delta_rule else None,
+            partition=None if partition == FENWICK else partition,
         )
 
     @property
@@ -137,7 +149,17 @@ class FenwickState(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
-        return sum(part.numel() * part.element_size() for part in self if part is not None)
+        return sum(part.numel() * part.element_size() for part in self.tensors)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All parts that are tensors, in their order."""
+        return [part for part in self if isinstance(part, Tensor)]
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> FenwickState:
+        """Return this state with other tensors in place of `self.tensors`."""
+        given = list(tensors)
+        return FenwickState._make([given.pop(0) if isinstance(part, Tensor) else part for part in self])
 
     def index_select(self, rows: Tensor) -> FenwickState:
         """Return the state of these rows [n], in their order (beam search).
@@ -146,11 +168,11 @@ class FenwickState(NamedTuple):
             ValueError: `rows` holds a number that is no row of the state.
         """
         check_rows("rows", rows, len(self.position), self.position.device)
-        return FenwickState._make(None if part is None else part.index_select(0, rows) for part in self)
+        return self.with_tensors(part.index_select(0, rows) for part in self.tensors)
 
     def detach(self) -> FenwickState:
         """Return the same state without gradients."""
-        return FenwickState._make(None if part is None else part.detach() for part in self)
+        return self.with_tensors(part.detach() for part in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -174,7 +196,7 @@ class DecodeState:
     def __post_init__(self) -> None:
         sizes: Sizes = {}
         fenwick = checked_state("fenwick", self.fenwick, sizes)
-        parts = {f"fenwick.{name}": x for name, x in self.fenwick._asdict().items() if x is not None}
+        parts = {f"fenwick.{name}": x for name, x in self.fenwick._asdict().items() if isinstance(x, Tensor)}
         if fenwick is not self.fenwick:
             raise ValueError(f"fenwick.position must hold int64, got {self.fenwick.position.dtype}")
         if (self.inverse is None) != (fenwick.beta is None):
@@ -205,9 +227,7 @@ class DecodeState:
         """
         state = checked_state("state", state, {})
         with constants():
-            fenwick = FenwickState._make(
-                None if x is None else x.clone(memory_format=torch.contiguous_format) for x in state
-            )
+            fenwick = state.with_tensors(x.clone(memory_format=torch.contiguous_format) for x in state.tensors)
             return cls(fenwick, _inverse(fenwick))
 
     @torch.no_grad()
@@ -219,11 +239,11 @@ class DecodeState:
         """
         own = self.fenwick
         state = checked_state("state", state, self.sizes(), own.k.device, delta_rule=own.beta is not None)
+        check_same_partition("state", state.partition or FENWICK, own.partition or FENWICK)
         if state.k.dtype != own.k.dtype:
             raise ValueError(f"state must hold {own.k.dtype}, as the state that it is copied into, got {state.k.dtype}")
-        for mine, other in zip(own, state, strict=True):
-            if mine is not None and other is not None:
-                mine.copy_(other)
+        for mine, other in zip(own.tensors, state.tensors, strict=True):
+            mine.copy_(other)
         if self.inverse is not None:
             inverse = _inverse(own)
             assert inverse is not None
@@ -266,6 +286,8 @@ def checked_state(
         )
     if delta_rule is not None:
         check_family(name, state.beta is not None, delta_rule)
+    if state.partition is not None:
+        check_partition(f"{name}.partition", state.partition)
     check_state(name, state, sizes, device)
     return state if state.position.dtype == torch.int64 else state._replace(position=state.position.long())
 
@@ -276,9 +298,9 @@ def for_backward(state: FenwickState, operands: Iterable[Tensor | None]) -> Fenw
     The memory of a `DecodeState` changes before that backward pass, and a tensor of inference mode cannot be saved.
     """
     is_saved = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
-    if not is_saved or any(x is not None and x.requires_grad for x in state):
+    if not is_saved or any(x.requires_grad for x in state.tensors):
         return state
-    return FenwickState._make(None if x is None else x.clone() for x in state)
+    return state.with_tensors(x.clone() for x in state.tensors)
 
 
 def _inverse(state: FenwickState) -> Tensor | None:

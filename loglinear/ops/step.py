@@ -32,6 +32,7 @@ from loglinear.ops.validation import (
     flag,
     one_of,
 )
+from loglinear.partition import FENWICK
 
 STEPS = ("auto", "triton", "torch", "reference")
 
@@ -146,7 +147,7 @@ class Token(NamedTuple):
         fenwick, sizes = self.state.fenwick, self.state.sizes()
         check_family("state", fenwick.beta is not None, delta_rule)
         check_operands(self, TOKENS[delta_rule], sizes, fenwick.k.device)
-        check_blocks(sizes["L"], sizes["C"], sizes["M"])
+        check_blocks(fenwick.partition or FENWICK, sizes["L"], sizes["C"], sizes["M"])
         if self.active is not None:
             check_tensor("active", self.active, "N", sizes, fenwick.k.device, BOOL)
         flag("l2_normalize", self.l2_normalize)
@@ -206,6 +207,7 @@ def _reference_step(token: Token) -> Tensor:
     call = Problem(
         sequence(q), sequence(k), sequence(v), sequence(log_decay), None if beta is None else sequence(beta),
         sequence(level_scales), scale, state.fenwick, True, None, state.fenwick.chunk_size,
+        state.fenwick.partition or FENWICK,
     )  # fmt: skip
     return impl_reference.step(call, state, active).to(v.dtype)
 
@@ -214,7 +216,7 @@ def _torch_step(token: Token) -> Tensor:
     """Run one row of the chunk formulas in plain torch."""
     q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active = token
     assert log_decay is not None
-    s, dtype = state.fenwick, state.fenwick.blocks.dtype
+    s, dtype, partition = state.fenwick, state.fenwick.blocks.dtype, state.fenwick.partition or FENWICK
     if l2_normalize:
         q, k = unit_length(q), unit_length(k)
     q, level_scales = q.to(dtype) * scale, level_scales.to(dtype)
@@ -227,12 +229,12 @@ def _torch_step(token: Token) -> Tensor:
             buffer[row, place] = new.to(dtype)
     full = place == C - 1 if active is None else (place == C - 1) & active
     if beta is None:
-        out = kernels.scalar_gate_step(q, s.k, s.v, s.log_decay, level_scales, s.blocks, s.position, full)
+        out = kernels.scalar_gate_step(q, s.k, s.v, s.log_decay, level_scales, s.blocks, s.position, full, partition)
     else:
         assert s.beta is not None and state.inverse is not None
         kernels.append_inverse_row(state.inverse, s.k, s.beta, s.log_decay, place)
         out = kernels.delta_rule_step(
-            q, s.k, s.v, s.log_decay, s.beta, state.inverse, level_scales, s.blocks, s.position, full
+            q, s.k, s.v, s.log_decay, s.beta, state.inverse, level_scales, s.blocks, s.position, full, partition
         )
     if active is None:
         s.position.add_(1)

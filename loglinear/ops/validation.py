@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import num_blocks
+from loglinear.partition import Partition
 
 Sizes = dict[str, int]
 
@@ -183,13 +183,25 @@ def check_family(name: str, has_beta: bool, delta_rule: bool) -> None:
         raise ValueError(f"{name} must be a state of {kinds[delta_rule]}, got one of {kinds[has_beta]}")
 
 
-def check_blocks(levels: int, chunk_size: int, blocks: int) -> None:
+def check_blocks(partition: Partition, levels: int, chunk_size: int, blocks: int) -> None:
     """Raise ValueError unless a state of this many blocks has this many levels."""
-    if num_blocks(levels, chunk_size) != blocks:
-        raise ValueError(
-            f"level_scales with L = {levels} needs a state of {num_blocks(levels, chunk_size)} blocks, "
-            f"got one of {blocks}"
-        )
+    needed = partition.num_blocks(levels, chunk_size)
+    if needed != blocks:
+        raise ValueError(f"level_scales with L = {levels} needs a state of {needed} blocks, got one of {blocks}")
+
+
+def check_partition(name: str, partition: Any) -> None:
+    """Raise ValueError unless `partition` is a `Partition` whose finest block is no longer than a chunk may be."""
+    if not isinstance(partition, Partition):
+        raise ValueError(f"{name} must be a Partition, got {_said(partition)}")
+    if partition.finest_block > LARGEST_CHUNK:
+        raise ValueError(f"{name} must have a finest_block of at most {LARGEST_CHUNK}, got {partition.finest_block}")
+
+
+def check_same_partition(name: str, made_with: Partition, partition: Partition) -> None:
+    """Raise ValueError if a state was made with another partition."""
+    if made_with != partition:
+        raise ValueError(f"{name} was made with {made_with}, got {partition}")
 
 
 def check_owned(parts: Mapping[str, Tensor]) -> None:

@@ -2,10 +2,10 @@
 
 At position t:
 
-    1. move every state to the column in which position t sees its tokens; states that meet are added
-    2. apply token t's transition to every state
-    3. add the new write to column 0
-    4. read every column with its lambda
+    1. apply token t's transition to every state
+    2. add the new write to column 0
+    3. read every column with its lambda
+    4. move every state to the column in which position t + 1 sees its tokens; states that meet are added
 
     scalar gate :  S <- a_t S                          write k_t v_t^T
     delta rule  :  S <- a_t (I - b_t k_t k_t^T) S      write b_t k_t v_t^T
@@ -19,18 +19,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import block_level
 from loglinear.partition import FENWICK, Partition
 
 
 def moved(states_LHKV: Tensor, position: int, partition: Partition = FENWICK) -> Tensor:
-    """Return the states after the moves that precede the step of token ``position``."""
+    """Return the states of the columns as seen from `position`; they are given as seen from the position before."""
     columns = torch.tensor(partition.next_columns(position, len(states_LHKV)), device=states_LHKV.device)
     return torch.zeros_like(states_LHKV).index_add(0, columns, states_LHKV)
 
 
 def step(states_LHKV: Tensor, k_HK: Tensor, v_HV: Tensor, decay_H: Tensor, beta_H: Tensor | None) -> Tensor:
-    """Return all states after one token; they are moved already."""
+    """Return all states after one token."""
     states = states_LHKV
     write = k_HK[:, :, None] * v_HV[:, None, :]
     if beta_H is not None:
@@ -52,7 +51,7 @@ def recurrent(
     position: int = 0,
     partition: Partition = FENWICK,
 ) -> tuple[Tensor, Tensor]:
-    """Return the outputs [T, H, V] of one sequence, and the states [L, H, K, V] after its last token.
+    """Return the outputs [T, H, V] of one sequence, and the states [L, H, K, V] as seen from the next position.
 
     Args:
         q: [T, H, K].
@@ -61,22 +60,22 @@ def recurrent(
         log_decay: [T, H].
         beta: [T, H], or None for the scalar gate.
         level_scales: [T, H, L].
-        states_LHKV: The states before the moves of the first token.
+        states_LHKV: The states as seen from the first token.
         position: The position of the first token.
         partition: The partition of the past, which assigns every earlier token to a column.
     """
     outputs = []
     for t in range(q.shape[0]):
         beta_H = None if beta is None else beta[t]
-        states_LHKV = moved(states_LHKV, position + t, partition)
         states_LHKV = step(states_LHKV, k[t], v[t], log_decay[t].exp(), beta_H)
         outputs.append(torch.einsum("hl,hk,lhkv->hv", level_scales[t], q[t], states_LHKV))
+        states_LHKV = moved(states_LHKV, position + t + 1, partition)
     return torch.stack(outputs) if outputs else v, states_LHKV
 
 
-def level_states_from_blocks(blocks_MHKV: Tensor, num_levels: int, chunk_size: int) -> Tensor:
-    """Return the level states at a chunk's start: block m is level log2(C) + 1 + m, and lower levels are empty."""
-    levels = [torch.zeros_like(blocks_MHKV[0])] * num_levels
-    for m, block in enumerate(blocks_MHKV):
-        levels[block_level(m, num_levels, chunk_size)] = block
-    return torch.stack(levels)
+def states_from_blocks(blocks_MHKV: Tensor, num_columns: int, chunk_size: int, partition: Partition) -> Tensor:
+    """Return the states of all columns at a chunk's start: those of chunks are the blocks, the others are empty."""
+    columns = [torch.zeros_like(blocks_MHKV[0])] * num_columns
+    for number, block in enumerate(blocks_MHKV):
+        columns[partition.block_column(number, num_columns, chunk_size)] = block
+    return torch.stack(columns)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loglinear.ops import FenwickState, LogLinearOutput, log_linear_attention, log_linear_delta_rule
+from loglinear.partition import FENWICK, Partition
 from loglinear.reference import dense_delta_rule, dense_scalar_gate
 
 
@@ -25,7 +26,7 @@ class Operator:
         function = log_linear_delta_rule if self.delta else log_linear_attention
         return function(*(inputs[name] for name in self.names), **options)
 
-    def dense(self, inputs: dict[str, Tensor]) -> Tensor:
+    def dense(self, inputs: dict[str, Tensor], partition: Partition = FENWICK) -> Tensor:
         """The O(T^2) definition, row by row."""
         R = inputs["v"].shape[2] // inputs["q"].shape[2]
         define = dense_delta_rule if self.delta else dense_scalar_gate
@@ -33,7 +34,7 @@ class Operator:
         for b in range(len(inputs["q"])):
             heads = {name: inputs[name][b].transpose(0, 1) for name in self.names}
             heads |= {name: heads[name].repeat_interleave(R, 0) for name in "qk"}
-            rows.append(define(*heads.values()).transpose(0, 1))
+            rows.append(define(*heads.values(), partition).transpose(0, 1))
         return torch.stack(rows)
 
     def inputs(self, B=2, T=37, G=2, H=4, K=5, V=3, L=9, dtype=torch.float64, decay=0.3) -> dict[str, Tensor]:
@@ -55,7 +56,7 @@ OPERATORS = [Operator("scalar_gate", delta=False), Operator("delta_rule", delta=
 
 def parts(state: FenwickState) -> dict[str, Tensor]:
     """The differentiable parts of a state."""
-    return {name: part for name, part in state._asdict().items() if part is not None and name != "position"}
+    return {name: x for name, x in state._asdict().items() if isinstance(x, Tensor) and name != "position"}
 
 
 def random_loss(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,10 +1,11 @@
-"""Random mixtures of lengths, starting positions, levels and chunk sizes: the fast path is always the recurrence."""
+"""Random mixtures of lengths, positions, levels, chunk sizes and partitions: the fast path is always the recurrence."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loglinear.partition import FENWICK, Partition
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
 
 
@@ -14,15 +15,16 @@ def packed(operator, lengths, levels):
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     documents=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 25)), min_size=1, max_size=4).filter(
         lambda pairs: sum(first for first, _ in pairs) and sum(second for _, second in pairs)
     ),
     levels=st.integers(1, 9),
     chunk_size=st.sampled_from([1, 2, 4, 8]),
+    partition=st.sampled_from([FENWICK, Partition(2, 2, 8), Partition(4), Partition(4, 2, 2), Partition(8, 2, 16)]),
 )
-def test_two_packed_pieces_equal_the_recurrence_with_every_gradient(operator, documents, levels, chunk_size):
+def test_two_packed_pieces_equal_the_recurrence_with_every_gradient(operator, documents, levels, chunk_size, partition):
     pieces = [packed(operator, lengths, levels) for lengths in zip(*documents, strict=True)]
     results, weights = {}, None
     for impl in ("torch", "reference"):
@@ -30,7 +32,7 @@ def test_two_packed_pieces_equal_the_recurrence_with_every_gradient(operator, do
         for inputs, cu_seqlens in pieces:
             out = operator(
                 inputs, cu_seqlens=cu_seqlens, chunk_size=chunk_size, initial_state=state, output_final_state=True,
-                impl=impl,
+                impl=impl, partition=partition,
             )  # fmt: skip
             state = out.final_state
             tensors.append(out.output)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from loglinear.fenwick import has_block
 from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.partition import FENWICK
 from tests.kernels.interpreter import teach_interpreter
 from tests.ops.operators import OPERATORS, parts, relative_error
 
@@ -317,7 +317,9 @@ def test_what_is_not_of_the_past_counts_for_nothing(operator, impl, levels):
         some[3] = -some[3].abs()
     beta = [torch.rand(3, C, 1).to(dtype) if operator.delta else None for _ in range(2)]
     M = clean[0].shape[1]
-    held = torch.tensor([[has_block(int(p) // C, m, M - 1) for m in range(M)] for p in position]).view(3, M, 1, 1, 1)
+    held = torch.tensor([[FENWICK.has_block(int(p) // C, m, M, C) for m in range(M)] for p in position]).view(
+        3, M, 1, 1, 1
+    )
     real = torch.arange(C) < (position % C)[:, None]
     states = []
     for other in (0, 1):

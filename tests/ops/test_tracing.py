@@ -7,6 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from loglinear.kernels.torch import fenwick_array
 from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.partition import Partition
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
 
 SIZES = dict(B=2, G=1, H=2, K=3, V=2, L=5)
@@ -165,5 +166,6 @@ def test_the_registered_operator_keeps_torchs_rules(operator, final):
         x.flatten(0, 1).float().detach().requires_grad_() for x in operator.inputs(**(SIZES | dict(B=1, T=7))).values()
     ]
     q, k, v, log_decay, *beta, level_scales = tensors
-    arguments = (q, k, v, log_decay, *(beta or [None]), level_scales, None, None, torch.tensor([0, 3, 7]), 1, 4, final)
+    options = (torch.tensor([0, 3, 7]), 1, 4, final, Partition(4, 4).numbers)
+    arguments = (q, k, v, log_decay, *(beta or [None]), level_scales, None, None, *options)
     torch.library.opcheck(fenwick_array, arguments)

@@ -7,8 +7,15 @@ when the chunk is full are the block states rewritten: transported to its end, a
 # N sequences, C chunk, M blocks, H heads, G groups, K key, V value, L levels
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from loglinear.fenwick import log2
+from loglinear.partition import Partition
+
+UNREACHED = 62  # the binary digit of 2**62, to which no position comes
 
 
 def until(place: Tensor, gates: Tensor) -> Tensor:
@@ -17,17 +24,31 @@ def until(place: Tensor, gates: Tensor) -> Tensor:
     return torch.where(seen, gates.transpose(1, 2), 0.0)
 
 
-def row_scales(level_scales: Tensor, position: Tensor, chunk_size: int, num_blocks: int) -> tuple[Tensor, Tensor]:
+def row_scales(
+    level_scales: Tensor, position: Tensor, chunk_size: int, num_blocks: int, partition: Partition
+) -> tuple[Tensor, Tensor]:
     """Each row's lambdas for the places of its chunk [N, H, C], 0 behind its token's, and for its blocks [N, H, M], 0
     for blocks that its past does not have."""
     N, H, L = level_scales.shape
     place, chunks = position % chunk_size, position // chunk_size
     places = torch.arange(chunk_size, device=place.device)
-    levels = torch.frexp((place[:, None] ^ places).float()).exponent.clamp(max=L - 1).long()  # bit_length
+    columns = columns_between(place[:, None], places, partition).clamp(0, L - 1)
     seen = places <= place[:, None, None]
-    to_place = torch.where(seen, level_scales.gather(2, levels[:, None].expand(N, H, chunk_size)), 0.0)
-    of_blocks = level_scales[..., -num_blocks:]  # `loglinear.fenwick.block_level` of each
-    return to_place, torch.where(has_blocks(chunks, num_blocks)[:, None], of_blocks, 0.0)
+    to_place = torch.where(seen, level_scales.gather(2, columns[:, None].expand(N, H, chunk_size)), 0.0)
+    of_blocks = level_scales[..., -num_blocks:]  # `Partition.block_column` of each
+    return to_place, torch.where(has_blocks(chunks, num_blocks, chunk_size, partition)[:, None], of_blocks, 0.0)
+
+
+def columns_between(t: Tensor, s: Tensor, partition: Partition) -> Tensor:
+    """`Partition.index` of places t and s of a chunk; any number where s > t."""
+    width = log2(partition.radix)
+    if partition.finest_block > 1:
+        t, s = t // partition.finest_block, s // partition.finest_block
+    bits = torch.frexp((t ^ s).float()).exponent.long()  # bit_length
+    if width == 1:
+        return bits
+    highest = (bits - 1).clamp(min=0) // width  # of the digits that differ
+    return highest * (partition.radix - 1) + (t >> highest * width) - (s >> highest * width)
 
 
 def rows_to_merge(full: Tensor) -> Tensor | slice | None:
@@ -38,11 +59,31 @@ def rows_to_merge(full: Tensor) -> Tensor | slice | None:
     return rows if len(rows) else None
 
 
-def has_blocks(chunks: Tensor, num_blocks: int) -> Tensor:
-    """[N, M]: `loglinear.fenwick.has_block` of each row's past."""
-    number = torch.arange(num_blocks, device=chunks.device)
-    left = chunks[:, None] >> number.clamp(max=62)
-    return torch.where(number == num_blocks - 1, left > 0, left % 2 == 1)
+class Blocks(NamedTuple):
+    """The blocks of a state, by their numbers."""
+
+    number: Tensor  # [M]
+    digit: Tensor  # [M] blocks of radix**digit chunks
+    nearer: Tensor  # [M] blocks of the same size that are nearer
+    is_open: Tensor  # [M] whether it reaches, or its size counts, beyond the digit
+
+
+def numbered(num_blocks: int, chunk_size: int, partition: Partition, device: torch.device) -> Blocks:
+    number, last = torch.arange(num_blocks, device=device), partition.last_digit(chunk_size)
+    is_open = number == num_blocks - 1
+    if last is None and partition.radix == 2:  # a step of few operations is fast
+        return Blocks(number, number, torch.zeros_like(number), is_open)
+    digit = (number // (partition.radix - 1)).clamp(max=UNREACHED if last is None else last)
+    is_open = is_open if last is None else is_open | (digit == last)
+    return Blocks(number, digit, number - digit * (partition.radix - 1), is_open)
+
+
+def has_blocks(chunks: Tensor, num_blocks: int, chunk_size: int, partition: Partition) -> Tensor:
+    """[N, M]: `loglinear.partition.Partition.has_block` of each row's past."""
+    blocks = numbered(num_blocks, chunk_size, partition, chunks.device)
+    width = log2(partition.radix)
+    left = chunks[:, None] >> (blocks.digit if width == 1 else blocks.digit * width).clamp(max=UNREACHED)
+    return torch.where(blocks.is_open, left, left % partition.radix) > blocks.nearer
 
 
 def read_blocks(queries: Tensor, blocks: Tensor, weights: Tensor) -> Tensor:
@@ -51,18 +92,37 @@ def read_blocks(queries: Tensor, blocks: Tensor, weights: Tensor) -> Tensor:
     return (weights.transpose(1, 2)[..., None] * reads).sum(1)
 
 
-def merge_full(blocks: Tensor, transported: Tensor, chunk_state: Tensor, chunks: Tensor, full: Tensor) -> Tensor:
+def merge_full(
+    blocks: Tensor,
+    transported: Tensor,
+    chunk_state: Tensor,
+    chunks: Tensor,
+    full: Tensor,
+    chunk_size: int,
+    partition: Partition,
+) -> Tensor:
     """The block states after `chunks` finished chunks, in the rows that are `full`.
 
-    The blocks smaller than 2**ctz(chunks) and the new chunk join into block ctz(chunks), the prefix at most.
+    With p the trailing zeros of `chunks` in base r, the blocks of fewer than r**p chunks and the new chunk become the
+    nearest block of r**p chunks. It pushes the others of this size one number up; the last block takes all in.
     """
-    M = blocks.shape[1]
-    sizes = 1 << torch.arange(1, M, device=blocks.device).clamp(max=62)
-    height = (chunks[:, None] % sizes == 0).sum(1, keepdim=True)  # ctz, at most M - 1
-    number = torch.arange(M, device=blocks.device)
-    is_older = (number > height) | (number == M - 1) & has_blocks(chunks - 1, M)
+    M, radix = blocks.shape[1], partition.radix
+    known = numbered(M, chunk_size, partition, blocks.device)
+    last = partition.last_digit(chunk_size)
+    digits = torch.arange(1, (M - 1) // (radix - 1) + 2, device=blocks.device)
+    sizes = 1 << (digits * log2(radix)).clamp(max=UNREACHED)
+    height = (chunks[:, None] % sizes == 0).sum(1, keepdim=True)
+    if last is not None:
+        height = height.clamp(max=last)
+    target = (height * (radix - 1)).clamp(max=M - 1)
+    had = has_blocks(chunks - 1, M, chunk_size, partition)
+    stays = (known.digit > height) | (known.number == M - 1) & had
+    moves = (known.digit == height) & (known.number < M - 1) & had
     shape = (*blocks.shape[:2], 1, 1, 1)
-    joined = (transported * (number < height).view(shape)).sum(1) + chunk_state
-    merged = torch.where(is_older.view(shape), transported, 0.0)
-    merged = merged + joined[:, None] * (number == height).view(shape)
+    joined = (transported * (known.number < target).view(shape)).sum(1) + chunk_state
+    merged = torch.where(stays.view(shape), transported, 0.0)
+    if radix > 2 or partition.largest_block is not None:  # else a block has no neighbour of its size: two become one
+        moved = torch.where(moves.view(shape), transported, 0.0)
+        merged = merged + torch.cat([torch.zeros_like(moved[:, :1]), moved[:, :-1]], 1)
+    merged = merged + joined[:, None] * (known.number == target).view(shape)
     return torch.where(full[:, None, None, None, None], merged, blocks)

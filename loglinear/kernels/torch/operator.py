@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import num_blocks
 from loglinear.kernels.torch import slab
 from loglinear.kernels.torch.delta_rule import DeltaRuleSlab
 from loglinear.kernels.torch.scalar_gate import ScalarGateSlab
 from loglinear.kernels.torch.schedule import Schedule, schedule
 from loglinear.kernels.torch.workspace import recycled
+from loglinear.partition import Partition
 
 
 @torch.library.custom_op("loglinear::fenwick_array", mutates_args=())
 def fenwick_array(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, level_scales: Tensor,
     nodes: Tensor | None, position: Tensor | None, cu_seqlens: Tensor | None, rows: int, chunk_size: int, final: bool,
+    partition: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs [tokens,H,V]; with `final`, each sequence's block states at the start of its last chunk [N,M,H,K,V], else
     an empty tensor. The delta rule with beta, else the scalar gate.
@@ -31,19 +32,20 @@ def fenwick_array(
     q, k [tokens,G,K]; v [tokens,H,V]; log_decay, beta [tokens,H]; level_scales [tokens,H,L], all of one dtype. They
     are those of `rows` sequences of one length, or of the documents of cu_seqlens [N+1]. Sequences that continue at
     `position` [N] have the states of their blocks in nodes [N,M,H,K,V], and C tokens each in front of all new ones:
-    those of the unfinished chunks.
+    those of the unfinished chunks. `partition` holds the numbers of a `Partition`.
     """
     tensors = (q, k, v, log_decay, beta, level_scales, nodes)
     with torch.no_grad(), recycled():
-        return stages(*tensors, position, cu_seqlens, rows, chunk_size, final)
+        return stages(*tensors, position, cu_seqlens, rows, chunk_size, final, partition)
 
 
 def stages(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, level_scales: Tensor,
     nodes: Tensor | None, position: Tensor | None, cu_seqlens: Tensor | None, rows: int, chunk_size: int, final: bool,
+    partition: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the outputs of `fenwick_array`, open to autograd: with gradients on it records every stage."""
-    plan = _schedule(v, level_scales, position, cu_seqlens, rows, chunk_size, final)
+    plan = _schedule(v, level_scales, position, cu_seqlens, rows, chunk_size, final, partition)
     family, inputs = _family(q, k, v, log_decay, beta, level_scales, nodes)
     return slab.forward(family, plan, inputs, final)
 
@@ -55,23 +57,25 @@ def _family(q, k, v, log_decay, beta, level_scales, nodes):  # type: ignore[no-u
 
 
 def _schedule(
-    v: Tensor, level_scales: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, rows: int, C: int, final: bool
-) -> Schedule:
+    v: Tensor, level_scales: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, rows: int, C: int,
+    final: bool, partition: list[int],
+) -> Schedule:  # fmt: skip
     if cu_seqlens is not None:
         lengths = tuple(cu_seqlens.diff().tolist())
     else:
         held = 0 if position is None else rows * C
         lengths = ((len(v) - held) // rows,) * rows
     positions = None if position is None else tuple(position.tolist())
-    return schedule(lengths, positions, C, level_scales.shape[2], final, v.device)
+    return schedule(lengths, positions, C, level_scales.shape[2], final, v.device, Partition(*partition))
 
 
 @fenwick_array.register_fake
-def _(q, k, v, log_decay, beta, level_scales, nodes, position, cu_seqlens, rows, chunk_size, final):  # type: ignore[no-untyped-def]
+def _(q, k, v, log_decay, beta, level_scales, nodes, position, cu_seqlens, rows, chunk_size, final, partition):  # type: ignore[no-untyped-def]
     output = torch.empty_like(v, memory_format=torch.contiguous_format)
     if not final:
         return output, v.new_empty(0)
-    M, N = num_blocks(level_scales.shape[2], chunk_size), rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    M = Partition(*partition).num_blocks(level_scales.shape[2], chunk_size)
+    N = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return output, v.new_empty(N, M, v.shape[1], q.shape[2], v.shape[2])
 
 
@@ -79,38 +83,38 @@ def _(q, k, v, log_decay, beta, level_scales, nodes, position, cu_seqlens, rows,
 def fenwick_array_backward(
     dout: Tensor | None, dblocks: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
     beta: Tensor | None, level_scales: Tensor, nodes: Tensor | None, position: Tensor | None,
-    cu_seqlens: Tensor | None, rows: int, chunk_size: int, final: bool,
+    cu_seqlens: Tensor | None, rows: int, chunk_size: int, final: bool, partition: list[int],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the tensors that there are, in their order."""
-    plan = _schedule(v, level_scales, position, cu_seqlens, rows, chunk_size, final)
+    plan = _schedule(v, level_scales, position, cu_seqlens, rows, chunk_size, final, partition)
     family, inputs = _family(q, k, v, log_decay, beta, level_scales, nodes)
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False), recycled():
         return [grad for grad in slab.backward(family, plan, inputs, dout, dblocks) if grad is not None]
 
 
 @fenwick_array_backward.register_fake
-def _(dout, dblocks, q, k, v, log_decay, beta, level_scales, nodes, position, cu_seqlens, rows, chunk_size, final):  # type: ignore[no-untyped-def]
+def _(dout, dblocks, q, k, v, log_decay, beta, level_scales, nodes, *options):  # type: ignore[no-untyped-def]
     inputs = (q, k, v, log_decay, beta, level_scales, nodes)
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, rows, chunk_size, final = inputs
+    *tensors, rows, chunk_size, final, partition = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
-    ctx.options = rows, chunk_size, final
+    ctx.options = rows, chunk_size, final, partition
 
 
 def _backward(ctx: Any, dout: Tensor | None, dblocks: Tensor | None):  # type: ignore[no-untyped-def]
     saved, options = ctx.saved_tensors, ctx.options  # once: checkpointing refuses to give them twice
     tensors, where = saved[:7], saved[7:]
-    dblocks = dblocks if options[-1] else None  # without `final` they are empty, and so is their gradient
+    dblocks = dblocks if options[2] else None  # without `final` they are empty, and so is their gradient
     if torch.is_grad_enabled():  # create_graph=True
         grads = recorded_gradients(lambda *x: stages(*x, *where, *options), tensors, (dout, dblocks))
     else:
         given = iter(fenwick_array_backward(dout, dblocks, *saved, *options))
         grads = [None if x is None else next(given) for x in tensors]
-    return *grads, None, None, None, None, None
+    return *grads, None, None, None, None, None, None
 
 
 fenwick_array.register_autograd(_backward, setup_context=_save)

@@ -3,10 +3,11 @@
 All sequences' chunks lie in one array, ``num_chunks`` of them, followed by one empty chunk that fills short rows.
 A sequence may begin in the middle of its history: chunk ``i`` of the array is chunk ``z[i]`` of its sequence, and the
 states of the blocks before its first chunk z0 come from outside. They are extra rows behind the array, ``nodes``:
-node ``m`` of a sequence is its block of ``2**m`` chunks, the last one its whole older prefix. So the rows of the slot
-array are [chunks, empty chunk, nodes of sequence 0, nodes of sequence 1, ...].
+node ``m`` of a sequence is its block in the ``m``-th column of chunks, the last one its whole older prefix. Prefixes
+have rows of their own where the blocks at whose ends they end are read apart too. So the rows of the slot array are
+[chunks, empty chunk, nodes of sequence 0, nodes of sequence 1, ..., prefixes].
 
-Everything here is integer arithmetic on ``z``; see `loglinear.fenwick` for the same rules one position at a time.
+Everything here is integer arithmetic on ``z``; see `loglinear.partition` for the same rules one position at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import block_cap, block_level
+from loglinear.partition import FENWICK, Height, Partition
 
 # A backward that keeps what every read met would need memory for log2(T / C) copies of the queries. So the chunks take
 # turns, one turn for every so many reads: the number of turns grows like the levels, and the memory like T.
@@ -34,18 +35,19 @@ class Merge:
 
 @dataclass(frozen=True)
 class Read:
-    """Each row of `readers` reads the slot in the same row of `sources`, weighted by the lambda of `level`."""
+    """Each row of `readers` reads the slot in the same row of `sources`, weighted by the lambda of `column`."""
 
-    level: int
+    column: int
     sources: Tensor  # [m] rows of the slot array, all different
     readers: Tensor  # [m, w] chunks (final blocks: sequences); short rows are filled with the empty chunk
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Turns the slots `entries` (blocks of the cap's size, in order) into prefixes, in log2 many merges."""
+    """Makes prefixes of the slots `entries` (blocks of the largest size, in order), in log2 many merges."""
 
     entries: Tensor  # [n] rows of the slot array
+    prefixes: Tensor  # [n] rows of the slot array; the entries themselves if no read needs the blocks apart
     ups: list[Merge]  # positions in `entries`; they also compose the transitions
     downs: list[Merge]
     mirrored_ups: list[Merge]  # the same scan from right to left, for the backward
@@ -55,11 +57,13 @@ class Scan:
 
 @dataclass(frozen=True)
 class Schedule:
+    partition: Partition
     chunk_size: int
     num_chunks: int
     num_sequences: int
     num_blocks: int  # block states per sequence, the prefix included
     nodes_per_sequence: int  # 0 without an initial state
+    num_prefixes: int  # prefixes with rows of their own
     rows: Tensor  # [(num_chunks + 1) * C] the source token of each place; any token where `padding` lists it
     padding: Tensor  # places without a token
     places: Tensor  # [source tokens] the place of each source token; an empty chunk's for those left out
@@ -67,11 +71,16 @@ class Schedule:
     scan: Scan | None
     reads: list[Read]  # nearest blocks first; the last one may read prefixes
     turns: list[list[Read]]  # the same reads, a part of the chunks after the other; see READS_A_TURN
-    final_reads: list[Read]  # the same walk from each sequence's end; `level` is the block's number
+    final_reads: list[Read]  # the same walk from each sequence's end; `column` is the block's number
+
+    @property
+    def nodes(self) -> slice:
+        """The rows of the slot array that come from outside."""
+        return slice(self.num_chunks + 1, self.num_chunks + 1 + self.num_sequences * self.nodes_per_sequence)
 
     @property
     def num_rows(self) -> int:
-        return self.num_chunks + 1 + self.num_sequences * self.nodes_per_sequence
+        return self.nodes.stop + self.num_prefixes
 
 
 @lru_cache(maxsize=64)
@@ -80,15 +89,16 @@ def schedule(
     lengths: tuple[int, ...],
     positions: tuple[int, ...] | None,
     chunk_size: int,
-    num_levels: int,
+    num_columns: int,
     final: bool,
     device: torch.device,
+    partition: Partition = FENWICK,
 ) -> Schedule:
     """The schedule of sequences of `lengths` new tokens that continue at `positions` (None: at 0, without a state).
 
     Source tokens are numbered [buffers of sequence 0, 1, ... (C each, only with positions), new tokens].
     """
-    C, cap, N = chunk_size, block_cap(num_levels, chunk_size), len(lengths)
+    C, M, N = chunk_size, partition.num_blocks(num_columns, chunk_size), len(lengths)
     length = torch.tensor(lengths)
     start = torch.tensor(positions) if positions is not None else torch.zeros(N, dtype=torch.int64)
     held = start % C
@@ -100,84 +110,127 @@ def schedule(
     i = torch.arange(n)
     z = i - (offset - first)[sequence]
     end = (start + length) // C  # finished chunks per sequence
-    tree = _Tree(z, sequence, first, offset - first, (cap + 1) if positions is not None else 0)
     deepest = int(torch.cat([z, end]).max())
+    # + 1: the largest blocks never join, and so does the slot of the deepest chunk
+    heights = [(height.column - partition.first_column(C), height) for height in partition.heights(C, deepest + 1)]
+    heights = [(number, height) for number, height in heights if number < M]
+    tree = _Tree(z, sequence, first, offset - first, M if positions is not None else 0, M)
 
-    def walk(z: Tensor, sequence: Tensor, reader: Tensor, weights: list[int]) -> list[Read]:
+    def walk(z: Tensor, sequence: Tensor, reader: Tensor, columns: list[int]) -> list[Read]:
         reads = []
-        for level in range(min(cap, deepest.bit_length())):
-            reads += tree.read(level, z, sequence, reader, weight=weights[level])
-        if deepest >> cap:
-            reads += tree.read(cap, z, sequence, reader, weight=weights[cap], prefix=True)
+        for number, height in heights:
+            for nearer in range(height.radix - 1):
+                if number + nearer < M:
+                    reads += tree.read(number, height, nearer, z, sequence, reader, columns[number + nearer])
         return reads
 
-    merges = [merge for level in range(min(cap, deepest.bit_length())) for merge in tree.merge(level)]
-    scan = tree.scan(cap) if deepest >> cap else None
-    levels = [block_level(size, num_levels, C) for size in range(cap + 1)]
-    reads = walk(z, sequence, i, levels)
+    merges = [
+        merge for (number, height), _ in zip(heights, heights[1:], strict=False) for merge in tree.merge(number, height)
+    ]
+    scan = tree.scan(*heights[-1], deepest)
+    columns = [partition.block_column(number, num_columns, C) for number in range(M)]
+    reads = walk(z, sequence, i, columns)
     turns = i.chunk(max(1, -(-len(reads) // READS_A_TURN)))
-    final_reads = walk(end, torch.arange(N), torch.arange(N), list(range(cap + 1))) if final else []
+    final_reads = walk(end, torch.arange(N), torch.arange(N), list(range(M))) if final else []
     built = Schedule(
-        C, n, N, cap + 1, tree.nodes, *_places(length, held, offset, n, C, positions is not None),
-        merges, scan, reads, [walk(z[part], sequence[part], part, levels) for part in turns], final_reads,
+        partition, C, n, N, M, tree.nodes, tree.num_prefixes,
+        *_places(length, held, offset, n, C, positions is not None),
+        merges, scan, reads, [walk(z[part], sequence[part], part, columns) for part in turns], final_reads,
     )  # fmt: skip
     return _to(built, device)
 
 
 class _Tree:
-    """Index arithmetic on the array of chunks: chunk i is chunk z[i] of sequence[i]."""
+    """Index arithmetic on the array of chunks: chunk i is chunk z[i] of sequence[i].
 
-    def __init__(self, z: Tensor, sequence: Tensor, first: Tensor, origin: Tensor, nodes: int) -> None:
-        self.z, self.sequence, self.nodes = z, sequence, nodes
+    Blocks have numbers, those of a state. A height comes with the number of its nearest block.
+    """
+
+    def __init__(self, z: Tensor, sequence: Tensor, first: Tensor, origin: Tensor, nodes: int, num_blocks: int) -> None:
+        self.z, self.sequence, self.nodes, self.last = z, sequence, nodes, num_blocks - 1
         self.first, self.origin = first, origin  # per sequence: its first chunk here; where its chunk 0 would lie
+        self.num_prefixes = 0
+        self.prefix_row = torch.arange(len(z) + 1 + len(first) * nodes)  # per row: the prefix up to its end
 
-    def node(self, sequence: Tensor, number: int) -> Tensor:
+    def node(self, sequence: Tensor, number: Tensor | int) -> Tensor:
         return len(self.z) + 1 + sequence * self.nodes + number
 
-    def merge(self, level: int) -> list[Merge]:
-        """Blocks of 2**level chunks join in pairs; the left one may be a node."""
-        size = 1 << level
-        right = torch.nonzero((self.z + 1) % (2 * size) == 0)[:, 0]
-        owner = self.sequence[right]
-        inside = self.z[right] - size >= self.first[owner]
-        left = torch.where(inside, right - size, self.node(owner, level))
-        if not self.nodes:
-            left, right = left[inside], right[inside]
-        return [Merge(left, right)] if len(right) else []
+    def row(self, number: int, height: Height, end: Tensor, sequence: Tensor) -> Tensor:
+        """The row of the block, or of the prefix, up to chunk `end`, a multiple of the height's size."""
+        first = self.first[sequence]
+        nearer = first // height.size - end // height.size  # blocks of this size between it and the first chunk
+        apart = (first // height.size % height.radix).clamp(max=self.last - number)
+        node = self.node(sequence, torch.where(nearer < apart, number + nearer, self.last))
+        return torch.where(end > first, self.origin[sequence] + end - 1, node)
+
+    def merge(self, number: int, height: Height) -> list[Merge]:
+        """So many blocks join: the newest, in whose slot they do, takes up one older block after the other."""
+        newest = torch.nonzero((self.z + 1) % (height.radix * height.size) == 0)[:, 0]
+        merges = []
+        for older in range(1, height.radix):
+            owner, end = self.sequence[newest], self.z[newest] + 1 - older * height.size
+            left, right = self.row(number, height, end, owner), newest
+            if not self.nodes:
+                inside = end > self.first[owner]
+                left, right = left[inside], right[inside]
+            if len(right):
+                merges.append(Merge(left, right))
+        return merges
 
     def read(
-        self, level: int, z: Tensor, sequence: Tensor, reader: Tensor, *, weight: int, prefix: bool = False
+        self, number: int, height: Height, nearer: int, z: Tensor, sequence: Tensor, reader: Tensor, column: int
     ) -> list[Read]:
-        """Readers at chunk z of sequence read the block of 2**level chunks (or the prefix) that their walk meets."""
-        head = z >> level
-        active = head > 0 if prefix else head % 2 == 1
-        sequence, reader, end = sequence[active], reader[active], (head << level)[active]
+        """Readers at chunk z of sequence read the block (the last one: the prefix) that their walk meets after
+        `nearer` blocks of its size."""
+        blocks = z // height.size
+        digit = blocks % height.radix
+        is_last = number + nearer == self.last
+        if is_last:
+            blocks = blocks - digit.clamp(max=nearer)
+            active = blocks > 0
+        else:
+            blocks, active = blocks - nearer, digit > nearer
+        sequence, reader, end = sequence[active], reader[active], (blocks * height.size)[active]
         if not len(reader):
             return []
-        source = torch.where(end > self.first[sequence], self.origin[sequence] + end - 1, self.node(sequence, level))
+        source = self.row(number, height, end, sequence)
+        if is_last:
+            source = self.prefix_row[source]
         sources, row, width = torch.unique_consecutive(source, return_inverse=True, return_counts=True)
-        column = torch.arange(len(row)) - (width.cumsum(0) - width)[row]
+        place = torch.arange(len(row)) - (width.cumsum(0) - width)[row]
         readers = torch.full((len(sources), int(width.max())), len(self.z))
-        readers[row, column] = reader
-        return [Read(weight, sources, readers)]
+        readers[row, place] = reader
+        return [Read(column, sources, readers)]
 
-    def scan(self, cap: int) -> Scan:
-        """Prefix over the blocks of 2**cap chunks of every sequence; a node `cap` comes first, where there is one."""
-        blocks = torch.nonzero((self.z + 1) % (1 << cap) == 0)[:, 0]
+    def scan(self, number: int, height: Height, deepest: int) -> Scan | None:
+        """Prefixes over the blocks of the last height of every sequence, if it holds the last block and a chunk's past
+        has that one. Nodes come first: the older prefix, then the blocks that are apart from it."""
+        apart = self.last - number  # blocks of this size are read apart before the prefix
+        if apart >= height.radix - 1 or deepest // height.size <= apart:
+            return None
+        blocks = torch.nonzero((self.z + 1) % height.size == 0)[:, 0]
         owner = self.sequence[blocks]
         if self.nodes:
-            sequences = torch.nonzero(self.first >> cap)[:, 0]
-            blocks = torch.cat([self.node(sequences, cap), blocks])
-            owner = torch.cat([sequences, owner])
+            digit = self.first // height.size % height.radix
+            older = self.first // height.size > digit.clamp(max=apart)
+            found = [(torch.nonzero(older)[:, 0], self.last)]
+            found += [(torch.nonzero(digit > nearer)[:, 0], number + nearer) for nearer in reversed(range(apart))]
+            blocks = torch.cat([*(self.node(sequences, node) for sequences, node in found), blocks])
+            owner = torch.cat([*(sequences for sequences, _ in found), owner])
             order = torch.sort(owner, stable=True).indices
             blocks, owner = blocks[order], owner[order]
+        prefixes = blocks
+        if apart:
+            self.num_prefixes = len(blocks)
+            prefixes = len(self.prefix_row) + torch.arange(len(blocks))
+            self.prefix_row[blocks] = prefixes
         _, width = torch.unique_consecutive(owner, return_counts=True)
         begin = torch.repeat_interleave(width.cumsum(0) - width, width)
         total = torch.repeat_interleave(width, width)
         rank = torch.arange(len(blocks)) - begin
         ups, downs = _scan_merges(rank, 1)
         mirrored_ups, mirrored_downs = _scan_merges(total - 1 - rank, -1)
-        return Scan(blocks, ups, downs, mirrored_ups, mirrored_downs, torch.nonzero(rank)[:, 0])
+        return Scan(blocks, prefixes, ups, downs, mirrored_ups, mirrored_downs, torch.nonzero(rank)[:, 0])
 
 
 def _scan_merges(rank: Tensor, direction: int) -> tuple[list[Merge], list[Merge]]:

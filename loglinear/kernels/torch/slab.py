@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loglinear.kernels.torch.schedule import Schedule
 from loglinear.kernels.torch.threads import run
-from loglinear.kernels.torch.tiles import from_chunks, slab_heads, to_chunks
+from loglinear.kernels.torch.tiles import from_chunks, level_mask, slab_heads, to_chunks
 
 # q, k [tokens,G,K]; v [tokens,H,V]; log_decay [tokens,H]; beta [tokens,H] (delta rule only); level_scales [tokens,H,L];
 # the states of the blocks before each sequence's first chunk [N,M,H,K,V], or None
@@ -35,6 +35,10 @@ class Slab(ABC):
         self.log_decay = to_chunks(log_decay, heads, schedule)
         self.nodes = None if nodes is None else nodes[:, :, heads].flatten(0, 1).transpose(0, 1)  # [H, N * M, K, V]
         self.build(*(to_chunks(x, heads, schedule) for x in rest))
+
+    def mask(self) -> Tensor:
+        """LAM [H, n, C, C], lambda inside the chunks."""
+        return level_mask(self.level_scales, self.schedule.partition)
 
     @abstractmethod
     def build(self, *rest: Tensor) -> None:

@@ -8,12 +8,15 @@ sequence's length beyond what memory asks for.
 # H heads of a slab, n chunks (with the empty one), C chunk, L levels
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from loglinear.fenwick import log2
 from loglinear.kernels.torch.schedule import Schedule
 from loglinear.kernels.torch.workspace import empty, is_recycling, take, zeros
+from loglinear.partition import Partition
 
 SLAB_BYTES = {"cpu": 9 << 19}  # of one [H, n, C, max(C, K, V)] temporary of all slabs that run at once
 OTHER_DEVICES_SLAB_BYTES = 256 << 20
@@ -63,20 +66,28 @@ def from_chunks(chunks: Tensor, out: Tensor, heads: slice, schedule: Schedule, R
     out[:, groups] += tokens.transpose(0, 1)
 
 
-def level_view(matrix: Tensor, level: int) -> Tensor:
-    """The entries [i, j], i > j, of a [..., C, C] matrix at in-chunk level >= 1, as a view [..., w, w, C / 2w].
+def block_view(matrix: Tensor, w: int, radix: int = 2, nearer: int = 0) -> Tensor:
+    """The entries [i, j] of a [..., C, C] matrix whose blocks of w places lie in one block of radix * w, with `nearer`
+    blocks between them, as a view [..., w, w, C / (radix w), radix - 1 - nearer].
 
-    They are the lower left quarters of the diagonal blocks of 2w = 2**level places.
+    For radix 2 they are the lower left quarters of the diagonal blocks of 2w places.
     """
-    C, w = matrix.shape[-1], 1 << (level - 1)
-    blocks = matrix.unflatten(-1, (C // (2 * w), 2, w)).unflatten(-4, (C // (2 * w), 2, w))
-    return blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2)
+    C = matrix.shape[-1]
+    blocks = matrix.unflatten(-1, (C // (radix * w), radix, w)).unflatten(-4, (C // (radix * w), radix, w))
+    within = blocks.diagonal(dim1=-6, dim2=-3)  # [..., radix, w, radix, w, C / (radix w)]
+    return within.diagonal(offset=-1 - nearer, dim1=-5, dim2=-3)
 
 
-def row_view(rows: Tensor, level: int) -> Tensor:
-    """The entries [..., i] of the rows that have places at `level`, as a view [..., w, C / 2w]."""
-    C, w = rows.shape[-1], 1 << (level - 1)
-    return rows.unflatten(-1, (C // (2 * w), 2, w))[..., 1, :].transpose(-1, -2)
+def row_view(rows: Tensor, w: int, radix: int, nearer: int) -> Tensor:
+    """The entries [..., i] of the rows of `block_view`, as a view [..., w, C / (radix w), radix - 1 - nearer]."""
+    C = rows.shape[-1]
+    return rows.unflatten(-1, (C // (radix * w), radix, w))[..., 1 + nearer :, :].movedim(-1, -3)
+
+
+def finest_view(matrix: Tensor, w: int) -> Tensor:
+    """The diagonal blocks of w places of a [..., C, C] matrix, as a view [..., w, w, C / w]."""
+    blocks = matrix.unflatten(-1, (-1, w)).unflatten(-3, (-1, w))
+    return blocks.diagonal(dim1=-4, dim2=-2)
 
 
 def decay_matrix(log_decay: Tensor) -> Tensor:
@@ -94,27 +105,37 @@ def decay_matrix(log_decay: Tensor) -> Tensor:
         left, right = log_decay.unflatten(-1, (C // (2 * w), 2, w)).unbind(-2)
         rows = right.cumsum(-1).exp().transpose(-1, -2)
         columns = suffix_sums(left).exp().transpose(-1, -2)
-        level_view(matrix, level).copy_(rows.unsqueeze(-2) * columns.unsqueeze(-3))
+        block_view(matrix, w)[..., 0].copy_(rows.unsqueeze(-2) * columns.unsqueeze(-3))
     return matrix
 
 
-def level_mask(level_scales: Tensor) -> Tensor:
-    """LAM[i, j] = lambda[i, min(level(i, j), L - 1)] for i >= j, 0 above the diagonal. [H,n,C,L] -> [H,n,C,C]."""
-    C, L = level_scales.shape[-2:]
+def _blocks_inside(C: int, L: int, partition: Partition) -> Iterator[tuple[int, int, int]]:
+    """(w, nearer, column) of `block_view` for every column inside a chunk."""
+    for w, _, column in partition.heights(partition.finest_block, C // partition.finest_block - 1):
+        for nearer in range(partition.radix - 1):
+            yield w * partition.finest_block, nearer, min(column + nearer, L - 1)
+
+
+def level_mask(level_scales: Tensor, partition: Partition) -> Tensor:
+    """LAM[i, j] = lambda[i, min(index(i, j), L - 1)] for i >= j, 0 above the diagonal. [H,n,C,L] -> [H,n,C,C]."""
+    (C, L), f, r = level_scales.shape[-2:], partition.finest_block, partition.radix
     mask = zeros(level_scales, *level_scales.shape[:-1], C)
-    mask.diagonal(dim1=-2, dim2=-1).copy_(level_scales[..., 0])
-    for level in range(1, log2(C) + 1):
-        view = level_view(mask, level)
-        view.copy_(row_view(level_scales[..., min(level, L - 1)], level).unsqueeze(-2).expand_as(view))
-    return mask
+    view = finest_view(mask, f)
+    view.copy_(level_scales[..., 0].unflatten(-1, (-1, f)).movedim(-1, -2).unsqueeze(-2).expand_as(view))
+    for w, nearer, column in _blocks_inside(C, L, partition):
+        view = block_view(mask, w, r, nearer)
+        view.copy_(row_view(level_scales[..., column], w, r, nearer).unsqueeze(-3).expand_as(view))
+    return mask if f == 1 else mask.tril_()
 
 
-def level_mask_backward(dmask: Tensor, dlevel_scales: Tensor) -> None:
-    """Adds the row sums of each level's entries into dlevel_scales [H, n, C, L]."""
-    C, L = dlevel_scales.shape[-2:]
-    dlevel_scales[..., 0] += dmask.diagonal(dim1=-2, dim2=-1)
-    for level in range(1, log2(C) + 1):
-        row_view(dlevel_scales[..., min(level, L - 1)], level).add_(level_view(dmask, level).sum(-2))
+def level_mask_backward(dmask: Tensor, dlevel_scales: Tensor, partition: Partition) -> None:
+    """Adds the row sums of each column's entries into dlevel_scales [H, n, C, L]; dmask is lower triangular."""
+    (C, L), f, r = dlevel_scales.shape[-2:], partition.finest_block, partition.radix
+    own = dlevel_scales[..., 0].unflatten(-1, (-1, f)).movedim(-1, -2)
+    own.add_(finest_view(dmask, f).sum(-2))
+    for w, nearer, column in _blocks_inside(C, L, partition):
+        rows = row_view(dlevel_scales[..., column], w, r, nearer)
+        rows.add_(block_view(dmask, w, r, nearer).sum(-3))
 
 
 def reverse_cumsum(x: Tensor) -> Tensor:

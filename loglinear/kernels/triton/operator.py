@@ -15,6 +15,7 @@ from loglinear.kernels.torch.operator import recorded_gradients, stages
 from loglinear.kernels.triton import delta_rule, scalar_gate
 from loglinear.kernels.triton.call import common_dtype
 from loglinear.kernels.triton.config import Plan, choose
+from loglinear.partition import FENWICK
 
 
 def _plan(direction: str, q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> Plan:
@@ -119,7 +120,7 @@ def _twin(
     output, blocks = stages(
         tokens(q) * scale, tokens(k), tokens(v), tokens(log_decay.clamp(min=MIN_LOG_DECAY)),
         None if beta is None else tokens(beta), tokens(level_scales), None if nodes is None else nodes.float(),
-        None if starts is None else starts * C, cu_seqlens, rows, C, final,
+        None if starts is None else starts * C, cu_seqlens, rows, C, final, FENWICK.numbers,
     )  # fmt: skip
     padding = output.new_zeros(v.shape[0] * v.shape[1] - count, *output.shape[1:])
     return torch.cat([output[held:], padding]).view(v.shape).to(v.dtype), blocks

@@ -25,6 +25,7 @@ from triton.runtime.errors import OutOfResources
 from loglinear.fenwick import num_levels
 from loglinear.kernels.triton.config import STAGES, Launch, Plan, table_key
 from loglinear.kernels.triton.scalar_gate.launch import ScalarGate, gradients
+from loglinear.partition import FENWICK
 
 WARPS_AND_STAGES = ((4, 2), (4, 3), (8, 2), (8, 3))
 SWEEPS = (Launch(128, 4, 2), Launch(128, 4, 3), Launch(64, 4, 3), Launch(64, 4, 4))
@@ -138,7 +139,7 @@ def check(direction: str, shape: Shape, plan: Plan) -> None:
     actual = run(direction, inputs, plan, do)
     leaves = [x[0].double().requires_grad_() for x in inputs]
     q, k, v, log_decay, level_scales = leaves
-    exact, _ = fenwick_array(q, k, v, log_decay, None, level_scales, None, None, None, 1, 64, False)
+    exact, _ = fenwick_array(q, k, v, log_decay, None, level_scales, None, None, None, 1, 64, False, FENWICK.numbers)
     expected = [exact] if direction == "forward" else list(torch.autograd.grad(exact, leaves, do[0].double()))
     for name, a, e in zip(["q", "k", "v", "log_decay", "level_scales"], actual, expected, strict=False):
         limit = LIMITS[shape.dtype] * (2 if direction == "backward" and name == "log_decay" else 1)

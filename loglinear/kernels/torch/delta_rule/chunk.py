@@ -11,7 +11,7 @@
 Source: Yang, Kautz, Hatamizadeh, arXiv 2412.06464 (the WY form), written with E and Y.
 """
 
-# H heads of a slab, n chunks, C chunk, K key, V value, L levels
+# H heads of a slab, n chunks, C chunk, K key, V value
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loglinear.kernels.torch.tiles import decay_matrix, level_mask, level_mask_backward, suffix_sums
+from loglinear.kernels.torch.tiles import decay_matrix, suffix_sums
 from loglinear.kernels.torch.workspace import matmul, product
 
 
@@ -59,11 +59,11 @@ def chunk_state(chunk: Chunk, v: Tensor, out: Tensor) -> None:
     out[..., K:] = matmul(chunk.outgoing_KC, v)
 
 
-def queries(chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, level_scales: Tensor) -> tuple[Tensor, Tensor]:
-    """O_in [H, n, C, V] and Qh [H, n, C, K]."""
+def queries(chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, mask_CC: Tensor) -> tuple[Tensor, Tensor]:
+    """O_in [H, n, C, V] and Qh [H, n, C, K] from LAM, the mask of lambdas."""
     effective_CC = matmul(matmul(q, k.mT).mul_(chunk.decay_CC), chunk.write_CC)
     seen = product(q, chunk.from_start).sub_(matmul(effective_CC, chunk.incoming_CK))
-    return matmul(product(effective_CC, level_mask(level_scales)), v), seen
+    return matmul(product(effective_CC, mask_CC), v), seen
 
 
 def chunk_backward(
@@ -72,22 +72,20 @@ def chunk_backward(
     k: Tensor,
     v: Tensor,
     beta: Tensor,
-    level_scales: Tensor,
+    mask_CC: Tensor,
     do: Tensor,
     dseen: Tensor,
     dslots: Tensor,
-    dlevel_scales: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dbeta and the gradient of G from dO, dQh and [dP | dS]; adds lambda's gradient to dlevel_scales."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dbeta, the gradient of G and that of LAM from dO, dQh and [dP | dS]."""
     K = k.shape[-1]
     dtransition, dstate = dslots[..., :K], dslots[..., K:]
     products_CC = matmul(q, k.mT).mul_(chunk.decay_CC)
     effective_CC = matmul(products_CC, chunk.write_CC)
-    mask_CC = level_mask(level_scales)
 
     # O_in = (E * LAM) V,  Qh = exp(G) Q - E Ke
     dweights_CC = matmul(do, v.mT)
-    level_mask_backward(product(dweights_CC, effective_CC), dlevel_scales)
+    dmask_CC = product(dweights_CC, effective_CC)
     deffective_CC = dweights_CC.mul_(mask_CC).sub_(matmul(dseen, chunk.incoming_CK.mT))
     dv = matmul(product(effective_CC, mask_CC).mT, do)
     dincoming = matmul(effective_CC.mT, dseen).neg_()
@@ -125,4 +123,4 @@ def chunk_backward(
     dkeys_CC.mul_(chunk.decay_CC)
     dq += matmul(dproducts_CC, k)
     dk += matmul(dproducts_CC.mT, q).add_(matmul(dkeys_CC + dkeys_CC.mT, k))
-    return dq, dk, dv, dbeta, dcumulative
+    return dq, dk, dv, dbeta, dcumulative, dmask_CC

@@ -9,6 +9,7 @@ from torch import Tensor
 from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales, rows_to_merge, until
 from loglinear.kernels.torch.delta_rule.chunk import chunk_quantities, chunk_state
 from loglinear.kernels.torch.tiles import suffix_sums
+from loglinear.partition import Partition
 
 
 def chunk_inverse(k: Tensor, beta: Tensor, log_decay: Tensor) -> Tensor:
@@ -42,12 +43,13 @@ def decode_step(
     blocks: Tensor,
     position: Tensor,
     full: Tensor,
+    partition: Partition,
 ) -> Tensor:
     """As the scalar gate's `decode_step`, with beta [N,C,H] and the chunks' inverses [N,C,H,C], by their rows. The
     token's row of the effective attention is e = (q K^T * dec) A diag(b)."""
     C, R, K = k.shape[1], v.shape[2] // k.shape[2], k.shape[3]
     place = position % C
-    to_place, to_blocks = row_scales(level_scales, position, C, blocks.shape[1])
+    to_place, to_blocks = row_scales(level_scales, position, C, blocks.shape[1], partition)
     keys, values = k.transpose(1, 2).repeat_interleave(R, 1), v.transpose(1, 2)  # [N, H, C, K], [N, H, C, V]
     queries, strength, log_decay = q.repeat_interleave(R, 1), beta.transpose(1, 2), until(place, log_decay)
     scores = (queries[..., None, :] @ keys.mT)[..., 0, :] * suffix_sums(log_decay).exp()
@@ -65,5 +67,7 @@ def decode_step(
     slots = q.new_empty(*keys.shape[:2], K, K + v.shape[3])
     chunk_state(chunk_quantities(keys, strength[rows], log_decay[rows]), values, out=slots)
     chunks = position[rows] // C + 1
-    blocks[rows] = merge_full(before, slots[:, None, ..., :K] @ before, slots[..., K:], chunks, full[rows])
+    blocks[rows] = merge_full(
+        before, slots[:, None, ..., :K] @ before, slots[..., K:], chunks, full[rows], C, partition
+    )
     return out

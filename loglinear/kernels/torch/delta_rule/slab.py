@@ -11,7 +11,7 @@ from loglinear.kernels.torch.delta_rule.up_sweep import up_sweep, up_sweep_backw
 from loglinear.kernels.torch.delta_rule.walk import walk, walk_backward
 from loglinear.kernels.torch.schedule import Read
 from loglinear.kernels.torch.slab import Slab
-from loglinear.kernels.torch.tiles import reverse_cumsum
+from loglinear.kernels.torch.tiles import level_mask_backward, reverse_cumsum
 from loglinear.kernels.torch.workspace import empty, product, take, zeros
 
 
@@ -22,21 +22,21 @@ class DeltaRuleSlab(Slab):
         H, n, _, K = self.k.shape
         self.slots = empty(self.v, H, self.schedule.num_rows, K, K + self.v.shape[3])
         chunk_state(self.chunk, self.v, out=self.slots[:, :n])
+        self.slots[:, n:, :, :K] = torch.eye(K, dtype=self.v.dtype, device=self.v.device)
         if self.nodes is not None:
-            self.slots[:, n:, :, :K] = torch.eye(K, dtype=self.v.dtype, device=self.v.device)
-            self.slots[:, n:, :, K:] = self.nodes
+            self.slots[:, self.schedule.nodes, :, K:] = self.nodes
         self.rights = up_sweep(self.slots, self.schedule)
 
     def output(self) -> Tensor:
-        out, seen = queries(self.chunk, self.q, self.k, self.v, self.level_scales)
+        out, seen = queries(self.chunk, self.q, self.k, self.v, self.mask())
         for read, y in walk(seen, self.slots, self.schedule.reads):
-            scales = take(self.level_scales[..., read.level], read.readers)
+            scales = take(self.level_scales[..., read.column], read.readers)
             out.index_add_(1, read.readers.flatten(), product(y, scales[..., None]))
         return out
 
     def final_blocks(self, out: Tensor) -> None:
         for read, y in walk(self.identity(), self.slots, self.schedule.final_reads):
-            out[read.readers.flatten(), read.level] = y.transpose(0, 1)
+            out[read.readers.flatten(), read.column] = y.transpose(0, 1)
 
     def backward(self, do: Tensor, dblocks: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
         dscales = zeros(self.level_scales, *self.level_scales.shape)
@@ -45,21 +45,22 @@ class DeltaRuleSlab(Slab):
         def pull_output(read: Read, y: Tensor) -> Tensor:
             readers = read.readers.flatten()
             dy = take(do, readers)
-            dscales[..., read.level].index_add_(1, readers, product(dy, y).sum(-1))
-            return dy.mul_(take(self.level_scales[..., read.level], readers)[..., None])
+            dscales[..., read.column].index_add_(1, readers, product(dy, y).sum(-1))
+            return dy.mul_(take(self.level_scales[..., read.column], readers)[..., None])
 
         def pull_blocks(read: Read, y: Tensor) -> Tensor:
             assert dblocks is not None
-            return dblocks[read.readers.flatten(), read.level].transpose(0, 1)
+            return dblocks[read.readers.flatten(), read.column].transpose(0, 1)
 
-        _, seen = queries(self.chunk, self.q, self.k, self.v, self.level_scales)
+        _, seen = queries(self.chunk, self.q, self.k, self.v, self.mask())
         dseen = walk_backward(seen, self.slots, self.schedule.turns, pull_output, dslots)
         if dblocks is not None:
             walk_backward(self.identity(), self.slots, [self.schedule.final_reads], pull_blocks, dslots)
         up_sweep_backward(self.slots, self.rights, dslots, self.schedule)
 
         n, K = self.k.shape[1], self.k.shape[3]
-        dq, dk, dv, dbeta, dcumulative = chunk_backward(
-            self.chunk, self.q, self.k, self.v, self.beta, self.level_scales, do, dseen, dslots[:, :n], dscales
+        dq, dk, dv, dbeta, dcumulative, dmask = chunk_backward(
+            self.chunk, self.q, self.k, self.v, self.beta, self.mask(), do, dseen, dslots[:, :n]
         )
-        return (dq, dk, dv, reverse_cumsum(dcumulative), dbeta, dscales), dslots[:, n:, :, K:]
+        level_mask_backward(dmask, dscales, self.schedule.partition)
+        return (dq, dk, dv, reverse_cumsum(dcumulative), dbeta, dscales), dslots[:, self.schedule.nodes, :, K:]

@@ -2,7 +2,7 @@
 
     S_block = P_right S_left + S_right          P_block = P_right P_left
 
-With capped levels the blocks of the cap's size then become prefixes by a scan in log2 many steps.
+Where the last column holds blocks of the largest size and all older ones, a scan in log2 many steps makes prefixes.
 """
 
 # H heads of a slab, slots as in `Schedule`, K key, V value
@@ -29,9 +29,9 @@ def up_sweep(slots: Tensor, schedule: Schedule) -> list[Tensor]:
     """slots [H, slots, K, K + V] in place; returns each merge's right transitions for the backward."""
     rights = [merge(slots, step) for step in schedule.merges]
     if schedule.scan is not None:
-        K, entries = slots.shape[2], schedule.scan.entries
-        prefixes = linear_scan(take(slots, entries), schedule.scan)
-        slots[:, entries, :, K:] = prefixes[..., K:]  # the blocks' transitions stay: the backward needs them
+        K, scan = slots.shape[2], schedule.scan
+        prefixes = linear_scan(take(slots, scan.entries), scan)
+        slots[:, scan.prefixes, :, K:] = prefixes[..., K:]  # the blocks' transitions stay: the backward needs them
     return rights
 
 
@@ -61,11 +61,12 @@ def _scan_backward(slots: Tensor, dslots: Tensor, scan: Scan) -> None:
     K = slots.shape[2]
     transitions = slots[..., :K].index_select(1, scan.entries)
     # P moves to the entry on its left; a run's last entry is the first of the mirrored scan and needs none
-    mirrored = torch.cat([transitions.roll(-1, 1).mT, dslots[..., K:].index_select(1, scan.entries)], -1)
+    mirrored = torch.cat([transitions.roll(-1, 1).mT, dslots[..., K:].index_select(1, scan.prefixes)], -1)
     total = linear_scan(mirrored, scan, mirrored=True)[..., K:]
-    dslots[:, scan.entries, :, K:] = total
+    dslots[:, scan.prefixes, :, K:] = 0  # they may be the entries themselves
+    dslots[:, scan.entries, :, K:] += total
     later = scan.successor
-    earlier = scan.entries.index_select(0, later - 1)
+    earlier = scan.prefixes.index_select(0, later - 1)
     dslots[:, scan.entries.index_select(0, later), :, :K] += (
         total.index_select(1, later) @ slots[..., K:].index_select(1, earlier).mT
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales, rows_to_merge, until
 from loglinear.kernels.torch.tiles import suffix_sums
+from loglinear.partition import Partition
 
 
 def decode_step(
@@ -19,6 +20,7 @@ def decode_step(
     blocks: Tensor,
     position: Tensor,
     full: Tensor,
+    partition: Partition,
 ) -> Tensor:
     """q [N,G,K] and level_scales [N,H,L] of the new tokens; k [N,C,G,K], v [N,C,H,V], log_decay [N,C,H] of the chunks
     with the new tokens in them; blocks [N,M,H,K,V]; position [N] of the new tokens; full [N]: which chunks they fill.
@@ -27,7 +29,7 @@ def decode_step(
     """
     C, R = k.shape[1], v.shape[2] // k.shape[2]
     place = position % C
-    to_place, to_blocks = row_scales(level_scales, position, C, blocks.shape[1])
+    to_place, to_blocks = row_scales(level_scales, position, C, blocks.shape[1], partition)
     log_decay = until(place, log_decay)
     to_end, from_start = suffix_sums(log_decay).exp(), log_decay.sum(-1, keepdim=True).exp()
     scores = torch.einsum("ngk,ncgk->ngc", q, k).repeat_interleave(R, 1)
@@ -41,5 +43,5 @@ def decode_step(
     keys = k[rows].transpose(1, 2).repeat_interleave(R, 1) * to_end[rows][..., None]
     state = keys.mT @ v[rows].transpose(1, 2)
     chunks = position[rows] // C + 1
-    blocks[rows] = merge_full(before, before * past[:, None, :, :, None], state, chunks, full[rows])
+    blocks[rows] = merge_full(before, before * past[:, None, :, :, None], state, chunks, full[rows], C, partition)
     return out

@@ -3,31 +3,32 @@
 O_in = ((Q K^T * dec) * LAM) V
 """
 
-# H heads of a slab, n chunks, C chunk, K key, V value, L levels
+# H heads of a slab, n chunks, C chunk, K key, V value
 from __future__ import annotations
 
 from torch import Tensor
 
-from loglinear.kernels.torch.tiles import decay_matrix, level_mask, level_mask_backward
+from loglinear.kernels.torch.tiles import decay_matrix
 from loglinear.kernels.torch.workspace import matmul, product
 
 
-def in_chunk(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor) -> Tensor:
-    scores_CC = matmul(q, k.mT).mul_(decay_matrix(log_decay)).mul_(level_mask(level_scales))
+def in_chunk(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, mask_CC: Tensor) -> Tensor:
+    """O_in [H, n, C, V] from LAM, the mask of lambdas."""
+    scores_CC = matmul(q, k.mT).mul_(decay_matrix(log_decay)).mul_(mask_CC)
     return matmul(scores_CC, v)
 
 
 def in_chunk_backward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor, do: Tensor, dlevel_scales: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and the gradient of G; adds lambda's gradient into dlevel_scales."""
-    decay_CC, mask_CC = decay_matrix(log_decay), level_mask(level_scales)
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, mask_CC: Tensor, do: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, the gradient of G and that of LAM."""
+    decay_CC = decay_matrix(log_decay)
     scores_CC = matmul(q, k.mT).mul_(decay_CC)
     dweights_CC = matmul(do, v.mT)
-    level_mask_backward(product(dweights_CC, scores_CC), dlevel_scales)
+    dmask_CC = product(dweights_CC, scores_CC)
     dscores_CC = dweights_CC.mul_(mask_CC)
     dv = matmul(product(scores_CC, mask_CC).mT, do)
     flow_CC = scores_CC.mul_(dscores_CC)
     dcumulative = flow_CC.sum(-1) - flow_CC.sum(-2)
     dproducts_CC = dscores_CC.mul_(decay_CC)
-    return matmul(dproducts_CC, k), matmul(dproducts_CC.mT, q), dv, dcumulative
+    return matmul(dproducts_CC, k), matmul(dproducts_CC.mT, q), dv, dcumulative, dmask_CC

@@ -12,7 +12,7 @@ from loglinear.kernels.torch.scalar_gate.up_sweep import up_sweep, up_sweep_back
 from loglinear.kernels.torch.scalar_gate.walk import walk, walk_backward
 from loglinear.kernels.torch.schedule import Read
 from loglinear.kernels.torch.slab import Slab
-from loglinear.kernels.torch.tiles import reverse_cumsum
+from loglinear.kernels.torch.tiles import level_mask_backward, reverse_cumsum
 from loglinear.kernels.torch.workspace import empty, product, take, zeros
 
 
@@ -24,16 +24,16 @@ class ScalarGateSlab(Slab):
         self.log_p = self.v.new_zeros(H, self.schedule.num_rows)
         self.log_p[:, :n] = chunk_state(self.k, self.v, self.log_decay, out=self.states[:, :n])
         if self.nodes is not None:
-            self.states[:, n:] = self.nodes
+            self.states[:, self.schedule.nodes] = self.nodes
         self.rights = up_sweep(self.states, self.log_p, self.schedule)
 
     def weight(self, read: Read, path: Tensor) -> tuple[Tensor, Tensor]:
         """lambda [H, readers, C] of a read, and the decay from the block's end to the query."""
-        scales = take(self.level_scales[..., read.level], read.readers)
+        scales = take(self.level_scales[..., read.column], read.readers)
         return scales, (take(self.cumulative, read.readers) + path[..., None]).exp_()
 
     def output(self) -> Tensor:
-        out = in_chunk(self.q, self.k, self.v, self.log_decay, self.level_scales)
+        out = in_chunk(self.q, self.k, self.v, self.log_decay, self.mask())
         for read, y, path in walk(self.q, self.states, self.log_p, self.schedule.reads):
             scales, decay = self.weight(read, path)
             out.index_add_(1, read.readers.flatten(), y.mul_((decay * scales)[..., None]))
@@ -41,13 +41,13 @@ class ScalarGateSlab(Slab):
 
     def final_blocks(self, out: Tensor) -> None:
         for read, y, path in walk(self.identity(), self.states, self.log_p, self.schedule.final_reads):
-            out[read.readers.flatten(), read.level] = y.mul_(path.exp()[..., None, None]).transpose(0, 1)
+            out[read.readers.flatten(), read.column] = y.mul_(path.exp()[..., None, None]).transpose(0, 1)
 
     def backward(self, do: Tensor, dblocks: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
         dscales = zeros(self.level_scales, *self.level_scales.shape)
-        dq, dk, dv, dcumulative = in_chunk_backward(
-            self.q, self.k, self.v, self.log_decay, self.level_scales, do, dscales
-        )
+        dq, dk, dv, dcumulative, dmask = in_chunk_backward(self.q, self.k, self.v, self.log_decay, self.mask(), do)
+        level_mask_backward(dmask, dscales, self.schedule.partition)
+        del dmask
         dstates, dlog_p = zeros(self.states, *self.states.shape), torch.zeros_like(self.log_p)
 
         def pull_output(read: Read, y: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,14 +55,14 @@ class ScalarGateSlab(Slab):
             scales, decay = self.weight(read, path)
             dy = take(do, readers)
             dweight = product(dy, y).sum(-1).mul_(decay)
-            dscales[..., read.level].index_add_(1, readers, dweight)
+            dscales[..., read.column].index_add_(1, readers, dweight)
             flow = dweight.mul_(scales)
             dcumulative.index_add_(1, readers, flow)
             return dy.mul_(decay.mul_(scales)[..., None]), flow.sum(-1)
 
         def pull_blocks(read: Read, y: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
             assert dblocks is not None
-            dy = dblocks[read.readers.flatten(), read.level].transpose(0, 1) * path.exp()[..., None, None]
+            dy = dblocks[read.readers.flatten(), read.column].transpose(0, 1) * path.exp()[..., None, None]
             return dy, (dy * y).sum((-1, -2))
 
         reads, final_reads = self.schedule.reads, self.schedule.final_reads
@@ -77,4 +77,4 @@ class ScalarGateSlab(Slab):
             self.k, self.v, self.log_decay, dstates[:, :n], dlog_p[:, :n]
         )
         dlog_decay = reverse_cumsum(dcumulative.add_(dcumulative_state))
-        return (dq, dk.add_(dk_state), dv.add_(dv_state), dlog_decay, dscales), dstates[:, n:]
+        return (dq, dk.add_(dk_state), dv.add_(dv_state), dlog_decay, dscales), dstates[:, self.schedule.nodes]

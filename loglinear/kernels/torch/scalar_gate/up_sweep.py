@@ -2,7 +2,7 @@
 
     S_block = P_right S_left + S_right          log P_block = log P_right + log P_left
 
-With capped levels the blocks of the cap's size then become prefixes by a scan in log2 many steps.
+Where the last column holds blocks of the largest size and all older ones, a scan in log2 many steps makes prefixes.
 """
 
 # H heads of a slab, slots as in `Schedule`, K key, V value
@@ -29,7 +29,7 @@ def up_sweep(states: Tensor, log_p: Tensor, schedule: Schedule) -> list[Tensor]:
     if schedule.scan is not None:
         scan = schedule.scan
         prefixes = linear_scan(take(states, scan.entries), log_p.index_select(1, scan.entries), scan)
-        states.index_copy_(1, scan.entries, prefixes)
+        states.index_copy_(1, scan.prefixes, prefixes)
     return rights
 
 
@@ -61,10 +61,11 @@ def _scan_backward(states: Tensor, log_p: Tensor, dstates: Tensor, dlog_p: Tenso
     """D_y = d_y + P_{y+1} D_{y+1};  dS_y = D_y;  dP_y = <D_y, prefix_{y-1}>."""
     block_log_p = log_p.index_select(1, scan.entries)
     # P moves to the entry on its left; a run's last entry is the first of the mirrored scan and needs none
-    total = linear_scan(take(dstates, scan.entries), block_log_p.roll(-1, 1), scan, mirrored=True)
-    dstates.index_copy_(1, scan.entries, total)
+    total = linear_scan(take(dstates, scan.prefixes), block_log_p.roll(-1, 1), scan, mirrored=True)
+    dstates.index_fill_(1, scan.prefixes, 0.0)  # they may be the entries themselves
+    dstates.index_add_(1, scan.entries, total)
     later = scan.successor
-    earlier = scan.entries.index_select(0, later - 1)
+    earlier = scan.prefixes.index_select(0, later - 1)
     flow = product(take(total, later), take(states, earlier)).sum((-1, -2))
     flow.mul_(block_log_p.index_select(1, later).exp())
     dlog_p.index_add_(1, scan.entries.index_select(0, later), flow)
