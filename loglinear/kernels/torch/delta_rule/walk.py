@@ -38,15 +38,18 @@ def walk_backward(
     dslots: Tensor,
 ) -> Tensor:
     """`pull(read, y)` gives dy; returns dX and adds into dslots."""
+    K = x.shape[-1]
     dx = zeros(x, *x.shape)
     current = empty(x, *x.shape).copy_(x)
+    transitions = empty(slots, *slots.shape[:-1], K).copy_(slots[..., :K])  # rows of a part of the slots cost all rows
     for reads in turns:
-        _walk_backward(current, slots, reads, pull, dx, dslots)
+        _walk_backward(current, transitions, slots, reads, pull, dx, dslots)
     return dx
 
 
 def _walk_backward(
     x: Tensor,
+    transitions: Tensor,
     slots: Tensor,
     reads: list[Read],
     pull: Callable[[Read, Tensor], Tensor],
@@ -59,7 +62,7 @@ def _walk_backward(
     for read in reads:
         met.append(take(x, read.readers))
         rows = tall(met[-1], read.sources)
-        after = matmul(rows, take(slots[..., :K], read.sources).flatten(0, 1))
+        after = matmul(rows, take(transitions, read.sources).flatten(0, 1))
         x.index_copy_(1, read.readers.flatten(), after.view_as(met[-1]))
     for read, before in zip(reversed(reads), reversed(met), strict=True):
         readers = read.readers.flatten()
