@@ -16,14 +16,13 @@ from loglinear.ops.validation import (
     check_cu_seqlens,
     check_operands,
     check_partition,
-    check_same_partition,
     check_state_dtype,
     chunk_length,
     finite_number,
     flag,
     working_dtype,
 )
-from loglinear.partition import FENWICK, Partition
+from loglinear.partition import Partition
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,9 @@ class Problem:
         scale, state = finite_number("scale", self.scale), self.initial_state
         if state is not None:
             sizes |= {"N": self.num_sequences, "M": self.partition.num_blocks(sizes["L"], sizes["C"])}
-            if isinstance(state, FenwickState):
-                check_same_partition("initial_state", state.partition or FENWICK, self.partition)
-            state = checked_state("initial_state", state, sizes, self.v.device, delta_rule=delta_rule)
+            state = checked_state(
+                "initial_state", state, sizes, self.v.device, delta_rule=delta_rule, partition=self.partition
+            )
             check_state_dtype("initial_state", state, self.operands)
             state = for_backward(state, self.operands)
         if scale is self.scale and state is self.initial_state and sizes["C"] is self.chunk_size:

@@ -238,8 +238,10 @@ class DecodeState:
             ValueError: The sizes, dtype or device of `state` differ.
         """
         own = self.fenwick
-        state = checked_state("state", state, self.sizes(), own.k.device, delta_rule=own.beta is not None)
-        check_same_partition("state", state.partition or FENWICK, own.partition or FENWICK)
+        partition = own.partition or FENWICK
+        state = checked_state(
+            "state", state, self.sizes(), own.k.device, delta_rule=own.beta is not None, partition=partition
+        )
         if state.k.dtype != own.k.dtype:
             raise ValueError(f"state must hold {own.k.dtype}, as the state that it is copied into, got {state.k.dtype}")
         for mine, other in zip(own.tensors, state.tensors, strict=True):
@@ -272,9 +274,17 @@ class DecodeState:
 
 
 def checked_state(
-    name: str, state: Any, sizes: Sizes, device: torch.device | None = None, *, delta_rule: bool | None = None
+    name: str,
+    state: Any,
+    sizes: Sizes,
+    device: torch.device | None = None,
+    *,
+    delta_rule: bool | None = None,
+    partition: Partition | None = None,
 ) -> FenwickState:
-    """Return the state with an int64 position if its parts fit each other, `sizes` and the operator (None: either).
+    """Return the state with an int64 position if its parts fit each other, `sizes`, the operator and the partition.
+
+    None: either operator, any partition.
 
     Raises:
         ValueError: `state` is no FenwickState, or a part does not fit; one line names it.
@@ -288,7 +298,11 @@ def checked_state(
         check_family(name, state.beta is not None, delta_rule)
     if state.partition is not None:
         check_partition(f"{name}.partition", state.partition)
+    made_with = state.partition or FENWICK
+    if partition is not None:
+        check_same_partition(name, made_with, partition)
     check_state(name, state, sizes, device)
+    made_with.check_chunk_size(sizes["C"])
     return state if state.position.dtype == torch.int64 else state._replace(position=state.position.long())
 
 

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from loglinear.ops import DecodeState, log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.ops import DecodeState, announcement, log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.partition import FENWICK, Partition
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)]
@@ -24,15 +25,14 @@ def on(device, inputs, dtype=None):
     return {name: x.detach().to(device, dtype).requires_grad_() for name, x in inputs.items()}
 
 
-@pytest.mark.parametrize("levels", [1, 4, 12])
+@pytest.mark.parametrize("levels", [1, 4, 12, 40])
 @pytest.mark.parametrize("ends", [None, [0, 100, 100, 777, 1000]], ids=["dense", "packed"])
-def test_gpu_matches_cpu_in_float64(operator, levels, ends):
+@pytest.mark.parametrize("partition", [FENWICK, Partition(4), Partition(16, 16), Partition(4, 16, 64)], ids=str)
+def test_gpu_matches_cpu_in_float64(operator, levels, ends, partition):
     inputs = operator.inputs(B=1, T=1000, K=16, V=24, L=levels)
-    cu_seqlens = None if ends is None else torch.tensor(ends)
-    expected, weights = run(operator, inputs, cu_seqlens=cu_seqlens, chunk_size=16)
-    actual, _ = run(
-        operator, on("cuda", inputs), tuple(w.cuda() for w in weights), cu_seqlens=cu_seqlens, chunk_size=16
-    )
+    options = dict(cu_seqlens=None if ends is None else torch.tensor(ends), chunk_size=16, partition=partition)
+    expected, weights = run(operator, inputs, **options)
+    actual, _ = run(operator, on("cuda", inputs), tuple(w.cuda() for w in weights), **options)
     for a, e in zip(actual, expected, strict=True):
         assert relative_error(a.cpu(), e) < 1e-10 or float((a.cpu() - e).norm()) < 1e-10
 
@@ -43,6 +43,30 @@ def test_gpu_output_error(operator, dtype):
     exact = operator(on("cuda", rounded, torch.float64)).output
     error = relative_error(operator(rounded, impl="torch").output, exact)
     assert error < 1.02 * relative_error(exact.to(dtype), exact) + 6e-7
+
+
+def test_auto_says_that_another_partition_runs_in_torch(operator, caplog, monkeypatch):
+    monkeypatch.setattr(announcement, "_announced", set())
+    with caplog.at_level("INFO", logger=announcement.__name__):
+        operator(on("cuda", operator.inputs(T=100), torch.float32), partition=Partition(4))
+    assert "runs with impl='torch': Partition(radix=4, " in caplog.text
+
+
+def test_a_compiled_call_of_another_partition(operator):
+    """Inductor around the operator, in one graph: output and gradients of the eager call."""
+    inputs = on("cuda", operator.inputs(T=500, K=16, V=16, L=20), torch.float32)
+
+    def call(*tensors):
+        return operator(dict(zip(inputs, tensors, strict=True)), partition=Partition(16, 16)).output
+
+    torch._dynamo.reset()
+    expected = call(*inputs.values())
+    weights = random_loss(expected)
+    results = []
+    for output in (torch.compile(call, fullgraph=True)(*inputs.values()), expected):
+        results.append([output, *gradients([output], weights, list(inputs.values()))])
+    for a, e in zip(*results, strict=True):
+        assert relative_error(a, e) < 1e-6
 
 
 def test_two_gpu_runs_give_the_same_bits(operator):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.partition import FENWICK, Partition
 from tests.ops.operators import OPERATORS, relative_error
 from tests.ops.test_step import take_step
 
@@ -60,12 +61,14 @@ def numbers(x: object, dtype: torch.dtype = torch.float64) -> torch.Tensor | Non
 
 def plain(state: object) -> FenwickState | None:
     """The same numbers in a state of plain memory; None of what has no numbers."""
-    parts = list(state) if isinstance(state, FenwickState) else [None]
+    parts = list(state[:6]) if isinstance(state, FenwickState) else [None]
     if any(x is not None and (not isinstance(x, torch.Tensor) or x.is_sparse or x.is_meta) for x in parts):
         return None
     if any(x is None for x in parts[:-1]) or parts == [None]:
         return None
-    return FenwickState(numbers(state.position, torch.int64), *map(numbers, state[1:]))
+    if not isinstance(state.partition, Partition | None):
+        return None
+    return FenwickState(numbers(state.position, torch.int64), *map(numbers, state[1:6]), state.partition)
 
 
 def precision(*tensors: object) -> float:
@@ -125,6 +128,8 @@ def tampered_state(random_: random.Random, operator) -> object:
     if kind in (2, 3):
         position = [random_.choice(POSITIONS) for _ in range(ROWS)]
         return state._replace(position=torch.tensor(position))
+    if kind == 4:
+        return state._replace(partition=random_.choice([FENWICK, Partition(4), Partition(16), Partition(2, 4), 4]))
     name = random_.choice([name for name, part in state._asdict().items() if part is not None])
     others = [part for part in state if part is not None]
     return state._replace(**{name: tampered(random_, getattr(state, name), others)})
@@ -135,9 +140,10 @@ def state_case(random_: random.Random, operator):
     state, token = tampered_state(random_, operator), detached(operator.inputs(T=T, **SHAPE))
     honest = plain(state)
 
-    def whole(state, impl, chunk_size=C):
-        output, final = operator(token, initial_state=state, chunk_size=chunk_size, output_final_state=True, impl=impl)
-        return [output, *(part for part in final[1:] if part is not None)]
+    def whole(state, impl, chunk_size=C, partition=FENWICK):
+        options = dict(chunk_size=chunk_size, partition=partition, output_final_state=True, impl=impl)
+        output, final = operator(token, initial_state=state, **options)
+        return [output, *final.tensors[1:]]
 
     def stepped(decode):
         steps = [take_step(operator, {name: x[:, t : t + 1] for name, x in token.items()}, decode) for t in range(T)]
@@ -157,7 +163,8 @@ def state_case(random_: random.Random, operator):
     use = random_.randrange(len(calls))
 
     def expected():
-        return whole(honest, "reference", honest.chunk_size)[: None if use < 2 else 1]
+        partition = honest.partition or FENWICK
+        return whole(honest, "reference", honest.chunk_size, partition)[: None if use < 2 else 1]
 
     return calls[use], expected
 
