@@ -6,6 +6,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch.utils._pytree import tree_leaves
 
 from loglinear.ops import DecodeState, log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.partition import FENWICK, Partition
 from tests.kernels.interpreter import teach_interpreter
 from tests.ops.operators import OPERATORS, parts, relative_error
 
@@ -55,10 +56,11 @@ def errors(operator, inputs, prompt=None, dtype=torch.float64, impl="torch", ord
 
 
 @pytest.mark.parametrize("prompt", [None, 7], ids=["alone", "continued"])
-def test_three_orders_of_derivatives(operator, prompt):
+@pytest.mark.parametrize("partition", [FENWICK, Partition(4, 2)], ids=str)
+def test_three_orders_of_derivatives(operator, prompt, partition):
     inputs = operator.inputs(**SIZES)
     prompt = prompt and operator.inputs(**SIZES | dict(T=prompt))
-    assert max(errors(operator, inputs, prompt, chunk_size=4)) < 1e-12
+    assert max(errors(operator, inputs, prompt, chunk_size=4, partition=partition)) < 1e-12
 
 
 @pytest.mark.parametrize("levels", [1, 3, 7])
@@ -90,14 +92,15 @@ def test_an_input_that_is_given_twice_counts_twice(operator):
         assert relative_error(other, one) < 1e-12
 
 
-def functions(operator, inputs):
+def functions(operator, inputs, partition=FENWICK):
     """The operator and its definition as functions of the inputs in their order."""
     weight = torch.randn(inputs["v"].shape, dtype=torch.float64)
 
     def of(compute):
         return lambda *x: (compute(dict(zip(operator.names, x, strict=True))) * weight).square().sum()
 
-    return of(lambda x: operator(x, impl="torch", chunk_size=4).output), of(operator.dense)
+    fast = of(lambda x: operator(x, impl="torch", chunk_size=4, partition=partition).output)
+    return fast, of(lambda x: operator.dense(x, partition))
 
 
 def gradient_norm(function, count):
@@ -125,9 +128,10 @@ TRANSFORMS = {
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms_of_torch_func_are_exact(operator, transform):
+@pytest.mark.parametrize("partition", [FENWICK, Partition(4, 2, 8)], ids=str)
+def test_transforms_of_torch_func_are_exact(operator, transform, partition):
     inputs = {name: x.detach() for name, x in operator.inputs(**SIZES | dict(B=1, T=11)).items()}
-    actual, exact = (TRANSFORMS[transform](f, tuple(inputs.values())) for f in functions(operator, inputs))
+    actual, exact = (TRANSFORMS[transform](f, tuple(inputs.values())) for f in functions(operator, inputs, partition))
     for one, other in zip(tree_leaves(actual), tree_leaves(exact), strict=True):
         assert relative_error(one, other) < 1e-12 and other.abs().max() > 0
 

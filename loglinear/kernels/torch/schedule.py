@@ -119,9 +119,8 @@ def schedule(
     def walk(z: Tensor, sequence: Tensor, reader: Tensor, columns: list[int]) -> list[Read]:
         reads = []
         for number, height in heights:
-            for nearer in range(height.radix - 1):
-                if number + nearer < M:
-                    reads += tree.read(number, height, nearer, z, sequence, reader, columns[number + nearer])
+            for nearer in range(min(height.radix - 1, M - number)):
+                reads += tree.read(number, height, nearer, z, sequence, reader, columns[number + nearer])
         return reads
 
     merges = [
@@ -167,7 +166,7 @@ class _Tree:
         """So many blocks join: the newest, in whose slot they do, takes up one older block after the other."""
         newest = torch.nonzero((self.z + 1) % (height.radix * height.size) == 0)[:, 0]
         merges = []
-        for older in range(1, height.radix):
+        for older in range(1, height.radix if len(newest) else 1):
             owner, end = self.sequence[newest], self.z[newest] + 1 - older * height.size
             left, right = self.row(number, height, end, owner), newest
             if not self.nodes:
