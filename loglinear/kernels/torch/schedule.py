@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -111,7 +112,7 @@ def schedule(
     z = i - (offset - first)[sequence]
     end = (start + length) // C  # finished chunks per sequence
     deepest = int(torch.cat([z, end]).max())
-    # + 1: the largest blocks never join, and so does the slot of the deepest chunk
+    # With one chunk more than the deepest, the slot of that chunk is a block too, and no largest blocks join.
     heights = [(height.column - partition.first_column(C), height) for height in partition.heights(C, deepest + 1)]
     heights = [(number, height) for number, height in heights if number < M]
     tree = _Tree(z, sequence, first, offset - first, M if positions is not None else 0, M)
@@ -123,9 +124,7 @@ def schedule(
                 reads += tree.read(number, height, nearer, z, sequence, reader, columns[number + nearer])
         return reads
 
-    merges = [
-        merge for (number, height), _ in zip(heights, heights[1:], strict=False) for merge in tree.merge(number, height)
-    ]
+    merges = [merge for (number, height), _ in pairwise(heights) for merge in tree.merge(number, height)]
     scan = tree.scan(*heights[-1], deepest)
     columns = [partition.block_column(number, num_columns, C) for number in range(M)]
     reads = walk(z, sequence, i, columns)
