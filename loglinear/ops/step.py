@@ -162,9 +162,12 @@ class Token(NamedTuple):
 
     def refuse_derivatives(self, names: Iterable[str]) -> None:
         """Raise ValueError if a tensor of these names would need a derivative, which a step does not compute."""
+        transformed = is_transformed()
+        if not transformed and not torch.is_grad_enabled():
+            return
         tensors = {name: getattr(self, name) for name in names}
         wanted = [name for name, x in tensors.items() if x is not None and x.requires_grad]
-        if is_transformed() or (torch.is_grad_enabled() and wanted):
+        if transformed or wanted:
             who = " and ".join(wanted) or "torch.func or forward-mode AD"
             raise ValueError(
                 f"a step has no derivatives, but {who} would need one: "
@@ -182,8 +185,11 @@ def _step(operator: str, token: Token, impl: str) -> Tensor:
     chosen = ("triton" if reason is None and on_gpu else "torch") if impl == "auto" else impl
     announce(operator, chosen, reason if impl == "auto" and on_gpu else None)
     if chosen != "triton":
+        run = _torch_step if chosen == "torch" else _reference_step
+        if not torch.is_autocast_enabled(token.v.device.type):
+            return run(token)  # turning it off takes as long as an operation
         with torch.autocast(token.v.device.type, enabled=False):
-            return _torch_step(token) if chosen == "torch" else _reference_step(token)
+            return run(token)
     from loglinear.kernels.triton import step
 
     q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active = token
@@ -219,7 +225,9 @@ def _torch_step(token: Token) -> Tensor:
     s, dtype, partition = state.fenwick, state.fenwick.blocks.dtype, state.fenwick.partition or FENWICK
     if l2_normalize:
         q, k = unit_length(q), unit_length(k)
-    q, level_scales = q.to(dtype) * scale, level_scales.to(dtype)
+    q, level_scales = q.to(dtype), level_scales.to(dtype)
+    if scale != 1.0:
+        q = q * scale
     place, C = s.position % s.chunk_size, s.chunk_size
     row = torch.arange(len(place), device=place.device)
     for buffer, new in ((s.k, k), (s.v, v), (s.log_decay, log_decay.clamp(min=MIN_LOG_DECAY)), (s.beta, beta)):

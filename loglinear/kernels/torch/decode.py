@@ -7,6 +7,7 @@ when the chunk is full are the block states rewritten: transported to its end, a
 # N sequences, C chunk, M blocks, H heads, G groups, K key, V value, L levels
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,27 +17,50 @@ from loglinear.fenwick import log2
 from loglinear.partition import Partition
 
 UNREACHED = 62  # the binary digit of 2**62, to which no position comes
+LARGEST_TABLE = 256  # places of a chunk whose columns are kept: 512 KiB
 
 
-def until(place: Tensor, gates: Tensor) -> Tensor:
+def in_graph() -> bool:
+    """True while a step is recorded rather than run."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def outlasts(x: Tensor) -> bool:
+    """True if what is made on this tensor's device may be kept for later steps: only on a CPU, because a CUDA graph
+    owns its tensors; not in a graph or a mode, whose tensors may hold no data."""
+    return type(x) is Tensor and x.device.type == "cpu" and not in_graph() and not torch._C._len_torch_dispatch_stack()
+
+
+def until(seen: Tensor, gates: Tensor) -> Tensor:
     """The chunks' gates [N, C, H] as [N, H, C], 0 behind the new tokens, whose places are so the chunks' ends."""
-    seen = torch.arange(gates.shape[1], device=place.device) <= place[:, None, None]
     return torch.where(seen, gates.transpose(1, 2), 0.0)
 
 
 def row_scales(
     level_scales: Tensor, position: Tensor, chunk_size: int, num_blocks: int, partition: Partition
-) -> tuple[Tensor, Tensor]:
-    """Each row's lambdas for the places of its chunk [N, H, C], 0 behind its token's, and for its blocks [N, H, M], 0
-    for blocks that its past does not have."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The places of each row's chunk up to its token's [N, 1, C]; their lambdas [N, H, C], 0 behind; the lambdas of the
+    row's blocks [N, H, M], 0 for blocks that its past does not have."""
     N, H, L = level_scales.shape
     place, chunks = position % chunk_size, position // chunk_size
     places = torch.arange(chunk_size, device=place.device)
-    columns = columns_between(place[:, None], places, partition).clamp(0, L - 1)
     seen = places <= place[:, None, None]
+    if chunk_size <= LARGEST_TABLE and outlasts(position):
+        columns = _column_table(chunk_size, L, partition)[place]
+    else:
+        columns = columns_between(place[:, None], places, partition).clamp(0, L - 1)
     to_place = torch.where(seen, level_scales.gather(2, columns[:, None].expand(N, H, chunk_size)), 0.0)
     of_blocks = level_scales[..., -num_blocks:]  # `Partition.block_column` of each
-    return to_place, torch.where(has_blocks(chunks, num_blocks, chunk_size, partition)[:, None], of_blocks, 0.0)
+    has_block = has_blocks(chunks, num_blocks, chunk_size, partition)[:, None]
+    return seen, to_place, torch.where(has_block, of_blocks, 0.0)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _column_table(chunk_size: int, num_levels: int, partition: Partition) -> Tensor:
+    """[C, C]: the columns of all places, seen from each."""
+    places = torch.arange(chunk_size, device="cpu")
+    return columns_between(places[:, None], places, partition).clamp(0, num_levels - 1)
 
 
 def columns_between(t: Tensor, s: Tensor, partition: Partition) -> Tensor:
@@ -53,9 +77,11 @@ def columns_between(t: Tensor, s: Tensor, partition: Partition) -> Tensor:
 
 def rows_to_merge(full: Tensor) -> Tensor | slice | None:
     """The rows that are full, None if none is; in a graph, which cannot ask, all rows: `merge_full` looks again."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if in_graph():
         return slice(None)
     rows = full.nonzero()[:, 0]
+    if len(rows) == len(full):
+        return slice(None)  # views: no row is copied
     return rows if len(rows) else None
 
 
@@ -64,25 +90,30 @@ class Blocks(NamedTuple):
 
     number: Tensor  # [M]
     digit: Tensor  # [M] blocks of radix**digit chunks
+    shift: Tensor  # [M] log2 of these chunks, where a position can have so many
     nearer: Tensor  # [M] blocks of the same size that are nearer
     is_open: Tensor  # [M] whether it reaches, or its size counts, beyond the digit
 
 
 def numbered(num_blocks: int, chunk_size: int, partition: Partition, device: torch.device) -> Blocks:
-    number, last = torch.arange(num_blocks, device=device), partition.last_digit(chunk_size)
+    number, last, radix = torch.arange(num_blocks, device=device), partition.last_digit(chunk_size), partition.radix
     is_open = number == num_blocks - 1
-    if last is None and partition.radix == 2:  # a step of few operations is fast
-        return Blocks(number, number, torch.zeros_like(number), is_open)
-    digit = (number // (partition.radix - 1)).clamp(max=UNREACHED if last is None else last)
+    if last is None and radix == 2:  # a step of few operations is fast
+        return Blocks(number, number, number.clamp(max=UNREACHED), torch.zeros_like(number), is_open)
+    digit = (number // (radix - 1)).clamp(max=UNREACHED if last is None else last)
     is_open = is_open if last is None else is_open | (digit == last)
-    return Blocks(number, digit, number - digit * (partition.radix - 1), is_open)
+    shift = (digit * log2(radix)).clamp(max=UNREACHED)
+    return Blocks(number, digit, shift, number - digit * (radix - 1), is_open)
+
+
+_kept_numbers = lru_cache(maxsize=32)(torch.inference_mode(False)(numbered))
 
 
 def has_blocks(chunks: Tensor, num_blocks: int, chunk_size: int, partition: Partition) -> Tensor:
     """[N, M]: `loglinear.partition.Partition.has_block` of each row's past."""
-    blocks = numbered(num_blocks, chunk_size, partition, chunks.device)
-    width = log2(partition.radix)
-    left = chunks[:, None] >> (blocks.digit if width == 1 else blocks.digit * width).clamp(max=UNREACHED)
+    number = _kept_numbers if outlasts(chunks) else numbered
+    blocks = number(num_blocks, chunk_size, partition, chunks.device)
+    left = chunks[:, None] >> blocks.shift
     return torch.where(blocks.is_open, left, left % partition.radix) > blocks.nearer
 
 
@@ -119,10 +150,11 @@ def merge_full(
     stays = (known.digit > height) | (known.number == M - 1) & had
     moves = (known.digit == height) & (known.number < M - 1) & had
     shape = (*blocks.shape[:2], 1, 1, 1)
-    joined = (transported * (known.number < target).view(shape)).sum(1) + chunk_state
+    joined = (known.number < target).to(blocks.dtype)[:, None] @ transported.flatten(2)
     merged = torch.where(stays.view(shape), transported, 0.0)
     if radix > 2 or partition.largest_block is not None:  # else a block has no neighbour of its size: two become one
         moved = torch.where(moves.view(shape), transported, 0.0)
         merged = merged + torch.cat([torch.zeros_like(moved[:, :1]), moved[:, :-1]], 1)
-    merged = merged + joined[:, None] * (known.number == target).view(shape)
-    return torch.where(full[:, None, None, None, None], merged, blocks)
+    joined = joined.unflatten(2, chunk_state.shape[1:]) + chunk_state[:, None]
+    merged = merged.addcmul_(joined, (known.number == target).to(blocks.dtype).view(shape))
+    return torch.where(full[:, None, None, None, None], merged, blocks) if in_graph() else merged

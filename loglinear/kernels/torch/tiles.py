@@ -145,9 +145,7 @@ def reverse_cumsum(x: Tensor) -> Tensor:
 
 def suffix_sums(x: Tensor) -> Tensor:
     """sum over i' > i along the last dimension."""
-    later = torch.zeros_like(x)
-    later[..., :-1] = reverse_cumsum(x[..., 1:])
-    return later
+    return torch.constant_pad_nd(x.flip(-1), (1, -1)).cumsum(-1).flip(-1)
 
 
 def tall(x: Tensor, sources: Tensor) -> Tensor:

@@ -24,12 +24,13 @@ def append_inverse_row(inverse: Tensor, k: Tensor, beta: Tensor, log_decay: Tens
     N, C, H, _ = inverse.shape
     keys = k.transpose(1, 2).repeat_interleave(H // k.shape[2], 1)
     row = torch.arange(N, device=place.device)
-    erased = (keys @ keys[row, :, place][..., None])[..., 0] * suffix_sums(until(place, log_decay)).exp()
-    earlier = torch.arange(C, device=place.device) < place[:, None, None]
+    places, end = torch.arange(C, device=place.device), place[:, None, None]
+    earlier = places < end
+    erased = (keys @ keys[row, :, place][..., None])[..., 0] * suffix_sums(until(places <= end, log_decay)).exp()
     erased = torch.where(earlier, erased * beta[row, place][..., None], 0.0)
-    identity = torch.eye(C, dtype=inverse.dtype, device=place.device)[place]
-    made = identity[:, None] - (erased[..., None, :] @ inverse.transpose(1, 2))[..., 0, :]
-    inverse[row, place] = torch.where(earlier, made, identity[:, None])
+    identity = (places == end).to(inverse.dtype)
+    made = identity - (erased[..., None, :] @ inverse.transpose(1, 2))[..., 0, :]
+    inverse[row, place] = torch.where(earlier, made, identity)
 
 
 def decode_step(
@@ -48,12 +49,10 @@ def decode_step(
     """As the scalar gate's `decode_step`, with beta [N,C,H] and the chunks' inverses [N,C,H,C], by their rows. The
     token's row of the effective attention is e = (q K^T * dec) A diag(b)."""
     C, R, K = k.shape[1], v.shape[2] // k.shape[2], k.shape[3]
-    place = position % C
-    to_place, to_blocks = row_scales(level_scales, position, C, blocks.shape[1], partition)
+    seen, to_place, to_blocks = row_scales(level_scales, position, C, blocks.shape[1], partition)
     keys, values = k.transpose(1, 2).repeat_interleave(R, 1), v.transpose(1, 2)  # [N, H, C, K], [N, H, C, V]
-    queries, strength, log_decay = q.repeat_interleave(R, 1), beta.transpose(1, 2), until(place, log_decay)
+    queries, strength, log_decay = q.repeat_interleave(R, 1), beta.transpose(1, 2), until(seen, log_decay)
     scores = (queries[..., None, :] @ keys.mT)[..., 0, :] * suffix_sums(log_decay).exp()
-    seen = torch.arange(C, device=place.device) <= place[:, None, None]
     scores = torch.where(seen, scores, 0.0)
     effective = (scores[..., None, :] @ inverse.transpose(1, 2))[..., 0, :] * strength
     out = ((effective * to_place)[..., None, :] @ values)[..., 0, :]

@@ -3,7 +3,6 @@
 # N sequences, C chunk, M blocks, H heads, G groups, K key, V value, L levels
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales, rows_to_merge, until
@@ -28,11 +27,10 @@ def decode_step(
     Returns the outputs [N,H,V], and joins the chunks that are full into their rows' blocks, in place.
     """
     C, R = k.shape[1], v.shape[2] // k.shape[2]
-    place = position % C
-    to_place, to_blocks = row_scales(level_scales, position, C, blocks.shape[1], partition)
-    log_decay = until(place, log_decay)
+    seen, to_place, to_blocks = row_scales(level_scales, position, C, blocks.shape[1], partition)
+    log_decay = until(seen, log_decay)
     to_end, from_start = suffix_sums(log_decay).exp(), log_decay.sum(-1, keepdim=True).exp()
-    scores = torch.einsum("ngk,ncgk->ngc", q, k).repeat_interleave(R, 1)
+    scores = (k.transpose(1, 2) @ q[..., None])[..., 0].repeat_interleave(R, 1)
     weights = scores * to_place * to_end
     out = (weights[..., None, :] @ v.transpose(1, 2))[..., 0, :]
     out = out + read_blocks(q.repeat_interleave(R, 1), blocks, to_blocks * from_start)
