@@ -11,12 +11,12 @@ PARTITIONS = [Partition(), Partition(radix=4), Partition(radix=4, finest_block=4
 
 
 def kept():
-    return decode._column_table.cache_info().currsize + decode._kept_numbers.cache_info().currsize
+    return decode._place_tables.cache_info().currsize + decode._kept_numbers.cache_info().currsize
 
 
 @pytest.fixture(autouse=True)
 def _nothing_kept():
-    decode._column_table.cache_clear()
+    decode._place_tables.cache_clear()
     decode._kept_numbers.cache_clear()
 
 
@@ -48,7 +48,7 @@ def test_a_step_makes_its_tables_once():
         scales_of(torch.zeros(1, dtype=torch.int64))
     made = kept()
     assert made == 2
-    assert not decode._column_table(16, 7, PARTITIONS[0]).is_inference()
+    assert not any(table.is_inference() for table in decode._place_tables(16, 7, PARTITIONS[0]))
     scales_of(torch.tensor([5, 70]))
     assert kept() == made
 

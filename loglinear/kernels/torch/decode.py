@@ -43,12 +43,12 @@ def row_scales(
     row's blocks [N, H, M], 0 for blocks that its past does not have."""
     N, H, L = level_scales.shape
     place, chunks = position % chunk_size, position // chunk_size
-    places = torch.arange(chunk_size, device=place.device)
-    seen = places <= place[:, None, None]
     if chunk_size <= LARGEST_TABLE and outlasts(position):
-        columns = _column_table(chunk_size, L, partition)[place]
+        columns, seen = (table[place] for table in _place_tables(chunk_size, L, partition))
     else:
-        columns = columns_between(place[:, None], places, partition).clamp(0, L - 1)
+        places, end = torch.arange(chunk_size, device=place.device), place[:, None]
+        columns, seen = columns_between(end, places, partition).clamp(0, L - 1), places <= end
+    seen = seen[:, None]
     to_place = torch.where(seen, level_scales.gather(2, columns[:, None].expand(N, H, chunk_size)), 0.0)
     of_blocks = level_scales[..., -num_blocks:]  # `Partition.block_column` of each
     has_block = has_blocks(chunks, num_blocks, chunk_size, partition)[:, None]
@@ -57,10 +57,11 @@ def row_scales(
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def _column_table(chunk_size: int, num_levels: int, partition: Partition) -> Tensor:
-    """[C, C]: the columns of all places, seen from each."""
+def _place_tables(chunk_size: int, num_levels: int, partition: Partition) -> tuple[Tensor, Tensor]:
+    """[C, C] each: the columns of all places, seen from each, and whether they are seen."""
     places = torch.arange(chunk_size, device="cpu")
-    return columns_between(places[:, None], places, partition).clamp(0, num_levels - 1)
+    end = places[:, None]
+    return columns_between(end, places, partition).clamp(0, num_levels - 1), places <= end
 
 
 def columns_between(t: Tensor, s: Tensor, partition: Partition) -> Tensor:
@@ -92,18 +93,18 @@ class Blocks(NamedTuple):
     digit: Tensor  # [M] blocks of radix**digit chunks
     shift: Tensor  # [M] log2 of these chunks, where a position can have so many
     nearer: Tensor  # [M] blocks of the same size that are nearer
-    is_open: Tensor  # [M] whether it reaches, or its size counts, beyond the digit
+    modulus: Tensor  # [M] radix, or no bound where the block reaches, or its size counts, beyond the digit
 
 
 def numbered(num_blocks: int, chunk_size: int, partition: Partition, device: torch.device) -> Blocks:
     number, last, radix = torch.arange(num_blocks, device=device), partition.last_digit(chunk_size), partition.radix
-    is_open = number == num_blocks - 1
-    if last is None and radix == 2:  # a step of few operations is fast
-        return Blocks(number, number, number.clamp(max=UNREACHED), torch.zeros_like(number), is_open)
-    digit = (number // (radix - 1)).clamp(max=UNREACHED if last is None else last)
-    is_open = is_open if last is None else is_open | (digit == last)
+    is_open, digit, nearer = number == num_blocks - 1, number, torch.zeros_like(number)
+    if last is not None or radix > 2:  # else a step of few operations is fast
+        digit = (number // (radix - 1)).clamp(max=UNREACHED if last is None else last)
+        is_open = is_open if last is None else is_open | (digit == last)
+        nearer = number - digit * (radix - 1)
     shift = (digit * log2(radix)).clamp(max=UNREACHED)
-    return Blocks(number, digit, shift, number - digit * (radix - 1), is_open)
+    return Blocks(number, digit, shift, nearer, torch.where(is_open, 1 << UNREACHED, radix))
 
 
 _kept_numbers = lru_cache(maxsize=32)(torch.inference_mode(False)(numbered))
@@ -113,8 +114,7 @@ def has_blocks(chunks: Tensor, num_blocks: int, chunk_size: int, partition: Part
     """[N, M]: `loglinear.partition.Partition.has_block` of each row's past."""
     number = _kept_numbers if outlasts(chunks) else numbered
     blocks = number(num_blocks, chunk_size, partition, chunks.device)
-    left = chunks[:, None] >> blocks.shift
-    return torch.where(blocks.is_open, left, left % partition.radix) > blocks.nearer
+    return (chunks[:, None] >> blocks.shift) % blocks.modulus > blocks.nearer
 
 
 def read_blocks(queries: Tensor, blocks: Tensor, weights: Tensor) -> Tensor:
