@@ -8,6 +8,7 @@ time, and saves the memory of the states and of every chunk matrix.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from loglinear.kernels.torch.schedule import Schedule
 from loglinear.kernels.torch.threads import run
-from loglinear.kernels.torch.tiles import from_chunks, level_mask, slab_heads, to_chunks
+from loglinear.kernels.torch.tiles import from_chunks, level_mask, level_mask_backward, slab_heads, to_chunks
 
 # q, k [tokens,G,K]; v [tokens,H,V]; log_decay [tokens,H]; beta [tokens,H] (delta rule only); level_scales [tokens,H,L];
 # the states of the blocks before each sequence's first chunk [N,M,H,K,V], or None
@@ -39,6 +40,10 @@ class Slab(ABC):
     def mask(self) -> Tensor:
         """LAM [H, n, C, C], lambda inside the chunks."""
         return level_mask(self.level_scales, self.schedule.partition)
+
+    def pull_mask(self, dscales: Tensor) -> Callable[[Tensor], None]:
+        """A function that adds into dscales [H, n, C, L] what a gradient of LAM gives."""
+        return lambda dmask: level_mask_backward(dmask, dscales, self.schedule.partition)
 
     @abstractmethod
     def build(self, *rest: Tensor) -> None:

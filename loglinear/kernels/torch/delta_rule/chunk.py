@@ -14,6 +14,7 @@ Source: Yang, Kautz, Hatamizadeh, arXiv 2412.06464 (the WY form), written with E
 # H heads of a slab, n chunks, C chunk, K key, V value
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -76,8 +77,9 @@ def chunk_backward(
     do: Tensor,
     dseen: Tensor,
     dslots: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dbeta, the gradient of G and that of LAM from dO, dQh and [dP | dS]."""
+    pull_mask: Callable[[Tensor], None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dbeta and the gradient of G from dO, dQh and [dP | dS]; `pull_mask` takes that of LAM."""
     K = k.shape[-1]
     dtransition, dstate = dslots[..., :K], dslots[..., K:]
     products_CC = matmul(q, k.mT).mul_(chunk.decay_CC)
@@ -85,7 +87,7 @@ def chunk_backward(
 
     # O_in = (E * LAM) V,  Qh = exp(G) Q - E Ke
     dweights_CC = matmul(do, v.mT)
-    dmask_CC = product(dweights_CC, effective_CC)
+    pull_mask(product(dweights_CC, effective_CC))
     deffective_CC = dweights_CC.mul_(mask_CC).sub_(matmul(dseen, chunk.incoming_CK.mT))
     dv = matmul(product(effective_CC, mask_CC).mT, do)
     dincoming = matmul(effective_CC.mT, dseen).neg_()
@@ -123,4 +125,4 @@ def chunk_backward(
     dkeys_CC.mul_(chunk.decay_CC)
     dq += matmul(dproducts_CC, k)
     dk += matmul(dproducts_CC.mT, q).add_(matmul(dkeys_CC + dkeys_CC.mT, k))
-    return dq, dk, dv, dbeta, dcumulative, dmask_CC
+    return dq, dk, dv, dbeta, dcumulative

@@ -11,7 +11,7 @@ from loglinear.kernels.torch.delta_rule.up_sweep import up_sweep, up_sweep_backw
 from loglinear.kernels.torch.delta_rule.walk import walk, walk_backward
 from loglinear.kernels.torch.schedule import Read
 from loglinear.kernels.torch.slab import Slab
-from loglinear.kernels.torch.tiles import level_mask_backward, reverse_cumsum
+from loglinear.kernels.torch.tiles import reverse_cumsum
 from loglinear.kernels.torch.workspace import empty, product, take, zeros
 
 
@@ -59,8 +59,8 @@ class DeltaRuleSlab(Slab):
         up_sweep_backward(self.slots, self.rights, dslots, self.schedule)
 
         n, K = self.k.shape[1], self.k.shape[3]
-        dq, dk, dv, dbeta, dcumulative, dmask = chunk_backward(
-            self.chunk, self.q, self.k, self.v, self.beta, self.mask(), do, dseen, dslots[:, :n]
-        )
-        level_mask_backward(dmask, dscales, self.schedule.partition)
+        dq, dk, dv, dbeta, dcumulative = chunk_backward(
+            self.chunk, self.q, self.k, self.v, self.beta, self.mask(), do, dseen, dslots[:, :n],
+            self.pull_mask(dscales),
+        )  # fmt: skip
         return (dq, dk, dv, reverse_cumsum(dcumulative), dbeta, dscales), dslots[:, self.schedule.nodes, :, K:]

@@ -6,6 +6,8 @@ O_in = ((Q K^T * dec) * LAM) V
 # H heads of a slab, n chunks, C chunk, K key, V value
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from loglinear.kernels.torch.tiles import decay_matrix
@@ -19,16 +21,22 @@ def in_chunk(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, mask_CC: Tensor
 
 
 def in_chunk_backward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, mask_CC: Tensor, do: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, the gradient of G and that of LAM."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    mask_CC: Tensor,
+    do: Tensor,
+    pull_mask: Callable[[Tensor], None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and the gradient of G; `pull_mask` takes that of LAM."""
     decay_CC = decay_matrix(log_decay)
     scores_CC = matmul(q, k.mT).mul_(decay_CC)
     dweights_CC = matmul(do, v.mT)
-    dmask_CC = product(dweights_CC, scores_CC)
+    pull_mask(product(dweights_CC, scores_CC))
     dscores_CC = dweights_CC.mul_(mask_CC)
     dv = matmul(product(scores_CC, mask_CC).mT, do)
     flow_CC = scores_CC.mul_(dscores_CC)
     dcumulative = flow_CC.sum(-1) - flow_CC.sum(-2)
     dproducts_CC = dscores_CC.mul_(decay_CC)
-    return matmul(dproducts_CC, k), matmul(dproducts_CC.mT, q), dv, dcumulative, dmask_CC
+    return matmul(dproducts_CC, k), matmul(dproducts_CC.mT, q), dv, dcumulative

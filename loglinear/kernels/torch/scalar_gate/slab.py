@@ -12,7 +12,7 @@ from loglinear.kernels.torch.scalar_gate.up_sweep import up_sweep, up_sweep_back
 from loglinear.kernels.torch.scalar_gate.walk import walk, walk_backward
 from loglinear.kernels.torch.schedule import Read
 from loglinear.kernels.torch.slab import Slab
-from loglinear.kernels.torch.tiles import level_mask_backward, reverse_cumsum
+from loglinear.kernels.torch.tiles import reverse_cumsum
 from loglinear.kernels.torch.workspace import empty, product, take, zeros
 
 
@@ -45,9 +45,9 @@ class ScalarGateSlab(Slab):
 
     def backward(self, do: Tensor, dblocks: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
         dscales = zeros(self.level_scales, *self.level_scales.shape)
-        dq, dk, dv, dcumulative, dmask = in_chunk_backward(self.q, self.k, self.v, self.log_decay, self.mask(), do)
-        level_mask_backward(dmask, dscales, self.schedule.partition)
-        del dmask
+        dq, dk, dv, dcumulative = in_chunk_backward(
+            self.q, self.k, self.v, self.log_decay, self.mask(), do, self.pull_mask(dscales)
+        )
         dstates, dlog_p = zeros(self.states, *self.states.shape), torch.zeros_like(self.log_p)
 
         def pull_output(read: Read, y: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
