@@ -1,8 +1,8 @@
-"""Which read of the buckets remembers? Dense candidates, compared on multi-query associative recall.
+"""Candidates for the read of the buckets, compared on multi-query associative recall.
 
     w[t, b] = n_t softmax_b(W x_t + tau score(t, b)),    o_t = sum_b w[t, b] q_t^T S_t^(b)
 
-Every candidate is a `Read`: a partition of the past, a score, a form. `RoutedMixer` computes it as a T x T matrix.
+A `Read` names a candidate: a partition of the past, a score, a form. `RoutedMixer` computes it in plain torch.
 """
 
 from experiments.reads.mixer import RoutedMixer, adapt

@@ -1,17 +1,17 @@
-"""A mixer with a candidate's read, computed as a T x T matrix."""
+"""A mixer with a candidate's read, in chunks of plain torch: O(T^2 / CHUNK) reads of states, for short sequences."""
 
-# B batch, T time, D hidden size, G groups, H heads, K key, V value, R routing numbers, N buckets
-# Z query blocks, C key blocks, f tokens of a finest block
+# B batch, T time, H heads, G groups, K key, V value, R routing numbers, N buckets
+# Z chunks, C tokens of a chunk, D distance in chunks
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.reads.dense import absorbed, block_coefficients, linear_coefficients
-from experiments.reads.partition import Partition
+from experiments.reads.chunks import Chunks, by_distance
+from experiments.reads.partition import CHUNK, Buckets, between, inside
 from experiments.reads.read import Read
 from loglinear.layers.level_scales import ZeroLinear
 from loglinear.layers.mixer import Mixer
@@ -35,24 +35,33 @@ class HeadVector(nn.Module):
         return self.bias
 
 
-class RoutedRead(nn.Module):
-    """The weights of a candidate's buckets, from the hidden states and from what the buckets hold."""
+class Reads(NamedTuple):
+    """The reads of a linear model, before they are added up."""
 
-    member: Tensor
-    tokens: Tensor
-    live: Tensor
-    end: Tensor
+    own: Tensor  # [B, H, Z, C, V] in the token's own chunk
+    older: Tensor  # [B, H, Z, C, D, V] in the chunk D + 1 chunks back, before it fades
+    fade: Tensor  # [B, H, Z, C, D] what the decay since then leaves of it
+
+
+class RoutedRead(nn.Module):
+    """The logits of a candidate's buckets, from the hidden states and from what the buckets hold.
+
+    Columns are those of the own chunk's buckets, if it has more than one, then those of older chunks.
+    """
 
     def __init__(self, mixer: Mixer, hidden_size: int, read: Read, length: int) -> None:
         super().__init__()
+        if read.eta and read.finest != CHUNK:
+            raise ValueError(f"eta needs a finest block of {CHUNK} tokens, got {read.name}")
         self.read, self.heads = read, mixer.heads
-        H, N = mixer.heads.num_heads, read.num_buckets(length)
-        for name, tensor in Partition.of(read, length)._asdict().items():
-            self.register_buffer(name, tensor, persistent=False)
+        self.far, near = _Constants(between(read, length)), inside(read)
+        self.near = None if near is None else _Constants(near)
+        H, N = mixer.heads.num_heads, self.far.member.shape[2] - 1 + (1 if near is None else near.member.shape[2])
         self.bias_proj = ZeroLinear(hidden_size, H * N)
         if read.score == "keys":
-            self.proj = nn.Linear(hidden_size, 2 * H * ROUTING_DIM, bias=False)
-            self.conv = nn.Conv1d(2 * H * ROUTING_DIM, 2 * H * ROUTING_DIM, 4, padding=3, groups=2 * H * ROUTING_DIM)
+            width = 2 * H * ROUTING_DIM
+            self.proj = nn.Linear(hidden_size, width, bias=False)
+            self.conv = nn.Conv1d(width, width, 4, padding=3, groups=width)
         if read.score != "none":
             self.temperature = HeadVector(torch.full((H,), 0.0 if read.late else 1.0))
         if read.eta:
@@ -61,36 +70,84 @@ class RoutedRead(nn.Module):
             self.gate, self.rho = ZeroLinear(hidden_size, H), HeadVector(torch.full((H,), RHO))
             self.null = ZeroLinear(hidden_size, H)
 
-    def partition(self, length: int) -> Partition:
-        """Return the partition of a sequence; ValueError if its length is no multiple of the finest block."""
-        if length % self.read.finest:
-            raise ValueError(f"length must be a multiple of {self.read.finest} tokens, got {length}")
-        whole = Partition(self.member, self.tokens, self.live, self.end)
-        return whole.first(length // self.read.finest)
+    def by_chunk(self, x: Tensor) -> Tensor:
+        """Return x [B, T, H...] as [B, H, Z, C, ...]."""
+        return x.unflatten(2, (self.heads.num_heads, -1)).transpose(1, 2).unflatten(2, (-1, CHUNK))
 
-    def block_scores(self, x: Tensor, q: Tensor, k: Tensor, qk: Tensor, kk: Tensor, beta: Tensor | None) -> Tensor:
-        """Return a number [B, H or 1, T, C] for each token and block, whose sum over a bucket is its score."""
-        f, score = self.read.finest, self.read.score
-        if score == "keys":
-            mixed = self.conv(self.proj(x).mT)[..., : x.shape[1]].unflatten(1, (2 * self.heads.num_heads, ROUTING_DIM))
-            own_q, own_k = F.normalize(mixed.mT, dim=-1).chunk(2, 1)
-            return own_q @ own_k.unflatten(2, (-1, f)).sum(3).mT
-        cosines = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT).unflatten(3, (-1, f))
-        if score == "qk":
-            return cosines.sum(-1)
-        if score == "gram":
-            return cosines.square().sum(-1) - f / q.shape[-1]
-        if beta is None:
-            raise ValueError(f"score {score} needs the delta rule")
-        return absorbed(qk, kk, beta, f)
+    def features(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the q' and k' [B, H or G, Z, C, .] of a score that is their product."""
+        if self.read.score != "keys":
+            return F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        mixed = self.conv(self.proj(x).mT)[..., : x.shape[1]].mT
+        own_q, own_k = (self.by_chunk(part) for part in mixed.chunk(2, -1))
+        return F.normalize(own_q, dim=-1), F.normalize(own_k, dim=-1)
 
-    def logits(self, x: Tensor, scores: Tensor | None, part: Partition) -> Tensor:
-        """Return a [B, H, Z, f, N], -inf where a bucket is empty, from scores of that shape or without them."""
-        shape = (len(part.live), self.read.finest)
-        a = self.bias_proj(x).unflatten(-1, (self.heads.num_heads, -1)).transpose(1, 2).unflatten(2, shape)
+    def scores(self, x: Tensor, q: Tensor, k: Tensor, chunks: Chunks, reads: Reads) -> Tensor | None:
+        """Return the scores [B, H or 1, Z, C, N] of all buckets; a reader's own one has 0, unless it is an energy."""
+        score, Z = self.read.score, q.shape[2]
+        far = self.far.first(Z)
+        if score == "none":
+            return None
+        if score == "energy":
+            member = by_distance(far.member.permute(2, 0, 1)[:, :, None])[:, :, 0]  # [N, Z, D]
+            sums = torch.einsum("bhzcdv,bhzcd,nzd->bhzcnv", reads.older, reads.fade, member)
+            sums = torch.cat([sums[:, :, :, :, :1] + reads.own[:, :, :, :, None], sums[:, :, :, :, 1:]], 4)
+            return (sums.square().sum(-1) + 1e-4).log() / 8
+        if score == "absorbed":
+            if chunks.transition is None:
+                raise ValueError("score absorbed needs the delta rule")
+            left = torch.einsum("bhzck,bhykl->bhzcyl", q, chunks.transition)
+            each = q.square().sum(-1, keepdim=True) - left.square().sum(-1)
+        else:
+            own_q, own_k = self.features(x, q, k)
+            if score == "gram":
+                hits = torch.einsum("bhzck,bhysk->bhzcys", own_q, own_k).square()
+                each = hits.sum(-1) - CHUNK / q.shape[-1]
+            else:
+                each = torch.einsum("bhzck,bhyk->bhzcy", own_q, own_k.sum(3))
+        sums = torch.einsum("bhzcy,zyn->bhzcn", each, far.member)
+        if score in ("keys", "qk"):
+            sums = sums * far.tokens.rsqrt()[:, None]
+        sums = torch.cat([torch.zeros_like(sums[..., :1]), sums[..., 1:]], -1)
+        if self.near is None:
+            return sums
+        if score not in ("keys", "qk", "gram"):
+            raise ValueError(f"score {score} needs a finest block of {CHUNK} tokens, got {self.read.name}")
+        hits = own_q @ own_k.mT
+        hits = hits.square() - 1 / q.shape[-1] if score == "gram" else hits
+        near = torch.einsum("bhzcs,csn->bhzcn", hits, self.near.member)
+        if score != "gram":
+            near = near * self.near.tokens.rsqrt()
+        return torch.cat([torch.zeros_like(near[..., :1]), near[..., 1:], sums[..., 1:]], -1)
+
+    def logits(self, x: Tensor, scores: Tensor | None, live: Tensor) -> Tensor:
+        """Return a [B, H, Z, C, N], -inf where a bucket is empty."""
+        a = self.by_chunk(self.bias_proj(x))
         if scores is not None:
             a = a + SHARPNESS * self.temperature()[:, None, None, None] * scores
-        return a.masked_fill(~part.live[:, None], float("-inf"))
+        return a.masked_fill(~live, float("-inf"))
+
+    def live(self, Z: int) -> Tensor:
+        """Return [Z, C, N], true where a bucket holds something."""
+        far = self.far.live[:Z, None].expand(Z, CHUNK, -1)
+        return far if self.near is None else torch.cat([self.near.live.expand(Z, CHUNK, -1), far[..., 1:]], -1)
+
+
+class _Constants(nn.Module):
+    """The tensors of `Buckets`, on the device of the model."""
+
+    member: Tensor
+    tokens: Tensor
+    live: Tensor
+    end: Tensor
+
+    def __init__(self, buckets: Buckets) -> None:
+        super().__init__()
+        for name, tensor in buckets._asdict().items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def first(self, units: int) -> Buckets:
+        return Buckets(self.member, self.tokens, self.live, self.end).first(units)
 
 
 class RoutedMixer(Mixer):
@@ -102,88 +159,57 @@ class RoutedMixer(Mixer):
         z, qkv = self._project(x)
         qkv, _ = self.conv(qkv, None, None)
         tensors, v = self._operands(x, qkv)
-        return self._output(self.read(x, *tensors[:-1]), v, z), None  # type: ignore[arg-type]  # only gates can be None
+        y = self.read(x, *tensors[:-1])  # type: ignore[arg-type]  # only gates can be None
+        return self._output(y, v, z), None
 
     def read(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None = None
     ) -> Tensor:
-        """Return the operator's output [B, T, H, V]."""
+        """Return the operator's output [B, T, H, V]; ValueError for a length that is no multiple of CHUNK."""
+        if x.shape[1] % CHUNK:
+            raise ValueError(f"length must be a multiple of {CHUNK} tokens, got {x.shape[1]}")
         routed, spec = self.routed, self.routed.read
-        T, f, part = x.shape[1], spec.finest, self.routed.partition(x.shape[1])
         if self.variant.l2_normalize:
             q, k = unit_length(q), unit_length(k)
-        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        qk, kk = q @ k.mT, k @ k.mT
-        strength = None if beta is None else beta.transpose(1, 2)
-        linear = block_coefficients(qk, kk, strength, f) if spec.unerased else linear_coefficients(qk, kk, strength)
-        decay = x.new_zeros(1, 1, T) if log_decay is None else log_decay.transpose(1, 2).cumsum(-1)
-        ends = self._ends(decay, part)  # G at the end of the bucket of each block, as each token sees it
-        between = decay[..., :, None] - ends  # from there to the token: [B, H, T, C]
+        q, k, v = (tensor.transpose(1, 2).unflatten(2, (-1, CHUNK)) for tensor in (q, k, v))
+        if beta is not None:
+            beta = beta.transpose(1, 2).unflatten(2, (-1, CHUNK))
+        decay = x.new_zeros(*x.shape[:2], v.shape[1]) if log_decay is None else log_decay
+        decay = decay.transpose(1, 2).cumsum(-1).unflatten(2, (-1, CHUNK))  # G [B, H, Z, C]
+        chunks = Chunks.of(q, k, v, decay, beta)
+        reads = chunks.reads(q if spec.unerased else None)
+        last, far = decay[..., -1], routed.far.first(q.shape[2])
+        ends = last[..., far.end]  # G at the end of each chunk's bucket [B, H, Z, Z]
+        inside = by_distance((ends - last[:, :, None]).unsqueeze(3))  # from the chunk's end to there [B, H, Z, 1, D]
+        after = by_distance(decay[..., None] - ends[..., None, :])  # from there to the token [B, H, Z, C, D]
         if spec.eta:
-            between = between * routed.eta()[:, None, None]
-        since = ends[..., None] - decay.unflatten(2, (-1, f))[:, :, None]  # [B, H, T, C, f]
-        causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().unflatten(1, (-1, f))
-        fade = (between[..., None] + since).masked_fill(~causal, float("-inf")).exp()
-        coefficients = self.variant.scale * linear.unflatten(3, (-1, f)) * fade
-        scores = self._scores(x, q, k, qk, kk, strength, coefficients, v)
-        a = routed.logits(x, scores, part)
+            after = after * routed.eta()[:, None, None, None]
+        fade = (inside + after).clamp(max=80).exp()  # before the sequence it may grow, and multiplies 0
+        own, live = chunks.own, routed.live(q.shape[2])
+        a = routed.logits(x, routed.scores(x, q, k, chunks, Reads(own @ v, reads, fade)), live)
         if spec.residual:
-            far = self._residual(x, a, part)[..., None] * since.masked_fill(~causal, float("-inf")).exp()
-            own = block_coefficients(qk, kk, strength, f)
-            coefficients = coefficients + self.variant.scale * far * own.unflatten(3, (-1, f))
+            residual = (self._residual(x, a, far) * inside.exp())[..., None] * chunks.reads(q)
+            far_reads = (fade[..., None] * reads).sum(4) + residual.sum(4)
         else:
-            w = a.softmax(-1) * part.live.sum(-1)[:, None, None]
-            coefficients = coefficients * self._of_blocks(w, part)[..., None]
-        return (coefficients.flatten(3) @ v).transpose(1, 2)
+            w = a.softmax(-1) * live.sum(-1, keepdim=True)
+            near = w[..., : w.shape[-1] - far.member.shape[2] + 1]
+            older = torch.cat([w[..., :1], w[..., near.shape[-1] :]], -1)
+            own = own * (near if routed.near is None else torch.einsum("bhzcn,csn->bhzcs", near, routed.near.member))
+            weights = fade * self._of_chunks(older, far)
+            far_reads = (weights[..., None] * reads).sum(4)
+        return (self.variant.scale * (own @ v + far_reads)).flatten(2, 3).transpose(1, 2)
 
-    def _scores(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        qk: Tensor,
-        kk: Tensor,
-        beta: Tensor | None,
-        coefficients: Tensor,
-        v: Tensor,
-    ) -> Tensor | None:
-        """Return the scores [B, H, Z, f, N] of the buckets; the token's own one has 0, unless it is an energy."""
-        spec, part = self.routed.read, self.routed.partition(x.shape[1])
-        if spec.score == "none":
-            return None
-        if spec.score == "energy":
-            reads = torch.einsum("bhtcs,bhcsv->bhtcv", coefficients, v.unflatten(2, (-1, spec.finest)))
-            reads = torch.einsum("bhzfcv,zcn->bhzfnv", reads.unflatten(2, (-1, spec.finest)), part.member)
-            return (reads.square().sum(-1) + 1e-4).log() / 8
-        blocks = self.routed.block_scores(x, q, k, qk, kk, beta)
-        sums = torch.einsum("bhzfc,zcn->bhzfn", blocks.unflatten(2, (-1, spec.finest)), part.member)
-        if spec.score in ("keys", "qk"):
-            sums = sums * part.tokens.rsqrt()[:, None]
-        own = torch.zeros_like(sums[..., :1])
-        return torch.cat([own.expand(*own.shape), sums[..., 1:]], -1)
-
-    def _residual(self, x: Tensor, a: Tensor, part: Partition) -> Tensor:
-        """Return rho_t pi [B, H, T, C]: the gate times the softmax over far buckets and the null route."""
-        routed, shape = self.routed, (len(part.live), self.routed.read.finest)
-        null = routed.null(x).transpose(1, 2).unflatten(2, shape)[..., None]
+    def _residual(self, x: Tensor, a: Tensor, far: Buckets) -> Tensor:
+        """Return rho_t pi [B, H, Z, C, D]: the gate times the softmax over older buckets and the null route."""
+        routed = self.routed
+        null = routed.by_chunk(routed.null(x))
         pi = torch.cat([null, a[..., 1:]], -1).softmax(-1)
-        rho = (routed.gate(x) + routed.rho()).transpose(1, 2).unflatten(2, shape)[..., None]
-        return self._of_blocks(torch.cat([torch.zeros_like(null), rho * pi[..., 1:]], -1), part)
+        rho = routed.by_chunk(routed.gate(x)) + routed.rho()[:, None, None, None]
+        return self._of_chunks(torch.cat([torch.zeros_like(null), rho * pi[..., 1:]], -1), far)
 
-    def _of_blocks(self, weights: Tensor, part: Partition) -> Tensor:
-        """Return weights [B, H, Z, f, N] of buckets as those of blocks, [B, H, T, C]."""
-        return torch.einsum("bhzfn,zcn->bhzfc", weights, part.member).flatten(2, 3)
-
-    def _ends(self, decay: Tensor, part: Partition) -> Tensor:
-        """Return the cumulative log decay at the end of the bucket of each block: [B, H, T, C].
-
-        A token's own block ends with the token itself.
-        """
-        f, Z = self.routed.read.finest, len(part.live)
-        ends = decay[..., f - 1 :: f][..., part.end]  # [B, H, Z, C]
-        ends = ends.repeat_interleave(f, 2)
-        own = torch.eye(Z, dtype=torch.bool, device=decay.device).repeat_interleave(f, 0)
-        return torch.where(own, decay[..., None], ends)
+    def _of_chunks(self, weights: Tensor, far: Buckets) -> Tensor:
+        """Return weights [B, H, Z, C, N] of older buckets as those of older chunks, [B, H, Z, C, D]."""
+        return by_distance(torch.einsum("bhzcn,zyn->bhzcy", weights, far.member))
 
 
 def adapt(model: LogLinearForCausalLM, read: Read, length: int) -> None:

@@ -1,6 +1,6 @@
-"""The partition of a candidate as tensors, for the longest sequence; shorter ones use a corner of them."""
+"""The partition of a candidate as tensors, for the longest sequence. Shorter ones use a corner of them."""
 
-# Z query blocks, C key blocks, N buckets, f tokens of a finest block
+# I readers and J what is read (tokens of a chunk, or chunks), N buckets
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -10,32 +10,55 @@ from torch import Tensor
 
 from experiments.reads.read import Read
 
+CHUNK = 16  # tokens; what is finer is a matrix inside the chunk, what is coarser a sum of chunks
 
-class Partition(NamedTuple):
-    """Which bucket each block reads each older block through."""
 
-    member: Tensor  # [Z, C, N] 1 if a token of block z reads block c through bucket n
-    tokens: Tensor  # [Z, N] the tokens of a bucket as a token of block z sees it; at least 1
-    live: Tensor  # [Z, N] bool: the bucket holds something
-    end: Tensor  # [Z, C] the last block of the bucket of c
+class Buckets(NamedTuple):
+    """The buckets through which each unit reads each older unit. Bucket 0 is the reader's own unit.
 
-    @classmethod
-    def of(cls, read: Read, length: int) -> Partition:
-        """Return the partition for sequences of at most `length` tokens."""
-        blocks = -(-length // read.finest)
-        member = torch.zeros(blocks, blocks, read.num_buckets(length))
-        end = torch.zeros(blocks, blocks, dtype=torch.long)
-        for z in range(blocks):
-            last: dict[int, int] = {}
-            for c in range(z, -1, -1):
-                bucket = read.bucket(z, c)
-                member[z, c, bucket] = 1
-                end[z, c] = last.setdefault(bucket, c)
-        count = member.sum(1)
-        return cls(member, (count * read.finest).clamp(min=1), count > 0, end)
+    Units are the tokens of a chunk, or the chunks of a sequence.
+    """
 
-    def first(self, blocks: int) -> Partition:
-        """Return the partition of a sequence of that many blocks."""
-        return Partition(
-            self.member[:blocks, :blocks], self.tokens[:blocks], self.live[:blocks], self.end[:blocks, :blocks]
-        )
+    member: Tensor  # [I, J, N] 1 if unit I reads unit J through bucket N
+    tokens: Tensor  # [I, N] the tokens of a whole bucket, at least 1
+    live: Tensor  # [I, N] bool: the bucket holds something
+    end: Tensor  # [I, J] the last unit of the bucket of J
+
+    def first(self, units: int) -> Buckets:
+        """Return the buckets of a sequence of that many units."""
+        return Buckets(self.member[:units, :units], self.tokens[:units], self.live[:units], self.end[:units, :units])
+
+
+def inside(read: Read) -> Buckets | None:
+    """Return the buckets of a chunk's tokens, or None if a chunk is one block."""
+    if read.finest >= CHUNK:
+        return None
+    level = CHUNK
+    while level > read.finest:
+        level //= read.radix
+    if level != read.finest:
+        raise ValueError(f"a chunk of {CHUNK} tokens must be whole blocks of radix {read.radix}, got {read.name}")
+    return _buckets(read, CHUNK, 1)
+
+
+def between(read: Read, length: int) -> Buckets:
+    """Return the buckets of chunks, for sequences of at most `length` tokens.
+
+    The reader's own block, which may have several chunks, is bucket 0.
+    """
+    return _buckets(Read(read.radix, max(read.finest, CHUNK)), -(-length // CHUNK), CHUNK)
+
+
+def _buckets(read: Read, units: int, tokens: int) -> Buckets:
+    """Return the buckets of `units` units of so many tokens."""
+    block = max(1, read.finest // tokens)  # units of a finest block
+    member = torch.zeros(units, units, read.num_buckets(units * tokens))
+    end = torch.zeros(units, units, dtype=torch.long)
+    for i in range(units):
+        last: dict[int, int] = {}
+        for j in range(i, -1, -1):
+            bucket = read.bucket(i // block, j // block)
+            member[i, j, bucket] = 1
+            end[i, j] = last.setdefault(bucket, j)
+    count = member.sum(1)
+    return Buckets(member, (count * tokens).clamp(min=1), count > 0, end)

@@ -15,7 +15,7 @@ k' and q' have a projection and a convolution of their own.
     qk         sum_s q_t . k_s / sqrt(n), the operator's own q and k, of unit length
     gram       sum_s (q_t . k_s)^2 - n / K, the operator's own q and k, of unit length
     energy     log(|R|^2 + 1e-4) / 8, R the read of the bucket
-    absorbed   1 - |P^T q_t|^2, P the bucket's transition without decay (delta rule; q of unit length)
+    absorbed   |q_t|^2 - |P^T q_t|^2, P the bucket's transition without decay (delta rule; q of unit length)
 """
 OPTIONS = ("residual", "eta", "unerased", "late")
 

@@ -6,20 +6,18 @@ import pytest
 import torch
 
 from experiments.reads import Read, adapt
-from experiments.reads.dense import absorbed, block_coefficients, linear_coefficients
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes.mqar import RecallCell
+from tests.experiments.dense_reads import DenseMixer, absorbed, block_coefficients, linear_coefficients
 
 CANDIDATES = [
-    "r16-f16-none",
-    "r16-f16-keys",
-    "r2-f16-keys",
-    "r4-f4-qk",
-    "r16-f1-gram",
-    "r4-f16-energy",
-    "r16-f16-keys-late-unerased",
-    "r16-f16-keys-residual",
-    "r4-f4-gram-eta",
+    *("r16-f16-none", "r16-f16-keys", "r2-f16-keys", "r16-f64-keys", "r16-f1-gram", "r4-f4-qk", "r4-f16-energy"),
+    *("r16-f16-keys-late-unerased", "r16-f16-keys-residual", "r4-f16-gram-eta"),
+]
+
+PAIRS = [
+    *((base, read) for base in ("mamba2", "gated_delta_net") for read in CANDIDATES),
+    ("gated_delta_net", "r16-f16-absorbed"),
 ]
 
 
@@ -31,7 +29,7 @@ def model(base: str, seed: int = 0) -> LogLinearForCausalLM:
 
 def routed(linear: LogLinearForCausalLM, read: str) -> LogLinearForCausalLM:
     changed = copy.deepcopy(linear)
-    adapt(changed, Read.parse(read), 64)
+    adapt(changed, Read.parse(read), 96)
     return changed.double()
 
 
@@ -79,6 +77,26 @@ def test_absorbed_is_the_length_that_a_block_takes() -> None:
         torch.testing.assert_close(share[:, :, 23, c], 1 - left)
 
 
+@pytest.mark.parametrize(("base", "read"), PAIRS)
+def test_chunks_give_the_definition_with_every_gradient(base: str, read: str) -> None:
+    chunked = routed(model(base), read)
+    for name, value in chunked.named_parameters():
+        if ".routed." in name:
+            torch.nn.init.normal_(value, std=0.5)
+    dense = copy.deepcopy(chunked)
+    for block in dense.model.layers:
+        block.mixer.__class__ = DenseMixer
+    tokens = torch.randint(8192, (2, 80))
+    losses = [each(tokens, labels=tokens).loss for each in (chunked, dense)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for (name, value), other in zip(chunked.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(
+            value.grad, other.grad, rtol=1e-8, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
 @pytest.mark.parametrize("base", ["mamba2", "gated_delta_net"])
 @pytest.mark.parametrize("read", CANDIDATES)
 def test_neutral_weights_are_the_linear_model(base: str, read: str) -> None:
@@ -90,18 +108,19 @@ def test_neutral_weights_are_the_linear_model(base: str, read: str) -> None:
                 getattr(block.mixer.routed, name).bias.data.fill_(name == "eta")
         if block.mixer.routed.read.unerased:
             object.__setattr__(block.mixer.routed.read, "unerased", False)
-    tokens = torch.randint(8192, (2, 48))
+    tokens = torch.randint(8192, (2, 80))
     torch.testing.assert_close(changed(tokens).logits, linear(tokens).logits)
 
 
-@pytest.mark.parametrize("base", ["mamba2", "gated_delta_net"])
-@pytest.mark.parametrize("read", [*CANDIDATES, "r16-f16-absorbed"])
+def test_absorbed_needs_the_delta_rule() -> None:
+    with pytest.raises(ValueError, match="score absorbed needs the delta rule"):
+        routed(model("mamba2"), "r16-f16-absorbed")(torch.randint(8192, (2, 80)))
+
+
+@pytest.mark.parametrize(("base", "read"), PAIRS)
 def test_candidates_are_causal_and_every_parameter_learns(base: str, read: str) -> None:
-    if base == "mamba2" and "absorbed" in read:
-        pytest.raises(ValueError, routed(model(base), read), torch.randint(8192, (2, 48)))
-        return
     changed = routed(model(base), read)
-    tokens = torch.randint(8192, (2, 48))
+    tokens = torch.randint(8192, (2, 80))
     changed.eval()
     whole = changed(tokens).logits
     later = tokens.clone()
