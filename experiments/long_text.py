@@ -17,11 +17,11 @@ from experiments.prepare import prepare_miniature
 from experiments.runs import Kind, Options, Out, kind_recipe, program, train_and_evaluate, with_options
 from loglinear.cli import execute
 from loglinear.cli.console import print_table
+from loglinear.data.corpus import Corpus, read_corpus
 from loglinear.evaluation import evaluate_perplexity
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
 from loglinear.training import load_tokenizer
-from loglinear.training.data import Corpus, read_corpus
 
 LENGTHS = (1, 4)  # of the evaluated windows, in training lengths
 BINS = 4  # per training length, in the curves of each document

@@ -19,10 +19,11 @@ ALLOWED = {
     "variants": {"ops", "fenwick"},
     "layers": {"variants", "ops", "partition", "fenwick"},
     "models": {"layers", "variants", "ops", "partition", "fenwick"},
-    "training": {"signals", "models", "layers", "variants", "recipes"},
-    "evaluation": {"signals", "models", "training", "recipes"},
+    "data": {"models"},
+    "training": {"signals", "data", "models", "layers", "variants", "recipes"},
+    "evaluation": {"signals", "data", "models", "training", "recipes"},
     "recipes": {"models", "variants", "partition", "fenwick"},
-    "cli": {"signals", "training", "evaluation", "recipes", "models", "variants", "ops", "kernels", "fenwick"},
+    "cli": {"signals", "training", "evaluation", "data", "recipes", "models", "variants", "ops", "kernels", "fenwick"},
 }
 
 

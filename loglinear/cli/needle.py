@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from loglinear.cli import console
+from loglinear.data.sources import read_documents
 from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.evaluation.plots import plot_needle
 from loglinear.training.checkpoints import load_checkpoint
 from loglinear.training.json_files import write_object
 from loglinear.training.run_folder import command, require_folder, versions
-from loglinear.training.sources import read_documents
 
 
 def run(

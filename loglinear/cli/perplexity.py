@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from loglinear.cli import console
+from loglinear.data.corpus import read_corpus
 from loglinear.evaluation import evaluate_perplexity
 from loglinear.evaluation.plots import plot_positions
 from loglinear.training.checkpoints import load_checkpoint
-from loglinear.training.data import read_corpus
 from loglinear.training.json_files import write_object
 from loglinear.training.run_folder import require_folder
 

@@ -2,7 +2,7 @@
 
 There are five of RULER's tasks, with its names without `niah_`. An example with its answer is shorter than its length
 by less than one sentence. The places of its needles are uniform. Its keys and values never occur in training documents
-(`loglinear.training.needle`).
+(`loglinear.data.needles`).
 
 The model reads the true answer, and every token of it counts as right if it is the likeliest after the true tokens
 before it. One forward pass scores many examples. If all tokens are right, greedy decoding writes exactly this answer.
@@ -30,9 +30,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from loglinear.data.needles import LONGEST_SENTENCE, Haystack, Needle, Question, Sizes, draw_key, draw_value, hide
+from loglinear.data.tokenizer import encode_documents, first_tokens
 from loglinear.evaluation.packed import LOGIT_ROWS, read, rows
-from loglinear.training.needle import LONGEST_SENTENCE, Haystack, Needle, Question, Sizes, draw_key, draw_value, hide
-from loglinear.training.tokenizer import encode_documents, first_tokens
 
 ROW_TOKENS = 65_536  # tokens of one forward pass, or one example where that is longer
 DEPTH_BINS = 10

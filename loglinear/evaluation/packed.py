@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loglinear.training.data import pack
+from loglinear.data.packing import pack
 
 LOGIT_ROWS = 2048  # positions whose logits exist at once
 Item = TypeVar("Item")

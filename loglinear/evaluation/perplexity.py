@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from loglinear.data.corpus import Corpus
+from loglinear.data.packing import IGNORED, pieces_by_rounds
 from loglinear.evaluation.packed import LOGIT_ROWS, read, rows
-from loglinear.training.data import IGNORED, Corpus, pieces_by_rounds
 
 FIRST_BIN = 16  # positions of the first bin of a curve over positions
 

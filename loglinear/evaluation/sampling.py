@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from loglinear.training.tokenizer import encode_document
+from loglinear.data.tokenizer import encode_document
 
 GREEDY = 1e-6  # a lower temperature mixes only logits within a rounding error, and then overflows
 HOTTEST = 100.0  # the temperature at which all tokens are nearly equally likely

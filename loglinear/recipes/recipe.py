@@ -23,7 +23,7 @@ class TrainingRecipe:
 
     Lengths are in tokens. `seq_len` is the length of the longest sequence. `batch_tokens` is the size of one optimiser
     step, and `micro_batch_tokens` that of one forward pass (default: the whole batch). Every `eval_every` steps the
-    model reads `eval_tokens` of validation text. `data` and `tokenizer` are as in `loglinear.training.data`. The
+    model reads `eval_tokens` of validation text. `data` and `tokenizer` are as in `loglinear.data`. The
     learning rate rises linearly for `warmup_steps` and falls on a cosine to `final_lr_ratio` of its peak. `compile`
     compiles the blocks (`loglinear.training.compilation`).
 

@@ -1,9 +1,9 @@
 """Training with transformers' Trainer: data, tokenizers, runs that resume exactly, checkpoints that appear whole."""
 
+from loglinear.data.corpus import Corpus, load_corpus
+from loglinear.data.tokenizer import load_tokenizer
 from loglinear.models import ByteTokenizer
 from loglinear.training.checkpoints import load_checkpoint, load_model, resolve
-from loglinear.training.data import Corpus, load_corpus
-from loglinear.training.tokenizer import load_tokenizer
 from loglinear.training.train import TrainingResult, train
 
 __all__ = [

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loglinear import signals
-from loglinear.training.data import PackedRows
+from loglinear.data.packing import PackedRows
 from loglinear.training.run_folder import append_metrics
 
 

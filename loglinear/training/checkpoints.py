@@ -19,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TrainerState
 from transformers.utils import logging as transformers_logging
 
+from loglinear.data.tokenizer import load_tokenizer
 from loglinear.layers.former_names import current_name
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.training.foreign import check_settings, pickled, read_config, weight_files
 from loglinear.training.json_files import fits, read_object, type_name
 from loglinear.training.manifest import MANIFEST, damage
 from loglinear.training.processes import is_main_process
-from loglinear.training.tokenizer import load_tokenizer
 
 TRAINER_STATE = "trainer_state.json"
 PICKLED = (".pt", ".pth", ".bin")  # files that only training reads, besides TRAINER_STATE

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
+from loglinear.data.corpus import Corpus, load_corpus
+from loglinear.data.packing import PackedRows
+from loglinear.data.tokenizer import load_tokenizer
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe, require_ready
 from loglinear.training import run_folder
 from loglinear.training.callbacks import RunLog, StopEarly
 from loglinear.training.checkpoints import check_weights, last_checkpoint, step_of
 from loglinear.training.compilation import GraphSteps, compile_blocks, in_few_sizes, require_compiler
-from loglinear.training.data import Corpus, PackedRows, load_corpus
 from loglinear.training.processes import is_main_process, world_size
-from loglinear.training.tokenizer import load_tokenizer
 from loglinear.training.trainer import LogLinearTrainer, quiet, training_arguments
 
 

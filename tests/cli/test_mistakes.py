@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from loglinear.cli import main
-from loglinear.models import LogLinearForCausalLM
-from loglinear.training.tokenizer import ByteTokenizer
+from loglinear.models import ByteTokenizer, LogLinearForCausalLM
 from tests.cli.command_line import assert_one_line, in_process, in_subprocess
 from tests.training.tiny import tiny_recipe
 

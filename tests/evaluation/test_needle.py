@@ -8,6 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from loglinear.data.needles import NOISE, Haystack, is_held_out
+from loglinear.data.tokenizer import encode_document
 from loglinear.evaluation.needle import (
     TASKS,
     Example,
@@ -17,10 +19,8 @@ from loglinear.evaluation.needle import (
     needle_examples,
     token_counter,
 )
-from loglinear.models import LogLinearForCausalLM
-from loglinear.training.needle import NOISE, Haystack, is_held_out
-from loglinear.training.tokenizer import ByteTokenizer, encode_document
-from tests.training.test_needle import NEEDLE, PROSE, listed
+from loglinear.models import ByteTokenizer, LogLinearForCausalLM
+from tests.data.test_needle_documents import NEEDLE, PROSE, listed
 from tests.training.tiny import tiny_recipe
 
 TOKENIZER = ByteTokenizer()

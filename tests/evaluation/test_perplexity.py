@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from loglinear.data.corpus import Corpus, tokenize
+from loglinear.data.sources import Document
 from loglinear.evaluation import Perplexity, evaluate_perplexity
 from loglinear.evaluation.perplexity import token_losses
-from loglinear.models import LogLinearForCausalLM
-from loglinear.training.data import Corpus, tokenize
+from loglinear.models import ByteTokenizer, LogLinearForCausalLM
 from loglinear.training.json_files import write_object
-from loglinear.training.sources import Document
-from loglinear.training.tokenizer import ByteTokenizer
 from tests.training.tiny import tiny_recipe
 
 

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from loglinear.evaluation import sample
-from loglinear.models import LogLinearForCausalLM
-from loglinear.training.tokenizer import ByteTokenizer
+from loglinear.models import ByteTokenizer, LogLinearForCausalLM
 from tests.training.tiny import tiny_recipe
 
 

@@ -10,7 +10,7 @@ import pytest
 from experiments import corpus, prepare
 from experiments.corpus import File, NearDuplicates, Source, is_generated, is_table, long_documents, text_files
 from experiments.prepare import describe, prepare_miniature, write_documents
-from loglinear.training.sources import read_documents
+from loglinear.data.sources import read_documents
 
 
 def prose(seed, size):

@@ -6,12 +6,14 @@ import pytest
 
 from experiments import needle
 from loglinear.cli.console import Interrupted
+from loglinear.data.needle_documents import needle_documents
+from loglinear.data.needles import Needle
+from loglinear.data.tokenizer import load_tokenizer
 from loglinear.evaluation.needle import IN_TEXT, TASKS
+from loglinear.models import ByteTokenizer
 from loglinear.recipes.needle import VOCABULARY
 from loglinear.training.json_files import read_object
-from loglinear.training.needle import Needle, needle_documents
-from loglinear.training.tokenizer import ByteTokenizer, load_tokenizer
-from tests.training.test_needle import PROSE
+from tests.data.test_needle_documents import PROSE
 from tests.training.tiny import tiny_recipe
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loglinear.data.packing import pack
 from loglinear.models import LogLinearForCausalLM
 from loglinear.training import run_folder
 from loglinear.training.compilation import compile_blocks, in_few_sizes, require_compiler
-from loglinear.training.data import pack
 from loglinear.training.json_files import read_object, write_object
 from tests.models.black_box import replace_kernels
 from tests.training.test_train import assert_same_run, curve

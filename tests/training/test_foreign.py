@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from loglinear.models import LogLinearForCausalLM
+from loglinear.data.tokenizer import load_tokenizer
+from loglinear.models import ByteTokenizer, LogLinearForCausalLM
 from loglinear.training.checkpoints import load_model
-from loglinear.training.tokenizer import ByteTokenizer, load_tokenizer
 from tests.training.tiny import tiny_recipe
 
 KERNEL, QUANTISED = "kernels-community/flash-attn", {"quant_method": "quanto", "weights": "int8"}

@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.data.corpus import load_corpus
+from loglinear.data.packing import IGNORED, PackedRows
+from loglinear.models import ByteTokenizer, LogLinearConfig, LogLinearForCausalLM
 from loglinear.training import callbacks, run_folder
 from loglinear.training.checkpoints import defect, last_checkpoint, load_model
-from loglinear.training.data import IGNORED, PackedRows, load_corpus
-from loglinear.training.tokenizer import ByteTokenizer
 from loglinear.training.train import train
 from tests.training.tiny import assert_same_run, curve, tiny_recipe, write_text
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from loglinear.data.packing import IGNORED
 from loglinear.evaluation.mqar.examples import Recall, recall_examples
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes.mqar import RecallTask
-from loglinear.training.data import IGNORED
 
 SPLITS = ("train", "validation", "test")
 

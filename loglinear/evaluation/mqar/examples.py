@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loglinear.training.data import IGNORED
+from loglinear.data.packing import IGNORED
 
 ROWS = 4096  # examples whose random numbers exist at once
 

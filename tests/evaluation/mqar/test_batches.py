@@ -6,10 +6,10 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
+from loglinear.data.packing import IGNORED
 from loglinear.evaluation.mqar import Recall, recall_batches, recall_examples, recall_loss, recall_scores
 from loglinear.evaluation.mqar.batches import split_batches
 from loglinear.models import LogLinearForCausalLM
-from loglinear.training.data import IGNORED
 from tests.evaluation.mqar.tiny import TASK, tiny_cell
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from loglinear.data.packing import IGNORED
 from loglinear.evaluation.mqar.examples import recall_examples
 from loglinear.fenwick import level
 from loglinear.recipes.mqar import get_task
-from loglinear.training.data import IGNORED
 
 JITTERED = get_task("jittered").override(protocol="zoology")
 PAGE = Path(__file__).parents[3] / "docs/results/recall.md"

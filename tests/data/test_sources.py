@@ -6,7 +6,7 @@ import sys
 import pytest
 import zstandard
 
-from loglinear.training.sources import read_documents
+from loglinear.data.sources import read_documents
 
 
 def read(*sources):

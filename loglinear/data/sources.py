@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import zstandard
 
-from loglinear.training.needle import SHORTEST, needle_documents, told_again
+from loglinear.data.needle_documents import SHORTEST, needle_documents, told_again
 
 STDLIB = "stdlib"
 DATASETS_PREFIX = "datasets:"
@@ -58,8 +58,8 @@ def read_documents(sources: Iterable[str]) -> Iterator[Document]:
     - a file, a folder (its .txt .md .rst .py .jsonl files, each also as .zst or .gz) or a glob;
     - `stdlib`, the text of the standard library of this Python;
     - `datasets:NAME` or `datasets:NAME:CONFIG`, whose rows have a `text` column (needs the `datasets` extra);
-    - `needle:COUNT:LENGTH`, generated documents of needles in noise (`loglinear.training.needle`) of at most LENGTH
-      byte tokens, the two at the ends included;
+    - `needle:COUNT:LENGTH`, generated documents of needles in noise (`loglinear.data.needle_documents`) of at most
+      LENGTH byte tokens, the two at the ends included;
     - `needle:COUNT:LENGTH:SOURCE`, the same with half of the documents in the text of another source. A tenth of its
       documents may validate and is left out, if others remain.
 

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from loglinear.training import tokenizer
-from loglinear.training.tokenizer import ByteTokenizer, encode_document, encode_documents, load_tokenizer
+from loglinear.data import tokenizer
+from loglinear.data.tokenizer import encode_document, encode_documents, load_tokenizer
+from loglinear.models import ByteTokenizer
 
 TEXT = "naïve café, 数学\n\ttabs \x00 and 😀"
 
