@@ -6,10 +6,14 @@ The operators are importable from here; they load torch at first use.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loglinear.ops import BucketScores as BucketScores
     from loglinear.ops import DecodeState as DecodeState
     from loglinear.ops import FenwickState as FenwickState
     from loglinear.ops import LogLinearOutput as LogLinearOutput
     from loglinear.ops import Partition as Partition
+    from loglinear.ops import bucket_scores as bucket_scores
+    from loglinear.ops import bucket_scores_step as bucket_scores_step
+    from loglinear.ops import bucket_tokens as bucket_tokens
     from loglinear.ops import log_linear_attention as log_linear_attention
     from loglinear.ops import log_linear_attention_step as log_linear_attention_step
     from loglinear.ops import log_linear_delta_rule as log_linear_delta_rule
@@ -18,11 +22,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BucketScores",
     "DecodeState",
     "FenwickState",
     "LogLinearOutput",
     "Partition",
     "__version__",
+    "bucket_scores",
+    "bucket_scores_step",
+    "bucket_tokens",
     "log_linear_attention",
     "log_linear_attention_step",
     "log_linear_delta_rule",

@@ -205,7 +205,11 @@ class Partition:
             >>> [Partition(16, finest_block).chunk_near(64, most=4096) for finest_block in (4, 16, 64, 256)]
             [64, 16, 64, 256]
         """
-        return min(self._block_sizes(most), key=lambda size: max(size / chunk_size, chunk_size / size))
+        nearest, *larger = self._block_sizes(most)
+        for size in larger:  # torch.compile traces neither min nor sorted with a key
+            if max(size, chunk_size) * min(nearest, chunk_size) < max(nearest, chunk_size) * min(size, chunk_size):
+                nearest = size
+        return nearest
 
     def check_chunk_size(self, chunk_size: int) -> None:
         """Raise ValueError unless a chunk of this size is a block."""

@@ -1,11 +1,13 @@
 """The public operators and their states; they need torch, but no GPU, triton or transformers."""
 
 from loglinear.ops.api import IMPLEMENTATIONS, LogLinearOutput, log_linear_attention, log_linear_delta_rule
+from loglinear.ops.scores import BucketScores, bucket_scores, bucket_scores_step, bucket_tokens
 from loglinear.ops.state import DecodeState, FenwickState
 from loglinear.ops.step import log_linear_attention_step, log_linear_delta_rule_step
 from loglinear.partition import Partition
 
 __all__ = [
-    "IMPLEMENTATIONS", "DecodeState", "FenwickState", "LogLinearOutput", "Partition", "log_linear_attention",
-    "log_linear_attention_step", "log_linear_delta_rule", "log_linear_delta_rule_step",
+    "IMPLEMENTATIONS", "BucketScores", "DecodeState", "FenwickState", "LogLinearOutput", "Partition", "bucket_scores",
+    "bucket_scores_step", "bucket_tokens", "log_linear_attention", "log_linear_attention_step", "log_linear_delta_rule",
+    "log_linear_delta_rule_step",
 ]  # fmt: skip

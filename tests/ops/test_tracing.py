@@ -169,3 +169,15 @@ def test_the_registered_operator_keeps_torchs_rules(operator, final):
     options = (torch.tensor([0, 3, 7]), 1, 4, final, Partition(4, 4).numbers)
     arguments = (q, k, v, log_decay, *(beta or [None]), level_scales, None, None, *options)
     torch.library.opcheck(fenwick_array, arguments)
+
+
+def test_another_partition_compiles_for_every_length(operator):
+    partition = Partition(4, 4)
+
+    def run(*tensors):
+        return operator(dict(zip(operator.names, tensors, strict=True)), partition=partition).output
+
+    compiled = torch.compile(run, dynamic=True, **WHOLE)
+    for T in (13, 45):
+        tensors = [x.detach() for x in operator.inputs(**SIZES | dict(T=T)).values()]
+        assert torch.equal(compiled(*tensors), run(*tensors))

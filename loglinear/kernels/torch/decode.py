@@ -117,6 +117,16 @@ def has_blocks(chunks: Tensor, num_blocks: int, chunk_size: int, partition: Part
     return (chunks[:, None] >> blocks.shift) % blocks.modulus > blocks.nearer
 
 
+def block_tokens(chunks: Tensor, num_blocks: int, chunk_size: int, partition: Partition) -> Tensor:
+    """[N, M]: the tokens of each block of each row's past, 0 for a block that it does not have."""
+    number = _kept_numbers if outlasts(chunks) else numbered
+    blocks = number(num_blocks, chunk_size, partition, chunks.device)
+    sizes = chunk_size << blocks.shift
+    tokens = torch.where(has_blocks(chunks, num_blocks, chunk_size, partition), sizes, 0)
+    others = tokens[:, :-1]
+    return torch.cat([others, (chunks * chunk_size)[:, None] - others.sum(1, keepdim=True)], 1)
+
+
 def read_blocks(queries: Tensor, blocks: Tensor, weights: Tensor) -> Tensor:
     """sum over m of weights[m] * q^T S_m; queries [N,H,K], blocks [N,M,H,K,V], weights [N,H,M] -> [N,H,V]."""
     reads = (queries[:, None, :, None, :] @ blocks)[:, :, :, 0]

@@ -45,7 +45,7 @@ def stages(
     partition: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the outputs of `fenwick_array`, open to autograd: with gradients on it records every stage."""
-    plan = _schedule(v, level_scales, position, cu_seqlens, rows, chunk_size, final, partition)
+    plan = schedule_of(v, level_scales.shape[2], position, cu_seqlens, rows, chunk_size, final, partition)
     family, inputs = _family(q, k, v, log_decay, beta, level_scales, nodes)
     return slab.forward(family, plan, inputs, final)
 
@@ -56,17 +56,18 @@ def _family(q, k, v, log_decay, beta, level_scales, nodes):  # type: ignore[no-u
     return DeltaRuleSlab, (q, k, v, log_decay, beta, level_scales, nodes)
 
 
-def _schedule(
-    v: Tensor, level_scales: Tensor, position: Tensor | None, cu_seqlens: Tensor | None, rows: int, C: int,
+def schedule_of(
+    tokens: Tensor, num_columns: int, position: Tensor | None, cu_seqlens: Tensor | None, rows: int, C: int,
     final: bool, partition: list[int],
 ) -> Schedule:  # fmt: skip
+    """The schedule of a call's `tokens` [tokens,...], the buffered ones of continued sequences included."""
     if cu_seqlens is not None:
         lengths = tuple(cu_seqlens.diff().tolist())
     else:
         held = 0 if position is None else rows * C
-        lengths = ((len(v) - held) // rows,) * rows
+        lengths = ((len(tokens) - held) // rows,) * rows
     positions = None if position is None else tuple(position.tolist())
-    return schedule(lengths, positions, C, level_scales.shape[2], final, v.device, Partition(*partition))
+    return schedule(lengths, positions, C, num_columns, final, tokens.device, Partition(*partition))
 
 
 @fenwick_array.register_fake
@@ -86,7 +87,7 @@ def fenwick_array_backward(
     cu_seqlens: Tensor | None, rows: int, chunk_size: int, final: bool, partition: list[int],
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the tensors that there are, in their order."""
-    plan = _schedule(v, level_scales, position, cu_seqlens, rows, chunk_size, final, partition)
+    plan = schedule_of(v, level_scales.shape[2], position, cu_seqlens, rows, chunk_size, final, partition)
     family, inputs = _family(q, k, v, log_decay, beta, level_scales, nodes)
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False), recycled():
         return [grad for grad in slab.backward(family, plan, inputs, dout, dblocks) if grad is not None]

@@ -1,0 +1,275 @@
+"""The scores of buckets: how well what a bucket holds matches a query. The routed read makes its weights of them.
+
+    score(t, b) = q_t^T M_b q_t - n_b / K,    M_b = sum of k_s k_s^T over the n_b tokens s of bucket b
+
+q and k are scaled to length 1. The score is the sum of (q_t . k_s)^2 minus 1 / K for each token, the mean for a random
+key. Column 0, the token's own finest block, has no score. No decay and no write strength enters.
+
+The sums M_b of earlier blocks are a state of `log_linear_attention` with keys as values, without decay, in chunks of a
+finest block. So sequences continue, and steps work, as they do for the operators.
+"""
+
+# B batch, T time, G query/key groups, K key, L columns, N sequences, M blocks
+from __future__ import annotations
+
+from dataclasses import replace
+from string import ascii_lowercase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from loglinear.kernels import torch as kernels
+from loglinear.ops import impl_reference
+from loglinear.ops.announcement import announce
+from loglinear.ops.impl_torch import final_state, in_one_row, records_stages
+from loglinear.ops.problem import Problem, unit_length
+from loglinear.ops.state import DecodeState, FenwickState
+from loglinear.ops.step import log_linear_attention_step
+from loglinear.ops.validation import (
+    INTEGERS,
+    Sizes,
+    check_blocks,
+    check_partition,
+    check_tensor,
+    one_of,
+    whole_number,
+    working_dtype,
+)
+from loglinear.partition import FENWICK, Partition
+
+SCORES = ("auto", "torch", "reference")
+
+
+class BucketScores(NamedTuple):
+    """The result of `bucket_scores`."""
+
+    scores: Tensor
+    """[B, T, G, L] in float32 (float64 for float64 inputs); 0 for column 0 and for empty buckets."""
+    tokens: Tensor
+    """[B or 1, T, L] int64, the tokens n_b of each bucket; see `bucket_tokens`."""
+    final_state: FenwickState | None
+    """The sums after the last token; None without output_final_state=True."""
+
+
+def bucket_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    num_columns: int,
+    partition: Partition,
+    initial_state: FenwickState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+) -> BucketScores:
+    """Return the score of every bucket for every query.
+
+        score(t, b) = sum over the tokens s of bucket b of ((q_t . k_s)^2 - 1 / K),    q and k scaled to length 1
+
+    The memory is that of one K x K sum for each finest block and group, and of the scores.
+
+    Args:
+        q: [B, T, G, K], the queries.
+        k: [B, T, G, K], the keys.
+        num_columns: L. The last column is one bucket with everything older.
+        partition: The rule that assigns past tokens to buckets.
+        initial_state: The final_state to continue from, one row per sequence; None starts new sequences.
+        output_final_state: True to also return the sums after the last token.
+        cu_seqlens: [N + 1], the boundaries of packed sequences (B = 1), as in the operators.
+        impl: "auto", "torch" or "reference" (the recurrence). "auto" chooses torch.
+
+    Returns:
+        `BucketScores(scores, tokens, final_state)`: scores is [B, T, G, L] and has gradients, tokens is
+            [B or 1, T, L]. 16-bit inputs are computed in float32.
+
+    Raises:
+        ValueError: A shape, dtype, state or cu_seqlens does not fit. The message names the argument.
+
+    Source: this library; see docs/learn/routed-reads.md.
+    """
+    one_of("impl of bucket_scores", impl, SCORES)
+    problem = _problem(q, k, num_columns, partition, initial_state, output_final_state, cu_seqlens)
+    chosen = "torch" if impl == "auto" else impl
+    announce("bucket_scores", chosen, None)
+    L, K = problem.level_scales.shape[3], q.shape[3]
+    with torch.autocast(q.device.type, enabled=False):
+        found, final = (_torch if chosen == "torch" else _reference)(problem)
+        tokens = bucket_tokens(_positions(problem), num_columns=L, partition=partition)
+        scores = _without_own(found) - (_without_own(tokens).to(found.dtype) / K)[:, :, None]
+    return BucketScores(scores, tokens, final)
+
+
+def bucket_tokens(position: Tensor, *, num_columns: int, partition: Partition) -> Tensor:
+    """Return the tokens n_b of every bucket, as seen by the tokens at these positions.
+
+    Examples:
+        >>> bucket_tokens(torch.tensor([0, 3, 10]), num_columns=3, partition=Partition(4, 2)).tolist()
+        [[1, 0, 0], [2, 2, 0], [1, 2, 8]]
+
+    Args:
+        position: Integers of any shape.
+        num_columns: L.
+        partition: The partition of the past.
+
+    Returns:
+        [..., L] int64. Column 0 counts the token itself. A bucket with 0 tokens is empty.
+
+    Raises:
+        ValueError: An argument that does not fit; the message names it.
+    """
+    check_partition("partition", partition)
+    L, f = whole_number("num_columns", num_columns), partition.finest_block
+    check_tensor("position", position, ascii_lowercase[: getattr(position, "ndim", 0)], {}, None, INTEGERS)
+    position = position.long()
+    if L == 1:
+        return position[..., None] + 1
+    flat = position.flatten()
+    older = kernels.block_tokens(flat // f, partition.num_blocks(L, f), f, partition)
+    return torch.cat([(flat % f + 1)[:, None], older], 1).view(*position.shape, L)
+
+
+def bucket_scores_step(
+    q: Tensor,
+    k: Tensor,
+    state: DecodeState,
+    *,
+    num_columns: int,
+    active: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the scores and tokens of the buckets for the next token of every row, and advance `state` in place.
+
+    A step has no derivatives and refuses inputs that require gradients.
+
+    Args:
+        q: [N, G, K], the queries.
+        k: [N, G, K], the keys.
+        state: The sums of N rows: `DecodeState.of` the final_state of `bucket_scores`. It changes in place.
+        num_columns: L.
+        active: [N] bool. An inactive row keeps its state, and its scores mean nothing. None: all rows are active.
+
+    Returns:
+        The scores [N, G, L] and the tokens [N, L].
+
+    Raises:
+        ValueError: A shape or dtype does not fit, or an input requires gradients. The message names the argument.
+    """
+    found = read_scores(q, state, num_columns=num_columns)
+    add_keys(k, state, num_columns=num_columns, active=active)
+    return found
+
+
+@torch.no_grad()
+def read_scores(q: Tensor, state: DecodeState, *, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Return what `bucket_scores_step` does, and leave the state as it is."""
+    fenwick, sizes = state.fenwick, state.sizes()
+    partition, L = fenwick.partition or FENWICK, whole_number("num_columns", num_columns)
+    check_tensor("q", q, "NGK", sizes, fenwick.k.device)
+    check_blocks(partition, L, sizes["C"], sizes["M"])
+    tokens = bucket_tokens(fenwick.position, num_columns=L, partition=partition)
+    with torch.autocast(q.device.type, enabled=False):
+        unit = unit_length(q.to(fenwick.blocks.dtype))
+        read = (unit[:, None, :, None, :] @ fenwick.blocks)[:, :, :, 0]  # [N, M, G, K]
+        found = (read * unit[:, None]).sum(-1).mT[..., 1 - L :]  # block m has column L - M + m
+        older = tokens[:, None, 1 - L :]
+        found = torch.where(
+            older > 0, found - older.to(found.dtype) / unit.shape[2], 0.0
+        )  # an absent block may hold any number
+        return _without_own(torch.cat([found[..., :1], found], -1)[..., -L:]), tokens
+
+
+def add_keys(k: Tensor, state: DecodeState, *, num_columns: int, active: Tensor | None = None) -> None:
+    """Advance the state of `bucket_scores_step` by the keys [N, G, K] of one token for every row."""
+    unit = unit_length(k.to(state.fenwick.blocks.dtype))
+    nothing = unit.new_zeros(1).expand(*unit.shape[:2], num_columns)
+    log_linear_attention_step(unit, unit, unit, None, nothing, state, active=active, impl="auto")
+
+
+def zero_sums(
+    rows: int, *, num_columns: int, groups: int, key_dim: int, partition: Partition, **how: Any
+) -> FenwickState:
+    """Return the sums of sequences that have no token yet; position, dtype and device as in `FenwickState.zeros`."""
+    return FenwickState.zeros(
+        rows,
+        num_levels=num_columns,
+        chunk_size=partition.finest_block,
+        groups=groups,
+        heads=groups,
+        key_dim=key_dim,
+        value_dim=key_dim,
+        delta_rule=False,
+        partition=partition,
+        **how,
+    )
+
+
+def _problem(
+    q: Tensor, k: Tensor, num_columns: int, partition: Partition, state: FenwickState | None, final: bool,
+    cu_seqlens: Tensor | None,
+) -> Problem:  # fmt: skip
+    """Return the call as one of the operator with keys as values, checked, with q and k of length 1."""
+    check_partition("partition", partition)
+    L = whole_number("num_columns", num_columns)
+    sizes: Sizes = {}
+    check_tensor("q", q, "BTGK", sizes)
+    check_tensor("k", k, "BTGK", sizes, q.device)
+    dtype = working_dtype([q, k])
+    q, k = unit_length(q.to(dtype)), unit_length(k.to(dtype))
+    nothing = q.new_zeros(1).expand(*q.shape[:3], L)
+    call = Problem(q, k, k, None, None, nothing, 1.0, state, final, cu_seqlens, partition.finest_block, partition)
+    return call.checked(delta_rule=False)
+
+
+def _torch(problem: Problem) -> tuple[Tensor, FenwickState | None]:
+    """Return q_t^T M_b q_t [B, T, G, L] and the final state: blocks of one size at a time, on any device."""
+    p, N = problem.in_working_dtype(), problem.num_sequences
+    state, L = p.initial_state, p.level_scales.shape[3]
+    q, k = in_one_row(p.q, state), in_one_row(p.k, state, state and state.k)
+    position, nodes = (None, None) if state is None else (state.position, (state.blocks + state.blocks.mT) / 2)
+    compute = kernels.energies if records_stages() else kernels.bucket_energies
+    found, blocks = compute(q, k, nodes, position, p.cu_seqlens, N, L, p.output_final_state, p.partition.numbers)
+    found = found[0 if state is None else N * p.chunk_size :].view(p.level_scales.shape)
+    if not p.output_final_state:
+        return found, None
+    no_decay = in_one_row(p.log_decay, state)
+    return found, final_state(p, blocks, [k, k, no_decay, None], N)
+
+
+def _reference(problem: Problem) -> tuple[Tensor, FenwickState | None]:
+    """Return the same by the recurrence: one head for each column, which reads that column alone."""
+    L, state = problem.level_scales.shape[3], problem.initial_state
+
+    def for_columns(x: Tensor) -> Tensor:
+        return x.repeat_interleave(L, 2)
+
+    if state is not None:
+        state = state._replace(
+            blocks=for_columns(state.blocks), v=for_columns(state.v), log_decay=for_columns(state.log_decay)
+        )
+    one_column = torch.eye(L, dtype=problem.v.dtype, device=problem.v.device).repeat(problem.v.shape[2], 1)
+    scales = one_column.expand(*problem.v.shape[:2], *one_column.shape)
+    call = replace(problem, v=for_columns(problem.v), level_scales=scales, initial_state=state)
+    output, final = impl_reference.run(call)
+    found = (output.unflatten(2, (-1, L)) * problem.q[:, :, :, None]).sum(-1)
+    if final is not None:
+        final = final._replace(
+            blocks=final.blocks[:, :, ::L], v=final.v[:, :, ::L], log_decay=final.log_decay[:, :, ::L]
+        )
+    return found, final
+
+
+def _positions(problem: Problem) -> Tensor:
+    """Return the position of every token, [B or 1, T]."""
+    T, ends, state = problem.v.shape[1], problem.cu_seqlens, problem.initial_state
+    token = torch.arange(T, device=problem.v.device)
+    if ends is None:
+        return token[None] if state is None else state.position[:, None] + token
+    ends = ends.to(token.device, torch.int64)
+    sequence = torch.bucketize(token, ends[1:], right=True)
+    start = ends[:-1] if state is None else ends[:-1] - state.position
+    return (token - start[sequence])[None]
+
+
+def _without_own(x: Tensor) -> Tensor:
+    """Return x [..., L] with 0 in column 0."""
+    return torch.cat([torch.zeros_like(x[..., :1]), x[..., 1:]], -1)

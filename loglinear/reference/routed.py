@@ -1,0 +1,79 @@
+"""The routed read: each token weights a bucket by what the bucket holds. O(T^2) definitions.
+
+    score(t, b) = sum over the tokens s of bucket b of ((q_t . k_s)^2 - 1 / K)    q, k of length 1; 0 for column 0
+                = q_t^T M_b q_t - n_b / K,    M_b = sum_s k_s k_s^T,    n_b the tokens of the bucket
+    a[t, b]     = logits[t, b] + sharpness * score(t, b)
+    w[t, b]     = n_t softmax_b a[t, b]    over the n_t buckets that hold a token
+    o_t         = sum_b w[t, b] q_t^T S_t^(b)
+
+For random keys of length 1 the mean of (q . k)^2 is 1 / K. So a bucket scores 0 if its keys are unrelated to the query,
+however many there are, and about 1 more for each key that equals it. Column 0, the token's own finest block, has no
+score. If all a are equal, every weight is 1: this is the linear model.
+"""
+
+# T time, G groups, H heads, K key, V value, L columns; one sequence, heads first.
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loglinear.partition import FENWICK, Partition
+from loglinear.reference.dense import dense_delta_rule, dense_scalar_gate, index_matrix_TT
+
+
+def dense_tokens_TL(length: int, num_columns: int, partition: Partition = FENWICK) -> Tensor:
+    """Return n_b, the tokens of every bucket as each position sees it, the position's own token included.
+
+    Examples:
+        >>> dense_tokens_TL(11, 3, Partition(radix=4, finest_block=2))[[0, 3, 10]].tolist()
+        [[1, 0, 0], [2, 2, 0], [1, 2, 8]]
+    """
+    causal = torch.ones(length, length, dtype=torch.int64).tril()
+    return torch.zeros(length, num_columns, dtype=torch.int64).scatter_add(
+        1, index_matrix_TT(length, num_columns, partition), causal
+    )
+
+
+def dense_bucket_scores(q: Tensor, k: Tensor, num_columns: int, partition: Partition = FENWICK) -> Tensor:
+    """Return the scores [G, T, L] of q, k [G, T, K] of length 1, token by token."""
+    G, T, K = q.shape
+    matches = ((q @ k.mT).square() - 1 / K).tril()
+    index_TT = index_matrix_TT(T, num_columns, partition).to(q.device)
+    sums = q.new_zeros(G, T, num_columns).scatter_add(2, index_TT.expand(G, T, T), matches)
+    return torch.cat([torch.zeros_like(sums[..., :1]), sums[..., 1:]], -1)
+
+
+def dense_routed_weights(logits: Tensor, scores: Tensor, sharpness: Tensor, partition: Partition = FENWICK) -> Tensor:
+    """Return w [H, T, L] from logits [H, T, L], scores [G, T, L] and sharpness [H].
+
+    Examples:
+        >>> dense_routed_weights(torch.zeros(1, 3, 3), torch.zeros(1, 3, 3), torch.ones(1)).tolist()
+        [[[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 0.0, 1.0]]]
+    """
+    H, T, L = logits.shape
+    a = logits + sharpness[:, None, None] * scores.repeat_interleave(H // len(scores), 0)
+    live = (dense_tokens_TL(T, L, partition) > 0).to(a.device)
+    return a.masked_fill(~live, -torch.inf).softmax(-1) * live.sum(-1, keepdim=True)
+
+
+def dense_routed_read(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None,
+    logits: Tensor,
+    sharpness: Tensor,
+    partition: Partition = FENWICK,
+) -> Tensor:
+    """Return the outputs [H, T, V] of the routed read with a scalar gate, or with the delta rule if there is beta.
+
+    The shapes are those of `dense_delta_rule`, with logits [H, T, L] and sharpness [H]. The scores scale q and k to
+    length 1; the read takes them as they are.
+    """
+    unit_q, unit_k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
+    scores = dense_bucket_scores(unit_q, unit_k, logits.shape[2], partition)
+    weights = dense_routed_weights(logits, scores, sharpness, partition)
+    if beta is None:
+        return dense_scalar_gate(q, k, v, log_decay, weights, partition)
+    return dense_delta_rule(q, k, v, log_decay, beta, weights, partition)

@@ -1,0 +1,73 @@
+"""The dense definition of the routed read: scores by hand, weights of mean one, the linear model where all agree."""
+
+import math
+
+import pytest
+import torch
+
+from loglinear.partition import Partition
+from loglinear.reference import (
+    dense_bucket_scores,
+    dense_delta_rule,
+    dense_routed_read,
+    dense_routed_weights,
+    dense_scalar_gate,
+    dense_tokens_TL,
+)
+
+PARTITIONS = [Partition(2, 16), Partition(4), Partition(16, 4), Partition(4, 4, 16)]
+every_partition = pytest.mark.parametrize("partition", PARTITIONS, ids=str)
+
+
+def unit(*shape):
+    return torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+@every_partition
+@pytest.mark.parametrize("L", [1, 2, 5, 40])
+def test_scores_are_sums_over_the_tokens_of_a_bucket(partition, L):
+    G, T, K = 2, 70, 3
+    q, k = unit(G, T, K), unit(G, T, K)
+    scores, tokens = dense_bucket_scores(q, k, L, partition), dense_tokens_TL(T, L, partition)
+    for g in range(G):
+        for t in range(0, T, 3):
+            expected, count = [0.0] * L, [0] * L
+            for s in range(t + 1):
+                column = min(partition.index(t, s), L - 1)
+                count[column] += 1
+                if column:
+                    expected[column] += (
+                        math.fsum(float(a * b) for a, b in zip(q[g, t], k[g, s], strict=True)) ** 2 - 1 / K
+                    )
+            torch.testing.assert_close(
+                scores[g, t], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
+            )
+            assert tokens[t].tolist() == count
+
+
+@every_partition
+def test_weights_have_mean_one_over_the_buckets_that_hold_a_token(partition):
+    H, T, L = 4, 70, 7
+    logits, scores = torch.randn(H, T, L, dtype=torch.float64), torch.randn(2, T, L, dtype=torch.float64)
+    weights = dense_routed_weights(logits, scores, torch.rand(H, dtype=torch.float64), partition)
+    live = dense_tokens_TL(T, L, partition) > 0
+    assert (weights[:, ~live] == 0).all() and (weights[:, live] > 0).all()
+    torch.testing.assert_close(weights.sum(-1), live.sum(-1).double().expand(H, T))
+
+
+@every_partition
+@pytest.mark.parametrize("delta_rule", [False, True], ids=["scalar_gate", "delta_rule"])
+def test_equal_logits_without_scores_are_the_linear_model(partition, delta_rule):
+    H, T, L = 2, 37, 6
+    q, k, v = unit(H, T, 3), unit(H, T, 3), torch.randn(H, T, 2, dtype=torch.float64)
+    log_decay = -0.3 * torch.rand(H, T, dtype=torch.float64)
+    beta = 1.8 * torch.rand(H, T, dtype=torch.float64) if delta_rule else None
+    logits, none = torch.zeros(H, T, L, dtype=torch.float64), torch.zeros(H, dtype=torch.float64)
+    routed = dense_routed_read(q, k, v, log_decay, beta, logits, none, partition)
+    ones = torch.ones(H, T, 1, dtype=torch.float64)
+    linear = (
+        dense_scalar_gate(q, k, v, log_decay, ones)
+        if beta is None
+        else dense_delta_rule(q, k, v, log_decay, beta, ones)
+    )
+    torch.testing.assert_close(routed, linear, rtol=1e-12, atol=1e-12)
