@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from experiments.corpus import LARGEST, SMALLEST, SOURCES, LongDocument, NearDuplicates, long_documents, read_package
 from loglinear.data.sources import read_documents
-from loglinear.training.json_files import write_object
+from loglinear.runs.json_files import write_object
 
 LEVEL = 22  # the highest of zstd
 WINDOW = 27  # log2 bytes: the largest that a decompressor accepts by default

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loglinear.recipes import TrainingRecipe
-from loglinear.training.json_files import read_object
+from loglinear.runs.json_files import read_object
 
 SEED = r"(-seed\d+)?"  # after a name
 OF_A_RUN = (

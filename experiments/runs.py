@@ -21,17 +21,11 @@ from loglinear.recipes import TrainingRecipe
 from loglinear.recipes.comparison import KINDS
 from loglinear.recipes.long_text import long_text
 from loglinear.recipes.needle import needle
+from loglinear.runs.folder import RUN_FILE, read_run, require_folder, run_recipe
+from loglinear.runs.json_files import write_object
+from loglinear.runs.metrics import read_metrics
+from loglinear.runs.provenance import command, versions
 from loglinear.training import load_model, train
-from loglinear.training.json_files import write_object
-from loglinear.training.run_folder import (
-    RUN_FILE,
-    command,
-    read_metrics,
-    read_run,
-    require_folder,
-    run_recipe,
-    versions,
-)
 
 EXPERIMENTS = {"long_text": long_text, "needle": needle}
 CURVE_POINTS = 100  # of the training loss in a result

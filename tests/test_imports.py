@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "loglinear"
 ALLOWED = {
     "fenwick": set(),
     "signals": set(),
+    "processes": set(),
     "partition": {"fenwick"},
     "reference": {"partition", "fenwick"},
     "kernels": {"partition", "fenwick"},
@@ -20,14 +21,18 @@ ALLOWED = {
     "layers": {"variants", "ops", "partition", "fenwick"},
     "models": {"layers", "variants", "ops", "partition", "fenwick"},
     "data": {"models"},
-    "training": {"signals", "data", "models", "layers", "variants", "recipes"},
-    "evaluation": {"signals", "data", "models", "training", "recipes"},
+    "runs": {"processes", "recipes", "data", "models", "layers"},
+    "training": {"signals", "processes", "runs", "recipes", "data", "models"},
+    "evaluation": {"signals", "training", "runs", "recipes", "data", "models"},
     "recipes": {"models", "variants", "partition", "fenwick"},
-    "cli": {"signals", "training", "evaluation", "data", "recipes", "models", "variants", "ops", "kernels", "fenwick"},
+    "cli": {
+        *("signals", "processes", "training", "evaluation", "runs", "recipes", "data"),
+        *("models", "variants", "ops", "kernels", "fenwick"),
+    },
 }
 
 
-MODULES = ("fenwick", "partition", "signals")  # rooms of one file
+MODULES = ("fenwick", "partition", "processes", "signals")  # rooms of one file
 
 
 def imported_rooms(path: Path) -> set[str]:
@@ -46,6 +51,11 @@ def test_rooms_import_only_what_the_rule_allows(room):
     assert files
     for path in files:
         assert imported_rooms(path) - {room} <= ALLOWED[room] | {"__version__"}, path
+
+
+def test_data_knows_models_by_their_tokenizer_alone():
+    lines = [line for path in (PACKAGE / "data").rglob("*.py") for line in path.read_text().splitlines()]
+    assert {line for line in lines if "loglinear.models" in line} == {"from loglinear.models import ByteTokenizer"}
 
 
 def test_every_room_has_a_rule():

@@ -18,7 +18,7 @@ from experiments.figures.mqar import mqar
 from experiments.figures.needle import needle
 from experiments.figures.pictures import pictures
 from experiments.figures.speed import speed
-from loglinear.training.run_folder import require_folder
+from loglinear.runs.folder import require_folder
 
 # Each draws the figures whose results exist, and returns the files that it wrote.
 FIGURES: tuple[Callable[[Path, Path], list[Path]], ...] = (long_text, ablations, needle, mqar, speed, memory)

@@ -7,7 +7,7 @@ from pathlib import Path
 from experiments.ablations import CHOICES, DEFAULT
 from experiments.figures.long_text import perplexity_table
 from experiments.results import read_results
-from loglinear.training.files import write_atomically
+from loglinear.runs.files import write_atomically
 
 
 def ablations(results: Path, out: Path) -> list[Path]:

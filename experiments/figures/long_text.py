@@ -19,7 +19,7 @@ from experiments.figures.tables import (
 )
 from experiments.results import Result, read_results
 from loglinear.recipes.comparison import KINDS
-from loglinear.training.files import write_atomically
+from loglinear.runs.files import write_atomically
 
 REFERENCE = "linear"  # the baseline of all differences
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator
 
 from experiments.figures.speed import token_axis
 from experiments.figures.style import MODELS, Line, draw
-from loglinear.training.json_files import read_object
+from loglinear.runs.json_files import read_object
 
 CURVES = {
     "log-linear Mamba-2": MODELS["log_linear"],

@@ -9,8 +9,8 @@ from experiments.figures.recall import draw_recall_by_bytes
 from experiments.figures.tables import MISSING, markdown_table, said
 from loglinear.evaluation.mqar import markdown, rows_of
 from loglinear.recipes.mqar_models import ABLATIONS, CONTROLS, MODELS
-from loglinear.training.files import write_atomically
-from loglinear.training.json_files import read_object
+from loglinear.runs.files import write_atomically
+from loglinear.runs.json_files import read_object
 
 PAPER = {  # Guo et al., arXiv 2506.04761, section 4.1: by dimension, in percent, mean (standard deviation)
     "mamba2": ("46.9 (2.3)", "75.1 (4.9)", "89.6 (6.1)"),

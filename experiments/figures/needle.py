@@ -20,7 +20,7 @@ from experiments.figures.tables import (
 from experiments.results import SEED, Result, read_seeds, seed_suffix
 from loglinear.evaluation.needle import TASKS
 from loglinear.recipes.comparison import KINDS
-from loglinear.training.files import write_atomically
+from loglinear.runs.files import write_atomically
 
 LEVELS = re.compile(rf"needle-(log_linear-levels(\d+)){SEED}\.json")  # of `experiments.needle run --levels`
 

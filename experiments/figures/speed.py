@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from experiments.figures.style import PEERS, Theme, draw
-from loglinear.training.json_files import read_object
+from loglinear.runs.json_files import read_object
 
 WORK = "forward+backward"
 SHAPES = {  # figure -> (file in results/, its shape)

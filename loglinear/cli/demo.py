@@ -16,10 +16,10 @@ from loglinear.evaluation import Perplexity, Sample, evaluate_perplexity, sample
 from loglinear.evaluation.plots import plot_losses, plot_positions
 from loglinear.models import parameter_counts
 from loglinear.recipes import TrainingRecipe
+from loglinear.runs.files import write_atomically
+from loglinear.runs.json_files import write_object
+from loglinear.runs.metrics import read_metrics
 from loglinear.training import load_corpus, load_model, load_tokenizer, train
-from loglinear.training.files import write_atomically
-from loglinear.training.json_files import write_object
-from loglinear.training.run_folder import read_metrics
 
 MODELS = ("log_linear", "linear")
 LABELS = {"log_linear": "log-linear", "linear": "linear"}  # on the terminal and in figures

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from loglinear.cli.console import count
 from loglinear.evaluation import sample
 from loglinear.evaluation.sampling import check_sampling
-from loglinear.training.checkpoints import load_checkpoint
+from loglinear.runs.loading import load_checkpoint
 
 
 def run(path: Path, prompt: str | None, **sampling: Any) -> None:

@@ -11,8 +11,8 @@ from loglinear.fenwick import num_levels
 from loglinear.models import LogLinearConfig, key_value_cache_bytes, parameter_counts, state_bytes
 from loglinear.ops import IMPLEMENTATIONS, impl_triton
 from loglinear.recipes import RECIPES, get_recipe, needs
-from loglinear.training.checkpoints import load_model
-from loglinear.training.run_folder import versions
+from loglinear.runs.loading import load_model
+from loglinear.runs.provenance import versions
 from loglinear.variants import VARIANTS
 
 CONTEXTS = (("4K", 4096), ("16K", 16_384), ("128K", 131_072), ("1M", 1_048_576))

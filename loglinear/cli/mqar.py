@@ -9,8 +9,8 @@ from typing import Any
 from loglinear.cli.console import Interrupted, count
 from loglinear.evaluation.mqar import cores, gather, markdown, read_results, run_table
 from loglinear.recipes.mqar import RecallTable, get_task
-from loglinear.training.json_files import write_object
-from loglinear.training.run_folder import RUN_FILE, claim
+from loglinear.runs.folder import RUN_FILE, claim
+from loglinear.runs.json_files import write_object
 
 TABLE_FILE = "mqar.json"
 

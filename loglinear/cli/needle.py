@@ -11,9 +11,10 @@ from loglinear.cli import console
 from loglinear.data.sources import read_documents
 from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.evaluation.plots import plot_needle
-from loglinear.training.checkpoints import load_checkpoint
-from loglinear.training.json_files import write_object
-from loglinear.training.run_folder import command, require_folder, versions
+from loglinear.runs.folder import require_folder
+from loglinear.runs.json_files import write_object
+from loglinear.runs.loading import load_checkpoint
+from loglinear.runs.provenance import command, versions
 
 
 def run(

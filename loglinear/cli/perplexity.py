@@ -10,9 +10,9 @@ from loglinear.cli import console
 from loglinear.data.corpus import read_corpus
 from loglinear.evaluation import evaluate_perplexity
 from loglinear.evaluation.plots import plot_positions
-from loglinear.training.checkpoints import load_checkpoint
-from loglinear.training.json_files import write_object
-from loglinear.training.run_folder import require_folder
+from loglinear.runs.folder import require_folder
+from loglinear.runs.json_files import write_object
+from loglinear.runs.loading import load_checkpoint
 
 
 def run(path: Path, data: tuple[str, ...], out: Path, *, length: int, max_tokens: int) -> None:

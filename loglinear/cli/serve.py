@@ -15,7 +15,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
 from loglinear.models import ByteTokenizer
-from loglinear.training.checkpoints import load_checkpoint
+from loglinear.runs.loading import load_checkpoint
 
 # A base model knows no turns, so messages become one text. /v1/completions would continue a single message alike.
 CHAT_TEMPLATE = "{{ bos_token }}{{ messages | map(attribute='content') | join('\n') }}"

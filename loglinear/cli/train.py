@@ -24,8 +24,8 @@ def run(
     recipe = _recipe(out, recipe_name, resume, overrides)
     from accelerate import PartialState
 
+    from loglinear.processes import is_main_process
     from loglinear.training import train
-    from loglinear.training.processes import is_main_process
 
     try:
         result = train(recipe, out, resume=resume, minutes=minutes, tensorboard=tensorboard)
@@ -50,7 +50,7 @@ def _recipe(out: Path, name: str | None, resume: bool, overrides: dict[str, Any]
     if name is not None:
         recipe = get_recipe(name)
     elif resume:
-        from loglinear.training.run_folder import run_recipe
+        from loglinear.runs.folder import run_recipe
 
         recipe = run_recipe(out)
     else:

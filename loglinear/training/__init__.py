@@ -3,7 +3,8 @@
 from loglinear.data.corpus import Corpus, load_corpus
 from loglinear.data.tokenizer import load_tokenizer
 from loglinear.models import ByteTokenizer
-from loglinear.training.checkpoints import load_checkpoint, load_model, resolve
+from loglinear.runs.checkpoints import resolve
+from loglinear.runs.loading import load_checkpoint, load_model
 from loglinear.training.train import TrainingResult, train
 
 __all__ = [

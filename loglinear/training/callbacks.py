@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from loglinear import signals
 from loglinear.data.packing import PackedRows
-from loglinear.training.run_folder import append_metrics
+from loglinear.runs.metrics import append_metrics
 
 
 def bits_per_byte(nats_per_token: float, rows: PackedRows, which: range) -> float:

@@ -17,12 +17,14 @@ from loglinear.data.corpus import Corpus, load_corpus
 from loglinear.data.packing import PackedRows
 from loglinear.data.tokenizer import load_tokenizer
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.processes import is_main_process, world_size
 from loglinear.recipes import TrainingRecipe, require_ready
-from loglinear.training import run_folder
+from loglinear.runs.checkpoints import last_checkpoint, step_of
+from loglinear.runs.folder import check_same_run, claim, require_empty, write_run
+from loglinear.runs.loading import check_weights
+from loglinear.runs.metrics import METRICS_FILE, rewind_metrics
 from loglinear.training.callbacks import RunLog, StopEarly
-from loglinear.training.checkpoints import check_weights, last_checkpoint, step_of
 from loglinear.training.compilation import GraphSteps, compile_blocks, in_few_sizes, require_compiler
-from loglinear.training.processes import is_main_process, world_size
 from loglinear.training.trainer import LogLinearTrainer, quiet, training_arguments
 
 
@@ -64,9 +66,9 @@ def train(
     stop = StopEarly(minutes)
     quiet()
     main_process = is_main_process()
-    with run_folder.claim(out) if main_process else contextlib.nullcontext():
+    with claim(out) if main_process else contextlib.nullcontext():
         if main_process and not resume:
-            run_folder.require_empty(out)
+            require_empty(out)
         arguments = _arguments(recipe, out, tensorboard)
         if recipe.compile:
             require_compiler(arguments.device)
@@ -77,15 +79,15 @@ def train(
         model = LogLinearForCausalLM(config)
         facts = _data_facts(*corpora)
         if resume:
-            run_folder.check_same_run(out, recipe, facts)
+            check_same_run(out, recipe, facts)
         elif main_process:
-            run_folder.write_run(out, recipe, facts, parameters=model.num_parameters())
+            write_run(out, recipe, facts, parameters=model.num_parameters())
         if progress and main_process and (note := _untrained_levels(recipe, config)):
             print(note, file=sys.stderr)
         checkpoint = last_checkpoint(out) if resume else None
         if checkpoint is not None:
             check_weights(checkpoint, config, described_by="the run's recipe")
-        before = run_folder.rewind_metrics(out, checkpoint) if main_process else []
+        before = rewind_metrics(out, checkpoint) if main_process else []
         if checkpoint is not None and step_of(checkpoint) >= recipe.steps:
             return TrainingResult(checkpoint, recipe.steps, interrupted=False, was_finished=True)
 
@@ -109,7 +111,7 @@ def train(
             processing_class=tokenizer,
             callbacks=[stop, *([log] if main_process else []), *([GraphSteps()] if graphs else [])],
             prepare=in_few_sizes if graphs else None,
-            run_files=[out / run_folder.METRICS_FILE],
+            run_files=[out / METRICS_FILE],
         )
         with stop, contextlib.closing(log), _one_thread_beside(arguments.device):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

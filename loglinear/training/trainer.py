@@ -14,10 +14,10 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from loglinear.training.checkpoints import checkpoints, defect, step_of
-from loglinear.training.files import sync, writing
-from loglinear.training.manifest import write_manifest
-from loglinear.training.run_folder import STAGING
+from loglinear.runs.checkpoints import checkpoints, defect, step_of
+from loglinear.runs.files import sync, writing
+from loglinear.runs.folder import STAGING
+from loglinear.runs.manifest import write_manifest
 
 
 def quiet() -> None:

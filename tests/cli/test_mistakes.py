@@ -130,7 +130,7 @@ def test_a_mistake_in_a_process_of_its_own(arguments_of, call):
 
 
 def test_folder_in_use(capsys, tmp_path, text):
-    holder = "import sys; from pathlib import Path; from loglinear.training.run_folder import claim\n"
+    holder = "import sys; from pathlib import Path; from loglinear.runs.folder import claim\n"
     holder += "with claim(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     process = subprocess.Popen(
         [sys.executable, "-c", holder, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from loglinear.runs.checkpoints import checkpoints, defect
+from loglinear.runs.metrics import read_metrics
 from loglinear.signals import end, install, restore
-from loglinear.training.checkpoints import checkpoints, defect
-from loglinear.training.run_folder import read_metrics
 from tests.cli.command_line import FAST, in_process
 from tests.evaluation.mqar.tiny import TASK
 
@@ -139,7 +139,7 @@ from pathlib import Path
 import torch
 from loglinear.cli import main
 from loglinear.training import callbacks
-from loglinear.training.run_folder import append_metrics
+from loglinear.runs.metrics import append_metrics
 names = os.environ["SIGNALS"].split()
 def stop(out, record):
     append_metrics(out, record)

@@ -10,7 +10,7 @@ from loglinear.data.sources import Document
 from loglinear.evaluation import Perplexity, evaluate_perplexity
 from loglinear.evaluation.perplexity import token_losses
 from loglinear.models import ByteTokenizer, LogLinearForCausalLM
-from loglinear.training.json_files import write_object
+from loglinear.runs.json_files import write_object
 from tests.training.tiny import tiny_recipe
 
 

@@ -16,7 +16,7 @@ from experiments.figures.recall import conclusion
 from experiments.figures.speed import speed
 from loglinear.evaluation.mqar import gather
 from loglinear.evaluation.needle import NeedleScores
-from loglinear.training.json_files import write_object
+from loglinear.runs.json_files import write_object
 from tests.evaluation.mqar.tiny import result_of, tiny_cell
 
 RESULTS = Path(__file__).parents[2] / "results"

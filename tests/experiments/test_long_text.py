@@ -13,7 +13,7 @@ from experiments.prepare import write_documents
 from experiments.results import read_results
 from loglinear.cli.console import Interrupted
 from loglinear.recipes.comparison import KINDS
-from loglinear.training.json_files import read_object, write_object
+from loglinear.runs.json_files import read_object, write_object
 from tests.training.tiny import tiny_recipe
 
 

@@ -12,7 +12,7 @@ from loglinear.data.tokenizer import load_tokenizer
 from loglinear.evaluation.needle import IN_TEXT, TASKS
 from loglinear.models import ByteTokenizer
 from loglinear.recipes.needle import VOCABULARY
-from loglinear.training.json_files import read_object
+from loglinear.runs.json_files import read_object
 from tests.data.test_needle_documents import PROSE
 from tests.training.tiny import tiny_recipe
 

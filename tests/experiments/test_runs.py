@@ -7,8 +7,8 @@ import torch
 from experiments import runs
 from experiments.results import read_results, require_replaceable
 from experiments.runs import Options, begun, kind_recipe, train_and_evaluate, training_summary
-from loglinear.training.json_files import write_object
-from loglinear.training.run_folder import write_run
+from loglinear.runs.folder import write_run
+from loglinear.runs.json_files import write_object
 from tests.training.tiny import tiny_recipe
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from loglinear.training.checkpoints import checkpoints, defect
+from loglinear.runs.checkpoints import checkpoints, defect
 from loglinear.training.train import train
 from tests.training.tiny import tiny_recipe
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
-from loglinear.training import run_folder
-from loglinear.training.checkpoints import last_checkpoint, load_checkpoint, resolve
+from loglinear.runs.checkpoints import last_checkpoint, resolve
+from loglinear.runs.folder import LOCK_FILE, run_recipe
+from loglinear.runs.loading import load_checkpoint
+from loglinear.runs.metrics import read_metrics
 from loglinear.training.train import train
 from tests.training.tiny import assert_same_run, tiny_recipe
 
@@ -69,7 +71,7 @@ DAMAGES = [flip, flip, cut, zero, empty, remove, change_a_field, change_a_field]
 
 def same(name, before, after):
     """Return True if a file says the same: as JSON, up to its own checksum, or because nothing is read from it."""
-    if name == run_folder.LOCK_FILE or after == before:
+    if name == LOCK_FILE or after == before:
         return True
     if after is None or not name.endswith(".json"):
         return False
@@ -85,9 +87,9 @@ def same(name, before, after):
 
 def read(run):
     """All that resuming reads of the run before it trains, and all that loading reads."""
-    run_folder.run_recipe(run)
+    run_recipe(run)
     checkpoint = last_checkpoint(run)
-    run_folder.read_metrics(run)
+    read_metrics(run)
     return checkpoint
 
 

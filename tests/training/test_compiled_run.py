@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from loglinear.data.packing import pack
 from loglinear.models import LogLinearForCausalLM
-from loglinear.training import run_folder
+from loglinear.runs.folder import check_same_run, run_recipe, write_run
+from loglinear.runs.json_files import read_object, write_object
 from loglinear.training.compilation import compile_blocks, in_few_sizes, require_compiler
-from loglinear.training.json_files import read_object, write_object
 from tests.models.black_box import replace_kernels
 from tests.training.test_train import assert_same_run, curve
 from tests.training.tiny import tiny_recipe, write_text
@@ -64,7 +64,7 @@ def test_a_compiled_run_is_recorded_resumes_exactly_and_keeps_names(tmp_path, co
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     training.train(compiled_recipe, whole, progress=False)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    assert run_folder.run_recipe(whole) == compiled_recipe
+    assert run_recipe(whole) == compiled_recipe
     weights = load_file(whole / "checkpoint-4" / "model.safetensors")
     model = LogLinearForCausalLM(compiled_recipe.model_config())
     assert weights.keys() == model.state_dict().keys() - {"lm_head.weight"}  # tied
@@ -111,19 +111,19 @@ def test_what_graphs_need_changes_no_training(tmp_path, compiled_recipe, monkeyp
 
 
 def test_resuming_without_the_compiler_is_refused(tmp_path, compiled_recipe):
-    run_folder.write_run(tmp_path, compiled_recipe, {}, parameters=1)
+    write_run(tmp_path, compiled_recipe, {}, parameters=1)
     with pytest.raises(ValueError, match="compile = True, which cannot resume with False"):
-        run_folder.check_same_run(tmp_path, compiled_recipe.override(compile=False), {})
+        check_same_run(tmp_path, compiled_recipe.override(compile=False), {})
 
 
 def test_a_run_of_before_there_was_compile_resumes(tmp_path):
     recipe = tiny_recipe(tmp_path)
-    run_folder.write_run(tmp_path, recipe, {}, parameters=1)
+    write_run(tmp_path, recipe, {}, parameters=1)
     written = read_object(tmp_path / "run.json")
     assert written["recipe"].pop("compile") is False
     del written["sha256"]  # those runs had no checksum either
     write_object(tmp_path / "run.json", written)
-    run_folder.check_same_run(tmp_path, recipe, {})
+    check_same_run(tmp_path, recipe, {})
 
 
 def test_no_compiler_is_one_clear_line(monkeypatch):

@@ -17,8 +17,12 @@ from transformers import TrainingArguments
 from loglinear.data.corpus import load_corpus
 from loglinear.data.packing import IGNORED, PackedRows
 from loglinear.models import ByteTokenizer, LogLinearConfig, LogLinearForCausalLM
-from loglinear.training import callbacks, run_folder
-from loglinear.training.checkpoints import defect, last_checkpoint, load_model
+from loglinear.runs.checkpoints import defect, last_checkpoint
+from loglinear.runs.folder import claim, read_run, run_recipe
+from loglinear.runs.loading import load_model
+from loglinear.runs.metrics import read_metrics
+from loglinear.runs.provenance import command
+from loglinear.training import callbacks
 from loglinear.training.train import train
 from tests.training.tiny import assert_same_run, curve, tiny_recipe, write_text
 
@@ -208,14 +212,14 @@ def test_damaged_run_json_is_one_clear_line(tmp_path, whole, change):
     run = json.loads((whole / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(change(run)))
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "run.json"))):
-        run_folder.run_recipe(tmp_path)
+        run_recipe(tmp_path)
 
 
 @pytest.mark.parametrize("line", [b"{broken", b"\xff", b"[]", b"{}", b"[" * 100_000])
 def test_damaged_metrics_name_file_and_line(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b"\n")
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'metrics.jsonl'} line 2")):
-        run_folder.read_metrics(tmp_path)
+        read_metrics(tmp_path)
 
 
 def test_only_the_newest_checkpoints_are_kept(whole):
@@ -225,7 +229,7 @@ def test_only_the_newest_checkpoints_are_kept(whole):
 def test_both_twins_read_the_same_rows(tmp_path, data, whole):
     out = tmp_path / "twin"
     train(tiny_recipe(data).override(num_levels=1), out, progress=False)
-    stored = [run_folder.read_run(path) for path in (out, whole)]
+    stored = [read_run(path) for path in (out, whole)]
     assert stored[0]["data"] == stored[1]["data"]
     different = {k for k, v in stored[0]["recipe"].items() if v != stored[1]["recipe"][k]}
     assert different == {"model"}
@@ -261,7 +265,7 @@ def test_two_processes_give_the_curve_of_one_that_accumulates(tmp_path, data):
 def test_run_json_has_what_decides_the_result(whole, data):
     run = json.loads((whole / "run.json").read_text())
     assert run["seed"] == 0 and run["recipe"] == tiny_recipe(data).to_dict()
-    assert run["versions"]["torch"] == torch.__version__ and run["command"] == run_folder.command()
+    assert run["versions"]["torch"] == torch.__version__ and run["command"] == command()
     assert run["parameters"] == load_model(whole).num_parameters()
 
 
@@ -371,5 +375,5 @@ def test_folder_in_use_names_the_process(tmp_path, data):
             train(tiny_recipe(data), tmp_path, progress=False)
     finally:
         holder.communicate()
-    with run_folder.claim(tmp_path):  # the holder is gone, and with it the claim
+    with claim(tmp_path):  # the holder is gone, and with it the claim
         pass

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from loglinear.recipes import TrainingRecipe
-from loglinear.training import run_folder
-from loglinear.training.checkpoints import load_model
+from loglinear.runs.loading import load_model
+from loglinear.runs.metrics import read_metrics
 from loglinear.training.train import train
 
 
@@ -61,7 +61,7 @@ def train_tiny(data: Path, out: Path) -> Path:
 def curve(out: Path) -> list[dict[str, Any]]:
     """Everything in metrics.jsonl that does not measure time."""
     timed = ("seconds", "tokens_per_second")
-    return [{k: v for k, v in record.items() if k not in timed} for record in run_folder.read_metrics(out)]
+    return [{k: v for k, v in record.items() if k not in timed} for record in read_metrics(out)]
 
 
 def assert_same_run(out: Path, reference: Path) -> None:

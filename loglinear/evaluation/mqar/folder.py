@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from loglinear.recipes.mqar import RecallCell, RecallTask
-from loglinear.training.checkpoints import checkpoints, step_of
-from loglinear.training.json_files import read_object, read_sealed, write_object, write_sealed
+from loglinear.runs.checkpoints import checkpoints, step_of
+from loglinear.runs.json_files import read_object, read_sealed, write_object, write_sealed
 
 Result = dict[str, Any]  # the value of `run_cell`
 CELL_FILE = "cell.json"

@@ -26,9 +26,9 @@ from loglinear.evaluation.mqar.batches import (
 from loglinear.evaluation.mqar.folder import Result, begin, finish
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes.mqar import RecallCell, RecallTask, TrainingProtocol
-from loglinear.training.checkpoints import last_checkpoint
+from loglinear.runs.checkpoints import last_checkpoint
+from loglinear.runs.provenance import command, versions
 from loglinear.training.compilation import compile_blocks, require_compiler
-from loglinear.training.run_folder import command, versions
 from loglinear.training.trainer import LogLinearTrainer, quiet, training_arguments
 
 

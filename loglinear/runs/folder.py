@@ -1,35 +1,27 @@
-"""A run's folder: its lock, the run in it, and its metrics.jsonl."""
+"""A run's folder: its lock, and run.json, which describes the run."""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-import accelerate
-import numpy
-import torch
-import transformers
-
-import loglinear
 from loglinear.recipes import TrainingRecipe
-from loglinear.training.checkpoints import checkpoints, step_of
-from loglinear.training.files import staged_file, write_atomically, writing
-from loglinear.training.json_files import read_sealed, write_sealed
-from loglinear.training.manifest import logged_bytes
+from loglinear.runs.checkpoints import checkpoints
+from loglinear.runs.files import staged_file
+from loglinear.runs.json_files import read_sealed, write_sealed
+from loglinear.runs.metrics import METRICS_FILE
+from loglinear.runs.provenance import command, versions
 
 try:
     import fcntl
 except ImportError:  # Windows has no advisory locks of this kind, so a folder has no guard there
     fcntl = None  # type: ignore[assignment]
 
-RUN_FILE, METRICS_FILE, LOCK_FILE = "run.json", "metrics.jsonl", ".lock"
+RUN_FILE, LOCK_FILE = "run.json", ".lock"
 STAGING = ".saving"  # the folder of an unfinished checkpoint
 
 
@@ -163,83 +155,3 @@ def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a recipe, with those of its model as `model.name`."""
     model = {f"model.{name}": value for name, value in recipe["model"].items()}
     return {name: value for name, value in recipe.items() if name != "model"} | model
-
-
-def command() -> list[str]:
-    """Return the command line of this process, without the folder of its program."""
-    program = Path(sys.argv[0])
-    is_ours = program.name in ("__main__.py", "loglinear")
-    return ["loglinear" if is_ours else "/".join(program.parts[-2:]), *sys.argv[1:]]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions and the hardware that a result depends on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and os.environ.get("CUDA_MPS_PIPE_DIRECTORY"):
-        device += " shared with other processes (MPS)"  # so times are not those of the whole device
-    return {
-        "loglinear": loglinear.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-        "numpy": numpy.__version__,
-        "platform": platform.platform(),
-        "device": f"{device}, {torch.get_num_threads()} CPU threads",
-    }
-
-
-def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl, without a last line that a kill cut short.
-
-    Raises ValueError, which names file and line, if another line is damaged.
-    """
-    return _records(_read_bytes(out / METRICS_FILE), out / METRICS_FILE)
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
-
-
-def _records(text: bytes, path: Path) -> list[dict[str, Any]]:
-    lines = text.split(b"\n")[:-1]
-    return [_record(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
-
-
-def _record(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not JSON: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise ValueError(f"{place} is not a record with a step")
-    return record
-
-
-def append_metrics(out: Path, record: dict[str, Any]) -> None:
-    """Append a line to metrics.jsonl. Raises OSError, which names the file, if it cannot be written."""
-    with writing(out / METRICS_FILE), (out / METRICS_FILE).open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def rewind_metrics(out: Path, checkpoint: Path | None) -> list[dict[str, Any]]:
-    """Drop the lines of metrics.jsonl after a checkpoint, or all without one. Return the remaining records.
-
-    The checkpoint's manifest has the length of the file at that time. Without it the steps of the records decide.
-    """
-    path = out / METRICS_FILE
-    text = _read_bytes(path)
-    size = 0 if checkpoint is None else logged_bytes(checkpoint, METRICS_FILE)
-    if size is None:
-        assert checkpoint is not None
-        steps = [record["step"] for record in _records(text, path)]
-        lines = text.splitlines(keepends=True)[: len(steps)]
-        kept = b"".join(line for line, step in zip(lines, steps, strict=True) if step <= step_of(checkpoint))
-    else:
-        kept = text[:size]
-    if kept != text:
-        write_atomically(path, kept.decode())
-    return _records(kept, path)

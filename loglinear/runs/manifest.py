@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from loglinear.training.files import sync
-from loglinear.training.json_files import read_sealed, write_sealed
+from loglinear.runs.files import sync
+from loglinear.runs.json_files import read_sealed, write_sealed
 
 MANIFEST = "manifest.json"
 BLOCK = 1 << 20  # bytes read at once

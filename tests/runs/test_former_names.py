@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loglinear.layers.former_names import FORMER_NAMES
-from loglinear.training.checkpoints import last_checkpoint, load_model
-from loglinear.training.manifest import MANIFEST
+from loglinear.runs.checkpoints import last_checkpoint
+from loglinear.runs.loading import load_model
+from loglinear.runs.manifest import MANIFEST
 from loglinear.training.train import train
 from tests.training.tiny import tiny_recipe, write_text
 

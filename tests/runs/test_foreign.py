@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loglinear.data.tokenizer import load_tokenizer
 from loglinear.models import ByteTokenizer, LogLinearForCausalLM
-from loglinear.training.checkpoints import load_model
+from loglinear.runs.loading import load_model
 from tests.training.tiny import tiny_recipe
 
 KERNEL, QUANTISED = "kernels-community/flash-attn", {"quant_method": "quanto", "weights": "int8"}

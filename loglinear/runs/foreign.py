@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loglinear.models import LogLinearConfig
-from loglinear.training.json_files import fits, read_object, type_name
+from loglinear.runs.json_files import fits, read_object, type_name
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.ckpt", "*.pkl")  # weights of other libraries

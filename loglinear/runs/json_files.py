@@ -9,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-from loglinear.training.files import write_atomically
+from loglinear.runs.files import write_atomically
 
 SEAL = "sha256"  # the entry of a sealed object with the checksum of the others
 

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loglinear.models import LogLinearForCausalLM
-from loglinear.training.checkpoints import load_model, resolve
+from loglinear.runs.checkpoints import resolve
+from loglinear.runs.loading import load_model
 from tests.training.tiny import tiny_recipe
 
 

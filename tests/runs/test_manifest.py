@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from loglinear.training import run_folder
-from loglinear.training.checkpoints import defect, last_checkpoint, load_checkpoint, load_model, resolve
-from loglinear.training.json_files import read_object
+from loglinear.runs.checkpoints import defect, last_checkpoint, resolve
+from loglinear.runs.folder import run_recipe
+from loglinear.runs.json_files import read_object
+from loglinear.runs.loading import load_checkpoint, load_model
 from loglinear.training.train import train
 from tests.training.tiny import assert_same_run, tiny_recipe
 
@@ -204,10 +205,10 @@ def test_a_changed_run_json_is_refused_unless_its_checksum_is_removed(run):
     description["recipe"]["learning_rate"] = 0.5
     (run / "run.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match=r"run\.json is damaged: .*to keep an edit, remove its 'sha256'"):
-        run_folder.run_recipe(run)
+        run_recipe(run)
     del description["sha256"]
     (run / "run.json").write_text(json.dumps(description))
-    assert run_folder.run_recipe(run).learning_rate == 0.5
+    assert run_recipe(run).learning_rate == 0.5
 
 
 # --- how they are written --------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from loglinear.training import files
-from loglinear.training.checkpoints import checkpoints, defect
-from loglinear.training.files import write_atomically
-from loglinear.training.run_folder import claim
+from loglinear.runs import files
+from loglinear.runs.checkpoints import checkpoints, defect
+from loglinear.runs.files import write_atomically
+from loglinear.runs.folder import claim
 from loglinear.training.train import train
 from tests.cli.command_line import FAST, in_process
 from tests.training.tiny import assert_same_run, tiny_recipe
@@ -68,7 +68,7 @@ def test_metrics_that_cannot_grow_are_one_line_and_the_checkpoints_stay(tmp_path
 
     assert size < max(sizes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loglinear.training.run_folder.writing", limited)
+        patch.setattr("loglinear.runs.metrics.writing", limited)
         with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: File too large"):
             train(tiny_recipe(data), out, progress=False)
     assert [path.name for path in checkpoints(out)] == ["checkpoint-2", "checkpoint-4"]
