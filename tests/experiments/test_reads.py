@@ -1,13 +1,15 @@
 """The candidates of `experiments.reads` against the token-by-token definition and against the linear model."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.reads import Read, adapt
+from experiments.reads import Read, adapt, compare
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes.mqar import RecallCell
+from loglinear.recipes.mqar_models import ALL_MODELS
 from tests.experiments.dense_reads import DenseMixer, absorbed, block_coefficients, linear_coefficients
 
 CANDIDATES = [
@@ -147,3 +149,10 @@ def test_names() -> None:
     for wrong in ("r16", "r16-f16-cats", "r3-f16-keys", "r16-f16-keys-soon"):
         with pytest.raises(ValueError):
             Read.parse(wrong)
+
+
+def test_the_command_knows_its_grid_and_refuses_other_reads() -> None:
+    assert all(f"{base}_{read}" in ALL_MODELS for base in ("mamba2", "gated_delta_net") for read in compare.GRID)
+    for wrong, message in (("gram", "a read is named like"), ("r32-f16-gram", "read must have a radix of 2 to 16")):
+        with pytest.raises(ValueError, match=message):
+            compare.main(out=Path("nowhere"), read=[wrong])
