@@ -98,14 +98,15 @@ def test_sums_of_one_have_no_plural(capsys, tmp_path, text, run):
     steps = ["--steps", "1", "--eval-every", "1", "--save-every", "1"]
     calls = {
         "trained demo for 1 step:": ["train", "--recipe", "demo", "--data", text, "--out", tmp_path, *FAST, *steps],
-        "share of values found, 1 example\n": [
+        "share of values found, 1 example ": [
             "eval", "needle", "--model", run, "--length", "800", "--examples", "1", "--out", tmp_path / "eval"
         ],
         "1 token in": ["generate", "--model", run, "--prompt", "line", "--max-new-tokens", "1"],
     }  # fmt: skip
     for message, arguments in calls.items():
         code, out, errors = in_process(capsys, *arguments)
-        assert code == 0 and message in out + errors, errors
+        words = " ".join((out + errors).split())  # a title breaks where the path of the folder is long
+        assert code == 0 and message in words, errors
 
 
 def test_data_takes_all_names_that_follow(capsys, tmp_path, text):
