@@ -1,7 +1,7 @@
 """The implementation impl="triton": both operators on a GPU, without any wait of the CPU for the device.
 
-The buffered tokens of a state come before the new ones, as in impl="torch", but packed without gaps. Chunks start where
-the unfinished chunk started, and the outputs of the buffered tokens are dropped.
+A state's buffered tokens come first in one row with the new ones (`continuation`), packed without gaps, and their
+outputs are dropped.
 """
 
 # N sequences, T time, C chunk, H heads, G groups, K key, V value
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from loglinear.kernels.torch import has_blocks
+from loglinear.ops.continuation import Places, final_state, in_one_row, places_in_one_row, take
 from loglinear.ops.problem import MIN_LOG_DECAY, Problem, is_transformed
 from loglinear.ops.state import DecodeState, FenwickState
 from loglinear.partition import FENWICK, Partition
@@ -160,13 +161,9 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
         )  # fmt: skip
         if not p.output_final_state:
             return output, None
-        B, T = p.v.shape[:2]
-        ends = torch.arange(B + 1, device=p.v.device) * T if p.cu_seqlens is None else p.cu_seqlens.long()
-        position = ends.diff()
         clamped = log_decay.clamp(min=MIN_LOG_DECAY)
-        tokens = [None if x is None else x.flatten(0, 1) for x in (p.k, p.v, clamped, p.beta)]
-        tails = _tails(tokens, ends, p.chunk_size, blocks.dtype)
-        return output, FenwickState._make([position, blocks, *tails, None])
+        tokens = [None if x is None else in_one_row(x, None) for x in (p.k, p.v, clamped, p.beta)]
+        return output, final_state(p, blocks, tokens, places_in_one_row(p, p.num_sequences))
     return _continue(p, p.initial_state, log_decay)
 
 
@@ -175,29 +172,21 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
     from loglinear.kernels.triton import chunkwise
     from loglinear.kernels.triton.layout import MAX_CHUNKS, ragged
 
-    N, C, device = p.num_sequences, p.chunk_size, p.v.device
-    B, T = p.v.shape[:2]
-    old_ends = torch.arange(N + 1, device=device) * T if p.cu_seqlens is None else p.cu_seqlens.long()
-    held, lengths = state.position % C, old_ends.diff()
+    N, C, tokens = p.num_sequences, p.chunk_size, p.v.shape[0] * p.v.shape[1]
+    apart = places_in_one_row(p, N)
+    held, lengths = state.position % C, apart.end - apart.start
     torch._assert_async(
-        ((state.position + lengths) < MAX_CHUNKS * C).all(),
+        (apart.end < MAX_CHUNKS * C).all(),
         f"impl='triton' needs positions below {MAX_CHUNKS * C} at chunk size {C}: use impl='torch'",
     )
     ends = torch.nn.functional.pad((held + lengths).cumsum(0), (1, 0))
-    # The index in [buffers, new tokens] of the token at every place of the packed row.
-    sequence, offset, real = ragged(held + lengths, N * C + B * T)
-    source = torch.where(
-        offset < held[sequence], sequence * C + offset, N * C + old_ends[sequence] + offset - held[sequence]
-    )
-    source = torch.where(real, source, 0)
+    sequence, offset, real = ragged(held + lengths, N * C + tokens)
+    position = offset + (state.position - held)[sequence]
+    source = torch.where(real, Places(*(x[sequence] for x in apart)).of(position, C), 0)
 
     def packed(new: Tensor, buffer: Tensor | None = None) -> Tensor:
-        """Return buffered and new tokens in the packed row; q and lambda have no buffer and get unread zeros."""
-        new = new.flatten(0, 1)
-        shape = (N * C, *new.shape[1:])
-        front = new.new_zeros(shape) if buffer is None else buffer.reshape(shape).to(new.dtype)
-        rows = torch.cat([front, new]).index_select(0, source)
-        return torch.where(real.view(-1, *[1] * (new.dim() - 1)), rows, 0.0)
+        """Return buffered and new tokens without gaps between them."""
+        return take(in_one_row(new, state, buffer), source, real)
 
     log_decay = log_decay.clamp(min=MIN_LOG_DECAY)
     beta, blocks = None, state.blocks
@@ -206,30 +195,12 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
         # The first entry of the delta rule's tree reads the prefix even if there is none, so it must be zero.
         is_past = has_blocks(state.position // C, blocks.shape[1], C, p.partition)
         blocks = torch.where(is_past[..., None, None, None], blocks, 0.0)
-    tokens = [packed(p.k, state.k), packed(p.v, state.v), packed(log_decay, state.log_decay), beta]
+    written = [packed(p.k, state.k), packed(p.v, state.v), packed(log_decay, state.log_decay), beta]
     output, blocks, *_ = chunkwise(
-        packed(p.q)[None], *(None if x is None else x[None] for x in tokens), packed(p.level_scales)[None],
+        packed(p.q)[None], *(None if x is None else x[None] for x in written), packed(p.level_scales)[None],
         blocks, ends, state.position // C, p.scale, C, p.output_final_state,
     )  # fmt: skip
-    owner, number, _ = ragged(lengths, B * T)
-    output = output[0].index_select(0, ends[owner] + held[owner] + number).view(p.v.shape)
-    if not p.output_final_state:
-        return output, None
-    tails = _tails(tokens, ends, C, blocks.dtype)
-    return output, FenwickState._make([state.position + lengths, blocks, *tails, None])
-
-
-def _tails(tokens: list[Tensor | None], ends: Tensor, C: int, dtype: torch.dtype) -> list[Tensor | None]:
-    """Return the unfinished chunks' tokens [N, C, ...] of sequences between `ends` that begin with a chunk."""
-    length = ends.diff()
-    row = (ends[:-1] + length // C * C)[:, None] + torch.arange(C, device=ends.device)
-    real = row < ends[1:, None]
-    row = torch.where(real, row, 0)
-
-    def tail(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        rows = x.index_select(0, row.flatten()).view(*row.shape, *x.shape[1:])
-        return torch.where(real.view(*real.shape, *[1] * (x.dim() - 1)), rows, 0.0).to(dtype)
-
-    return [tail(x) for x in tokens]
+    together = Places(apart.start, apart.end, ends[:-1], ends[:-1] + held)
+    owner, number, _ = ragged(lengths, tokens)
+    output = output[0].index_select(0, together.first[owner] + number).view(p.v.shape)
+    return output, final_state(p, blocks, written, together) if p.output_final_state else None

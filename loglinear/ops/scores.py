@@ -22,7 +22,8 @@ from torch import Tensor
 from loglinear.kernels import torch as kernels
 from loglinear.ops import impl_reference
 from loglinear.ops.announcement import announce
-from loglinear.ops.impl_torch import final_state, in_one_row, records_stages
+from loglinear.ops.continuation import final_state, in_one_row, places_in_one_row
+from loglinear.ops.impl_torch import records_stages
 from loglinear.ops.problem import Problem, unit_length
 from loglinear.ops.state import DecodeState, FenwickState
 from loglinear.ops.step import log_linear_attention_step
@@ -232,7 +233,7 @@ def _torch(problem: Problem) -> tuple[Tensor, FenwickState | None]:
     if not p.output_final_state:
         return found, None
     no_decay = in_one_row(p.log_decay, state)
-    return found, final_state(p, blocks, [k, k, no_decay, None], N)
+    return found, final_state(p, blocks, [k, k, no_decay, None], places_in_one_row(p, N))
 
 
 def _reference(problem: Problem) -> tuple[Tensor, FenwickState | None]:
