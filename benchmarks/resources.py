@@ -28,6 +28,7 @@ from loglinear.fenwick import log2
 from loglinear.kernels.triton.call import DOT_TYPES
 from loglinear.kernels.triton.config import STAGES, Launch, default_plan
 from loglinear.kernels.triton.delta_rule import launch as delta_stages
+from loglinear.kernels.triton.delta_rule.products import choose_chunk_size, dots_of, products_of, state_dtype
 from loglinear.kernels.triton.delta_rule.tiles import SIZES
 from loglinear.kernels.triton.delta_rule.tiling import PARTS, Tiling
 from loglinear.kernels.triton.scalar_gate import launch as stages
@@ -106,8 +107,8 @@ def constants(stage: str, direction: str, K: int, V: int, C: int, tile: int, dty
 def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, dict[str, Any], Launch]]:
     """Return direction, stage, chunk, constants and launch of the delta rule's kernels."""
     k, v = torch.empty(1, 1, 1, K, dtype=dtype), torch.empty(1, 1, 1, V, dtype=dtype)
-    C = delta_stages.choose_chunk_size(k, k, v, 0)
-    tiling, jobs = Tiling(K, V, C, delta_stages.state_dtype(k, k, v)), []
+    C = choose_chunk_size(k, k, v, 0)
+    tiling, jobs = Tiling(K, V, C, state_dtype(k, k, v)), []
     for direction, names in delta_stages.STAGES.items():
         for stage in names:
             options: dict[str, Any] = dict(tiling.wide(stage))
@@ -116,7 +117,7 @@ def delta_jobs(K: int, V: int, dtype: torch.dtype) -> list[tuple[str, str, int, 
                 K=K, C=C, J=min(C, 64), LOG_J=log2(min(C, 64)), LOG_C=log2(C), PACKED=False, NODES=False, LINEAR=False,
                 ENDS=True, TRANSITION=False, PARTS=tiling.parts(stage) if stage in PARTS else 1,
                 KEY_TILES=tiling.key_tiles("writes_backward"), VALUE_TILES=tiling.tiles("writes_backward"),
-                **delta_stages.dots_of(stage, delta_stages.products_of(k, k, v)), **options,
+                **dots_of(stage, products_of(k, k, v)), **options,
             )  # fmt: skip
             jobs.append((direction, stage, C, values, launch))
     return jobs

@@ -104,7 +104,7 @@ def unsupported(p: Problem) -> str | None:
     if reason is not None:
         return reason
     from loglinear.kernels.triton.call import common_dtype
-    from loglinear.kernels.triton.delta_rule.launch import products_of
+    from loglinear.kernels.triton.delta_rule.products import products_of
     from loglinear.kernels.triton.layout import MAX_CHUNKS
 
     has_state = p.initial_state is not None or p.output_final_state

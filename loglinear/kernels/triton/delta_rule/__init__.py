@@ -7,8 +7,9 @@ transport_backward, scores_backward, keys_backward.
 One token: step.
 """
 
-from loglinear.kernels.triton.delta_rule.launch import DeltaRule, choose_chunk_size, gradients, state_dtype
+from loglinear.kernels.triton.delta_rule.launch import DeltaRule, gradients
 from loglinear.kernels.triton.delta_rule.layout import count_chunks
+from loglinear.kernels.triton.delta_rule.products import choose_chunk_size, state_dtype
 from loglinear.kernels.triton.delta_rule.step import step_kernel
 
 __all__ = ["DeltaRule", "choose_chunk_size", "count_chunks", "gradients", "state_dtype", "step_kernel"]

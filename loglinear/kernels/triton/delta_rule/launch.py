@@ -8,13 +8,12 @@ inverses and the cumulative decays; the backward makes the states again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from loglinear.fenwick import block_cap, log2
-from loglinear.kernels.triton.call import DOT_TYPES, Call, common_dtype, in_rows, like, slabs
+from loglinear.kernels.triton.call import Call, in_rows, like, slabs
 from loglinear.kernels.triton.delta_rule.carry import carry_kernel, final_blocks_kernel
 from loglinear.kernels.triton.delta_rule.carry_backward import (
     carry_prefixes_backward_kernel,
@@ -33,6 +32,7 @@ from loglinear.kernels.triton.delta_rule.keys_backward import (
 )
 from loglinear.kernels.triton.delta_rule.layout import RUN, Storey, layout
 from loglinear.kernels.triton.delta_rule.output import output_kernel
+from loglinear.kernels.triton.delta_rule.products import dots_of, products_of, state_dtype
 from loglinear.kernels.triton.delta_rule.scores_backward import scores_backward_kernel
 from loglinear.kernels.triton.delta_rule.state_backward import (
     carried_backward_kernel,
@@ -57,32 +57,7 @@ STAGES = {
         "decay_backward",
     ),
 }  # fmt: skip
-CARRIED_ON = ("chunk_inverse", "chunk_state")  # stages whose error every later chunk has too: three tf32 products
 SLAB_BYTES = 2 << 30  # of what a backward keeps of each chunk, at least; for long inputs 1.5 times their size
-
-
-def choose_chunk_size(q: Tensor, k: Tensor, v: Tensor, prescribed: int) -> int:
-    """States prescribe theirs (0: none does)."""
-    return prescribed or (128 if products_of(q, k, v) == torch.bfloat16 else 64)
-
-
-def products_of(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
-    """The key of DOT_TYPES. Heads of up to 32 numbers are multiplied as float16's are: bfloat16 products of tiles as
-    narrow as that came out wrong on Hopper (triton 3.6; docs/lab-notes/2026-11-24-delta-rule-kernels.md)."""
-    dtype = common_dtype(q, k, v)
-    is_narrow = min(q.shape[3], v.shape[3]) <= 32
-    return torch.float16 if is_narrow and dtype == torch.bfloat16 else dtype
-
-
-def state_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
-    """Of what is kept of each chunk."""
-    return DOT_TYPES[products_of(q, k, v)][0]
-
-
-def dots_of(stage: str, products: torch.dtype) -> dict[str, Any]:
-    """What the stage multiplies, and how."""
-    _, dot, precision = DOT_TYPES[products]
-    return dict(DOT=dot, PRECISION="tf32x3" if stage in CARRIED_ON else precision)
 
 
 @dataclass

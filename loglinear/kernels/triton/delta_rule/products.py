@@ -1,0 +1,39 @@
+"""The products of the delta rule's stages: the dtype of their factors, their precision, the chunk that they allow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loglinear.kernels.triton.call import DOT_TYPES, common_dtype
+
+CARRIED_ON = ("chunk_inverse", "chunk_state")  # stages whose error every later chunk has too: three tf32 products
+
+
+def choose_chunk_size(q: Tensor, k: Tensor, v: Tensor, prescribed: int) -> int:
+    """Return the chunk size of a call; a state prescribes its own (0: none does)."""
+    return prescribed or (128 if products_of(q, k, v) == torch.bfloat16 else 64)
+
+
+def products_of(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """Return the key of DOT_TYPES. Heads of up to 32 numbers are multiplied as float16's are.
+
+    bfloat16 products of tiles as narrow as that came out wrong on Hopper with Triton 3.6
+    (docs/lab-notes/2026-11-24-delta-rule-kernels.md).
+    """
+    dtype = common_dtype(q, k, v)
+    is_narrow = min(q.shape[3], v.shape[3]) <= 32
+    return torch.float16 if is_narrow and dtype == torch.bfloat16 else dtype
+
+
+def state_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """Return the dtype of the arrays that are kept for each chunk."""
+    return DOT_TYPES[products_of(q, k, v)][0]
+
+
+def dots_of(stage: str, products: torch.dtype) -> dict[str, Any]:
+    """Return the constants of a stage's products: their dtype and their precision."""
+    _, dot, precision = DOT_TYPES[products]
+    return dict(DOT=dot, PRECISION="tf32x3" if stage in CARRIED_ON else precision)
