@@ -1,0 +1,47 @@
+"""Limits of files and signatures. The last three are the numbers of today, which may only fall."""
+
+import ast
+import functools
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("loglinear", "benchmarks", "experiments", "tests")
+TEXTS = {path: path.read_text() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+LINES = 400
+ARGUMENTS = 8
+LONG_PRIVATE_FUNCTIONS = {"_twin"}  # the gradients of the kernels' operator; to become empty
+KERNEL_PARAMETERS = 54  # to become 28
+FORMAT_SKIPS = 183  # in loglinear/; to become 25
+
+
+@functools.cache
+def functions():
+    """The name of every function, whether Triton compiles it, and the number of its parameters."""
+    found = []
+    for node in (node for text in TEXTS.values() for node in ast.walk(ast.parse(text))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            a = node.args
+            count = len([*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))])
+            found.append((node.name, any("triton.jit" in ast.unparse(d) for d in node.decorator_list), count))
+    return found
+
+
+def test_files_are_short():
+    lengths = {path: len(text.splitlines()) for path, text in TEXTS.items()}
+    assert lengths and not {path: length for path, length in lengths.items() if length > LINES}
+
+
+def test_private_functions_take_few_arguments():
+    """A private function is `_name`; `_` alone is the fake of a registered operator and has its signature."""
+    private = [(name, count) for name, _, count in functions() if name.startswith("_") and name[1:2].isalpha()]
+    assert private and {name for name, count in private if count > ARGUMENTS} <= LONG_PRIVATE_FUNCTIONS
+
+
+def test_kernels_take_no_more_parameters_than_today():
+    kernels = [(name, count) for name, is_kernel, count in functions() if is_kernel]
+    assert kernels and not [kernel for kernel in kernels if kernel[1] > KERNEL_PARAMETERS]
+
+
+def test_no_more_lines_are_formatted_by_hand_than_today():
+    skips = sum(text.count("fmt: skip") for path, text in TEXTS.items() if ROOT / "loglinear" in path.parents)
+    assert 0 < skips <= FORMAT_SKIPS
