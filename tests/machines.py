@@ -6,8 +6,9 @@
 
 A product's rounding depends on three things that a processor decides: torch's own loops on ATEN_CPU_CAPABILITY, numpy's
 products (Triton's interpreter multiplies with them) on OPENBLAS_CORETYPE, sums of both on the number of threads. They
-meet in the numeric tests alone, which therefore run on every combination. The other tests use one of them at a time, so
-that for the whole suite it is enough that each value occurs. MKL, which multiplies for torch, chooses by itself.
+meet in the numeric tests alone, where torch checks the interpreter; these run on every combination. The other tests
+use one of them at a time, so that for the whole suite it is enough that each value occurs. MKL, which multiplies for
+torch, chooses by itself.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ AXES = {
 }
 NEEDS = {"avx2": "AVX2", "avx512": "AVX512", "Haswell": "AVX2", "SkylakeX": "AVX512", "Zen": "AVX2"}
 CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]
-NUMERIC = ["tests/kernels", "tests/ops", "tests/layers", "tests/variants", "tests/models", "tests/evaluation"]
+NUMERIC = ["tests/kernels", "tests/ops/test_step.py"]
 
 Machine = tuple[str | None, ...]
 
