@@ -107,11 +107,11 @@ def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe, validation: Pa
     """
     longest = max(LENGTHS) * recipe.seq_len
     corpus = _longer_than(longest, read_corpus([str(validation)], load_tokenizer(recipe.tokenizer or "bytes")))
-    found = {"documents": len(corpus.names), "fingerprint": corpus.fingerprint}
+    evaluation = {"documents": len(corpus.names), "fingerprint": corpus.fingerprint}
     for length in (times * recipe.seq_len for times in LENGTHS):
         result = evaluate_perplexity(model, corpus, length=length, max_tokens=longest * len(corpus.names))
-        found[str(length)] = {**result.to_dict(), "by_document": result.by_document(recipe.seq_len // BINS)}
-    return found
+        evaluation[str(length)] = {**result.to_dict(), "by_document": result.by_document(recipe.seq_len // BINS)}
+    return evaluation
 
 
 def _longer_than(tokens: int, corpus: Corpus) -> Corpus:

@@ -43,9 +43,9 @@ def prepare(tokenizer: TokenizerFolder = Path(TOKENIZER)) -> None:
     python -m experiments.needle prepare
     """
     texts = (document.text for document in read_documents(TOKENIZER_DATA))
-    made = byte_pair_tokenizer(texts, VOCABULARY)
-    made.save_pretrained(str(tokenizer))
-    print(f"tokenizer of {len(made):,} tokens written to {tokenizer}")
+    trained = byte_pair_tokenizer(texts, VOCABULARY)
+    trained.save_pretrained(str(tokenizer))
+    print(f"tokenizer of {len(trained):,} tokens written to {tokenizer}")
 
 
 def byte_pair_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
@@ -110,9 +110,9 @@ def run(
         return {"tasks": evaluate_sets(model, tokens, sets)}
 
     name = f"needle-{kind}" if levels is None else f"needle-{kind}-levels{levels}"
-    asked = {"data": data or [], "examples": examples}
+    eval_settings = {"data": data or [], "examples": examples}
     overrides = {"tokenizer": str(tokenizer), "num_levels": recipe.model["num_levels"] if levels is None else levels}
-    train_and_evaluate(recipe, out, evaluate, name, options, asked=asked, **overrides)
+    train_and_evaluate(recipe, out, evaluate, name, options, eval_settings=eval_settings, **overrides)
 
 
 if __name__ == "__main__":

@@ -147,9 +147,9 @@ def describe(documents: Sequence[LongDocument]) -> dict[str, Any]:
 def _histogram(sizes: Sequence[int]) -> dict[str, dict[str, int]]:
     """Return the number of documents and their bytes by size."""
     edges = [SMALLEST, 2 * SMALLEST, 4 * SMALLEST, 8 * SMALLEST, LARGEST]
-    found = {}
+    histogram = {}
     for low, high in zip(edges, [*edges[1:], None], strict=True):
         inside = [size for size in sizes if low <= size and (high is None or size < high)]
         label = f"{low // KIB} KiB or more" if high is None else f"{low // KIB} to {high // KIB} KiB"
-        found[label] = {"documents": len(inside), "bytes": sum(inside)}
-    return found
+        histogram[label] = {"documents": len(inside), "bytes": sum(inside)}
+    return histogram

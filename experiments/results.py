@@ -35,7 +35,7 @@ def seed_suffix(seed: int) -> str:
 
 
 def require_replaceable(
-    file: Path, recipe: TrainingRecipe, asked: dict[str, Any], training_data: dict[str, Any] | None = None
+    file: Path, recipe: TrainingRecipe, eval_settings: dict[str, Any], training_data: dict[str, Any] | None = None
 ) -> None:
     """Raise ValueError, which names the difference, if the file holds a result of another recipe or evaluation.
 
@@ -43,7 +43,7 @@ def require_replaceable(
     """
     if not file.exists():
         return
-    ours = {**_decisive(json.loads(json.dumps(recipe.to_dict()))), **_asked(asked)}
+    ours = {**_decisive(json.loads(json.dumps(recipe.to_dict()))), **_eval_settings(eval_settings)}
     if training_data is not None:
         ours[TRAINING_DATA] = training_data
     theirs = _conditions(_read_result(file))
@@ -67,7 +67,7 @@ def read_seeds(results: Path, experiment: str, names: Iterable[str]) -> dict[str
 
     Raises ValueError, which names the files, if two differ in more than the seed, or have the same seed.
     """
-    found = {}
+    runs_by_name = {}
     for name in names:
         stem = f"{experiment}-{name}"
         files = sorted(file for file in results.glob(f"{stem}*.json") if re.fullmatch(SEED, file.stem[len(stem) :]))
@@ -79,8 +79,8 @@ def read_seeds(results: Path, experiment: str, names: Iterable[str]) -> dict[str
         if len({run["seed"] for run in runs}) < len(runs):
             raise ValueError(f"{', '.join(map(str, files))}: two are of the same seed")
         if runs:
-            found[name] = sorted(runs, key=lambda run: run["seed"])
-    return found
+            runs_by_name[name] = sorted(runs, key=lambda run: run["seed"])
+    return runs_by_name
 
 
 def _differing(ours: dict[str, Any], theirs: dict[str, Any], names: Iterable[str]) -> list[str]:
@@ -98,12 +98,12 @@ def _conditions(result: Result) -> dict[str, Any]:
     return {
         **_decisive(result["recipe"]),
         TRAINING_DATA: result.get("data"),
-        **_asked(evaluation),
+        **_eval_settings(evaluation),
         "tasks": lengths,
     }
 
 
-def _asked(evaluation: dict[str, Any]) -> dict[str, Any]:
+def _eval_settings(evaluation: dict[str, Any]) -> dict[str, Any]:
     return {"evaluation data": evaluation.get("data"), "examples": evaluation.get("examples")}
 
 

@@ -101,26 +101,26 @@ def train_and_evaluate(
     name: str,
     options: Options,
     *,
-    asked: dict[str, Any] | None = None,
+    eval_settings: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> None:
     """Train or resume a recipe in the folder `out`, evaluate the trained model, and write NAME.json.
 
-    `asked` holds the settings of the evaluation, which the result repeats. `overrides` are further arguments of
+    `eval_settings` holds the settings of the evaluation, which the result repeats. `overrides` are further arguments of
     `TrainingRecipe.override`. A seed other than 0 is part of the file's name. On a GPU the evaluation is in bfloat16,
     as the training is.
 
     Raises Interrupted if a signal or the minutes stopped the training before its end: call it again. Raises ValueError
     if `out` holds a run of another recipe, or NAME.json a result of another recipe, evaluation or training data.
     """
-    asked = asked or {}
-    recipe = begun(recipe, out, **options.overrides, **overrides)
+    eval_settings = eval_settings or {}
+    recipe = recipe_of_run(recipe, out, **options.overrides, **overrides)
     result = result_file(options.results / "miniature" if options.miniature else options.results, name, recipe.seed)
     for folder in (options.results, result.parent):
         require_folder(folder, "--results")
     result.parent.mkdir(parents=True, exist_ok=True)
     resume = (out / RUN_FILE).exists()
-    require_replaceable(result, recipe, asked, read_run(out)["data"] if resume else None)
+    require_replaceable(result, recipe, eval_settings, read_run(out)["data"] if resume else None)
     state = train(recipe, out, resume=resume, minutes=options.minutes, label=name)
     if state.interrupted:
         text = (
@@ -128,7 +128,7 @@ def train_and_evaluate(
         )
         raise Interrupted(text, state.signal)
     stored = read_run(out)
-    require_replaceable(result, recipe, asked, stored["data"])  # before a long evaluation; the checkpoint stays
+    require_replaceable(result, recipe, eval_settings, stored["data"])  # before a long evaluation; the checkpoint stays
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         evaluation = evaluate(load_model(out, device=device), recipe)
@@ -140,7 +140,7 @@ def train_and_evaluate(
         "recipe": recipe.to_dict(),
         "data": stored["data"],
         "training": training_summary(read_metrics(out)),
-        "evaluation": {**asked, **evaluation},
+        "evaluation": {**eval_settings, **evaluation},
     }
     write_object(result, written)
     print(f"result: {result}")
@@ -153,7 +153,9 @@ def kind_recipe(experiment: str, kind: str, miniature: bool) -> TrainingRecipe:
     return EXPERIMENTS[experiment](kind, miniature=miniature)
 
 
-def begun(recipe: TrainingRecipe, out: Path, *, compile: bool | None = None, **overrides: Any) -> TrainingRecipe:
+def recipe_of_run(
+    recipe: TrainingRecipe, out: Path, *, compile: bool | None = None, **overrides: Any
+) -> TrainingRecipe:
     """Return the recipe of the run in the folder `out`, or else `recipe`, with the overrides."""
     if (out / RUN_FILE).exists():
         name, recipe = recipe.name, run_recipe(out)

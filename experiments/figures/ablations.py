@@ -12,9 +12,9 @@ from loglinear.runs.files import write_atomically
 
 def ablations(results: Path, out: Path) -> list[Path]:
     """Write ablations.md: bits per byte of each choice, and the difference from the published one."""
-    found = read_results(results, "ablation", CHOICES)
-    if not found:
+    by_name = read_results(results, "ablation", CHOICES)
+    if not by_name:
         return []
     table = out / "ablations.md"
-    write_atomically(table, perplexity_table(found, "choice", DEFAULT))
+    write_atomically(table, perplexity_table(by_name, "choice", DEFAULT))
     return [table]

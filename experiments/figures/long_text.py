@@ -26,15 +26,15 @@ REFERENCE = "linear"  # the baseline of all differences
 
 def long_text(results: Path, out: Path) -> list[Path]:
     """Draw loss by position, its difference from the linear model's and the training losses; write long-text.md."""
-    found = read_results(results, "long-text", KINDS)
-    if not found:
+    by_name = read_results(results, "long-text", KINDS)
+    if not by_name:
         return []
     table = out / "long-text.md"
-    write_atomically(table, perplexity_table(found, "model", REFERENCE))
-    length = next(iter(found.values()))["recipe"]["seq_len"]
-    longest = {kind: max(windows(result).items())[1] for kind, result in found.items()}
+    write_atomically(table, perplexity_table(by_name, "model", REFERENCE))
+    length = next(iter(by_name.values()))["recipe"]["seq_len"]
+    longest = {kind: max(windows(result).items())[1] for kind, result in by_name.items()}
     curves = {kind: window["by_position"] for kind, window in longest.items()}
-    training = {kind: result["training"]["curve"] for kind, result in found.items()}
+    training = {kind: result["training"]["curve"] for kind, result in by_name.items()}
     written = [table, *draw_positions(out / "long-text-positions.svg", curves, training_length=length)]
     written += draw_training(out / "long-text-training.svg", training)
     if REFERENCE in longest and len(longest) > 1:
@@ -46,12 +46,12 @@ def long_text(results: Path, out: Path) -> list[Path]:
     return written
 
 
-def perplexity_table(found: dict[str, Result], column: str, reference: str) -> str:
+def perplexity_table(by_name: dict[str, Result], column: str, reference: str) -> str:
     """Return the table of bits per byte for each length of windows, the differences from the baseline, and the costs.
 
     Raises ValueError if two results have different documents.
     """
-    first = next(iter(found.values()))
+    first = next(iter(by_name.values()))
     lengths = sorted(windows(first))
     header = [
         column,
@@ -59,9 +59,9 @@ def perplexity_table(found: dict[str, Result], column: str, reference: str) -> s
         *(f"minus {title(reference)}, {length:,}" for length in lengths),
         *COST_COLUMNS,
     ]
-    base = windows(found[reference]) if reference in found else {}
+    base = windows(by_name[reference]) if reference in by_name else {}
     rows = []
-    for name, result in found.items():
+    for name, result in by_name.items():
         own = windows(result)
         bits = [f"{own[length]['bits_per_byte']:.4f}" for length in lengths]
         compared = base if name != reference else {}
@@ -69,7 +69,7 @@ def perplexity_table(found: dict[str, Result], column: str, reference: str) -> s
         rows.append([title(name), *bits, *differences, *costs(result)])
     note = (
         f"{first['evaluation']['documents']} validation documents, the first {max(lengths):,} tokens of each. "
-        f"{conditions(found.values())} Differences have the standard error over paired documents."
+        f"{conditions(by_name.values())} Differences have the standard error over paired documents."
     )
     return f"{markdown_table(header, rows)}\n{note}\n"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.figures.recall import draw_recall_by_bytes
-from experiments.figures.tables import MISSING, markdown_table, said
+from experiments.figures.tables import MISSING, join_distinct, markdown_table
 from loglinear.evaluation.mqar import markdown, rows_of
 from loglinear.recipes.mqar_models import ABLATIONS, CONTROLS, MODELS
 from loglinear.runs.files import write_atomically
@@ -26,10 +26,10 @@ def mqar(results: Path, out: Path) -> list[Path]:
     file = results / "mqar.json"
     if not file.is_file():
         return []
-    found = read_object(file)
-    rows = rows_of(found)
+    result = read_object(file)
+    rows = rows_of(result)
     compared = [row for row in rows if row["model"] in MODELS | CONTROLS]
-    parts = ["## Test accuracy", markdown(compared), _note(found, compared)]
+    parts = ["## Test accuracy", markdown(compared), _note(result, compared)]
     parts += ["## As reported in the paper (arXiv 2506.04761, 5 seeds): not measured here", _paper()]
     choices = [row for row in rows if row["model"] in ABLATIONS]
     if choices:
@@ -44,9 +44,11 @@ def _paper() -> str:
     return markdown_table(["dim", *PAPER], rows).rstrip()
 
 
-def _note(found: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    task, made = found["task"], found["made"]
-    seeds = said(sorted(len(row["seeds"]) for row in rows), lambda count: count)
+def _note(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    task = result["task"]
+    precision = join_distinct(result["made"], lambda how: how["precision"])
+    device = join_distinct(result["made"], lambda how: how["versions"].get("device"))
+    seeds = join_distinct(sorted(len(row["seeds"]) for row in rows), lambda count: count)
     pairs = ", ".join(map(str, task["pairs"]))
     return (
         f"Percent over {seeds} seeds, at the learning rate that is best on validation; {MISSING}: not measured; "
@@ -54,5 +56,5 @@ def _note(found: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"{task['length']} tokens in all layers, at the chunk size with the smallest state. KV cache: that of softmax "
         f"attention. Sequences of at most {task['length']} tokens with {pairs} pairs, {task['examples']:,} for "
         f"training with each number of pairs, at most {task['epochs']} epochs. "
-        f"{said(made, lambda how: how['precision'])}, {said(made, lambda how: how['versions'].get('device'))}."
+        f"{precision}, {device}."
     )

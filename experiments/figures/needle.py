@@ -13,8 +13,8 @@ from experiments.figures.tables import (
     MISSING,
     conditions,
     costs,
+    join_distinct,
     markdown_table,
-    said,
     title,
 )
 from experiments.results import SEED, Result, read_seeds, seed_suffix
@@ -31,16 +31,16 @@ def needle(results: Path, out: Path) -> list[Path]:
     needle-KIND.svg has a map of lengths and depths for each seed. Another number of levels is a kind of its own.
     """
     others = {match[1]: int(match[2]) for file in results.iterdir() if (match := LEVELS.fullmatch(file.name))}
-    found = read_seeds(results, "needle", (*KINDS, *sorted(others, key=lambda name: others[name])))
-    if not found:
+    runs_by_kind = read_seeds(results, "needle", (*KINDS, *sorted(others, key=lambda name: others[name])))
+    if not runs_by_kind:
         return []
-    models = {kind: [run["evaluation"]["tasks"] for run in runs] for kind, runs in found.items()}
-    length = next(iter(found.values()))[0]["recipe"]["seq_len"]
+    models = {kind: [run["evaluation"]["tasks"] for run in runs] for kind, runs in runs_by_kind.items()}
+    length = next(iter(runs_by_kind.values()))[0]["recipe"]["seq_len"]
     table = out / "needle.md"
-    write_atomically(table, _table(found))
+    write_atomically(table, _table(runs_by_kind))
     written = [table, *draw_retrieval(out / "needle.svg", models, training_length=length)]
     written += draw_recall(out / "recall.svg", models, training_length=length)
-    for kind, runs in found.items():
+    for kind, runs in runs_by_kind.items():
         for run in runs:
             label = f"{line_of(kind).label}, seed {run['seed']}"
             written += draw_depths(
@@ -49,30 +49,31 @@ def needle(results: Path, out: Path) -> list[Path]:
     return written
 
 
-def _table(found: dict[str, list[Result]]) -> str:
+def _table(runs_by_kind: dict[str, list[Result]]) -> str:
     scores: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
-    for kind, runs in found.items():
+    for kind, runs in runs_by_kind.items():
         for run in runs:
             for task, results in run["evaluation"]["tasks"].items():
                 for score in results:
                     scores[task, kind, score["length"]].append(score)
     lengths = sorted({length for *_, length in scores})
-    asked = {(task, kind) for task, kind, _ in scores}
+    evaluated = {(task, kind) for task, kind, _ in scores}
     rows = [
         [f"{task}, {title(kind)}", *(_accuracy(scores.get((task, kind, length), [])) for length in lengths)]
         for task in TASKS
-        for kind in found
-        if (task, kind) in asked
+        for kind in runs_by_kind
+        if (task, kind) in evaluated
     ]
     accuracies = markdown_table(["values found, %", *(f"{length:,} tokens" for length in lengths)], rows)
-    all_runs = [(kind, run) for kind, runs in found.items() for run in runs]
+    all_runs = [(kind, run) for kind, runs in runs_by_kind.items() for run in runs]
     prices = markdown_table(
         ["model", "seed", *COST_COLUMNS], [[title(kind), str(run["seed"]), *costs(run)] for kind, run in all_runs]
     )
     evaluations = [run["evaluation"] for _, run in all_runs]
+    examples = join_distinct(evaluations, lambda evaluation: evaluation["examples"])
+    haystack = join_distinct(evaluations, lambda evaluation: ", ".join(evaluation["data"]) or "noise")
     note = (
-        f"{said(evaluations, lambda of: of['examples'])} examples of every task and length, in "
-        f"{said(evaluations, lambda of: ', '.join(of['data']) or 'noise')} (single_1: in noise). A model with one seed "
+        f"{examples} examples of every task and length, in {haystack} (single_1: in noise). A model with one seed "
         f"has the standard error over examples, which is 0 and no certainty where none or all are found. Models with "
         f"several seeds have the mean and each seed. {conditions([run for _, run in all_runs])}"
     )

@@ -24,9 +24,9 @@ def speed(results: Path, out: Path) -> list[Path]:
     written = []
     for name, (file, shape) in SHAPES.items():
         if (results / file).is_file():
-            found = read_object(results / file)
-            curves = _curves([row for row in found["rows"] if row["shape"] == shape])
-            device = found["about"]["machine"]["gpu"]
+            result = read_object(results / file)
+            curves = _curves([row for row in result["rows"] if row["shape"] == shape])
+            device = result["about"]["machine"]["gpu"]
             written += draw(out / name, lambda theme, c=curves, d=device: _figure(c, d, theme))  # type: ignore[misc]
     return written
 

@@ -29,16 +29,16 @@ def title(name: str) -> str:
     return name.replace("_", "-")
 
 
-def said(found: Iterable[Any], what: Callable[[Any], Any]) -> str:
+def join_distinct(results: Iterable[Any], value_of: Callable[[Any], Any]) -> str:
     """Return the common value of all results, or all different values."""
-    return " or ".join(dict.fromkeys(str(what(result)) for result in found))
+    return " or ".join(dict.fromkeys(str(value_of(result)) for result in results))
 
 
 def conditions(models: Collection[Result]) -> str:
     """Return a sentence with the conditions of the training."""
-    length = said(models, lambda result: f"{result['recipe']['seq_len']:,}")
-    seed = said(models, lambda result: result["seed"])
-    device = said(models, lambda result: result["versions"]["device"])
+    length = join_distinct(models, lambda result: f"{result['recipe']['seq_len']:,}")
+    seed = join_distinct(models, lambda result: result["seed"])
+    device = join_distinct(models, lambda result: result["versions"]["device"])
     speed = "Tokens/s are those of the median step, minutes those of training with compilation"
     return f"Trained in windows of {length} tokens, seed {seed}, {device}. {speed}."
 

@@ -6,7 +6,7 @@ import torch
 
 from experiments import runs
 from experiments.results import read_results, require_replaceable
-from experiments.runs import Options, begun, kind_recipe, train_and_evaluate, training_summary
+from experiments.runs import Options, kind_recipe, recipe_of_run, train_and_evaluate, training_summary
 from loglinear.runs.folder import write_run
 from loglinear.runs.json_files import write_object
 from tests.training.tiny import tiny_recipe
@@ -14,18 +14,18 @@ from tests.training.tiny import tiny_recipe
 
 def test_blocks_are_compiled_where_there_is_a_gpu_and_nothing_else_is_said(tmp_path, monkeypatch):
     recipe, out = tiny_recipe(tmp_path), tmp_path / "run"
-    assert not begun(recipe, out).compile
+    assert not recipe_of_run(recipe, out).compile
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert begun(recipe, out).compile and not begun(recipe, out, compile=False).compile
+    assert recipe_of_run(recipe, out).compile and not recipe_of_run(recipe, out, compile=False).compile
 
 
 def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, seed=3)
     write_run(tmp_path, recipe, {}, parameters=1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert begun(tiny_recipe(tmp_path), tmp_path, steps=None) == recipe
+    assert recipe_of_run(tiny_recipe(tmp_path), tmp_path, steps=None) == recipe
     with pytest.raises(ValueError, match="holds a run of tiny, expected other"):
-        begun(tiny_recipe(tmp_path, name="other"), tmp_path)
+        recipe_of_run(tiny_recipe(tmp_path, name="other"), tmp_path)
 
 
 def test_training_curve_keeps_the_mean_of_every_stretch():
@@ -72,16 +72,16 @@ def test_a_result_of_another_recipe_is_not_replaced(tmp_path, monkeypatch):
 
 def test_a_result_of_another_evaluation_or_other_data_is_not_replaced(tmp_path):
     recipe, file = tiny_recipe(tmp_path), tmp_path / "tiny.json"
-    asked, data = {"data": ["a.txt"], "examples": 200}, {"train": {"fingerprint": "a"}}
-    require_replaceable(file, recipe, asked, data)  # there is none
-    written = {"seed": 0, "parameters": 1, "versions": {}, "training": {}, "evaluation": asked, "data": data}
+    eval_settings, data = {"data": ["a.txt"], "examples": 200}, {"train": {"fingerprint": "a"}}
+    require_replaceable(file, recipe, eval_settings, data)  # there is none
+    written = {"seed": 0, "parameters": 1, "versions": {}, "training": {}, "evaluation": eval_settings, "data": data}
     write_object(file, {**written, "recipe": recipe.to_dict()})
     elsewhere = recipe.override(compile=True, tokenizer="there/tokenizer", data=("there/text",))
-    require_replaceable(file, elsewhere, asked, data)
+    require_replaceable(file, elsewhere, eval_settings, data)
     with pytest.raises(ValueError, match="differs in evaluation data, examples: choose another --results"):
         require_replaceable(file, recipe, {"data": [], "examples": 4})
     with pytest.raises(ValueError, match="differs in training data: choose"):
-        require_replaceable(file, recipe, asked, {"train": {"fingerprint": "b"}})
+        require_replaceable(file, recipe, eval_settings, {"train": {"fingerprint": "b"}})
 
 
 def test_where_no_result_can_be_written_is_said_before_training(tmp_path, monkeypatch):
