@@ -176,7 +176,7 @@ def on_cpu(progress: Progress, steps: int, contexts: tuple[int, ...] = (200, 20_
         "Transformer": {"layer_types": ["full_attention"] * demo["num_hidden_layers"]},
     }
     models, caches = {}, {}
-    found: dict[tuple[str, int], list[float]] = {}
+    milliseconds: dict[tuple[str, int], list[float]] = {}
     task = progress.add_task("prompts", total=len(kinds) * len(contexts))
     for name, changes in kinds.items():
         torch.manual_seed(0)
@@ -186,7 +186,7 @@ def on_cpu(progress: Progress, steps: int, contexts: tuple[int, ...] = (200, 20_
             ids = torch.randint(0, 256, (1, T), generator=torch.Generator().manual_seed(1))
             for piece in ids.split(4096, 1):
                 models[name](piece, past_key_values=cache, logits_to_keep=1)
-            found[name, T] = []
+            milliseconds[name, T] = []
             progress.advance(task)
     token = torch.zeros(1, 1, dtype=torch.long)
     for number in progress.track(range(steps + 3), description="steps"):
@@ -194,10 +194,10 @@ def on_cpu(progress: Progress, steps: int, contexts: tuple[int, ...] = (200, 20_
             start = time.perf_counter()
             models[key[0]](token, past_key_values=cache)
             if number >= 3:
-                found[key].append((time.perf_counter() - start) * 1e3)
+                milliseconds[key].append((time.perf_counter() - start) * 1e3)
     return [
         {"model": name, "B": 1, "T": T, "ms": statistics.median(ms), "cache_mib": caches[name, T].nbytes / 2**20}
-        for (name, T), ms in found.items()
+        for (name, T), ms in milliseconds.items()
     ]
 
 

@@ -43,10 +43,10 @@ def told_again(text: str) -> Iterator[tuple[int, int]]:
     after it. New keys and values are unpredictable, and their noise would drown everything that can be learnt.
     """
     known: set[str] = set()
-    for found in KEY_OR_VALUE.finditer(text):
-        if found[1] in known:
-            yield found.span()
-        known.add(found[1])
+    for match in KEY_OR_VALUE.finditer(text):
+        if match[1] in known:
+            yield match.span()
+        known.add(match[1])
 
 
 def _bytes(text: str) -> int:
@@ -64,9 +64,9 @@ def _document(rng: Random, longest: int, haystacks: Sequence[Haystack]) -> str:
     needles += rng.choices(needles, k=max(1, int(length * rng.random() / TELLING) - len(needles)))
     rng.shuffle(needles)
     room = length - TELLING * len(needles)
-    asked = _asked(rng, needles, min(room, length // 2))
-    mixed, _ = hide(rng, needles, haystack.take(rng, room - _bytes(asked)))
-    return asked.replace(HAY, haystack.separator.join(mixed))
+    questions = _questions(rng, needles, min(room, length // 2))
+    mixed, _ = hide(rng, needles, haystack.take(rng, room - _bytes(questions)))
+    return questions.replace(HAY, haystack.separator.join(mixed))
 
 
 def _facts(rng: Random, count: int) -> list[Needle]:
@@ -81,7 +81,7 @@ def _few(rng: Random) -> int:
     return 1 if rng.random() < SINGLE else rng.randint(2, MOST)
 
 
-def _asked(rng: Random, needles: Sequence[Needle], room: int) -> str:
+def _questions(rng: Random, needles: Sequence[Needle], room: int) -> str:
     """Return an introduction, the placeholder of the haystack, and as many answered questions as fit."""
     keys = list(dict.fromkeys(needle.key for needle in needles))
     rng.shuffle(keys)

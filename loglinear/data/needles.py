@@ -50,8 +50,8 @@ class Question(NamedTuple):
     def about(cls, keys: Iterable[str], needles: Sequence[Needle]) -> Question:
         """Return the question for these keys. Its values are in the order in which needles first occur in the text."""
         keys = tuple(keys)
-        found = (needle for key in keys for needle in needles if needle.key == key)
-        return cls(keys, tuple(needle.value for needle in dict.fromkeys(found)))
+        told = (needle for key in keys for needle in needles if needle.key == key)
+        return cls(keys, tuple(needle.value for needle in dict.fromkeys(told)))
 
     @property
     def introduction(self) -> str:
@@ -103,10 +103,10 @@ def draw_value(rng: Random, *, held_out: bool) -> str:
 def words() -> list[str]:
     """Return the thousand words that keys are made of."""
     rng = Random("words of needles")
-    found: dict[str, None] = {}
-    while len(found) < WORD_COUNT:
-        found[_word(rng)] = None
-    return list(found)
+    drawn: dict[str, None] = {}
+    while len(drawn) < WORD_COUNT:
+        drawn[_word(rng)] = None
+    return list(drawn)
 
 
 def _word(rng: Random) -> str:

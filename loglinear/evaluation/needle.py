@@ -144,10 +144,10 @@ def example_sets(
 
 
 def _different(draw: Callable[[], str], count: int) -> list[str]:
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found[draw()] = None
-    return list(found)
+    drawn: dict[str, None] = {}
+    while len(drawn) < count:
+        drawn[draw()] = None
+    return list(drawn)
 
 
 @dataclass(frozen=True)
@@ -178,13 +178,13 @@ class NeedleScores:
         bins_NV = np.minimum((self.depths_NV * DEPTH_BINS).astype(int), DEPTH_BINS - 1)
         parts = []
         for number in np.unique(bins_NV).tolist():
-            found = self.found_NV[bins_NV == number]
+            found_V = self.found_NV[bins_NV == number]
             parts.append(
                 {
                     "depth": (number + 0.5) / DEPTH_BINS,
-                    "accuracy": float(found.mean()),
-                    "standard_error": float(found.std() / math.sqrt(len(found))),
-                    "values": len(found),
+                    "accuracy": float(found_V.mean()),
+                    "standard_error": float(found_V.std() / math.sqrt(len(found_V))),
+                    "values": len(found_V),
                 }
             )
         return parts

@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 def checkpoints(run: Path) -> list[Path]:
     """Return the folders `checkpoint-STEP` of a run, oldest first, whole or not."""
-    found = [path for path in run.glob("checkpoint-*") if path.is_dir() and path.name.split("-", 1)[1].isdigit()]
-    return sorted(found, key=step_of)
+    folders = [path for path in run.glob("checkpoint-*") if path.is_dir() and path.name.split("-", 1)[1].isdigit()]
+    return sorted(folders, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -131,16 +131,16 @@ def resolve(path: Path | str) -> Path:
 
 
 def _newest_whole(run: Path, *, resumable: bool) -> Path | None:
-    found: list[tuple[Path, str | None]] = []
+    tried: list[tuple[Path, str | None]] = []
     for checkpoint in reversed(checkpoints(run)):
-        found.append((checkpoint, defect(checkpoint, resumable=resumable)))
-        if found[-1][1] is None:
+        tried.append((checkpoint, defect(checkpoint, resumable=resumable)))
+        if tried[-1][1] is None:
             break
     else:
-        if not found:
+        if not tried:
             return None
-        raise ValueError(f"checkpoint {found[0][0]} is not whole: {found[0][1]}; no other one of this run is whole")
-    for passed, problem in found[:-1]:
+        raise ValueError(f"checkpoint {tried[0][0]} is not whole: {tried[0][1]}; no other one of this run is whole")
+    for passed, problem in tried[:-1]:
         _note(f"checkpoint {passed} is not whole: {problem}; going back to {checkpoint.name}")
     return checkpoint
 

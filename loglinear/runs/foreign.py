@@ -87,5 +87,5 @@ def weight_files(checkpoint: Path) -> list[Path]:
 
 def pickled(checkpoint: Path) -> str:
     """Return the reason why existing weights are not read, or an empty text. It follows an error's text."""
-    found = sorted(path.name for pattern in PICKLES for path in checkpoint.glob(pattern))
-    return f"; {found[0]} is not read, because it could run code" if found else ""
+    pickles = sorted(path.name for pattern in PICKLES for path in checkpoint.glob(pattern))
+    return f"; {pickles[0]} is not read, because it could run code" if pickles else ""

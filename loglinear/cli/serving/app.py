@@ -63,27 +63,27 @@ class Server:
 
         Raises Refused for a request that gets no answer.
         """
-        asked = requests.parse(kind, await self._body(request))
-        turn = self._turn(asked)
+        parsed = requests.parse(kind, await self._body(request))
+        turn = self._turn(parsed)
         if len(self.open) >= MOST_REQUESTS:
             raise Refused(f"{MOST_REQUESTS} requests are open: try again later", status=429)
         self.open.add(turn)
         request.scope["end"] = lambda: self._end(turn)
         CURRENT.set(turn)
-        tokens = next(iter(asked.lengths.values()), min(DEFAULT_TOKENS, self.limits.tokens))
-        body = {**asked.body(), "stream": asked.stream, "max_tokens": tokens}
+        tokens = next(iter(parsed.lengths.values()), min(DEFAULT_TOKENS, self.limits.tokens))
+        body = {**parsed.body(), "stream": parsed.stream, "max_tokens": tokens}
         return await _while_connected(request, handler.handle_request(body, uuid.uuid4().hex))
 
-    def _turn(self, asked: requests.Request) -> Turn:
-        self._require_model(asked.model)
+    def _turn(self, parsed: requests.Request) -> Turn:
+        self._require_model(parsed.model)
         most = self.limits.tokens
-        for name, tokens in asked.lengths.items():
+        for name, tokens in parsed.lengths.items():
             if tokens > most:
                 raise Refused(f"{name} must be at most {most} on this server, got {requests.shown(tokens)}", param=name)
-        options = asked.sampling(GREEDY)
-        if asked.logit_bias:
-            options["sequence_bias"] = {(self._token(key),): bias for key, bias in asked.logit_bias.items()}
-        return Turn(self.model, self.tokenizer, self.limits, options=options, stops=asked.stop, seed=asked.seed)
+        options = parsed.sampling(GREEDY)
+        if parsed.logit_bias:
+            options["sequence_bias"] = {(self._token(key),): bias for key, bias in parsed.logit_bias.items()}
+        return Turn(self.model, self.tokenizer, self.limits, options=options, stops=parsed.stop, seed=parsed.seed)
 
     def _token(self, text: str) -> int:
         most = self.model.config.vocab_size - 1

@@ -104,8 +104,8 @@ class Request(Checked):
     def lengths(self) -> dict[str, int]:
         """Return the field that limits the tokens of the answer, with its value. At most one is set."""
         flags = self.generation_config or GenerationFlags()
-        found = {"max_tokens": self.max_tokens, "generation_config.max_new_tokens": flags.max_new_tokens}
-        return {name: value for name, value in found.items() if value is not None}
+        lengths = {"max_tokens": self.max_tokens, "generation_config.max_new_tokens": flags.max_new_tokens}
+        return {name: value for name, value in lengths.items() if value is not None}
 
     def sampling(self, greedy_below: float) -> dict[str, Any]:
         """Return the settings of a GenerationConfig without its length."""
