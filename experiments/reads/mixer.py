@@ -159,7 +159,7 @@ class RoutedMixer(Mixer):
         z, qkv = self._project(x)
         qkv, _ = self.conv(qkv, None, None)
         tensors, v = self._operands(x, qkv)
-        y = self.read(x, *tensors[:-1])  # type: ignore[arg-type]  # only gates can be None
+        y = self.read(x, *tensors)  # type: ignore[arg-type]  # only gates can be None
         return self._output(y, v, z), None
 
     def read(

@@ -299,7 +299,8 @@ def mqar(
     The five models are mamba2, log_linear_mamba2, gated_delta_net, log_linear_gated_delta_net and attention. The
     log-linear names also take the suffixes _bounded and _unit (forms of lambda), _capped (fewer levels) and _blocks
     (one lambda for 64 tokens). The linear names mamba2 and gated_delta_net take _equal_bytes (a decode state of at
-    least the log-linear model's bytes) and _states2, 4, 8 or 16 (a state so many times as large).
+    least the log-linear model's bytes) and _states2, 4, 8 or 16 (a state so many times as large), and the prefix
+    routed_ (weights that depend on what the buckets hold).
 
     The standard task has 4 to 64 pairs in 256 tokens; any query sees them all in one bucket. In the jittered task,
     6 to 192 pairs in up to 1,024 tokens, sequences start anywhere in the tree, so the pairs lie in several buckets.

@@ -7,7 +7,6 @@ from os.path import commonprefix
 from pathlib import Path
 
 from loglinear.cli import console
-from loglinear.fenwick import num_levels
 from loglinear.models import LogLinearConfig, key_value_cache_bytes, parameter_counts, state_bytes
 from loglinear.ops import IMPLEMENTATIONS, impl_triton
 from loglinear.recipes import RECIPES, get_recipe, needs
@@ -53,6 +52,8 @@ def _describe(name: str, config: LogLinearConfig) -> None:
     rows = [
         ["variant", config.variant if "linear_attention" in (config.layer_types or []) else "full attention"],
         ["levels", str(config.num_levels)],
+        ["partition", _partition(config)],
+        ["routing", config.routing or "none"],
         ["parameters", f"{counts.total:,}"],
         ["of which embeddings", f"{counts.embeddings:,}"],
         ["of which lambda", f"{counts.level_scales:,} ({counts.lambda_share:.2%})"],
@@ -73,7 +74,15 @@ def _describe(name: str, config: LogLinearConfig) -> None:
     )
 
 
+def _partition(config: LogLinearConfig) -> str:
+    """Return the partition of the past in a few words."""
+    largest = "" if config.largest_block is None else f", largest {config.largest_block:,}"
+    return f"radix {config.radix}, finest block {config.finest_block:,}{largest}"
+
+
 def _with_full_levels(config: LogLinearConfig, tokens: int) -> LogLinearConfig:
     """Return the configuration with all levels of a length; that of a linear model stays the same."""
-    levels = num_levels(tokens) if config.num_levels > 1 else 1
+    levels = config.partition.num_columns(tokens) if config.num_levels > 1 else 1
+    if config.routing is not None:
+        levels = max(2, levels)
     return LogLinearConfig(**{**config.to_dict(), "num_levels": levels})

@@ -5,12 +5,14 @@ from loglinear.layers.gated_rms_norm import GatedRMSNorm
 from loglinear.layers.level_scales import LambdaForm, LevelScales
 from loglinear.layers.mixer import Mixer, MixerDecodeState, MixerState
 from loglinear.layers.packing import Packing
+from loglinear.layers.routing import BucketWeights, Routing
 from loglinear.layers.short_convolution import ShortConvolution
 from loglinear.layers.swiglu import SwiGLU
 
 __all__ = [
     "Attention",
     "AttentionContext",
+    "BucketWeights",
     "GatedRMSNorm",
     "LambdaForm",
     "LevelScales",
@@ -18,6 +20,7 @@ __all__ = [
     "MixerDecodeState",
     "MixerState",
     "Packing",
+    "Routing",
     "ShortConvolution",
     "SwiGLU",
     "rotary_tables",

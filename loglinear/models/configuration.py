@@ -7,16 +7,17 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from loglinear.fenwick import MOST_LEVELS
+from loglinear.layers import Routing
 from loglinear.layers.level_scales import check_finest_block, check_lambda_form
 from loglinear.models.auto_file import AUTO_MAP, write_auto_file
 from loglinear.ops import IMPLEMENTATIONS
-from loglinear.ops.validation import LARGEST_CHUNK
+from loglinear.ops.validation import LARGEST_CHUNK, check_partition
+from loglinear.partition import FENWICK, Partition
 from loglinear.variants import HeadSizes, get_variant
 
 POSITIVE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_levels", "conv_kernel", "chunk_size", "loss_chunk_size",
 )  # fmt: skip
-AT_MOST = {"num_levels": MOST_LEVELS, "chunk_size": LARGEST_CHUNK}
 LAYER_TYPES = ("linear_attention", "full_attention")
 
 
@@ -33,10 +34,18 @@ class LogLinearConfig(PreTrainedConfig):
             multiple of 64. 0: no such layer.
         variant: The base model, a name in `loglinear.variants.VARIANTS`.
         num_levels: L, the levels of the Fenwick partition, at most 64 because int64 positions have no more. Tokens more
-            than 2**(L - 2) away share the last level. 1: the linear model of the same variant, without lambda.
+            than 2**(L - 2) away share the last level. 1: the linear model of the same variant, without lambda. With
+            another radix, a largest block or routing: the columns of `partition`, `Partition.num_columns(length)` for
+            all that a sequence uses.
         lambda_form: "unit" (starts at exactly 1, as the linear model of the same variant), "softplus" (as published)
             or "bounded"; see `LevelScales`.
         finest_block: The tokens of each aligned block of this size share one lambda. 1: as published.
+        radix: r, the blocks that join into one; see `loglinear.partition`. 2: as published.
+        largest_block: Tokens of the largest block; older blocks of this size stay apart. None: blocks grow.
+        routing: "gram" for the routed read, whose weights depend on what the buckets hold; see `BucketWeights`. Then
+            lambda_form has no meaning. None: lambda depends on the token alone, as published.
+        routing_tau: The factor of the score in the weights of the routed read at the start. 0: the model starts as the
+            linear model.
         num_heads: H, the value heads.
         num_groups: G, the query/key groups. None: 1 for variants that share one group, such as Mamba-2, otherwise H.
         key_dim: K, the width of a query or key.
@@ -70,6 +79,10 @@ class LogLinearConfig(PreTrainedConfig):
     num_levels: int = 15
     lambda_form: str = "unit"
     finest_block: int = 1
+    radix: int = 2
+    largest_block: int | None = None
+    routing: str | None = None
+    routing_tau: float = 1.0
     num_heads: int = 8
     num_groups: int | None = None
     key_dim: int = 64
@@ -103,8 +116,7 @@ class LogLinearConfig(PreTrainedConfig):
             self.num_groups = 1 if variant.paper_heads.num_groups == 1 else self.num_heads
         self.heads.check()
         check_lambda_form(self.lambda_form)
-        if self.num_levels > 1:
-            check_finest_block(self.finest_block, self.num_levels)
+        self._check_partition()
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
         if self.num_attention_heads is None:
@@ -119,9 +131,8 @@ class LogLinearConfig(PreTrainedConfig):
 
     def _check_numbers(self) -> None:
         self._require_positive(*POSITIVE)
-        for name, most in AT_MOST.items():
-            if getattr(self, name) > most:
-                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+        if self.chunk_size > LARGEST_CHUNK:
+            raise ValueError(f"chunk_size must be at most {LARGEST_CHUNK}, got {self.chunk_size}")
         if self.chunk_size & (self.chunk_size - 1):
             raise ValueError(f"chunk_size must be a power of two, got {self.chunk_size}")
         for name in ("rms_norm_eps", "rope_theta"):
@@ -129,6 +140,22 @@ class LogLinearConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.impl not in ("auto", *IMPLEMENTATIONS):
             raise ValueError(f"impl must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {self.impl!r}")
+
+    def _check_partition(self) -> None:
+        partition = self.partition
+        most = MOST_LEVELS if partition == FENWICK else partition.num_columns(2**63)
+        if self.num_levels > most:
+            raise ValueError(f"num_levels must be at most {most}, got {self.num_levels}")
+        check_partition("the partition", partition)
+        if self.num_levels > 1:
+            check_finest_block(self.shared_block, self.num_levels)
+        if self.routing is None:
+            return
+        Routing(self.routing, self.routing_tau).checked()
+        if self.num_levels < 2:
+            raise ValueError(f"routing needs num_levels of at least 2, got {self.num_levels}")
+        if self.impl == "triton":
+            raise ValueError("routing needs impl 'auto', 'torch' or 'reference', got 'triton'")
 
     def _require_positive(self, *names: str) -> None:
         for name in names:
@@ -154,6 +181,23 @@ class LogLinearConfig(PreTrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
         """Do nothing: every save already names the class, and a copy of its code in a checkpoint would become stale."""
+
+    @property
+    def partition(self) -> Partition:
+        """The partition of the past in the operators."""
+        if self.radix == 2 and self.largest_block is None and self.routing is None:
+            return FENWICK  # a finest block is then one lambda for several levels
+        return Partition(self.radix, self.finest_block, self.largest_block)
+
+    @property
+    def shared_block(self) -> int:
+        """The finest block of lambda, where it is not the partition's."""
+        return self.finest_block if self.partition == FENWICK else 1
+
+    @property
+    def routing_choices(self) -> Routing | None:
+        """The choices of the routed read; None without routing."""
+        return None if self.routing is None else Routing(self.routing, self.routing_tau)
 
     @property
     def heads(self) -> HeadSizes:

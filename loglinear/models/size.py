@@ -1,13 +1,14 @@
 """The sizes of a model from its configuration alone: numbers of parameters, and bytes of its states."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from loglinear.layers import LevelScales
+from loglinear.layers import BucketWeights, LevelScales
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.modeling import LogLinearForCausalLM
 from loglinear.ops import FenwickState
+from loglinear.ops.scores import zero_sums
 from loglinear.variants import get_variant
 
 
@@ -19,7 +20,7 @@ class ParameterCounts(NamedTuple):
     embeddings: int
     """The input table and, if it is not tied, the output head."""
     level_scales: int
-    """Lambda: projections, L and biases of all layers."""
+    """Lambda, or the weights of the routed read: projections and biases of all layers."""
 
     @property
     def lambda_share(self) -> float:
@@ -32,7 +33,7 @@ def parameter_counts(config: LogLinearConfig) -> ParameterCounts:
     with torch.device("meta"):
         model = LogLinearForCausalLM(config)
     embeddings = {id(p): p.numel() for p in (model.model.embed_tokens.weight, model.lm_head.weight)}
-    level_scales = (module for module in model.modules() if isinstance(module, LevelScales))
+    level_scales = (module for module in model.modules() if isinstance(module, LevelScales | BucketWeights))
     return ParameterCounts(
         total=model.num_parameters(),
         embeddings=sum(embeddings.values()),
@@ -44,25 +45,26 @@ def state_bytes(config: LogLinearConfig, tokens: int, dtype: torch.dtype = torch
     """Return the bytes of one sequence of `tokens` tokens in the cache of a model in `dtype`.
 
     A linear layer holds a float32 `DecodeState` and the last inputs of its convolution in `dtype`, for any number of
-    tokens. A full-attention layer holds keys and values in `dtype`.
+    tokens. A routed one also holds the sums of keys that it scores, in float32. A full-attention layer holds keys and
+    values in `dtype`.
     """
     assert config.layer_types is not None
     heads = config.heads
+    shared: dict[str, Any] = dict(groups=heads.num_groups, key_dim=heads.key_dim, partition=config.partition)
+    shared |= dict(dtype=torch.promote_types(dtype, torch.float32), device="meta")
     state = FenwickState.zeros(
         1,
         num_levels=config.num_levels,
         chunk_size=config.chunk_size,
-        groups=heads.num_groups,
         heads=heads.num_heads,
-        key_dim=heads.key_dim,
         value_dim=heads.head_dim,
         delta_rule=get_variant(config.variant).transition == "delta_rule",
-        dtype=torch.promote_types(dtype, torch.float32),
-        device="meta",
+        **shared,
     )
-    inverse = 0 if state.beta is None else state.beta.nbytes * config.chunk_size  # DecodeState.inverse
+    inverse = 0 if state.beta is None else state.beta.nbytes * state.chunk_size  # DecodeState.inverse
+    sums = 0 if config.routing is None else zero_sums(1, num_columns=config.num_levels, **shared).nbytes
     channels = 2 * heads.num_groups * heads.key_dim + heads.num_heads * heads.head_dim
-    linear = state.nbytes + inverse + channels * (config.conv_kernel - 1) * dtype.itemsize
+    linear = state.nbytes + inverse + sums + channels * (config.conv_kernel - 1) * dtype.itemsize
     full_layers = config.layer_types.count("full_attention")
     return (config.num_hidden_layers - full_layers) * linear + full_layers * _key_value_bytes(config, tokens, dtype)
 

@@ -90,14 +90,14 @@ def bucket_scores(
     Source: this library; see docs/learn/routed-reads.md.
     """
     one_of("impl of bucket_scores", impl, SCORES)
-    problem = _problem(q, k, num_columns, partition, initial_state, output_final_state, cu_seqlens)
+    L = whole_number("num_columns", num_columns)
+    problem = _problem(q, k, L, partition, initial_state, output_final_state, cu_seqlens)
     chosen = "torch" if impl == "auto" else impl
     announce("bucket_scores", chosen, None)
-    L, K = problem.level_scales.shape[3], q.shape[3]
     with torch.autocast(q.device.type, enabled=False):
-        found, final = (_torch if chosen == "torch" else _reference)(problem)
+        found, final = (_torch if chosen == "torch" else _reference)(problem, L)
         tokens = bucket_tokens(_positions(problem), num_columns=L, partition=partition)
-        scores = _without_own(found) - (_without_own(tokens).to(found.dtype) / K)[:, :, None]
+        scores = _without_own(found) - (_without_own(tokens).to(found.dtype) / q.shape[3])[:, :, None]
     return BucketScores(scores, tokens, final)
 
 
@@ -205,12 +205,11 @@ def zero_sums(
 
 
 def _problem(
-    q: Tensor, k: Tensor, num_columns: int, partition: Partition, state: FenwickState | None, final: bool,
+    q: Tensor, k: Tensor, L: int, partition: Partition, state: FenwickState | None, final: bool,
     cu_seqlens: Tensor | None,
 ) -> Problem:  # fmt: skip
     """Return the call as one of the operator with keys as values, checked, with q and k of length 1."""
     check_partition("partition", partition)
-    L = whole_number("num_columns", num_columns)
     sizes: Sizes = {}
     check_tensor("q", q, "BTGK", sizes)
     check_tensor("k", k, "BTGK", sizes, q.device)
@@ -221,10 +220,10 @@ def _problem(
     return call.checked(delta_rule=False)
 
 
-def _torch(problem: Problem) -> tuple[Tensor, FenwickState | None]:
+def _torch(problem: Problem, L: int) -> tuple[Tensor, FenwickState | None]:
     """Return q_t^T M_b q_t [B, T, G, L] and the final state: blocks of one size at a time, on any device."""
     p, N = problem.in_working_dtype(), problem.num_sequences
-    state, L = p.initial_state, p.level_scales.shape[3]
+    state = p.initial_state
     q, k = in_one_row(p.q, state), in_one_row(p.k, state, state and state.k)
     position, nodes = (None, None) if state is None else (state.position, (state.blocks + state.blocks.mT) / 2)
     compute = kernels.energies if records_stages() else kernels.bucket_energies
@@ -236,9 +235,9 @@ def _torch(problem: Problem) -> tuple[Tensor, FenwickState | None]:
     return found, final_state(p, blocks, [k, k, no_decay, None], places_in_one_row(p, N))
 
 
-def _reference(problem: Problem) -> tuple[Tensor, FenwickState | None]:
+def _reference(problem: Problem, L: int) -> tuple[Tensor, FenwickState | None]:
     """Return the same by the recurrence: one head for each column, which reads that column alone."""
-    L, state = problem.level_scales.shape[3], problem.initial_state
+    state = problem.initial_state
 
     def for_columns(x: Tensor) -> Tensor:
         return x.repeat_interleave(L, 2)

@@ -1,6 +1,6 @@
-"""Models to compare: five with one size, one variant and one number of parameters, and ablations of the log-linear one.
+"""Models to compare: six with one size, one variant and one number of parameters, and ablations of the log-linear one.
 
-The five differ in the way they read the past (KINDS). `choices` lists the ablations.
+The six differ in the way they read the past (KINDS). `choices` lists the ablations.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from loglinear.fenwick import num_levels
 from loglinear.recipes.bytes import byte_model
 from loglinear.recipes.recipe import TrainingRecipe
 
-KINDS = ("linear", "log_linear", "capped", "hybrid", "transformer")
+KINDS = ("linear", "log_linear", "capped", "routed", "hybrid", "transformer")
 ATTENTION_PERIOD, ATTENTION_PLACE = 6, 3  # a hybrid's full attention: the fourth of every six layers
 PUBLISHED = {"lambda_form": "softplus"}  # with all levels, and a lambda for each from single tokens on
+# A routed read of the own 64 tokens, up to 15 blocks of 64, up to 15 blocks of 1,024, and one bucket with everything
+# older. No score of keys of 64 numbers finds one among many more than 1,024, so blocks grow no further.
+ROUTED = dict(radix=16, finest_block=64, largest_block=1024, routing="gram", num_levels=32)
 # The training that all experiments share. A miniature takes minutes on two CPU cores and shows only that all works.
 TRAINING = dict(
     batch_tokens=131_072,
@@ -85,9 +88,10 @@ def model_of_kind(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments of LogLinearConfig for one of KINDS.
 
     `base` is the log-linear model with all levels of its training sequences. It must name num_levels, hidden_size,
-    num_hidden_layers and intermediate_size. `linear` has one level and `capped` CAPPED_BY fewer levels. `hybrid` has
-    full attention in one layer of six, and at least in one; `transformer` has it in all. The width of the SwiGLU
-    layers, in steps of WIDTH_STEP, brings each model to the number of parameters of `base`.
+    num_hidden_layers and intermediate_size. `linear` has one level, `capped` CAPPED_BY fewer levels, and `routed` the
+    routed read ROUTED. `hybrid` has full attention in one layer of six, and at least in one; `transformer` has it in
+    all. The width of the SwiGLU layers, in steps of WIDTH_STEP, brings each model to the number of parameters of
+    `base`.
     """
     layers = base["num_hidden_layers"]
     place = min(ATTENTION_PLACE, layers - 1)
@@ -96,6 +100,7 @@ def model_of_kind(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
         "linear": {"num_levels": 1},
         "log_linear": {},
         "capped": {"num_levels": base["num_levels"] - CAPPED_BY},
+        "routed": ROUTED,
         "hybrid": {"layer_types": hybrid},
         "transformer": {"layer_types": ["full_attention"] * layers},
     }

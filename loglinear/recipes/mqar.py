@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loglinear.fenwick import num_levels
 from loglinear.recipes.mqar_models import MODELS, STATE_DIM, find_model, model_bytes, model_config
 from loglinear.recipes.recipe import LARGEST
 
@@ -123,9 +122,9 @@ class RecallTask:
         return 1 << (self.length - 1).bit_length() if self.jitter else 1
 
     @property
-    def levels(self) -> int:
-        """The number of levels that the sequences use, wherever they start."""
-        return num_levels(self.starts - 1 + self.length)
+    def positions(self) -> int:
+        """The number of positions in the tree that the sequences use, wherever they start."""
+        return self.starts - 1 + self.length
 
     @property
     def steps_per_epoch(self) -> int:
@@ -188,7 +187,8 @@ class RecallCell:
     def model_config(self) -> LogLinearConfig:
         """Return the model's configuration. Imports transformers."""
         task = self.task
-        return model_config(self.model, self.dim, vocab_size=task.vocab_size, length=task.length, levels=task.levels)
+        sizes = dict(vocab_size=task.vocab_size, length=task.length, positions=task.positions)
+        return model_config(self.model, self.dim, **sizes)
 
     def build(self) -> LogLinearForCausalLM:
         """Return the untrained model, from the present random state. Imports transformers."""

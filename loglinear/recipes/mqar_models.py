@@ -54,7 +54,7 @@ def _widened(sizes: Callable[[int], dict[str, Any]], times: int, dim: int) -> di
 
 
 class Model(NamedTuple):
-    """The sizes for a dimension, and further fields of the configuration. num_levels defaults to all levels.
+    """The sizes for a dimension, and further fields of the configuration. num_levels defaults to all columns.
 
     If `bytes_of` names a model, the key dimension grows until the decode state has at least as many bytes as that
     model's. `adapt` changes a built model, for examples of up to so many tokens. `decode_bytes` returns the bytes of an
@@ -71,6 +71,7 @@ class Model(NamedTuple):
 
 
 LINEAR = {"num_levels": 1}
+ROUTED = {"radix": 16, "finest_block": CHUNK_SIZE, "routing": "gram"}
 MODELS = {
     "mamba2": Model(_mamba2, LINEAR),
     "log_linear_mamba2": Model(_mamba2, PUBLISHED),
@@ -94,7 +95,8 @@ CONTROLS = {
         for times in TIMES
     },
 }
-ALL_MODELS = MODELS | CONTROLS | ABLATIONS
+ROUTED_MODELS = {f"routed_{name}": Model(MODELS[name].sizes, ROUTED) for name in LINEAR_MODELS}
+ALL_MODELS = MODELS | ROUTED_MODELS | CONTROLS | ABLATIONS
 
 
 def find_model(name: str) -> Model:
@@ -105,8 +107,8 @@ def find_model(name: str) -> Model:
     return ALL_MODELS[name]
 
 
-def model_config(name: str, dim: int, *, vocab_size: int, length: int, levels: int) -> LogLinearConfig:
-    """Return the configuration of a model for examples of up to `length` tokens with `levels` levels."""
+def model_config(name: str, dim: int, *, vocab_size: int, length: int, positions: int) -> LogLinearConfig:
+    """Return the configuration of a model for examples of up to `length` tokens at positions below `positions`."""
     from loglinear.models import LogLinearConfig
 
     model = find_model(name)
@@ -116,12 +118,12 @@ def model_config(name: str, dim: int, *, vocab_size: int, length: int, levels: i
         num_hidden_layers=LAYERS,
         intermediate_size=0,
         tie_word_embeddings=True,
-        num_levels=levels,
         chunk_size=CHUNK_SIZE,
     )
     fields |= model.sizes(dim) | model.changes
+    fields.setdefault("num_levels", LogLinearConfig(**fields).partition.num_columns(positions))
     if model.bytes_of is not None:
-        other = model_config(model.bytes_of, dim, vocab_size=vocab_size, length=length, levels=levels)
+        other = model_config(model.bytes_of, dim, vocab_size=vocab_size, length=length, positions=positions)
         wanted = model_bytes(model.bytes_of, other, length)
         if wanted is None:
             raise ValueError(f"{name} needs the decode bytes of {model.bytes_of}, which are not known")

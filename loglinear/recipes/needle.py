@@ -1,4 +1,4 @@
-"""Retrieval from long text: five models of 12 M parameters, for `loglinear eval needle`."""
+"""Retrieval from long text: six models of 12 M parameters, for `loglinear eval needle`."""
 
 from loglinear.recipes.comparison import recipe_of_kind
 from loglinear.recipes.recipe import TrainingRecipe

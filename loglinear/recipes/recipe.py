@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loglinear.fenwick import num_levels
-
 if TYPE_CHECKING:
     from loglinear.models import LogLinearConfig
 
@@ -88,11 +86,6 @@ class TrainingRecipe:
         from loglinear.models import LogLinearConfig
 
         return LogLinearConfig(**self.model)
-
-    @property
-    def trained_levels(self) -> int:
-        """The number of levels that `seq_len` tokens read. Training does not change further levels of the model."""
-        return num_levels(self.seq_len)
 
     def override(self, **changes: Any) -> TrainingRecipe:
         """Return the recipe with every change that is not None: a field of the recipe or of MODEL_OVERRIDES.

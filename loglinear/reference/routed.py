@@ -69,9 +69,9 @@ def dense_routed_read(
     """Return the outputs [H, T, V] of the routed read with a scalar gate, or with the delta rule if there is beta.
 
     The shapes are those of `dense_delta_rule`, with logits [H, T, L] and sharpness [H]. The scores scale q and k to
-    length 1; the read takes them as they are.
+    length 1, x / sqrt(|x|^2 + 1e-6); the read takes them as they are.
     """
-    unit_q, unit_k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
+    unit_q, unit_k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
     scores = dense_bucket_scores(unit_q, unit_k, logits.shape[2], partition)
     weights = dense_routed_weights(logits, scores, sharpness, partition)
     if beta is None:

@@ -122,8 +122,10 @@ def train(
 
 def _untrained_levels(recipe: TrainingRecipe, config: LogLinearConfig) -> str | None:
     """Return a note if training never reaches some levels of the model: longer sequences would read them untrained."""
-    trained, levels = recipe.trained_levels, config.num_levels
+    trained, levels = config.partition.num_columns(recipe.seq_len), config.num_levels
     if trained >= levels or "linear_attention" not in (config.layer_types or ()):
+        return None
+    if config.routing is not None:  # a bucket that training never saw has its score, whose factor all buckets share
         return None
     return (
         f"note: sequences of {recipe.seq_len:,} tokens train {trained} of {levels} levels; longer ones would read the "

@@ -8,6 +8,7 @@ import torch
 
 from experiments.reads import Read, adapt, compare
 from loglinear.models import LogLinearForCausalLM
+from loglinear.ops.problem import unit_length
 from loglinear.recipes.mqar import RecallCell
 from loglinear.recipes.mqar_models import ALL_MODELS
 from tests.experiments.dense_reads import DenseMixer, absorbed, block_coefficients, linear_coefficients
@@ -156,3 +157,24 @@ def test_the_command_knows_its_grid_and_refuses_other_reads() -> None:
     for wrong, message in (("gram", "a read is named like"), ("r32-f16-gram", "read must have a radix of 2 to 16")):
         with pytest.raises(ValueError, match=message):
             compare.main(out=Path("nowhere"), read=[wrong])
+
+
+@pytest.mark.parametrize("base", ["mamba2", "gated_delta_net"])
+def test_the_chosen_read_is_that_of_the_library(base: str, monkeypatch) -> None:
+    """The same weights give the same logits if the prototype scales q and k to length 1 once, as the library does."""
+    scaled = (lambda x, dim: x) if base == "gated_delta_net" else (lambda x, dim: unit_length(x))
+    monkeypatch.setattr("experiments.reads.mixer.F.normalize", scaled)
+    prototype = routed(model(base), "r16-f16-gram")
+    library = LogLinearForCausalLM(
+        RecallCell(model=f"routed_{base}", dim=32, learning_rate=1e-2, seed=0).model_config()
+    )
+    names = {"routed.bias_proj": "bucket_weights.proj", "routed.temperature.bias": "bucket_weights.score_bias.tau"}
+    weights = {}
+    for name, value in prototype.state_dict().items():
+        torch.nn.init.normal_(value, std=0.3)
+        for old, new in names.items():
+            name = name.replace(old, new)
+        weights[name] = value
+    library.double().load_state_dict(weights)
+    ids = torch.randint(8192, (2, 80))
+    torch.testing.assert_close(library(ids).logits, prototype(ids).logits, rtol=1e-8, atol=1e-8)

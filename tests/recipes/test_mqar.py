@@ -8,7 +8,16 @@ import torch
 from loglinear.fenwick import level
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts
 from loglinear.recipes.mqar import DIMS, PROTOCOLS, RecallCell, RecallTable, RecallTask, get_task
-from loglinear.recipes.mqar_models import ABLATIONS, ALL_MODELS, CHOICES, CONTROLS, KEY_STEP, MODELS, decode_bytes
+from loglinear.recipes.mqar_models import (
+    ABLATIONS,
+    ALL_MODELS,
+    CHOICES,
+    CONTROLS,
+    KEY_STEP,
+    LINEAR_MODELS,
+    MODELS,
+    decode_bytes,
+)
 from loglinear.variants import HeadSizes
 
 HEADS = {  # heads, query/key groups, key dimension, head dimension
@@ -159,8 +168,9 @@ def test_a_jittered_task_has_the_levels_of_every_start():
     for length in (2, 250, 256, 258):
         task = RecallTask(length=4 * length, pairs=(1,), jitter=True)
         assert task.starts >= task.length > task.starts // 2
-        assert task.levels == max(level(task.starts - 1 + task.length - 1, s) for s in range(task.starts)) + 1
-    assert (RecallTask().starts, RecallTask().levels) == (1, 9)
+        config = cell(model="log_linear_mamba2", task=task).model_config()
+        assert config.num_levels == max(level(task.starts - 1 + task.length - 1, s) for s in range(task.starts)) + 1
+    assert (RecallTask().starts, RecallTask().positions) == (1, 256)
     jittered = cell(model="log_linear_mamba2", task=get_task("jittered"))
     assert jittered.model_config().num_levels == 12 and RecallCell.from_dict(jittered.to_dict()) == jittered
     assert all(pairs & (pairs - 1) for pairs in jittered.task.pairs)
@@ -195,3 +205,22 @@ def test_a_jittered_task_has_the_levels_of_every_start():
 def test_impossible_values_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("model", LINEAR_MODELS)
+def test_routed_models_add_the_read_alone(model):
+    linear, routed = (cell(model=name).model_config().to_dict() for name in (model, f"routed_{model}"))
+    assert {name for name in linear if linear[name] != routed[name]} == {
+        "num_levels", "radix", "finest_block", "routing",
+    }  # fmt: skip
+    assert routed["num_levels"] == 16  # the own 16 tokens, and 15 blocks before the last of 256
+    jittered = cell(model=f"routed_{model}", task=get_task("jittered")).model_config()
+    assert jittered.num_levels == jittered.partition.num_columns(2047) == 1 + 15 + 7
+
+
+def test_bytes_of_a_routed_model_are_its_states_and_its_sums():
+    """Dimension 32, Mamba-2: 4 heads of 16 x 16, 15 blocks, chunks of 16, two layers."""
+    states = 8 + 4 * (15 * 4 * 16 * 16 + 16 * (16 + 4 * 16 + 4))
+    sums = 8 + 4 * (15 * 16 * 16 + 16 * (2 * 16 + 1))
+    convolution = 4 * 3 * (2 * 16 + 4 * 16)
+    assert cell(model="routed_mamba2", dim=32).decode_bytes == 2 * (states + sums + convolution)

@@ -71,3 +71,15 @@ def test_equal_logits_without_scores_are_the_linear_model(partition, delta_rule)
         else dense_delta_rule(q, k, v, log_decay, beta, ones)
     )
     torch.testing.assert_close(routed, linear, rtol=1e-12, atol=1e-12)
+
+
+@every_partition
+def test_the_read_is_the_operator_with_these_weights(partition):
+    H, T, L = 2, 37, 6
+    q, k, v = unit(H, T, 3), unit(H, T, 3), torch.randn(H, T, 2, dtype=torch.float64)
+    log_decay, logits = -torch.rand(H, T, dtype=torch.float64), torch.randn(H, T, L, dtype=torch.float64)
+    sharpness = torch.tensor([4.0, -1.0], dtype=torch.float64)
+    weights = dense_routed_weights(logits, dense_bucket_scores(q, k, L, partition), sharpness, partition)
+    expected = dense_scalar_gate(1e3 * q, 1e3 * k, v, log_decay, weights, partition)
+    actual = dense_routed_read(1e3 * q, 1e3 * k, v, log_decay, None, logits, sharpness, partition)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-3)  # of 1e6; the epsilon of length 1 is small here

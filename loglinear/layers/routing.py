@@ -1,0 +1,95 @@
+# B batch, T time, D hidden size, G query/key groups, H heads, L columns
+"""The layer of the routed read: weights of buckets from the hidden states and from what the buckets hold."""
+
+import math
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from loglinear.layers.level_scales import ZeroLinear
+from loglinear.variants.base import HeadBias, at_least_float32
+
+Score = Literal["gram"]
+SHARPNESS = 4.0  # factor of tau: tau learns as fast as with a learning rate that many times larger
+
+
+class Routing(NamedTuple):
+    """The choices of a routed read.
+
+    Raises ValueError from `checked` for an unknown score or a tau that is not finite.
+    """
+
+    score: str = "gram"
+    """The score of a bucket; "gram" is that of `loglinear.ops.bucket_scores`."""
+    tau: float = 1.0
+    """The factor of the score at the start. 0: the model starts as the linear model."""
+
+    def checked(self) -> "Routing":
+        """Return the same choices; ValueError for one that does not exist."""
+        if self.score not in get_args(Score):
+            raise ValueError(f"routing must be one of {', '.join(get_args(Score))} or None, got {self.score!r}")
+        tau: Any = self.tau
+        if isinstance(tau, bool) or not isinstance(tau, int | float) or not math.isfinite(tau):
+            raise ValueError(f"routing_tau must be a finite number, got {tau!r}")
+        return self
+
+
+class ScoreBias(HeadBias):
+    """The scores times SHARPNESS * tau: [B, T, G, L] -> [B, T, H, L]. tau [H] starts at one value."""
+
+    def __init__(self, num_heads: int, start: float) -> None:
+        super().__init__()
+        self.num_heads, self.start = num_heads, start
+        self.tau = nn.Parameter(torch.full((num_heads,), float(start)))
+
+    def initial_values(self) -> dict[str, Tensor]:
+        return {"tau": torch.full((self.num_heads,), float(self.start))}
+
+    def forward(self, scores: Tensor) -> Tensor:
+        sharpness = SHARPNESS * at_least_float32(self.tau).view(scores.shape[2], -1, 1)
+        return (scores.unsqueeze(3) * sharpness).flatten(2, 3)
+
+
+class BucketWeights(nn.Module):
+    """The weights w [B, T, H, L] of the routed read, in float32 (float64 for a float64 model).
+
+        a[t, b] = (W x_t + bias)[b] + 4 tau score(t, b),    w[t, b] = n_t softmax_b a[t, b]
+
+    n_t is the number of buckets that hold a token. The weights have mean one over them, and are 0 for empty buckets. W
+    and the bias start at zero. With them and tau at zero every weight is exactly 1: the model is the linear model.
+
+    The layer `proj` holds W [H L, D] and the bias [H L], and `score_bias` holds tau [H].
+
+    Args:
+        hidden_size: D.
+        num_heads: H.
+        num_columns: L, at least 2.
+        tau: The value of tau at the start.
+
+    Raises:
+        ValueError: Fewer than 2 columns.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, num_columns: int, tau: float = 1.0) -> None:
+        super().__init__()
+        if num_columns < 2:
+            raise ValueError(f"num_columns must be at least 2 (with one bucket its weight is 1), got {num_columns}")
+        self.shape = (num_heads, num_columns)
+        self.proj = ZeroLinear(hidden_size, num_heads * num_columns)
+        self.score_bias = ScoreBias(num_heads, tau)
+
+    def forward(self, x: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
+        """Return the weights.
+
+        Args:
+            x: [B, T, D], the hidden states.
+            scores: [B, T, G, L], of `loglinear.ops.bucket_scores`.
+            tokens: [B or 1, T, L], the tokens of the buckets.
+        """
+        a = at_least_float32(self.proj(x)).unflatten(-1, self.shape) + self.score_bias(scores)
+        live = (tokens > 0).unsqueeze(2)
+        a = a.masked_fill(~live, -torch.inf)
+        weights = (a - a.amax(-1, keepdim=True).detach()).exp()
+        # Not a softmax times n: its 1 / n is rounded, and equal numbers must give exactly 1.
+        return weights * (live.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True))

@@ -1,0 +1,196 @@
+"""The routed read in a mixer: against its dense definition, and in packed, continued and decoded sequences."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from loglinear.layers import BucketWeights, Mixer, MixerDecodeState, MixerState, Packing, Routing
+from loglinear.layers.routing import SHARPNESS
+from loglinear.ops.problem import unit_length
+from loglinear.partition import Partition
+from loglinear.reference import dense_bucket_scores, dense_delta_rule, dense_routed_weights, dense_scalar_gate
+from loglinear.variants import HeadSizes
+
+HIDDEN, HEADS = 12, HeadSizes(num_heads=4, num_groups=2, key_dim=5, head_dim=3)
+PARTITIONS = [Partition(2, 16), Partition(4, 16), Partition(16, 16), Partition(4, 4), Partition(4, 4, 16)]
+every_partition = pytest.mark.parametrize("partition", PARTITIONS, ids=str)
+both_families = pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])
+
+
+def routed(variant: str, partition: Partition, num_levels: int = 6, **options) -> Mixer:
+    torch.manual_seed(0)
+    choices = dict(variant=variant, num_levels=num_levels, partition=partition, routing=Routing(), chunk_size=16)
+    mixer = Mixer(HIDDEN, HEADS, **choices | options).double()
+    for p in mixer.bucket_weights.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return mixer
+
+
+def hidden(T: int, B: int = 1) -> Tensor:
+    return torch.randn(B, T, HIDDEN, dtype=torch.float64, requires_grad=True)
+
+
+def check_equal(mixer: Mixer, x: Tensor, actual: Tensor, expected: Tensor) -> None:
+    """Outputs and every gradient."""
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11)
+    names, leaves = zip(*mixer.named_parameters(), strict=True)
+    weights = torch.randn_like(expected)
+    runs = [torch.autograd.grad(y, [x, *leaves], weights, retain_graph=True) for y in (actual, expected)]
+    for name, a, e in zip(["x", *names], *runs, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def dense_output(mixer: Mixer, x: Tensor) -> Tensor:
+    """The mixer's output for one sequence, with the definition in place of the scores and of the operator."""
+    z, qkv = mixer._project(x)
+    qkv, _ = mixer.conv(qkv, None, None)
+    tensors, v = mixer._operands(x, qkv)
+    q, k, values, log_decay, *beta = (t[0].transpose(0, 1) for t in tensors)
+    scores = dense_bucket_scores(unit_length(q), unit_length(k), mixer.num_levels, mixer.partition)
+    R, layer = HEADS.num_heads // HEADS.num_groups, mixer.bucket_weights
+    logits, sharpness = layer.proj(x)[0].unflatten(-1, layer.shape).transpose(0, 1), SHARPNESS * layer.score_bias.tau
+    weights = dense_routed_weights(logits, scores, sharpness, mixer.partition)
+    if mixer.variant.l2_normalize:
+        q, k = unit_length(q), unit_length(k)
+    q, k = (t.repeat_interleave(R, 0) for t in (mixer.variant.scale * q, k))
+    dense = dense_delta_rule if beta else dense_scalar_gate
+    read = dense(q, k, values, log_decay, *beta, weights, mixer.partition)
+    return mixer._output(read.transpose(0, 1)[None], v, z)
+
+
+@both_families
+@every_partition
+def test_the_mixer_is_the_definition_with_every_gradient(variant: str, partition: Partition) -> None:
+    for T, L in ((1, 2), (17, 3), (70, 6), (70, 40)):
+        mixer, x = routed(variant, partition, L), hidden(T)
+        for impl in ("auto", "reference") if T == 17 else ("auto",):
+            mixer.impl = impl
+            check_equal(mixer, x, mixer(x)[0], dense_output(mixer, x))
+
+
+@both_families
+def test_without_weights_it_is_the_linear_model(variant: str) -> None:
+    mixer, linear = (
+        routed(variant, Partition(16, 16), 20),
+        Mixer(HIDDEN, HEADS, variant=variant, num_levels=1).double(),
+    )
+    for p in mixer.bucket_weights.parameters():
+        torch.nn.init.zeros_(p)
+    own = {name: value for name, value in mixer.state_dict().items() if not name.startswith("bucket_weights")}
+    linear.load_state_dict(own)
+    x = hidden(300, B=2)
+    torch.testing.assert_close(mixer(x)[0], linear(x)[0], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [[1, 0, 0, 0], [16, 16, 16, 0], [3, 16, 0, 256], [7] * 4], ids=str)
+def test_equal_numbers_give_exactly_one(tokens: list[int]) -> None:
+    weights = BucketWeights(6, 2, 4, tau=0.0)
+    scores = 100 * torch.randn(1, 5, 1, 4)
+    w = weights(torch.randn(1, 5, 6), scores, torch.tensor(tokens).expand(1, 5, 4))
+    assert torch.equal(w, (torch.tensor(tokens) > 0).float().expand(1, 5, 2, 4))
+
+
+def test_the_start() -> None:
+    weights = BucketWeights(6, 2, 4)
+    assert (
+        weights.score_bias.tau.tolist() == [1.0, 1.0] and not weights.proj.weight.any() and not weights.proj.bias.any()
+    )
+    assert BucketWeights(6, 2, 4, tau=0.5).score_bias.initial_values()["tau"].tolist() == [0.5, 0.5]
+    narrow = BucketWeights(6, 2, 4).bfloat16()
+    w = narrow(torch.randn(1, 3, 6).bfloat16(), torch.randn(1, 3, 1, 4), torch.ones(1, 3, 4, dtype=torch.long))
+    assert w.dtype == torch.float32
+
+
+@both_families
+@every_partition
+@pytest.mark.parametrize("cuts", [[0, 1, 10, 10, 13, 90], [0, 40, 70]], ids=str)
+def test_packed_is_separate_with_every_gradient(variant: str, partition: Partition, cuts: list[int]) -> None:
+    mixer, x = routed(variant, partition), hidden(cuts[-1])
+    packed, _ = mixer(x, Packing.from_cu_seqlens(torch.tensor(cuts), cuts[-1], 4))
+    separate = [mixer(x[:, a:b])[0] for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a]
+    check_equal(mixer, x, packed, torch.cat(separate, 1))
+
+
+@both_families
+def test_padded_is_separate(variant: str) -> None:
+    mixer, x = routed(variant, Partition(4, 4)), hidden(50, B=3)
+    mask = torch.ones(3, 50, dtype=torch.bool)
+    mask[0, :20] = mask[1, 7:11] = mask[2, 45:] = False
+    padded, state = mixer(x, Packing.from_mask(mask, 4), return_state=True)
+    for row in range(3):
+        alone, own = mixer(x[row : row + 1, mask[row]], return_state=True)
+        torch.testing.assert_close(padded[row, mask[row]], alone[0], rtol=1e-10, atol=1e-11)
+        for a, e in zip(state.sums.tensors, own.sums.tensors, strict=True):
+            torch.testing.assert_close(a[row : row + 1], e, rtol=1e-10, atol=1e-11)
+
+
+@both_families
+@every_partition
+def test_pieces_are_the_whole_with_every_gradient(variant: str, partition: Partition) -> None:
+    mixer, x = routed(variant, partition), hidden(90, B=2)
+    state, outputs, start = None, [], 0
+    for piece in (1, 20, 3, 1, 65):
+        y, state = mixer(x[:, start : start + piece], state=state, return_state=True)
+        outputs.append(y)
+        start += piece
+    check_equal(mixer, x, torch.cat(outputs, 1), mixer(x)[0])
+
+
+@both_families
+@every_partition
+@pytest.mark.parametrize("prompt", [1, 15, 16, 37])
+def test_steps_are_the_whole(variant: str, partition: Partition, prompt: int) -> None:
+    mixer, x = routed(variant, partition), hidden(90, B=2).detach()
+    expected, state = mixer(x)[0], MixerDecodeState.of(mixer(x[:, :prompt], return_state=True)[1])
+    skipped = torch.tensor([True, False])
+    for t in range(prompt, 90):
+        if t == 40:  # a row that is not active keeps its state, whatever it is given
+            mixer.step(torch.full_like(x[:, :1], torch.nan), state, ~torch.ones(2, dtype=torch.bool))
+            copy = MixerDecodeState.of(state.state())
+            mixer.step(x[:, t : t + 1], copy, skipped)
+            for own, other in ((state.decode.fenwick, copy.decode.fenwick), (state.sums.fenwick, copy.sums.fenwick)):
+                assert all(torch.equal(a[1], b[1]) for a, b in zip(own.tensors, other.tensors, strict=True))
+        y = mixer.step(x[:, t : t + 1], state)
+        torch.testing.assert_close(y[:, 0], expected[:, t], rtol=1e-9, atol=1e-10)
+
+
+@both_families
+def test_a_sequence_starts_anywhere_in_the_tree(variant: str) -> None:
+    """As after tokens that write nothing, which count in the buckets that they lie in."""
+    mixer, x = routed(variant, Partition(4, 4)), hidden(30, B=2)
+    start = mixer.starting_at(torch.tensor([21, 0]), x)
+    y = mixer(x, state=start)[0]
+    torch.testing.assert_close(y[1], mixer(x)[0][1], rtol=1e-10, atol=1e-11)
+    assert not torch.allclose(y[0], mixer(x)[0][0])
+
+
+@both_families
+def test_the_future_does_not_leak(variant: str) -> None:
+    mixer, x = routed(variant, Partition(4, 4)), hidden(70)
+    changed = x.detach().clone()
+    changed[:, 43:] = 5.0
+    torch.testing.assert_close(mixer(changed)[0][:, :43], mixer(x)[0][:, :43], rtol=0, atol=1e-13)
+
+
+def test_mistakes_are_one_line() -> None:
+    mixer, x = routed("mamba2", Partition(4, 4)), hidden(20).detach()
+    plain = Mixer(HIDDEN, HEADS, variant="mamba2", num_levels=6, partition=Partition(4, 4), chunk_size=16).double()
+    with_sums, without = (m(x, return_state=True)[1] for m in (mixer, plain))
+    for text, call in (
+        ("state must have sums, as a mixer with routing, got none", lambda: mixer(x, state=without)),
+        ("state must have no sums, as a mixer without routing, got some", lambda: plain(x, state=with_sums)),
+        (
+            "state must have no sums, as a mixer without routing, got some",
+            lambda: MixerDecodeState.of(without).copy_(MixerState(*with_sums)),
+        ),
+        (
+            "routing must be one of gram or None, got 'keys'",
+            lambda: routed("mamba2", Partition(4), routing=Routing("keys")),
+        ),
+        ("routing_tau must be a finite number, got nan", lambda: Routing(tau=float("nan")).checked()),
+        ("num_columns must be at least 2 (with one bucket its weight is 1), got 1", lambda: BucketWeights(6, 2, 1)),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+            call()

@@ -1,0 +1,140 @@
+"""Models with a routed read: configuration, files, sizes, training, and the linear model that they start as."""
+
+import re
+
+import pytest
+import torch
+from tiny_models import HYBRID, ROUTED, ROUTED_DELTA, tiny_config, tokens
+
+from loglinear.layers import BucketWeights
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts, state_bytes
+from loglinear.ops import Partition
+
+MISTAKES = [
+    (dict(radix=3), "radix must be a power of two of at least 2, got 3"),
+    (dict(radix=4, finest_block=12), "finest_block must be a power of two of at least 1, got 12"),
+    (
+        dict(radix=4, finest_block=4, largest_block=32),
+        "largest_block must be finest_block = 4 times a power of radix = 4, got 32",
+    ),
+    (dict(routing="keys"), "routing must be one of gram or None, got 'keys'"),
+    (dict(routing="gram", num_levels=1), "routing needs num_levels of at least 2, got 1"),
+    (dict(routing="gram", routing_tau=float("inf")), "routing_tau must be a finite number, got inf"),
+    (dict(routing="gram", impl="triton"), "routing needs impl 'auto', 'torch' or 'reference', got 'triton'"),
+    (
+        dict(radix=16, finest_block=8192),
+        "the partition must have a finest_block of at most 4096, got 8192",
+    ),
+    (dict(radix=16, finest_block=64, num_levels=500), "num_levels must be at most 212, got 500"),
+    (dict(num_levels=65), "num_levels must be at most 64, got 65"),
+]
+
+
+@pytest.mark.parametrize(
+    "options, text", MISTAKES, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
+)
+def test_mistakes_of_the_configuration_are_one_line(options: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        tiny_config(**options)
+
+
+def test_the_partition_of_a_configuration() -> None:
+    assert tiny_config().partition == tiny_config(finest_block=4).partition == Partition()  # lambdas are shared instead
+    assert tiny_config(**ROUTED).partition == Partition(4, 4)
+    assert tiny_config(finest_block=4, routing="gram").partition == Partition(2, 4)
+    assert tiny_config(radix=4, finest_block=4, largest_block=16, num_levels=90).partition == Partition(4, 4, 16)
+
+
+@pytest.mark.parametrize("options", [ROUTED, ROUTED_DELTA, HYBRID | ROUTED, dict(radix=4, finest_block=4)])
+def test_files_bring_back_every_bit(make_model, tmp_path, options: dict) -> None:
+    model = make_model(torch.float32, **options)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    loaded = LogLinearForCausalLM.from_pretrained(tmp_path).eval()
+    ids = tokens(2, 40)
+    assert torch.equal(model(ids).logits, loaded(ids).logits)
+    assert loaded.config.partition == model.config.partition and loaded.config.routing == model.config.routing
+    narrow = LogLinearForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for name, p in narrow.named_parameters() if name.endswith("tau")} <= {torch.float32}
+
+
+@pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])
+def test_a_linear_checkpoint_becomes_a_routed_model_that_starts_as_it(make_model, tmp_path, variant: str) -> None:
+    linear = make_model(torch.float32, num_levels=1, variant=variant)
+    for parameter in linear.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    linear.save_pretrained(tmp_path)
+    options = {**ROUTED, "num_levels": 9, "routing_tau": 0.0}
+    grown = LogLinearForCausalLM.from_pretrained(tmp_path, **options).eval()
+    assert isinstance(grown.model.layers[0].mixer.bucket_weights, BucketWeights)
+    logits = [model.double()(tokens(1, 90)).logits for model in (grown, linear)]
+    torch.testing.assert_close(*logits, rtol=1e-10, atol=1e-10)
+    grown(tokens(1, 90), labels=tokens(1, 90)).loss.backward()
+    idle = [name for name, p in grown.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+
+
+def test_a_model_from_scratch_scores_from_the_start(make_model) -> None:
+    model = make_model(**ROUTED)
+    taus = [p for name, p in model.named_parameters() if name.endswith("bucket_weights.score_bias.tau")]
+    assert len(taus) == 2 and all((tau == 1).all() for tau in taus)
+    assert (
+        make_model(**ROUTED, routing_tau=0.0)(tokens(1, 50)).logits - model(tokens(1, 50)).logits
+    ).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("options", [ROUTED, ROUTED_DELTA, HYBRID | ROUTED], ids=["mamba2", "delta", "hybrid"])
+def test_state_bytes_are_those_of_a_cache(make_model, options: dict) -> None:
+    model = make_model(torch.float32, **options)
+    cache = model(tokens(1, 37), use_cache=True).past_key_values
+    history = 0 if cache.real is None else cache.real.nbytes
+    assert state_bytes(model.config, 37, torch.float32) == cache.nbytes - history
+    linear = tiny_config(**{**options, "routing": None})
+    G, K, f, M = model.config.num_groups, 6, 4, model.config.num_levels - 1
+    layers = model.config.layer_types.count("linear_attention")
+    sums = layers * (8 + 4 * (M * G * K * K + f * (2 * G * K + G)))
+    assert state_bytes(model.config, 37, torch.float32) - state_bytes(linear, 37, torch.float32) == sums
+
+
+def test_parameters_of_the_weights_are_counted() -> None:
+    config = tiny_config(**ROUTED)
+    D, H, L = config.hidden_size, config.num_heads, config.num_levels
+    assert parameter_counts(config).level_scales == 2 * (D * H * L + H * L + H)
+
+
+def test_tau_has_no_weight_decay(make_model) -> None:
+    from transformers import Trainer
+
+    model = make_model(torch.float32, **ROUTED)
+    decayed = Trainer.get_decay_parameter_names(None, model)
+    assert not [name for name in decayed if name.endswith("tau")] and any("proj.weight" in name for name in decayed)
+
+
+@pytest.mark.parametrize("options", [ROUTED, ROUTED_DELTA], ids=["mamba2", "delta"])
+def test_training_learns_a_tiny_task(make_model, options: dict) -> None:
+    model, ids = make_model(torch.float32, **options).train(), tokens(4, 40)
+    optimiser, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for _ in range(12):
+        loss = model(ids, labels=ids).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_compiled_block_gives_the_same_gradients(make_model) -> None:
+    model, ids = make_model(**ROUTED).train(), tokens(2, 40)
+    plain = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+    for block in model.model.layers:
+        block.compile(backend="aot_eager", fullgraph=True)
+    compiled = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+    for a, e in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
+
+
+def test_older_configurations_have_no_routing() -> None:
+    old = {name: value for name, value in tiny_config().to_dict().items() if "rout" not in name and name != "radix"}
+    config = LogLinearConfig(**old)
+    assert (config.radix, config.largest_block, config.routing, config.partition) == (2, None, None, Partition())
