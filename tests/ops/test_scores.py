@@ -228,3 +228,34 @@ def test_a_state_of_another_partition_or_size_is_refused():
         bucket_scores_step(leaves[0][:, 0].detach(), leaves[1][:, 0].detach(), DecodeState.of(state), num_columns=7)
     with pytest.raises(ValueError, match="a step has no derivatives"):
         bucket_scores_step(leaves[0][:, 0], leaves[1][:, 0], DecodeState.of(state), num_columns=5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ends", [None, [0, 100, 100, 777, 1000]], ids=["dense", "packed"])
+@every_partition
+def test_gpu_matches_cpu_in_float64(partition, ends):
+    leaves = inputs(B=1, T=1000, K=16)
+    results, weights = [], None
+    for device in ("cpu", "cuda"):
+        cu_seqlens = None if ends is None else torch.tensor(ends, device=device)
+        own = [x.detach().to(device).requires_grad_() for x in leaves]
+        options = dict(num_columns=12, partition=partition, output_final_state=True, cu_seqlens=cu_seqlens)
+        found = bucket_scores(*own, **options)
+        weights = random_loss(found.scores) if weights is None else tuple(w.to(device) for w in weights)
+        grads = torch.autograd.grad(found.scores, own, weights)
+        results.append([found.scores, found.tokens, *found.final_state.tensors, *grads])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual.cpu(), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_gpu_steps_match_cpu_in_float64():
+    partition, T = Partition(4, 4), 60
+    q, k = (x.detach() for x in inputs(T=T, K=8))
+    expected = dense(q, k, 9, partition)
+    first = bucket_scores(q[:, :5].cuda(), k[:, :5].cuda(), num_columns=9, partition=partition, output_final_state=True)
+    state = DecodeState.of(first.final_state)
+    for t in range(5, T):
+        scores, _ = bucket_scores_step(q[:, t].cuda(), k[:, t].cuda(), state, num_columns=9)
+        torch.testing.assert_close(scores.cpu(), expected[:, t], rtol=1e-10, atol=1e-10)
