@@ -24,14 +24,16 @@ from loglinear.ops import impl_reference
 from loglinear.ops.announcement import announce
 from loglinear.ops.continuation import final_state, in_one_row, places_in_one_row
 from loglinear.ops.impl_torch import records_stages
-from loglinear.ops.problem import Problem, unit_length
+from loglinear.ops.problem import Problem, is_transformed, unit_length
 from loglinear.ops.state import DecodeState, FenwickState
-from loglinear.ops.step import log_linear_attention_step
 from loglinear.ops.validation import (
+    BOOL,
     INTEGERS,
     Sizes,
     check_blocks,
+    check_family,
     check_partition,
+    check_state_dtype,
     check_tensor,
     one_of,
     whole_number,
@@ -160,30 +162,49 @@ def bucket_scores_step(
     return found
 
 
-@torch.no_grad()
 def read_scores(q: Tensor, state: DecodeState, *, num_columns: int) -> tuple[Tensor, Tensor]:
     """Return what `bucket_scores_step` does, and leave the state as it is."""
-    fenwick, sizes = state.fenwick, state.sizes()
-    partition, L = fenwick.partition or FENWICK, whole_number("num_columns", num_columns)
-    check_tensor("q", q, "NGK", sizes, fenwick.k.device)
-    check_blocks(partition, L, sizes["C"], sizes["M"])
-    tokens = bucket_tokens(fenwick.position, num_columns=L, partition=partition)
-    with torch.autocast(q.device.type, enabled=False):
-        unit = unit_length(q.to(fenwick.blocks.dtype))
-        read = (unit[:, None, :, None, :] @ fenwick.blocks)[:, :, :, 0]  # [N, M, G, K]
+    sums, L = _checked_sums("q", q, state, num_columns), num_columns
+    tokens = bucket_tokens(sums.position, num_columns=L, partition=sums.partition or FENWICK)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        unit = unit_length(q.to(sums.blocks.dtype))
+        read = (unit[:, None, :, None, :] @ sums.blocks)[:, :, :, 0]  # [N, M, G, K]
         found = (read * unit[:, None]).sum(-1).mT[..., 1 - L :]  # block m has column L - M + m
         older = tokens[:, None, 1 - L :]
         found = torch.where(
             older > 0, found - older.to(found.dtype) / unit.shape[2], 0.0
-        )  # an absent block may hold any number
+        )  # an absent one holds anything
         return _without_own(torch.cat([found[..., :1], found], -1)[..., -L:]), tokens
 
 
 def add_keys(k: Tensor, state: DecodeState, *, num_columns: int, active: Tensor | None = None) -> None:
     """Advance the state of `bucket_scores_step` by the keys [N, G, K] of one token for every row."""
-    unit = unit_length(k.to(state.fenwick.blocks.dtype))
-    nothing = unit.new_zeros(1).expand(*unit.shape[:2], num_columns)
-    log_linear_attention_step(unit, unit, unit, None, nothing, state, active=active, impl="auto")
+    sums = _checked_sums("k", k, state, num_columns)
+    place, C = sums.position % sums.chunk_size, sums.chunk_size
+    with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
+        unit, full = unit_length(k.to(sums.blocks.dtype)), place == C - 1
+        if active is not None:
+            check_tensor("active", active, "N", {"N": len(k)}, k.device, BOOL)
+            unit, full = torch.where(active[:, None, None], unit, 0.0), full & active
+        kernels.add_keys(sums.k, sums.v, unit, sums.blocks, sums.position, full, sums.partition or FENWICK)
+        sums.position.add_(1 if active is None else active)
+
+
+def _checked_sums(name: str, x: Tensor, state: DecodeState, num_columns: int) -> FenwickState:
+    """Return the sums of a state; ValueError unless the queries or keys [N, G, K] and L columns fit them."""
+    if not isinstance(state, DecodeState):
+        raise ValueError(f"state must be a DecodeState (DecodeState.of(final_state)), got {type(state).__name__}")
+    sums, sizes = state.fenwick, state.sizes()
+    check_family("state", sums.beta is not None, False)
+    check_tensor(name, x, "NGK", sizes, sums.k.device)
+    check_blocks(sums.partition or FENWICK, whole_number("num_columns", num_columns), sizes["C"], sizes["M"])
+    check_state_dtype("state", sums, [x])
+    if is_transformed() or torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(
+            f"a step has no derivatives, but {name} would need one: use torch.no_grad(), or bucket_scores with "
+            "initial_state"
+        )
+    return sums
 
 
 def zero_sums(

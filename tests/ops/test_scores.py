@@ -226,8 +226,17 @@ def test_a_state_of_another_partition_or_size_is_refused():
         bucket_scores(*leaves, num_columns=5, partition=Partition(2, 4), initial_state=state)
     with pytest.raises(ValueError, match="needs a state of 6 blocks, got one of 4"):
         bucket_scores_step(leaves[0][:, 0].detach(), leaves[1][:, 0].detach(), DecodeState.of(state), num_columns=7)
-    with pytest.raises(ValueError, match="a step has no derivatives"):
-        bucket_scores_step(leaves[0][:, 0], leaves[1][:, 0], DecodeState.of(state), num_columns=5)
+    plain = [x[:, 0].detach() for x in leaves]
+    for number, name in enumerate("qk"):
+        operands = [x.clone().requires_grad_(which == number) for which, x in enumerate(plain)]
+        with pytest.raises(ValueError, match=f"a step has no derivatives, but {name} would need one"):
+            bucket_scores_step(*operands, DecodeState.of(state), num_columns=5)
+    with pytest.raises(ValueError, match="state must be a DecodeState .* got FenwickState"):
+        bucket_scores_step(*plain, state, num_columns=5)
+    with pytest.raises(ValueError, match="state must hold torch.float32, as final_state does for these inputs, got"):
+        bucket_scores_step(*(x.float() for x in plain), DecodeState.of(state), num_columns=5)
+    with pytest.raises(ValueError, match="active must hold bool, got"):
+        bucket_scores_step(*plain, DecodeState.of(state), num_columns=5, active=torch.ones(2))
 
 
 @pytest.mark.gpu

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loglinear.kernels.torch.bucket_energies import bucket_energies, energies
+from loglinear.kernels.torch.bucket_energies import add_keys, bucket_energies, energies
 from loglinear.kernels.torch.decode import block_tokens, has_blocks
 from loglinear.kernels.torch.delta_rule import append_inverse_row, chunk_inverse
 from loglinear.kernels.torch.delta_rule import decode_step as delta_rule_step
@@ -11,6 +11,6 @@ from loglinear.kernels.torch.scalar_gate import decode_step as scalar_gate_step
 from loglinear.kernels.torch.schedule import Schedule, schedule
 
 __all__ = [
-    "Schedule", "append_inverse_row", "block_tokens", "bucket_energies", "chunk_inverse", "delta_rule_step", "energies",
-    "fenwick_array", "has_blocks", "scalar_gate_step", "schedule", "stages",
+    "Schedule", "add_keys", "append_inverse_row", "block_tokens", "bucket_energies", "chunk_inverse", "delta_rule_step",
+    "energies", "fenwick_array", "has_blocks", "scalar_gate_step", "schedule", "stages",
 ]  # fmt: skip

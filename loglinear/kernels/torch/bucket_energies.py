@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loglinear.kernels.torch.decode import merge_full, rows_to_merge
 from loglinear.kernels.torch.operator import recorded_gradients, schedule_of
 from loglinear.kernels.torch.schedule import Merge, Schedule
 from loglinear.kernels.torch.threads import run
@@ -88,6 +89,22 @@ def block_sums_backward(dsums: Tensor, plan: Schedule) -> None:
         dsums.index_add_(1, plan.scan.entries, total)
     for merge in reversed(plan.merges):
         dsums.index_add_(1, merge.left, take(dsums, merge.right))
+
+
+def add_keys(
+    keys: Tensor, values: Tensor, new: Tensor, blocks: Tensor, position: Tensor, full: Tensor, partition: Partition
+) -> None:
+    """Writes the keys new [N,G,K] of one token into the buffers [N,C,G,K] of each row's chunk, and adds the chunks that
+    are full to their rows' sums, blocks [N,M,G,K,K], in place."""
+    C = keys.shape[1]
+    row, place = torch.arange(len(position), device=position.device), position % C
+    keys[row, place] = new
+    values[row, place] = new
+    rows = rows_to_merge(full)
+    if rows is not None:
+        chunk, before = keys[rows].transpose(1, 2), blocks[rows]
+        chunks = position[rows] // C + 1
+        blocks[rows] = merge_full(before, before, chunk.mT @ chunk, chunks, full[rows], C, partition)
 
 
 def _add(sums: Tensor, merge: Merge) -> None:
