@@ -1,22 +1,22 @@
 """The radix-r partition of the past, in plain integers; radix 2 is the Fenwick partition of `loglinear.fenwick`.
 
 Position ``t`` reads every earlier position ``s`` through one bucket. Tokens lie in aligned blocks of ``f`` tokens, the
-finest blocks. Write the numbers of the two blocks in base ``r``, and let ``p`` be the highest digit that differs:
+finest blocks. The blocks of ``t`` and ``s`` have numbers in base ``r``. The highest digit that differs is ``p``:
 
     index(t, s) = 0                                      if t // f == s // f
     index(t, s) = 1 + p (r - 1) + (t_p - s_p - 1)        otherwise
 
 The index is the column of ``level_scales`` that weights the read. Column 0 is the unfinished finest block, with the
-token itself. Column ``1 + p (r - 1) + d`` is one whole block of ``f r**p`` tokens, with ``d`` blocks of its size
-between it and the token's own. The index grows with age, so ``L`` columns clamp it, ``min(index(t, s), L - 1)``: the
-last column is one bucket with everything older.
+token itself. Column ``1 + p (r - 1) + d`` is one whole block of ``f r**p`` tokens. Between it and the token's own
+block of this size lie ``d`` others. The index grows with age, so ``L`` columns clamp it, ``min(index(t, s), L - 1)``:
+the last column is one bucket with everything older.
 
 A largest block of ``f r**c`` tokens ends the growth. Older blocks of this size stay apart, one column for each, and
-their number grows with the sequence. So the number of columns alone decides what is one prefix, and the largest block
-alone decides how coarse the columns before it may be.
+their number grows with the sequence. So the number of columns alone decides which tokens are one prefix. The largest
+block alone decides how coarse the columns before that prefix may be.
 
 A chunk is a block too: ``C = f r**j`` tokens. The past of chunk ``z`` is ``z_p`` blocks of ``r**p`` chunks for every
-base-r digit ``z_p`` of ``z``. One array of a state for each chunk holds all of them: slot ``e`` is the largest whole
+base-r digit ``z_p`` of ``z``. One array with one state per chunk holds all of them: slot ``e`` is the largest whole
 block that ends with chunk ``e``.
 """
 
@@ -33,9 +33,9 @@ class Height(NamedTuple):
     """The blocks of one size: one digit of a chunk's number."""
 
     size: int
-    """Chunks of a block."""
+    """The number of chunks in a block."""
     radix: int
-    """Blocks that join into one of the next size."""
+    """The number of blocks that join into one of the next size."""
     column: int
     """The column of the nearest block; the next older one has the next column."""
 
@@ -44,9 +44,9 @@ class Block(NamedTuple):
     """One block on the walk of a chunk over its past."""
 
     end: int
-    """The chunk after its last one."""
+    """The number of the chunk after its last one."""
     size: int
-    """Its chunks."""
+    """The number of its chunks."""
     column: int
     """The column of `level_scales` that weights it, before clamping."""
 
@@ -56,10 +56,11 @@ class Partition:
     """The rule that assigns past tokens to buckets.
 
     Attributes:
-        radix: r, the blocks that join into one: a power of two, at least 2.
-        finest_block: f, the tokens of the smallest block: a power of two. Column 0 is what a token sees of its own one.
-        largest_block: Tokens of the largest block, finest_block times a power of radix; older blocks of this size stay
-            apart. None: blocks grow without limit.
+        radix: r, the number of blocks that join into one: a power of two, at least 2.
+        finest_block: f, the tokens of the smallest block: a power of two. Column 0 is the part of its own finest block
+            that a token sees.
+        largest_block: The tokens of the largest block: finest_block times a power of radix. Older blocks of this size
+            stay apart. None: blocks grow without limit.
 
     Raises:
         ValueError: A number that does not fit; the message names it.
@@ -140,7 +141,7 @@ class Partition:
         b, p, last = t // self.finest_block, 0, self.last_digit(self.finest_block)
         while b % self.radix == 0 and p != last:
             b, p = b // self.radix, p + 1
-        first = 1 + p * (self.radix - 1)  # the column of the block that is whole now
+        first = 1 + p * (self.radix - 1)  # the column of the block that is now whole
         behind = num_columns if p == last else first + self.radix - 1
         moved = [first if c < first else c + 1 if c < behind else c for c in range(num_columns)]
         return [min(c, num_columns - 1) for c in moved]
@@ -166,7 +167,7 @@ class Partition:
         size = 1
         while size <= chunks:
             if len(found) == last:
-                found.append(Height(size, chunks // size + 1, column))  # more than there are, so they never join
+                found.append(Height(size, chunks // size + 1, column))  # more blocks than there are, so they never join
                 break
             found.append(Height(size, self.radix, column))
             size, column = size * self.radix, column + self.radix - 1
@@ -193,11 +194,13 @@ class Partition:
 
     @property
     def numbers(self) -> list[int]:
-        """The arguments that make an equal partition; the last one is missing without a largest block."""
+        """The arguments that make an equal partition. Without a largest block there are two, otherwise three."""
         return [self.radix, self.finest_block, *([] if self.largest_block is None else [self.largest_block])]
 
     def chunk_near(self, chunk_size: int, most: int) -> int:
-        """Return the size of block, at most ``most`` if one is, with the smallest ratio to ``chunk_size``.
+        """Return the block size whose ratio to ``chunk_size`` is nearest to 1.
+
+        Only the finest block may have more than ``most`` tokens.
 
         Examples:
             >>> [Partition(radix).chunk_near(64, most=4096) for radix in (2, 4, 16, 32, 128)]
@@ -217,14 +220,14 @@ class Partition:
             raise ValueError(f"chunk_size must be the size of a block of {self}, got {chunk_size}")
 
     def _block_sizes(self, most: int) -> list[int]:
-        """Return the tokens of the finest block and of all others of at most `most` tokens."""
+        """Return the sizes in tokens: the finest block, and all larger ones of at most `most` tokens."""
         sizes = [self.finest_block]
         while sizes[-1] * self.radix <= min(most, self.largest_block or most):
             sizes.append(sizes[-1] * self.radix)
         return sizes
 
     def last_digit(self, chunk_size: int) -> int | None:
-        """Return the digit of a chunk's number that counts the largest blocks; None without a largest block.
+        """Return which digit of a chunk's number counts the largest blocks; None without a largest block.
 
         Examples:
             >>> Partition(4, largest_block=256).last_digit(chunk_size=16), Partition().last_digit(chunk_size=16)
@@ -259,7 +262,7 @@ class Partition:
         return min(self.first_column(chunk_size) + number, num_columns - 1)
 
     def has_block(self, chunks: int, number: int, num_blocks: int, chunk_size: int) -> bool:
-        """Return True if the past of ``chunks`` chunks has block ``number``; the last one is everything older.
+        """Return True if the past of ``chunks`` chunks has block ``number``; the last block is everything older.
 
         Examples:
             >>> [Partition(4, 16).has_block(11, number, num_blocks=5, chunk_size=16) for number in range(5)]

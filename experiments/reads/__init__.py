@@ -2,7 +2,8 @@
 
     w[t, b] = n_t softmax_b(W x_t + tau score(t, b)),    o_t = sum_b w[t, b] q_t^T S_t^(b)
 
-A `Read` names a candidate: a partition of the past, a score, a form. `RoutedMixer` computes it in plain torch.
+A `Read` names a candidate: a partition of the past, a score and a form of the weights. `RoutedMixer` computes it in
+plain torch.
 """
 
 from experiments.reads.mixer import RoutedMixer, adapt

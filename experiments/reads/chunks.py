@@ -1,6 +1,7 @@
-"""A linear model in chunks: what a token reads in its own chunk, and what it reads in the state of each older one.
+"""A linear model in chunks: the read of a token in its own chunk, and its read of the state of each older chunk.
 
-A scalar decay commutes with all else, so states and reads here fade only inside a chunk; the caller knows the rest.
+A scalar decay commutes with everything else. So states and reads fade here only inside a chunk. The caller applies the
+decay between chunks.
 """
 
 # B batch, H heads, Z chunks, C tokens of a chunk, K key, V value, D distance in chunks
@@ -17,8 +18,8 @@ class Chunks(NamedTuple):
     """Chunks of a sequence, read by scalar gates (beta None) or by the delta rule."""
 
     own: Tensor  # [B, H, Z, C, C] coefficients of the values of a token's own chunk
-    state: Tensor  # [B, H, Z, K, V] what a chunk alone writes, faded to its end
-    query: Tensor  # [B, H, Z, C, K] q, as the token's own chunk leaves it for what is older
+    state: Tensor  # [B, H, Z, K, V] the writes of one chunk alone, faded to its end
+    query: Tensor  # [B, H, Z, C, K] q after the token's own chunk, as it reads older chunks
     transition: Tensor | None  # [B, H, Z, K, K] P without decay: S <- P S; None for the identity
 
     @classmethod
@@ -43,9 +44,9 @@ class Chunks(NamedTuple):
         return cls(qk @ solved * fade, k.mT @ (solved @ faded), q - qk @ solved @ k, one - k.mT @ solved @ k)
 
     def reads(self, q: Tensor | None = None) -> Tensor:
-        """Return the read of the state D + 1 chunks back, [B, H, Z, C, D, V]; 0 before the sequence.
+        """Return the reads [B, H, Z, C, D, V]: entry D reads the state D + 1 chunks back, and is 0 before the sequence.
 
-        A query q [B, H, Z, C, K] reads all states as it is. None: the model's own query, which nearer chunks erase.
+        A query q [B, H, Z, C, K] reads all states as it is. None: the model's own query, which nearer chunks change.
         """
         Z, parts, now = self.state.shape[2], [], self.query if q is None else q
         for distance in range(1, Z):
@@ -59,9 +60,9 @@ class Chunks(NamedTuple):
 
 
 def by_distance(x: Tensor) -> Tensor:
-    """Return x [..., Z, C, Z] by older chunk as [..., Z, C, D] by distance: entry D is the chunk D + 1 chunks back.
+    """Return x [..., Z, C, Z], indexed by older chunk, as [..., Z, C, D], indexed by distance.
 
-    Entries before the sequence repeat chunk 0, whose reads there are 0.
+    Entry D is the chunk D + 1 chunks back. Entries before the sequence repeat chunk 0; the reads there are 0.
     """
     Z = x.shape[-1]
     steps = torch.arange(Z, device=x.device)

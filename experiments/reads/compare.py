@@ -26,7 +26,7 @@ GRID = (
     *("r2-f16-gram", "r4-f16-gram", "r8-f16-gram", "r16-f1-gram", "r16-f64-gram"),
     *("r16-f16-gram-late", "r16-f16-gram-residual", "r16-f16-gram-eta", "r16-f16-gram-unerased"),
 )
-# A quarter of the steps of the task's authors; a rate is chosen by one seed, and three others are reported.
+# A quarter of the authors' steps. One seed chooses the learning rate, and three others are reported.
 PROTOCOL, EPOCHS = "reads", 8
 PROTOCOLS[PROTOCOL] = PROTOCOLS["zoology"]._replace(
     learning_rates=(4e-3, 8e-3, 1.6e-2), tuning_seeds=(0,), seeds=(3, 4, 5)
@@ -37,7 +37,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 
 
 def register() -> None:
-    """Make the models BASE_READ known to the table, in this process: all reads with at most one option."""
+    """Add the models BASE_READ to the table of this process, for all reads with at most one option."""
     options: list[dict[str, bool]] = [{}, *({option: True} for option in OPTIONS)]
     for radix, finest, score, option in itertools.product((2, 4, 8, 16), (1, 16, 64), SCORES, options):
         read = Read(radix, finest, score, **option)
@@ -49,7 +49,7 @@ def _adapt(model: LogLinearForCausalLM, length: int, read: Read) -> None:
     adapt(model, read, length)
 
 
-register()  # in every worker, which imports this module
+register()  # also in every worker, because it imports this module
 
 
 @app.command()

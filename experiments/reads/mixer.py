@@ -1,4 +1,4 @@
-"""A mixer with a candidate's read, in chunks of plain torch: O(T^2 / CHUNK) reads of states, for short sequences."""
+"""A mixer with a candidate's read, in chunks of plain torch. For short sequences: O(T^2 / CHUNK) reads of states."""
 
 # B batch, T time, H heads, G groups, K key, V value, R routing numbers, N buckets
 # Z chunks, C tokens of a chunk, D distance in chunks
@@ -19,13 +19,13 @@ from loglinear.models import LogLinearForCausalLM
 from loglinear.ops.problem import unit_length
 
 ROUTING_DIM = 16  # R
-SHARPNESS = 4.0  # factor of tau: its learning is as fast as with a learning rate that many times larger
+SHARPNESS = 4.0  # factor of tau, which then learns as fast as with a learning rate that many times as large
 ETAS = (1.0, 0.5, 0.25, 0.0)
-RHO = 0.4  # a residual's gate at the start
+RHO = 0.4  # gate of the residual at the start
 
 
 class HeadVector(nn.Module):
-    """One value a head, used in its own forward pass."""
+    """One value for each head, as a module with a forward pass."""
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
@@ -40,13 +40,13 @@ class Reads(NamedTuple):
 
     own: Tensor  # [B, H, Z, C, V] in the token's own chunk
     older: Tensor  # [B, H, Z, C, D, V] in the chunk D + 1 chunks back, before it fades
-    fade: Tensor  # [B, H, Z, C, D] what the decay since then leaves of it
+    fade: Tensor  # [B, H, Z, C, D] the factor by which it fades from there to the token
 
 
 class RoutedRead(nn.Module):
-    """The logits of a candidate's buckets, from the hidden states and from what the buckets hold.
+    """The logits of a candidate's buckets, from the hidden states and from the contents of the buckets.
 
-    Columns are those of the own chunk's buckets, if it has more than one, then those of older chunks.
+    If the own chunk has more than one bucket, its columns come first. The columns of older chunks follow.
     """
 
     def __init__(self, mixer: Mixer, hidden_size: int, read: Read, length: int) -> None:
@@ -83,7 +83,7 @@ class RoutedRead(nn.Module):
         return F.normalize(own_q, dim=-1), F.normalize(own_k, dim=-1)
 
     def scores(self, x: Tensor, q: Tensor, k: Tensor, chunks: Chunks, reads: Reads) -> Tensor | None:
-        """Return the scores [B, H or 1, Z, C, N] of all buckets; a reader's own one has 0, unless it is an energy."""
+        """Return the scores [B, H or 1, Z, C, N] of all buckets; the own bucket's is 0, except as an energy."""
         score, Z = self.read.score, q.shape[2]
         far = self.far.first(Z)
         if score == "none":
@@ -184,7 +184,7 @@ class RoutedMixer(Mixer):
         after = by_distance(decay[..., None] - ends[..., None, :])  # from there to the token [B, H, Z, C, D]
         if spec.eta:
             after = after * routed.eta()[:, None, None, None]
-        fade = (inside + after).clamp(max=80).exp()  # before the sequence it may grow, and multiplies 0
+        fade = (inside + after).clamp(max=80).exp()  # before the sequence it may exceed 1, but it multiplies 0 there
         own, live = chunks.own, routed.live(q.shape[2])
         a = routed.logits(x, routed.scores(x, q, k, chunks, Reads(own @ v, reads, fade)), live)
         if spec.residual:
@@ -200,7 +200,7 @@ class RoutedMixer(Mixer):
         return (self.variant.scale * (own @ v + far_reads)).flatten(2, 3).transpose(1, 2)
 
     def _residual(self, x: Tensor, a: Tensor, far: Buckets) -> Tensor:
-        """Return rho_t pi [B, H, Z, C, D]: the gate times the softmax over older buckets and the null route."""
+        """Return rho_t pi [B, H, Z, C, D], the gate times the softmax over older buckets and the null route."""
         routed = self.routed
         null = routed.by_chunk(routed.null(x))
         pi = torch.cat([null, a[..., 1:]], -1).softmax(-1)
@@ -208,7 +208,7 @@ class RoutedMixer(Mixer):
         return self._of_chunks(torch.cat([torch.zeros_like(null), rho * pi[..., 1:]], -1), far)
 
     def _of_chunks(self, weights: Tensor, far: Buckets) -> Tensor:
-        """Return weights [B, H, Z, C, N] of older buckets as those of older chunks, [B, H, Z, C, D]."""
+        """Return the weights of older chunks [B, H, Z, C, D] from those of older buckets [B, H, Z, C, N]."""
         return by_distance(torch.einsum("bhzcn,zyn->bhzcy", weights, far.member))
 
 

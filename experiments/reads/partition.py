@@ -1,6 +1,6 @@
-"""The partition of a candidate as tensors, for the longest sequence. Shorter ones use a corner of them."""
+"""The partition of a candidate as tensors, for the longest sequence. Shorter sequences use a corner of them."""
 
-# I readers and J what is read (tokens of a chunk, or chunks), N buckets
+# I units that read and J units that are read (tokens of a chunk, or chunks), N buckets
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from experiments.reads.read import Read
 
-CHUNK = 16  # tokens; what is finer is a matrix inside the chunk, what is coarser a sum of chunks
+CHUNK = 16  # tokens; smaller buckets are a matrix inside the chunk, larger ones sums of chunks
 
 
 class Buckets(NamedTuple):
@@ -50,7 +50,7 @@ def between(read: Read, length: int) -> Buckets:
 
 
 def _buckets(read: Read, units: int, tokens: int) -> Buckets:
-    """Return the buckets of `units` units of so many tokens."""
+    """Return the buckets of `units` units of `tokens` tokens each."""
     block = max(1, read.finest // tokens)  # units of a finest block
     member = torch.zeros(units, units, read.num_buckets(units * tokens))
     end = torch.zeros(units, units, dtype=torch.long)

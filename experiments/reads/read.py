@@ -1,4 +1,4 @@
-"""A candidate: the partition of the past, the score of a bucket, and the form that makes weights of scores."""
+"""A candidate: the partition of the past, the score of a bucket, and the form of the weights."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ OPTIONS = ("residual", "eta", "unerased", "late")
 
 @dataclass(frozen=True)
 class Read:
-    """One candidate. Its name is `r16-f16-keys`, with the options behind it.
+    """One candidate. Its name is `r16-f16-keys` or similar, followed by its options.
 
-    The tokens of a block of `finest` up to the token itself are one bucket. Older blocks form a tree of this radix. The
-    buckets have weights n_t softmax(a) of mean one. Options:
+    One bucket holds the tokens of the own block of `finest` tokens, up to the token itself. Older blocks form a tree of
+    this radix. The buckets have weights n_t softmax(a) of mean one. Options:
 
-        residual   the linear read plus rho_t times a softmax over the buckets and a null route; it reads the state at a
-                   bucket's end with q_t itself, without decay and erasure by nearer buckets
-        eta        the decay between buckets has an exponent per head, 1, 1/2, 1/4, 0, 1 ... at the start
-        unerased   far buckets are read with q_t itself, not with its remains after nearer ones (delta rule)
-        late       tau starts at 0, where the model is the linear one, instead of at 1
+        residual   the linear read plus rho_t times a softmax over the buckets and a null route; the second term reads
+                   the state at a bucket's end with q_t itself, without decay and erasure by nearer buckets
+        eta        the decay between buckets has an exponent for each head, 1, 1/2, 1/4, 0, 1 ... at the start
+        unerased   far buckets are read with q_t itself, not with its remains after nearer buckets (delta rule)
+        late       tau starts at 0, where the model is the linear model, instead of at 1
 
-    Raises ValueError for an unknown score, or for sizes that are no powers of two.
+    Raises ValueError for an unknown score, or for a size that is not a power of two.
     """
 
     radix: int = 16
@@ -54,13 +54,13 @@ class Read:
 
     @property
     def name(self) -> str:
-        """The name, from which `parse` makes the same candidate."""
+        """The name from which `parse` makes the same candidate."""
         options = [option for option in OPTIONS if getattr(self, option)]
         return "-".join([f"r{self.radix}", f"f{self.finest}", self.score, *options])
 
     @classmethod
     def parse(cls, name: str) -> Read:
-        """Return the candidate of a name; ValueError if it is none."""
+        """Return the candidate of a name; ValueError if the name has another form."""
         match = re.fullmatch(rf"r(\d+)-f(\d+)-([a-z]+)((?:-(?:{'|'.join(OPTIONS)}))*)", name)
         if match is None:
             raise ValueError(f"a read is named like r16-f16-keys or r4-f16-gram-eta, got {name!r}")

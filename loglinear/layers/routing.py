@@ -1,5 +1,5 @@
 # B batch, T time, D hidden size, G query/key groups, H heads, L columns
-"""The layer of the routed read: weights of buckets from the hidden states and from what the buckets hold."""
+"""The layer of the routed read: weights of buckets, from the hidden states and from the buckets' scores."""
 
 import math
 from typing import Any, Literal, NamedTuple, get_args
@@ -11,22 +11,22 @@ from loglinear.layers.level_scales import ZeroLinear
 from loglinear.variants.base import HeadBias, at_least_float32
 
 Score = Literal["gram"]
-SHARPNESS = 4.0  # factor of tau: tau learns as fast as with a learning rate that many times larger
+SHARPNESS = 4.0  # factor of tau, which then learns as fast as with a learning rate that many times as large
 
 
 class Routing(NamedTuple):
     """The choices of a routed read.
 
-    Raises ValueError from `checked` for an unknown score or a tau that is not finite.
+    `checked` raises ValueError for an unknown score, or for a tau that is not finite.
     """
 
     score: str = "gram"
     """The score of a bucket; "gram" is that of `loglinear.ops.bucket_scores`."""
     tau: float = 1.0
-    """The factor of the score at the start. 0: the model starts as the linear model."""
+    """The value of tau, the factor of the score, at the start. 0: the model starts as the linear model."""
 
     def checked(self) -> "Routing":
-        """Return the same choices; ValueError for one that does not exist."""
+        """Return the same choices; ValueError if one is not allowed."""
         if self.score not in get_args(Score):
             raise ValueError(f"routing must be one of {', '.join(get_args(Score))} or None, got {self.score!r}")
         tau: Any = self.tau
@@ -56,8 +56,8 @@ class BucketWeights(nn.Module):
 
         a[t, b] = (W x_t + bias)[b] + 4 tau score(t, b),    w[t, b] = n_t softmax_b a[t, b]
 
-    n_t is the number of buckets that hold a token. The weights have mean one over them, and are 0 for empty buckets. W
-    and the bias start at zero. With them and tau at zero every weight is exactly 1: the model is the linear model.
+    n_t is the number of buckets that hold a token. Over these the weights have mean one; empty buckets have the weight
+    0. W and the bias start at zero. If tau is zero too, every weight is exactly 1: the model is the linear model.
 
     The layer `proj` holds W [H L, D] and the bias [H L], and `score_bias` holds tau [H].
 
@@ -91,5 +91,5 @@ class BucketWeights(nn.Module):
         live = (tokens > 0).unsqueeze(2)
         a = a.masked_fill(~live, -torch.inf)
         weights = (a - a.amax(-1, keepdim=True).detach()).exp()
-        # Not a softmax times n: its 1 / n is rounded, and equal numbers must give exactly 1.
+        # A softmax times n would round 1 / n, and equal numbers must give exactly 1.
         return weights * (live.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True))

@@ -1,7 +1,7 @@
 """Calls that continue from a state: its buffered tokens in front of the new ones, and the state that a call leaves.
 
-The buffered tokens come first, so chunks start where the unfinished chunk started. impl="reference" has the same in a
-form of its own, one token at a time, because it checks the others.
+The buffered tokens come first, so chunks start where the unfinished chunk started. impl="reference" does not use this
+module. It continues token by token in code of its own, because it checks the other implementations.
 """
 
 # B batch, T time, N sequences, C chunk
@@ -31,16 +31,16 @@ class Places(NamedTuple):
 
 
 def sequence_ends(p: Problem | WorkingProblem, N: int) -> Tensor:
-    """Return int64 [N + 1]: the boundaries of the N sequences in the new tokens [B T]."""
+    """Return the boundaries of the N sequences in the new tokens [B T], as int64 [N + 1]."""
     if p.cu_seqlens is None:
         return torch.arange(N + 1, device=p.v.device) * p.v.shape[1]
     return p.cu_seqlens.to(p.v.device, torch.int64)
 
 
 def in_one_row(new: Tensor, state: FenwickState | None, buffer: Tensor | None = None) -> Tensor:
-    """Return new tokens [B, T, ...] as one row, after the C buffered ones of each sequence of a state.
+    """Return new tokens [B, T, ...] as one row, after the C buffered tokens of each sequence of a state.
 
-    q and lambda have no buffer and get unread zeros.
+    q and lambda have no buffer. They get zeros, which nothing reads.
     """
     new = new.flatten(0, 1)
     if state is None:
@@ -61,7 +61,7 @@ def places_in_one_row(p: Problem | WorkingProblem, N: int) -> Places:
 
 
 def take(x: Tensor, place: Tensor, real: Tensor) -> Tensor:
-    """Return x[place], and zeros where `real` is False; every place must exist."""
+    """Return x[place], with zeros where `real` is False; every place must exist."""
     rows = x.index_select(0, place.flatten()).view(*place.shape, *x.shape[1:])
     return torch.where(real.view(*real.shape, *[1] * (x.dim() - 1)), rows, 0.0)
 
@@ -69,7 +69,7 @@ def take(x: Tensor, place: Tensor, real: Tensor) -> Tensor:
 def final_state(
     p: Problem | WorkingProblem, blocks: Tensor, tokens: list[Tensor | None], places: Places
 ) -> FenwickState:
-    """Return the state after a call from its block states and its tokens k, v, log_decay and beta at their places."""
+    """Return the state after a call, from its block states and its tokens (k, v, log_decay, beta) at their places."""
     C, (start, end, buffer, first) = p.chunk_size, (x[:, None] for x in places)
     position = end // C * C + torch.arange(C, device=end.device)
     real = position < end

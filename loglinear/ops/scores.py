@@ -1,12 +1,13 @@
-"""The scores of buckets: how well what a bucket holds matches a query. The routed read makes its weights of them.
+"""The scores of buckets: how well a bucket's keys match a query. The routed read makes its weights of them.
 
     score(t, b) = q_t^T M_b q_t - n_b / K,    M_b = sum of k_s k_s^T over the n_b tokens s of bucket b
 
-q and k are scaled to length 1. The score is the sum of (q_t . k_s)^2 minus 1 / K for each token, the mean for a random
-key. Column 0, the token's own finest block, has no score. No decay and no write strength enters.
+q and k are scaled to length 1. The score is the sum of (q_t . k_s)^2, minus 1 / K for each token. The mean of
+(q . k)^2 for a random key is 1 / K. Column 0, the token's own finest block, has the score 0. Decay and write strength
+do not enter.
 
-The sums M_b of earlier blocks are a state of `log_linear_attention` with keys as values, without decay, in chunks of a
-finest block. So sequences continue, and steps work, as they do for the operators.
+The sums M_b of earlier blocks are a state of `log_linear_attention` with keys as values and without decay. A chunk is
+one finest block. So sequences continue, and steps work, as they do for the operators.
 """
 
 # B batch, T time, G query/key groups, K key, L columns, N sequences, M blocks
@@ -70,14 +71,14 @@ def bucket_scores(
 
         score(t, b) = sum over the tokens s of bucket b of ((q_t . k_s)^2 - 1 / K),    q and k scaled to length 1
 
-    The memory is that of one K x K sum for each finest block and group, and of the scores.
+    The memory is one K x K sum for each finest block and group, plus the scores.
 
     Args:
         q: [B, T, G, K], the queries.
         k: [B, T, G, K], the keys.
         num_columns: L. The last column is one bucket with everything older.
         partition: The rule that assigns past tokens to buckets.
-        initial_state: The final_state to continue from, one row per sequence; None starts new sequences.
+        initial_state: The final_state to continue from, one row for each sequence; None starts new sequences.
         output_final_state: True to also return the sums after the last token.
         cu_seqlens: [N + 1], the boundaries of packed sequences (B = 1), as in the operators.
         impl: "auto", "torch" or "reference" (the recurrence). "auto" chooses torch.
@@ -104,7 +105,7 @@ def bucket_scores(
 
 
 def bucket_tokens(position: Tensor, *, num_columns: int, partition: Partition) -> Tensor:
-    """Return the tokens n_b of every bucket, as seen by the tokens at these positions.
+    """Return n_b, the number of tokens in every bucket, as the tokens at these positions see it.
 
     Examples:
         >>> bucket_tokens(torch.tensor([0, 3, 10]), num_columns=3, partition=Partition(4, 2)).tolist()
@@ -119,7 +120,7 @@ def bucket_tokens(position: Tensor, *, num_columns: int, partition: Partition) -
         [..., L] int64. Column 0 counts the token itself. A bucket with 0 tokens is empty.
 
     Raises:
-        ValueError: An argument that does not fit; the message names it.
+        ValueError: An argument does not fit. The message names it.
     """
     check_partition("partition", partition)
     L, f = whole_number("num_columns", num_columns), partition.finest_block
@@ -149,7 +150,7 @@ def bucket_scores_step(
         k: [N, G, K], the keys.
         state: The sums of N rows: `DecodeState.of` the final_state of `bucket_scores`. It changes in place.
         num_columns: L.
-        active: [N] bool. An inactive row keeps its state, and its scores mean nothing. None: all rows are active.
+        active: [N] bool. An inactive row keeps its state, and its scores have no meaning. None: all rows are active.
 
     Returns:
         The scores [N, G, L] and the tokens [N, L].
@@ -163,7 +164,7 @@ def bucket_scores_step(
 
 
 def read_scores(q: Tensor, state: DecodeState, *, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Return what `bucket_scores_step` does, and leave the state as it is."""
+    """Return the scores and tokens of `bucket_scores_step`, and leave the state as it is."""
     sums, L = _checked_sums("q", q, state, num_columns), num_columns
     tokens = bucket_tokens(sums.position, num_columns=L, partition=sums.partition or FENWICK)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
@@ -173,12 +174,12 @@ def read_scores(q: Tensor, state: DecodeState, *, num_columns: int) -> tuple[Ten
         older = tokens[:, None, 1 - L :]
         found = torch.where(
             older > 0, found - older.to(found.dtype) / unit.shape[2], 0.0
-        )  # an absent one holds anything
+        )  # an absent block holds arbitrary numbers
         return _without_own(torch.cat([found[..., :1], found], -1)[..., -L:]), tokens
 
 
 def add_keys(k: Tensor, state: DecodeState, *, num_columns: int, active: Tensor | None = None) -> None:
-    """Advance the state of `bucket_scores_step` by the keys [N, G, K] of one token for every row."""
+    """Advance the state of `bucket_scores_step` by one token for every row, with the keys [N, G, K]."""
     sums = _checked_sums("k", k, state, num_columns)
     place, C = sums.position % sums.chunk_size, sums.chunk_size
     with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
@@ -229,7 +230,7 @@ def _problem(
     q: Tensor, k: Tensor, L: int, partition: Partition, state: FenwickState | None, final: bool,
     cu_seqlens: Tensor | None,
 ) -> Problem:  # fmt: skip
-    """Return the call as one of the operator with keys as values, checked, with q and k of length 1."""
+    """Return the checked call of the operator that has the keys as values, with q and k of length 1."""
     check_partition("partition", partition)
     sizes: Sizes = {}
     check_tensor("q", q, "BTGK", sizes)
@@ -242,7 +243,7 @@ def _problem(
 
 
 def _torch(problem: Problem, L: int) -> tuple[Tensor, FenwickState | None]:
-    """Return q_t^T M_b q_t [B, T, G, L] and the final state: blocks of one size at a time, on any device."""
+    """Return q_t^T M_b q_t [B, T, G, L] and the final state, by the Fenwick array, on any device."""
     p, N = problem.in_working_dtype(), problem.num_sequences
     state = p.initial_state
     q, k = in_one_row(p.q, state), in_one_row(p.k, state, state and state.k)
@@ -257,7 +258,7 @@ def _torch(problem: Problem, L: int) -> tuple[Tensor, FenwickState | None]:
 
 
 def _reference(problem: Problem, L: int) -> tuple[Tensor, FenwickState | None]:
-    """Return the same by the recurrence: one head for each column, which reads that column alone."""
+    """Return the same by the recurrence, with one head for each column. Each head reads its column alone."""
     state = problem.initial_state
 
     def for_columns(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The routed read: each token weights a bucket by what the bucket holds. O(T^2) definitions.
+"""The routed read, in O(T^2) definitions: each token weights a bucket by what the bucket holds.
 
     score(t, b) = sum over the tokens s of bucket b of ((q_t . k_s)^2 - 1 / K)    q, k of length 1; 0 for column 0
                 = q_t^T M_b q_t - n_b / K,    M_b = sum_s k_s k_s^T,    n_b the tokens of the bucket
@@ -6,9 +6,9 @@
     w[t, b]     = n_t softmax_b a[t, b]    over the n_t buckets that hold a token
     o_t         = sum_b w[t, b] q_t^T S_t^(b)
 
-For random keys of length 1 the mean of (q . k)^2 is 1 / K. So a bucket scores 0 if its keys are unrelated to the query,
-however many there are, and about 1 more for each key that equals it. Column 0, the token's own finest block, has no
-score. If all a are equal, every weight is 1: this is the linear model.
+For random keys of length 1 the mean of (q . k)^2 is 1 / K. So a bucket scores about 0 if its keys are unrelated to the
+query, however many there are. Each key that equals the query adds about 1. Column 0, the token's own finest block, has
+the score 0. If all a are equal, every weight is 1: this is the linear model.
 """
 
 # T time, G groups, H heads, K key, V value, L columns; one sequence, heads first.
@@ -22,7 +22,7 @@ from loglinear.reference.dense import dense_delta_rule, dense_scalar_gate, index
 
 
 def dense_tokens_TL(length: int, num_columns: int, partition: Partition = FENWICK) -> Tensor:
-    """Return n_b, the tokens of every bucket as each position sees it, the position's own token included.
+    """Return n_b, the number of tokens in every bucket as each position sees it, its own token included.
 
     Examples:
         >>> dense_tokens_TL(11, 3, Partition(radix=4, finest_block=2))[[0, 3, 10]].tolist()
@@ -66,10 +66,10 @@ def dense_routed_read(
     sharpness: Tensor,
     partition: Partition = FENWICK,
 ) -> Tensor:
-    """Return the outputs [H, T, V] of the routed read with a scalar gate, or with the delta rule if there is beta.
+    """Return the outputs [H, T, V] of the routed read: by the delta rule with beta, by a scalar gate if beta is None.
 
     The shapes are those of `dense_delta_rule`, with logits [H, T, L] and sharpness [H]. The scores scale q and k to
-    length 1, x / sqrt(|x|^2 + 1e-6); the read takes them as they are.
+    length 1, x / sqrt(|x|^2 + 1e-6). The read takes q and k as they are.
     """
     unit_q, unit_k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
     scores = dense_bucket_scores(unit_q, unit_k, logits.shape[2], partition)

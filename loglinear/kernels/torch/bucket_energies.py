@@ -1,10 +1,10 @@
-"""The energies of buckets, q_t^T M_b q_t with M_b the sum of k_s k_s^T: the Fenwick array with sums in place of states.
+"""The energies of buckets, by the Fenwick array with sums in place of states.
 
-A chunk is a finest block, so every column but the first is a block or a prefix. Column 0 has energy 0. Backward keeps
-the inputs alone and sums again.
+The energy is q_t^T M_b q_t, where M_b is the sum of k_s k_s^T. A chunk is a finest block, so every column but the first
+is a block or a prefix. Column 0 has energy 0. Only the inputs are saved for backward, which computes the sums again.
 """
 
-# tokens: all sequences' tokens in one row; G groups, K key, L columns, N sequences, M blocks, C chunk
+# tokens: the tokens of all sequences in one row; G groups, K key, L columns, N sequences, M blocks, C chunk
 # Inside a slab of groups: [G, n, C, K], n chunks (with the empty one)
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def bucket_energies(
     q: Tensor, k: Tensor, nodes: Tensor | None, position: Tensor | None, cu_seqlens: Tensor | None, rows: int,
     num_columns: int, final: bool, partition: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Energies [tokens,G,L]; with `final`, each sequence's sums of blocks at the start of its last chunk [N,M,G,K,K],
-    else an empty tensor.
+    """Return the energies [tokens,G,L] and the sums of blocks.
 
-    The arguments are those of `fenwick_array`: q, k [tokens,G,K] and the sums of earlier blocks, nodes [N,M,G,K,K],
-    which are symmetric. L is at least 2.
+    With `final` the sums are those of each sequence at the start of its last chunk [N,M,G,K,K], otherwise an empty
+    tensor. The arguments are those of `fenwick_array`: q, k [tokens,G,K] and nodes [N,M,G,K,K], the sums of earlier
+    blocks. The nodes are symmetric. L is at least 2.
     """
     with torch.no_grad(), recycled():
         return energies(q, k, nodes, position, cu_seqlens, rows, num_columns, final, partition)
@@ -41,7 +41,7 @@ def energies(
     q: Tensor, k: Tensor, nodes: Tensor | None, position: Tensor | None, cu_seqlens: Tensor | None, rows: int,
     num_columns: int, final: bool, partition: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the outputs of `bucket_energies`, open to autograd: with gradients on it records every stage."""
+    """Return the outputs of `bucket_energies`. With gradients on, autograd records every stage."""
     C, K = Partition(*partition).finest_block, q.shape[2]
     plan = schedule_of(q, num_columns, position, cu_seqlens, rows, C, final, partition)
     out = q.new_zeros(*q.shape[:2], num_columns)
@@ -63,7 +63,7 @@ def energies(
 
 
 def block_sums(keys: Tensor, nodes: Tensor | None, groups: slice, plan: Schedule) -> Tensor:
-    """The sums of all slots [G, rows, K, K] from the keys [G, n, C, K]."""
+    """Return the sums of all slots [G, rows, K, K] from the keys [G, n, C, K]."""
     G, n, _, K = keys.shape
     sums = empty(keys, G, plan.num_rows, K, K)
     matmul(keys.mT, keys, out=sums[:, :n])
@@ -80,7 +80,7 @@ def block_sums(keys: Tensor, nodes: Tensor | None, groups: slice, plan: Schedule
 
 
 def block_sums_backward(dsums: Tensor, plan: Schedule) -> None:
-    """From the gradients of all slots to those of the chunks' own sums and of the nodes, in place."""
+    """Turn the gradients of all slots into those of the chunks' own sums and of the nodes, in place."""
     if plan.scan is not None:
         total = take(dsums, plan.scan.prefixes)
         for merge in (*plan.scan.mirrored_ups, *plan.scan.mirrored_downs):
@@ -94,8 +94,10 @@ def block_sums_backward(dsums: Tensor, plan: Schedule) -> None:
 def add_keys(
     keys: Tensor, values: Tensor, new: Tensor, blocks: Tensor, position: Tensor, full: Tensor, partition: Partition
 ) -> None:
-    """Writes the keys new [N,G,K] of one token into the buffers [N,C,G,K] of each row's chunk, and adds the chunks that
-    are full to their rows' sums, blocks [N,M,G,K,K], in place."""
+    """Write the keys of one token, new [N,G,K], into the buffers [N,C,G,K] of each row's chunk, in place.
+
+    Full chunks are added to the sums of their rows, blocks [N,M,G,K,K], in place.
+    """
     C = keys.shape[1]
     row, place = torch.arange(len(position), device=position.device), position % C
     keys[row, place] = new
@@ -127,7 +129,7 @@ def bucket_energies_backward(
     position: Tensor | None, cu_seqlens: Tensor | None, rows: int, num_columns: int, final: bool,
     partition: list[int],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of q, k and, if there are any, of the nodes."""
+    """Return the gradients of q, k and, if there are any, of the nodes."""
     C = Partition(*partition).finest_block
     plan = schedule_of(q, num_columns, position, cu_seqlens, rows, C, final, partition)
     dq, dk = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k))

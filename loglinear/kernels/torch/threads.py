@@ -1,8 +1,8 @@
 """Slabs that run at once, each on a thread of its own.
 
 torch gives the rows of every large operation to all threads and waits for the last one. A call has hundreds of
-operations. Beside other processes the last thread often has no processor, and the others spin until it has. So
-slabs run at once where they fit: their threads meet once a call, and sleep while they wait.
+operations. Next to other processes the last thread often has no processor, and the others spin until it has one. So
+slabs run at once where they fit. Their threads meet once a call, and sleep while they wait.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class _Own(threading.local):
-    """One thread's team: it lives as long as its thread, as a team of OpenMP does."""
+    """The team of one thread. It lives as long as its thread, as a team of OpenMP does."""
 
     team: ThreadPoolExecutor | None = None
     shape = (0, 0)
@@ -34,15 +34,15 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 def _use(threads: int) -> None:
-    torch.get_num_threads()  # a thread's first question sets its number to the default, so it must not come later
+    torch.get_num_threads()  # a thread's first query sets its number to the default, so it must come first
     torch.set_num_threads(threads)
 
 
 def _team(size: int, threads: int) -> ThreadPoolExecutor:
-    """This thread's `size` threads, whose operations have `threads` threads each."""
+    """Return this thread's team of `size` threads, whose operations have `threads` threads each."""
     if _own.team is None or _own.shape != (size, threads):
         with ThreadPoolExecutor(1) as bystander:
-            # torch.set_num_threads is for the thread that calls it, and for all threads that begin later
+            # torch.set_num_threads sets the number of its caller, and of all threads that start later.
             default = bystander.submit(torch.get_num_threads).result()
             _own.team, _own.shape = ThreadPoolExecutor(size, "loglinear", _use, (threads,)), (size, threads)
             list(_own.team.map(lambda _, barrier: barrier.wait(), range(size), [threading.Barrier(size)] * size))
@@ -53,8 +53,10 @@ def _team(size: int, threads: int) -> ThreadPoolExecutor:
 def run(
     compute: Callable[[Item], Result], add: Callable[[Item, Result], None], items: Sequence[Item], at_once: int
 ) -> None:
-    """add(item, compute(item)) for all items, `at_once` at a time. They are added in their order, so that sums have
-    the same bits each time."""
+    """Call add(item, compute(item)) for all items, `at_once` at a time.
+
+    The results are added in the order of the items, so sums have the same bits each time.
+    """
     if at_once == 1:
         for item in items:
             add(item, compute(item))
