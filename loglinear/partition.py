@@ -28,6 +28,8 @@ from typing import NamedTuple
 
 from loglinear.fenwick import log2
 
+LARGEST_CHUNK = 4096  # tokens; the scores of a chunk grow with the square of them
+
 
 class Height(NamedTuple):
     """The blocks of one size: one digit of a chunk's number."""

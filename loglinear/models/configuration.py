@@ -11,8 +11,8 @@ from loglinear.layers import Routing
 from loglinear.layers.level_scales import check_finest_block, check_lambda_form
 from loglinear.models.auto_file import AUTO_MAP, write_auto_file
 from loglinear.ops import IMPLEMENTATIONS
-from loglinear.ops.validation import LARGEST_CHUNK, check_partition
-from loglinear.partition import FENWICK, Partition
+from loglinear.ops.validation import check_partition
+from loglinear.partition import FENWICK, LARGEST_CHUNK, Partition
 from loglinear.variants import HeadSizes, get_variant
 
 POSITIVE = (

@@ -10,7 +10,6 @@ from torch import Tensor
 from loglinear.kernels import MIN_LOG_DECAY
 from loglinear.ops.state import FenwickState, checked_state, for_backward
 from loglinear.ops.validation import (
-    LARGEST_CHUNK,
     OPERANDS,
     Sizes,
     check_cu_seqlens,
@@ -22,7 +21,7 @@ from loglinear.ops.validation import (
     flag,
     working_dtype,
 )
-from loglinear.partition import Partition
+from loglinear.partition import LARGEST_CHUNK, Partition
 
 
 @dataclass(frozen=True)

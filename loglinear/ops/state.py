@@ -14,7 +14,6 @@ from loglinear.kernels.torch import chunk_inverse
 from loglinear.ops.validation import (
     INTEGERS,
     INVERSE,
-    LARGEST_CHUNK,
     WIDE_FLOATS,
     Sizes,
     check_family,
@@ -29,7 +28,7 @@ from loglinear.ops.validation import (
     flag,
     whole_number,
 )
-from loglinear.partition import FENWICK, Partition
+from loglinear.partition import FENWICK, LARGEST_CHUNK, Partition
 
 torch.utils._pytree.register_constant(Partition)  # graphs return states, which are pytrees
 

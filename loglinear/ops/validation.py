@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loglinear.partition import Partition
+from loglinear.partition import LARGEST_CHUNK, Partition
 
 Sizes = dict[str, int]
 
@@ -44,7 +44,6 @@ _NAMES = {
 }
 
 MAX_POSITION = 2**62
-LARGEST_CHUNK = 4096  # the scores of a chunk grow with the square of its tokens
 
 
 def check_tensor(

@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from loglinear.partition import LARGEST_CHUNK
 from loglinear.recipes.comparison import PUBLISHED, choices
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def decode_bytes(config: LogLinearConfig, tokens: int) -> int:
     from loglinear.models import state_bytes
 
     sizes = []
-    for exponent in range((tokens - 1).bit_length() + 1):
+    for exponent in range((min(tokens, LARGEST_CHUNK) - 1).bit_length() + 1):
         same = copy.copy(config)
         same.chunk_size = 1 << exponent
         sizes.append(state_bytes(same, tokens, torch.float32))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from loglinear.fenwick import level
-from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts, state_bytes
+from loglinear.partition import LARGEST_CHUNK
 from loglinear.recipes.mqar import DIMS, PROTOCOLS, RecallCell, RecallTable, RecallTask, get_task
 from loglinear.recipes.mqar_models import (
     ABLATIONS,
@@ -100,6 +101,18 @@ def test_decode_bytes_are_those_of_the_smallest_cache_of_any_chunk_size(model):
         caches.append(output.past_key_values.nbytes)
     assert small.decode_bytes == min(caches)
     assert small.cache_bytes == cell(model="attention", task=task).decode_bytes == 2 * 2 * 24 * 16 * 4
+
+
+@pytest.mark.parametrize("model", ["mamba2", "log_linear_mamba2", "routed_mamba2", "mamba2_equal_bytes"])
+def test_decode_bytes_of_examples_longer_than_the_largest_chunk(model):
+    task = RecallTask(length=2 * LARGEST_CHUNK, pairs=(4,))
+    long = cell(model=model, task=task)
+    config = long.model_config()
+    sizes = []
+    for exponent in range(LARGEST_CHUNK.bit_length()):
+        same = LogLinearConfig(**{**config.to_dict(), "chunk_size": 1 << exponent})
+        sizes.append(state_bytes(same, task.length, torch.float32))
+    assert long.decode_bytes == min(sizes)
 
 
 def test_bytes_of_an_adapted_model_are_its_own(monkeypatch):
