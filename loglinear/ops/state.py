@@ -101,7 +101,7 @@ class FenwickState(NamedTuple):
             key_dim: K.
             value_dim: V.
             delta_rule: True for the delta rule (with beta), False for a scalar gate.
-            position: [N] integers, the position at which each sequence starts. None: 0.
+            position: [N] integers, the position at which each sequence starts; the state has a copy. None: 0.
             dtype: float32 or float64.
             device: The device of all parts.
             partition: The partition of the past, as in the operators.
@@ -125,7 +125,7 @@ class FenwickState(NamedTuple):
         else:
             check_tensor("position", position, "N", {"N": rows}, position.device, INTEGERS)
             check_tree_positions("position", position)
-            position = position.to(device, torch.int64)
+            position = position.to(device, torch.int64, copy=True)  # steps change it in place
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)

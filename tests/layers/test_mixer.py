@@ -7,9 +7,10 @@ from transformers import Mamba2Config, Qwen3NextConfig
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
-from loglinear.layers import Mixer, MixerDecodeState, Packing
+from loglinear.layers import Mixer, MixerDecodeState, Packing, Routing
 from loglinear.ops import impl_reference
 from loglinear.ops import step as step_module
+from loglinear.partition import Partition
 from loglinear.variants import VARIANTS, HeadSizes
 from tests.ops.operators import excess
 
@@ -172,6 +173,24 @@ def test_steps_run_what_was_asked_for_and_give_the_whole(variant: str, impl: str
     with torch.no_grad():
         outputs = [mixer.step(x[:, t : t + 1], state) for t in range(6, T)]
     torch.testing.assert_close(torch.cat(outputs, 1), whole[:, 6:], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_state_that_starts_at_a_position_shares_no_memory(routed: bool) -> None:
+    """Its parts are stepped in place, each with a position of its own."""
+    options = dict(partition=Partition(4, 4), routing=Routing()) if routed else {}
+    mixer, x = tiny("gated_delta_net", **options), torch.randn(2, 1, 12, dtype=torch.float64)
+    given = torch.tensor([3, 6])
+    state = mixer.starting_at(given, x)
+    assert state is not None
+    decode = MixerDecodeState.of(state)
+    for _ in range(2):
+        mixer.step(x, decode)
+    assert given.tolist() == state.fenwick.position.tolist() == [3, 6]
+    sums = [] if state.sums is None else state.sums.tensors
+    assert len(sums) == (5 if routed else 0)
+    pointers = [part.untyped_storage().data_ptr() for part in (given, state.conv, *state.fenwick.tensors, *sums)]
+    assert len(set(pointers)) == len(pointers)
 
 
 def test_a_decode_state_takes_one_token_a_row() -> None:

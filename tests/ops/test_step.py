@@ -265,6 +265,20 @@ def test_what_an_idle_row_is_given_counts_for_nothing(operator):
         assert relative_error(take_step(operator, token, state), whole[:, t]) < 1e-10
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_states_from_one_position_move_by_themselves(operator, mode):
+    dims = dict(num_levels=5, chunk_size=4, groups=2, heads=4, key_dim=5, value_dim=3, delta_rule=operator.delta)
+    token = operator.inputs(T=1, L=5, dtype=torch.float32)
+    with mode():
+        given = torch.tensor([3, 6])
+        once, twice = (DecodeState.zeros(2, position=given, **dims) for _ in range(2))
+        raw = FenwickState.zeros(2, position=given, **dims)
+        for state in (once, twice, twice):
+            take_step(operator, token, state)
+    positions = [x.tolist() for x in (given, raw.position, once.fenwick.position, twice.fenwick.position)]
+    assert positions == [[3, 6], [3, 6], [4, 7], [5, 8]]
+
+
 def test_autocast_changes_nothing(operator):
     inputs = operator.inputs(B=1, T=20, L=8, dtype=torch.float32)
     runs = []
