@@ -1,6 +1,8 @@
 """Slabs that run at once: the same bits as one after the other, no memory per call, and the caller's settings stay."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -69,7 +71,7 @@ def test_inference_mode_is_served(operator):
 
 
 def test_the_numbers_of_threads_of_everybody_else_stay(monkeypatch):
-    monkeypatch.setattr(threads, "_own", threads._Own())
+    monkeypatch.setattr(threads, "_teams", {})
     others = []
 
     def ask():
@@ -94,6 +96,7 @@ def test_calls_take_no_more_memory_once_every_thread_has_its_own(monkeypatch):
     monkeypatch.setattr(workspace, "bytearray", count, raising=False)
     inputs = problem(OPERATORS[0], 4)
     monkeypatch.setattr(workspace, "_own", workspace._Blocks())
+    monkeypatch.setattr(threads, "_teams", {})
     torch.set_num_threads(1)
     OPERATORS[0](inputs, impl="torch", chunk_size=CHUNK)
     of_one = len(made)
@@ -152,3 +155,86 @@ def test_a_forked_process_has_threads_of_its_own():
         threads.run(lambda i: i, lambda i, result: added.append(result), range(4), 2)
         os._exit(0 if added == [0, 1, 2, 3] else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def default_number() -> int:
+    """Return the number of threads of a thread that begins now."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def collect(results: list[int]) -> None:
+    threads.run(lambda i: i, lambda i, result: results.append(result), range(6), 2)
+
+
+def test_callers_at_once_leave_the_default_number_of_threads(monkeypatch):
+    before = default_number()
+    for _ in range(10):
+        monkeypatch.setattr(threads, "_teams", {})
+        added = [[] for _ in range(4)]
+        callers = [
+            threading.Thread(
+                target=threads.run, args=(lambda i: i, lambda i, result, a=a: a.append(result), range(6), 2)
+            )
+            for a in added
+        ]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        assert added == [list(range(6))] * 4
+        assert default_number() == before
+
+
+def test_a_thread_that_cannot_start_leaves_the_default_and_the_result(monkeypatch):
+    before, start, started = default_number(), threading.Thread.start, []
+
+    def refuse(thread):
+        if thread.name.startswith("loglinear"):
+            started.append(thread)
+            if len(started) == 2:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threads, "_teams", {})
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    added = []
+    threads.run(lambda i: i, lambda i, result: added.append(result), range(4), 2)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert added == [0, 1, 2, 3] and len(started) == 2
+    assert default_number() == before and not threads._teams
+
+
+def test_sizes_in_turn_keep_their_threads():
+    torch.set_num_threads(4)
+    for size in (2, 4):
+        threads.run(lambda i: i, lambda i, result: None, range(4), size)
+    before = threading.active_count()
+    for size in (2, 4, 2, 4):
+        threads.run(lambda i: i, lambda i, result: None, range(4), size)
+    assert threading.active_count() == before
+
+
+SCRIPT = """
+import threading, time
+import torch
+from loglinear.kernels.torch import threads
+torch.set_num_threads(2)
+if {warm}:
+    threads.run(lambda i: i, lambda i, result: None, range(4), 2)
+def late():
+    time.sleep(0.5)
+    added = []
+    threads.run(lambda i: i, lambda i, result: added.append(result), range(4), 2)
+    print(added)
+threading.Thread(target=late).start()
+"""
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_thread_works_on_after_the_main_thread(warm):
+    done = subprocess.run([sys.executable, "-c", SCRIPT.format(warm=warm)], capture_output=True, text=True)
+    assert done.stdout == "[0, 1, 2, 3]\n", done.stderr

@@ -1,8 +1,8 @@
 """Slabs that run at once, each on a thread of its own.
 
 torch gives the rows of every large operation to all threads and waits for the last one. A call has hundreds of
-operations. Next to other processes the last thread often has no processor, and the others spin until it has one. So
-slabs run at once where they fit. Their threads meet once a call, and sleep while they wait.
+operations. Beside other processes the last thread often has no processor, and the others spin until it has. So
+slabs run at once where they fit: their threads meet once a call, and sleep while they wait.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -20,34 +20,51 @@ from loglinear.kernels.torch.workspace import recycled
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-
-class _Own(threading.local):
-    """The team of one thread. It lives as long as its thread, as a team of OpenMP does."""
-
-    team: ThreadPoolExecutor | None = None
-    shape = (0, 0)
+_teams: dict[tuple[int, int], ThreadPoolExecutor] = {}  # by size, and threads of an operation
+_lock = threading.Lock()
 
 
-_own = _Own()
+def _forget() -> None:
+    """Forget all teams: a forked process has none of their threads."""
+    global _lock
+    _teams.clear()
+    _lock = threading.Lock()
+
+
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=lambda: _own.__dict__.clear())  # a forked process has none of these threads
+    os.register_at_fork(after_in_child=_forget)
 
 
 def _use(threads: int) -> None:
-    torch.get_num_threads()  # a thread's first query sets its number to the default, so it must come first
+    torch.get_num_threads()  # a thread's first question sets its number to the default, so it must not come later
     torch.set_num_threads(threads)
 
 
 def _team(size: int, threads: int) -> ThreadPoolExecutor:
-    """Return this thread's team of `size` threads, whose operations have `threads` threads each."""
-    if _own.team is None or _own.shape != (size, threads):
-        with ThreadPoolExecutor(1) as bystander:
-            # torch.set_num_threads sets the number of its caller, and of all threads that start later.
-            default = bystander.submit(torch.get_num_threads).result()
-            _own.team, _own.shape = ThreadPoolExecutor(size, "loglinear", _use, (threads,)), (size, threads)
-            list(_own.team.map(lambda _, barrier: barrier.wait(), range(size), [threading.Barrier(size)] * size))
+    """Return the process's team of `size` threads, whose operations have `threads` threads each.
+
+    Raises RuntimeError if no more threads can start: there are too many, or the interpreter is ending.
+    """
+    with _lock:
+        if (size, threads) not in _teams:
+            _teams[size, threads] = _new_team(size, threads)
+        return _teams[size, threads]
+
+
+def _new_team(size: int, threads: int) -> ThreadPoolExecutor:
+    with ThreadPoolExecutor(1) as bystander:
+        # torch.set_num_threads sets the number of its caller, and of all threads that start later.
+        default = bystander.submit(torch.get_num_threads).result()
+        team, barrier = ThreadPoolExecutor(size, "loglinear", _use, (threads,)), threading.Barrier(size)
+        try:
+            list(team.map(lambda _: barrier.wait(), range(size)))
+        except BaseException:
+            barrier.abort()
+            team.shutdown(cancel_futures=True)
+            raise
+        finally:
             bystander.submit(torch.set_num_threads, default).result()
-    return _own.team
+    return team
 
 
 def run(
@@ -55,12 +72,9 @@ def run(
 ) -> None:
     """Call add(item, compute(item)) for all items, `at_once` at a time.
 
-    The results are added in the order of the items, so sums have the same bits each time.
+    Results are added in the order of the items, so that sums have the same bits each time. The calling thread works on
+    items that no other thread accepts.
     """
-    if at_once == 1:
-        for item in items:
-            add(item, compute(item))
-        return
     added = [threading.Event() for _ in items]
 
     def work(i: int) -> None:
@@ -73,4 +87,15 @@ def run(
         finally:
             added[i].set()
 
-    list(_team(at_once, torch.get_num_threads() // at_once).map(work, range(len(items))))
+    futures: list[Future[None]] = []
+    if at_once > 1:
+        try:
+            team = _team(at_once, torch.get_num_threads() // at_once)
+            for i in range(len(items)):
+                futures.append(team.submit(work, i))
+        except RuntimeError:  # the main thread has ended, or there are too many threads
+            pass
+    for future in futures:
+        future.result()
+    for item in items[len(futures) :]:
+        add(item, compute(item))
