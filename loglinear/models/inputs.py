@@ -111,15 +111,22 @@ def check_positions(position_ids: Tensor | None, places: TokenPlaces) -> None:
     )
 
 
-def check_initial_position(position: Tensor | None, places: TokenPlaces, cache: LogLinearCache | None) -> None:
-    """Raise ValueError unless positions [B] or [n] fit the sequences of a batch, all of them new."""
+def places_from(position: Tensor | None, places: TokenPlaces) -> TokenPlaces:
+    """Return the places of sequences that start at positions [B] or [n], if any: then they are no decode step.
+
+    Raises ValueError unless the positions fit the sequences of the batch, all of them new.
+    """
     if position is None:
-        return
+        return places
     sequences = places.rows if places.cu_seqlens is None else len(places.cu_seqlens) - 1
     check_tensor("initial_position", position, "S", {"S": sequences}, None, INDICES)
     check_tree_positions("initial_position", position)
-    if cache is not None and cache.rows is not None:
-        raise ValueError("initial_position needs new sequences, got past_key_values with positions of their own")
+    places = places._replace(is_step=False)
+    places.require(
+        torch.as_tensor(places.past == 0),
+        "initial_position needs new sequences, got past_key_values with positions of their own",
+    )
+    return places
 
 
 def token_layout(

@@ -18,9 +18,9 @@ from loglinear.models.generation import LogLinearGenerationMixin
 from loglinear.models.inputs import (
     TokenLayout,
     TokensFirst,
-    check_initial_position,
     check_positions,
     one_of,
+    places_from,
     refuse_unknown,
     token_layout,
 )
@@ -82,7 +82,9 @@ class LogLinearBlock(GradientCheckpointingLayer):
             past_key_values.advance(1)
         else:
             past = past_key_values.state
-            before = self.mixer.starting_at(layout.initial_position, normed) if past is None else past.state()
+            # A static cache that was reset has a state of new sequences, at position 0.
+            is_new = past is None or layout.initial_position is not None
+            before = self.mixer.starting_at(layout.initial_position, normed) if is_new else past.state()
             mixed, state = self.mixer(normed, layout.packing, before, return_state=True)
             past_key_values.store(state, x.shape[1])
             x = x + mixed
@@ -199,7 +201,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_weights = self.config.output_attentions if output_attentions is None else output_attentions
         check_positions(position_ids, places)
-        check_initial_position(initial_position, places, past_key_values)
+        places = places_from(initial_position, places)
         tokens_first = None
         if places.real is not None and cache is None and torch.compiler.is_compiling():
             tokens_first = TokensFirst.of(places.real)

@@ -7,7 +7,7 @@ import torch
 from black_box import replace_kernels
 from tiny_models import HYBRID, KINDS, TRANSFORMER, tiny_config, tokens
 
-from loglinear.models import LogLinearForCausalLM
+from loglinear.models import LogLinearCache, LogLinearForCausalLM
 from loglinear.ops import impl_triton
 from loglinear.training.compilation import compile_blocks
 from tests.ops.operators import excess
@@ -100,6 +100,34 @@ def test_positions_that_do_not_fit_are_named(make_model) -> None:
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="initial_position needs new sequences, got past_key_values"):
         model(ids, past_key_values=cache, initial_position=STARTS)
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 40])
+@pytest.mark.parametrize(
+    "options", [{"variant": "mamba2"}, {"variant": "gated_delta_net"}, {"num_levels": 1}, HYBRID, TRANSFORMER], ids=str
+)
+def test_a_reset_cache_takes_the_positions_of_new_sequences(make_model, options, max_cache_len) -> None:
+    """Also those of single tokens, and for a pass that carries gradients."""
+    model, ids = make_model(**options), tokens(2, T)
+    cache = LogLinearCache(model.config, max_cache_len)
+
+    def outputs(starts, *lengths):
+        pieces = ids.split([*lengths, T - sum(lengths)], 1)
+        first = model(pieces[0], past_key_values=cache, initial_position=starts).logits.detach()
+        return torch.cat([first, *(model(x, past_key_values=cache).logits.detach() for x in pieces[1:])], 1)
+
+    with torch.no_grad():
+        expected = outputs(STARTS, 7, 1)
+    with pytest.raises(ValueError, match="initial_position needs new sequences, got past_key_values"):
+        model(ids[:, :1], past_key_values=cache, initial_position=STARTS)
+    for lengths in ((7, 1), (1, 1), (T - 1,)):
+        for enabled in (False, True):
+            cache.reset()
+            with torch.set_grad_enabled(enabled):
+                torch.testing.assert_close(outputs(STARTS, *lengths), expected, rtol=1e-10, atol=1e-10)
+    cache.reset()
+    plain = model(ids, use_cache=False).logits.detach()
+    torch.testing.assert_close(outputs(None, 7, 1), plain, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.interpreter
