@@ -15,9 +15,9 @@ from loglinear.recipes.recipe import TrainingRecipe
 KINDS = ("linear", "log_linear", "capped", "routed", "hybrid", "transformer")
 ATTENTION_PERIOD, ATTENTION_PLACE = 6, 3  # a hybrid's full attention: the fourth of every six layers
 PUBLISHED = {"lambda_form": "softplus"}  # with all levels, and a lambda for each from single tokens on
-# A routed read of the own 64 tokens, up to 15 blocks of 64, up to 15 blocks of 1,024, and one bucket with everything
-# older. No score of keys of 64 numbers finds one among many more than 1,024, so blocks grow no further.
-ROUTED = dict(radix=16, finest_block=64, largest_block=1024, routing="gram", num_levels=32)
+# A routed read of the own 64 tokens, up to 3 blocks of 64, 27 blocks of 256, and one bucket with everything older. A
+# score of keys of 64 numbers rarely finds one key among many more than 256, so blocks grow no further.
+ROUTED = dict(radix=4, finest_block=64, largest_block=256, routing="gram", num_levels=32)
 # The training that all experiments share. A miniature takes minutes on two CPU cores and shows only that all works.
 TRAINING = dict(
     batch_tokens=131_072,

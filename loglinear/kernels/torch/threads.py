@@ -1,8 +1,8 @@
 """Slabs that run at once, each on a thread of its own.
 
 torch gives the rows of every large operation to all threads and waits for the last one. A call has hundreds of
-operations. Beside other processes the last thread often has no processor, and the others spin until it has. So
-slabs run at once where they fit: their threads meet once a call, and sleep while they wait.
+operations. Next to other processes the last thread often has no processor, and the others spin until it has one. So
+slabs run at once where they fit. Their threads meet once a call, and sleep while they wait.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 def _use(threads: int) -> None:
-    torch.get_num_threads()  # a thread's first question sets its number to the default, so it must not come later
+    torch.get_num_threads()  # a thread's first query sets its number to the default, so it must come first
     torch.set_num_threads(threads)
 
 
