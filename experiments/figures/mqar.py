@@ -36,7 +36,8 @@ def mqar(results: Path, out: Path) -> list[Path]:
         parts += ["## Other choices of the log-linear models", markdown(choices)]
     table = out / "mqar.md"
     write_atomically(table, "\n\n".join(parts) + "\n")
-    return [table, *draw_recall_by_bytes(out / "mqar.svg", compared)] if compared else [table]
+    measured = [row for row in compared if row["seeds"]]
+    return [table, *draw_recall_by_bytes(out / "mqar.svg", measured)] if measured else [table]
 
 
 def _paper() -> str:
@@ -48,7 +49,7 @@ def _note(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     task = result["task"]
     precision = join_distinct(result["made"], lambda how: how["precision"])
     device = join_distinct(result["made"], lambda how: how["versions"].get("device"))
-    seeds = join_distinct(sorted(len(row["seeds"]) for row in rows), lambda count: count)
+    seeds = join_distinct(sorted(len(row["seeds"]) for row in rows if row["seeds"]), str) or "no reported"
     pairs = ", ".join(map(str, task["pairs"]))
     return (
         f"Percent over {seeds} seeds, at the learning rate that is best on validation; {MISSING}: not measured; "

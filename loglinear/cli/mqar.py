@@ -43,7 +43,7 @@ def run(
         )
         results = list(read_results(out, cells.task).values())
         if results:
-            summary = gather(results)
+            summary = gather(results, cells.seeds)
             write_object(out / TABLE_FILE, summary)
             print(markdown(summary["table"]))
             print(

@@ -203,6 +203,22 @@ def test_mqar_tables_keep_ours_the_papers_and_other_choices_apart(tmp_path):
     assert drawn(tmp_path) == {"mqar.svg", "mqar-dark.svg"}
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_mqar_tables_and_figures_have_rows_without_reported_seeds(tmp_path, finished):
+    task = tiny_cell().task.override(protocol="zoology")
+    models = ("mamba2", "log_linear_mamba2")
+    results = [result_of(tiny_cell(model=model, task=task), test=0.5) for model in models]
+    results += [result_of(tiny_cell(model="mamba2", task=task, seed=3), test=0.25)] * finished
+    write_object(tmp_path / "mqar.json", gather(results))
+    mqar(tmp_path, tmp_path)
+    text = (tmp_path / "mqar.md").read_text()
+    rows = {row[1]: row[4:7] for row in cells(text.split("## ")[1])[2:]}
+    measured = ["25.0", "-", "25.0"] if finished else ["-"] * 3
+    assert rows == {"mamba2": measured, "log_linear_mamba2": ["-"] * 3}
+    assert f"Percent over {'1' if finished else 'no reported'} seeds" in text
+    assert drawn(tmp_path) == ({"mqar.svg", "mqar-dark.svg"} if finished else set())
+
+
 @pytest.mark.parametrize(
     ("linear", "equal", "title"),
     [

@@ -43,6 +43,37 @@ def test_zoologys_rate_is_chosen_by_the_mean_of_three_seeds_and_others_are_repor
     assert row["accuracies"] == pytest.approx([0, 0.2, 0.4]) and row["median"] == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("rates", [(1e-2,), (1e-2, 3e-2)])
+def test_tuning_seeds_are_not_reported_before_any_reported_seed(rates):
+    task = TASK.override(protocol="zoology")
+    results = [
+        result_of(tiny_cell(learning_rate=rate, seed=seed, task=task), test=0.5) for rate in rates for seed in (0, 1, 2)
+    ]
+    table = json.loads(json.dumps(gather(results)))
+    (row,) = table["table"]
+    assert row["seeds"] == row["accuracies"] == [] and row["mean_by_pairs"] == {} and row["learning_rate"] == 1e-2
+    assert row["median"] is row["mean"] is row["std"] is None and rows_of(table) == table["table"]
+    assert markdown(table["table"]).splitlines()[2].split(" | ")[4:] == ["-", "-", "-", "0.01 |"]
+
+
+def test_a_tuning_seed_is_reported_if_the_table_asked_for_it_and_chose_no_rate():
+    task = TASK.override(protocol="zoology")
+    results = [result_of(tiny_cell(learning_rate=1e-2, seed=seed, task=task), test=0.5) for seed in (0, 1)]
+    table = json.loads(json.dumps(gather(results, seeds=(0,))))
+    assert [row["seeds"] for row in rows_of(table)] == [row["seeds"] for row in table["table"]] == [[0]]
+    results.append(result_of(tiny_cell(learning_rate=3e-2, seed=0, task=task), test=0.4))
+    assert gather(results, seeds=(0,))["table"][0]["seeds"] == []
+
+
+def test_a_smaller_seed_of_one_rate_does_not_choose_it():
+    results = [
+        result_of(tiny_cell(learning_rate=rate, seed=seed), test=0.5, validation=value)
+        for rate, seed, value in ((1e-2, 1, 0.2), (3e-2, 1, 0.6), (1e-2, 0, 0.9), (1e-2, 2, 0.9), (3e-2, 2, 0.1))
+    ]
+    assert best_learning_rate(results) == 3e-2  # of seed 1, the smallest that tried both
+    assert gather(results)["table"][0]["seeds"] == [1, 2]
+
+
 def test_mean_and_sample_standard_deviation_over_seeds():
     mamba2, attention = gather(RESULTS)["table"]
     assert (attention["model"], attention["dim"], attention["learning_rate"]) == ("attention", 16, 1e-2)
