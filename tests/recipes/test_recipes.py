@@ -61,7 +61,7 @@ def test_kinds_of_model_differ_in_their_past_and_not_in_their_size(layers, hybri
     assert full == {"linear": 0, "log_linear": 0, "capped": 0, "routed": 0, "hybrid": hybrid, "transformer": layers}
     assert [models[kind].num_levels for kind in ("linear", "capped", "log_linear", "hybrid")] == [1, 11, 13, 13]
     routed = models["routed"]
-    assert routed.routing == "gram" and routed.num_levels == routed.partition.num_columns(17 * 1024)
+    assert routed.routing == "gram" and routed.num_levels == routed.partition.num_columns(29 * 256)
 
 
 @pytest.mark.parametrize("experiment", [long_text, needle])
