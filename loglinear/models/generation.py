@@ -64,6 +64,18 @@ class LogLinearGenerationMixin(GenerationMixin):
                 self._previous_max_cache_length = columns
             model_kwargs["past_key_values"] = LogLinearCache(self.config, columns)
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Raise ValueError for `initial_position`, which `generate` does not pass on, or an argument that no model has.
+
+        An `initial_position` of None is dropped.
+        """
+        if model_kwargs.pop("initial_position", None) is not None:
+            raise ValueError(
+                "generate takes no initial_position: call forward with it on all tokens but the last, "
+                "and pass the past_key_values of its output to generate"
+            )
+        super()._validate_model_kwargs(model_kwargs)
+
     def _sample(
         self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
     ) -> Any:

@@ -130,6 +130,29 @@ def test_a_reset_cache_takes_the_positions_of_new_sequences(make_model, options,
     torch.testing.assert_close(outputs(None, 7, 1), plain, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "arguments", [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"prefill_chunk_size": 3}], ids=str
+)
+def test_generate_refuses_positions_in_one_line(make_model, arguments) -> None:
+    text = "^generate takes no initial_position: .* forward.* past_key_values"
+    with pytest.raises(ValueError, match=text) as caught:
+        make_model().generate(tokens(2, 5), initial_position=STARTS, max_new_tokens=2, **arguments)
+    assert "\n" not in str(caught.value)
+    assert make_model().generate(tokens(2, 5), initial_position=None, max_new_tokens=2, **arguments).shape == (2, 7)
+
+
+def test_generate_continues_sequences_at_positions(make_model) -> None:
+    """The refusal names this way."""
+    model, ids = make_model(), tokens(2, T)
+    with torch.no_grad():
+        cache = model(ids[:, :-1], initial_position=STARTS, use_cache=True).past_key_values
+        options = dict(max_new_tokens=4, eos_token_id=None, do_sample=False)
+        written = model.generate(ids, past_key_values=cache, **options)
+        for end in range(T, T + 4):
+            expected = model(written[:, :end], initial_position=STARTS).logits[:, -1].argmax(-1)
+            assert torch.equal(written[:, end], expected)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])
 def test_a_block_with_positions_is_one_graph(monkeypatch, variant) -> None:
