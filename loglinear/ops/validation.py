@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loglinear.kernels.torch import is_traced
 from loglinear.partition import LARGEST_CHUNK, Partition
 
 Sizes = dict[str, int]
@@ -112,11 +113,9 @@ def check_log_decay(log_decay: Tensor) -> None:
 
 def is_readable(x: Tensor) -> bool:
     """Return True if Python may read a value: a plain tensor on the CPU outside every graph, trace and transform."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if x.device.type != "cpu" or is_traced():
         return False
-    is_plain = type(x) is Tensor or type(x) is torch.nn.Parameter  # not a FakeTensor
-    is_traced = torch._C._len_torch_dispatch_stack() > 0 or bool(torch._C._functorch.get_interpreter_stack())
-    return is_plain and not is_traced
+    return type(x) is Tensor or type(x) is torch.nn.Parameter  # not a FakeTensor
 
 
 def check_state_dtype(name: str, state: Any, operands: Iterable[Tensor | None]) -> None:

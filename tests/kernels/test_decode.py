@@ -60,6 +60,8 @@ def test_tables_without_data_are_not_kept():
     torch.compile(scales_of, backend="eager", fullgraph=True)(position)
     torch.jit.trace(scales_of, position, check_trace=False)
     scales_of(torch.zeros(1, dtype=torch.int64, device="meta"))
+    torch.func.vmap(lambda scale: scales_of(position)[1] * scale)(torch.ones(2))
+    torch.func.grad(lambda scale: (scales_of(position)[1] * scale).sum())(torch.ones(()))
     assert kept() == 0
 
 

@@ -1,5 +1,8 @@
 """The operators in graphs of torch.compile, torch.export and torch.jit.trace: one node, the same numbers."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -106,6 +109,47 @@ def test_no_value_of_log_decay_is_read_where_none_is_known(operator, where):
     WITHOUT_VALUES[where](function, tuple(inputs.values()))
     with pytest.raises(ValueError, match="^log_decay must be at most 0"):
         function(*inputs.values())
+
+
+AFTER_A_TRANSFORM = """
+import sys, torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from loglinear.ops import bucket_scores
+from loglinear.partition import Partition
+from tests.ops.operators import OPERATORS
+
+def scores(x):
+    return bucket_scores(x["q"], x["k"], num_columns=3, partition=Partition(4, 2)).scores
+
+torch.manual_seed(0)
+for call in (OPERATORS[0], OPERATORS[1], scores):
+    inputs = {name: x.detach() for name, x in OPERATORS[1].inputs(B=1, T=5, G=1, H=2, K=3, V=2, L=5).items()}
+    q = inputs["q"]
+
+    def function(q):
+        found = call(inputs | {"q": q})
+        return getattr(found, "output", found).square().sum()
+
+    transforms = {
+        "grad": lambda: torch.func.grad(function)(q),
+        "jvp": lambda: torch.func.jvp(function, (q,), (q,)),
+        "make_fx": lambda: make_fx(torch.func.grad(function))(q),
+    }
+    transforms[sys.argv[1]]()
+    torch._dynamo.reset()
+    compiled, leaf = torch.compile(function, backend="aot_eager"), q.clone().requires_grad_()
+    runs = [f(leaf) for f in (compiled, make_fx(function)(q), function)]
+    assert all(torch.equal(run, runs[-1]) for run in runs)
+    grads = [torch.autograd.grad(f(leaf), leaf)[0] for f in (compiled, function)]
+    assert torch.equal(*grads)
+"""
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "make_fx"])
+def test_a_graph_after_a_transform_takes_up_nothing_of_it(transform):
+    """In a process of its own, which a dead tensor of the transform would end."""
+    out = subprocess.run([sys.executable, "-c", AFTER_A_TRANSFORM, transform], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
 
 
 def test_an_exported_length_is_free(operator):

@@ -7,10 +7,11 @@ from loglinear.kernels.torch.decode import block_tokens, has_blocks
 from loglinear.kernels.torch.delta_rule import append_inverse_row, chunk_inverse
 from loglinear.kernels.torch.delta_rule import decode_step as delta_rule_step
 from loglinear.kernels.torch.operator import fenwick_array, stages
+from loglinear.kernels.torch.recording import is_traced
 from loglinear.kernels.torch.scalar_gate import decode_step as scalar_gate_step
 from loglinear.kernels.torch.schedule import Schedule, schedule
 
 __all__ = [
     "Schedule", "add_keys", "append_inverse_row", "block_tokens", "bucket_energies", "chunk_inverse", "delta_rule_step",
-    "energies", "fenwick_array", "has_blocks", "scalar_gate_step", "schedule", "stages",
+    "energies", "fenwick_array", "has_blocks", "is_traced", "scalar_gate_step", "schedule", "stages",
 ]  # fmt: skip

@@ -14,21 +14,17 @@ import torch
 from torch import Tensor
 
 from loglinear.fenwick import log2
+from loglinear.kernels.torch.recording import in_graph, is_traced
 from loglinear.partition import Partition
 
 UNREACHED = 62  # the binary digit of 2**62, to which no position comes
 LARGEST_TABLE = 256  # places of a chunk whose columns are kept: 512 KiB
 
 
-def in_graph() -> bool:
-    """True while a step is recorded rather than run."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
 def outlasts(x: Tensor) -> bool:
     """True if what is made on this tensor's device may be kept for later steps: only on a CPU, because a CUDA graph
-    owns its tensors; not in a graph or a mode, whose tensors may hold no data."""
-    return type(x) is Tensor and x.device.type == "cpu" and not in_graph() and not torch._C._len_torch_dispatch_stack()
+    owns its tensors; not where it is traced."""
+    return type(x) is Tensor and x.device.type == "cpu" and not is_traced()
 
 
 def until(seen: Tensor, gates: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from loglinear.kernels.torch.recording import untraced
 from loglinear.partition import FENWICK, Height, Partition
 
 # A backward that keeps what every read met would need memory for log2(T / C) copies of the queries. So the chunks take
@@ -85,6 +86,7 @@ class Schedule:
 
 
 @lru_cache(maxsize=64)
+@untraced()
 @torch.inference_mode(False)  # a cached tensor made in inference mode could never be saved for a backward
 def schedule(
     lengths: tuple[int, ...],
