@@ -30,6 +30,7 @@ from loglinear.ops.state import DecodeState, FenwickState
 from loglinear.ops.validation import (
     BOOL,
     INTEGERS,
+    WIDE_FLOATS,
     Sizes,
     check_blocks,
     check_family,
@@ -198,7 +199,12 @@ def _checked_sums(name: str, x: Tensor, state: DecodeState, num_columns: int) ->
     sums, sizes = state.fenwick, state.sizes()
     check_family("state", sums.beta is not None, False)
     check_tensor(name, x, "NGK", sizes, sums.k.device)
-    check_blocks(sums.partition or FENWICK, whole_number("num_columns", num_columns), sizes["C"], sizes["M"])
+    partition = sums.partition or FENWICK
+    if sizes["C"] != partition.finest_block:
+        expected = f"{partition.finest_block}, the finest_block of its partition"
+        raise ValueError(f"state must have chunk_size {expected}, got {sizes['C']}")
+    check_tensor("state.blocks", sums.blocks, "NMGKK", sizes, sums.k.device, WIDE_FLOATS)
+    check_blocks(partition, whole_number("num_columns", num_columns), sizes["C"], sizes["M"])
     check_state_dtype("state", sums, [x])
     if is_transformed() or torch.is_grad_enabled() and x.requires_grad:
         raise ValueError(

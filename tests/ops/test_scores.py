@@ -7,6 +7,7 @@ import torch
 
 from loglinear.ops import DecodeState, bucket_scores, bucket_scores_step, bucket_tokens
 from loglinear.ops.problem import unit_length
+from loglinear.ops.scores import add_keys
 from loglinear.partition import FENWICK, Partition
 from loglinear.reference import dense_bucket_scores, dense_tokens_TL
 from tests.ops.operators import random_loss, relative_error
@@ -237,6 +238,25 @@ def test_a_state_of_another_partition_or_size_is_refused():
         bucket_scores_step(*(x.float() for x in plain), DecodeState.of(state), num_columns=5)
     with pytest.raises(ValueError, match="active must hold bool, got"):
         bucket_scores_step(*plain, DecodeState.of(state), num_columns=5, active=torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (dict(chunk_size=16), "state must have chunk_size 4, the finest_block of its partition, got 16"),
+        (dict(value_dim=3), "state.blocks must have shape [N, M, G, K, K] = [2, 4, 2, 5, 5], got [2, 4, 2, 5, 3]"),
+        (dict(heads=4), "state.blocks must have shape [N, M, G, K, K] = [2, 4, 2, 5, 5], got [2, 4, 4, 5, 5]"),
+    ],
+    ids=["chunk_size", "value_dim", "heads"],
+)
+def test_a_step_refuses_a_state_that_holds_no_sums_of_keys(change, text):
+    dims = dict(num_levels=5, chunk_size=4, groups=2, heads=2, key_dim=5, value_dim=5, delta_rule=False)
+    state = DecodeState.zeros(2, partition=Partition(4, 4), dtype=torch.float64, **dims | change)
+    q, k = (x[:, 0].detach() for x in inputs(T=1))
+    for step in (lambda: bucket_scores_step(q, k, state, num_columns=5), lambda: add_keys(k, state, num_columns=5)):
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+            step()
+    assert state.fenwick.position.tolist() == [0, 0]
 
 
 @pytest.mark.gpu
