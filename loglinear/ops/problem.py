@@ -13,6 +13,7 @@ from loglinear.ops.validation import (
     OPERANDS,
     Sizes,
     check_cu_seqlens,
+    check_log_decay,
     check_operands,
     check_partition,
     check_state_dtype,
@@ -51,6 +52,7 @@ class Problem:
         chunk_size = chunk_length("chunk_size", self.chunk_size)
         sizes: Sizes = {"C": self.partition.chunk_near(chunk_size, LARGEST_CHUNK)}
         check_operands(self, OPERANDS[delta_rule], sizes)
+        check_log_decay(self.log_decay)
         check_cu_seqlens(sizes["B"], sizes["T"], self.cu_seqlens)
         flag("output_final_state", self.output_final_state)
         scale, state = finite_number("scale", self.scale), self.initial_state

@@ -25,6 +25,7 @@ from loglinear.ops.validation import (
     TOKENS,
     check_blocks,
     check_family,
+    check_log_decay,
     check_operands,
     check_state_dtype,
     check_tensor,
@@ -57,7 +58,8 @@ def log_linear_attention_step(
         q: [N, G, K], the queries.
         k: [N, G, K], the keys.
         v: [N, H, V], the values.
-        log_decay: [N, H], natural logarithms, <= 0; None for no decay. A value above 0 is refused on the CPU.
+        log_decay: [N, H], natural logarithms, <= 0; None for no decay. On the CPU a value above 0 in an active row is
+            refused.
         level_scales: [N, H, L], the lambdas.
         state: A state of N rows, each at its own position; `DecodeState.of(final_state)` makes it. It changes in
             place. It is float64 if an input is, and float32 otherwise.
@@ -100,7 +102,8 @@ def log_linear_delta_rule_step(
         q: [N, G, K], the queries.
         k: [N, G, K], the keys.
         v: [N, H, V], the values.
-        log_decay: [N, H], natural logarithms, <= 0; None for no decay. A value above 0 is refused on the CPU.
+        log_decay: [N, H], natural logarithms, <= 0; None for no decay. On the CPU a value above 0 in an active row is
+            refused.
         beta: [N, H], the write strength.
         level_scales: [N, H, L], the lambdas.
         state: A state of N rows, each at its own position; `DecodeState.of(final_state)` makes it. It changes in
@@ -150,6 +153,7 @@ class Token(NamedTuple):
         check_blocks(fenwick.partition or FENWICK, sizes["L"], sizes["C"], sizes["M"])
         if self.active is not None:
             check_tensor("active", self.active, "N", sizes, fenwick.k.device, BOOL)
+        check_log_decay(self.log_decay, self.active)
         flag("l2_normalize", self.l2_normalize)
         self.refuse_derivatives(TOKENS[delta_rule])
         check_state_dtype("state", fenwick, [getattr(self, name) for name in TOKENS[delta_rule]])

@@ -95,19 +95,22 @@ def check_operands(call: Any, table: Table, sizes: Sizes, device: torch.device |
         device = x.device
         if name == "v":
             check_groups("v", sizes["H"], sizes["G"])
-        elif name == "log_decay":
-            check_log_decay(x)
 
 
-def check_log_decay(log_decay: Tensor) -> None:
-    """Raise ValueError if a log decay on the CPU is above 0; NaN passes.
+def check_log_decay(log_decay: Tensor | None, active: Tensor | None = None) -> None:
+    """Raise ValueError if a log decay on the CPU is above 0; NaN passes, and so does a row that is not active.
 
     A GPU's values are not read, because the CPU would wait for them. Nor are those of a tensor that is being traced.
     """
-    if not is_readable(log_decay):
+    if log_decay is None or not is_readable(log_decay):
         return
-    largest = log_decay.detach().amax().item()
-    if largest > 0:
+    if log_decay.detach().amax().item() <= 0:  # one pass for almost every call; NaN comes out of it if there is one
+        return
+    is_wrong = log_decay > 0
+    if active is not None:
+        is_wrong &= active[:, None]
+    if is_wrong.any():
+        largest = log_decay[is_wrong].max().item()
         raise ValueError(f"log_decay must be at most 0 (the logarithm of the decay), got a maximum of {largest:.6g}")
 
 

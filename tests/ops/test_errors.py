@@ -209,6 +209,38 @@ def test_a_decay_is_no_log_decay(operator, dtype, decay):
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_nan_hides_no_decay(operator):
+    inputs = operator.inputs(T=7)
+    wrong = inputs["log_decay"].detach().clone()
+    wrong[1, 5, 3], wrong[0, 2, 1], wrong[1, 5, 0] = 0.9, torch.nan, torch.nan
+    with pytest.raises(ValueError, match=POSITIVE):
+        operator(inputs | {"log_decay": wrong})
+    state = DecodeState.of(operator(inputs, output_final_state=True, chunk_size=4).final_state)
+    with torch.no_grad(), pytest.raises(ValueError, match=POSITIVE):
+        take_step(operator, token_at(inputs | {"log_decay": wrong}, 5, torch.float64), state)
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_only_active_rows_have_a_log_decay(operator, impl):
+    """An idle row's may be anything; an active one is named by its own maximum."""
+    inputs = operator.inputs(T=7)
+    start = operator(inputs, output_final_state=True, chunk_size=4).final_state.detach()
+    token = token_at(inputs, 5, torch.float64)
+    anything = {name: x.clone() for name, x in token.items()}
+    anything["log_decay"][0] = torch.tensor([0.9, 3.0, torch.inf, torch.nan]).view(1, 4)
+    runs = []
+    for given in (token, anything):
+        state = DecodeState.of(start)
+        out = take_step(operator, given, state, active=torch.tensor([False, True]), impl=impl)
+        runs.append([out, *state.fenwick.tensors])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    token["log_decay"][1, 0, 2], token["log_decay"][0] = 0.9, 3.0
+    with pytest.raises(ValueError, match=POSITIVE):
+        take_step(operator, token, state, active=torch.tensor([False, True]), impl=impl)
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
 def test_a_log_decay_of_0_minus_infinity_or_nan_is_taken(operator):
     inputs = operator.inputs(T=7)
     for value in (0.0, -0.0, -torch.inf):
