@@ -74,7 +74,7 @@ def log_linear_attention(
         scale: The factor of q.
         initial_state: The state to continue from, one row per sequence, at any position; None starts new sequences.
             Its dtype is that of the final_state of these inputs. A `DecodeState.fenwick` may change before the backward
-            pass, which uses a copy.
+            pass, which uses a copy. Inside torch.utils.checkpoint it may not: the backward pass reads it again.
         output_final_state: True to also return the state after the last token.
         cu_seqlens: [N + 1] integers from 0 to T, non-decreasing: the boundaries of packed sequences (B = 1). Each
             sequence has its own tree.
@@ -142,7 +142,7 @@ def log_linear_delta_rule(
         l2_normalize: True to first scale q and k to length 1, x / sqrt(|x|^2 + 1e-6), as Gated DeltaNet does.
         initial_state: The state to continue from, one row per sequence, at any position; None starts new sequences.
             Its dtype is that of the final_state of these inputs. A `DecodeState.fenwick` may change before the backward
-            pass, which uses a copy.
+            pass, which uses a copy. Inside torch.utils.checkpoint it may not: the backward pass reads it again.
         output_final_state: True to also return the state after the last token.
         cu_seqlens: [N + 1] integers from 0 to T, non-decreasing: the boundaries of packed sequences (B = 1). Each
             sequence has its own tree.

@@ -180,7 +180,8 @@ class DecodeState:
 
     It carries no gradients, so a backward pass treats the past as constant. `fenwick` is a valid initial_state of the
     operators at any time, to continue with more than one token. An operator whose inputs require gradients works on a
-    copy, so the state may change before the backward pass. With N rows, C chunk_size:
+    copy, so the state may change before the backward pass. An operator inside torch.utils.checkpoint reads its state
+    again in the backward pass, so step that state only afterwards. With N rows, C chunk_size:
 
         inverse   [N, C, H, C]   the delta rule's (I + tril(diag(beta) K K^T dec, -1))^-1 of the unfinished chunk, by
                                  its rows; None for a scalar gate

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from loglinear.ops import DecodeState
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
@@ -82,6 +83,29 @@ def test_a_decode_state_may_be_stepped_in_any_mode(operator, mode):
     for t in range(5):
         for one in (state, fresh):
             assert relative_error(take_step(operator, token_at(inputs, t, torch.float64), one), whole[:, t]) < EXACT
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_changes_no_gradient_while_the_state_stays(operator, use_reentrant):
+    """The operator reads the state again in the backward pass; a copy of it may be stepped before."""
+    inputs = operator.inputs(T=9, L=5)
+    start = operator(piece_of(inputs, 0, 7), chunk_size=4, output_final_state=True).final_state.detach()
+    state, rest = DecodeState.of(start), leaves(piece_of(inputs, 7, 9))
+
+    def call(*tensors):
+        given = dict(zip(rest, tensors, strict=True))
+        return operator(given, initial_state=state.fenwick, chunk_size=4).output
+
+    output, expected = checkpoint(call, *rest.values(), use_reentrant=use_reentrant), call(*rest.values())
+    take_step(operator, token_at(inputs, 7, torch.float64), DecodeState.of(state.fenwick))
+    runs = []
+    weights = random_loss(output)
+    for y in (output, expected):
+        for x in rest.values():
+            x.grad = None
+        y.backward(*weights)
+        runs.append([x.grad for x in rest.values()])
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
