@@ -40,17 +40,15 @@ def test_prefill_and_decode_equal_the_full_forward_at_every_step(
     model, ids = make_model(dtype, **options), tokens(2, 50)
     expected = model(ids, use_cache=False).logits
     exact = make_model(torch.float64, **options)(ids, use_cache=False).logits
-    cache = LogLinearCache(model.config, max_cache_len)
+    cache, pieces = LogLinearCache(model.config, max_cache_len), []
     for piece in [*ids[:, :7].split([7], 1), *ids[:, 7:16].split([3, 6], 1), *ids[:, 16:].split(1, 1)]:
-        seen = int(cache.get_seq_length())
         with torch.set_grad_enabled(grad):
-            logits = model(piece, past_key_values=cache).logits
-        here = slice(seen, seen + piece.shape[1])
-        if dtype == torch.float64:
-            assert (logits - expected[:, here]).abs().max() < 1e-9
-        else:  # as near to float64 as the full forward is, within a factor of 8 (measured: 2.6)
-            assert excess(logits, expected[:, here], exact[:, here]) < 8
+            pieces.append(model(piece, past_key_values=cache).logits)
     assert cache.get_seq_length() == 50
+    if dtype == torch.float64:
+        assert (torch.cat(pieces, 1) - expected).abs().max() < 1e-9
+    else:  # As near to float64 as the full forward is, over all tokens: one token's error may happen to be tiny.
+        assert excess(torch.cat(pieces, 1), expected, exact) < 8
 
 
 @KINDS
