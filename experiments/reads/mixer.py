@@ -15,11 +15,11 @@ from experiments.reads.partition import CHUNK, Buckets, between, inside
 from experiments.reads.read import Read
 from loglinear.layers.level_scales import ZeroLinear
 from loglinear.layers.mixer import Mixer
+from loglinear.layers.routing import SHARPNESS
 from loglinear.models import LogLinearForCausalLM
 from loglinear.ops.problem import unit_length
 
 ROUTING_DIM = 16  # R
-SHARPNESS = 4.0  # factor of tau, which then learns as fast as with a learning rate that many times as large
 ETAS = (1.0, 0.5, 0.25, 0.0)
 RHO = 0.4  # gate of the residual at the start
 

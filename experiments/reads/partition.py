@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from experiments.reads.read import Read
+from loglinear.partition import Partition
 
 CHUNK = 16  # tokens; smaller buckets are a matrix inside the chunk, larger ones sums of chunks
 
@@ -33,12 +34,8 @@ def inside(read: Read) -> Buckets | None:
     """Return the buckets of a chunk's tokens, or None if a chunk is one block."""
     if read.finest >= CHUNK:
         return None
-    level = CHUNK
-    while level > read.finest:
-        level //= read.radix
-    if level != read.finest:
-        raise ValueError(f"a chunk of {CHUNK} tokens must be whole blocks of radix {read.radix}, got {read.name}")
-    return _buckets(read, CHUNK, 1)
+    read.partition.check_chunk_size(CHUNK)
+    return _buckets(read.partition, CHUNK, 1)
 
 
 def between(read: Read, length: int) -> Buckets:
@@ -46,18 +43,17 @@ def between(read: Read, length: int) -> Buckets:
 
     The reader's own block, which may have several chunks, is bucket 0.
     """
-    return _buckets(Read(read.radix, max(read.finest, CHUNK)), -(-length // CHUNK), CHUNK)
+    return _buckets(Partition(read.radix, max(read.finest, CHUNK)), -(-length // CHUNK), CHUNK)
 
 
-def _buckets(read: Read, units: int, tokens: int) -> Buckets:
+def _buckets(partition: Partition, units: int, tokens: int) -> Buckets:
     """Return the buckets of `units` units of `tokens` tokens each."""
-    block = max(1, read.finest // tokens)  # units of a finest block
-    member = torch.zeros(units, units, read.num_buckets(units * tokens))
+    member = torch.zeros(units, units, partition.num_columns(units * tokens))
     end = torch.zeros(units, units, dtype=torch.long)
     for i in range(units):
         last: dict[int, int] = {}
         for j in range(i, -1, -1):
-            bucket = read.bucket(i // block, j // block)
+            bucket = partition.index(i * tokens, j * tokens)
             member[i, j, bucket] = 1
             end[i, j] = last.setdefault(bucket, j)
     count = member.sum(1)

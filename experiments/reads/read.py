@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from loglinear.partition import Partition
+
 SCORES = ("none", "keys", "qk", "gram", "energy", "absorbed")
 """The score of a bucket with tokens s, for the query of token t.
 
@@ -47,10 +49,7 @@ class Read:
     def __post_init__(self) -> None:
         if self.score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {self.score!r}")
-        for name, least in (("radix", 2), ("finest", 1)):
-            size = getattr(self, name)
-            if size < least or size & (size - 1):
-                raise ValueError(f"{name} must be a power of two and at least {least}, got {size}")
+        Partition(self.radix, self.finest)  # checks both
 
     @property
     def name(self) -> str:
@@ -67,27 +66,7 @@ class Read:
         options = {option: True for option in match[4].split("-") if option}
         return cls(int(match[1]), int(match[2]), match[3], **options)
 
-    def num_buckets(self, length: int) -> int:
-        """Return the number of columns of the weights for sequences of at most `length` tokens."""
-        digits, blocks = 0, -(-length // self.finest)
-        while self.radix**digits < blocks:
-            digits += 1
-        return 1 + digits * (self.radix - 1)
-
-    def bucket(self, z: int, c: int) -> int:
-        """Return the bucket in which tokens of block z read block c <= z: 0 for z == c, then by age.
-
-        The highest base-r digit p in which z and c differ gives 1 + p (r - 1) + (z_p - c_p - 1).
-
-        Examples:
-            >>> [Read(radix=2).bucket(6, c) for c in range(7)]
-            [3, 3, 3, 3, 2, 2, 0]
-            >>> [Read(radix=4).bucket(6, c) for c in range(7)]
-            [4, 4, 4, 4, 2, 1, 0]
-        """
-        p, found = 0, 0
-        while z or c:
-            if z % self.radix != c % self.radix:
-                found = 1 + p * (self.radix - 1) + z % self.radix - c % self.radix - 1
-            z, c, p = z // self.radix, c // self.radix, p + 1
-        return found
+    @property
+    def partition(self) -> Partition:
+        """The partition of the past. Its columns are the buckets."""
+        return Partition(self.radix, self.finest)

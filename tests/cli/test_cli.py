@@ -94,7 +94,7 @@ def test_one_thing_is_no_plural(number, text):
 
 
 def test_sums_of_one_have_no_plural(capsys, tmp_path, text, run):
-    """Of steps, examples and tokens, in the commands that print them."""
+    """The commands that print steps, examples and tokens."""
     steps = ["--steps", "1", "--eval-every", "1", "--save-every", "1"]
     calls = {
         "trained demo for 1 step:": ["train", "--recipe", "demo", "--data", text, "--out", tmp_path, *FAST, *steps],

@@ -19,6 +19,8 @@ def test_our_models_pass_transformers_own_tests(tmp_path):
     try:
         suite = fetch()
     except Unreachable as reason:
+        if os.environ.get("LOGLINEAR_NETWORK"):  # the gate has one
+            raise
         pytest.skip(str(reason))
     paths = os.pathsep.join([str(suite), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     report = tmp_path / "report.xml"

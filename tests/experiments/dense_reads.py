@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from experiments.reads import Read, RoutedMixer
-from experiments.reads.mixer import SHARPNESS
 from experiments.reads.partition import CHUNK
+from loglinear.layers.routing import SHARPNESS
 from loglinear.ops.problem import unit_length
 
 
@@ -63,11 +63,8 @@ def absorbed(qk: Tensor, kk: Tensor, beta: Tensor, finest: int) -> Tensor:
 
 def columns(length: int, read: Read) -> Tensor:
     """Return the bucket [T, T] of s for the query t, -1 for a later s."""
-    rows = [
-        [read.bucket(t // read.finest, s // read.finest) if s <= t else -1 for s in range(length)]
-        for t in range(length)
-    ]
-    return torch.tensor(rows)
+    index = read.partition.index
+    return torch.tensor([[index(t, s) if s <= t else -1 for s in range(length)] for t in range(length)])
 
 
 class DenseMixer(RoutedMixer):

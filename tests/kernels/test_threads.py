@@ -36,7 +36,7 @@ def problem(operator, G):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Which threads work on slabs, and how many threads their operations have."""
+    """The threads that work on slabs, each with the number of threads of its operations."""
     seen, to_chunks = set(), slab.to_chunks
 
     def spy(*args):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,3 +89,29 @@ def excess(actual: Tensor, twin: Tensor, exact: Tensor, size: float = 0.0) -> fl
     if error == 0:
         return 0.0
     return error / base if base and error == error else float("inf")
+
+
+def check_pieces(
+    operator: Operator, inputs: dict[str, Tensor], cuts: list[int], whole: LogLinearOutput, exact: float, **options: Any
+) -> Tensor:
+    """Assert that pieces of these lengths give the outputs, the last state and every gradient of `whole`.
+
+    The limit of gradients is ten times `exact`. Return the outputs of the pieces, joined.
+    """
+    state, outputs = None, []
+    for piece in zip(*(x.split(cuts, 1) for x in inputs.values()), strict=True):
+        given = dict(zip(inputs, piece, strict=True))
+        out = operator(given, initial_state=state, output_final_state=True, **options)
+        outputs.append(out.output)
+        state = out.final_state
+    output = torch.cat(outputs, 1)
+    assert relative_error(output, whole.output) < exact
+    ends, expected_ends = parts(state), parts(whole.final_state)
+    for name, part in ends.items():
+        assert torch.allclose(part, expected_ends[name], rtol=exact, atol=exact), name
+    weights = random_loss(output, *ends.values())
+    actual = gradients([output, *ends.values()], weights, list(inputs.values()))
+    expected = gradients([whole.output, *expected_ends.values()], weights, list(inputs.values()))
+    for name, a, e in zip(inputs, actual, expected, strict=True):
+        assert relative_error(a, e) < 10 * exact, name
+    return output

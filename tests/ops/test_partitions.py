@@ -7,7 +7,7 @@ import torch
 
 from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
 from loglinear.partition import FENWICK, Partition
-from tests.ops.operators import OPERATORS, excess, gradients, parts, random_loss, relative_error
+from tests.ops.operators import OPERATORS, check_pieces, excess, gradients, parts, random_loss, relative_error
 
 EXACT = 1e-12
 FLOAT32_FACTOR = 4  # times the error of the float32 recurrence
@@ -88,24 +88,10 @@ def test_pieces_equal_the_whole_with_every_gradient(operator, partition, cuts):
     T = sum(cuts)
     for L in columns(partition, T)[1:]:
         inputs = operator.inputs(B=1, T=T, L=L, K=3, V=2, H=2)
-        options = dict(chunk_size=4, partition=partition, output_final_state=True)
-        whole = operator(inputs, **options)
-        state, outputs, start = None, [], 0
-        for cut in cuts:
-            piece = {name: x[:, start : start + cut] for name, x in inputs.items()}
-            out = operator(piece, initial_state=state, **options)
-            outputs.append(out.output)
-            state, start = out.final_state, start + cut
-        output = torch.cat(outputs, 1)
+        options = dict(chunk_size=4, partition=partition)
+        whole = operator(inputs, output_final_state=True, **options)
+        output = check_pieces(operator, inputs, cuts, whole, EXACT, **options)
         assert relative_error(output, operator.dense(inputs, partition)) < EXACT
-        ends, expected_ends = parts(state), parts(whole.final_state)
-        for name, part in ends.items():
-            assert torch.allclose(part, expected_ends[name], rtol=EXACT, atol=EXACT), name
-        weights = random_loss(output, *ends.values())
-        actual = gradients([output, *ends.values()], weights, list(inputs.values()))
-        expected = gradients([whole.output, *expected_ends.values()], weights, list(inputs.values()))
-        for name, a, e in zip(inputs, actual, expected, strict=True):
-            assert relative_error(a, e) < 10 * EXACT, (name, L)
 
 
 @every_operator

@@ -6,7 +6,7 @@ import torch
 from loglinear.fenwick import num_blocks
 from loglinear.kernels.torch import schedule
 from loglinear.ops import FenwickState
-from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
+from tests.ops.operators import OPERATORS, check_pieces, gradients, parts, random_loss, relative_error
 
 EXACT = 1e-10
 
@@ -29,22 +29,7 @@ pytestmark = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator:
 def test_pieces_equal_the_whole_with_every_gradient(operator, chunk_size, levels, cuts, impl):
     inputs = operator.inputs(T=sum(cuts), L=levels)
     whole = operator(inputs, chunk_size=chunk_size, output_final_state=True, impl="reference")
-    state, outputs, start = None, [], 0
-    for cut in cuts:
-        piece = {name: x[:, start : start + cut] for name, x in inputs.items()}
-        out = operator(piece, chunk_size=chunk_size, initial_state=state, output_final_state=True, impl=impl)
-        outputs.append(out.output)
-        state, start = out.final_state, start + cut
-    output = torch.cat(outputs, 1)
-    assert relative_error(output, whole.output) < EXACT
-    ends, expected_ends = parts(state), parts(whole.final_state)
-    for name, part in ends.items():
-        assert torch.allclose(part, expected_ends[name], rtol=EXACT, atol=EXACT), name
-    weights = random_loss(output, *ends.values())
-    actual = gradients([output, *ends.values()], weights, list(inputs.values()))
-    expected = gradients([whole.output, *expected_ends.values()], weights, list(inputs.values()))
-    for name, a, e in zip(inputs, actual, expected, strict=True):
-        assert relative_error(a, e) < EXACT, name
+    check_pieces(operator, inputs, cuts, whole, EXACT / 10, chunk_size=chunk_size, impl=impl)
 
 
 @pytest.mark.parametrize("levels", [1, 4, 5, 9])

@@ -5,6 +5,7 @@ An unlisted field is refused, and so is a value that the server would have to ig
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, ValidationError, model_validator
@@ -65,7 +66,7 @@ class StreamOptions(Checked):
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
-class Request(Checked):
+class Request(Checked, ABC):
     """The fields of both endpoints."""
 
     model: str | None = None
@@ -117,9 +118,9 @@ class Request(Checked):
         given = {"temperature": temperature, "top_p": top_p, "top_k": flags.top_k}
         return {name: value for name, value in given.items() if value is not None}
 
+    @abstractmethod
     def body(self) -> dict[str, Any]:
         """Return the prompt or the messages for transformers' handler."""
-        raise NotImplementedError
 
 
 class CompletionRequest(Request):

@@ -8,13 +8,12 @@ is a block or a prefix. Column 0 has energy 0. Only the inputs are saved for bac
 # Inside a slab of groups: [G, n, C, K], n chunks (with the empty one)
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from loglinear.kernels.torch.decode import merge_full, rows_to_merge
-from loglinear.kernels.torch.operator import recorded_gradients, schedule_of
+from loglinear.kernels.torch.gradients import register_gradients
+from loglinear.kernels.torch.operator import schedule_of
 from loglinear.kernels.torch.schedule import Merge, Schedule
 from loglinear.kernels.torch.threads import run
 from loglinear.kernels.torch.tiles import from_chunks, slab_heads, tall, to_chunks
@@ -167,28 +166,4 @@ def bucket_energies_backward(
     return [dq, dk] if dnodes is None else [dq, dk, dnodes]
 
 
-@bucket_energies_backward.register_fake
-def _(dfound, dblocks, q, k, nodes, *options):  # type: ignore[no-untyped-def]
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, nodes) if x is not None]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, rows, num_columns, final, partition = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-    ctx.options = rows, num_columns, final, partition
-
-
-def _backward(ctx: Any, dfound: Tensor | None, dblocks: Tensor | None):  # type: ignore[no-untyped-def]
-    saved, options = ctx.saved_tensors, ctx.options  # once: checkpointing refuses to give them twice
-    tensors, where = saved[:3], saved[3:]
-    dblocks = dblocks if options[2] else None  # without `final` they are empty, and so is their gradient
-    if torch.is_grad_enabled():  # create_graph=True
-        grads = recorded_gradients(lambda *x: energies(*x, *where, *options), tensors, (dfound, dblocks))
-    else:
-        given = iter(bucket_energies_backward(dfound, dblocks, *saved, *options))
-        grads = [None if x is None else next(given) for x in tensors]
-    return *grads, None, None, None, None, None, None
-
-
-bucket_energies.register_autograd(_backward, setup_context=_save)
+register_gradients(bucket_energies, bucket_energies_backward, energies, differentiable=3)

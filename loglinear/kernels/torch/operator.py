@@ -7,13 +7,12 @@ torch.compile, torch.export and torch.jit.trace keep the node and do not look in
 # tokens: all sequences' tokens in one row; G groups, H heads, K key, V value, L levels, N sequences, M blocks, C chunk
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from loglinear.kernels.torch import slab
 from loglinear.kernels.torch.delta_rule import DeltaRuleSlab
+from loglinear.kernels.torch.gradients import register_gradients
 from loglinear.kernels.torch.scalar_gate import ScalarGateSlab
 from loglinear.kernels.torch.schedule import Schedule, schedule
 from loglinear.kernels.torch.workspace import recycled
@@ -93,43 +92,4 @@ def fenwick_array_backward(
         return [grad for grad in slab.backward(family, plan, inputs, dout, dblocks) if grad is not None]
 
 
-@fenwick_array_backward.register_fake
-def _(dout, dblocks, q, k, v, log_decay, beta, level_scales, nodes, *options):  # type: ignore[no-untyped-def]
-    inputs = (q, k, v, log_decay, beta, level_scales, nodes)
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs if x is not None]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, rows, chunk_size, final, partition = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-    ctx.options = rows, chunk_size, final, partition
-
-
-def _backward(ctx: Any, dout: Tensor | None, dblocks: Tensor | None):  # type: ignore[no-untyped-def]
-    saved, options = ctx.saved_tensors, ctx.options  # once: checkpointing refuses to give them twice
-    tensors, where = saved[:7], saved[7:]
-    dblocks = dblocks if options[2] else None  # without `final` they are empty, and so is their gradient
-    if torch.is_grad_enabled():  # create_graph=True
-        grads = recorded_gradients(lambda *x: stages(*x, *where, *options), tensors, (dout, dblocks))
-    else:
-        given = iter(fenwick_array_backward(dout, dblocks, *saved, *options))
-        grads = [None if x is None else next(given) for x in tensors]
-    return *grads, None, None, None, None, None, None
-
-
-fenwick_array.register_autograd(_backward, setup_context=_save)
-
-
-def recorded_gradients(function: Any, inputs: tuple[Tensor | None, ...], douts: tuple[Tensor | None, ...]):  # type: ignore[no-untyped-def]
-    """The gradients of a function that autograd can record, with a graph of their own, so that they have gradients
-    too. None for inputs that need none."""
-    # an input that is given twice is two inputs here
-    apart = [None if x is None else x.view_as(x) for x in inputs]
-    with torch.autocast(next(x for x in inputs if x is not None).device.type, enabled=False):
-        outputs = function(*apart)
-    pairs = [(y, dy) for y, dy in zip(outputs, douts, strict=True) if dy is not None and y.requires_grad]
-    wanted = [x for x in apart if x is not None and x.requires_grad]
-    ys, dys = [y for y, _ in pairs], [dy for _, dy in pairs]
-    given = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True))
-    return [next(given) if x is not None and x.requires_grad else None for x in apart]
+register_gradients(fenwick_array, fenwick_array_backward, stages, differentiable=7)

@@ -62,7 +62,7 @@ def recycled() -> Iterator[None]:
 
 
 def is_recycling(x: Tensor) -> bool:
-    """Whether temporaries of this tensor's device lie in blocks here."""
+    """Return True if temporaries of this tensor's device lie in blocks here."""
     return _own.is_open and x.device.type == "cpu"
 
 

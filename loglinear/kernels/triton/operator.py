@@ -11,7 +11,8 @@ from torch import Tensor
 
 from loglinear.fenwick import num_blocks
 from loglinear.kernels import MIN_LOG_DECAY
-from loglinear.kernels.torch.operator import recorded_gradients, stages
+from loglinear.kernels.torch.gradients import recorded_gradients
+from loglinear.kernels.torch.operator import stages
 from loglinear.kernels.triton import delta_rule, scalar_gate
 from loglinear.kernels.triton.call import common_dtype
 from loglinear.kernels.triton.config import Plan, choose
