@@ -5,10 +5,18 @@ python -m experiments.reads.random_keys
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+import typer
 from torch.nn import functional as F
 
+from loglinear.cli import execute
+
 BUCKETS, TRIALS = 16, 400
+KEY_DIMS, MULTIPLES = (16, 64, 128), (1, 2, 4, 8, 16)
+
+app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 
 
 def share_found(key_dim: int, tokens: int, *, trials: int = TRIALS, seed: int = 0) -> float:
@@ -26,13 +34,17 @@ def share_found(key_dim: int, tokens: int, *, trials: int = TRIALS, seed: int = 
     return found / trials
 
 
-def main() -> None:
+@app.command()
+def main(
+    trials: Annotated[int, typer.Option(min=1, help="Queries for each number of the table.")] = TRIALS,
+    seed: Annotated[int, typer.Option(help="Seed of the keys.")] = 0,
+) -> None:
     """Print the table: rows are key dimensions, columns tokens of a bucket as multiples of the key dimension."""
-    multiples = (1, 2, 4, 8, 16)
-    print("K", *(f"{multiple} K" for multiple in multiples), sep="\t")
-    for key_dim in (16, 64, 128):
-        print(key_dim, *(f"{share_found(key_dim, multiple * key_dim):.0%}" for multiple in multiples), sep="\t")
+    print("K", *(f"{multiple} K" for multiple in MULTIPLES), sep="\t")
+    for key_dim in KEY_DIMS:
+        shares = (share_found(key_dim, multiple * key_dim, trials=trials, seed=seed) for multiple in MULTIPLES)
+        print(key_dim, *(f"{share:.0%}" for share in shares), sep="\t")
 
 
 if __name__ == "__main__":
-    main()
+    execute(app, "python -m experiments.reads.random_keys")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from experiments.reads import Read, adapt, compare
+from experiments.reads.random_keys import share_found
 from loglinear.models import LogLinearForCausalLM
 from loglinear.ops.problem import unit_length
 from loglinear.recipes.mqar import RecallCell
@@ -172,3 +173,8 @@ def test_the_chosen_read_is_that_of_the_library(base: str, monkeypatch) -> None:
     library.double().load_state_dict(weights)
     ids = torch.randint(8192, (2, 80))
     torch.testing.assert_close(library(ids).logits, prototype(ids).logits, rtol=1e-8, atol=1e-8)
+
+
+def test_a_score_finds_a_random_key_among_few_others() -> None:
+    shares = [share_found(64, tokens, trials=100) for tokens in (64, 256, 1024)]
+    assert shares[0] > 0.95 and shares[0] > shares[1] > shares[2] > 2 / 16
