@@ -156,7 +156,7 @@ class RoutedMixer(Mixer):
     routed: RoutedRead
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        z, qkv = self._project(x)
+        z, qkv, _ = self._project(x)
         qkv, _ = self.conv(qkv, None, None)
         tensors, v = self._operands(x, qkv)
         y = self.read(x, *tensors)  # type: ignore[arg-type]  # only gates can be None

@@ -3,7 +3,8 @@
 from loglinear.layers.attention import Attention, AttentionContext, rotary_tables
 from loglinear.layers.gated_rms_norm import GatedRMSNorm
 from loglinear.layers.level_scales import LambdaForm, LevelScales
-from loglinear.layers.mixer import Mixer, MixerDecodeState, MixerState
+from loglinear.layers.mixer import Mixer
+from loglinear.layers.mixer_state import MixerDecodeState, MixerState
 from loglinear.layers.packing import Packing
 from loglinear.layers.routing import BucketWeights, Routing
 from loglinear.layers.short_convolution import ShortConvolution

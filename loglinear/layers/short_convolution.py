@@ -37,6 +37,11 @@ class ShortConvolution(nn.Module):
             for name, value in self.initial_values().items():
                 self.get_parameter(name).copy_(value)
 
+    @property
+    def taps(self) -> Tensor:
+        """The weight [C, W]."""
+        return self.weight
+
     def initial_values(self) -> dict[str, Tensor]:
         bound = self.kernel**-0.5
         values = {"weight": torch.empty(self.channels, self.kernel).uniform_(-bound, bound)}
@@ -81,7 +86,7 @@ class ShortConvolution(nn.Module):
         A tap counts for tokens at which its `inside` [T, 1] is True (None: all tokens).
         """
         time, dtype = extended.shape[1] - self.kernel + 1, extended.dtype
-        weight, wide = at_least_float32(self.weight.to(dtype)), at_least_float32(extended)
+        weight, wide = at_least_float32(self.taps.to(dtype)), at_least_float32(extended)
         y = wide.new_zeros(()) if self.bias is None else at_least_float32(self.bias.to(dtype))
         for w, tap_weight in enumerate(weight.unbind(1)):
             tap = wide[:, w : w + time] * tap_weight
@@ -92,7 +97,7 @@ class ShortConvolution(nn.Module):
         """Return the outputs [B, T, C] of inputs [B, T + W - 1, C]."""
         if torch.compiler.is_compiling() and extended.shape[1] != self.kernel:
             return self._sum_taps(extended)
-        weight = self.weight.to(extended.dtype)
+        weight = self.taps.to(extended.dtype)
         bias = None if self.bias is None else self.bias.to(extended.dtype)
         if extended.shape[1] == self.kernel:  # a decode step of one token: two small operations
             y = (extended * weight.t()).sum(1, keepdim=True)

@@ -44,7 +44,7 @@ def check_equal(mixer: Mixer, x: Tensor, actual: Tensor, expected: Tensor) -> No
 
 def dense_output(mixer: Mixer, x: Tensor) -> Tensor:
     """The mixer's output for one sequence, with the definition in place of the scores and of the operator."""
-    z, qkv = mixer._project(x)
+    z, qkv, _ = mixer._project(x)
     qkv, _ = mixer.conv(qkv, None, None)
     tensors, v = mixer._operands(x, qkv)
     q, k, values, log_decay, *beta = (t[0].transpose(0, 1) for t in tensors)
