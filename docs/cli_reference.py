@@ -66,7 +66,7 @@ def section(name: str, function: Any) -> list[str]:
 def option(parameter: Parameter, kind: Any, info: Any) -> str:
     """Return an option as it is typed, with the kind of its value."""
     if isinstance(info, ArgumentInfo):
-        return f"[{parameter.name.upper()}]..."
+        return info.metavar or f"[{parameter.name.upper()}]..."
     names = info.default if isinstance(info.default, str) else f"--{parameter.name.replace('_', '-')}"
     return names.replace("/", " / ") + next(
         text for one, text in KINDS.items() if one.__name__ in re.findall(r"\w+", str(kind))

@@ -23,11 +23,12 @@ ALLOWED = {
     "models": {"layers", "variants", "ops", "partition", "fenwick"},
     "data": {"models"},
     "runs": {"processes", "recipes", "data", "models", "layers"},
+    "convert": {"runs", "models", "variants"},
     "training": {"signals", "processes", "runs", "recipes", "data", "models"},
     "evaluation": {"signals", "training", "runs", "recipes", "data", "models"},
     "recipes": {"models", "variants", "partition", "fenwick"},
     "cli": {
-        *("signals", "processes", "training", "evaluation", "runs", "recipes", "data"),
+        *("signals", "processes", "training", "evaluation", "convert", "runs", "recipes", "data"),
         *("models", "variants", "ops", "kernels", "fenwick"),
     },
 }

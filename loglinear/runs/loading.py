@@ -49,7 +49,7 @@ def _load_model(checkpoint: Path, device: str | torch.device) -> LogLinearForCau
     config = _config(checkpoint)
     check_settings(checkpoint)
     check_weights(checkpoint, config, described_by="its config.json")
-    with _without_bars():
+    with without_bars():
         model = LogLinearForCausalLM.from_pretrained(
             checkpoint,
             config=config,
@@ -63,8 +63,8 @@ def _load_model(checkpoint: Path, device: str | torch.device) -> LogLinearForCau
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Hide transformers' progress bars in this context: the weights load in a moment."""
+def without_bars() -> Iterator[None]:
+    """Hide transformers' progress bars in this context: weights load and save in a moment."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -54,6 +54,7 @@ def test_ctrl_c_elsewhere_is_one_line(capsys, monkeypatch):
     [
         [],
         ["train"],
+        ["convert"],
         ["generate"],
         ["eval", "perplexity"],
         ["eval", "needle"],

@@ -43,11 +43,15 @@ BENCHMARKS = {
 # Executed by another test.
 DEMO = "tests/cli/test_demo.py::test_demo_writes_everything_it_promises_and_continues_a_finished_run"
 SERVE = "tests/cli/test_serve.py::test_completions_are_those_of_generate"
+CONVERT = "tests/convert/test_conversion.py::test_the_command_converts_and_says_what_it_made"
 NEEDLE = "tests/experiments/test_needle.py::test_pieces_give_what_one_call_gives"
 LONG_TEXT = "tests/experiments/test_long_text.py::test_both_lengths_are_evaluated_on_the_same_text"
 MINIATURE = "tests/experiments/test_corpus.py::test_the_miniature_is_made_of_the_standard_library_without_a_download"
 TESTED = {
     "loglinear demo --seed 1 --out runs/demo-seed1": DEMO,
+    "loglinear convert --from state-spaces mamba2-130m runs/mamba2-130m": CONVERT,
+    "loglinear convert --from transformers --num-levels 1 mamba2 runs/linear": CONVERT,
+    "loglinear convert --from transformers --num-levels 8 --finest-block 64 --routing gram mamba2 runs/routed": CONVERT,
     "loglinear serve --model runs/books": SERVE,
     "loglinear serve --model runs/books --port 8000": SERVE,
     "python -m experiments.figures": "tests/documents/test_figures.py::test_figures_are_those_of_the_results",

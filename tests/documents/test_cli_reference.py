@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from loglinear.cli import app
+from loglinear.cli import app, eval_app
 from loglinear.recipes import get_recipe
 from loglinear.recipes.mqar import DIMS, RecallTask
 from tests.documents.pages import DOCS
@@ -21,7 +21,18 @@ def test_the_page_is_up_to_date():
 
 def test_every_command_is_on_the_page():
     page = runpy.run_path(str(SCRIPT))["page"]()
-    for name in ("train", "generate", "serve", "info", "demo", "tune", "eval perplexity", "eval mqar", "bench ops"):
+    for name in (
+        "train",
+        "convert",
+        "generate",
+        "serve",
+        "info",
+        "demo",
+        "tune",
+        "eval perplexity",
+        "eval mqar",
+        "bench ops",
+    ):
         assert f"\n## loglinear {name}\n" in page
     assert "| `--compile / --no-compile` |" in page and "| `--temperature NUMBER` |" in page
 
@@ -29,8 +40,8 @@ def test_every_command_is_on_the_page():
 DEMO, TASK = get_recipe("demo"), RecallTask()
 SHOWN = [
     (app.demo, {"variant": DEMO.model["variant"], "steps": DEMO.steps, "seed": DEMO.seed}),
-    (app.mqar, {"examples": TASK.examples, "epochs": TASK.epochs, "protocol": TASK.protocol, "task": "standard"}),
-    (app.mqar, {"dim": ", ".join(map(str, DIMS))}),
+    (eval_app.mqar, {"examples": TASK.examples, "epochs": TASK.epochs, "protocol": TASK.protocol, "task": "standard"}),
+    (eval_app.mqar, {"dim": ", ".join(map(str, DIMS))}),
 ]
 
 

@@ -1,0 +1,130 @@
+"""The commands of `loglinear eval` and their options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loglinear.cli.options import LARGEST, LARGEST_SEED, SOURCES, Model, MoreData, all_data, option
+
+PROTOCOL = "the protocol's"
+app = typer.Typer(help="Measure the quality of models.", no_args_is_help=True)
+
+
+@app.command()
+def perplexity(
+    model: Model,
+    data: Annotated[list[str], typer.Option(help=f"Text to score: {SOURCES}")],
+    out: Annotated[Path, typer.Option(help="Folder for perplexity.json and per_position.png.")],
+    more_data: MoreData = None,
+    length: Annotated[int, typer.Option(min=2, max=LARGEST, help="Length of a window, in tokens.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(min=2, max=LARGEST, help="Number of tokens to read, about.")] = 1_000_000,
+) -> None:
+    """Measure bits per byte, perplexity and the loss at each position.
+
+    Example:
+
+    `loglinear eval perplexity --model runs/demo/log_linear --data ~/books --out runs/demo/books`
+    """
+    from loglinear.cli.perplexity import run
+
+    run(model, all_data(data, more_data) or (), out, length=length, max_tokens=max_tokens)
+
+
+@app.command()
+def needle(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for needle.json and needle.png.")],
+    length: Annotated[
+        list[int] | None,
+        option("1024, 2048, 4096", "Length of an example, in tokens; repeatable.", min=1, max=LARGEST),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        option("all of them", "single_1, single_2, multikey_1, multivalue or multiquery; repeatable."),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, max=LARGEST, help="Examples of each task and length.")] = 200,
+    data: Annotated[list[str] | None, option("noise", f"Text of the haystacks: {SOURCES}")] = None,
+    more_data: MoreData = None,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the examples.")] = 0,
+) -> None:
+    """Measure retrieval with five of RULER's needle-in-a-haystack tasks.
+
+    The haystack of single_1 is always a repeated line of noise. The other tasks use the text of --data, and noise
+    without it, except for single_2, which needs text. Accuracy is the share of values whose every token is the
+    likeliest one.
+
+    Example:
+
+    `loglinear eval needle --model runs/needle --length 4096 --length 16384 --data ~/books --out runs/needle/eval`
+    """
+    from loglinear.cli.needle import run
+
+    run(model, all_data(data, more_data) or (), out, length or [1024, 2048, 4096], task, examples, seed)
+
+
+@app.command()
+def mqar(
+    out: Annotated[Path, typer.Option(help="Folder for the results of cells, their checkpoints and mqar.json.")],
+    model: Annotated[list[str] | None, option("five models", "Model to train; repeatable.")] = None,
+    dim: Annotated[list[int] | None, option("16, 32, 64", "Hidden size of the models; repeatable.")] = None,
+    lr: Annotated[list[float] | None, option(PROTOCOL, "Learning rate; repeatable.")] = None,
+    seed: Annotated[list[int] | None, option(PROTOCOL, "Seed of the weights and of the batches; repeatable.")] = None,
+    processes: Annotated[
+        int | None, option("one per CPU core", "Number of cells at a time.", min=1, max=LARGEST)
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Save and stop after this many minutes; the same command continues.")
+    ] = None,
+    task: Annotated[str | None, option("standard", "'standard', or 'jittered' with longer examples.")] = None,
+    examples: Annotated[int | None, option("20480", "Training examples of each number of pairs.", min=1)] = None,
+    epochs: Annotated[int | None, option("32", "Most passes over the examples.", min=1)] = None,
+    pairs: Annotated[list[int] | None, option("the task's", "Key-value pairs; repeatable.", min=1)] = None,
+    length: Annotated[int | None, option("the task's", "Most tokens of an example.", min=4)] = None,
+    protocol: Annotated[
+        str | None, option("loglinear", "How to train: 'loglinear' or, as the task's authors do, 'zoology'.")
+    ] = None,
+) -> None:
+    """Train and score small models on multi-query associative recall.
+
+    A cell is one model, hidden size, learning rate and seed. The whole table tries every learning rate with one
+    seed, then trains the best with every seed. Cells in --out are not trained again. A cell takes up to 12,800 steps
+    and wants a GPU: a CPU core needs 1 to 9 seconds a step.
+
+    The five models are mamba2, log_linear_mamba2, gated_delta_net, log_linear_gated_delta_net and attention. The
+    log-linear names also take the suffixes _bounded and _unit (forms of lambda), _capped (fewer levels) and _blocks
+    (one lambda for 64 tokens). The linear names mamba2 and gated_delta_net take _equal_bytes (a decode state of at
+    least the log-linear model's bytes) and _states2, 4, 8 or 16 (a state so many times as large), and the prefix
+    routed_ (weights that depend on what the buckets hold).
+
+    The standard task has 4 to 64 pairs in 256 tokens; any query sees them all in one bucket. In the jittered task,
+    6 to 192 pairs in up to 1,024 tokens, sequences start anywhere in the tree, so the pairs lie in several buckets.
+
+    The last example takes seconds on a CPU; it shows that everything works, and is too short to learn.
+
+    Examples:
+
+    `loglinear eval mqar --out runs/mqar --minutes 9`
+
+    `loglinear eval mqar --task jittered --protocol zoology --model mamba2_equal_bytes --out runs/jittered`
+
+    `loglinear eval mqar --model log_linear_mamba2 --dim 16 --lr 1e-2 --seed 0 --out runs/mqar`
+
+    `loglinear eval mqar --model attention --dim 32 --lr 1e-2 --seed 0 --length 32 --pairs 2 --examples 4000 --epochs 2
+    --out runs/miniature`
+    """
+    from loglinear.cli.mqar import run
+
+    run(
+        out,
+        models=model,
+        dims=dim,
+        learning_rates=lr,
+        seeds=seed,
+        processes=processes,
+        minutes=minutes,
+        preset=task or "standard",
+        task=dict(examples=examples, epochs=epochs, pairs=pairs, length=length, protocol=protocol),
+    )

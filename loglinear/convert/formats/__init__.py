@@ -1,0 +1,50 @@
+"""The formats: for each library the readers of its models, one small file each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from loglinear.convert.formats import state_spaces_mamba2, transformers_mamba2
+from loglinear.convert.source import Options, Tensors
+from loglinear.convert.target import Converted
+
+Reader = Callable[[Options, Tensors], Converted]
+
+
+class Format(NamedTuple):
+    """A library's checkpoints."""
+
+    readers: dict[str, Reader]
+    """From the model_type of config.json to the reader. One reader under "" reads files without a model_type."""
+    refused: dict[str, str] = {}
+    """From a model_type to the reason why it is not read."""
+    pickle: bool = False
+    """True if pytorch_model.bin is read, without running code, where there are no safetensors."""
+
+    def reader(self, options: Options) -> Reader:
+        """Return the reader of a checkpoint's model; ValueError if there is none."""
+        if "" in self.readers:
+            return self.readers[""]
+        kind = options.get("model_type", str, "")
+        if kind in self.refused:
+            raise ValueError(f"{options.place}: model_type {kind!r} cannot be represented: {self.refused[kind]}")
+        if kind not in self.readers:
+            raise ValueError(f"{options.place}: model_type must be one of {', '.join(self.readers)}, got {kind!r}")
+        return self.readers[kind]
+
+
+FORMATS: dict[str, Format] = {
+    "transformers": Format({"mamba2": transformers_mamba2.read}),
+    "state-spaces": Format({"": state_spaces_mamba2.read}, pickle=True),
+}
+
+
+def get_format(name: str) -> Format:
+    """Return a format; ValueError with the nearest name if there is none of that name."""
+    if name in FORMATS:
+        return FORMATS[name]
+    nearest = difflib.get_close_matches(str(name), FORMATS, n=1, cutoff=0.4)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {name!r}{hint}")

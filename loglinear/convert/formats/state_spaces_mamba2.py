@@ -1,0 +1,70 @@
+"""MambaLMHeadModel of state-spaces' `mamba_ssm` with Mamba-2 layers.
+
+Source: `mamba_ssm/models/mixer_seq_simple.py`, `modules/mamba2.py` and `modules/mlp.py` of that project.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from loglinear.convert.layouts import ZERO_BIAS, Sizes, Weights, mamba2_mixer, under
+from loglinear.convert.source import Options, Tensors
+from loglinear.convert.target import Converted
+from loglinear.variants import HeadSizes
+
+EPS = 1e-5  # of every norm; no option changes it
+
+
+def read(options: Options, tensors: Tensors) -> Converted:
+    """Return the model in our terms; ValueError for an option or a tensor that does not fit."""
+    hidden_size = options.size("d_model", 2560)
+    layer = options.part("ssm_cfg")
+    layer.known.add("layer")
+    if layer.values.get("layer") != "Mamba2":
+        raise ValueError(f"{layer.place}: layer must be 'Mamba2', got {layer.values.get('layer', 'Mamba1')!r}")
+    inner, width = layer.size("expand", 2) * hidden_size, layer.size("headdim", 64)
+    sizes = Sizes(
+        vocab_size=_rounded_up(options.size("vocab_size", 50_277), options.size("pad_vocab_size_multiple", 8)),
+        hidden_size=hidden_size,
+        num_layers=options.size("n_layer", 64),
+        heads=HeadSizes(inner // width, layer.size("ngroups", 1), layer.size("d_state", 128), width),
+        conv_kernel=layer.size("d_conv", 4),
+        eps=EPS,
+        tied=options.get("tie_embeddings", bool, True),
+    )
+    feed_forward = _rounded_up(options.get("d_intermediate", int, 0), 128)
+    conv_bias = layer.get("conv_bias", bool, True)
+    options.expect("rms_norm", True)
+    options.expect("attn_layer_idx", [])
+    options.ignore("attn_cfg", "residual_in_fp32", "fused_add_norm", "initializer_cfg")
+    layer.expect("d_ssm", None, inner)
+    layer.expect("rmsnorm", True)
+    layer.expect("norm_before_gate", False)
+    layer.expect("D_has_hdim", False)
+    layer.expect("bias", False)
+    layer.expect("dt_limit", [0.0, float("inf")])
+    layer.ignore("conv_init", "A_init_range", "dt_min", "dt_max", "dt_init_floor", "chunk_size", "use_mem_eff_path")
+    layer.check_all_known()
+    weights = sizes.ends(tensors, "backbone.embedding.weight", "backbone.norm_f.weight")
+    for index in range(sizes.num_layers):
+        at, ours = f"backbone.layers.{index}.", f"model.layers.{index}."
+        weights[f"{ours}mixer_norm.weight"] = tensors.take(f"{at}norm.weight", hidden_size)
+        weights |= under(f"{ours}mixer.", mamba2_mixer(tensors, f"{at}mixer.", sizes, conv_bias=conv_bias))
+        if feed_forward:
+            weights |= under(ours, _feed_forward(tensors, at, hidden_size, feed_forward))
+    fields = sizes.fields("mamba2", intermediate_size=feed_forward)
+    return Converted(fields, weights, [] if conv_bias else [ZERO_BIAS])
+
+
+def _feed_forward(tensors: Tensors, at: str, hidden_size: int, width: int) -> Weights:
+    """Return the weights of a feed-forward layer, whose fc1 has the rows [up, gate]."""
+    up, gate = tensors.take(f"{at}mlp.fc1.weight", 2 * width, hidden_size).chunk(2)
+    return {
+        "mlp_norm.weight": tensors.take(f"{at}norm2.weight", hidden_size),
+        "mlp.gate_up.weight": torch.cat([gate, up]),
+        "mlp.down.weight": tensors.take(f"{at}mlp.fc2.weight", hidden_size, width),
+    }
+
+
+def _rounded_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
