@@ -1,6 +1,7 @@
 """Log-linear attention for PyTorch: operators, layers, models and training.
 
-The operators are importable from here; they load torch at first use.
+The operators are importable from here; they load torch at first use. `upgrade` loads transformers at first use, so
+`from loglinear import *` does not name it.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from loglinear.ops import log_linear_attention_step as log_linear_attention_step
     from loglinear.ops import log_linear_delta_rule as log_linear_delta_rule
     from loglinear.ops import log_linear_delta_rule_step as log_linear_delta_rule_step
+    from loglinear.upgrades import UpgradeReport as UpgradeReport
+    from loglinear.upgrades import new_parameters as new_parameters
+    from loglinear.upgrades import upgrade as upgrade
 
 __version__ = "0.1.0"
 
@@ -37,8 +41,14 @@ __all__ = [
     "log_linear_delta_rule_step",
 ]
 
+UPGRADES = ("UpgradeReport", "new_parameters", "upgrade")
+
 
 def __getattr__(name: str) -> Any:
+    if name in UPGRADES:
+        from loglinear import upgrades
+
+        return getattr(upgrades, name)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from loglinear import ops
@@ -47,4 +57,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *UPGRADES})

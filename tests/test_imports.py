@@ -21,6 +21,7 @@ ALLOWED = {
     "variants": {"ops", "fenwick"},
     "layers": {"variants", "ops", "partition", "fenwick"},
     "models": {"layers", "variants", "ops", "partition", "fenwick"},
+    "upgrades": {"models", "layers", "variants", "ops", "partition", "fenwick"},
     "data": {"models"},
     "runs": {"processes", "recipes", "data", "models", "layers"},
     "convert": {"runs", "models", "variants"},

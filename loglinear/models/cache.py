@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 
 from loglinear.layers import MixerDecodeState, MixerState
 from loglinear.models.configuration import LogLinearConfig
-from loglinear.models.history import OTHER_MASK, History
+from loglinear.models.history import OTHER_MASK, History, Seen
 from loglinear.ops.state import constants
 from loglinear.ops.validation import check_rows, whole_number
 
@@ -145,7 +145,7 @@ class StaticKeyValueLayer(StaticLayer):
         return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
 
 
-class LogLinearCache(Cache):
+class LogLinearCache(Cache, Seen):
     """The cache of `LogLinearModel`: `layers[i]` belongs to layer i.
 
     No layer keeps gradients: a forward pass that continues from a cache treats the past as constant.
@@ -174,25 +174,12 @@ class LogLinearCache(Cache):
         self.columns_limit = max_cache_len
         self.real: Tensor | None = None
         self.history = History(static=max_cache_len is not None)
-        self.is_whole = True  # False: some parts have changed and others have not
+        self.is_whole = True
 
     @property
     def has_states(self) -> bool:
         """True if all linear layers have seen a token."""
         return all(layer.state is not None for layer in self.layers if isinstance(layer, LinearStateLayer))
-
-    @property
-    def rows(self) -> int | None:
-        """The number of sequences; None before the first token."""
-        return None if self.history.numbers is None else self.history.numbers.shape[1]
-
-    def require_whole(self) -> None:
-        """Raise ValueError if an earlier call raised an error while it changed the cache."""
-        if not self.is_whole:
-            raise ValueError(
-                "past_key_values is not whole, because an earlier call with it raised an error midway: "
-                "start with a new cache or call its reset()"
-            )
 
     def check_past(self, real_BS: Tensor, ids_BS: Tensor | None = None) -> None:
         """Raise ValueError unless the cache has seen this mask [B, S] and, at its tokens, these ids [B, S]."""

@@ -83,6 +83,36 @@ class History:
             self.numbers = self.numbers.copy_(reordered) if self.static else reordered
 
 
+class Seen:
+    """The base of what `TokenPlaces` asks about the columns that a cache has seen."""
+
+    history: History
+    columns_limit: int | None
+    is_whole: bool  # False: some parts have changed and others have not
+
+    @property
+    def rows(self) -> int | None:
+        """The number of sequences; None before the first token."""
+        return None if self.history.numbers is None else self.history.numbers.shape[1]
+
+    @property
+    def has_states(self) -> bool:
+        """True if all linear layers have seen a token."""
+        raise NotImplementedError
+
+    def get_seq_length(self) -> int:
+        """Return the number of columns; a tensor for a static cache."""
+        raise NotImplementedError
+
+    def require_whole(self) -> None:
+        """Raise ValueError if an earlier call raised an error while it changed the cache."""
+        if not self.is_whole:
+            raise ValueError(
+                "past_key_values is not whole, because an earlier call with it raised an error midway: "
+                "start with a new cache or call its reset()"
+            )
+
+
 def _extended(numbers: Tensor, real_BT: Tensor | None, ids_BT: Tensor) -> Tensor:
     """Return the numbers [2, B] after T new columns."""
     ids_BT = ids_BT.long() + TOKEN

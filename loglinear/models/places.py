@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loglinear.models.cache import LogLinearCache
-from loglinear.models.history import OTHER_MASK
+from loglinear.models.history import OTHER_MASK, Seen
 from loglinear.models.loss import IGNORE
 
 
@@ -34,7 +33,7 @@ class TokenPlaces(NamedTuple):
     @staticmethod
     def of(
         tokens: Tensor,
-        cache: LogLinearCache | None = None,
+        cache: Seen | None = None,
         *,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -47,7 +46,7 @@ class TokenPlaces(NamedTuple):
         Raises:
             ValueError: Arguments contradict each other, the shape of the tokens or the cache.
         """
-        if cache is not None and not isinstance(cache, LogLinearCache):
+        if cache is not None and not isinstance(cache, Seen):
             raise ValueError(f"past_key_values must be a LogLinearCache, got {type(cache).__name__}")
         if cache is not None:
             cache.require_whole()
@@ -111,7 +110,7 @@ class TokenPlaces(NamedTuple):
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"{name} must hold integers, got {labels.dtype}")
 
-    def _new_columns(self, attention_mask: Tensor, cache: LogLinearCache | None) -> Tensor | None:
+    def _new_columns(self, attention_mask: Tensor, cache: Seen | None) -> Tensor | None:
         """Return True [B, T] at new columns that are tokens; None if the CPU may read that all are."""
         widths = (self.time, self.past + self.time)
         if not any(has_shape(attention_mask, self.rows, width) for width in widths):

@@ -1,0 +1,142 @@
+"""The upgrade of a pretrained model of transformers, in place."""
+
+import logging
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from loglinear.models import LogLinearConfig
+from loglinear.upgrades.families import FAMILIES, family_of
+from loglinear.upgrades.mixer import NEW_PARTS, UpgradedMixer
+from loglinear.upgrades.places import add_hooks
+
+logger = logging.getLogger(__name__)
+
+
+class UpgradeReport(NamedTuple):
+    """The result of an upgrade; as text, two lines."""
+
+    layers: dict[str, str]
+    """The name of each replaced module, and transformers' class of it."""
+    kept: int
+    """The number of the model's other layers."""
+    new_parameters: int
+    """The numbers of the new parameters' elements."""
+    parameters: int
+    """All elements of the model's parameters, with the new ones."""
+
+    def __str__(self) -> str:
+        kinds, share = ", ".join(sorted(set(self.layers.values()))), 100 * self.new_parameters / self.parameters
+        return (
+            f"{len(self.layers)} linear layers ({kinds}) are now log-linear, the other {self.kept} are unchanged\n"
+            f"{self.new_parameters:,} new parameters ({share:.2g} % of {self.parameters:,}) start neutral"
+        )
+
+
+def upgrade(
+    model: PreTrainedModel,
+    *,
+    num_levels: int,
+    radix: int = 2,
+    finest_block: int = 1,
+    largest_block: int | None = None,
+    routing: str | None = None,
+    routing_tau: float = 0.0,
+    chunk_size: int = 64,
+    impl: str = "auto",
+    freeze: bool = True,
+) -> UpgradeReport:
+    """Make the linear layers of a pretrained model of transformers log-linear, in place, and return what was done.
+
+    Every supported linear mixer keeps its parameters under their names and gets level weights, which are exactly 1 at
+    the start. So the logits stay the same, within the rounding of another order of sums, until the new weights are
+    trained. Attention, experts, MLPs and norms stay transformers'.
+
+    Args:
+        model: A model whose class is one of transformers', with at least one layer of `FAMILIES`.
+        num_levels: L, the levels, at least 2; see `LogLinearConfig`, as for the next five.
+        radix: r, the blocks that join into one.
+        finest_block: The tokens of each aligned block of this size share one weight.
+        largest_block: Tokens of the largest block.
+        routing: "gram" for the routed read. None: the weights depend on the token alone.
+        routing_tau: The factor of the score at the start. The model is unchanged at 0 alone.
+        chunk_size: C, tokens per chunk of the algorithm.
+        impl: The implementation of the operators.
+        freeze: True: only the new parameters require gradients afterwards. False: parameters stay as they were.
+
+    Raises:
+        ValueError: A model without a supported layer, that is already upgraded or has options that are not represented
+            exactly, or an argument out of range. The model is then as before.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a model of transformers, got {type(model).__name__}")
+    if num_levels < 2:
+        raise ValueError(f"num_levels must be at least 2 (1 is the linear model itself), got {num_levels}")
+    choices = LogLinearConfig(
+        num_levels=num_levels,
+        radix=radix,
+        finest_block=finest_block,
+        largest_block=largest_block,
+        routing=routing,
+        routing_tau=routing_tau,
+        chunk_size=chunk_size,
+        impl=impl,
+    )
+    report = place_levels(model, choices)
+    if freeze:
+        train_new_parameters_alone(model)
+    logger.info("%s", report)
+    return report
+
+
+def place_levels(model: PreTrainedModel, choices: LogLinearConfig) -> UpgradeReport:
+    """Replace every supported mixer of a model; ValueError if there is none or one cannot be."""
+    mixers = {name: (module, family_of(module)) for name, module in model.named_modules()}
+    found = {name: (module, family) for name, (module, family) in mixers.items() if family is not None}
+    if any(isinstance(module, UpgradedMixer) for module in model.modules()):
+        raise ValueError("model is already upgraded: load the original again to choose other levels")
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer that can be upgraded, supported are {', '.join(FAMILIES)}"
+        )
+    refusals = {phrase for module, family in found.values() for phrase in family.refusals(module)}
+    if refusals:
+        raise ValueError(f"{type(model).__name__} cannot be upgraded exactly: {', '.join(sorted(refusals))}")
+    layers = {name: type(module).__name__ for name, (module, _) in found.items()}
+    for module, family in found.values():
+        family.become(module, choices)
+    add_hooks(decoder_of(model))
+    new = sum(p.numel() for p in new_parameters(model).values())
+    every = sum(p.numel() for p in model.parameters())
+    return UpgradeReport(layers, model.config.get_text_config().num_hidden_layers - len(layers), new, every)
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """Return the part of a model that gets tokens, mask, positions and cache: the smallest one with all its layers."""
+    wanted = {id(module) for module in model.modules() if isinstance(module, UpgradedMixer)}
+    holders = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and wanted <= {id(part) for part in module.modules()}
+    ]
+    return holders[-1]
+
+
+def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that an upgrade added to a model, by name; ValueError if the model has none."""
+    new = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if any(f".{part}." in f".{name}" for part in NEW_PARTS)
+    }
+    if not new:
+        raise ValueError(f"{type(model).__name__} has no new parameters: upgrade it first")
+    return new
+
+
+def train_new_parameters_alone(model: nn.Module) -> None:
+    """Let only the parameters that an upgrade added require gradients."""
+    model.requires_grad_(False)
+    for parameter in new_parameters(model).values():
+        parameter.requires_grad_(True)

@@ -1,0 +1,80 @@
+"""Tiny models of transformers with random weights everywhere, to be upgraded."""
+
+import contextlib
+import copy
+
+import torch
+from transformers import PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
+
+import loglinear
+
+COMMON = dict(
+    vocab_size=90, hidden_size=32, num_hidden_layers=3, intermediate_size=48, num_attention_heads=2,
+    num_key_value_heads=2, head_dim=16, layer_types=["linear_attention", "full_attention", "linear_attention"],
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12,
+    tie_word_embeddings=False, bos_token_id=1, eos_token_id=None, pad_token_id=0,
+)  # fmt: skip
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+LEVELS = dict(num_levels=6, chunk_size=4)  # a few dozen tokens cross chunks and levels
+
+
+def qwen3_next() -> PreTrainedModel:
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**COMMON, **EXPERTS))
+
+
+MODELS = {"qwen3_next": qwen3_next}
+
+
+def original(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """Return a model with weights that no initialisation hides: norms are not 1, biases are not 0."""
+    torch.manual_seed(0)
+    model = MODELS[family]().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape)
+            if parameter.dim() == 1 and ("norm" in name or name.rsplit(".", 1)[-1] in ("D", "A_log", "dt_bias")):
+                parameter.add_(0.3 * noise)
+            else:
+                parameter.copy_(0.3 * noise)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the others know no float64
+    return model.to(dtype)
+
+
+def upgraded(model: PreTrainedModel, **options) -> PreTrainedModel:
+    """Return an upgraded copy."""
+    model = copy.deepcopy(model)
+    loglinear.upgrade(model, **{**LEVELS, **options})
+    return model
+
+
+def trained(model: PreTrainedModel, **options) -> PreTrainedModel:
+    """Return an upgraded copy whose new weights are not neutral, so results depend on which level is read."""
+    model = upgraded(model, **options)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in loglinear.new_parameters(model).values():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(0.5 * noise)
+    return model
+
+
+def tokens(rows: int, time: int, seed: int = 1) -> torch.Tensor:
+    """Ordinary tokens, none of them special."""
+    return torch.randint(3, 90, (rows, time), generator=torch.Generator().manual_seed(seed))
+
+
+@contextlib.contextmanager
+def wide():
+    """Leave float64 tensors alone where transformers' torch code narrows them to float32."""
+    to, single = torch.Tensor.to, torch.Tensor.float
+
+    def keep(self, *args, **kwargs):
+        narrow = torch.float32 in args or kwargs.get("dtype") is torch.float32
+        return self if narrow and self.dtype is torch.float64 else to(self, *args, **kwargs)
+
+    torch.Tensor.to, torch.Tensor.float = keep, lambda self: self if self.dtype is torch.float64 else single(self)
+    try:
+        yield
+    finally:
+        torch.Tensor.to, torch.Tensor.float = to, single
