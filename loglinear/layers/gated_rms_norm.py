@@ -11,6 +11,8 @@ from loglinear.variants.base import at_least_float32
 class GatedRMSNorm(nn.Module):
     """The RMS norm of a mixer's output y [B, T, H, V], gated by z [B, T, H V]: (y, z) -> [B, T, H V].
 
+    Without a gate (z is None) silu(z) is 1.
+
     Args:
         num_heads: H.
         head_dim: V.
@@ -27,12 +29,14 @@ class GatedRMSNorm(nn.Module):
         self.width = num_heads * head_dim // num_groups if gate_first else head_dim
         self.weight = nn.Parameter(torch.ones(num_heads * head_dim if gate_first else head_dim))
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        gate, wide, weight = F.silu(at_least_float32(z)), at_least_float32(y), at_least_float32(self.weight)
+    def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
+        wide, weight = at_least_float32(y), at_least_float32(self.weight)
+        gate = None if z is None else F.silu(at_least_float32(z))
         if self.gate_first:
-            wide = (wide.flatten(-2) * gate).unflatten(-1, (-1, self.width))
+            wide = wide.flatten(-2) if gate is None else wide.flatten(-2) * gate
+            wide = wide.unflatten(-1, (-1, self.width))
         is_shared = len(weight) == self.width  # rms_norm cannot take one weight for each of several groups
         normed = F.rms_norm(wide, (self.width,), weight if is_shared else None, self.eps).flatten(-2)
         if not is_shared:
             normed = normed * weight
-        return (normed if self.gate_first else normed * gate).to(y.dtype)
+        return (normed if self.gate_first or gate is None else normed * gate).to(y.dtype)

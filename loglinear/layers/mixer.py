@@ -36,10 +36,14 @@ class Mixer(TokenMixer):
         conv_kernel: W, the tokens that the short convolution reads.
         chunk_size: C, tokens per chunk of the operator, a power of two.
         norm_eps: The epsilon of the output norm.
+        output_gate: False for an output norm without the gate z.
+        negative_eigenvalues: True for write strengths up to 2 in place of 1 (delta rule only), so that a transition has
+            eigenvalues in [-1, 1] in place of [0, 1] (arXiv 2411.12537).
         impl: The implementation of the operator: "auto", "triton", "torch" or "reference".
 
     Raises:
-        ValueError: An unknown variant or form, or sizes that do not fit; the message names the argument.
+        ValueError: An unknown variant or form, sizes that do not fit, or negative_eigenvalues without the delta rule;
+            the message names the argument.
     """
 
     def __init__(
@@ -56,12 +60,16 @@ class Mixer(TokenMixer):
         conv_kernel: int = 4,
         chunk_size: int = 64,
         norm_eps: float = 1e-5,
+        output_gate: bool = True,
+        negative_eigenvalues: bool = False,
         impl: str = "auto",
     ) -> None:
         super().__init__()
         if num_levels < 1:
             raise ValueError(f"num_levels must be at least 1, got {num_levels}")
         self.variant = get_variant(variant)(hidden_size, heads)
+        check_eigenvalues(negative_eigenvalues, variant)
+        self.beta_scale = 2 if negative_eigenvalues else 1
         self.operator, self.operator_step = OPERATORS[self.variant.transition]
         self.transition, self.scale = self.variant.transition, self.variant.scale
         self.l2_normalize = self.variant.l2_normalize
@@ -69,7 +77,8 @@ class Mixer(TokenMixer):
         self.chunk_size, self.impl = chunk_size, impl
         self.key_width, self.value_width = heads.num_groups * heads.key_dim, heads.num_heads * heads.head_dim
         conv_width = 2 * self.key_width + self.value_width
-        self.in_proj = nn.Linear(hidden_size, self.value_width + conv_width, bias=False)
+        self.gate_width = self.value_width if output_gate else 0
+        self.in_proj = nn.Linear(hidden_size, self.gate_width + conv_width, bias=False)
         self.conv = ShortConvolution(conv_width, conv_kernel, bias=self.variant.conv_bias)
         self.level_scales: LevelScales | None = None
         self.bucket_weights: BucketWeights | None = None
@@ -108,7 +117,7 @@ class Mixer(TokenMixer):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return z, then q, k, v before the convolution, and x, from which the variant makes its gates."""
-        z, qkv = self.in_proj(x).split([self.value_width, 2 * self.key_width + self.value_width], dim=-1)
+        z, qkv = self.in_proj(x).split([self.gate_width, 2 * self.key_width + self.value_width], dim=-1)
         return z, qkv, x
 
     def _operands(self, x: Tensor, qkv: Tensor) -> tuple[list[Tensor | None], Tensor]:
@@ -118,11 +127,19 @@ class Mixer(TokenMixer):
         v = v.unflatten(-1, (self.heads.num_heads, self.heads.head_dim))
         operands = self.variant(x, q, k, v)
         # Named one by one: torch 2.11 compiles `*tensors, beta = operands` to a tuple where Python makes a list.
-        gates = [operands.log_decay, operands.beta] if self.variant.transition == "delta_rule" else [operands.log_decay]
+        gates = [operands.log_decay]
+        if operands.beta is not None:
+            gates.append(operands.beta if self.beta_scale == 1 else operands.beta * self.beta_scale)
         return [operands.q, operands.k, operands.v, *gates], v
 
     def _output(self, y: Tensor, v: Tensor, z: Tensor) -> Tensor:
         """Return the mixer's output from the operator's: skip connection, norm and projection."""
         if self.variant.skip_bias is not None:
             y = self.variant.skip_bias(y, v)
-        return self.out_proj(self.norm(y, z))
+        return self.out_proj(self.norm(y, z if self.gate_width else None))
+
+
+def check_eigenvalues(negative: bool, variant: str) -> None:
+    """Raise ValueError for negative eigenvalues of a variant without the delta rule."""
+    if negative and get_variant(variant).transition != "delta_rule":
+        raise ValueError(f"negative_eigenvalues needs a variant with the delta rule, got {variant!r}")

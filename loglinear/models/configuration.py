@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from loglinear.fenwick import MOST_LEVELS
 from loglinear.layers import Routing
 from loglinear.layers.level_scales import check_finest_block, check_lambda_form
+from loglinear.layers.mixer import check_eigenvalues
 from loglinear.models.auto_file import AUTO_MAP, write_auto_file
 from loglinear.ops import IMPLEMENTATIONS
 from loglinear.ops.validation import check_partition
@@ -60,6 +61,9 @@ class LogLinearConfig(PreTrainedConfig):
         attention_head_dim: Head width of the full-attention layers. None: hidden_size / num_attention_heads.
         rope_theta: Base of the rotary frequencies of the full-attention layers.
         rms_norm_eps: Epsilon of the RMS norms.
+        mixer_norm_eps: Epsilon of the output norms of the mixers. None: rms_norm_eps.
+        output_gate: False for output norms of the mixers without a gate, as DeltaNet was published.
+        negative_eigenvalues: True for write strengths up to 2 in place of 1; see `Mixer`. It needs the delta rule.
         loss_chunk_size: Tokens whose logits exist at the same time while the loss is computed.
         auto_map: The entry of a checkpoint that tells other tools how to load it. None: through `loglinear_auto.py`,
             which every save writes.
@@ -96,6 +100,9 @@ class LogLinearConfig(PreTrainedConfig):
     attention_head_dim: int | None = None
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-5
+    mixer_norm_eps: float | None = None
+    output_gate: bool = True
+    negative_eigenvalues: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     use_cache: bool = True
@@ -116,6 +123,7 @@ class LogLinearConfig(PreTrainedConfig):
             self.num_groups = 1 if variant.paper_heads.num_groups == 1 else self.num_heads
         self.heads.check()
         check_lambda_form(self.lambda_form)
+        check_eigenvalues(self.negative_eigenvalues, self.variant)
         self._check_partition()
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
@@ -135,8 +143,8 @@ class LogLinearConfig(PreTrainedConfig):
             raise ValueError(f"chunk_size must be at most {LARGEST_CHUNK}, got {self.chunk_size}")
         if self.chunk_size & (self.chunk_size - 1):
             raise ValueError(f"chunk_size must be a power of two, got {self.chunk_size}")
-        for name in ("rms_norm_eps", "rope_theta"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("rms_norm_eps", "rope_theta", "mixer_norm_eps"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.impl not in ("auto", *IMPLEMENTATIONS):
             raise ValueError(f"impl must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {self.impl!r}")

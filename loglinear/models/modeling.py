@@ -53,7 +53,9 @@ class LogLinearBlock(GradientCheckpointingLayer):
                 routing=config.routing_choices,
                 conv_kernel=config.conv_kernel,
                 chunk_size=config.chunk_size,
-                norm_eps=config.rms_norm_eps,
+                norm_eps=config.rms_norm_eps if config.mixer_norm_eps is None else config.mixer_norm_eps,
+                output_gate=config.output_gate,
+                negative_eigenvalues=config.negative_eigenvalues,
                 impl=config.impl,
             )
         self.mlp: SwiGLU | None = None

@@ -8,7 +8,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from loglinear.layers import Mixer, MixerDecodeState, Packing, Routing
-from loglinear.ops import impl_reference
+from loglinear.ops import impl_reference, log_linear_delta_rule
 from loglinear.ops import step as step_module
 from loglinear.partition import Partition
 from loglinear.variants import VARIANTS, HeadSizes
@@ -224,3 +224,40 @@ def test_a_state_of_something_else_is_named_and_moves_nothing(variant: str) -> N
         with pytest.raises(ValueError, match=text):
             call()
     assert all(torch.equal(a, b) for a, b in zip(decode.tensors, kept, strict=True))
+
+
+@pytest.mark.parametrize("variant", ["delta_net", "gated_delta_net"])
+def test_negative_eigenvalues_double_the_write_strengths(variant: str) -> None:
+    mixer = tiny(variant, negative_eigenvalues=True)
+    plain = tiny(variant)
+    plain.load_state_dict(mixer.state_dict())
+    x, seen = torch.randn(1, 9, 12, dtype=torch.float64), []
+
+    def operator(q, k, v, log_decay, beta, *args, **kwargs):
+        seen.append(beta)
+        return log_linear_delta_rule(q, k, v, log_decay, beta, *args, **kwargs)
+
+    for each in (mixer, plain):
+        each.operator = operator
+        each(x)
+    assert torch.equal(seen[0], 2 * seen[1]) and seen[0].max() > 1
+
+
+def test_negative_eigenvalues_need_the_delta_rule() -> None:
+    with pytest.raises(ValueError, match="negative_eigenvalues needs a variant with the delta rule, got 'mamba2'"):
+        tiny("mamba2", negative_eigenvalues=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_mixer_without_a_gate_has_none_of_its_parameters(variant: str) -> None:
+    """Its output is that of a mixer with a gate whose silu(z) is 1 everywhere."""
+    gated, bare = tiny(variant), tiny(variant, output_gate=False)
+    one = 1.2784645427610738  # silu of this number is 1
+    weights = gated.state_dict()
+    weights["in_proj.weight"] = weights["in_proj.weight"][gated.value_width :]
+    bare.load_state_dict(weights)
+    project = gated._project
+    gated._project = lambda x: (torch.full_like(project(x)[0], one), *project(x)[1:])
+    x = torch.randn(2, T, 12, dtype=torch.float64)
+    torch.testing.assert_close(bare(x)[0], gated(x)[0])
+    assert bare.in_proj.out_features == gated.in_proj.out_features - 4 * 5

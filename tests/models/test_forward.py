@@ -185,6 +185,8 @@ def test_position_ids_of_padded_rows_are_no_restart(make_model) -> None:
         ({"chunk_size": 12}, "chunk_size must be a power of two, got 12"),
         ({"num_heads": 4, "num_groups": 3}, "num_heads must be a multiple of num_groups = 3, got 4"),
         ({"lambda_form": "exp"}, "lambda_form must be one of"),
+        ({"mixer_norm_eps": 0.0}, "mixer_norm_eps must be positive and finite, got 0.0"),
+        ({"negative_eigenvalues": True}, "negative_eigenvalues needs a variant with the delta rule, got 'mamba2'"),
         ({"layer_types": ["linear_attention"]}, "layer_types must have num_hidden_layers = 2 entries, got 1"),
         ({"layer_types": ["linear_attention", "mamba"]}, "layer_types must hold .* got 'mamba'"),
     ],
