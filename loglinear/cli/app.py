@@ -139,7 +139,9 @@ def tune(
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Folder with config.json and the weights.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder of the checkpoint.")],
-    format: Annotated[str, typer.Option("--from", help="Library that wrote IN: transformers or state-spaces.")],
+    format: Annotated[
+        str, typer.Option("--from", help="Library that wrote IN: transformers, fla, authors or state-spaces.")
+    ],
     num_levels: Annotated[
         int | None, option("15, or those of IN", "Number of levels; 1 makes the linear model.")
     ] = None,
@@ -159,6 +161,10 @@ def convert(
     `loglinear convert --from state-spaces mamba2-130m runs/mamba2-130m`
 
     `loglinear convert --from transformers --num-levels 1 mamba2 runs/linear`
+
+    `loglinear convert --from fla gated_deltanet runs/gated_deltanet`
+
+    `loglinear convert --from authors hattention runs/hattention`
     """
     from loglinear.cli.convert import run
 

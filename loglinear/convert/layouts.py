@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from loglinear.variants import HeadSizes
 
 Weights = dict[str, Tensor]
 ZERO_BIAS = "the convolutions have no bias in the checkpoint: they get one of zero, which training would change"
+NO_CONVOLUTION = "the checkpoint has no short convolutions: each gets one tap of one, which training would change"
 
 
 class Sizes(NamedTuple):
@@ -62,13 +64,34 @@ class Sizes(NamedTuple):
         return {"model.embed_tokens.weight": table, "model.norm.weight": final, "lm_head.weight": head}
 
 
-def mamba2_mixer(tensors: Tensors, at: str, sizes: Sizes, *, conv_bias: bool, levels: int = 0) -> Weights:
+Part = Callable[[str], Weights]
+"""From the beginning of a layer's names in the checkpoint to weights under our names inside the layer."""
+
+
+def mamba2_model(
+    tensors: Tensors, sizes: Sizes, *, conv_bias: bool, norm: str = "norm", levels: int = 0, feed_forward: Part | None
+) -> Weights:
+    """Return the weights of a whole Mamba-2 model, whose layers are `backbone.layers.N` in the checkpoint.
+
+    `norm` is the name of the norm before the mixer. `levels` is L of a log-linear checkpoint, 0 of a linear one.
+    """
+    embed = "backbone.embedding" + ("s.weight" if "backbone.embeddings.weight" in tensors else ".weight")
+    weights = sizes.ends(tensors, embed, "backbone.norm_f.weight")
+    for layer in range(sizes.num_layers):
+        at, ours = f"backbone.layers.{layer}.", f"model.layers.{layer}."
+        weights[f"{ours}mixer_norm.weight"] = tensors.take(f"{at}{norm}.weight", sizes.hidden_size)
+        mixer = _mamba2_mixer(tensors, f"{at}mixer.", sizes, conv_bias=conv_bias, levels=levels)
+        weights |= under(f"{ours}mixer.", mixer) | under(ours, {} if feed_forward is None else feed_forward(at))
+    return weights
+
+
+def _mamba2_mixer(tensors: Tensors, at: str, sizes: Sizes, *, conv_bias: bool, levels: int) -> Weights:
     """Return the weights of a Mamba-2 mixer, whose names in the checkpoint begin with `at`, under our names.
 
         in_proj  [z, x, B, C, dt, lambda] -> [z, C, B, x], and the gates and lambda apart
         conv1d   [x, B, C; 1; W]          -> [C, B, x; W]
 
-    Without `conv_bias` the bias is zero. `levels` is L of a log-linear checkpoint, 0 of a linear one.
+    Without `conv_bias` the bias is zero.
     """
     D, (H, G, K, V) = sizes.hidden_size, sizes.heads
     inner, keys = H * V, G * K
@@ -91,6 +114,72 @@ def mamba2_mixer(tensors: Tensors, at: str, sizes: Sizes, *, conv_bias: bool, le
         ours["level_scales.proj.weight"] = lam
         ours["level_scales.level_bias.L"] = tensors.take(f"{at}L", H, levels)
     return ours
+
+
+class DeltaRule(NamedTuple):
+    """The choices of a delta-rule mixer in the layout of flash-linear-attention."""
+
+    gates: str
+    """The letters of the projections of its gates, in our order: "ab" or "b"."""
+    output_gate: bool
+    short_conv: bool
+    levels: int = 0
+    """L of a log-linear checkpoint, 0 of a linear one."""
+
+    @property
+    def notes(self) -> list[str]:
+        return [] if self.short_conv else [NO_CONVOLUTION]
+
+    def mixer(self, tensors: Tensors, at: str, sizes: Sizes) -> Weights:
+        """Return the weights of a mixer, whose names in the checkpoint begin with `at`, under our names.
+
+            g_proj, q_proj, k_proj, v_proj [z, q, k, v], a_proj and b_proj [a, b], q_conv1d, k_conv1d, v_conv1d
+
+        Without short convolutions the taps are one.
+        """
+        D, (H, G, K, V) = sizes.hidden_size, sizes.heads
+        widths = {"g": H * V} if self.output_gate else {}
+        widths |= {"q": G * K, "k": G * K, "v": H * V}
+        projections = {name: tensors.take(f"{at}{name}_proj.weight", width, D) for name, width in widths.items()}
+        if self.short_conv:
+            taps = [tensors.take(f"{at}{part}_conv1d.weight", widths[part], 1, sizes.conv_kernel) for part in "qkv"]
+        else:
+            taps = [projections["q"].new_ones(widths[part], 1, 1) for part in "qkv"]
+        ours = {
+            "in_proj.weight": torch.cat([*projections.values()]),
+            "conv.weight": torch.cat(taps).squeeze(1),
+            "variant.gates.weight": torch.cat([tensors.take(f"{at}{gate}_proj.weight", H, D) for gate in self.gates]),
+            "norm.weight": tensors.take(f"{at}o_norm.weight", V),
+            "out_proj.weight": tensors.take(f"{at}o_proj.weight", D, H * V),
+        }
+        if "a" in self.gates:
+            ours["variant.gate_bias.A_log"] = tensors.take(f"{at}A_log", H)
+            ours["variant.gate_bias.dt_bias"] = tensors.take(f"{at}dt_bias", H)
+        if self.levels:
+            ours["level_scales.proj.weight"] = tensors.take(f"{at}l_proj.weight", H * self.levels, D)
+            ours["level_scales.level_bias.L"] = tensors.take(f"{at}L", H, self.levels)
+        return ours
+
+
+def swiglu(tensors: Tensors, hidden_size: int, width: int) -> Part:
+    """Return the part that reads a feed-forward layer with gate_proj, up_proj and down_proj, and its norm."""
+
+    def read(at: str) -> Weights:
+        gate, up = (tensors.take(f"{at}mlp.{name}_proj.weight", width, hidden_size) for name in ("gate", "up"))
+        return {
+            "mlp_norm.weight": tensors.take(f"{at}mlp_norm.weight", hidden_size),
+            "mlp.gate_up.weight": torch.cat([gate, up]),
+            "mlp.down.weight": tensors.take(f"{at}mlp.down_proj.weight", hidden_size, width),
+        }
+
+    return read
+
+
+def levels_of(tensors: Tensors, name: str) -> int:
+    """Return L of a log-linear checkpoint, the second size of its tensor `name` [H, L]."""
+    if name not in tensors or tensors.left[name].dim() != 2:
+        raise ValueError(f"{tensors.folder}: {name} is missing or no matrix, expected the level weights [H, L]")
+    return tensors.left[name].shape[1]
 
 
 def under(prefix: str, weights: Weights) -> Weights:

@@ -70,3 +70,75 @@ def mamba2(x, w, at, *, heads, groups, head_dim, state, eps=1e-5, levels=0):
 
 def swiglu(x, w, at):
     return linear(F.silu(linear(x, w, f"{at}gate_proj")) * linear(x, w, f"{at}up_proj"), w, f"{at}down_proj")
+
+
+def delta_rule(x, w, at, heads, *, eps, decay=True, beta_scale=1.0, scaled=True, levels=0):
+    """A delta-rule layer, x [T, D], heads (H, G, K, V). Projections, convolutions and the gate are optional parts."""
+    H, G, K, V = heads
+    q, k, v = (linear(x, w, f"{at}{part}_proj") for part in "qkv")
+    if f"{at}q_conv1d.weight" in w:
+        q, k, v = (convolved(y, w[f"{at}{part}_conv1d.weight"]) for part, y in zip("qkv", (q, k, v), strict=True))
+    else:
+        q, k, v = F.silu(q), F.silu(k), F.silu(v)
+    q, k, v = heads_of(q, G), heads_of(k, G), heads_of(v, H)
+    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+    beta = beta_scale * linear(x, w, f"{at}b_proj").sigmoid()
+    log_decay = torch.zeros_like(beta)
+    if decay:
+        log_decay = -w[f"{at}A_log"].exp() * F.softplus(linear(x, w, f"{at}a_proj") + w[f"{at}dt_bias"])
+    lam = F.softplus(w[f"{at}L"] * linear(x, w, f"{at}l_proj").unflatten(-1, (H, levels))) if levels else None
+    y = []
+    for h in range(H):
+        g = h // (H // G)
+        query = q[g] * K**-0.5 if scaled else q[g]
+        head_lam = None if lam is None else lam[:, h]
+        y.append(recurrence(query, k[g], v[h], log_decay[:, h], beta[:, h], head_lam))
+    normed = rms_norm(torch.stack(y, 1), w[f"{at}o_norm.weight"], eps).flatten(-2)
+    if f"{at}g_proj.weight" in w:
+        normed = normed * F.silu(linear(x, w, f"{at}g_proj"))
+    return linear(normed, w, f"{at}o_proj")
+
+
+def attention(x, w, at, *, heads, key_value_heads, theta):
+    """Causal softmax attention with rotary positions, whose angles are float32; pairs are halves of a head."""
+    q, k, v = (
+        heads_of(linear(x, w, f"{at}q_proj"), heads),
+        *(heads_of(linear(x, w, f"{at}{part}_proj"), key_value_heads) for part in "kv"),
+    )
+    width = q.shape[-1]
+    frequency = theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+    angle = torch.arange(len(x), dtype=torch.float32)[:, None] * frequency
+    cos, sin = angle.cos().double().repeat(1, 2), angle.sin().double().repeat(1, 2)
+
+    def rotated(y):
+        first, second = y.chunk(2, -1)
+        return y * cos + torch.cat([-second, first], -1) * sin
+
+    later = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
+    y = []
+    for h in range(heads):
+        g = h // (heads // key_value_heads)
+        scores = rotated(q[h]) @ rotated(k[g]).T * width**-0.5
+        y.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ v[g])
+    return linear(torch.cat(y, -1), w, f"{at}o_proj")
+
+
+def decoder(w, tokens, layers, mixer, eps):
+    """Logits [T, vocabulary] of a model of flash-linear-attention with blocks attn_norm, attn, mlp_norm, mlp."""
+    x = w["model.embeddings.weight"][tokens]
+    for layer in range(layers):
+        at = f"model.layers.{layer}."
+        x = x + mixer(rms_norm(x, w[f"{at}attn_norm.weight"], eps), layer, f"{at}attn.")
+        x = x + swiglu(rms_norm(x, w[f"{at}mlp_norm.weight"], eps), w, f"{at}mlp.")
+    return linear(rms_norm(x, w["model.norm.weight"], eps), w, "lm_head")
+
+
+def backbone(w, tokens, layers, eps, norm="norm", **sizes):
+    """Logits [T, vocabulary] of a Mamba-2 model with or without feed-forward layers."""
+    x = w["backbone.embeddings.weight"][tokens]
+    for layer in range(layers):
+        at = f"backbone.layers.{layer}."
+        x = x + mamba2(rms_norm(x, w[f"{at}{norm}.weight"], eps), w, f"{at}mixer.", eps=eps, **sizes)
+        if f"{at}mlp_norm.weight" in w:
+            x = x + swiglu(rms_norm(x, w[f"{at}mlp_norm.weight"], eps), w, f"{at}mlp.")
+    return linear(rms_norm(x, w["backbone.norm_f.weight"], eps), w, "lm_head")

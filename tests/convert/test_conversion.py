@@ -219,7 +219,7 @@ def test_damaged_and_missing_files_are_named(folder):
     refused(folder, "config.json is not JSON")
     (folder / "config.json").unlink()
     refused(folder, f"no checkpoint at {folder}: expected a folder with config.json")
-    refused(folder, "the format must be one of transformers, state-spaces", source="tranformers")
+    refused(folder, "did you mean 'transformers'?", source="tranformers")
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

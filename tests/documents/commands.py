@@ -50,6 +50,9 @@ MINIATURE = "tests/experiments/test_corpus.py::test_the_miniature_is_made_of_the
 TESTED = {
     "loglinear demo --seed 1 --out runs/demo-seed1": DEMO,
     "loglinear convert --from state-spaces mamba2-130m runs/mamba2-130m": CONVERT,
+    "loglinear convert --from transformers mamba2 runs/mamba2": CONVERT,
+    "loglinear convert --from fla gated_deltanet runs/gated_deltanet": CONVERT,
+    "loglinear convert --from authors hattention runs/hattention": CONVERT,
     "loglinear convert --from transformers --num-levels 1 mamba2 runs/linear": CONVERT,
     "loglinear convert --from transformers --num-levels 8 --finest-block 64 --routing gram mamba2 runs/routed": CONVERT,
     "loglinear serve --model runs/books": SERVE,

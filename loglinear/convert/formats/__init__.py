@@ -6,7 +6,13 @@ import difflib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from loglinear.convert.formats import state_spaces_mamba2, transformers_mamba2
+from loglinear.convert.formats import (
+    fla_delta_net,
+    fla_gated_delta_net,
+    fla_mamba2,
+    state_spaces_mamba2,
+    transformers_mamba2,
+)
 from loglinear.convert.source import Options, Tensors
 from loglinear.convert.target import Converted
 
@@ -37,6 +43,19 @@ class Format(NamedTuple):
 
 FORMATS: dict[str, Format] = {
     "transformers": Format({"mamba2": transformers_mamba2.read}),
+    "fla": Format(
+        {
+            "mamba2": fla_mamba2.read,
+            "gated_deltanet": fla_gated_delta_net.read,
+            "delta_net": fla_delta_net.read,
+            "log_linear_mamba2": fla_mamba2.read_log_linear,
+        },
+        refused={
+            "retnet": "it rotates queries and keys and has no short convolution with SiLU",
+            "gla": "it has one gate for each of the K channels, expected one gate for each head",
+        },
+    ),
+    "authors": Format({"hattention": fla_mamba2.read_authors, "h_gated_deltanet": fla_gated_delta_net.read_authors}),
     "state-spaces": Format({"": state_spaces_mamba2.read}, pickle=True),
 }
 

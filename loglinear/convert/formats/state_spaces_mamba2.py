@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from loglinear.convert.layouts import ZERO_BIAS, Sizes, Weights, mamba2_mixer, under
+from loglinear.convert.layouts import ZERO_BIAS, Part, Sizes, Weights, mamba2_model
 from loglinear.convert.source import Options, Tensors
 from loglinear.convert.target import Converted
 from loglinear.variants import HeadSizes
@@ -45,25 +45,24 @@ def read(options: Options, tensors: Tensors) -> Converted:
     layer.expect("dt_limit", [0.0, float("inf")])
     layer.ignore("conv_init", "A_init_range", "dt_min", "dt_max", "dt_init_floor", "chunk_size", "use_mem_eff_path")
     layer.check_all_known()
-    weights = sizes.ends(tensors, "backbone.embedding.weight", "backbone.norm_f.weight")
-    for index in range(sizes.num_layers):
-        at, ours = f"backbone.layers.{index}.", f"model.layers.{index}."
-        weights[f"{ours}mixer_norm.weight"] = tensors.take(f"{at}norm.weight", hidden_size)
-        weights |= under(f"{ours}mixer.", mamba2_mixer(tensors, f"{at}mixer.", sizes, conv_bias=conv_bias))
-        if feed_forward:
-            weights |= under(ours, _feed_forward(tensors, at, hidden_size, feed_forward))
+    mlp = _feed_forward(tensors, hidden_size, feed_forward) if feed_forward else None
+    weights = mamba2_model(tensors, sizes, conv_bias=conv_bias, feed_forward=mlp)
     fields = sizes.fields("mamba2", intermediate_size=feed_forward)
     return Converted(fields, weights, [] if conv_bias else [ZERO_BIAS])
 
 
-def _feed_forward(tensors: Tensors, at: str, hidden_size: int, width: int) -> Weights:
-    """Return the weights of a feed-forward layer, whose fc1 has the rows [up, gate]."""
-    up, gate = tensors.take(f"{at}mlp.fc1.weight", 2 * width, hidden_size).chunk(2)
-    return {
-        "mlp_norm.weight": tensors.take(f"{at}norm2.weight", hidden_size),
-        "mlp.gate_up.weight": torch.cat([gate, up]),
-        "mlp.down.weight": tensors.take(f"{at}mlp.fc2.weight", hidden_size, width),
-    }
+def _feed_forward(tensors: Tensors, hidden_size: int, width: int) -> Part:
+    """Return the part that reads a feed-forward layer, whose fc1 has the rows [up, gate], and its norm."""
+
+    def read(at: str) -> Weights:
+        up, gate = tensors.take(f"{at}mlp.fc1.weight", 2 * width, hidden_size).chunk(2)
+        return {
+            "mlp_norm.weight": tensors.take(f"{at}norm2.weight", hidden_size),
+            "mlp.gate_up.weight": torch.cat([gate, up]),
+            "mlp.down.weight": tensors.take(f"{at}mlp.fc2.weight", hidden_size, width),
+        }
+
+    return read
 
 
 def _rounded_up(size: int, multiple: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loglinear.convert.layouts import ZERO_BIAS, Sizes, mamba2_mixer, under
+from loglinear.convert.layouts import ZERO_BIAS, Sizes, mamba2_model
 from loglinear.convert.source import Options, Tensors
 from loglinear.convert.target import Converted
 from loglinear.variants import HeadSizes
@@ -32,10 +32,6 @@ def read(options: Options, tensors: Tensors) -> Converted:
     options.expect("rms_norm", True)
     options.ignore("expand", "time_step_rank", "time_step_min", "time_step_max", "time_step_floor")
     options.ignore("rescale_prenorm_residual", "residual_in_fp32", "chunk_size", "layer_types")
-    weights = sizes.ends(tensors, "backbone.embeddings.weight", "backbone.norm_f.weight")
-    for layer in range(sizes.num_layers):
-        at, ours = f"backbone.layers.{layer}.", f"model.layers.{layer}."
-        weights[f"{ours}mixer_norm.weight"] = tensors.take(f"{at}norm.weight", sizes.hidden_size)
-        weights |= under(f"{ours}mixer.", mamba2_mixer(tensors, f"{at}mixer.", sizes, conv_bias=conv_bias))
+    weights = mamba2_model(tensors, sizes, conv_bias=conv_bias, feed_forward=None)
     tokens = options.tokens(bos_token_id=0, eos_token_id=2, pad_token_id=1)
     return Converted(sizes.fields("mamba2", intermediate_size=0, **tokens), weights, [] if conv_bias else [ZERO_BIAS])
