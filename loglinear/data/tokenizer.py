@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -38,9 +39,26 @@ def _load_folder(name: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"no tokenizer could be loaded from {name}: {type(error).__name__}: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"{name} holds a {type(tokenizer).__name__}, expected a tokenizer of text")
+    if isinstance(tokenizer, ByteTokenizer):
+        _check_bytes(Path(name), tokenizer)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name} has no end-of-sequence token, which separates documents")
     return tokenizer
+
+
+def _check_bytes(folder: Path, tokenizer: ByteTokenizer) -> None:
+    """Raise ValueError unless the folder holds the byte tokenizer.
+
+    transformers takes it for every checkpoint of ours whose tokenizer names no class that it knows.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no tokenizer: tokenizer.json is missing")
+    model = json.loads(file.read_bytes()).get("model", {})
+    if model.get("vocab") != json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"]:
+        raise ValueError(
+            f"{folder} holds another vocabulary than bytes, but tokenizer_config.json names no known class"
+        )
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

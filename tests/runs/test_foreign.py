@@ -130,6 +130,21 @@ def test_a_tokenizer_runs_no_code(folder, fields, message):
         refused(lambda: load_tokenizer(folder), message)
 
 
+@pytest.mark.parametrize("named", [{}, {"tokenizer_class": "Evil", "eos_token": "<eos>"}])
+def test_another_vocabulary_does_not_pass_for_bytes(folder, named):
+    """transformers takes the byte tokenizer wherever it knows no class, whatever tokenizer.json says."""
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {symbol: 255 - id for symbol, id in tokenizer["model"]["vocab"].items()}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    if named:  # tokenizer.json says all
+        assert load_tokenizer(folder)("A")["input_ids"] == [255 - ord("A")]
+    else:
+        refused(lambda: load_tokenizer(folder), "holds another vocabulary than bytes")
+    (folder / "tokenizer.json").unlink()
+    refused(lambda: load_tokenizer(folder), "tokenizer")
+
+
 def test_an_adapter_is_refused(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else", "peft_type": "LORA"}')
     refused(lambda: load_model(folder), "holds an adapter: merge it into its model")
