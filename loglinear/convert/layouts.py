@@ -103,7 +103,7 @@ def _mamba2_mixer(tensors: Tensors, at: str, sizes: Sizes, *, conv_bias: bool, l
         "in_proj.weight": torch.cat([z, c, b, x]),
         "conv.weight": torch.cat([*reversed(conv.split([inner, keys, keys]))]),
         "conv.bias": torch.cat([*reversed(bias.split([inner, keys, keys]))]),
-        "variant.gates.weight": dt,
+        "variant.gates.weight": dt.clone(),  # a view would keep the whole projection in memory
         "variant.gate_bias.A_log": tensors.take(f"{at}A_log", H),
         "variant.gate_bias.dt_bias": tensors.take(f"{at}dt_bias", H),
         "variant.skip_bias.D": tensors.take(f"{at}D", H),
@@ -111,7 +111,7 @@ def _mamba2_mixer(tensors: Tensors, at: str, sizes: Sizes, *, conv_bias: bool, l
         "out_proj.weight": tensors.take(f"{at}out_proj.weight", D, inner),
     }
     if levels:
-        ours["level_scales.proj.weight"] = lam
+        ours["level_scales.proj.weight"] = lam.clone()
         ours["level_scales.level_bias.L"] = tensors.take(f"{at}L", H, levels)
     return ours
 
@@ -179,7 +179,10 @@ def levels_of(tensors: Tensors, name: str) -> int:
     """Return L of a log-linear checkpoint, the second size of its tensor `name` [H, L]."""
     if name not in tensors or tensors.left[name].dim() != 2:
         raise ValueError(f"{tensors.folder}: {name} is missing or no matrix, expected the level weights [H, L]")
-    return tensors.left[name].shape[1]
+    levels = tensors.left[name].shape[1]
+    if levels < 2:
+        raise ValueError(f"{tensors.folder}: {name} is {list(tensors.left[name].shape)}, expected at least 2 levels")
+    return levels
 
 
 def under(prefix: str, weights: Weights) -> Weights:

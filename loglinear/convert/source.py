@@ -13,14 +13,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from loglinear.runs.foreign import NOTES, weight_files
+from loglinear.runs.foreign import GENERATION, NOTES, weight_files
 from loglinear.runs.json_files import fits, read_object, type_name
 
 PICKLE = "pytorch_model.bin"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Fields of every configuration of transformers, none of which changes the logits of the models that are read.
-COMMON = {*PreTrainedConfig().to_dict(), *NOTES, "torch_dtype", "auto_map", "use_cache", "initializer_range"} - {
-    "is_encoder_decoder"
+COMMON = {
+    *PreTrainedConfig().to_dict(),
+    *NOTES,
+    *GENERATION,
+    *("torch_dtype", "auto_map", "use_cache", "initializer_range"),
+    *("tokenizer_class", "is_decoder", "torchscript", "use_bfloat16"),  # of earlier versions
 }
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -81,6 +85,7 @@ class Options:
 
     def check_all_known(self) -> None:
         """Refuse an option that the format does not know, unless its value is null."""
+        self.expect("is_encoder_decoder", False)
         for name, value in self.values.items():
             if name not in self.known | COMMON and value is not None:
                 raise ValueError(f"{self.place}: {name} = {value!r} is not an option of this format that is known")

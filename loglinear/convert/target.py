@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.runs.files import sync, writing
+from loglinear.runs.json_files import read_object, write_object
 from loglinear.runs.loading import without_bars
 from loglinear.runs.manifest import write_manifest
 from loglinear.variants import HeadBias
@@ -104,8 +104,7 @@ def write(model: LogLinearForCausalLM, source: Path, out: Path) -> None:
             folder = staging / out.name
             with without_bars():
                 model.save_pretrained(folder)  # type: ignore[call-arg, arg-type]  # wrapped, so mypy counts `self`
-            for file in _tokenizer_files(source):
-                shutil.copyfile(file, folder / file.name)
+            _copy_tokenizer(source, folder)
             write_manifest(folder)
             if out.exists():
                 out.rmdir()  # an empty one
@@ -115,5 +114,16 @@ def write(model: LogLinearForCausalLM, source: Path, out: Path) -> None:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _tokenizer_files(source: Path) -> Iterable[Path]:
-    return (source / name for name in TOKENIZER_FILES if (source / name).is_file())
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a tokenizer's files. A tokenizer that names no class gets the general one of transformers.
+
+    Else transformers would look for the class of the model, and find that of the byte tokenizer.
+    """
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    config = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file():
+        values = read_object(config) if config.is_file() else {}
+        if values.get("tokenizer_class") is None:
+            write_object(config, {**values, "tokenizer_class": "PreTrainedTokenizerFast"})

@@ -48,8 +48,11 @@ def decoder_tensors(mixer, width=WIDTH, tied=False):
 def decoder_config(model_type, **own):
     return {
         "model_type": model_type, "hidden_size": D, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY,
-        "conv_size": 3, "intermediate_size": WIDTH, "attn_mode": "chunk", "fuse_norm": True, "attn": None,
-        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float64", "transformers_version": "4.50.0", **own,
+        "conv_size": 3, "intermediate_size": WIDTH, "hidden_ratio": 4, "attn": None, "attn_mode": "chunk",
+        "attnres_block_size": None, "fuse_norm": True, "fuse_swiglu": True, "fuse_cross_entropy": True,
+        "fuse_linear_cross_entropy": False, "use_l2warp": False, "hidden_act": "swish", "initializer_range": 0.02,
+        "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "use_cache": True,
+        "tie_word_embeddings": False, "dtype": "float64", "transformers_version": "5.23.0", **own,
     }  # fmt: skip
 
 
@@ -74,7 +77,10 @@ def mamba2_tensors(groups=2, norm="norm", levels=0):
 def mamba2_config(model_type, groups=2, **own):
     return {
         "model_type": model_type, "hidden_size": D, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY,
-        "head_dim": 12, "state_size": 5, "n_groups": groups, "conv_kernel": 3, "expand": 2, **own,
+        "head_dim": 12, "state_size": 5, "n_groups": groups, "conv_kernel": 3, "expand": 2, "use_bias": False,
+        "use_conv_bias": True, "hidden_act": "silu", "initializer_range": 0.02, "rescale_prenorm_residual": True,
+        "chunk_size": 64, "residual_in_fp32": False, "fuse_norm": True, "fuse_cross_entropy": True, "use_cache": True,
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **own,
     }  # fmt: skip
 
 

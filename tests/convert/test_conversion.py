@@ -112,14 +112,38 @@ def test_weights_in_parts_are_read(folder):
     assert torch.equal(load_model(folder.parent / "out").lm_head.weight, whole["lm_head.weight"])
 
 
-def test_the_tokenizer_comes_along(folder):
+def test_options_that_change_nothing_are_accepted(folder):
+    change(folder, is_encoder_decoder=False, norm_before_gate=True, intermediate_size=48, new_option=None, top_k=50)
+    convert(folder, folder.parent / "out", source="transformers")
+
+
+@pytest.mark.parametrize("named", ["class", "no class", "no config"])
+def test_the_tokenizer_comes_along(folder, named):
     words = {"<unk>": 0, "a": 1, "b": 2, "</s>": 3}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    if named != "class":
+        values = json.loads(config.read_text())
+        del values["tokenizer_class"]
+        config.write_text(json.dumps(values))
+    if named == "no config":
+        config.unlink()
     convert(folder, folder.parent / "out", source="transformers")
+    if named == "no config":  # which names the end of a sequence
+        with pytest.raises(ValueError, match="has no end-of-sequence token"):
+            load_checkpoint(folder.parent / "out")
+        return
     _, tokenizer = load_checkpoint(folder.parent / "out")
     assert tokenizer("b a c")["input_ids"] == [2, 1, 0] and tokenizer.eos_token_id == 3
+
+
+def test_a_model_without_a_tokenizer_gets_none(folder):
+    """Not even that of bytes, which transformers would take."""
+    convert(folder, folder.parent / "out", source="transformers")
+    with pytest.raises(ValueError, match="holds no tokenizer: tokenizer.json is missing"):
+        load_checkpoint(folder.parent / "out")
 
 
 # --- levels ----------------------------------------------------------------------------------------------------------
@@ -176,7 +200,7 @@ def test_levels_that_do_not_fit_are_refused(folder, levels, message):
         ({"rms_norm": False}, "rms_norm = False cannot be represented, expected True"),
         ({"new_option": 2}, "new_option = 2 is not an option of this format that is known"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4} is not an option"),
-        ({"is_encoder_decoder": True}, "is_encoder_decoder = True is not an option"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder = True cannot be represented, expected False"),
         ({"model_type": "llama"}, "model_type must be one of mamba2, got 'llama'"),
         ({"num_heads": 2.5}, "num_heads must be int, got 2.5"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon must be float, got nan"),

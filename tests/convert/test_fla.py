@@ -157,6 +157,11 @@ def test_a_log_linear_checkpoint_without_level_weights_is_named(tmp_path):
     refused(folder, "backbone.layers.0.mixer.L is missing or no matrix, expected the level weights [H, L]")
 
 
+def test_a_log_linear_checkpoint_of_one_level_is_named(tmp_path):
+    folder = write(tmp_path, mamba2_config("log_linear_mamba2"), mamba2_tensors(norm="mixer_norm", levels=1))
+    refused(folder, "backbone.layers.0.mixer.L is [4, 1], expected at least 2 levels")
+
+
 ATTENTION = {"layers": [1], "num_heads": 4}
 SHARED = [
     ({"hidden_act": "powlu"}, "hidden_act = 'powlu' cannot be represented, expected 'swish'"),
