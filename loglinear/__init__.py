@@ -6,6 +6,8 @@ The operators are importable from here; they load torch at first use. `upgrade` 
 
 from typing import TYPE_CHECKING, Any
 
+from loglinear import autoload
+
 if TYPE_CHECKING:
     from loglinear.ops import BucketScores as BucketScores
     from loglinear.ops import DecodeState as DecodeState
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from loglinear.ops import log_linear_delta_rule as log_linear_delta_rule
     from loglinear.ops import log_linear_delta_rule_step as log_linear_delta_rule_step
     from loglinear.upgrades import UpgradeReport as UpgradeReport
+    from loglinear.upgrades import load_upgrade as load_upgrade
     from loglinear.upgrades import new_parameters as new_parameters
+    from loglinear.upgrades import save_upgrade as save_upgrade
     from loglinear.upgrades import upgrade as upgrade
 
 __version__ = "0.1.0"
@@ -41,7 +45,7 @@ __all__ = [
     "log_linear_delta_rule_step",
 ]
 
-UPGRADES = ("UpgradeReport", "new_parameters", "upgrade")
+UPGRADES = ("UpgradeReport", "load_upgrade", "new_parameters", "save_upgrade", "upgrade")
 
 
 def __getattr__(name: str) -> Any:
@@ -58,3 +62,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *UPGRADES})
+
+
+autoload.start()

@@ -21,7 +21,8 @@ ALLOWED = {
     "variants": {"ops", "fenwick"},
     "layers": {"variants", "ops", "partition", "fenwick"},
     "models": {"layers", "variants", "ops", "partition", "fenwick"},
-    "upgrades": {"models", "layers", "variants", "ops", "partition", "fenwick"},
+    "autoload": {"upgrades"},  # inside a function, once transformers loads an upgraded checkpoint
+    "upgrades": {"autoload", "models", "layers", "variants", "ops", "partition", "fenwick"},
     "data": {"models"},
     "runs": {"processes", "recipes", "data", "models", "layers"},
     "convert": {"runs", "models", "variants"},

@@ -23,9 +23,9 @@ from loglinear.models import *  # noqa: F403
 '''
 
 
-def write_auto_file(folder: str | os.PathLike) -> None:
+def write_auto_file(folder: str | os.PathLike, text: str = TEXT) -> None:
     """Write `loglinear_auto.py` into the folder of a checkpoint; create the folder if necessary."""
     if Path(folder).is_file():
         return  # transformers raises the error
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / f"{MODULE}.py").write_text(TEXT)
+    (Path(folder) / f"{MODULE}.py").write_text(text)

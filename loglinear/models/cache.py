@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 
 from loglinear.layers import MixerDecodeState, MixerState
 from loglinear.models.configuration import LogLinearConfig
-from loglinear.models.history import OTHER_MASK, History, Seen
+from loglinear.models.history import History, Seen
 from loglinear.ops.state import constants
 from loglinear.ops.validation import check_rows, whole_number
 
@@ -180,14 +180,6 @@ class LogLinearCache(Cache, Seen):
     def has_states(self) -> bool:
         """True if all linear layers have seen a token."""
         return all(layer.state is not None for layer in self.layers if isinstance(layer, LinearStateLayer))
-
-    def check_past(self, real_BS: Tensor, ids_BS: Tensor | None = None) -> None:
-        """Raise ValueError unless the cache has seen this mask [B, S] and, at its tokens, these ids [B, S]."""
-        if not bool(self.history.agrees(real_BS).all()):
-            raise ValueError(OTHER_MASK)
-        if ids_BS is not None and not bool(self.history.agrees(real_BS, ids_BS).all()):
-            row = int(self.history.agrees(real_BS, ids_BS).int().argmin())
-            raise ValueError(f"input_ids must begin with the tokens that past_key_values has seen, row {row} does not")
 
     @property
     def nbytes(self) -> int:

@@ -12,6 +12,7 @@ from transformers import GenerationMixin
 from transformers.generation import StoppingCriteriaList
 
 from loglinear.models.cache import LogLinearCache
+from loglinear.models.history import Seen
 
 
 class RowsAtWork(StoppingCriteriaList):
@@ -137,9 +138,7 @@ class LogLinearGenerationMixin(GenerationMixin):
         return attention_mask
 
 
-def check_continuation(
-    cache: LogLinearCache, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
-) -> None:
+def check_continuation(cache: Seen, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
     """Raise ValueError unless the tokens and the mask [B, S + T] of a call begin with those that the cache has seen.
 
     `input_ids` are the whole sequence or, with a mask of the whole sequence, the new tokens alone. `generate` drops a

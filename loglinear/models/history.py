@@ -112,6 +112,14 @@ class Seen:
                 "start with a new cache or call its reset()"
             )
 
+    def check_past(self, real_BS: Tensor, ids_BS: Tensor | None = None) -> None:
+        """Raise ValueError unless the cache has seen this mask [B, S] and, at its tokens, these ids [B, S]."""
+        if not bool(self.history.agrees(real_BS).all()):
+            raise ValueError(OTHER_MASK)
+        if ids_BS is not None and not bool(self.history.agrees(real_BS, ids_BS).all()):
+            row = int(self.history.agrees(real_BS, ids_BS).int().argmin())
+            raise ValueError(f"input_ids must begin with the tokens that past_key_values has seen, row {row} does not")
+
 
 def _extended(numbers: Tensor, real_BT: Tensor | None, ids_BT: Tensor) -> Tensor:
     """Return the numbers [2, B] after T new columns."""

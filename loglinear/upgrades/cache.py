@@ -21,7 +21,6 @@ class StateLayer(LinearAttentionCacheLayerMixin):
     and that of the first upgraded one describes the cache.
     """
 
-    is_compileable = False
     is_croppable = False  # type: ignore[assignment]  # a property in transformers
     state: MixerDecodeState | None
     history: History

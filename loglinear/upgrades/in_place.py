@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loglinear.models import LogLinearConfig
+from loglinear.upgrades.checkpoint import BASE, ENTRY, become_saveable, layer_indices
 from loglinear.upgrades.families import FAMILIES, family_of
 from loglinear.upgrades.mixer import NEW_PARTS, UpgradedMixer
 from loglinear.upgrades.places import add_hooks
@@ -73,7 +74,7 @@ def upgrade(
         raise ValueError(f"model must be a model of transformers, got {type(model).__name__}")
     if num_levels < 2:
         raise ValueError(f"num_levels must be at least 2 (1 is the linear model itself), got {num_levels}")
-    choices = LogLinearConfig(
+    entry: dict[str, Any] = dict(
         num_levels=num_levels,
         radix=radix,
         finest_block=finest_block,
@@ -83,18 +84,35 @@ def upgrade(
         chunk_size=chunk_size,
         impl=impl,
     )
-    report = place_levels(model, choices)
-    if freeze:
-        train_new_parameters_alone(model)
+    report = place_levels(model, LogLinearConfig(**entry))
+    become_saveable(model, {**entry, "freeze": freeze})
+    train_as_configured(model)
     logger.info("%s", report)
     return report
+
+
+def upgrade_as_configured(model: PreTrainedModel) -> None:
+    """Upgrade a new model as its configuration says, unless a part that is a model itself has done so."""
+    entry = {name: value for name, value in getattr(model.config, ENTRY).items() if name != BASE}
+    if not layer_indices(model):
+        place_levels(model, LogLinearConfig(**{name: value for name, value in entry.items() if name != "freeze"}))
+    become_saveable(model, entry)
+    train_as_configured(model)
+
+
+def train_as_configured(model: PreTrainedModel) -> None:
+    """Let only the parameters that an upgrade added require gradients, if the model was upgraded so."""
+    if getattr(model.config, ENTRY)["freeze"]:
+        model.requires_grad_(False)
+        for parameter in new_parameters(model).values():
+            parameter.requires_grad_(True)
 
 
 def place_levels(model: PreTrainedModel, choices: LogLinearConfig) -> UpgradeReport:
     """Replace every supported mixer of a model; ValueError if there is none or one cannot be."""
     mixers = {name: (module, family_of(module)) for name, module in model.named_modules()}
     found = {name: (module, family) for name, (module, family) in mixers.items() if family is not None}
-    if any(isinstance(module, UpgradedMixer) for module in model.modules()):
+    if layer_indices(model):
         raise ValueError("model is already upgraded: load the original again to choose other levels")
     if not found:
         raise ValueError(
@@ -124,19 +142,15 @@ def decoder_of(model: Any) -> nn.Module:
 
 
 def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that an upgrade added to a model, by name; ValueError if the model has none."""
+    """Return the parameters that an upgrade added to a model, by name; ValueError if the model has none.
+
+    Wrappers such as those of PEFT may surround the model. If PEFT has copied a module to train it, the copy counts.
+    """
     new = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if any(f".{part}." in f".{name}" for part in NEW_PARTS)
+        if any(f".{part}." in f".{name}" for part in NEW_PARTS) and ".original_module." not in name
     }
     if not new:
         raise ValueError(f"{type(model).__name__} has no new parameters: upgrade it first")
     return new
-
-
-def train_new_parameters_alone(model: nn.Module) -> None:
-    """Let only the parameters that an upgrade added require gradients."""
-    model.requires_grad_(False)
-    for parameter in new_parameters(model).values():
-        parameter.requires_grad_(True)

@@ -12,6 +12,7 @@ from loglinear.layers import Packing
 from loglinear.models.inputs import TokenLayout, check_positions, one_of
 from loglinear.models.places import TokenPlaces
 from loglinear.upgrades.cache import SeenColumns
+from loglinear.upgrades.checkpoint import layer_indices
 from loglinear.upgrades.mixer import UpgradedMixer
 
 BOUNDARIES = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -35,7 +36,6 @@ def place_tokens(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
     given = inspect.signature(decoder.forward).bind(*args, **kwargs).arguments
     given |= given.pop("kwargs", {})
     tokens = one_of(given.get("input_ids"), given.get("inputs_embeds"))
-    indices = [module.layer_idx for module in decoder.modules() if isinstance(module, UpgradedMixer)]
     cache = given.get("past_key_values")
     added: dict[str, Any] = {}
     named = {name: given[name] for name in BOUNDARIES if given.get(name) is not None}
@@ -49,16 +49,18 @@ def place_tokens(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
         added["use_cache"] = False
     elif cache is None and uses_cache(decoder, given.get("use_cache")):
         cache = added["past_key_values"] = DynamicCache(config=decoder.config)
-    seen = None if cache is None else SeenColumns(cache, indices)
+    seen = None if cache is None else SeenColumns(cache, layer_indices(decoder))
     mask = given.get("attention_mask")
     if isinstance(mask, dict):  # `generate` makes the masks of a static cache by itself
         mask = mask.get("linear_attention")
-    places = TokenPlaces.of(tokens, seen, attention_mask=mask, **named)
-    if places.scores_mask is not None:
+    if mask is not None and mask.dim() == 4:
         raise ValueError("attention_mask [B, 1, T, S] says nothing to linear layers: pass it as [B, T]")
+    places = TokenPlaces.of(tokens, seen, attention_mask=mask, **named)
     check_positions(positions, places)
     if seen is not None:
         seen.extend(places.rows, places.time, places.real, given.get("input_ids"), tokens.device)
+    if places.cu_seqlens is not None and positions is None:
+        added["position_ids"] = positions_of(places)  # full attention keeps documents apart by their positions
     added["token_layout"] = layout_of(places, kernel_of(decoder))
     return args, {**kwargs, **added}
 
@@ -67,8 +69,7 @@ def finish(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> No
     """Note that all layers have seen the new tokens."""
     cache = inspect.signature(decoder.forward).bind(*args, **kwargs).arguments.get("past_key_values")
     if cache is not None:
-        indices = [module.layer_idx for module in decoder.modules() if isinstance(module, UpgradedMixer)]
-        SeenColumns(cache, indices).finish()
+        SeenColumns(cache, layer_indices(decoder)).finish()
 
 
 def uses_cache(decoder: Any, use_cache: bool | None) -> bool:
@@ -92,6 +93,12 @@ def boundaries_of(positions: Tensor | None) -> dict[str, Tensor]:
         return {}
     edges = starts.new_tensor([0, positions.shape[-1]])
     return {"cu_seqlens": torch.cat([edges[:1], starts, edges[1:]]).to(torch.int32)}
+
+
+def positions_of(places: TokenPlaces) -> Tensor:
+    """Return the position [1, T] of each token in its document."""
+    assert places.cu_seqlens is not None
+    return Packing.from_cu_seqlens(places.cu_seqlens, places.time, 1).position.unsqueeze(0)
 
 
 def layout_of(places: TokenPlaces, kernel: int) -> TokenLayout:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.upgrades.tiny import MODELS, original, tokens, trained, upgraded, wide
+from tests.upgrades.tiny import MODELS, close, original, tokens, trained, upgraded, wide
 
 FAMILIES = pytest.mark.parametrize("family", MODELS)
 GREEDY = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
@@ -19,10 +19,6 @@ CHOICES = pytest.mark.parametrize(
 def _float64():
     with wide(), torch.no_grad():
         yield
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.allclose(a, b, rtol=0, atol=1e-10 * b.abs().max().item())
 
 
 @FAMILIES

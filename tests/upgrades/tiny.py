@@ -4,7 +4,17 @@ import contextlib
 import copy
 
 import torch
-from transformers import PreTrainedModel, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import (
+    OlmoHybridConfig,
+    OlmoHybridForCausalLM,
+    PreTrainedModel,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 import loglinear
 
@@ -22,7 +32,19 @@ def qwen3_next() -> PreTrainedModel:
     return Qwen3NextForCausalLM(Qwen3NextConfig(**COMMON, **EXPERTS))
 
 
-MODELS = {"qwen3_next": qwen3_next}
+def qwen3_5() -> PreTrainedModel:
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**COMMON))
+
+
+def qwen3_5_moe() -> PreTrainedModel:
+    return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**COMMON, **EXPERTS))
+
+
+def olmo_hybrid() -> PreTrainedModel:
+    return OlmoHybridForCausalLM(OlmoHybridConfig(**COMMON))
+
+
+MODELS = {"qwen3_next": qwen3_next, "qwen3_5": qwen3_5, "qwen3_5_moe": qwen3_5_moe, "olmo_hybrid": olmo_hybrid}
 
 
 def original(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
@@ -62,6 +84,11 @@ def trained(model: PreTrainedModel, **options) -> PreTrainedModel:
 def tokens(rows: int, time: int, seed: int = 1) -> torch.Tensor:
     """Ordinary tokens, none of them special."""
     return torch.randint(3, 90, (rows, time), generator=torch.Generator().manual_seed(seed))
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return True for float64 tensors that differ by the order of sums alone."""
+    return torch.allclose(a, b, rtol=0, atol=1e-10 * b.abs().max().item())
 
 
 @contextlib.contextmanager

@@ -11,6 +11,9 @@ from loglinear.upgrades.mixer import UpgradedMixer
 
 FAMILIES = {
     "Qwen3NextGatedDeltaNet": "qwen3_next",
+    "Qwen3_5GatedDeltaNet": "qwen3_5",
+    "Qwen3_5MoeGatedDeltaNet": "qwen3_5_moe",
+    "OlmoHybridGatedDeltaNet": "olmo_hybrid",
 }
 """From the name of transformers' class of a mixer to the file of its family, which is imported when it is needed."""
 

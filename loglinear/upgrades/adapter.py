@@ -1,0 +1,62 @@
+"""Files of the new parameters alone, small enough to share without the model that they belong to."""
+
+import json
+import os
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from loglinear.upgrades.checkpoint import BASE, ENTRY
+from loglinear.upgrades.in_place import UpgradeReport, new_parameters, upgrade
+
+
+def save_upgrade(model: nn.Module, path: str | os.PathLike) -> None:
+    """Save the new parameters of an upgraded model, and how it was upgraded, to one safetensors file.
+
+    Raises:
+        ValueError: The model is not upgraded.
+    """
+    tensors = {name: parameter.detach().contiguous() for name, parameter in new_parameters(model).items()}
+    entry = getattr(model.config, ENTRY)
+    save_file(tensors, path, metadata={ENTRY: json.dumps(entry)})
+
+
+def load_upgrade(model: PreTrainedModel, path: str | os.PathLike, **options: Any) -> UpgradeReport:
+    """Upgrade a model in place as a file of `save_upgrade` says, load its parameters, and return what was done.
+
+    Args:
+        model: The original model.
+        path: The file.
+        options: Arguments of `upgrade` that change no result, in place of the file's: chunk_size, impl, freeze.
+
+    Raises:
+        ValueError: A file that `save_upgrade` did not write, a model of another family or other sizes, or an argument
+            that the file decides. The model is then as before, but for a file with parameters of other names or sizes.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"path must be a file of save_upgrade, got {os.fspath(path)!r}: {error}") from None
+    if ENTRY not in metadata:
+        raise ValueError(f"path must be a file of save_upgrade, got {os.fspath(path)!r} without an entry {ENTRY!r}")
+    entry = json.loads(metadata[ENTRY])
+    model_type = entry.pop(BASE)
+    if model_type != model.config.model_type:
+        raise ValueError(f"model must be of type {model_type!r}, as the file says, got {model.config.model_type!r}")
+    decided = sorted(set(options) - {"chunk_size", "impl", "freeze"})
+    if decided:
+        raise ValueError(f"{decided[0]} is decided by the file of the upgrade: leave it out")
+    report = upgrade(model, **{**entry, **options})
+    new = new_parameters(model)
+    if {name: p.shape for name, p in new.items()} != {name: t.shape for name, t in tensors.items()}:
+        raise ValueError(f"model must have the layers and sizes of the file {os.fspath(path)!r}, got others")
+    with torch.no_grad():
+        for name, parameter in new.items():
+            parameter.copy_(tensors[name])
+    return report

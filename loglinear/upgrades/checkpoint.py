@@ -1,0 +1,181 @@
+"""Checkpoints of upgraded models: classes that save how a model was upgraded, and upgrade what they load."""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from loglinear.autoload.configuration import UpgradeConfig
+from loglinear.models.auto_file import MODULE, write_auto_file
+from loglinear.models.generation import check_continuation
+from loglinear.upgrades.cache import SeenColumns
+from loglinear.upgrades.mixer import UpgradedConv1d, UpgradedMixer
+
+ENTRY = "loglinear_upgrade"
+"""The entry of a configuration that says how the model was upgraded: the arguments of `upgrade`, and the model type."""
+BASE = "base_model_type"  # transformers takes a part with a "model_type" for a configuration of its own
+AUTO_FILE = '''"""Loads this checkpoint with the installed package `loglinear`."""
+from loglinear.autoload.configuration import UpgradeConfig  # noqa: F401
+'''
+AUTO_CLASSES = (
+    modeling_auto.AutoModel,
+    modeling_auto.AutoModelForCausalLM,
+    modeling_auto.AutoModelForSequenceClassification,
+    modeling_auto.AutoModelForTokenClassification,
+    modeling_auto.AutoModelForQuestionAnswering,
+)
+
+
+def made_once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Return functools.cache of a function of classes, which its type does not allow."""
+    return functools.cache(make)
+
+
+class UpgradedConfig:
+    """Added to the configuration class of a family: `config.json` has a model type of ours.
+
+    In memory the model type stays, because transformers and others choose conversions of weights and more by it. In the
+    file it is that of `UpgradeConfig`. So a program without this library refuses the checkpoint, or loads it with
+    `trust_remote_code`, and never loads the linear model by mistake.
+    """
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        original = {name: value for name, value in config_dict.items() if name not in ("auto_map", "model_type")}
+        return super().from_dict(original, **kwargs)  # type: ignore[misc]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        saved = super().to_diff_dict()  # type: ignore[misc]
+        return {
+            **saved,
+            "model_type": UpgradeConfig.model_type,
+            "auto_map": {"AutoConfig": f"{MODULE}.{UpgradeConfig.__name__}"},
+        }
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, and add the file through which tools load the model without importing us."""
+        write_auto_file(save_directory, AUTO_FILE)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+class UpgradedModel:
+    """Added to a model class of transformers: it makes an upgraded model of a configuration that says so.
+
+    `generate` checks a second turn against what the cache has seen. It compiles no steps, also for static caches.
+    """
+
+    config: Any
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        from loglinear.upgrades.in_place import upgrade_as_configured
+
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        upgrade_as_configured(self)  # type: ignore[arg-type]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Return False: the conversions of weights are those of the class that this one adds to."""
+        return False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, which makes all parameters require gradients, and freeze again what was frozen."""
+        from loglinear.upgrades.in_place import train_as_configured
+
+        found = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        train_as_configured(found[0] if isinstance(found, tuple) else found)
+        return found
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise as transformers does, and new parameters so that they are neutral."""
+        super()._init_weights(module)  # type: ignore[misc]
+        initial_values = getattr(module, "initial_values", None)
+        if initial_values is not None and not isinstance(module, UpgradedConv1d):
+            for name, value in initial_values().items():
+                initialization.copy_(module.get_parameter(name), value)
+
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+    def _prefill(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            seen = SeenColumns(cache, layer_indices(self))
+            if seen.get_seq_length() > 0:
+                check_continuation(seen, input_ids, generation_config, model_kwargs)
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+
+def layer_indices(model: Any) -> list[int]:
+    """Return the numbers of the upgraded layers."""
+    return [module.layer_idx for module in model.modules() if isinstance(module, UpgradedMixer)]
+
+
+@made_once
+def upgraded_config_class(config_class: Any) -> type[PreTrainedConfig]:
+    """Return the class of the configurations of upgraded models, and let the Auto classes know its models."""
+    if issubclass(config_class, UpgradedConfig):
+        return config_class
+    name = f"LogLinear{config_class.__name__}"
+    new = type(name, (UpgradedConfig, config_class), {"__module__": __name__, "__qualname__": name})
+    for auto_class in AUTO_CLASSES:
+        if config_class in auto_class._model_mapping:
+            model_class = auto_class._model_mapping[config_class]
+            if isinstance(model_class, type):
+                auto_class.register(new, upgraded_model_class(model_class, new), exist_ok=True)
+    return new
+
+
+@made_once
+def upgraded_model_class(model_class: Any, config_class: Any) -> type[PreTrainedModel]:
+    """Return the class of upgraded models. It has the name of transformers' class, by which tools know its task."""
+    name = model_class.__name__
+    contents = {"__module__": __name__, "__qualname__": name, "config_class": config_class}
+    return type(name, (UpgradedModel, model_class), contents)
+
+
+def become_saveable(model: Any, entry: dict[str, Any]) -> None:
+    """Give a model, its parts that are models and its configuration the classes that save how it was upgraded."""
+    config = model.config
+    config_class = upgraded_config_class(type(config))
+    setattr(config, ENTRY, {BASE: config.model_type, **entry})
+    config.__class__ = config_class
+    for part in list(model.modules()):
+        if isinstance(part, PreTrainedModel) and not isinstance(part, UpgradedModel) and layer_indices(part):
+            part.__class__ = upgraded_model_class(type(part), config_class)
+            part._keep_in_fp32_modules_strict = {*(part._keep_in_fp32_modules_strict or ()), "score_bias"}
+
+
+def config_from(config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
+    """Return the configuration of an upgraded model from the contents of its `config.json`.
+
+    Raises:
+        ValueError: It does not say how the model was upgraded, or transformers does not know the model.
+    """
+    entry = config_dict.get(ENTRY)
+    base = entry.get(BASE) if isinstance(entry, dict) else None
+    if base is None or base not in CONFIG_MAPPING:
+        raise ValueError(f"config.json must have an entry {ENTRY!r} with a {BASE} of transformers, got {entry!r}")
+    return upgraded_config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
+
+
+def __getattr__(name: str) -> Any:
+    """Return a class that this module has made, for pickled models."""
+    import transformers
+
+    found: Any = getattr(transformers, name.removeprefix("LogLinear"), None) if name[:1].isupper() else None
+    if isinstance(found, type) and issubclass(found, PreTrainedConfig):
+        return upgraded_config_class(found)
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return upgraded_model_class(found, upgraded_config_class(found.config_class))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

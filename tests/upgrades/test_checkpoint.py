@@ -1,0 +1,148 @@
+"""Checkpoints of upgraded models: saved and loaded by transformers, with and without this library, and adapters."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import loglinear
+from loglinear.upgrades.checkpoint import ENTRY
+from tests.upgrades.tiny import LEVELS, MODELS, original, tokens, trained, upgraded
+
+FAMILIES = pytest.mark.parametrize("family", MODELS)
+READ = "print(type(model).__name__, float(model(torch.arange(3, 43)[None]).logits.double().abs().sum()))"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An upgraded checkpoint, and the number that READ prints for it."""
+    model = trained(original("qwen3_5", torch.float32))
+    path = tmp_path_factory.mktemp("upgraded")
+    model.save_pretrained(path)
+    with torch.no_grad():
+        return path, float(model(torch.arange(3, 43)[None]).logits.double().abs().sum())
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=240)
+
+
+@FAMILIES
+@pytest.mark.parametrize("choices", [{}, {"routing": "gram", "radix": 4, "finest_block": 4}], ids=["levels", "routing"])
+@torch.no_grad()
+def test_a_saved_model_loads_as_it_was(family, choices, tmp_path):
+    model, ids = trained(original(family, torch.float32), **choices), tokens(2, 40)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model) and type(loaded.config) is type(model.config)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == {*loglinear.new_parameters(model)}
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text()) == json.loads(
+        (tmp_path / "config.json").read_text()
+    )
+
+
+@FAMILIES
+def test_the_keys_of_the_original_remain(family, tmp_path):
+    """Its checkpoint loads with a configuration of the upgrade: the new parameters are then neutral."""
+    theirs = original(family, torch.float32)
+    model = upgraded(theirs, routing="gram")
+    assert {*theirs.state_dict()} <= {*model.state_dict()}
+    theirs.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=model.config)
+    assert all((p == 0).all() for p in loglinear.new_parameters(loaded).values())
+    with torch.no_grad():  # experts have another implementation after loading
+        assert torch.allclose(loaded(tokens(1, 30)).logits, model(tokens(1, 30)).logits, atol=1e-4)
+
+
+def test_sixteen_bit_checkpoints_keep_tau_in_float32(tmp_path):
+    trained(original("qwen3_5", torch.bfloat16), routing="gram").save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    dtypes = {name.rpartition(".")[2]: p.dtype for name, p in loglinear.new_parameters(loaded).items()}
+    assert dtypes == {"weight": torch.bfloat16, "bias": torch.bfloat16, "tau": torch.float32}
+
+
+def test_other_auto_classes_load_the_model(folder):
+    path, _ = folder
+    config = AutoConfig.from_pretrained(path)
+    assert config.model_type == "qwen3_5_text" and getattr(config, ENTRY)["num_levels"] == LEVELS["num_levels"]
+    for auto_class in (AutoModel, AutoModelForSequenceClassification):
+        assert loglinear.new_parameters(auto_class.from_pretrained(path))
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import loglinear, torch\nfrom transformers import AutoModelForCausalLM",
+        "import torch, transformers\nimport loglinear\nfrom transformers import AutoModelForCausalLM",
+        "import torch\nfrom transformers import AutoModelForCausalLM\nimport loglinear",
+    ],
+    ids=["before", "between", "after"],
+)
+def test_an_import_of_loglinear_is_enough(folder, imports):
+    path, number = folder
+    name, read = run(f"{imports}\nmodel = AutoModelForCausalLM.from_pretrained({str(path)!r})\n{READ}").stdout.split()
+    assert name == "Qwen3_5ForCausalLM" and float(read) == pytest.approx(number, rel=1e-5)
+
+
+def test_without_the_import_the_checkpoint_is_refused_or_loads_with_trust(folder):
+    path, number = folder
+    load = f"import torch\nfrom transformers import AutoModelForCausalLM as A\nmodel = A.from_pretrained({str(path)!r}"
+    refused = run(f"{load}, trust_remote_code=False)\n{READ}")
+    assert "trust_remote_code" in refused.stderr.strip().splitlines()[-1]
+    trusted = run(f"{load}, trust_remote_code=True)\n{READ}")
+    assert float(trusted.stdout.split()[1]) == pytest.approx(number, rel=1e-5)
+
+
+def test_the_class_itself_loads_the_model(folder):
+    model = type(upgraded(original("qwen3_5")))
+    assert loglinear.new_parameters(model.from_pretrained(folder[0]))
+
+
+@torch.no_grad()
+def test_a_pickled_model_is_the_model():
+    model, ids = trained(original("qwen3_next")), tokens(1, 20)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, model(ids).logits)
+
+
+def test_a_configuration_without_an_entry_is_refused(folder, tmp_path):
+    contents = json.loads((folder[0] / "config.json").read_text())
+    del contents[ENTRY]
+    (tmp_path / "config.json").write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match="config.json must have an entry 'loglinear_upgrade' with a base_model_type"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+@FAMILIES
+@torch.no_grad()
+def test_the_new_parameters_alone_are_a_file(family, tmp_path):
+    theirs, ids = original(family), tokens(1, 30)
+    model = trained(theirs, routing="gram")
+    loglinear.save_upgrade(model, tmp_path / "levels.safetensors")
+    right = model(ids).logits
+    report = loglinear.load_upgrade(theirs, tmp_path / "levels.safetensors")
+    assert torch.equal(theirs(ids).logits, right)
+    assert (tmp_path / "levels.safetensors").stat().st_size < 8 * report.new_parameters + 4000
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path):
+    path = tmp_path / "levels.safetensors"
+    with pytest.raises(ValueError, match="has no new parameters: upgrade it first"):
+        loglinear.save_upgrade(original("qwen3_5"), path)
+    with pytest.raises(ValueError, match="path must be a file of save_upgrade"):
+        loglinear.load_upgrade(original("qwen3_5"), path)
+    path.write_text("nonsense")
+    with pytest.raises(ValueError, match="path must be a file of save_upgrade"):
+        loglinear.load_upgrade(original("qwen3_5"), path)
+    loglinear.save_upgrade(upgraded(original("qwen3_5")), path)
+    with pytest.raises(ValueError, match="model must be of type 'qwen3_5_text', as the file says, got 'olmo_hybrid'"):
+        loglinear.load_upgrade(original("olmo_hybrid"), path)
+    with pytest.raises(ValueError, match="num_levels is decided by the file"):
+        loglinear.load_upgrade(original("qwen3_5"), path, num_levels=4)

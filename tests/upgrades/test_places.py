@@ -1,0 +1,93 @@
+"""Padding and packed documents of upgraded models: every sequence gives what it gives alone."""
+
+import pytest
+import torch
+from transformers import DataCollatorWithFlattening, DynamicCache
+
+from tests.upgrades.tiny import MODELS, close, original, tokens, trained, upgraded, wide
+
+FAMILIES = pytest.mark.parametrize("family", MODELS)
+LENGTHS = (23, 1, 16, 9)
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with wide(), torch.no_grad():
+        yield
+
+
+def padded(side: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return tokens, mask and positions [4, 23] of rows of the four lengths, whose padding is at one side."""
+    ids, columns = tokens(4, 23), torch.arange(23)
+    lengths = torch.tensor(LENGTHS)[:, None]
+    mask = columns < lengths if side == "right" else columns >= 23 - lengths
+    return ids.masked_fill(~mask, 0), mask.long(), (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@FAMILIES
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_equal_rows_alone(family, side):
+    model, (ids, mask, positions) = trained(original(family)), padded(side)
+    logits = model(ids, attention_mask=mask, position_ids=positions).logits
+    for row in range(4):
+        real = mask[row] == 1
+        assert close(logits[row, real], model(ids[row, real][None]).logits[0])
+
+
+@FAMILIES
+def test_left_padded_prompts_continue_as_prompts_alone(family):
+    model, (ids, mask, _) = trained(original(family)), padded("left")
+    greedy = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    texts = model.generate(ids, attention_mask=mask, **greedy)[:, 23:]
+    for row in range(4):
+        alone = ids[row, mask[row] == 1][None]
+        assert torch.equal(model.generate(alone, attention_mask=torch.ones_like(alone), **greedy)[0, -12:], texts[row])
+
+
+@FAMILIES
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True}],
+    ids=["position_ids", "cu_seq_lens", "seq_idx"],
+)
+def test_packed_documents_equal_documents_alone(family, extra):
+    model, ids = trained(original(family)), tokens(4, 23)
+    documents = [row[:length] for row, length in zip(ids, LENGTHS, strict=True)]
+    batch = DataCollatorWithFlattening(return_position_ids=True, return_tensors="pt", **extra)(
+        [{"input_ids": document.tolist()} for document in documents]
+    )
+    batch.pop("labels")
+    logits = model(**batch).logits[0].split(LENGTHS)
+    for document, part in zip(documents, logits, strict=True):
+        assert close(part, model(document[None]).logits[0])
+
+
+def test_boundaries_alone_also_restart_the_positions():
+    model, ids = trained(original("qwen3_5")), tokens(1, 20)
+    logits = model(ids, cu_seq_lens_q=torch.tensor([0, 13, 20])).logits[0]
+    for part, document in zip(logits.split([13, 7]), ids[0].split([13, 7]), strict=True):
+        assert close(part, model(document[None]).logits[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 1, 8, 8)}, "says nothing to linear layers: pass it as"),
+        ({"attention_mask": torch.ones(2, 5)}, "attention_mask must have shape [2, 8]"),
+        ({"attention_mask": torch.full((2, 8), 3)}, "attention_mask must hold 1 at tokens and 0 at padding"),
+        ({"position_ids": torch.arange(8).remainder(4).expand(2, 8)}, "position_ids restart inside a row"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 8])}, "needs a batch of 1, got a batch of 2"),
+    ],
+)
+def test_contradictions_are_refused(arguments, message):
+    model = upgraded(original("qwen3_5"))
+    with pytest.raises(ValueError) as caught:
+        model(tokens(2, 8), **arguments)
+    assert message in str(caught.value)
+
+
+def test_packed_documents_take_no_cache():
+    model = upgraded(original("qwen3_5"))
+    for arguments in ({"use_cache": True}, {"past_key_values": DynamicCache(config=model.config)}):
+        with pytest.raises(ValueError, match="past_key_values cannot continue packed documents"):
+            model(tokens(1, 8), cu_seq_lens_q=torch.tensor([0, 3, 8]), **arguments)
