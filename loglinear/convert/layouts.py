@@ -69,14 +69,21 @@ Part = Callable[[str], Weights]
 
 
 def mamba2_model(
-    tensors: Tensors, sizes: Sizes, *, conv_bias: bool, norm: str = "norm", levels: int = 0, feed_forward: Part | None
+    tensors: Tensors,
+    sizes: Sizes,
+    *,
+    conv_bias: bool,
+    embed: str = "embeddings",
+    norm: str = "norm",
+    levels: int = 0,
+    feed_forward: Part | None = None,
 ) -> Weights:
     """Return the weights of a whole Mamba-2 model, whose layers are `backbone.layers.N` in the checkpoint.
 
-    `norm` is the name of the norm before the mixer. `levels` is L of a log-linear checkpoint, 0 of a linear one.
+    `embed` and `norm` are the names of the embeddings and of the norm before a mixer. `levels` is L of a log-linear
+    checkpoint, 0 of a linear one. Without `conv_bias` the biases of the convolutions are zero.
     """
-    embed = "backbone.embedding" + ("s.weight" if "backbone.embeddings.weight" in tensors else ".weight")
-    weights = sizes.ends(tensors, embed, "backbone.norm_f.weight")
+    weights = sizes.ends(tensors, f"backbone.{embed}.weight", "backbone.norm_f.weight")
     for layer in range(sizes.num_layers):
         at, ours = f"backbone.layers.{layer}.", f"model.layers.{layer}."
         weights[f"{ours}mixer_norm.weight"] = tensors.take(f"{at}{norm}.weight", sizes.hidden_size)

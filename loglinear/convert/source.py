@@ -26,6 +26,7 @@ COMMON = {
     *("torch_dtype", "auto_map", "use_cache", "initializer_range"),
     *("tokenizer_class", "is_decoder", "torchscript", "use_bfloat16"),  # of earlier versions
 }
+LARGEST = 2**31 - 1  # of a size
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -56,11 +57,23 @@ class Options:
         return value
 
     def size(self, name: str, default: int) -> int:
-        """Return the value of an option that is an integer of at least 1."""
+        """Return the value of an option that is an integer from 1 to LARGEST."""
         value = self.get(name, int, default)
-        if value < 1:
-            raise ValueError(f"{self.place}: {name} must be at least 1, got {value}")
+        if not 1 <= value <= LARGEST:
+            raise ValueError(f"{self.place}: {name} must lie between 1 and {LARGEST}, got {value}")
         return value
+
+    def size_or(self, name: str, default: int) -> int:
+        """Return the value of an option that is such an integer, or null for the default."""
+        self.known.add(name)
+        return default if self.values.get(name) is None else self.size(name, default)
+
+    def multiple(self, name: str, size: int, default: float) -> int:
+        """Return `size` times the value of an option, which the library rounds to an integer."""
+        factor = self.get(name, float, default)
+        if not 0 < factor <= LARGEST:
+            raise ValueError(f"{self.place}: {name} must be positive and at most {LARGEST}, got {factor}")
+        return round(factor * size)
 
     def part(self, name: str) -> Options:
         """Return the options inside an object, with the same checks."""
@@ -79,8 +92,13 @@ class Options:
         self.known.update(names)
 
     def tokens(self, **defaults: int | None) -> dict[str, Any]:
-        """Return the ids of special tokens."""
-        ids = {name: self.get(name, int | list | None, defaults.get(name)) for name in TOKENS}
+        """Return the ids of special tokens. The end of a sequence may have several."""
+        ids = {}
+        for name in TOKENS:
+            several = list if name == "eos_token_id" else int
+            ids[name] = self.get(name, int | several | None, defaults.get(name))
+            if isinstance(ids[name], list) and not all(fits(part, int) for part in ids[name]):
+                raise ValueError(f"{self.place}: {name} must hold integers, got {ids[name]!r}")
         return {name: value for name, value in ids.items() if value is not None}
 
     def check_all_known(self) -> None:

@@ -174,6 +174,7 @@ SHARED = [
     ({"attn": {**ATTENTION, "window_size": 8}}, "attn: window_size = 8 cannot be represented, expected None"),
     ({"attn": {**ATTENTION, "anything": 8}}, "attn: anything = 8 is not an option of this format that is known"),
     ({"attn": {**ATTENTION, "num_heads": 5}}, "attn: num_heads must divide hidden_size = 24, got 5"),
+    ({"attn": {"layers": [1]}}, "attn: num_heads must lie between 1 and 2147483647, got 0"),
     ({"attn": {**ATTENTION, "layers": ["1"]}}, "attn: layers must be a list of integers, got ['1']"),
     ({"attn": {**ATTENTION, "layers": [2]}}, "attn: layers must be some of 0 to 1, got [2]"),
     ({"attn": {**ATTENTION, "layers": [0, 1]}}, "attn: layers must be some of 0 to 1, got [0, 1]"),

@@ -20,7 +20,7 @@ CONFIG = {
 
 def config_with(**options):
     """The configuration above with other options, those of the layers under their own names."""
-    layer = {name: options.pop(name) for name in [*options] if name not in CONFIG and name != "anything"}
+    layer = {name: options.pop(name) for name in [*options] if name not in (*CONFIG, "anything", "norm_epsilon")}
     return {**CONFIG, **options, "ssm_cfg": {**CONFIG["ssm_cfg"], **layer}}
 
 
@@ -84,8 +84,9 @@ def test_logits_are_those_of_the_model(tmp_path, own, pickle):
         ({"ssm_cfg": "Mamba2"}, "ssm_cfg must be dict, got 'Mamba2'"),
         ({"rms_norm": False}, "rms_norm = False cannot be represented, expected True"),
         ({"attn_layer_idx": [1]}, "attn_layer_idx = [1] cannot be represented, expected []"),
+        ({"norm_epsilon": 1e-3}, "norm_epsilon = 0.001 cannot be represented, expected 1e-05"),
         ({"anything": 3}, "anything = 3 is not an option of this format that is known"),
-        ({"n_layer": 0}, "n_layer must be at least 1, got 0"),
+        ({"n_layer": 0}, "n_layer must lie between 1 and 2147483647, got 0"),
         ({"n_layer": 10**9}, "config.json has 1,000,000,000 layers, and there are 21 tensors"),
         ({"d_model": 10**9}, "backbone.embedding.weight is [50, 24], expected [50, 1000000000]"),
         ({"headdim": 100}, "num_heads must be at least 1, got 0"),

@@ -12,17 +12,18 @@ from loglinear.variants import HeadSizes
 def read(options: Options, tensors: Tensors) -> Converted:
     """Return the model in our terms; ValueError for an option or a tensor that does not fit."""
     hidden_size, num_heads = options.size("hidden_size", 2048), options.size("num_heads", 16)
-    keys, values = (round(options.get(name, float, 1.0) * hidden_size) for name in ("expand_k", "expand_v"))
+    keys, values = (options.multiple(name, hidden_size, 1.0) for name in ("expand_k", "expand_v"))
     decoder = Decoder.of(options, HeadSizes(num_heads, num_heads, keys // num_heads, values // num_heads), 24)
     layer = DeltaRule("b", options.get("use_gate", bool, False), options.get("use_short_conv", bool, True))
     options.expect("use_beta", True)
     options.expect("use_output_norm", True)
     options.expect("qk_norm", "l2")
     options.expect("qk_activation", "silu")
+    weights = decoder.weights(tensors, layer.mixer)
     fields = decoder.fields(
         "delta_net",
         options,
         output_gate=layer.output_gate,
         negative_eigenvalues=options.get("allow_neg_eigval", bool, False),
     )
-    return Converted(fields, decoder.weights(tensors, layer.mixer), layer.notes)
+    return Converted(fields, weights, layer.notes)

@@ -16,13 +16,14 @@ from loglinear.variants import HeadSizes
 def read(options: Options, tensors: Tensors) -> Converted:
     """Return the linear model in our terms; ValueError for an option or a tensor that does not fit."""
     decoder, layer = _model(options)
+    weights = decoder.weights(tensors, layer.mixer)
     fields = decoder.fields(
         "gated_delta_net",
         options,
         output_gate=layer.output_gate,
         negative_eigenvalues=options.get("allow_neg_eigval", bool, False),
     )
-    return Converted(fields, decoder.weights(tensors, layer.mixer), layer.notes)
+    return Converted(fields, weights, layer.notes)
 
 
 def read_authors(options: Options, tensors: Tensors) -> Converted:
@@ -35,6 +36,7 @@ def read_authors(options: Options, tensors: Tensors) -> Converted:
     options.expect("allow_neg_eigval", False)
     first = next(n for n in range(decoder.sizes.num_layers) if n not in decoder.attention_layers)
     layer = layer._replace(levels=levels_of(tensors, f"model.layers.{first}.attn.L"))
+    weights = decoder.weights(tensors, layer.mixer)
     fields = decoder.fields(
         "gated_delta_net",
         options,
@@ -43,16 +45,16 @@ def read_authors(options: Options, tensors: Tensors) -> Converted:
         lambda_form="softplus",
         mixer_norm_eps=decoder.sizes.eps / decoder.sizes.heads.key_dim,
     )
-    return Converted(fields, decoder.weights(tensors, layer.mixer), layer.notes)
+    return Converted(fields, weights, layer.notes)
 
 
 def _model(options: Options) -> tuple[Decoder, DeltaRule]:
     width, groups = options.size("head_dim", 256), options.size("num_heads", 6)
     heads = HeadSizes(
-        num_heads=options.get("num_v_heads", int | None, None) or groups,
+        num_heads=options.size_or("num_v_heads", groups),
         num_groups=groups,
         key_dim=width,
-        head_dim=int(width * options.get("expand_v", float, 2.0)),
+        head_dim=options.multiple("expand_v", width, 2.0),
     )
     options.expect("output_gate_activation", "swish", "silu")
     layer = DeltaRule("ab", options.get("use_gate", bool, True), options.get("use_short_conv", bool, True))

@@ -24,7 +24,7 @@ class _Model(NamedTuple):
     @classmethod
     def of(cls, options: Options) -> _Model:
         hidden_size, width = options.size("hidden_size", 2048), options.size("head_dim", 64)
-        inner = int(options.get("expand", float, 2) * hidden_size)
+        inner = options.multiple("expand", hidden_size, 2.0)
         sizes = Sizes(
             vocab_size=options.size("vocab_size", 32_000),
             hidden_size=hidden_size,
@@ -58,7 +58,7 @@ class _Model(NamedTuple):
 def read(options: Options, tensors: Tensors) -> Converted:
     """Return the linear model in our terms; ValueError for an option or a tensor that does not fit."""
     model = _Model.of(options)
-    weights = mamba2_model(tensors, model.sizes, conv_bias=model.conv_bias, feed_forward=None)
+    weights = mamba2_model(tensors, model.sizes, conv_bias=model.conv_bias)
     tokens = options.tokens(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     return Converted(model.sizes.fields("mamba2", intermediate_size=0, **tokens), weights, model.notes)
 

@@ -9,6 +9,7 @@ import torch
 
 from loglinear.convert.layouts import Sizes, Weights, swiglu, under
 from loglinear.convert.source import Options, Tensors
+from loglinear.runs.json_files import fits
 from loglinear.variants import HeadSizes
 
 
@@ -42,7 +43,7 @@ class Attention(NamedTuple):
         if not specs:
             return None
         layers = specs[0].layers.union(*(spec.layers for spec in specs))
-        if not layers < {*range(num_layers)}:
+        if not all(0 <= layer < num_layers for layer in layers) or len(layers) == num_layers:
             raise ValueError(
                 f"{options.place}: attn: layers must be some of 0 to {num_layers - 1}, got {sorted(layers)}"
             )
@@ -53,12 +54,12 @@ class Attention(NamedTuple):
         heads = options.size("num_heads", 0)
         if hidden_size % heads:
             raise ValueError(f"{options.place}: num_heads must divide hidden_size = {hidden_size}, got {heads}")
-        key_value_heads = options.get("num_kv_heads", int | None, None) or heads
+        key_value_heads = options.size_or("num_kv_heads", heads)
         for name, expected in (("qkv_bias", False), ("qk_norm", False), ("window_size", None)):
             options.expect(name, expected)
         theta = float(options.get("rope_theta", float, 10_000.0))
         layers = options.get("layers", list, [])
-        if not all(isinstance(layer, int) for layer in layers):
+        if not all(fits(layer, int) for layer in layers):
             raise ValueError(f"{options.place}: layers must be a list of integers, got {layers!r}")
         options.check_all_known()
         return cls(frozenset(layers), heads, key_value_heads, hidden_size // heads, theta)
@@ -84,7 +85,7 @@ class Decoder(NamedTuple):
     @classmethod
     def of(cls, options: Options, heads: HeadSizes, num_layers: int) -> Decoder:
         """Return the options that these models share. `num_layers` is the library's default."""
-        hidden_size, ratio = options.size("hidden_size", 2048), options.get("hidden_ratio", int | None, 4)
+        hidden_size = options.size("hidden_size", 2048)
         kernel = options.size("conv_size", 4)
         sizes = Sizes(
             vocab_size=options.size("vocab_size", 32_000),
@@ -95,7 +96,8 @@ class Decoder(NamedTuple):
             eps=options.get("norm_eps", float, 1e-6),
             tied=options.get("tie_word_embeddings", bool, False),
         )
-        width = options.get("intermediate_size", int | None, None) or feed_forward_width(hidden_size, ratio or 4)
+        width = feed_forward_width(hidden_size, options.size_or("hidden_ratio", 4))
+        width = options.size_or("intermediate_size", width)
         options.expect("hidden_act", "swish")
         options.expect("attnres_block_size", None)
         options.ignore("attn_mode", "max_position_embeddings", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy")

@@ -12,7 +12,7 @@ from loglinear.convert.source import Options, Tensors
 from loglinear.convert.target import Converted
 from loglinear.variants import HeadSizes
 
-EPS = 1e-5  # of every norm; no option changes it
+EPS = 1e-5  # of every norm
 
 
 def read(options: Options, tensors: Tensors) -> Converted:
@@ -22,7 +22,7 @@ def read(options: Options, tensors: Tensors) -> Converted:
     layer.known.add("layer")
     if layer.values.get("layer") != "Mamba2":
         raise ValueError(f"{layer.place}: layer must be 'Mamba2', got {layer.values.get('layer', 'Mamba1')!r}")
-    inner, width = layer.size("expand", 2) * hidden_size, layer.size("headdim", 64)
+    inner, width = layer.multiple("expand", hidden_size, 2), layer.size("headdim", 64)
     sizes = Sizes(
         vocab_size=_rounded_up(options.size("vocab_size", 50_277), options.size("pad_vocab_size_multiple", 8)),
         hidden_size=hidden_size,
@@ -36,6 +36,7 @@ def read(options: Options, tensors: Tensors) -> Converted:
     conv_bias = layer.get("conv_bias", bool, True)
     options.expect("rms_norm", True)
     options.expect("attn_layer_idx", [])
+    options.expect("norm_epsilon", EPS)
     options.ignore("attn_cfg", "residual_in_fp32", "fused_add_norm", "initializer_cfg")
     layer.expect("d_ssm", None, inner)
     layer.expect("rmsnorm", True)
@@ -46,7 +47,7 @@ def read(options: Options, tensors: Tensors) -> Converted:
     layer.ignore("conv_init", "A_init_range", "dt_min", "dt_max", "dt_init_floor", "chunk_size", "use_mem_eff_path")
     layer.check_all_known()
     mlp = _feed_forward(tensors, hidden_size, feed_forward) if feed_forward else None
-    weights = mamba2_model(tensors, sizes, conv_bias=conv_bias, feed_forward=mlp)
+    weights = mamba2_model(tensors, sizes, conv_bias=conv_bias, embed="embedding", feed_forward=mlp)
     fields = sizes.fields("mamba2", intermediate_size=feed_forward)
     return Converted(fields, weights, [] if conv_bias else [ZERO_BIAS])
 

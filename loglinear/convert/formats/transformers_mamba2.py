@@ -33,6 +33,6 @@ def read(options: Options, tensors: Tensors) -> Converted:
     options.ignore("expand", "time_step_rank", "time_step_min", "time_step_max", "time_step_floor")
     options.ignore("rescale_prenorm_residual", "residual_in_fp32", "chunk_size", "layer_types")
     options.ignore("norm_before_gate", "intermediate_size")  # Codestral has them; the model's code does not read them
-    weights = mamba2_model(tensors, sizes, conv_bias=conv_bias, feed_forward=None)
+    weights = mamba2_model(tensors, sizes, conv_bias=conv_bias)
     tokens = options.tokens(bos_token_id=0, eos_token_id=2, pad_token_id=1)
     return Converted(sizes.fields("mamba2", intermediate_size=0, **tokens), weights, [] if conv_bias else [ZERO_BIAS])
