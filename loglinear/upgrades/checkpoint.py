@@ -15,7 +15,8 @@ from loglinear.autoload.configuration import UpgradeConfig
 from loglinear.models.auto_file import MODULE, write_auto_file
 from loglinear.models.generation import check_continuation
 from loglinear.upgrades.cache import SeenColumns
-from loglinear.upgrades.mixer import UpgradedConv1d, UpgradedMixer
+from loglinear.upgrades.mixer import UpgradedConv1d
+from loglinear.upgrades.places import CACHES, upgraded_mixers
 
 ENTRY = "loglinear_upgrade"
 """The entry of a configuration that says how the model was upgraded: the arguments of `upgrade`, and the model type."""
@@ -108,17 +109,12 @@ class UpgradedModel:
     def _prefill(
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        cache = model_kwargs.get("past_key_values")
+        cache = next((model_kwargs[name] for name in CACHES if model_kwargs.get(name) is not None), None)
         if cache is not None:
-            seen = SeenColumns(cache, layer_indices(self))
+            seen = SeenColumns(cache, [mixer.layer_idx for mixer in upgraded_mixers(self)])
             if seen.get_seq_length() > 0:
                 check_continuation(seen, input_ids, generation_config, model_kwargs)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-
-
-def layer_indices(model: Any) -> list[int]:
-    """Return the numbers of the upgraded layers."""
-    return [module.layer_idx for module in model.modules() if isinstance(module, UpgradedMixer)]
 
 
 @made_once
@@ -151,8 +147,8 @@ def become_saveable(model: Any, entry: dict[str, Any]) -> None:
     setattr(config, ENTRY, {BASE: config.model_type, **entry})
     config.__class__ = config_class
     for part in list(model.modules()):
-        if isinstance(part, PreTrainedModel) and not isinstance(part, UpgradedModel) and layer_indices(part):
-            part.__class__ = upgraded_model_class(type(part), config_class)
+        if isinstance(part, PreTrainedModel) and not isinstance(part, UpgradedModel) and upgraded_mixers(part):
+            part.__class__ = upgraded_model_class(type(part), type(part.config))
             part._keep_in_fp32_modules_strict = {*(part._keep_in_fp32_modules_strict or ()), "score_bias"}
 
 

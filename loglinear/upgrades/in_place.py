@@ -7,10 +7,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loglinear.models import LogLinearConfig
-from loglinear.upgrades.checkpoint import BASE, ENTRY, become_saveable, layer_indices
+from loglinear.upgrades.checkpoint import BASE, ENTRY, become_saveable
 from loglinear.upgrades.families import FAMILIES, family_of
-from loglinear.upgrades.mixer import NEW_PARTS, UpgradedMixer
-from loglinear.upgrades.places import add_hooks
+from loglinear.upgrades.mixer import NEW_PARTS
+from loglinear.upgrades.places import Placement, decoder_of, upgraded_mixers
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def upgrade(
 def upgrade_as_configured(model: PreTrainedModel) -> None:
     """Upgrade a new model as its configuration says, unless a part that is a model itself has done so."""
     entry = {name: value for name, value in getattr(model.config, ENTRY).items() if name != BASE}
-    if not layer_indices(model):
+    if not upgraded_mixers(model):
         place_levels(model, LogLinearConfig(**{name: value for name, value in entry.items() if name != "freeze"}))
     become_saveable(model, entry)
     train_as_configured(model)
@@ -112,7 +112,7 @@ def place_levels(model: PreTrainedModel, choices: LogLinearConfig) -> UpgradeRep
     """Replace every supported mixer of a model; ValueError if there is none or one cannot be."""
     mixers = {name: (module, family_of(module)) for name, module in model.named_modules()}
     found = {name: (module, family) for name, (module, family) in mixers.items() if family is not None}
-    if layer_indices(model):
+    if upgraded_mixers(model):
         raise ValueError("model is already upgraded: load the original again to choose other levels")
     if not found:
         raise ValueError(
@@ -124,21 +124,11 @@ def place_levels(model: PreTrainedModel, choices: LogLinearConfig) -> UpgradeRep
     layers = {name: type(module).__name__ for name, (module, _) in found.items()}
     for module, family in found.values():
         family.become(module, choices)
-    add_hooks(decoder_of(model))
+    decoder = decoder_of(model)
+    Placement(decoder).attach(decoder)
     new = sum(p.numel() for p in new_parameters(model).values())
     every = sum(p.numel() for p in model.parameters())
     return UpgradeReport(layers, model.config.get_text_config().num_hidden_layers - len(layers), new, every)
-
-
-def decoder_of(model: Any) -> nn.Module:
-    """Return the part of a model that gets tokens, mask, positions and cache: the smallest one with all its layers."""
-    wanted = {id(module) for module in model.modules() if isinstance(module, UpgradedMixer)}
-    holders = [
-        module
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel) and wanted <= {id(part) for part in module.modules()}
-    ]
-    return holders[-1]
 
 
 def new_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
