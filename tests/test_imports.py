@@ -24,14 +24,14 @@ ALLOWED = {
     "autoload": {"upgrades"},  # inside a function, once transformers loads an upgraded checkpoint
     "upgrades": {"autoload", "models", "layers", "variants", "ops", "partition", "fenwick"},
     "data": {"models"},
-    "runs": {"processes", "recipes", "data", "models", "layers"},
+    "runs": {"autoload", "upgrades", "processes", "recipes", "data", "models", "layers"},
     "convert": {"runs", "models", "variants"},
     "training": {"signals", "processes", "runs", "recipes", "data", "models"},
     "evaluation": {"signals", "training", "runs", "recipes", "data", "models"},
     "recipes": {"models", "variants", "partition", "fenwick"},
     "cli": {
         *("signals", "processes", "training", "evaluation", "convert", "runs", "recipes", "data"),
-        *("models", "variants", "ops", "kernels", "fenwick"),
+        *("upgrades", "models", "variants", "ops", "kernels", "fenwick"),
     },
 }
 

@@ -179,6 +179,34 @@ def convert(
 
 
 @app.command()
+def upgrade(
+    model: Annotated[Path, typer.Option(help="Folder of a model of transformers.")],
+    out: Annotated[Path, typer.Option(help="New folder of the upgraded model.")],
+    num_levels: Annotated[int, typer.Option(help="Number of levels, at least 2.")] = 15,
+    radix: Annotated[int, typer.Option(help="Blocks that join into one.")] = 2,
+    finest_block: Annotated[int, typer.Option(help="Tokens of the finest block, which share one weight.")] = 1,
+    largest_block: Annotated[int | None, option("blocks grow", "Tokens of the largest block.")] = None,
+    routing: Annotated[str | None, option("none", "'gram' for weights that depend on what the buckets hold.")] = None,
+) -> None:
+    """Make the linear layers of a pretrained model of transformers log-linear, with the same logits.
+
+    Every supported linear layer keeps its weights and gets level weights, which are 1 until training changes them. All
+    other layers stay as they are. No code of the folder runs. The files of its tokenizer are copied. The commands
+    generate, serve, eval and info take the new folder; transformers loads it after `import loglinear`.
+
+    Examples:
+
+    `loglinear upgrade --model qwen3-next --out runs/qwen3-next --num-levels 15`
+
+    `loglinear upgrade --model olmo-hybrid --out runs/olmo-hybrid --routing gram --radix 4 --finest-block 4`
+    """
+    from loglinear.cli.upgrade import run
+
+    options = dict(num_levels=num_levels, radix=radix, finest_block=finest_block)
+    run(model, out, {**options, "largest_block": largest_block, "routing": routing})
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[str | None, option("standard input", "Text to continue.")] = None,

@@ -6,14 +6,19 @@ from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from loglinear.cli import console
 from loglinear.models import LogLinearConfig, key_value_cache_bytes, parameter_counts, state_bytes
 from loglinear.ops import IMPLEMENTATIONS, impl_triton
 from loglinear.recipes import RECIPES, get_recipe, needs
 from loglinear.runs.loading import load_model
 from loglinear.runs.provenance import versions
+from loglinear.upgrades import new_parameters
+from loglinear.upgrades.checkpoint import ENTRY
 from loglinear.variants import VARIANTS
 
+PARTITION = ("num_levels", "radix", "finest_block", "largest_block", "routing")
 CONTEXTS = (("4K", 4096), ("16K", 16_384), ("128K", 131_072), ("1M", 1_048_576))
 
 
@@ -22,7 +27,11 @@ def run(recipe: str | None, model: Path | None) -> None:
     if recipe is not None and model is not None:
         raise ValueError("--recipe and --model exclude each other: give one of them")
     if model is not None:
-        _describe(str(model), load_model(model).config)
+        found = load_model(model)
+        if isinstance(found.config, LogLinearConfig):
+            _describe(str(model), found.config)
+        else:
+            _describe_upgraded(str(model), found)
     elif recipe is not None:
         _describe(recipe, get_recipe(recipe).model_config())
     else:
@@ -72,6 +81,20 @@ def _describe(name: str, config: LogLinearConfig) -> None:
     console.print_table(
         "Memory of one sequence, model in bf16", ["tokens", "state", "state, all levels", attention], rows
     )
+
+
+def _describe_upgraded(name: str, model: PreTrainedModel) -> None:
+    choices = getattr(model.config, ENTRY)
+    total, new = model.num_parameters(), sum(p.numel() for p in new_parameters(model).values())
+    rows = [
+        ["model", f"{type(model).__name__} of transformers, upgraded"],
+        ["levels", str(choices["num_levels"])],
+        ["partition", _partition(LogLinearConfig(**{name: choices[name] for name in PARTITION}))],
+        ["routing", choices["routing"] or "none"],
+        ["parameters", f"{total:,}"],
+        ["of which new", f"{new:,} ({new / total:.2%})"],
+    ]
+    console.print_table(name, ["", "value"], rows)
 
 
 def _partition(config: LogLinearConfig) -> str:

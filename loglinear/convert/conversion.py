@@ -9,7 +9,7 @@ from loglinear.convert.formats import get_format
 from loglinear.convert.source import Options, Tensors
 from loglinear.convert.target import build, configuration, write
 from loglinear.models import LogLinearConfig
-from loglinear.runs.folder import require_folder
+from loglinear.runs.folder import require_new
 
 
 class Conversion(NamedTuple):
@@ -41,9 +41,7 @@ def convert(path: Path | str, out: Path | str, *, source: str, **levels: Any) ->
         OSError: The new folder cannot be written.
     """
     path, out = Path(path), Path(out)
-    require_folder(out, "the output")
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"output folder {out} is not empty: choose another one")
+    require_new(out, "the output")
     library = get_format(source)
     options = Options.of(path)
     read = library.reader(options)

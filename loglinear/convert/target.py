@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.runs.files import sync, writing
@@ -91,7 +92,7 @@ def build(config: LogLinearConfig, converted: Converted) -> LogLinearForCausalLM
     return model.eval()
 
 
-def write(model: LogLinearForCausalLM, source: Path, out: Path) -> None:
+def write(model: PreTrainedModel, source: Path, out: Path) -> None:
     """Write a checkpoint with a manifest, and the source's tokenizer if it has one, into a new folder.
 
     The folder appears when everything is on the disk. Raises OSError, in one line, if the disk refuses; then nothing

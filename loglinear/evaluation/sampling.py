@@ -71,8 +71,19 @@ def sample(
         text=str(tokenizer.decode(output.sequences[0], skip_special_tokens=True)),
         tokens=output.sequences.shape[1] - prompt_tokens,
         seconds=seconds,
-        state_bytes=output.past_key_values.nbytes,
+        state_bytes=cache_bytes(output.past_key_values),
     )
+
+
+def cache_bytes(cache: Any) -> int:
+    """Return the bytes of all states, keys and values of a cache, ours or that of an upgraded model."""
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
+    total = 0
+    for layer in cache.layers:
+        parts = (getattr(layer, name, None) for name in ("keys", "values"))
+        total += getattr(layer, "nbytes", 0) + sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+    return total
 
 
 def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:

@@ -89,6 +89,13 @@ def require_folder(path: Path, option: str) -> None:
         raise ValueError(f"{option} must be a folder, got the file {path}")
 
 
+def require_new(out: Path, name: str) -> None:
+    """Raise ValueError unless a folder can be made or is empty; `name` names it in the error."""
+    require_folder(out, name)
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"output folder {out} is not empty: choose another one")
+
+
 def require_empty(out: Path) -> None:
     """Raise ValueError if the folder already holds something, except the remains of a failed start."""
     if (out / RUN_FILE).exists():

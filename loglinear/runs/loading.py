@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,14 +17,15 @@ from loglinear.layers.former_names import current_name
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.runs.checkpoints import note_unlisted, resolve
 from loglinear.runs.foreign import check_settings, read_config, weight_files
+from loglinear.runs.upgraded import is_upgraded, load_upgraded
 
 
-def load_model(path: Path | str, *, device: str | torch.device = "cpu") -> LogLinearForCausalLM:
+def load_model(path: Path | str, *, device: str | torch.device = "cpu") -> Any:
     """Return the model of a checkpoint, or of a run's last checkpoint, in evaluation mode.
 
-    No code of the folder runs, and no server is asked. Raises ValueError, in one line, for a checkpoint that is
-    missing, damaged or of another model, and for content that this library does not write
-    (`loglinear.runs.foreign`).
+    It is a `LogLinearForCausalLM`, or an upgraded model of transformers. No code of the folder runs, and no server is
+    asked. Raises ValueError, in one line, for a checkpoint that is missing, damaged or of another model, and for
+    content that this library does not write (`loglinear.runs.foreign`).
     """
     checkpoint = resolve(path)
     model = _load_model(checkpoint, device)
@@ -31,21 +33,22 @@ def load_model(path: Path | str, *, device: str | torch.device = "cpu") -> LogLi
     return model
 
 
-def load_checkpoint(
-    path: Path | str, *, device: str | torch.device = "cpu"
-) -> tuple[LogLinearForCausalLM, PreTrainedTokenizerBase]:
+def load_checkpoint(path: Path | str, *, device: str | torch.device = "cpu") -> tuple[Any, PreTrainedTokenizerBase]:
     """Return the model and the tokenizer of a checkpoint, which is checked once for both.
 
     Raises ValueError as `load_model` does, and if the tokenizer is missing or has more tokens than the model.
     """
     checkpoint = resolve(path)
     model = _load_model(checkpoint, device)
-    tokenizer = load_tokenizer(checkpoint, model.config.vocab_size)
+    tokenizer = load_tokenizer(checkpoint, model.get_input_embeddings().num_embeddings)
     note_unlisted(checkpoint)
     return model, tokenizer
 
 
-def _load_model(checkpoint: Path, device: str | torch.device) -> LogLinearForCausalLM:
+def _load_model(checkpoint: Path, device: str | torch.device) -> Any:
+    if is_upgraded(checkpoint):
+        with without_bars():
+            return load_upgraded(checkpoint, device)
     config = _config(checkpoint)
     check_settings(checkpoint)
     check_weights(checkpoint, config, described_by="its config.json")

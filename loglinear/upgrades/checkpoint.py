@@ -30,6 +30,8 @@ AUTO_CLASSES = (
     modeling_auto.AutoModelForSequenceClassification,
     modeling_auto.AutoModelForTokenClassification,
     modeling_auto.AutoModelForQuestionAnswering,
+    modeling_auto.AutoModelForImageTextToText,
+    modeling_auto.AutoModelForMultimodalLM,
 )
 
 
@@ -127,7 +129,7 @@ def upgraded_config_class(config_class: Any) -> type[PreTrainedConfig]:
     for auto_class in AUTO_CLASSES:
         if config_class in auto_class._model_mapping:
             model_class = auto_class._model_mapping[config_class]
-            if isinstance(model_class, type):
+            if isinstance(model_class, type) and model_class.config_class is config_class:
                 auto_class.register(new, upgraded_model_class(model_class, new), exist_ok=True)
     return new
 

@@ -10,12 +10,14 @@ import uvicorn
 from loglinear.cli.app import app
 from tests.cli.command_line import in_process
 from tests.convert.test_transformers import mamba2
+from tests.upgrades.tiny import original
 
 VALUES = ["", "-1", "1" + "0" * 30, "nan", "a\udcffb", "x" * 5000, "{file}", "{folder}"]
 TINY = "--steps 1 --seq-len 32 --batch-tokens 64 --eval-every 1 --save-every 1"
 CALLS = {  # that work; {out} is a folder that is not there
     "train": f"train --recipe demo --data {{text}} --out {{out}} {TINY}",
     "convert": "convert --from transformers {foreign} {out} --num-levels 3",
+    "upgrade": "upgrade --model {pretrained} --out {out} --num-levels 3",
     "generate": "generate --model {run} --prompt a --max-new-tokens 1",
     "perplexity": "eval perplexity --model {run} --data {text} --out {out} --length 64",
     "needle": "eval needle --model {run} --out {out} --length 800 --examples 1 --task single_1",
@@ -57,7 +59,9 @@ def places(tmp_path, run, text, monkeypatch):
     (tmp_path / "file").write_bytes(b"\xff\0")
     (tmp_path / "folder").mkdir()
     mamba2(tmp_path / "foreign", n_groups=1)
-    return {"run": run, "text": text, **{name: tmp_path / name for name in ("out", "file", "folder", "foreign")}}
+    original("qwen3_5").save_pretrained(tmp_path / "pretrained")
+    names = ("out", "file", "folder", "foreign", "pretrained")
+    return {"run": run, "text": text, **{name: tmp_path / name for name in names}}
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ def test_every_command_is_on_the_page():
     for name in (
         "train",
         "convert",
+        "upgrade",
         "generate",
         "serve",
         "info",

@@ -8,11 +8,19 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 
 import loglinear
 from loglinear.upgrades.checkpoint import ENTRY
-from tests.upgrades.tiny import LEVELS, MODELS, original, tokens, trained, upgraded
+from tests.upgrades.tiny import COMMON, LEVELS, MODELS, original, tokens, trained, upgraded
 
 FAMILIES = pytest.mark.parametrize("family", MODELS)
 READ = "print(type(model).__name__, float(model(torch.arange(3, 43)[None]).logits.double().abs().sum()))"
@@ -146,3 +154,16 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         loglinear.load_upgrade(original("olmo_hybrid"), path)
     with pytest.raises(ValueError, match="num_levels is decided by the file"):
         loglinear.load_upgrade(original("qwen3_5"), path, num_levels=4)
+
+
+@torch.no_grad()
+def test_a_model_of_images_and_text_keeps_its_text(tmp_path):
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
+    theirs = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=COMMON, vision_config=vision)).eval()
+    ids = tokens(2, 20)
+    greedy = dict(attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    model = trained(theirs)
+    assert torch.allclose(upgraded(theirs)(ids).logits, theirs(ids).logits, atol=1e-4)
+    assert torch.equal(upgraded(theirs).generate(ids, **greedy), theirs.generate(ids, **greedy))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForImageTextToText.from_pretrained(tmp_path)(ids).logits, model(ids).logits)

@@ -28,29 +28,29 @@ EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, s
 LEVELS = dict(num_levels=6, chunk_size=4)  # a few dozen tokens cross chunks and levels
 
 
-def qwen3_next() -> PreTrainedModel:
-    return Qwen3NextForCausalLM(Qwen3NextConfig(**COMMON, **EXPERTS))
+def qwen3_next(**sizes) -> PreTrainedModel:
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**{**COMMON, **EXPERTS, **sizes}))
 
 
-def qwen3_5() -> PreTrainedModel:
-    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**COMMON))
+def qwen3_5(**sizes) -> PreTrainedModel:
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**COMMON, **sizes}))
 
 
-def qwen3_5_moe() -> PreTrainedModel:
-    return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**COMMON, **EXPERTS))
+def qwen3_5_moe(**sizes) -> PreTrainedModel:
+    return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**{**COMMON, **EXPERTS, **sizes}))
 
 
-def olmo_hybrid() -> PreTrainedModel:
-    return OlmoHybridForCausalLM(OlmoHybridConfig(**COMMON))
+def olmo_hybrid(**sizes) -> PreTrainedModel:
+    return OlmoHybridForCausalLM(OlmoHybridConfig(**{**COMMON, **sizes}))
 
 
 MODELS = {"qwen3_next": qwen3_next, "qwen3_5": qwen3_5, "qwen3_5_moe": qwen3_5_moe, "olmo_hybrid": olmo_hybrid}
 
 
-def original(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+def original(family: str, dtype: torch.dtype = torch.float64, **sizes) -> PreTrainedModel:
     """Return a model with weights that no initialisation hides: norms are not 1, biases are not 0."""
     torch.manual_seed(0)
-    model = MODELS[family]().eval()
+    model = MODELS[family](**sizes).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)

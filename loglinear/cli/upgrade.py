@@ -1,0 +1,44 @@
+"""`loglinear upgrade`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from loglinear.cli import console
+from loglinear.convert.target import write
+from loglinear.runs.folder import require_new
+from loglinear.runs.foreign import weight_files
+from loglinear.runs.loading import without_bars
+from loglinear.upgrades import upgrade
+
+
+def run(path: Path, out: Path, options: dict[str, Any]) -> None:
+    """Upgrade the model of a folder into a new folder, and print what was done.
+
+    Raises ValueError, in one line, for a folder that transformers cannot load, and as `loglinear.upgrade` does.
+    """
+    if not (path / "config.json").is_file():
+        raise ValueError(f"--model must be a folder with config.json and the weights, got {path}")
+    weight_files(path)
+    require_new(out, "--out")
+    logging.set_verbosity_error()
+    try:
+        with without_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path, use_safetensors=True, local_files_only=True, trust_remote_code=False
+            )
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ValueError(f"no model could be loaded from {path}: {str(error).splitlines()[0]}") from error
+    report = upgrade(model, **options)
+    write(model, path, out)
+    rows = [
+        ["log-linear layers", f"{len(report.layers):,} ({', '.join(sorted(set(report.layers.values())))})"],
+        ["other layers", f"{report.kept:,}"],
+        ["new parameters", f"{report.new_parameters:,}"],
+        ["parameters", f"{report.parameters:,}"],
+    ]
+    console.print_table(str(out), ["", "value"], rows)

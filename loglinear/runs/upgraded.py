@@ -1,0 +1,79 @@
+"""Upgraded models of transformers from folders. No code of a folder runs, and no server is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from loglinear.autoload.configuration import UpgradeConfig
+from loglinear.runs.foreign import check_settings, weight_files
+from loglinear.runs.json_files import read_object
+from loglinear.upgrades.checkpoint import config_from
+
+REFUSED = ("implementation", "quantization_config")
+"""Parts of the names of fields that could fetch code, or whose weights are not plain tensors."""
+
+
+def is_upgraded(checkpoint: Path) -> bool:
+    """Return True if a folder holds an upgraded model of transformers."""
+    return read_object(checkpoint / "config.json").get("model_type") == UpgradeConfig.model_type
+
+
+def load_upgraded(checkpoint: Path, device: str | torch.device) -> PreTrainedModel:
+    """Return the upgraded language model of a folder, in evaluation mode.
+
+    Raises ValueError, in one line, for a folder that holds no such model or other weights than its config.json says.
+    """
+    file = checkpoint / "config.json"
+    values = read_object(file)
+    _refuse_fields(file, values)
+    try:
+        config = config_from(values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} describes no model: {str(error).splitlines()[0]}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"checkpoint {checkpoint} holds a {config.model_type!r} model, expected a language model")
+    check_settings(checkpoint)
+    weight_files(checkpoint)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint,
+            config=config,
+            generation_config=GenerationConfig.from_model_config(config),
+            device_map={"": torch.device(device)},
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:  # transformers lists weights of other shapes in many lines
+        raise ValueError(
+            f"checkpoint {checkpoint} holds other weights than {file.name} says: {_first(error)}"
+        ) from None
+    model, found = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[kind]:
+            name = sorted(map(str, found[kind]))[0]
+            raise ValueError(
+                f"checkpoint {checkpoint} holds other weights than {file.name} says: {name} is {kind.split('_')[0]}"
+            )
+    return model.eval()
+
+
+def _refuse_fields(where: Path, values: Any) -> None:
+    """Raise ValueError for a field, at any depth, that could fetch code."""
+    items = values.items() if isinstance(values, dict) else ()
+    for name, value in items:
+        if value is not None and any(part in name for part in REFUSED):
+            raise ValueError(
+                f"{where}: {name} = {value!r:.80} is not what an upgrade writes, so the folder is not loaded"
+            )
+        _refuse_fields(where, value)
+
+
+def _first(error: Exception) -> str:
+    """Return the first line of an error."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,149 @@
+"""`loglinear upgrade`, and the commands that take an upgraded folder."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import loglinear
+from loglinear.cli.serve import prepare
+from loglinear.models import ByteTokenizer
+from loglinear.runs.loading import load_checkpoint
+from tests.cli.command_line import assert_one_line, in_process
+from tests.upgrades.tiny import MODELS, original
+
+TEXT = "def main():\n    return 1\n" * 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Qwen3.5 for bytes, as transformers saves it."""
+    path = tmp_path_factory.mktemp("original")
+    model = original("qwen3_5", torch.float32, vocab_size=264)
+    model.save_pretrained(path)
+    ByteTokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def upgraded_folder(folder, tmp_path_factory):
+    from loglinear.cli.upgrade import run
+
+    path = tmp_path_factory.mktemp("out") / "upgraded"
+    run(folder, path, dict(num_levels=6, chunk_size=4))
+    return path
+
+
+@torch.no_grad()
+def test_upgrade_writes_a_folder_with_the_same_logits(capsys, folder, tmp_path):
+    code, out, errors = in_process(
+        capsys, "upgrade", "--model", folder, "--out", tmp_path / "new", "--num-levels", 7, "--routing", "gram"
+    )
+    assert code == 0, errors
+    assert "Qwen3_5GatedDeltaNet" in out and "new parameters" in out
+    loaded, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "new"), torch.arange(3, 80)[None]
+    assert loaded.config.loglinear_upgrade["num_levels"] == 7 and loglinear.new_parameters(loaded)
+    right = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    assert torch.allclose(loaded(ids).logits, right, atol=1e-4 * right.abs().max().item())
+
+
+def test_the_commands_take_an_upgraded_folder(capsys, folder, upgraded_folder, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    made = []
+    for path in (folder, upgraded_folder):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        ids = torch.tensor([[1, *b"def ma"]])
+        made.append(model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=2))
+    assert torch.equal(*made)
+    arguments = ["--model", upgraded_folder, "--prompt", "def ma", "--temperature", 0, "--max-new-tokens", 8]
+    code, out, errors = in_process(capsys, "generate", *arguments)
+    assert code == 0 and out.startswith("def ma"), errors
+    arguments = ["--model", upgraded_folder, "--data", tmp_path / "text.txt", "--out", tmp_path / "eval"]
+    code, out, errors = in_process(capsys, "eval", "perplexity", *arguments, "--length", 64)
+    assert code == 0 and "bits per byte" in out, errors
+    code, out, errors = in_process(capsys, "info", "--model", upgraded_folder)
+    assert code == 0 and "Qwen3_5ForCausalLM of transformers, upgraded" in out, errors
+
+
+@torch.no_grad()
+def test_perplexity_is_that_of_the_original_model(upgraded_folder, folder, tmp_path):
+    """Packed windows leak nothing: each document counts as it does alone in the original model."""
+    from loglinear.data.corpus import read_corpus
+    from loglinear.evaluation import evaluate_perplexity
+
+    model, tokenizer = load_checkpoint(upgraded_folder)
+    for name, text in (("a", TEXT[:300]), ("b", TEXT[100:350])):
+        (tmp_path / f"{name}.txt").write_text(text)
+    corpus = read_corpus((str(tmp_path),), tokenizer)
+    found = evaluate_perplexity(model, corpus, length=400, max_tokens=10_000, progress=False)
+    theirs, nats = AutoModelForCausalLM.from_pretrained(folder), 0.0
+    for name in ("a", "b"):
+        ids = torch.tensor([tokenizer((tmp_path / f"{name}.txt").read_text()).input_ids])
+        ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids, torch.tensor([[tokenizer.eos_token_id]])], 1)
+        nats += theirs(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    assert found.nats_D.sum() == pytest.approx(nats, rel=1e-5)
+
+
+def test_the_server_answers_for_an_upgraded_folder(upgraded_folder):
+    from fastapi.testclient import TestClient
+
+    from loglinear.cli.serving.app import application
+    from loglinear.cli.serving.turns import Limits
+
+    model, tokenizer = load_checkpoint(upgraded_folder)
+    prepare(model, tokenizer)
+    with TestClient(application("tiny", model, tokenizer, Limits(tokens=32, prompt_tokens=99, seconds=60))) as client:
+        body = {"model": "tiny", "prompt": "def ma", "max_tokens": 5, "temperature": 0}
+        answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 5
+
+
+def test_what_cannot_be_upgraded_ends_in_one_line(capsys, folder, upgraded_folder, tmp_path):
+    def refused(path, *options):
+        return in_process(capsys, "upgrade", "--model", path, "--out", tmp_path / "new", *options)
+
+    assert_one_line(refused(tmp_path), "--model must be a folder with config.json and the weights")
+    assert_one_line(refused(upgraded_folder), "model is already upgraded")
+    assert_one_line(refused(folder, "--num-levels", 1), "num_levels must be at least 2")
+    llama = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
+    capsys.readouterr()  # transformers' progress bar
+    assert_one_line(refused(tmp_path / "llama"), "LlamaForCausalLM has no linear layer that can be upgraded")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "file").touch()
+    assert_one_line(refused(folder), "is not empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("attn_implementation", "someone/kernels"), ("quantization_config", {"quant_method": "bitsandbytes"})],
+)
+def test_fields_that_fetch_code_are_refused(capsys, upgraded_folder, tmp_path, name, value):
+    for file in upgraded_folder.iterdir():
+        if file.name != "manifest.json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, name: value}))
+    result = in_process(capsys, "generate", "--model", tmp_path, "--prompt", "a")
+    assert_one_line(result, "is not what an upgrade writes, so the folder is not loaded")
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 4, "layer_types": None}, {"hidden_size": 16}])
+def test_weights_of_another_model_are_refused(capsys, upgraded_folder, tmp_path, change):
+    for file in upgraded_folder.iterdir():
+        if file.name != "manifest.json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    result = in_process(capsys, "generate", "--model", tmp_path, "--prompt", "a")
+    assert_one_line((result[0], result[1], result[2].splitlines()[-1] + "\n"), "holds other weights than config.json")
+
+
+def test_every_family_can_be_upgraded_from_a_folder(tmp_path):
+    from loglinear.cli.upgrade import run
+
+    for family in MODELS:
+        original(family, torch.float32).save_pretrained(tmp_path / family)
+        run(tmp_path / family, tmp_path / f"{family}-new", dict(num_levels=4))
+        assert loglinear.new_parameters(AutoModelForCausalLM.from_pretrained(tmp_path / f"{family}-new"))
