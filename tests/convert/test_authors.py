@@ -7,6 +7,7 @@ from tests.convert import references
 from tests.convert.checkpoints import assert_same, converted_logits, tokens
 from tests.convert.fla_checkpoints import (
     LAYERS,
+    attention_shapes,
     decoder_config,
     decoder_tensors,
     delta_shapes,
@@ -37,6 +38,24 @@ def test_log_linear_gated_delta_net(tmp_path, gate):
 
     ours = converted_logits("authors", write(tmp_path, config, w), tmp_path / "out")
     assert_same(ours, references.decoder(w, tokens(), LAYERS, mixer, 1e-2))
+
+
+def test_a_first_layer_of_softmax_attention_has_no_levels(tmp_path):
+    spec = {"layers": [0], "num_heads": 2, "num_kv_heads": 1, "qkv_bias": False, "window_size": None}
+    config = decoder_config("h_gated_deltanet", head_dim=6, num_heads=3, expand_v=1.5, attn=spec)
+
+    def shapes(layer, at):
+        return attention_shapes(at, 12) if layer == 0 else delta_shapes(at, HEADS, levels=7)
+
+    w = decoder_tensors(shapes)
+
+    def mixer(x, layer, at):
+        if layer == 0:
+            return references.attention(x, w, at, heads=2, key_value_heads=1, theta=1e4)
+        return references.delta_rule(x, w, at, HEADS, eps=1e-6, scaled=False, levels=7)
+
+    ours = converted_logits("authors", write(tmp_path, config, w), tmp_path / "out")
+    assert_same(ours, references.decoder(w, tokens(), LAYERS, mixer, 1e-6))
 
 
 @pytest.mark.parametrize(
