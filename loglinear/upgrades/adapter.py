@@ -18,8 +18,10 @@ def save_upgrade(model: nn.Module, path: str | os.PathLike) -> None:
     """Save the new parameters of an upgraded model, and how it was upgraded, to one safetensors file.
 
     Raises:
-        ValueError: The model is not upgraded.
+        ValueError: The model is not upgraded, or has adapters of PEFT.
     """
+    if any(".modules_to_save." in name or "lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("model has adapters of PEFT: merge them with merge_and_unload(), or save the PEFT model")
     tensors = {name: parameter.detach().contiguous() for name, parameter in new_parameters(model).items()}
     entry = getattr(model.config, ENTRY)
     save_file(tensors, path, metadata={ENTRY: json.dumps(entry)})

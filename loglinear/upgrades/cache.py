@@ -113,7 +113,7 @@ def state_layer(cache: Cache, index: int) -> StateLayer:
 
 
 class SeenColumns(Seen):
-    """What a cache of transformers has seen, as `TokenPlaces` asks for it.
+    """The columns that a cache of transformers has seen, as `TokenPlaces` asks for them.
 
     Args:
         cache: The cache.

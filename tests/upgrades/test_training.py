@@ -100,6 +100,8 @@ def test_lora_trains_beside_the_level_weights(family, tmp_path):
             parameter.normal_(std=0.3)
     loss(model, ids).backward()
     assert all(p.grad.abs().max() > 0 for p in loglinear.new_parameters(model).values())
+    with pytest.raises(ValueError, match="model has adapters of PEFT: merge them with merge_and_unload"):
+        loglinear.save_upgrade(model, tmp_path / "levels.safetensors")
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         right = model(ids).logits
