@@ -32,6 +32,12 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         self.state, self.history, self.columns, self.is_whole = None, History(), 0, True
         self.has_previous_state = dict.fromkeys(self.has_previous_state, False)
 
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise ValueError("past_key_values holds states of an upgraded model: start with a new cache")
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise ValueError("past_key_values holds states of an upgraded model: start with a new cache")
+
     def store(self, state: MixerState | MixerDecodeState | None) -> None:
         """Store the state after new tokens; None or the layer's own state leaves it as it is."""
         if isinstance(state, MixerState):

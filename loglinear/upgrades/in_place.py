@@ -74,6 +74,8 @@ def upgrade(
         raise ValueError(f"model must be a model of transformers, got {type(model).__name__}")
     if num_levels < 2:
         raise ValueError(f"num_levels must be at least 2 (1 is the linear model itself), got {num_levels}")
+    if any(hasattr(module, "_hf_hook") for module in model.modules()) and any(p.is_meta for p in model.parameters()):
+        raise ValueError("model must have its parameters in memory, some are offloaded: upgrade it before")
     entry: dict[str, Any] = dict(
         num_levels=num_levels,
         radix=radix,

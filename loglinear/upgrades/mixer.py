@@ -64,7 +64,8 @@ class UpgradedMixer(TokenMixer):
     def become(cls, theirs: Any, choices: LogLinearConfig) -> None:
         """Turn transformers' module into one of this class, in place, with level weights that are exactly 1."""
         heads = cls.sizes(theirs)
-        theirs.__class__, theirs.conv1d.__class__ = cls, UpgradedConv1d
+        change_class(theirs, cls)
+        change_class(theirs.conv1d, UpgradedConv1d)
         theirs.operator, theirs.operator_step = OPERATORS[cls.transition]
         theirs.heads, theirs.num_levels, theirs.partition = heads, choices.num_levels, choices.partition
         theirs.chunk_size, theirs.impl = choices.chunk_size, choices.impl
@@ -81,8 +82,6 @@ class UpgradedMixer(TokenMixer):
             if part is not None:
                 part.train(theirs.training)
                 like_neighbours(part, theirs.conv1d.weight)
-        if hasattr(theirs, "_old_forward"):  # accelerate's hooks call the forward pass that they found
-            theirs._old_forward = cls.forward.__get__(theirs)
 
     @property
     def conv(self) -> ShortConvolution:  # type: ignore[override]
@@ -124,6 +123,13 @@ class UpgradedMixer(TokenMixer):
         if cu_seqlens is not None:
             return Packing.from_cu_seqlens(cu_seqlens, x.shape[1], self.conv.kernel)
         return None if mask is None or x.shape[1] == 1 else Packing.from_mask(mask.bool(), self.conv.kernel)
+
+
+def change_class(module: Any, new: type[nn.Module]) -> None:
+    """Make a module one of another class, in place."""
+    module.__class__ = new
+    if hasattr(module, "_old_forward"):  # accelerate's hooks call the forward pass that they found
+        module._old_forward = new.forward.__get__(module)
 
 
 def like_neighbours(part: nn.Module, neighbour: Tensor) -> None:

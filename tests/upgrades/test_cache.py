@@ -120,6 +120,28 @@ def test_states_of_the_original_model_are_refused():
         trained(theirs)(ids, past_key_values=started(theirs, ids))
 
 
+@FAMILIES
+def test_the_original_model_refuses_states_of_the_upgraded_one(family):
+    theirs, ids = original(family), tokens(1, 8)
+    with pytest.raises(ValueError, match="past_key_values holds states of an upgraded model: start with a new cache"):
+        theirs(ids, past_key_values=started(trained(theirs), ids))
+
+
+@FAMILIES
+@pytest.mark.parametrize("how", [{"prefill_chunk_size": 7}, {"use_cache": False}, {"embeddings": True}])
+def test_other_ways_to_generate_write_the_same_text(family, how):
+    model, ids = trained(original(family)), tokens(2, 23)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    greedy = dict(max_new_tokens=9, min_new_tokens=9, do_sample=False, attention_mask=mask)
+    right = model.generate(ids, **greedy)[:, -9:]
+    if "embeddings" in how:
+        text = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **greedy)
+    else:
+        text = model.generate(ids, **greedy, **how)
+    assert torch.equal(text[:, -9:], right)
+
+
 def test_a_cache_of_another_model_is_refused():
     model = trained(original("qwen3_next"))
     with pytest.raises(ValueError, match="must have a linear layer 0, as DynamicCache.config=model.config. has"):

@@ -4,6 +4,8 @@ import logging
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import attach_align_device_hook
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,6 +43,20 @@ def test_modules_and_parameters_stay_the_same_objects(family):
     assert all(parameter is model.get_parameter(name) for name, parameter in parameters.items())
 
 
+@torch.no_grad()
+def test_hooks_of_accelerate_stay():
+    """They move inputs, and fetch offloaded parameters: also after an upgrade, and for an upgraded model."""
+    ids, device = torch.arange(3, 43)[None], torch.device("cpu")
+    model = original("qwen3_next")
+    attach_align_device_hook(model, execution_device=device, offload=False)
+    loglinear.upgrade(model, **LEVELS)
+    right = upgraded(original("qwen3_next"))(ids).logits
+    assert torch.equal(model(ids).logits, right)
+    offloaded = cpu_offload(upgraded(original("qwen3_next")), execution_device=device)
+    assert all(p.is_meta for p in offloaded.parameters())
+    assert torch.equal(offloaded(ids).logits, right)
+
+
 def test_every_family_names_its_class():
     found = {type(m).__name__ for make in MODELS for m in original(make).modules() if family_of(m) is not None}
     assert found == {*FAMILIES}
@@ -59,6 +75,11 @@ def test_models_without_a_linear_layer_are_refused():
     )
     assert refused(llama).startswith("LlamaForCausalLM has no linear layer that can be upgraded, supported are Qwen3")
     assert refused(nn.Linear(2, 2)) == "model must be a model of transformers, got Linear"
+
+
+def test_an_offloaded_model_is_refused():
+    model = cpu_offload(original("qwen3_5"), execution_device=torch.device("cpu"))
+    assert refused(model) == "model must have its parameters in memory, some are offloaded: upgrade it before"
 
 
 def test_an_upgraded_model_is_refused():
