@@ -26,7 +26,7 @@ ALLOWED = {
     "data": {"models"},
     "runs": {"autoload", "upgrades", "processes", "recipes", "data", "models", "layers"},
     "convert": {"runs", "models", "variants"},
-    "training": {"signals", "processes", "runs", "recipes", "data", "models"},
+    "training": {"upgrades", "signals", "processes", "runs", "recipes", "data", "models"},
     "evaluation": {"signals", "training", "runs", "recipes", "data", "models"},
     "recipes": {"models", "variants", "partition", "fenwick"},
     "cli": {

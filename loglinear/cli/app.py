@@ -46,6 +46,7 @@ def train(
     data: Annotated[list[str] | None, of_recipe(f"Training text: {SOURCES}")] = None,
     more_data: MoreData = None,
     tokenizer: Annotated[str | None, of_recipe("'bytes' or the folder of a Hugging Face tokenizer.")] = None,
+    model: Annotated[Path | None, option("a new model", "Folder of an upgraded model to train.")] = None,
     variant: Annotated[str | None, of_recipe("Base model, as `loglinear info` lists them.")] = None,
     num_levels: Annotated[int | None, of_recipe("Number of levels; 1 makes the linear model.")] = None,
     steps: Annotated[int | None, of_recipe("Optimiser steps.")] = None,
@@ -83,6 +84,8 @@ def train(
 
     `loglinear train --recipe paper_mamba2 --tokenizer ./tokenizer --data datasets:NAME --out runs/paper`
 
+    `loglinear train --recipe demo --model runs/qwen3-next --data ~/books --out runs/trained`
+
     `loglinear train --resume --out runs/books --minutes 30`
     """
     from loglinear.cli.train import run
@@ -95,6 +98,7 @@ def train(
         tensorboard=tensorboard,
         data=all_data(data, more_data),
         tokenizer=tokenizer,
+        start=None if model is None else str(model),
         variant=variant,
         num_levels=num_levels,
         steps=steps,

@@ -15,10 +15,9 @@ from loglinear.recipes import RECIPES, get_recipe, needs
 from loglinear.runs.loading import load_model
 from loglinear.runs.provenance import versions
 from loglinear.upgrades import new_parameters
-from loglinear.upgrades.checkpoint import ENTRY
+from loglinear.upgrades.checkpoint import choices_of
 from loglinear.variants import VARIANTS
 
-PARTITION = ("num_levels", "radix", "finest_block", "largest_block", "routing")
 CONTEXTS = (("4K", 4096), ("16K", 16_384), ("128K", 131_072), ("1M", 1_048_576))
 
 
@@ -84,13 +83,13 @@ def _describe(name: str, config: LogLinearConfig) -> None:
 
 
 def _describe_upgraded(name: str, model: PreTrainedModel) -> None:
-    choices = getattr(model.config, ENTRY)
+    choices = choices_of(model.config)
     total, new = model.num_parameters(), sum(p.numel() for p in new_parameters(model).values())
     rows = [
         ["model", f"{type(model).__name__} of transformers, upgraded"],
-        ["levels", str(choices["num_levels"])],
-        ["partition", _partition(LogLinearConfig(**{name: choices[name] for name in PARTITION}))],
-        ["routing", choices["routing"] or "none"],
+        ["levels", str(choices.num_levels)],
+        ["partition", _partition(choices)],
+        ["routing", choices.routing or "none"],
         ["parameters", f"{total:,}"],
         ["of which new", f"{new:,} ({new / total:.2%})"],
     ]

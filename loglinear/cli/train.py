@@ -9,6 +9,7 @@ from typing import Any
 
 from loglinear.cli.console import Interrupted, count
 from loglinear.recipes import TrainingRecipe, get_recipe
+from loglinear.recipes.recipe import MODEL_OVERRIDES
 
 
 def run(
@@ -60,4 +61,11 @@ def _recipe(out: Path, name: str | None, resume: bool, overrides: dict[str, Any]
         from loglinear.variants import get_variant
 
         get_variant(variant)
+    if overrides.get("start") is not None:
+        for field in MODEL_OVERRIDES:
+            if overrides.get(field) is not None:
+                raise ValueError(
+                    f"--{field.replace('_', '-')} and --model exclude each other: the folder has its model"
+                )
+        overrides["tokenizer"] = overrides.get("tokenizer") or overrides["start"]
     return recipe.override(**overrides)

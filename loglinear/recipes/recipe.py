@@ -50,6 +50,7 @@ class TrainingRecipe:
     keep_checkpoints: int = 2
     validation_fraction: float = 0.05
     compile: bool = False
+    start: str | None = None  # the folder of an upgraded model of transformers; then `model` has no meaning
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from loglinear.autoload.configuration import UpgradeConfig
 from loglinear.runs.foreign import check_settings, weight_files
@@ -22,10 +22,10 @@ def is_upgraded(checkpoint: Path) -> bool:
     return read_object(checkpoint / "config.json").get("model_type") == UpgradeConfig.model_type
 
 
-def load_upgraded(checkpoint: Path, device: str | torch.device) -> PreTrainedModel:
-    """Return the upgraded language model of a folder, in evaluation mode.
+def upgraded_config(checkpoint: Path) -> PreTrainedConfig:
+    """Return the configuration of the upgraded language model of a folder.
 
-    Raises ValueError, in one line, for a folder that holds no such model or other weights than its config.json says.
+    Raises ValueError, in one line, for a folder that holds no such model.
     """
     file = checkpoint / "config.json"
     values = read_object(file)
@@ -33,9 +33,18 @@ def load_upgraded(checkpoint: Path, device: str | torch.device) -> PreTrainedMod
     try:
         config = config_from(values)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} describes no model: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{file} describes no model: {_first(error)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"checkpoint {checkpoint} holds a {config.model_type!r} model, expected a language model")
+    return config
+
+
+def load_upgraded(checkpoint: Path, device: str | torch.device) -> PreTrainedModel:
+    """Return the upgraded language model of a folder, in evaluation mode.
+
+    Raises ValueError, in one line, for a folder that holds no such model or other weights than its config.json says.
+    """
+    config = upgraded_config(checkpoint)
     check_settings(checkpoint)
     weight_files(checkpoint)
     try:
@@ -51,14 +60,14 @@ def load_upgraded(checkpoint: Path, device: str | torch.device) -> PreTrainedMod
         )
     except RuntimeError as error:  # transformers lists weights of other shapes in many lines
         raise ValueError(
-            f"checkpoint {checkpoint} holds other weights than {file.name} says: {_first(error)}"
+            f"checkpoint {checkpoint} holds other weights than config.json says: {_first(error)}"
         ) from None
     model, found = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[kind]:
             name = sorted(map(str, found[kind]))[0]
             raise ValueError(
-                f"checkpoint {checkpoint} holds other weights than {file.name} says: {name} is {kind.split('_')[0]}"
+                f"checkpoint {checkpoint} holds other weights than config.json says: {name} is {kind.split('_')[0]}"
             )
     return model.eval()
 

@@ -16,15 +16,15 @@ from transformers import TrainingArguments, set_seed
 from loglinear.data.corpus import Corpus, load_corpus
 from loglinear.data.packing import PackedRows
 from loglinear.data.tokenizer import load_tokenizer
-from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.models import LogLinearConfig
 from loglinear.processes import is_main_process, world_size
 from loglinear.recipes import TrainingRecipe, require_ready
 from loglinear.runs.checkpoints import last_checkpoint, step_of
 from loglinear.runs.folder import check_same_run, claim, require_empty, write_run
-from loglinear.runs.loading import check_weights
 from loglinear.runs.metrics import METRICS_FILE, rewind_metrics
 from loglinear.training.callbacks import RunLog, StopEarly
 from loglinear.training.compilation import GraphSteps, compile_blocks, in_few_sizes, require_compiler
+from loglinear.training.start import check_resumable, starting_config, starting_model
 from loglinear.training.trainer import LogLinearTrainer, quiet, training_arguments
 
 
@@ -62,7 +62,7 @@ def train(
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
     require_ready(recipe)
-    config = recipe.model_config()
+    config = starting_config(recipe)
     stop = StopEarly(minutes)
     quiet()
     main_process = is_main_process()
@@ -76,7 +76,7 @@ def train(
         corpora = load_corpus(recipe.data, tokenizer, recipe.validation_fraction, progress=progress and main_process)
         training, validation = _training_rows(recipe, corpora[0]), _validation_rows(recipe, corpora[1])
         set_seed(recipe.seed)
-        model = LogLinearForCausalLM(config)
+        model = starting_model(recipe, config)
         facts = _data_facts(*corpora)
         if resume:
             check_same_run(out, recipe, facts)
@@ -86,7 +86,7 @@ def train(
             print(note, file=sys.stderr)
         checkpoint = last_checkpoint(out) if resume else None
         if checkpoint is not None:
-            check_weights(checkpoint, config, described_by="the run's recipe")
+            check_resumable(checkpoint, recipe, model)
         before = rewind_metrics(out, checkpoint) if main_process else []
         if checkpoint is not None and step_of(checkpoint) >= recipe.steps:
             return TrainingResult(checkpoint, recipe.steps, interrupted=False, was_finished=True)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from loglinear.models import LogLinearForCausalLM
 from loglinear.runs.checkpoints import checkpoints, defect, step_of
 from loglinear.runs.files import sync, writing
 from loglinear.runs.folder import STAGING
@@ -78,7 +79,7 @@ class LogLinearTrainer(Trainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         """Skip the logits of a row if only its loss is needed."""
-        if prediction_loss_only:
+        if prediction_loss_only and isinstance(self.model, LogLinearForCausalLM):
             inputs = {**inputs, "skip_logits": True}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 

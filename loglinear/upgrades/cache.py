@@ -112,8 +112,13 @@ def state_layer(cache: Cache, index: int) -> StateLayer:
         )
     if any(layer.has_previous_state.values()):
         raise ValueError("past_key_values holds states of a model that was not upgraded: start with a new cache")
-    layer.__class__ = with_state(type(layer))
-    assert isinstance(layer, StateLayer)
+    return _become_state_layer(layer)
+
+
+@torch.compiler.disable  # Dynamo would make the class again
+def _become_state_layer(layer: Any) -> StateLayer:
+    kind: Any = type(layer)
+    layer.__class__ = with_state(kind)
     layer.start()
     return layer
 

@@ -12,6 +12,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from loglinear.autoload.configuration import UpgradeConfig
+from loglinear.models import LogLinearConfig
 from loglinear.models.auto_file import MODULE, write_auto_file
 from loglinear.models.generation import check_continuation
 from loglinear.upgrades.cache import SeenColumns
@@ -152,6 +153,12 @@ def become_saveable(model: Any, entry: dict[str, Any]) -> None:
         if isinstance(part, PreTrainedModel) and not isinstance(part, UpgradedModel) and upgraded_mixers(part):
             part.__class__ = upgraded_model_class(type(part), type(part.config))
             part._keep_in_fp32_modules_strict = {*(part._keep_in_fp32_modules_strict or ()), "score_bias"}
+
+
+def choices_of(config: PreTrainedConfig) -> LogLinearConfig:
+    """Return the choices of the levels of an upgraded model, as fields of a configuration of ours."""
+    entry = getattr(config, ENTRY)
+    return LogLinearConfig(**{name: value for name, value in entry.items() if name not in (BASE, "freeze")})
 
 
 def config_from(config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:

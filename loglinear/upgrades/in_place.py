@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loglinear.models import LogLinearConfig
-from loglinear.upgrades.checkpoint import BASE, ENTRY, become_saveable
+from loglinear.upgrades.checkpoint import BASE, ENTRY, become_saveable, choices_of
 from loglinear.upgrades.families import FAMILIES, family_of
 from loglinear.upgrades.mixer import NEW_PARTS
 from loglinear.upgrades.places import Placement, decoder_of, upgraded_mixers
@@ -97,7 +97,7 @@ def upgrade_as_configured(model: PreTrainedModel) -> None:
     """Upgrade a new model as its configuration says, unless a part that is a model itself has done so."""
     entry = {name: value for name, value in getattr(model.config, ENTRY).items() if name != BASE}
     if not upgraded_mixers(model):
-        place_levels(model, LogLinearConfig(**{name: value for name, value in entry.items() if name != "freeze"}))
+        place_levels(model, choices_of(model.config))
     become_saveable(model, entry)
     train_as_configured(model)
 

@@ -45,6 +45,7 @@ DEMO = "tests/cli/test_demo.py::test_demo_writes_everything_it_promises_and_cont
 SERVE = "tests/cli/test_serve.py::test_completions_are_those_of_generate"
 CONVERT = "tests/convert/test_conversion.py::test_the_command_converts_and_says_what_it_made"
 UPGRADE = "tests/cli/test_upgrade.py::test_upgrade_writes_a_folder_with_the_same_logits"
+START = "tests/training/test_start.py::test_the_command_trains_a_folder"
 UPGRADED = "tests/cli/test_upgrade.py::test_the_commands_take_an_upgraded_folder"
 NEEDLE = "tests/experiments/test_needle.py::test_pieces_give_what_one_call_gives"
 LONG_TEXT = "tests/experiments/test_long_text.py::test_both_lengths_are_evaluated_on_the_same_text"
@@ -58,7 +59,8 @@ TESTED = {
     "loglinear convert --from transformers --num-levels 1 mamba2 runs/linear": CONVERT,
     "loglinear convert --from transformers --num-levels 8 --finest-block 64 --routing gram mamba2 runs/routed": CONVERT,
     "loglinear upgrade --model qwen3-next --out runs/qwen3-next --num-levels 15": UPGRADE,
-    'loglinear generate --model runs/qwen3-next --prompt "Once"': UPGRADED,
+    "loglinear train --recipe demo --model runs/qwen3-next --data ~/books --out runs/trained": START,
+    'loglinear generate --model runs/trained --prompt "Once"': UPGRADED,
     "loglinear serve --model runs/books": SERVE,
     "loglinear serve --model runs/books --port 8000": SERVE,
     "python -m experiments.figures": "tests/documents/test_figures.py::test_figures_are_those_of_the_results",

@@ -1,0 +1,78 @@
+"""A run that starts from an upgraded model: it trains the new parameters, and resumes bit for bit."""
+
+import shutil
+
+import pytest
+import torch
+
+import loglinear
+from loglinear.models import ByteTokenizer
+from loglinear.runs.loading import load_model
+from loglinear.training.train import train
+from tests.cli.command_line import assert_one_line, in_process
+from tests.training.tiny import assert_same_run, tiny_recipe
+from tests.upgrades.tiny import MODELS, original, upgraded
+
+FAMILIES = pytest.mark.parametrize("family", MODELS)
+
+
+def folder(family, path, **options):
+    upgraded(original(family, torch.float32, vocab_size=264), **options).save_pretrained(path)
+    ByteTokenizer().save_pretrained(path)
+    return path
+
+
+@FAMILIES
+def test_a_run_trains_the_new_parameters_and_resumes(family, data, tmp_path):
+    start = folder(family, tmp_path / "start")
+    recipe = tiny_recipe(data, start=str(start), steps=4, eval_every=2)
+    train(recipe, tmp_path / "whole", progress=False)
+    before, after = load_model(start), load_model(tmp_path / "whole")
+    changed = {name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))}
+    assert changed == {*loglinear.new_parameters(after)}
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/checkpoint-4")
+    train(recipe, tmp_path / "resumed", resume=True, progress=False)
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+
+def test_a_run_that_trains_all_parameters_resumes(data, tmp_path):
+    recipe = tiny_recipe(data, start=str(folder("qwen3_5", tmp_path / "start", freeze=False)), steps=4, eval_every=2)
+    train(recipe, tmp_path / "whole", progress=False)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/checkpoint-4")
+    train(recipe, tmp_path / "resumed", resume=True, progress=False)
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+
+def test_experts_that_are_trained_too_cannot_be_resumed(data, tmp_path):
+    """transformers stores them one by one, and its Trainer would not find them again."""
+    start = str(folder("qwen3_next", tmp_path / "start", freeze=False))
+    train(tiny_recipe(data, start=start, steps=2, eval_every=2), tmp_path / "run", progress=False)
+    shutil.copytree(tmp_path / "run", tmp_path / "more")
+    with pytest.raises(ValueError, match="cannot be resumed: transformers stores .*experts.* under another name"):
+        train(tiny_recipe(data, start=start, steps=2, eval_every=2), tmp_path / "more", resume=True, progress=False)
+
+
+def test_the_command_trains_a_folder(data, tmp_path, capsys):
+    start, out = folder("qwen3_5", tmp_path / "start"), tmp_path / "out"
+
+    def run(*options):
+        sizes = ["--steps", 2, "--seq-len", 32, "--batch-tokens", 64, "--eval-every", 2, "--save-every", 2]
+        return in_process(capsys, "train", "--recipe", "demo", "--data", data, "--out", out, *sizes, *options)
+
+    assert_one_line(run("--model", tmp_path), "it has neither config.json nor a folder checkpoint-STEP")
+    assert_one_line(run("--model", start, "--num-levels", 3), "--num-levels and --model exclude each other")
+    assert_one_line(
+        run("--model", start, "--compile"), "compile needs a new model, and this run starts from an upgraded"
+    )
+    code, _, errors = run("--model", start)
+    assert code == 0, errors
+    assert loglinear.new_parameters(load_model(out))
+    code, _, errors = in_process(capsys, "train", "--resume", "--out", out)
+    assert code == 0 and "had finished" in errors
+
+
+def test_a_folder_of_another_model_is_refused(whole, data, tmp_path):
+    with pytest.raises(ValueError, match="a run starts from an upgraded model, and .* holds none: upgrade it first"):
+        train(tiny_recipe(data, start=str(whole)), tmp_path / "run", progress=False)
