@@ -103,8 +103,8 @@ def unsupported(p: Problem) -> str | None:
     reason = _too_wide(K, V, p.beta is not None)
     if reason is not None:
         return reason
-    from loglinear.kernels.triton.call import common_dtype
     from loglinear.kernels.triton.delta_rule.products import products_of
+    from loglinear.kernels.triton.inputs import common_dtype
     from loglinear.kernels.triton.layout import MAX_CHUNKS
 
     has_state = p.initial_state is not None or p.output_final_state

@@ -11,6 +11,15 @@ def teach_interpreter(setattr_=setattr):
     teach_haste(setattr_)
 
 
+def flat(arguments):
+    """The arguments of a kernel, and those in its tuples."""
+    for x in arguments:
+        if isinstance(x, tuple):
+            yield from flat(x)
+        else:
+            yield x
+
+
 def teach_bounds(setattr_=setattr):
     """Every load and store has to lie inside the storage of a tensor that the kernel was given."""
     from triton.runtime import interpreter
@@ -22,7 +31,7 @@ def teach_bounds(setattr_=setattr):
     def remember(self, args, kwargs):
         nonlocal given
         args, kwargs = arguments(self, args, kwargs)
-        tensors = [x for x in (*args, *kwargs.values()) if hasattr(x, "untyped_storage")]
+        tensors = [x for x in flat((*args, *kwargs.values())) if hasattr(x, "untyped_storage")]
         storages = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in (x.untyped_storage() for x in tensors)]
         given = numpy.array(sorted(storages), numpy.uint64).reshape(-1, 2).T
         return args, kwargs

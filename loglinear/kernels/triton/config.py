@@ -38,11 +38,18 @@ class Launch:
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages)
+
 
 @dataclass(frozen=True)
 class Plan:
     chunk_size: int
     stages: dict[str, Launch]
+
+    def __getitem__(self, stage: str) -> Launch:
+        return self.stages[stage]
 
     def to_json(self) -> dict[str, Any]:
         stages = {name: [x.tile, x.num_warps, x.num_stages] for name, x in self.stages.items()}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loglinear.fenwick import block_cap
 
-STOREY = 6  # levels that one sweep builds, where nobody says otherwise
+TIER = 6  # levels that one sweep builds, where nobody says otherwise
 READS = 16  # levels between chunks that a walk can read
 MAX_CHUNKS = 1 << READS
 
@@ -70,7 +70,7 @@ class Layout:
     tokens: int  # per row of the batch
     chunks_per_row: int
     chunks: int  # rows of every per-chunk array
-    runs: tuple[int, ...]  # runs of 2**STOREY entries, for each storey of the sweeps
+    runs: tuple[int, ...]  # runs of 2**TIER entries, for each tier of the sweeps
     run_levels: int  # levels of blocks that as many chunks or more read
     cap: int
     sequences: int
@@ -101,13 +101,13 @@ def layout(
     per_row = -(-tokens // C)
     if tokens // C >= MAX_CHUNKS:
         raise ValueError(f"impl='triton' takes sequences below {MAX_CHUNKS * C} tokens at chunk size {C}, got {tokens}")
-    run = 1 << STOREY
-    storeys = -(-(READS if starts is not None else max(1, per_row.bit_length() - 1)) // STOREY)
+    run = 1 << TIER
+    tiers = -(-(READS if starts is not None else max(1, per_row.bit_length() - 1)) // TIER)
     if cu_seqlens is None:
-        entries = [per_row >> (STOREY * s) for s in range(storeys)]
+        entries = [per_row >> (TIER * s) for s in range(tiers)]
         runs = tuple(rows * max(1, -(-n // run)) for n in entries)
-        levels = max(0, (per_row - 1).bit_length() - STOREY)
-        no_tables = (None,) * storeys
+        levels = max(0, (per_row - 1).bit_length() - TIER)
+        no_tables = (None,) * tiers
         return Layout(C, tokens, per_row, rows * per_row, runs, levels, cap, rows, None, no_tables, None, None)
     N = len(cu_seqlens) - 1
     lengths = cu_seqlens.diff()
@@ -121,18 +121,18 @@ def layout(
     table = torch.stack([z, first, end, z0[sequence], sequence], 1).int()
     origin, count = own.cumsum(0) - own - z0, own + z0
     run_tables = []
-    for s in range(storeys):
-        skipped = z0 >> (STOREY * (s + 1))
-        runs_of = (((count >> (STOREY * s)) + run - 1) // run - skipped).clamp(min=0)
+    for s in range(tiers):
+        skipped = z0 >> (TIER * (s + 1))
+        runs_of = (((count >> (TIER * s)) + run - 1) // run - skipped).clamp(min=0)
         runs_of = torch.where(own > 0, runs_of, 0)  # without chunks of its own a sequence only hands its nodes on
         if s == 0:
             first_runs = runs_of.cumsum(0) - runs_of
         # One run more than full ones for each sequence with entries here; two where its first need not be full either.
-        more = min(N, chunks >> (STOREY * s)) if starts is None else 2 * N
-        sequence, number, is_real = ragged(runs_of, (chunks >> (STOREY * (s + 1))) + more)
+        more = min(N, chunks >> (TIER * s)) if starts is None else 2 * N
+        sequence, number, is_real = ragged(runs_of, (chunks >> (TIER * (s + 1))) + more)
         columns = [origin[sequence], torch.where(is_real, count[sequence], 0), number + skipped[sequence]]
         run_tables.append(torch.stack([*columns, z0[sequence], sequence], 1).int())
-    levels = READS - STOREY if starts is not None else max(0, (per_row - 1).bit_length() - STOREY)
+    levels = READS - TIER if starts is not None else max(0, (per_row - 1).bit_length() - TIER)
     ends = torch.stack([origin, z0 + lengths // C, z0], 1).int()
     return Layout(
         C,

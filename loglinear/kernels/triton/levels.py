@@ -4,14 +4,15 @@
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.tiles import arrived, dot_float32, exponent, load_ahead
+from loglinear.kernels.triton.compiler import prefetch, prefetched
+from loglinear.kernels.triton.tiles import dot_float32, exponent
 from loglinear.kernels.triton.walks import READS
 
 
 @triton.jit
 def load_scale(base, stride, n, column, L, i):
     """lambda of one level for each row, clamped to the last level: [rows], loaded ahead."""
-    return load_ahead(base + (i * stride + tl.minimum(column, L - 1)), i < n)
+    return prefetch(base + (i * stride + tl.minimum(column, L - 1)), i < n)
 
 
 @triton.jit
@@ -19,17 +20,17 @@ def load_read_scales(base, stride, n, reads, L, i, LOG_C: tl.constexpr):
     """lambda of each candidate that is read, else 0: [rows, READS], loaded ahead. reads: the candidates' bits."""
     l = tl.arange(0, READS)
     columns = tl.minimum(LOG_C + 1 + l, L - 1)[None, :]
-    return load_ahead(base + ((i * stride)[:, None] + columns), (i < n)[:, None] & (((reads >> l) & 1) > 0)[None, :])
+    return prefetch(base + ((i * stride)[:, None] + columns), (i < n)[:, None] & (((reads >> l) & 1) > 0)[None, :])
 
 
 @triton.jit
-def scales_product(scales, y, DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+def scales_product(scales, y, DTYPE: tl.constexpr, MATH: tl.constexpr):
     """scales @ y of a [rows, 16] tile of lambdas that were loaded ahead from an array of DTYPE, and are not rounded."""
-    x = arrived(scales, DTYPE)
-    if DTYPE == DOT:
-        return tl.dot(x.to(DOT), y, input_precision=PRECISION)
+    x = prefetched(scales, DTYPE)
+    if MATH.dot == DTYPE:
+        return tl.dot(x.to(MATH.dot), y, input_precision=MATH.precision)
     else:
-        return dot_float32(x, y, DOT, PRECISION)
+        return dot_float32(x, y, MATH)
 
 
 @triton.jit
@@ -86,31 +87,30 @@ def load_class_scales(base, stride, n, L, level, i, ONE_LEVEL: tl.constexpr):
         return load_scale(base, stride, n, level, L, i)
     else:
         columns = tl.minimum(tl.maximum(class_levels(i), 0), L - 1)
-        return load_ahead(base + ((i * stride)[:, None] + columns), (i < n)[:, None] & reads_class(i))
+        return prefetch(base + ((i * stride)[:, None] + columns), (i < n)[:, None] & reads_class(i))
 
 
 @triton.jit
 def spread_scales(
     scales, near_JC, far_JC, i,
-    DTYPE: tl.constexpr, J: tl.constexpr, ONE_LEVEL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, J: tl.constexpr, ONE_LEVEL: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """LAM[i, j] = lambda[i, level(i, j)] from scales [i, c] loaded ahead from an array of DTYPE. Whoever takes it
     has to leave out j > i."""
     if ONE_LEVEL:
-        return arrived(scales, DTYPE)[:, None]
+        return prefetched(scales, DTYPE)[:, None]
     else:
-        near = scales_product(scales, tl.trans(near_JC), DTYPE, DOT, PRECISION)
-        far = scales_product(scales, tl.trans(far_JC), DTYPE, DOT, PRECISION)
+        near = scales_product(scales, tl.trans(near_JC), DTYPE, MATH)
+        far = scales_product(scales, tl.trans(far_JC), DTYPE, MATH)
         return tl.where(is_near(i, J), near, far)
 
 
 @triton.jit
-def level_sums(x, near_JC, far_JC, i, J: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+def level_sums(x, near_JC, far_JC, i, J: tl.constexpr, MATH: tl.constexpr):
     """Sums of x [i, j] over the columns of each class [i, c]."""
     near = tl.where(is_near(i, J), x, 0.0)
-    return tl.dot(
-        near.to(DOT), near_JC, tl.dot(x.to(DOT), far_JC, input_precision=PRECISION), input_precision=PRECISION
-    )
+    sums_IC = tl.dot(x.to(MATH.dot), far_JC, input_precision=MATH.precision)
+    return tl.dot(near.to(MATH.dot), near_JC, sums_IC, input_precision=MATH.precision)
 
 
 @triton.jit

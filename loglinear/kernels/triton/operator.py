@@ -14,8 +14,8 @@ from loglinear.kernels import MIN_LOG_DECAY
 from loglinear.kernels.torch.gradients import recorded_gradients
 from loglinear.kernels.torch.operator import stages
 from loglinear.kernels.triton import delta_rule, scalar_gate
-from loglinear.kernels.triton.call import common_dtype
 from loglinear.kernels.triton.config import Plan, choose
+from loglinear.kernels.triton.inputs import Operands, Sequences, common_dtype
 from loglinear.partition import FENWICK
 
 
@@ -35,14 +35,15 @@ def chunkwise(
     nodes [N,M,H,K,V], starts [N]: the block states before each packed sequence's first chunk, and that chunk's number.
     chunk_size 0 leaves the choice to the kernels; with `final` or nodes it is the states' chunk size.
     """
-    call: delta_rule.DeltaRule | scalar_gate.ScalarGate
     if beta is None:
         plan = _plan("forward", q, k, v, chunk_size)
-        call = scalar_gate.ScalarGate(q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, plan)
-    else:
-        C = delta_rule.choose_chunk_size(q, k, v, chunk_size)
-        call = delta_rule.DeltaRule(q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, C, final)
-    inverse, cumulative = call.invert() if isinstance(call, delta_rule.DeltaRule) else (call.empty(0), call.empty(0))
+        operands = Operands(q, k, v, log_decay, None, level_scales, nodes)
+        x = scalar_gate.inputs_of(operands, Sequences(cu_seqlens, starts), scale, plan)
+        output, blocks = scalar_gate.forward(x, plan, final=final)
+        return output, x.empty(0) if blocks is None else blocks, x.empty(0), x.empty(0)
+    C = delta_rule.choose_chunk_size(q, k, v, chunk_size)
+    call = delta_rule.DeltaRule(q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, C, final)
+    inverse, cumulative = call.invert()
     call.build_states()
     return call.output(), call.final_blocks() if final else call.empty(0), inverse, cumulative
 
@@ -73,9 +74,9 @@ def chunkwise_backward(
     grads: tuple[Tensor | None, ...]
     if beta is None:
         plan = _plan("backward", q, k, v, chunk_size)
-        grads = scalar_gate.gradients(
-            do, dblocks, q, k, v, log_decay, level_scales, nodes, cu_seqlens, starts, scale, plan
-        )
+        operands = Operands(q, k, v, log_decay, None, level_scales, nodes)
+        outgoing = scalar_gate.Outgoing(do, dblocks)
+        grads = scalar_gate.gradients(operands, Sequences(cu_seqlens, starts), outgoing, scale, plan)
     else:
         C = delta_rule.choose_chunk_size(q, k, v, chunk_size)
         grads = delta_rule.gradients(

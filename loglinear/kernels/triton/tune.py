@@ -24,7 +24,8 @@ from triton.runtime.errors import OutOfResources
 
 from loglinear.fenwick import num_levels
 from loglinear.kernels.triton.config import STAGES, Launch, Plan, table_key
-from loglinear.kernels.triton.scalar_gate.launch import ScalarGate, gradients
+from loglinear.kernels.triton.inputs import Operands, Sequences
+from loglinear.kernels.triton.scalar_gate import Outgoing, forward, gradients, inputs_of
 from loglinear.partition import FENWICK
 
 WARPS_AND_STAGES = ((4, 2), (4, 3), (8, 2), (8, 3))
@@ -69,13 +70,12 @@ def candidates(direction: str, shape: Shape) -> Iterator[Plan]:
 def run(direction: str, inputs: list[Tensor], plan: Plan, do: Tensor | None = None) -> list[Tensor]:
     """The output, or the five gradients."""
     q, k, v, log_decay, level_scales = inputs
+    operands, dense = Operands(q, k, v, log_decay, None, level_scales, None), Sequences(None, None)
     if direction == "backward":
         do = torch.ones_like(v) if do is None else do
-        grads = gradients(do, None, q, k, v, log_decay, level_scales, None, None, None, 1.0, plan)
+        grads = gradients(operands, dense, Outgoing(do, None), 1.0, plan)
         return [grad for grad in grads if grad is not None]
-    call = ScalarGate(q, k, v, log_decay, level_scales, None, None, None, 1.0, plan)
-    call.build_states()
-    return [call.output()]
+    return [forward(inputs_of(operands, dense, 1.0, plan), plan, final=False)[0]]
 
 
 def _compile(direction: str, shape: Shape, plan: Plan) -> None:

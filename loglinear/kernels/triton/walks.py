@@ -5,48 +5,48 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.triton import layout
-from loglinear.kernels.triton.tiles import STOREY, exponent
+from loglinear.kernels.triton.tiles import TIER, exponent
 
 READS = tl.constexpr(layout.READS)  # candidate reads of a walk: levels between chunks
 
 
 @triton.jit
-def walk(z, z0, cap):
-    """The reads of chunk z as vectors over READS candidates: is it read, exclusive end of the block, is it a node.
+def walk(place, cap):
+    """The reads of a chunk as vectors over READS candidates: is it read, exclusive end of the block, is it initial.
 
     Below the cap candidate l is the block of 2**l chunks, read where bit l of z is set. The older past is one slot for
-    each storey: candidate max(cap, STOREY s) stands for the rest of storey s. Blocks that end at or before z0, where a
-    continued sequence begins, are nodes: they come from the initial state, the oldest with the whole prefix in it.
+    each tier: candidate max(cap, TIER s) stands for the rest of tier s. Blocks that end at or before z0, where a
+    continued sequence begins, come from the initial state, the oldest with the whole prefix in it.
     """
     l, oldest = tl.arange(0, READS), tl.minimum(cap, 31)
-    digit = tl.where(l < cap, 1, (1 << ((l // STOREY + 1) * STOREY - l)) - 1) & (z >> l)
-    is_first = (l <= cap) | (l % STOREY == 0)
-    end = (z >> l) << l
-    is_node = end <= z0
-    read = is_first & (digit > 0) & ((end > z0) | (l < cap) | (end == (z0 >> oldest) << oldest))
-    return read, end, is_node
+    digit = tl.where(l < cap, 1, (1 << ((l // TIER + 1) * TIER - l)) - 1) & (place.z >> l)
+    is_first = (l <= cap) | (l % TIER == 0)
+    end = (place.z >> l) << l
+    is_initial = end <= place.z0
+    is_there = (end > place.z0) | (l < cap) | (end == (place.z0 >> oldest) << oldest)
+    return is_first & (digit > 0) & is_there, end, is_initial
 
 
 @triton.jit
 def reader_level(e, cap):
     """The candidate through which the readers of the slot of chunk e see it; they are the 2**l chunks behind it."""
     t = exponent((e + 1) & -(e + 1))
-    return tl.where(t < cap, t, tl.maximum(cap, t // STOREY * STOREY))
+    return tl.where(t < cap, t, tl.maximum(cap, t // TIER * TIER))
 
 
 @triton.jit
-def load_blocks(log_p, c, z, z0, cap, h, H):
-    """log2 of the decay of each block that chunk z reads, 0 for what it does not read and for nodes."""
-    read, end, is_node = walk(z, z0, cap)
-    row = (c - z).to(tl.int64) + end - 1
-    return tl.load(log_p + row * H + h, mask=read & (end > z0), other=0.0)
+def load_log_decays(log_decay, place, sizes, h):
+    """log2 of the decay of each block that a chunk reads, 0 for those that it does not read and for initial ones."""
+    read, end, _ = walk(place, sizes.cap)
+    row = (place.c - place.z).to(tl.int64) + end - 1
+    return tl.load(log_decay + row * sizes.H + h, mask=read & (end > place.z0), other=0.0)
 
 
 @triton.jit
-def paths(log_p, c, z, z0, cap, h, H):
-    """For each candidate: is it read, and its path, log2 of the decay from the block's end to chunk z."""
-    read, _, _ = walk(z, z0, cap)
-    log_block = load_blocks(log_p, c, z, z0, cap, h, H)
+def paths(log_decay, place, sizes, h):
+    """For each candidate: is it read, and its path, log2 of the decay from the block's end to the chunk."""
+    read, _, _ = walk(place, sizes.cap)
+    log_block = load_log_decays(log_decay, place, sizes, h)
     return read, tl.cumsum(log_block, 0) - log_block
 
 
@@ -63,12 +63,18 @@ def nearest(remaining):
 
 
 @triton.jit
-def slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, SIZE: tl.constexpr, NODES: tl.constexpr):
-    """Where the state lies that candidate l of chunk z's walk reads."""
-    end = (z >> l) << l
-    pointer = slots + (((c - z).to(tl.int64) + end - 1) * H + h) * SIZE
-    if NODES:
-        m = tl.minimum(l, cap)
-        node = nodes + ((sequence.to(tl.int64) * (cap + 1) + m) * H + h) * SIZE
-        pointer = tl.where(end <= z0, node, pointer)
+def initial_row(place, l, sizes, h):
+    """The row in the initial state [N, M, H] of the block that candidate l stands for."""
+    m = tl.minimum(l, sizes.cap)
+    return (place.sequence.to(tl.int64) * (sizes.cap + 1) + m) * sizes.H + h
+
+
+@triton.jit
+def slot_pointer(states, place, l, sizes, h, SIZE: tl.constexpr):
+    """Where the state lies that candidate l of a chunk's walk reads."""
+    end = (place.z >> l) << l
+    pointer = states.slots + (((place.c - place.z).to(tl.int64) + end - 1) * sizes.H + h) * SIZE
+    if states.initial is not None:
+        initial = states.initial + initial_row(place, l, sizes, h) * SIZE
+        pointer = tl.where(end <= place.z0, initial, pointer)
     return pointer

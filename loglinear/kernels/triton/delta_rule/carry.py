@@ -34,7 +34,7 @@ def older_column(column, num_slots, columns, collapsed):
 def add_through(
     total, prefix, log_decay, state, is_first, row, column,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    MATH: tl.constexpr,
 ):  # fmt: skip
     """total + F R, one [TK, BV] tile; the first entry of a run has no F."""
     state_TV = load_block(state, row, column, K, V, TK, BV).to(tl.float32)
@@ -44,8 +44,8 @@ def add_through(
         total += state_TV * tl.exp2(log_decay)
         for s in range(0, K, TK):
             prefix_TT = load_block(prefix, row, s, K, K, TK, TK)
-            source_TV = load_block(state, s, column, K, V, TK, BV).to(DOT)
-            total = tl.dot(prefix_TT, source_TV, total, input_precision=PRECISION)
+            source_TV = load_block(state, s, column, K, V, TK, BV).to(MATH.dot)
+            total = tl.dot(prefix_TT, source_TV, total, input_precision=MATH.precision)
     return total
 
 
@@ -54,7 +54,7 @@ def read_at(
     kept, prefixes, prefix_totals, carried, out, row, i, start, run, number, place, h, H, column,
     num_slots, columns, collapsed,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, NODES: tl.constexpr,
+    MATH: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """out = what entry i, in `row`, reads in column `place`, one tile of V."""
     SIZE: tl.constexpr = K * V
@@ -71,7 +71,7 @@ def read_at(
             log_decay = tl.load(prefix_totals + entry, mask=i > start, other=0.0)
             state_TV = add_through(
                 state_TV, prefixes + entry * (K * K), log_decay, block, i == start, a, column,
-                K, V, TK, BV, DOT, PRECISION,
+                K, V, TK, BV, MATH,
             )  # fmt: skip
         store_block(out, a, column, state_TV, K, V, TK, BV)
 
@@ -81,7 +81,7 @@ def carry_kernel(
     kept, prefixes, prefix_totals, carried, out, table,
     per_row, H, num_slots, columns, collapsed, places,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+    MATH: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """One entry of a run, one column of what it is carried, one head, one tile of V: out [entry, place, H, K, V]."""
     TILES: tl.constexpr = (V + BV - 1) // BV
@@ -94,7 +94,7 @@ def carry_kernel(
     read_at(
         kept, prefixes, prefix_totals, carried, out + ((row * places + place) * H + h) * (K * V),
         row, i, start, run, number, place, h, H, tile * BV, num_slots, columns, collapsed,
-        K, V, TK, BV, DOT, PRECISION, NODES,
+        K, V, TK, BV, MATH, NODES,
     )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def final_blocks_kernel(
     kept, prefixes, prefix_totals, carried, out, ends, first_runs,
     N, H, num_slots, columns, collapsed, places,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+    MATH: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """One block of a sequence's final state, one head, one tile of V: out [N, M, H, K, V]."""
     TILES: tl.constexpr = (V + BV - 1) // BV
@@ -126,5 +126,5 @@ def final_blocks_kernel(
     read_at(
         kept, prefixes, prefix_totals, carried, out + ((sequence.to(tl.int64) * places + place) * H + h) * (K * V),
         row, i, start, run, number, place, h, H, tile * BV, num_slots, columns, collapsed,
-        K, V, TK, BV, DOT, PRECISION, NODES,
+        K, V, TK, BV, MATH, NODES,
     )  # fmt: skip

@@ -10,14 +10,15 @@ columns, the second's have two, its own and the earlier part's. Above the diagon
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule.tiles import decay, load_strength, part_program
+from loglinear.kernels.triton.compiler import prefetched
+from loglinear.kernels.triton.delta_rule.tiles import SIZES, decay, load_strength, part_program
 from loglinear.kernels.triton.levels import load_scale
-from loglinear.kernels.triton.tiles import SIZES, arrived, load_block, load_rows, store_block
+from loglinear.kernels.triton.tiles import load_block, load_rows, store_block
 
 
 @triton.jit
 def load_tile(matrix, i, j, C: tl.constexpr, J: tl.constexpr, turn=0):
-    """The [J, J] tile at (i, j) of a [C, C] matrix. `turn`: see `rows_again`."""
+    """The [J, J] tile at (i, j) of a [C, C] matrix. `turn`: see `fresh_arange`."""
     return load_block(matrix, i, j, C, C, J, J, turn)
 
 
@@ -30,14 +31,14 @@ def load_part(x, first, J: tl.constexpr):
 @triton.jit
 def multiply_rows(
     x_rows, y_rows, x_t, y_t, x_n, y_n,
-    WIDTH: tl.constexpr, J: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, J: tl.constexpr, COLUMNS: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """X Y^T of J rows each. A loop that is not unrolled: no tile is kept in registers for another product."""
     products_JJ = tl.zeros([J, J], tl.float32)
     for column in range(0, WIDTH, COLUMNS):
-        x_JT = load_rows(x_rows, x_t, x_n, column, J, WIDTH, COLUMNS).to(DOT)
-        y_JT = load_rows(y_rows, y_t, y_n, column, J, WIDTH, COLUMNS).to(DOT)
-        products_JJ = tl.dot(x_JT, tl.trans(y_JT), products_JJ, input_precision=PRECISION)
+        x_JT = load_rows(x_rows, x_t, x_n, column, J, WIDTH, COLUMNS).to(MATH.dot)
+        y_JT = load_rows(y_rows, y_t, y_n, column, J, WIDTH, COLUMNS).to(MATH.dot)
+        products_JJ = tl.dot(x_JT, tl.trans(y_JT), products_JJ, input_precision=MATH.precision)
     return products_JJ
 
 
@@ -55,10 +56,10 @@ def is_level(i, level: tl.constexpr, J: tl.constexpr):
 def own_scales(scales, l_t, n, L, J: tl.constexpr, LOG_J: tl.constexpr, LINEAR: tl.constexpr, DTYPE: tl.constexpr):
     """LAM of a part's own J tokens; scales: of the first of them. Whoever takes it has to leave out j > i."""
     i = tl.arange(0, J)
-    scales_JJ = arrived(load_scale(scales, l_t, n, 0 if LINEAR else LOG_J, L, i), DTYPE)[:, None]
+    scales_JJ = prefetched(load_scale(scales, l_t, n, 0 if LINEAR else LOG_J, L, i), DTYPE)[:, None]
     if not LINEAR:
         for level in tl.static_range(LOG_J):
-            scale = arrived(load_scale(scales, l_t, n, level, L, i), DTYPE)
+            scale = prefetched(load_scale(scales, l_t, n, level, L, i), DTYPE)
             scales_JJ = tl.where(is_level(i, level, J), scale[:, None], scales_JJ)
     return scales_JJ
 
@@ -66,7 +67,7 @@ def own_scales(scales, l_t, n, L, J: tl.constexpr, LOG_J: tl.constexpr, LINEAR: 
 @triton.jit
 def in_chunk_part(
     arguments, K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, LOG_C: tl.constexpr, TK: tl.constexpr,
-    EARLIER: tl.constexpr, LINEAR: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    EARLIER: tl.constexpr, LINEAR: tl.constexpr, DTYPE: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """A part of n tokens, in a chunk of n_keys. EARLIER: there is one before it."""
     (
@@ -75,35 +76,35 @@ def in_chunk_part(
     own: tl.constexpr = J if EARLIER else 0
     own_rows = k_rows + own * k_t
     G_own, inverse_own = load_part(G, own, J), load_tile(inverse, own, own, C, J)
-    scores_own = multiply_rows(q_rows, own_rows, q_t, k_t, n, n, K, J, TK, DOT, PRECISION)
-    scores_own = (scores_own * (decay(G_own, G_own, tl.arange(0, J), J) * scale)).to(DOT)
-    effective_own = tl.dot(scores_own, inverse_own, input_precision=PRECISION)
+    scores_own = multiply_rows(q_rows, own_rows, q_t, k_t, n, n, K, J, TK, MATH)
+    scores_own = (scores_own * (decay(G_own, G_own, tl.arange(0, J), J) * scale)).to(MATH.dot)
+    effective_own = tl.dot(scores_own, inverse_own, input_precision=MATH.precision)
     store_block(effective, own, own, effective_own, C, C, J, J)
     scales_own = own_scales(scales, l_t, n, L, J, LOG_C - EARLIER, LINEAR, DTYPE)
     is_read = tl.arange(0, J)[:, None] >= tl.arange(0, J)[None, :]
     store_block(weights, own, own, tl.where(is_read, effective_own * scales_own, 0.0), C, C, J, J)
     weight_own = load_strength(beta + own * beta_t, beta_t, n, J) * tl.exp2(G_own)
-    effective_own = (effective_own * -weight_own[None, :]).to(DOT)
+    effective_own = (effective_own * -weight_own[None, :]).to(MATH.dot)
     if EARLIER:
         n_first = tl.minimum(n_keys, J)
         G_first, inverse_first = load_part(G, 0, J), load_tile(inverse, 0, 0, C, J)
-        scores_first = multiply_rows(q_rows, k_rows, q_t, k_t, n, n_first, K, J, TK, DOT, PRECISION)
-        scores_first = (scores_first * (tl.exp2(G_own[:, None] - G_first[None, :]) * scale)).to(DOT)
-        effective_first = tl.dot(scores_first, inverse_first, input_precision=PRECISION)
+        scores_first = multiply_rows(q_rows, k_rows, q_t, k_t, n, n_first, K, J, TK, MATH)
+        scores_first = (scores_first * (tl.exp2(G_own[:, None] - G_first[None, :]) * scale)).to(MATH.dot)
+        effective_first = tl.dot(scores_first, inverse_first, input_precision=MATH.precision)
         inverse_across = load_tile(inverse, own, 0, C, J)
-        effective_first = tl.dot(scores_own, inverse_across, effective_first, input_precision=PRECISION)
+        effective_first = tl.dot(scores_own, inverse_across, effective_first, input_precision=MATH.precision)
         store_block(effective, own, 0, effective_first, C, C, J, J)
-        scale_first = arrived(load_scale(scales, l_t, n, LOG_C, L, tl.arange(0, J)), DTYPE)
+        scale_first = prefetched(load_scale(scales, l_t, n, LOG_C, L, tl.arange(0, J)), DTYPE)
         store_block(weights, own, 0, effective_first * scale_first[:, None], C, C, J, J)
         weight_first = load_strength(beta, beta_t, n_first, J) * tl.exp2(G_first)
-        effective_first = (effective_first * -weight_first[None, :]).to(DOT)
+        effective_first = (effective_first * -weight_first[None, :]).to(MATH.dot)
     for t in range(0, K, TK):
         x_JT = load_rows(q_rows, q_t, n, t, J, K, TK).to(tl.float32) * (tl.exp2(G_own)[:, None] * scale)
-        k_JT = load_rows(own_rows, k_t, n, t, J, K, TK).to(DOT)
-        x_JT = tl.dot(effective_own, k_JT, x_JT, input_precision=PRECISION)
+        k_JT = load_rows(own_rows, k_t, n, t, J, K, TK).to(MATH.dot)
+        x_JT = tl.dot(effective_own, k_JT, x_JT, input_precision=MATH.precision)
         if EARLIER:
-            k_JT = load_rows(k_rows, k_t, n_first, t, J, K, TK).to(DOT)
-            x_JT = tl.dot(effective_first, k_JT, x_JT, input_precision=PRECISION)
+            k_JT = load_rows(k_rows, k_t, n_first, t, J, K, TK).to(MATH.dot)
+            x_JT = tl.dot(effective_first, k_JT, x_JT, input_precision=MATH.precision)
         store_block(seen, own, t, x_JT, C, K, J, TK)
 
 
@@ -113,7 +114,7 @@ def in_chunk_kernel(
     T, N, H, R, L, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h, l_b, l_t, l_h, a_c,
     K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr,
-    LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    LINEAR: tl.constexpr, MATH: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """C / PARTS rows of one chunk, one head: T and T * LAM [chunk, H, C, C], and X [chunk, H, C, K]."""
     DTYPE: tl.constexpr = level_scales.dtype.element_ty
@@ -133,6 +134,6 @@ def in_chunk_kernel(
         q_rows, k_rows, q_t, k_t, n, n_keys, beta, beta_t, scales, l_t, L, inverse, G, effective, weights, seen, scale,
     )  # fmt: skip
     if own == 0:
-        in_chunk_part(arguments, K, C, J, LOG_C, TK, False, LINEAR, DTYPE, DOT, PRECISION)
+        in_chunk_part(arguments, K, C, J, LOG_C, TK, False, LINEAR, DTYPE, MATH)
     elif PARTS > 1:
-        in_chunk_part(arguments, K, C, J, LOG_C, TK, True, LINEAR, DTYPE, DOT, PRECISION)
+        in_chunk_part(arguments, K, C, J, LOG_C, TK, True, LINEAR, DTYPE, MATH)

@@ -22,16 +22,8 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.delta_rule.in_chunk import load_part, load_tile, multiply_rows
-from loglinear.kernels.triton.delta_rule.tiles import SIZES, decay, load_decays, load_strength, part_program
-from loglinear.kernels.triton.tiles import (
-    MIN_LOG_DECAY,
-    head_program,
-    load_block,
-    load_rows,
-    locate,
-    store_block,
-    store_rows,
-)
+from loglinear.kernels.triton.delta_rule.tiles import SIZES, decay, load_decays, load_strength, locate, part_program
+from loglinear.kernels.triton.tiles import MIN_LOG_DECAY, head_program, load_block, load_rows, store_block, store_rows
 
 
 @triton.jit
@@ -48,32 +40,32 @@ def load_lower(matrix, C: tl.constexpr):
 def dwrites_tile(
     k_rows, k_t, n, to_end, inverse, dstate, weights, g_rows, g_t, column,
     WIDTH: tl.constexpr, K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    MATH: tl.constexpr,
 ):  # fmt: skip
     """dR = A^T Kd dstate + weights^T g of one tile of columns."""
     dwrite_CV = tl.zeros([C, BV], tl.float32)
     for t in range(0, K, TK):
-        k_CT = load_rows(k_rows, k_t, n, t, C, K, TK).to(DOT)
+        k_CT = load_rows(k_rows, k_t, n, t, C, K, TK).to(MATH.dot)
         dstate_TV = load_block(dstate, t, column, K, WIDTH, TK, BV)
-        dwrite_CV = tl.dot(k_CT, dstate_TV, dwrite_CV, input_precision=PRECISION)
-    dwrite_CV = (dwrite_CV * to_end[:, None]).to(DOT)
-    dr_CV = tl.dot(tl.trans(load_lower(inverse, C)), dwrite_CV, input_precision=PRECISION)
-    g_CV = load_rows(g_rows, g_t, n, column, C, WIDTH, BV).to(DOT)
-    return tl.dot(tl.trans(load_lower(weights, C)), g_CV, dr_CV, input_precision=PRECISION)
+        dwrite_CV = tl.dot(k_CT, dstate_TV, dwrite_CV, input_precision=MATH.precision)
+    dwrite_CV = (dwrite_CV * to_end[:, None]).to(MATH.dot)
+    dr_CV = tl.dot(tl.trans(load_lower(inverse, C)), dwrite_CV, input_precision=MATH.precision)
+    g_CV = load_rows(g_rows, g_t, n, column, C, WIDTH, BV).to(MATH.dot)
+    return tl.dot(tl.trans(load_lower(weights, C)), g_CV, dr_CV, input_precision=MATH.precision)
 
 
 @triton.jit
 def add_written(
     dkeys_CT, inverse_CC, m_rows, m_t, n, weight, dstate, t,
     WIDTH: tl.constexpr, K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    MATH: tl.constexpr,
 ):  # fmt: skip
     """dKd + U dstate^T, one tile of the keys' columns. U first: where keys come again it is small."""
     for column in range(0, WIDTH, BV):
         m_CV = load_rows(m_rows, m_t, n, column, C, WIDTH, BV).to(tl.float32) * weight[:, None]
-        write_CV = tl.dot(inverse_CC, m_CV.to(DOT), input_precision=PRECISION).to(DOT)
+        write_CV = tl.dot(inverse_CC, m_CV.to(MATH.dot), input_precision=MATH.precision).to(MATH.dot)
         dstate_TV = load_block(dstate, t, column, K, WIDTH, TK, BV)
-        dkeys_CT = tl.dot(write_CV, tl.trans(dstate_TV), dkeys_CT, input_precision=PRECISION)
+        dkeys_CT = tl.dot(write_CV, tl.trans(dstate_TV), dkeys_CT, input_precision=MATH.precision)
     return dkeys_CT
 
 
@@ -84,7 +76,7 @@ def writes_backward_kernel(
     T, N, H, R,
     k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, o_b, o_t, o_h, dk_t, dv_t, a_c,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    MATH: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One chunk, one head, one tile of columns: of [R_K | R_V], or of dKd, dkeys [chunk, H, C, K]. R_V gives dv
     [B, T, H, V], R_K its part of dk [B, T, H, K], and each of their tiles a share of beta's gradient, sums
@@ -110,7 +102,7 @@ def writes_backward_kernel(
         t = tile * TK
         dr_CT = dwrites_tile(
             k_rows, k_t, n, to_end, inverse, dtransitions, effective, dseen + row * (C * K), K, t,
-            K, K, C, TK, TK, DOT, PRECISION,
+            K, K, C, TK, TK, MATH,
         ) * -tl.exp2(G)[:, None]  # fmt: skip
         k_CT = load_rows(k_rows, k_t, n, t, C, K, TK).to(tl.float32)
         tl.store(sums, tl.sum(dr_CT * k_CT, 1))
@@ -119,7 +111,7 @@ def writes_backward_kernel(
         column = (tile - KEY_TILES) * BV
         dr_CV = dwrites_tile(
             k_rows, k_t, n, to_end, inverse, dslots, weights, do + b * o_b + first * o_t + h * o_h, o_t, column,
-            V, K, C, TK, BV, DOT, PRECISION,
+            V, K, C, TK, BV, MATH,
         )  # fmt: skip
         v_CV = load_rows(v_rows, v_t, n, column, C, V, BV).to(tl.float32)
         tl.store(sums, tl.sum(dr_CV * v_CV, 1))
@@ -129,29 +121,27 @@ def writes_backward_kernel(
         inverse_CC, dkeys_CT = load_lower(inverse, C), tl.zeros([C, TK], tl.float32)
         dkeys_CT = add_written(
             dkeys_CT, inverse_CC, k_rows, k_t, n, -strength * tl.exp2(G), dtransitions, t,
-            K, K, C, TK, TK, DOT, PRECISION,
+            K, K, C, TK, TK, MATH,
         )  # fmt: skip
-        dkeys_CT = add_written(
-            dkeys_CT, inverse_CC, v_rows, v_t, n, strength, dslots, t, V, K, C, TK, BV, DOT, PRECISION
-        )
+        dkeys_CT = add_written(dkeys_CT, inverse_CC, v_rows, v_t, n, strength, dslots, t, V, K, C, TK, BV, MATH)
         store_block(dkeys + row * (C * K), 0, t, dkeys_CT, C, K, C, TK)
 
 
 @triton.jit
 def key_flows(
     k_rows, k_t, n, to_end, dkeys,
-    K: tl.constexpr, J: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, J: tl.constexpr, TK: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """Kd dKd^T of J tokens each. dKd is float32: where a key comes again, what it has along that key is a small part of
     it, less than it would be rounded by."""
     products_JJ = tl.zeros([J, J], tl.float32)
     for column in range(0, K, TK):
-        k_JT = load_rows(k_rows, k_t, n, column, J, K, TK).to(DOT)
+        k_JT = load_rows(k_rows, k_t, n, column, J, K, TK).to(MATH.dot)
         dkeys_JT = load_rows(dkeys, K, J, column, J, K, TK)
-        high_JT = dkeys_JT.to(DOT)
-        products_JJ = tl.dot(k_JT, tl.trans(high_JT), products_JJ, input_precision=PRECISION)
-        if tl.bfloat16 == DOT:
-            low_JT = (dkeys_JT - high_JT.to(tl.float32)).to(DOT)
+        high_JT = dkeys_JT.to(MATH.dot)
+        products_JJ = tl.dot(k_JT, tl.trans(high_JT), products_JJ, input_precision=MATH.precision)
+        if MATH.dot == tl.bfloat16:
+            low_JT = (dkeys_JT - high_JT.to(tl.float32)).to(MATH.dot)
             products_JJ = tl.dot(k_JT, tl.trans(low_JT), products_JJ)
     return products_JJ * to_end[:, None]
 
@@ -160,7 +150,7 @@ def key_flows(
 def lower_part(
     arguments, K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, TK: tl.constexpr,
     KEY_TILES: tl.constexpr, VALUE_TILES: tl.constexpr,
-    EARLIER: tl.constexpr, LATER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    EARLIER: tl.constexpr, LATER: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """A part of n tokens, in a chunk of n_keys. EARLIER, LATER: there is one before it, behind it."""
     (
@@ -181,23 +171,23 @@ def lower_part(
 
     # The tile of dN on the diagonal. What is above the diagonal of the products would give nothing below it; without it
     # the compiler finds 25 registers fewer.
-    products_JJ = key_flows(own_rows, k_t, n, to_end, dkeys + own * K, K, J, TK, DOT, PRECISION)
+    products_JJ = key_flows(own_rows, k_t, n, to_end, dkeys + own * K, K, J, TK, MATH)
     tl.store(held + own + i, tl.sum(tl.where(i[:, None] == i[None, :], products_JJ, 0.0), 1))
-    products_JJ = tl.where(i[:, None] >= i[None, :], products_JJ, 0.0).to(DOT)
-    dlower_JJ = tl.dot(tl.trans(load_tile(inverse, own, own, C, J)), products_JJ, input_precision=PRECISION)
+    products_JJ = tl.where(i[:, None] >= i[None, :], products_JJ, 0.0).to(MATH.dot)
+    dlower_JJ = tl.dot(tl.trans(load_tile(inverse, own, own, C, J)), products_JJ, input_precision=MATH.precision)
     effective_JJ, dscores_JJ = load_tile(effective, own, own, C, J), load_tile(dscores, own, own, C, J)
-    dlower_JJ = tl.dot(tl.trans(effective_JJ), dscores_JJ, dlower_JJ, input_precision=PRECISION)
+    dlower_JJ = tl.dot(tl.trans(effective_JJ), dscores_JJ, dlower_JJ, input_precision=MATH.precision)
     if LATER:
         later_rows, n_later = k_rows + J * k_t, n_keys - J
         to_end = tl.exp2(total - load_part(cumulative, J, J))
-        products_JJ = key_flows(later_rows, k_t, n_later, to_end, dkeys, K, J, TK, DOT, PRECISION)
+        products_JJ = key_flows(later_rows, k_t, n_later, to_end, dkeys, K, J, TK, MATH)
         inverse_JJ = tl.trans(load_tile(inverse, J, 0, C, J))
-        dlower_JJ = tl.dot(inverse_JJ, products_JJ.to(DOT), dlower_JJ, input_precision=PRECISION)
+        dlower_JJ = tl.dot(inverse_JJ, products_JJ.to(MATH.dot), dlower_JJ, input_precision=MATH.precision)
         effective_JJ, dscores_JJ = load_tile(effective, J, 0, C, J), load_tile(dscores, J, 0, C, J)
-        dlower_JJ = tl.dot(tl.trans(effective_JJ), dscores_JJ, dlower_JJ, input_precision=PRECISION)
+        dlower_JJ = tl.dot(tl.trans(effective_JJ), dscores_JJ, dlower_JJ, input_precision=MATH.precision)
     dlower_JJ *= -tl.where(i[:, None] > i[None, :], decay(G, G, i, J), 0.0)
     store_block(dlower, own, own, dlower_JJ * strength[:, None], C, C, J, J)
-    dlower_JJ *= multiply_rows(own_rows, own_rows, k_t, k_t, n, n, K, J, TK, DOT, PRECISION)
+    dlower_JJ *= multiply_rows(own_rows, own_rows, k_t, k_t, n, n, K, J, TK, MATH)
     dstrength += tl.sum(dlower_JJ, 1)
     dlower_JJ *= strength[:, None]
     flows += tl.sum(dlower_JJ, 1)
@@ -205,14 +195,14 @@ def lower_part(
 
     if EARLIER:  # the tile on its left
         n_first = tl.minimum(n_keys, J)
-        products_JJ = key_flows(own_rows, k_t, n, to_end, dkeys, K, J, TK, DOT, PRECISION)
+        products_JJ = key_flows(own_rows, k_t, n, to_end, dkeys, K, J, TK, MATH)
         inverse_JJ = tl.trans(load_tile(inverse, own, own, C, J))
-        dlower_JJ = tl.dot(inverse_JJ, products_JJ.to(DOT), input_precision=PRECISION)
+        dlower_JJ = tl.dot(inverse_JJ, products_JJ.to(MATH.dot), input_precision=MATH.precision)
         effective_JJ, dscores_JJ = load_tile(effective, own, own, C, J), load_tile(dscores, own, 0, C, J)
-        dlower_JJ = tl.dot(tl.trans(effective_JJ), dscores_JJ, dlower_JJ, input_precision=PRECISION)
+        dlower_JJ = tl.dot(tl.trans(effective_JJ), dscores_JJ, dlower_JJ, input_precision=MATH.precision)
         dlower_JJ *= -tl.exp2(G[:, None] - load_part(cumulative, 0, J)[None, :])
         store_block(dlower, own, 0, dlower_JJ * strength[:, None], C, C, J, J)
-        dlower_JJ *= multiply_rows(own_rows, k_rows, k_t, k_t, n, n_first, K, J, TK, DOT, PRECISION)
+        dlower_JJ *= multiply_rows(own_rows, k_rows, k_t, k_t, n, n_first, K, J, TK, MATH)
         dstrength += tl.sum(dlower_JJ, 1)
         dlower_JJ *= strength[:, None]
         flows += tl.sum(dlower_JJ, 1)
@@ -229,7 +219,7 @@ def lower_backward_kernel(
     k_b, k_t, k_h, beta_b, beta_t, beta_h, db_t, a_c,
     K: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr,
     KEY_TILES: tl.constexpr, VALUE_TILES: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    MATH: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """C / PARTS rows of one chunk, one head: dN' [chunk, H, C, C], dbeta; adds to the decays' flow [chunk, H, C], of
     which shares [chunk, H, 1, part, C] are the columns'; held [chunk, H, C] flows from a token to the chunk's end."""
@@ -248,15 +238,15 @@ def lower_backward_kernel(
         flow, held, shares, dbeta + (b * T + first + own) * db_t + h, db_t,
     )  # fmt: skip
     if own == 0:
-        lower_part(arguments, K, C, J, TK, KEY_TILES, VALUE_TILES, False, PARTS > 1, DOT, PRECISION)
+        lower_part(arguments, K, C, J, TK, KEY_TILES, VALUE_TILES, False, PARTS > 1, MATH)
     elif PARTS > 1:
-        lower_part(arguments, K, C, J, TK, KEY_TILES, VALUE_TILES, True, False, DOT, PRECISION)
+        lower_part(arguments, K, C, J, TK, KEY_TILES, VALUE_TILES, True, False, MATH)
 
 
 @triton.jit
 def keys_part(
     arguments, K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, TK: tl.constexpr,
-    EARLIER: tl.constexpr, LATER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    EARLIER: tl.constexpr, LATER: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """A part of n tokens, in a chunk of n_keys. EARLIER, LATER: there is one before it, behind it."""
     q_rows, q_t, k_rows, k_t, n, n_keys, cumulative, dscores, dkeys, dlower, dk_rows, dk_t, t, scale = arguments
@@ -266,23 +256,23 @@ def keys_part(
     to_end = tl.exp2(tl.load(cumulative + (C - 1)) - G)
     dk_JT = load_block(dkeys, own, t, C, K, J, TK).to(tl.float32) * to_end[:, None]
     dk_JT += load_rows(dk_rows, dk_t, n, t, J, K, TK).to(tl.float32)
-    k_JT, dlower_JJ = load_rows(k_rows + own * k_t, k_t, n, t, J, K, TK).to(DOT), load_tile(dlower, own, own, C, J)
-    dk_JT = tl.dot(dlower_JJ, k_JT, dk_JT, input_precision=PRECISION)
+    k_JT, dlower_JJ = load_rows(k_rows + own * k_t, k_t, n, t, J, K, TK).to(MATH.dot), load_tile(dlower, own, own, C, J)
+    dk_JT = tl.dot(dlower_JJ, k_JT, dk_JT, input_precision=MATH.precision)
     dlower_JJ = tl.trans(load_tile(dlower, own, own, C, J, t))  # again, and not kept: registers for one program more
-    dk_JT = tl.dot(dlower_JJ, k_JT, dk_JT, input_precision=PRECISION)
+    dk_JT = tl.dot(dlower_JJ, k_JT, dk_JT, input_precision=MATH.precision)
     dscores_JJ = load_tile(dscores, own, own, C, J).to(tl.float32) * (decay(G, G, i, J) * scale)
-    q_JT = load_rows(q_rows + own * q_t, q_t, n, t, J, K, TK).to(DOT)
-    dk_JT = tl.dot(tl.trans(dscores_JJ.to(DOT)), q_JT, dk_JT, input_precision=PRECISION)
+    q_JT = load_rows(q_rows + own * q_t, q_t, n, t, J, K, TK).to(MATH.dot)
+    dk_JT = tl.dot(tl.trans(dscores_JJ.to(MATH.dot)), q_JT, dk_JT, input_precision=MATH.precision)
     if EARLIER:
-        k_JT = load_rows(k_rows, k_t, n_first, t, J, K, TK).to(DOT)
-        dk_JT = tl.dot(load_tile(dlower, own, 0, C, J), k_JT, dk_JT, input_precision=PRECISION)
+        k_JT = load_rows(k_rows, k_t, n_first, t, J, K, TK).to(MATH.dot)
+        dk_JT = tl.dot(load_tile(dlower, own, 0, C, J), k_JT, dk_JT, input_precision=MATH.precision)
     if LATER:
-        k_JT = load_rows(k_rows + J * k_t, k_t, n_later, t, J, K, TK).to(DOT)
-        dk_JT = tl.dot(tl.trans(load_tile(dlower, J, 0, C, J)), k_JT, dk_JT, input_precision=PRECISION)
+        k_JT = load_rows(k_rows + J * k_t, k_t, n_later, t, J, K, TK).to(MATH.dot)
+        dk_JT = tl.dot(tl.trans(load_tile(dlower, J, 0, C, J)), k_JT, dk_JT, input_precision=MATH.precision)
         crossing = tl.exp2(load_part(cumulative, J, J)[:, None] - G[None, :]) * scale
         dscores_JJ = load_tile(dscores, J, 0, C, J).to(tl.float32) * crossing
-        q_JT = load_rows(q_rows + J * q_t, q_t, n_later, t, J, K, TK).to(DOT)
-        dk_JT = tl.dot(tl.trans(dscores_JJ.to(DOT)), q_JT, dk_JT, input_precision=PRECISION)
+        q_JT = load_rows(q_rows + J * q_t, q_t, n_later, t, J, K, TK).to(MATH.dot)
+        dk_JT = tl.dot(tl.trans(dscores_JJ.to(MATH.dot)), q_JT, dk_JT, input_precision=MATH.precision)
     store_rows(dk_rows, dk_t, n, t, dk_JT, J, K, TK)
 
 
@@ -292,7 +282,7 @@ def keys_backward_kernel(
     T, N, H, R, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, dk_t,
     K: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    MATH: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """C / PARTS tokens of one chunk, one head, one tile of columns: adds to dk [B, T, H, K] what dKd, dN' and dS
     give."""
@@ -313,9 +303,9 @@ def keys_backward_kernel(
         dk + (b * T + first + own) * dk_t + h * K, dk_t, t, scale,
     )  # fmt: skip
     if own == 0:
-        keys_part(arguments, K, C, J, TK, False, PARTS > 1, DOT, PRECISION)
+        keys_part(arguments, K, C, J, TK, False, PARTS > 1, MATH)
     elif PARTS > 1:
-        keys_part(arguments, K, C, J, TK, True, False, DOT, PRECISION)
+        keys_part(arguments, K, C, J, TK, True, False, MATH)
 
 
 @triton.jit(do_not_specialize=SIZES)

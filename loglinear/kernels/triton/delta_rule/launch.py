@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loglinear.fenwick import block_cap, log2
-from loglinear.kernels.triton.call import Call, in_rows, like, slabs
+from loglinear.kernels.triton.call import Call
 from loglinear.kernels.triton.delta_rule.carry import carry_kernel, final_blocks_kernel
 from loglinear.kernels.triton.delta_rule.carry_backward import (
     carry_prefixes_backward_kernel,
@@ -46,6 +46,7 @@ from loglinear.kernels.triton.delta_rule.transport_backward import (
     transport_backward_kernel,
 )
 from loglinear.kernels.triton.delta_rule.walk_backward import walk_backward_kernel
+from loglinear.kernels.triton.inputs import in_rows, like, slabs
 
 BUILD = ("chunk_state", "transport", "carry")
 STAGES = {
@@ -86,7 +87,7 @@ class DeltaRule(Call):
         super().__init__(q, k, v, log_decay, level_scales, nodes, scale, chunk_size, self.products)
         self.layout = layout(self.B, self.T, self.C, self.L, cu_seqlens, starts, final)
         self.packed, self.sizes = dict(PACKED=self.layout.packed), (self.T, self.layout.chunks_per_row, self.H)
-        self.beta, self.starts, self.precision = beta, starts, dict(PRECISION=self.dots["PRECISION"])
+        self.beta, self.starts = beta, starts
         self.tiling = Tiling(self.K, self.V, self.C, self.dtype)
 
     def invert(self) -> tuple[Tensor, Tensor]:
@@ -264,7 +265,7 @@ class DeltaRule(Call):
         )  # fmt: skip
         prefix_backward_kernel[(y.chunks * H * self.tiling.square_tiles("prefix_backward"),)](
             seen, dbrought, dprefixes, y.table, y.first_runs, *self.sizes, s.columns,
-            K=K, C=C, **self.precision, **self.packed, **nodes, **self.tiling.options("prefix_backward"),
+            K=K, C=C, **self.dots, **self.packed, **nodes, **self.tiling.options("prefix_backward"),
         )  # fmt: skip
         if s.columns > 0:
             carried_backward_kernel[(s.runs * s.columns * H * self.tiling.all_tiles("carried_backward"),)](

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loglinear.kernels.triton.call import DOT_TYPES, common_dtype
+from loglinear.kernels.triton.inputs import DOT_TYPES, common_dtype
 
 CARRIED_ON = ("chunk_inverse", "chunk_state")  # stages whose error every later chunk has too: three tf32 products
 
@@ -35,5 +35,5 @@ def state_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
 
 def dots_of(stage: str, products: torch.dtype) -> dict[str, Any]:
     """Return the constants of a stage's products: their dtype and their precision."""
-    _, dot, precision = DOT_TYPES[products]
-    return dict(DOT=dot, PRECISION="tf32x3" if stage in CARRIED_ON else precision)
+    math = DOT_TYPES[products][1]
+    return dict(MATH=math._replace(precision="tf32x3") if stage in CARRIED_ON else math)

@@ -8,31 +8,33 @@ dR[column] = sum over the chunks of the run of X'^T diag(lambda) dO
 import triton
 import triton.language as tl
 
+from loglinear.kernels.triton.compiler import prefetched
 from loglinear.kernels.triton.delta_rule.tiles import (
     BITS,
     RUN,
     SIZES,
     columns_read,
     count_bits,
+    locate,
     locate_entries,
     locate_in_run,
     slots_read,
 )
 from loglinear.kernels.triton.levels import load_scale
-from loglinear.kernels.triton.tiles import arrived, head_program, load_rows, locate, store_block
+from loglinear.kernels.triton.tiles import head_program, load_rows, store_block
 from loglinear.kernels.triton.walks import nearest
 
 
 @triton.jit
 def load_weighted(
     scales, do, l_t, o_t, n, level, L, column,
-    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """diag(lambda) dO of one chunk, one tile of V."""
     DTYPE: tl.constexpr = scales.dtype.element_ty
-    weight = arrived(load_scale(scales, l_t, n, level, L, tl.arange(0, C)), DTYPE)
+    weight = prefetched(load_scale(scales, l_t, n, level, L, tl.arange(0, C)), DTYPE)
     do_CV = load_rows(do, o_t, n, column, C, V, BV).to(tl.float32)
-    return (do_CV * weight[:, None]).to(DOT)
+    return (do_CV * weight[:, None]).to(MATH.dot)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -41,7 +43,7 @@ def state_backward_kernel(
     T, N, H, L, num_slots,
     l_b, l_t, l_h, o_b, o_t, o_h,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    MATH: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One chunk, one head, one [TK, BV] tile of what it read of its run: dkept [chunk, slot, H, K, V]. Of a chunk
     without tokens it is 0."""
@@ -57,8 +59,8 @@ def state_backward_kernel(
     for _ in range(count_bits(reads)):
         slot = nearest(reads)
         reads &= reads - 1
-        do_CV = load_weighted(scales, do, l_t, o_t, n, slot + (LOG_C + 1), L, column, V, C, BV, DOT)
-        dstate_TV = tl.dot(tl.trans(x_CT), do_CV, input_precision=PRECISION)
+        do_CV = load_weighted(scales, do, l_t, o_t, n, slot + (LOG_C + 1), L, column, V, C, BV, MATH)
+        dstate_TV = tl.dot(tl.trans(x_CT), do_CV, input_precision=MATH.precision)
         store_block(dkept + ((c * num_slots + slot) * H + h) * (K * V), row, column, dstate_TV, K, V, TK, BV)
 
 
@@ -67,7 +69,7 @@ def prefix_backward_kernel(
     seen, dbrought, dprefixes, table, first_runs,
     T, N, H, columns,
     K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+    MATH: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """One chunk, one head, one [TK, TK] tile of the gradient of the transition from its run's start: dprefixes [chunk,
     H, K, K], 0 where nothing came through it."""
@@ -83,7 +85,7 @@ def prefix_backward_kernel(
     n = tl.where(columns_read(z >> BITS, columns, NODES) > 0, n, 0)
     x_CT = load_rows(seen + (c * H + h) * (C * K), K, n, row, C, K, TK)
     dx_CT = load_rows(dbrought + (c * H + h) * (C * K), K, n, column, C, K, TK)
-    dprefix_TT = tl.dot(tl.trans(x_CT), dx_CT, input_precision=PRECISION)
+    dprefix_TT = tl.dot(tl.trans(x_CT), dx_CT, input_precision=MATH.precision)
     store_block(dprefixes + (c * H + h) * (K * K), row, column, dprefix_TT, K, K, TK, TK)
 
 
@@ -93,7 +95,7 @@ def carried_backward_kernel(
     T, N, H, L, columns,
     l_b, l_t, l_h, o_b, o_t, o_h,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+    MATH: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """One column of what one run was carried, one head, one [TK, BV] tile: dcarried [run, column, H, K, V]."""
     ROWS: tl.constexpr = (K + TK - 1) // TK
@@ -112,8 +114,8 @@ def carried_backward_kernel(
         x_CT = load_rows(brought + (c * H + h) * (C * K), K, n, row, C, K, TK)
         do_CV = load_weighted(
             level_scales + b * l_b + first * l_t + h * l_h, do + b * o_b + first * o_t + h * o_h, l_t, o_t, n,
-            place + (LOG_C + 1 + BITS), L, column, V, C, BV, DOT,
+            place + (LOG_C + 1 + BITS), L, column, V, C, BV, MATH,
         )  # fmt: skip
-        total = tl.dot(tl.trans(x_CT), do_CV, total, input_precision=PRECISION)
+        total = tl.dot(tl.trans(x_CT), do_CV, total, input_precision=MATH.precision)
     out = dcarried + ((run.to(tl.int64) * columns + place) * H + h) * (K * V)
     store_block(out, row, column, total, K, V, TK, BV)

@@ -11,12 +11,28 @@ import triton.language as tl
 
 from loglinear.kernels.triton.delta_rule import layout
 from loglinear.kernels.triton.levels import far_classes, load_class_scales, near_classes, spread_scales
-from loglinear.kernels.triton.tiles import SIZES, exponent, head_program, load_rows, locate
+from loglinear.kernels.triton.tiles import exponent, head_program, load_rows
 from loglinear.kernels.triton.walks import READS
 
 BITS = tl.constexpr(layout.STOREY)
 RUN = tl.constexpr(layout.RUN)
-SIZES = SIZES + ["per_row", "num_slots", "columns", "collapsed", "first_level", "places"]
+SIZES = ["T", "N", "H", "R", "L", "cap", "per_row", "num_slots", "columns", "collapsed", "first_level", "places"]
+
+
+@triton.jit
+def locate(c, table, T, N, C: tl.constexpr, PACKED: tl.constexpr):
+    """Batch row, first token, end of the sequence, chunk number z, first chunk z0 and sequence of chunk c."""
+    if PACKED:
+        row = table + c * 5
+        b = tl.full([], 0, tl.int64)
+        z, first, end = tl.load(row), tl.load(row + 1).to(tl.int64), tl.load(row + 2).to(tl.int64)
+        z0, sequence = tl.load(row + 3), tl.load(row + 4)
+    else:
+        b = (c // N).to(tl.int64)
+        z = (c % N).to(tl.int32)
+        first, end = z.to(tl.int64) * C, tl.full([], 0, tl.int64) + T
+        z0, sequence = tl.full([], 0, tl.int32), (c // N).to(tl.int32)
+    return b, first, end, z, z0, sequence
 
 
 @triton.jit
@@ -35,40 +51,40 @@ def part_program(table, T, N, H, C: tl.constexpr, PARTS: tl.constexpr, PACKED: t
 @triton.jit
 def key_products(
     k_rows, k_t, n, others, others_n,
-    K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """K K'^T of C tokens each."""
     keys_CC = tl.zeros([C, C], tl.float32)
     for kt in tl.static_range(0, K, TK):
-        k_CT = load_rows(k_rows, k_t, n, kt, C, K, TK).to(DOT)
-        others_CT = load_rows(others, k_t, others_n, kt, C, K, TK).to(DOT)
-        keys_CC = tl.dot(k_CT, tl.trans(others_CT), keys_CC, input_precision=PRECISION)
+        k_CT = load_rows(k_rows, k_t, n, kt, C, K, TK).to(MATH.dot)
+        others_CT = load_rows(others, k_t, others_n, kt, C, K, TK).to(MATH.dot)
+        keys_CC = tl.dot(k_CT, tl.trans(others_CT), keys_CC, input_precision=MATH.precision)
     return keys_CC
 
 
 @triton.jit
 def query_products(
     q_rows, k_rows, q_t, k_t, n, n_keys,
-    K: tl.constexpr, I: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, I: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """Q K^T of I rows of queries and a chunk's keys."""
     scores_IC = tl.zeros([I, C], tl.float32)
     for kt in tl.static_range(0, K, TK):
-        q_IT = load_rows(q_rows, q_t, n, kt, I, K, TK).to(DOT)
-        k_CT = load_rows(k_rows, k_t, n_keys, kt, C, K, TK).to(DOT)
-        scores_IC = tl.dot(q_IT, tl.trans(k_CT), scores_IC, input_precision=PRECISION)
+        q_IT = load_rows(q_rows, q_t, n, kt, I, K, TK).to(MATH.dot)
+        k_CT = load_rows(k_rows, k_t, n_keys, kt, C, K, TK).to(MATH.dot)
+        scores_IC = tl.dot(q_IT, tl.trans(k_CT), scores_IC, input_precision=MATH.precision)
     return scores_IC
 
 
 @triton.jit
 def chunk_scales(
     scales, l_t, n, L, i,
-    DTYPE: tl.constexpr, C: tl.constexpr, LINEAR: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, C: tl.constexpr, LINEAR: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """LAM of the rows i of one chunk and head, its lower triangle; scales: of the chunk's first token, which has n."""
     lambdas = load_class_scales(scales, l_t, n, L, 0, i, LINEAR)
-    near_JC, far_JC = near_classes(C).to(tl.float32).to(DOT), far_classes(C).to(tl.float32).to(DOT)
-    scales_IC = spread_scales(lambdas, near_JC, far_JC, i, DTYPE, C, LINEAR, DOT, PRECISION)
+    near_JC, far_JC = near_classes(C).to(tl.float32).to(MATH.dot), far_classes(C).to(tl.float32).to(MATH.dot)
+    scales_IC = spread_scales(lambdas, near_JC, far_JC, i, DTYPE, C, LINEAR, MATH)
     return tl.where(i[:, None] >= tl.arange(0, C)[None, :], scales_IC, 0.0)
 
 

@@ -42,14 +42,14 @@ def sum_of_slots(states, members, row, column, H,
 @triton.jit
 def add_moved(
     total, states, members, transition, decay, row, column, H,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """total + P times the sum of the members, one [TK, BV] tile."""
     for s in range(0, K, TK):
         sum_TV = sum_of_slots(states, members, s, column, H, K, V, TK, BV)
         total += tl.where(s == row, decay, 0.0) * sum_TV
         transition_TT = load_block(transition, row, s, K, K, TK, TK)
-        total = tl.dot(transition_TT, sum_TV.to(transition_TT.dtype), total, input_precision=PRECISION)
+        total = tl.dot(transition_TT, sum_TV.to(transition_TT.dtype), total, input_precision=MATH.precision)
     return total
 
 
@@ -58,7 +58,7 @@ def transport_states(
     transitions, totals, states, nodes, kept, ends,
     base, start, stop, has_end, run, sequence, h, column, H, cap, num_slots, first_level,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    ENDS: tl.constexpr, PRECISION: tl.constexpr, NODES: tl.constexpr,
+    ENDS: tl.constexpr, MATH: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """One tile of V: kept, and the run's S, ends [run, H, K, V]. A continued sequence begins with nodes."""
     SIZE: tl.constexpr = K * V
@@ -89,7 +89,7 @@ def transport_states(
             if merged > 0:
                 state_TV = add_moved(
                     state_TV, kept_here, merged, transitions + entry * (K * K), decay, a, column, H,
-                    K, V, TK, BV, PRECISION,
+                    K, V, TK, BV, MATH,
                 )  # fmt: skip
             store_block(target, a, column, state_TV, K, V, TK, BV)
         for _ in range(count_bits(reads)):
@@ -99,7 +99,7 @@ def transport_states(
             for a in range(0, K, TK):
                 state_TV = add_moved(
                     tl.zeros([TK, BV], tl.float32), kept_here, 1 << j, transitions + entry * (K * K), decay, a, column,
-                    H, K, V, TK, BV, PRECISION,
+                    H, K, V, TK, BV, MATH,
                 )  # fmt: skip
                 store_block(target, a, column, state_TV, K, V, TK, BV)
 
@@ -108,7 +108,7 @@ def transport_states(
 def transport_transitions(
     transitions, totals, prefixes, prefix_totals, ends, end_totals,
     base, start, stop, has_end, run, h, column, H,
-    K: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, ENDS: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """One tile of columns of F, kept in registers: prefixes and prefix_totals, and the run's P, ends and end_totals.
     With P = g I + D, F = f I + E:  P F = g f I + g E + D E + f D."""
@@ -116,7 +116,7 @@ def transport_transitions(
     COUNT: tl.constexpr = (K + TK - 1) // TK
     log_decay, path = tl.zeros([], tl.float32), ()
     for _ in tl.static_range(COUNT):
-        path = path + (tl.zeros([TK, BV], DOT),)
+        path = path + (tl.zeros([TK, BV], MATH.dot),)
     for i in range(start, stop - 1 + has_end.to(tl.int32)):
         entry = (base + i) * H + h
         transition, total = transitions + entry * SIZE, tl.load(totals + entry)
@@ -131,9 +131,9 @@ def transport_transitions(
             path_TV += path[a].to(tl.float32) * tl.exp2(total)
             for s in tl.static_range(COUNT):
                 transition_TT = load_block(transition, a * TK, s * TK, K, K, TK, TK)
-                path_TV = tl.dot(transition_TT, path[s], path_TV, input_precision=PRECISION)
+                path_TV = tl.dot(transition_TT, path[s], path_TV, input_precision=MATH.precision)
             store_block(target, a * TK, column, path_TV, K, K, TK, BV)
-            new = new + (path_TV.to(DOT),)
+            new = new + (path_TV.to(MATH.dot),)
         path = new
         log_decay += total
         tl.store(target_total, log_decay)
@@ -144,7 +144,7 @@ def transport_kernel(
     transitions, totals, states, nodes, kept, prefixes, prefix_totals, ends, end_transitions, end_totals, table,
     per_row, H, cap, num_slots, first_level,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+    ENDS: tl.constexpr, MATH: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """One run, one head, BV columns of states or of transitions. Where they are read: kept [entry, slot, H, K, V];
     prefixes, D of F from each run's second entry on [entry, H, K, K], and log2 of its decay, prefix_totals [entry, H];
@@ -157,11 +157,11 @@ def transport_kernel(
         transport_states(
             transitions, totals, states, nodes, kept, ends,
             base, start, stop, has_end, run, sequence, h, tile * BV, H, cap, num_slots, first_level,
-            K, V, TK, BV, ENDS, PRECISION, NODES,
+            K, V, TK, BV, ENDS, MATH, NODES,
         )  # fmt: skip
     else:
         transport_transitions(
             transitions, totals, prefixes, prefix_totals, end_transitions, end_totals,
             base, start, stop, has_end, run, h, (tile - VALUES) * BV, H,
-            K, TK, BV, ENDS, DOT, PRECISION,
+            K, TK, BV, ENDS, MATH,
         )  # fmt: skip

@@ -28,13 +28,13 @@ from loglinear.kernels.triton.walks import nearest
 @triton.jit
 def add_moved_back(
     transition, decay, dstate, has_next, members, dreads, dkept, column, H,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """dkept = dreads + P^T dstate of the members, given as bits, which all moved into dstate's block."""
     for a in range(0, K, TK):
         moved_TV = tl.zeros([TK, BV], tl.float32)
         if has_next:
-            moved_TV = moved_back(transition, decay, dstate, a, column, K, V, TK, BV, DOT, PRECISION)
+            moved_TV = moved_back(transition, decay, dstate, a, column, K, V, TK, BV, MATH)
         remaining = members
         for _ in range(count_bits(members)):
             place = nearest(remaining).to(tl.int64) * H * (K * V)
@@ -48,7 +48,7 @@ def transport_states_backward(
     transitions, totals, dreads, dkept, dends, dstates, dnodes,
     base, start, stop, has_end, run, sequence, h, column, H, cap, num_slots, first_level, places,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, NODES: tl.constexpr,
+    ENDS: tl.constexpr, MATH: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """One tile of V."""
     SIZE: tl.constexpr = K * V
@@ -75,7 +75,7 @@ def transport_states_backward(
         if merged > 0:
             add_moved_back(
                 transition, decay, dstate, has_next, merged, dreads_here, dkept_here, column, H,
-                K, V, TK, BV, DOT, PRECISION,
+                K, V, TK, BV, MATH,
             )  # fmt: skip
         for _ in range(count_bits(reads)):
             j = nearest(reads)
@@ -83,7 +83,7 @@ def transport_states_backward(
             add_moved_back(
                 transition, decay, next_kept + j.to(tl.int64) * H * SIZE, has_next, 1 << j, dreads_here, dkept_here,
                 column, H,
-                K, V, TK, BV, DOT, PRECISION,
+                K, V, TK, BV, MATH,
             )  # fmt: skip
     if NODES:
         reads = tl.where(start < stop, slots_read(start, num_slots), 0)
@@ -101,17 +101,17 @@ def transport_states_backward(
 @triton.jit
 def transport_prefixes_backward(
     transitions, totals, dprefixes, dends, base, start, stop, has_end, run, h, column, H,
-    K: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, ENDS: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """One tile of columns, kept in registers."""
     SIZE: tl.constexpr = K * K
     COUNT: tl.constexpr = (K + TK - 1) // TK
     path = ()
     for a in tl.static_range(COUNT):
-        end_TV = tl.zeros([TK, BV], DOT)
+        end_TV = tl.zeros([TK, BV], MATH.dot)
         if ENDS:
             end_TV = load_block(dends + (run.to(tl.int64) * H + h) * SIZE, a * TK, column, K, K, TK, BV)
-            end_TV = tl.where(has_end, end_TV, 0.0).to(DOT)
+            end_TV = tl.where(has_end, end_TV, 0.0).to(MATH.dot)
         path = path + (end_TV,)
     for step in range(stop - start - 1):
         entry = (base + stop - 1 - step) * H + h
@@ -123,10 +123,10 @@ def transport_prefixes_backward(
             path_TV += path[a].to(tl.float32) * decay
             for s in tl.static_range(COUNT):
                 transition_TT = load_block(transition, s * TK, a * TK, K, K, TK, TK)
-                transition_TT = tl.where(is_made, transition_TT, 0.0).to(DOT)
-                path_TV = tl.dot(tl.trans(transition_TT), path[s], path_TV, input_precision=PRECISION)
+                transition_TT = tl.where(is_made, transition_TT, 0.0).to(MATH.dot)
+                path_TV = tl.dot(tl.trans(transition_TT), path[s], path_TV, input_precision=MATH.precision)
             store_block(dprefixes + entry * SIZE, a * TK, column, path_TV, K, K, TK, BV)
-            new = new + (path_TV.to(DOT),)
+            new = new + (path_TV.to(MATH.dot),)
         path = new
 
 
@@ -135,7 +135,7 @@ def transport_backward_kernel(
     transitions, totals, dreads, dkept, dprefixes, dends, dend_transitions, dstates, dnodes, table,
     per_row, H, cap, num_slots, first_level, places,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+    ENDS: tl.constexpr, MATH: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """One run, one head, BV columns of states or of transitions. dreads [entry, place, H, K, V], the reads' own
     gradients, of which the first places are the slots', become dkept [entry, slot, H, K, V] (which may be the same) and
@@ -149,13 +149,13 @@ def transport_backward_kernel(
         transport_states_backward(
             transitions, totals, dreads, dkept, dends, dstates, dnodes,
             base, start, stop, has_end, run, sequence, h, tile * BV, H, cap, num_slots, first_level, places,
-            K, V, TK, BV, ENDS, DOT, PRECISION, NODES,
+            K, V, TK, BV, ENDS, MATH, NODES,
         )  # fmt: skip
     else:
         transport_prefixes_backward(
             transitions, totals, dprefixes, dend_transitions,
             base, start, stop, has_end, run, h, (tile - VALUES) * BV, H,
-            K, TK, BV, ENDS, DOT, PRECISION,
+            K, TK, BV, ENDS, MATH,
         )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def transition_backward_kernel(
     kept, prefixes, prefix_totals, dkept, dends, dprefixes, dend_transitions, dtransitions, table,
     per_row, H, num_slots,
     K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    ENDS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    ENDS: tl.constexpr, MATH: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One entry of a run, one head, one [TK, TK] tile: dtransitions [entry, H, K, K], 0 of the last one."""
     TILES: tl.constexpr = (K + TK - 1) // TK
@@ -193,14 +193,14 @@ def transition_backward_kernel(
             later = tl.where(merged > 0, later, later & (later - 1))
             merged = merged - merged
             for x in range(0, V, BV):
-                dstate_TV = load_block(source, a, x, K, V, TK, BV).to(DOT)
+                dstate_TV = load_block(source, a, x, K, V, TK, BV).to(MATH.dot)
                 sum_TV = sum_of_slots(kept + (row * num_slots * H + h) * (K * V), members, column, x, H, K, V, TK, BV)
-                total = tl.dot(dstate_TV, tl.trans(sum_TV.to(DOT)), total, input_precision=PRECISION)
+                total = tl.dot(dstate_TV, tl.trans(sum_TV.to(MATH.dot)), total, input_precision=MATH.precision)
         log_decay = tl.load(prefix_totals + entry, mask=i > start, other=0.0)
         total += load_block(dprefix, a, column, K, K, TK, TK).to(tl.float32) * tl.exp2(log_decay)
         if i > start:
             for s in range(0, K, TK):
                 dprefix_TT = load_block(dprefix, a, s, K, K, TK, TK)
                 prefix_TT = load_block(prefixes + entry * (K * K), column, s, K, K, TK, TK)
-                total = tl.dot(dprefix_TT, tl.trans(prefix_TT), total, input_precision=PRECISION)
+                total = tl.dot(dprefix_TT, tl.trans(prefix_TT), total, input_precision=MATH.precision)
     store_block(dtransitions + entry * (K * K), a, column, total, K, K, TK, TK)

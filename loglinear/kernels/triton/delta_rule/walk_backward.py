@@ -10,6 +10,7 @@ X' and dX', at the start of the run, are what the gradients of what was carried 
 import triton
 import triton.language as tl
 
+from loglinear.kernels.triton.compiler import prefetched
 from loglinear.kernels.triton.delta_rule.output import through_prefix
 from loglinear.kernels.triton.delta_rule.tiles import (
     BITS,
@@ -21,7 +22,7 @@ from loglinear.kernels.triton.delta_rule.tiles import (
     slots_read,
 )
 from loglinear.kernels.triton.levels import load_scale
-from loglinear.kernels.triton.tiles import arrived, load_block, load_rows, store_block
+from loglinear.kernels.triton.tiles import load_block, load_rows, store_block
 from loglinear.kernels.triton.walks import nearest
 
 
@@ -29,7 +30,7 @@ from loglinear.kernels.triton.walks import nearest
 def pull_state(
     x, dx, weight, do_rows, o_t, n, state,
     K: tl.constexpr, V: tl.constexpr, I: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    MATH: tl.constexpr,
 ):  # fmt: skip
     """dX + diag(lambda) dO S^T, and dlambda."""
     dscale = tl.zeros([I], tl.float32)
@@ -37,25 +38,23 @@ def pull_state(
     for t in tl.static_range((K + TK - 1) // TK):
         pulled_IT = tl.zeros([I, TK], tl.float32)
         for column in range(0, V, BV):
-            do_IV = load_rows(do_rows, o_t, n, column, I, V, BV).to(DOT)
+            do_IV = load_rows(do_rows, o_t, n, column, I, V, BV).to(MATH.dot)
             state_TV = load_block(state, t * TK, column, K, V, TK, BV)
-            pulled_IT = tl.dot(do_IV, tl.trans(state_TV), pulled_IT, input_precision=PRECISION)
+            pulled_IT = tl.dot(do_IV, tl.trans(state_TV), pulled_IT, input_precision=MATH.precision)
         dscale += tl.sum(pulled_IT * x[t].to(tl.float32), 1)
         new = new + (dx[t] + pulled_IT * weight[:, None],)
     return new, dscale
 
 
 @triton.jit
-def back_through_prefix(
-    dx, prefix, log_decay, K: tl.constexpr, TK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
-):
+def back_through_prefix(dx, prefix, log_decay, K: tl.constexpr, TK: tl.constexpr, MATH: tl.constexpr):
     """dX' F^T."""
     new = ()
     for t in tl.static_range((K + TK - 1) // TK):
         y_IT = dx[t] * tl.exp2(log_decay)
         for j in tl.static_range((K + TK - 1) // TK):
             prefix_TT = load_block(prefix, t * TK, j * TK, K, K, TK, TK)
-            y_IT = tl.dot(dx[j].to(DOT), tl.trans(prefix_TT), y_IT, input_precision=PRECISION)
+            y_IT = tl.dot(dx[j].to(MATH.dot), tl.trans(prefix_TT), y_IT, input_precision=MATH.precision)
         new = new + (y_IT,)
     return new
 
@@ -82,7 +81,7 @@ def walk_backward_kernel(
     l_b, l_t, l_h, o_b, o_t, o_h, dl_t,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, PARTS: tl.constexpr,
     TK: tl.constexpr, BV: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+    MATH: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     """C / PARTS rows of one chunk, one head. From seen, X [chunk, H, C, K], dX and, where something is carried, X' and
     dX', brought and dbrought; and the columns of dlevel_scales that the walk reads, others it leaves. What it gives to
@@ -111,30 +110,30 @@ def walk_backward_kernel(
         log_decay = tl.load(prefix_totals + row, mask=through, other=0.0)
         x = load_tiles(seen + tile, K, I, TK)
         if through:
-            x = through_prefix(x, prefix, log_decay, K, TK, DOT, PRECISION)
+            x = through_prefix(x, prefix, log_decay, K, TK, MATH)
         store_tiles(brought + tile, x, K, I, TK)
         carried += (run * columns * H + h) * (K * V)
         for _ in range(count_bits(reads)):
             column = nearest(reads)
             reads &= reads - 1
             at = tl.minimum(column + (LOG_C + 1 + BITS), last)
-            weight = arrived(load_scale(scales, l_t, n, at, L, i), DTYPE)
+            weight = prefetched(load_scale(scales, l_t, n, at, L, i), DTYPE)
             state = carried + column.to(tl.int64) * H * (K * V)
-            dx, dscale = pull_state(x, dx, weight, do_rows, o_t, n, state, K, V, I, TK, BV, DOT, PRECISION)
+            dx, dscale = pull_state(x, dx, weight, do_rows, o_t, n, state, K, V, I, TK, BV, MATH)
             tl.store(to + at, dscale.to(dlevel_scales.dtype.element_ty), mask=inside & (at < last))
             shared += tl.where(at < last, 0.0, dscale)
         store_tiles(dbrought + tile, dx, K, I, TK)
         if through:
-            dx = back_through_prefix(dx, prefix, log_decay, K, TK, DOT, PRECISION)
+            dx = back_through_prefix(dx, prefix, log_decay, K, TK, MATH)
     x, reads = load_tiles(seen + tile, K, I, TK), slots_read(place, num_slots)
     kept += (c * num_slots * H + h) * (K * V)
     for _ in range(count_bits(reads)):
         slot = nearest(reads)
         reads &= reads - 1
         at = tl.minimum(slot + (LOG_C + 1), last)
-        weight = arrived(load_scale(scales, l_t, n, at, L, i), DTYPE)
+        weight = prefetched(load_scale(scales, l_t, n, at, L, i), DTYPE)
         state = kept + slot.to(tl.int64) * H * (K * V)
-        dx, dscale = pull_state(x, dx, weight, do_rows, o_t, n, state, K, V, I, TK, BV, DOT, PRECISION)
+        dx, dscale = pull_state(x, dx, weight, do_rows, o_t, n, state, K, V, I, TK, BV, MATH)
         tl.store(to + at, dscale.to(dlevel_scales.dtype.element_ty), mask=inside & (at < last))
         shared += tl.where(at < last, 0.0, dscale)
     store_tiles(dseen + tile, dx, K, I, TK)

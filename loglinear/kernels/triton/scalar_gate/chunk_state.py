@@ -1,4 +1,4 @@
-"""Each chunk's own state at its end, and what it does to a state that comes in.
+"""Each chunk's own state at its end, and its effect on a state that comes in.
 
     S_z = K^T diag(exp(Gam - G)) V          log P_z = Gam
 
@@ -9,34 +9,53 @@ G the cumulative log decay inside the chunk, Gam its last value.
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.tiles import LOG2_E, MIN_LOG_DECAY, SIZES, head_program, load_rows, locate, store_state
+from loglinear.kernels.triton.args import SIZES, Sizes
+from loglinear.kernels.triton.config import Launch
+from loglinear.kernels.triton.scalar_gate.states import Inputs, States
+from loglinear.kernels.triton.tiles import (
+    LOG2_E,
+    MIN_LOG_DECAY,
+    head_program,
+    load_rows,
+    locate,
+    rows_at,
+    store_state,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def chunk_state_kernel(
-    k, v, log_decay, slots, totals, cumulative, table,
-    T, N, H, R,
-    k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
+    k, v, log_decay, states, table, T, N, H, R, L, cap,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, one head, one tile of V. Also writes G to cumulative [chunk, H, C] and Gam to totals [chunk, H]."""
+    """One chunk, one head, one tile of V: the chunk's slot; also G, and Gam as the totals of the lowest tier."""
+    sizes = Sizes(T, N, H, R, L, cap)
     TILES: tl.constexpr = (V + BV - 1) // BV
-    tile, h, chunk = head_program(TILES, H)
-    c = chunk.to(tl.int64)
-    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
-    n = tl.minimum(end - first, C).to(tl.int32)
-    if n <= 0:
+    tile, h, c = head_program(TILES, sizes.H)
+    chunk = locate(c.to(tl.int64), table, sizes, C)
+    if chunk.n <= 0:
         return
     i = tl.arange(0, C)
-    g = tl.load(log_decay + b * g_b + first * g_t + h * g_h + i * g_t, mask=i < n, other=0.0).to(tl.float32)
+    g = tl.load(rows_at(log_decay, chunk, h) + i * log_decay.t, mask=i < chunk.n, other=0.0).to(tl.float32)
     G = tl.cumsum(tl.maximum(g, MIN_LOG_DECAY) * LOG2_E, 0)
     total = tl.sum(tl.where(i == C - 1, G, 0.0), 0)
+    row = chunk.c * sizes.H + h
     if tile == 0:
-        tl.store(cumulative + (c * H + h) * C + i, G)
-        tl.store(totals + c * H + h, total)
-    k_CK = load_rows(k + b * k_b + first * k_t + (h // R) * k_h, k_t, n, 0, C, K, BK).to(DOT)
-    v_CV = load_rows(v + b * v_b + first * v_t + h * v_h, v_t, n, tile * BV, C, V, BV)
-    decayed_CV = (v_CV.to(tl.float32) * tl.exp2(total - G)[:, None]).to(DOT)
-    state_KV = tl.dot(tl.trans(k_CK), decayed_CV, input_precision=PRECISION)
-    store_state(slots + (c * H + h) * (K * V), tile * BV, state_KV, K, V, BK, BV)
+        tl.store(states.cumulative + row * C + i, G)
+        tl.store(states.totals + row, total)
+    k_CK = load_rows(rows_at(k, chunk, h // sizes.R), k.t, chunk.n, 0, C, K, BK).to(MATH.dot)
+    v_CV = load_rows(rows_at(v, chunk, h), v.t, chunk.n, tile * BV, C, V, BV)
+    decayed_CV = (v_CV.to(tl.float32) * tl.exp2(total - G)[:, None]).to(MATH.dot)
+    state_KV = tl.dot(tl.trans(k_CK), decayed_CV, input_precision=MATH.precision)
+    store_state(states.slots + row * (K * V), tile * BV, state_KV, K, V, BK, BV)
+
+
+def chunk_state(x: Inputs, launch: Launch) -> States:
+    """The Fenwick array with every chunk's own state in its slot, and the totals of the lowest tier."""
+    y, H = x.layout, x.heads
+    slots = x.empty(y.chunks, H, x.key_dim, x.value_dim, dtype=x.dtype)
+    totals = x.empty(len(y.runs) + 1, y.chunks, H)
+    states = States(slots, x.initial, x.empty(y.chunks, H), totals, x.empty(y.chunks, H, x.chunk_size))
+    grid = y.chunks * H * x.value_tiles(launch)
+    chunk_state_kernel[(grid,)](x.k, x.v, x.log_decay, states, y.table, *x.sizes, **x.constants(launch))
+    return states

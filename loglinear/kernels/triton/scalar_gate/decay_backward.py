@@ -1,7 +1,7 @@
-"""The gradient of the log decays: everything that flows across token t.
+"""The gradient of the log decays: the sum of all products that have the decay of token t in them.
 
-    dg_t = sum_{i >= t} (read by i in all - given by i inside the chunk) + sum_{j < t} given by j to the chunk's state
-           + what flows across the whole chunk (the gradients of its entries' totals, one for each storey)
+    dg_t = sum_{i >= t} (reads of i in all - gifts of i inside the chunk) + sum_{j < t} gifts of j to the chunk's state
+           + reads and gifts across the whole chunk (the gradients of its entries' totals, one for each tier)
 
 The sums stay inside a chunk, where reads and gifts are the same numbers: over a long sequence their difference would
 lose its digits.
@@ -10,41 +10,54 @@ lose its digits.
 # C chunk, H heads
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from loglinear.kernels.triton.tiles import MIN_LOG_DECAY, SIZES, STOREY, locate
+from loglinear.kernels.triton.args import SIZES, Sizes, Slab
+from loglinear.kernels.triton.scalar_gate.states import Inputs, Inside, Reads, Totals
+from loglinear.kernels.triton.tiles import MIN_LOG_DECAY, TIER, locate, rows_at, slab_at
 
 
 @triton.jit(do_not_specialize=SIZES)
 def decay_backward_kernel(
-    log_decay, walk_flow, row_flow, column_flow, state_flow, dtotals, dlog_decay, table,
-    T, N, H,
-    g_b, g_t, g_h, dg_t, storey_plane, part_plane,
-    C: tl.constexpr, STOREYS: tl.constexpr, PARTS: tl.constexpr, PARTS_2: tl.constexpr, PACKED: tl.constexpr,
+    log_decay, inside, reads, dlog_state, dtotals, dlog_decay, table, T, N, H, R, L, cap,
+    C: tl.constexpr, TIERS: tl.constexpr, PARTS: tl.constexpr, PARTS_2: tl.constexpr,
 ):  # fmt: skip
     """One chunk, one head."""
+    sizes = Sizes(T, N, H, R, L, cap)
     pid = tl.program_id(0)
-    h, c = pid % H, (pid // H).to(tl.int64)
-    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
-    n = tl.minimum(end - first, C).to(tl.int32)
-    if n <= 0:
+    h = pid % H
+    chunk = locate((pid // H).to(tl.int64), table, sizes, C)
+    if chunk.n <= 0:
         return
     i = tl.arange(0, C)
-    row = (c * H + h) * C + i
-    read, column, state = tl.load(row_flow + row), tl.load(column_flow + row), tl.load(state_flow + row)
-    read += tl.load(walk_flow + row)
-    inside = i < n
-    dg = tl.cumsum(tl.where(inside, read - column, 0.0), 0, reverse=True)
-    state = tl.where(inside, state, 0.0)
+    row = (chunk.c * H + h) * C + i
+    read, column = tl.load(inside.dlog_row + row), tl.load(inside.dlog_column + row)
+    state = tl.load(dlog_state + row)
+    read += tl.load(reads.dlog_walk + row)
+    is_token = i < chunk.n
+    dg = tl.cumsum(tl.where(is_token, read - column, 0.0), 0, reverse=True)
+    state = tl.where(is_token, state, 0.0)
     dg += tl.cumsum(state, 0) - state
-    count = z + ((end - first + C - 1) // C).to(tl.int32)
+    count = chunk.z + ((chunk.end - chunk.first + C - 1) // C).to(tl.int32)
     part = tl.arange(0, PARTS_2)
     across = tl.zeros([PARTS_2], tl.float32)
-    for storey in tl.static_range(STOREYS):
-        entry = (((z >> (STOREY * storey)) + 1) << (STOREY * storey)) - 1
-        source = dtotals + storey * storey_plane + part * part_plane + (c - z + entry) * H + h
+    for tier in tl.static_range(TIERS):
+        entry = (((chunk.z >> (TIER * tier)) + 1) << (TIER * tier)) - 1
+        source = dtotals.data + tier * dtotals.tier + part * dtotals.part + (chunk.c - chunk.z + entry) * H + h
         across += tl.load(source, mask=part < tl.where(entry < count, PARTS, 0), other=0.0)
     dg += tl.sum(across, 0)
-    g = tl.load(log_decay + b * g_b + first * g_t + h * g_h + i * g_t, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(rows_at(log_decay, chunk, h) + i * log_decay.t, mask=is_token, other=0.0).to(tl.float32)
     dg = tl.where(g < MIN_LOG_DECAY, 0.0, dg)
-    out = dlog_decay + (b * T + first) * dg_t + h + i * dg_t
-    tl.store(out, dg.to(dlog_decay.dtype.element_ty), mask=inside)
+    out = slab_at(dlog_decay, chunk, sizes, h, 1) + i * dlog_decay.t
+    tl.store(out, dg.to(dlog_decay.data.dtype.element_ty), mask=is_token)
+
+
+def decay_backward(
+    x: Inputs, inside: Inside, reads: Reads, dlog_state: Tensor, dtotals: Totals, dlog_decay: Slab
+) -> None:
+    """Write the gradient of the log decays."""
+    tiers, parts = dtotals.data.shape[:2]
+    decay_backward_kernel[(x.layout.chunks * x.heads,)](
+        x.log_decay, inside, reads, dlog_state, dtotals, dlog_decay, x.layout.table, *x.sizes,
+        C=x.chunk_size, TIERS=tiers, PARTS=parts, PARTS_2=triton.next_power_of_2(parts), num_warps=1,
+    )  # fmt: skip

@@ -6,80 +6,96 @@ blocks[m] = sum over the reads of chunk floor(T / C) that are stored under m of 
 # H heads, E numbers of a state in one tile
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from loglinear.kernels.triton.tiles import SIZES, head_program
-from loglinear.kernels.triton.walks import READS, paths, slot_pointer
+from loglinear.kernels.triton.args import SIZES, Place, Sizes
+from loglinear.kernels.triton.scalar_gate.states import ELEMENTS, Inputs, StateGradients, States
+from loglinear.kernels.triton.tiles import head_program
+from loglinear.kernels.triton.walks import READS, initial_row, paths, slot_pointer
 
 
 @triton.jit
-def locate_end(sequence, ends, T, N, C: tl.constexpr, PACKED: tl.constexpr):
-    """Row that the chunk behind the last complete one would have, its number, and the first chunk."""
-    if PACKED:
+def place_of_end(sequence, ends, sizes, C: tl.constexpr):
+    """The place of the chunk behind the last complete one. ends: [N, 3] int32 of packed sequences, None for a batch."""
+    if ends is not None:
         origin = tl.load(ends + sequence * 3).to(tl.int64)
         z, z0 = tl.load(ends + sequence * 3 + 1), tl.load(ends + sequence * 3 + 2)
     else:
-        origin, z, z0 = sequence.to(tl.int64) * N, T // C, 0
-    return origin + z, z, z0
+        origin, z, z0 = sequence.to(tl.int64) * sizes.N, sizes.T // C, tl.full([], 0, tl.int32)
+    return Place(origin + z, z, z0, sequence)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def final_blocks_kernel(
-    slots, nodes, log_p, blocks, ends,
-    T, N, H, cap,
-    SIZE: tl.constexpr, E: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
-):  # fmt: skip
+def final_blocks_kernel(states, blocks, ends, T, N, H, R, L, cap, SIZE: tl.constexpr, E: tl.constexpr, C: tl.constexpr):
     """One tile of one block of one sequence and head: blocks [sequence, cap + 1, H, SIZE]."""
+    sizes = Sizes(T, N, H, R, L, cap)
     TILES: tl.constexpr = (SIZE + E - 1) // E
-    tile, h, block = head_program(TILES, H)
-    m, sequence = block % (cap + 1), block // (cap + 1)
-    c, z, z0 = locate_end(sequence, ends, T, N, C, PACKED)
-    read, path = paths(log_p, c, z, z0, cap, h, H)
+    tile, h, block = head_program(TILES, sizes.H)
+    m = block % (cap + 1)
+    place = place_of_end(block // (cap + 1), ends, sizes, C)
+    read, path = paths(states.log_decay, place, sizes, h)
     x, l_R = tile * E + tl.arange(0, E), tl.arange(0, READS)
     total = tl.zeros([E], tl.float32)
     for l in range(m, tl.where(m == cap, READS, m + 1)):
         decay = tl.sum(tl.where(read & (l_R == l), tl.exp2(path), 0.0), 0)
         if decay > 0:
-            state = slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, SIZE, NODES)
+            state = slot_pointer(states, place, l, sizes, h, SIZE)
             total += decay * tl.load(state + x, mask=x < SIZE, other=0.0).to(tl.float32)
-    out = blocks + ((sequence.to(tl.int64) * (cap + 1) + m) * H + h) * SIZE
+    out = blocks + initial_row(place, m, sizes, h) * SIZE
     tl.store(out + x, total.to(blocks.dtype.element_ty), mask=x < SIZE)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def final_blocks_backward_kernel(
-    slots, nodes, log_p, dblocks, dslots, dnodes, dlog_p, ends,
-    T, N, H, cap,
-    SIZE: tl.constexpr, E: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
-):  # fmt: skip
-    """One sequence and head: adds to the gradients of the states that it left, and of their log P."""
+    states, dblocks, dstates, ends, T, N, H, R, L, cap, SIZE: tl.constexpr, E: tl.constexpr, C: tl.constexpr
+):
+    """One sequence and head: adds to the gradients of the states that it left, and of the log decays of blocks."""
+    sizes = Sizes(T, N, H, R, L, cap)
     pid = tl.program_id(0)
-    h, sequence = pid % H, pid // H
-    c, z, z0 = locate_end(sequence, ends, T, N, C, PACKED)
-    read, path = paths(log_p, c, z, z0, cap, h, H)
+    h = pid % sizes.H
+    place = place_of_end(pid // sizes.H, ends, sizes, C)
+    read, path = paths(states.log_decay, place, sizes, h)
     l_R = tl.arange(0, READS)
-    flow_R = tl.zeros([READS], tl.float32)
+    dlog_R = tl.zeros([READS], tl.float32)
     for l in range(READS):
         decay = tl.sum(tl.where(read & (l_R == l), tl.exp2(path), 0.0), 0)
         if decay > 0:
-            block = dblocks + ((sequence.to(tl.int64) * (cap + 1) + tl.minimum(l, cap)) * H + h) * SIZE
-            state = slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, SIZE, NODES)
-            row = c - z + ((z >> l) << l) - 1
-            is_node = ((z >> l) << l) <= z0
+            row = initial_row(place, l, sizes, h)
+            block = dblocks + row * SIZE
+            state = slot_pointer(states, place, l, sizes, h, SIZE)
+            slot = place.c - place.z + ((place.z >> l) << l) - 1
+            is_initial = ((place.z >> l) << l) <= place.z0
             for first in range(0, SIZE, E):
                 x = first + tl.arange(0, E)
                 pulled = decay * tl.load(block + x, mask=x < SIZE, other=0.0).to(tl.float32)
                 held = tl.load(state + x, mask=x < SIZE, other=0.0).to(tl.float32)
-                flow_R += tl.where(l_R == l, tl.sum(pulled * held, 0), 0.0)
-                if NODES:
-                    to_node = dnodes + ((sequence.to(tl.int64) * (cap + 1) + tl.minimum(l, cap)) * H + h) * SIZE + x
-                    mask = x < tl.where(is_node, SIZE, 0)
-                    tl.store(to_node, tl.load(to_node, mask=mask, other=0.0) + pulled, mask=mask)
-                to_slot = dslots + (row * H + h) * SIZE + x
-                mask = x < tl.where(is_node, 0, SIZE)
+                dlog_R += tl.where(l_R == l, tl.sum(pulled * held, 0), 0.0)
+                if states.initial is not None:
+                    to_initial = dstates.initial + row * SIZE + x
+                    mask = x < tl.where(is_initial, SIZE, 0)
+                    tl.store(to_initial, tl.load(to_initial, mask=mask, other=0.0) + pulled, mask=mask)
+                to_slot = dstates.slots + (slot * sizes.H + h) * SIZE + x
+                mask = x < tl.where(is_initial, 0, SIZE)
                 pulled += tl.load(to_slot, mask=mask, other=0.0).to(tl.float32)
-                tl.store(to_slot, pulled.to(dslots.dtype.element_ty), mask=mask)
-    beyond = tl.cumsum(flow_R, 0, reverse=True) - flow_R
-    end = (z >> l_R) << l_R
-    to = dlog_p + (c - z + end - 1) * H + h
-    mask = read & (end > z0)
+                tl.store(to_slot, pulled.to(dstates.slots.dtype.element_ty), mask=mask)
+    beyond = tl.cumsum(dlog_R, 0, reverse=True) - dlog_R
+    end = (place.z >> l_R) << l_R
+    to = dstates.log_decay + (place.c - place.z + end - 1) * sizes.H + h
+    mask = read & (end > place.z0)
     tl.store(to, tl.load(to, mask=mask, other=0.0) + beyond, mask=mask)
+
+
+def final_blocks(x: Inputs, states: States) -> Tensor:
+    """[N, M, H, K, V] float32: what each sequence leaves at the start of its unfinished chunk."""
+    y, M = x.layout, x.sizes.cap + 1
+    blocks = x.empty(y.sequences, M, x.heads, x.key_dim, x.value_dim)
+    grid = y.sequences * M * x.heads * triton.cdiv(x.state_size, ELEMENTS)
+    final_blocks_kernel[(grid,)](states, blocks, y.ends, *x.sizes, SIZE=x.state_size, E=ELEMENTS, C=x.chunk_size)
+    return blocks
+
+
+def final_blocks_backward(x: Inputs, states: States, dblocks: Tensor, dstates: StateGradients) -> None:
+    """Add to the gradients of the array's slots."""
+    final_blocks_backward_kernel[(x.layout.sequences * x.heads,)](
+        states, dblocks.contiguous(), dstates, x.layout.ends, *x.sizes, SIZE=x.state_size, E=ELEMENTS, C=x.chunk_size
+    )

@@ -1,4 +1,4 @@
-"""What the queries of a chunk read: their own chunk, and the blocks before it.
+"""The reads of a chunk's queries: their own chunk, and the blocks before it.
 
 O = ((Q K^T * dec) * LAM) V + sum over the walk's blocks of diag(lambda_l exp(G) P_path) (Q S_block)
 """
@@ -6,71 +6,83 @@ O = ((Q K^T * dec) * LAM) V + sum over the walk's blocks of diag(lambda_l exp(G)
 # C chunk, H heads, K key, V value, L levels
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from loglinear.kernels.triton.args import SIZES, Sizes
+from loglinear.kernels.triton.compiler import prefetched
+from loglinear.kernels.triton.config import Launch
 from loglinear.kernels.triton.levels import far_classes, load_class_scales, load_scale, near_classes, spread_scales
-from loglinear.kernels.triton.tiles import SIZES, arrived, head_program, load_rows, load_state, locate, store_rows
-from loglinear.kernels.triton.walks import READS, load_blocks, nearest, path_of, slot_pointer, walk
+from loglinear.kernels.triton.scalar_gate.states import Inputs, States
+from loglinear.kernels.triton.tiles import head_program, load_rows, load_state, locate, part_of, rows_at, store_rows
+from loglinear.kernels.triton.walks import READS, load_log_decays, nearest, path_of, slot_pointer, walk
 
 
 @triton.jit(do_not_specialize=SIZES)
 def output_kernel(
-    q, k, v, level_scales, cumulative, slots, nodes, log_p, out, table,
-    T, N, H, R, L, cap, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, l_b, l_t, l_h,
+    q, k, v, level_scales, states, out, table, T, N, H, R, L, cap, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, HALVES: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, LINEAR: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, LINEAR: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """One half of a chunk, one head, one tile of V; heads are the fastest axis, so that neighbours share keys."""
+    sizes = Sizes(T, N, H, R, L, cap)
     TILES: tl.constexpr = (V + BV - 1) // BV
     ROWS: tl.constexpr = C // HALVES
-    DTYPE: tl.constexpr = level_scales.dtype.element_ty
+    DTYPE: tl.constexpr = level_scales.data.dtype.element_ty
     tile, h, part = head_program(TILES, H)
-    half, c = part % HALVES, (part // HALVES).to(tl.int64)
-    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
-    first += half * ROWS
-    n = tl.minimum(end - first, ROWS).to(tl.int32)
+    half = part % HALVES
+    chunk = part_of(locate((part // HALVES).to(tl.int64), table, sizes, C), half, ROWS)
+    n = chunk.n
     if n <= 0:
         return
-    i = tl.arange(0, ROWS)
-    scales, row = level_scales + b * l_b + first * l_t + h * l_h, (c * H + h) * C + half * ROWS
-    k_rows, v_rows = k + b * k_b + first * k_t + (h // R) * k_h, v + b * v_b + first * v_t + h * v_h
-    q_CK = load_rows(q + b * q_b + first * q_t + (h // R) * q_h, q_t, n, 0, ROWS, K, BK).to(DOT)
-    k_CK = load_rows(k_rows, k_t, n, 0, ROWS, K, BK).to(DOT)
-    v_CV = load_rows(v_rows, v_t, n, tile * BV, ROWS, V, BV).to(DOT)
-    G = tl.load(cumulative + row + i)
-    lambdas = load_class_scales(scales, l_t, n, L, 0, i, LINEAR)
-    read, end_of_blocks, are_nodes = walk(z, z0, cap)
-    log_block = load_blocks(log_p, c, z, z0, cap, h, H)
+    i, row = tl.arange(0, ROWS), (chunk.c * H + h) * C + half * ROWS
+    scales = rows_at(level_scales, chunk, h)
+    k_rows, v_rows = rows_at(k, chunk, h // sizes.R), rows_at(v, chunk, h)
+    q_CK = load_rows(rows_at(q, chunk, h // sizes.R), q.t, n, 0, ROWS, K, BK).to(MATH.dot)
+    k_CK = load_rows(k_rows, k.t, n, 0, ROWS, K, BK).to(MATH.dot)
+    v_CV = load_rows(v_rows, v.t, n, tile * BV, ROWS, V, BV).to(MATH.dot)
+    G = tl.load(states.cumulative + row + i)
+    lambdas = load_class_scales(scales, level_scales.t, n, L, 0, i, LINEAR)
+    read, end_of_blocks, are_initial = walk(chunk, sizes.cap)
+    log_block = load_log_decays(states.log_decay, chunk, sizes, h)
     remaining = tl.sum(tl.where(read, 1 << tl.arange(0, READS), 0), 0)
     # lambda of a block is loaded one read ahead.
-    ahead = load_scale(scales, l_t, n, LOG_C + 1 + nearest(remaining), L, i)
+    ahead = load_scale(scales, level_scales.t, n, LOG_C + 1 + nearest(remaining), L, i)
 
-    near_JC, far_JC = near_classes(ROWS).to(tl.float32).to(DOT), far_classes(ROWS).to(tl.float32).to(DOT)
-    weights_CC = spread_scales(lambdas, near_JC, far_JC, i, DTYPE, ROWS, LINEAR, DOT, PRECISION) * scale
+    near_JC, far_JC = near_classes(ROWS).to(tl.float32).to(MATH.dot), far_classes(ROWS).to(tl.float32).to(MATH.dot)
+    weights_CC = spread_scales(lambdas, near_JC, far_JC, i, DTYPE, ROWS, LINEAR, MATH) * scale
     weights_CC = weights_CC * tl.where(i[:, None] >= i[None, :], tl.exp2(G[:, None] - G[None, :]), 0.0)
-    weights_CC *= tl.dot(q_CK, tl.trans(k_CK), input_precision=PRECISION)
-    out_CV = tl.dot(weights_CC.to(DOT), v_CV, input_precision=PRECISION)
+    weights_CC *= tl.dot(q_CK, tl.trans(k_CK), input_precision=MATH.precision)
+    out_CV = tl.dot(weights_CC.to(MATH.dot), v_CV, input_precision=MATH.precision)
     if half > 0:
         # The second half reads all of the first at one level; exp(G_i - G_j) through the end of the first.
-        before = cumulative + row - ROWS
+        before = states.cumulative + row - ROWS
         between = tl.load(before + ROWS - 1)
-        weight = arrived(load_scale(scales, l_t, n, LOG_C, L, i), DTYPE) * scale * tl.exp2(G - between)
+        weight = prefetched(load_scale(scales, level_scales.t, n, LOG_C, L, i), DTYPE) * scale * tl.exp2(G - between)
         to_end = tl.exp2(between - tl.load(before + i))
-        k_before = load_rows(k_rows - ROWS * k_t, k_t, ROWS, 0, ROWS, K, BK).to(DOT)
-        v_before = load_rows(v_rows - ROWS * v_t, v_t, ROWS, tile * BV, ROWS, V, BV).to(DOT)
-        scores_CC = tl.dot(q_CK, tl.trans(k_before), input_precision=PRECISION)
+        k_before = load_rows(k_rows - ROWS * k.t, k.t, ROWS, 0, ROWS, K, BK).to(MATH.dot)
+        v_before = load_rows(v_rows - ROWS * v.t, v.t, ROWS, tile * BV, ROWS, V, BV).to(MATH.dot)
+        scores_CC = tl.dot(q_CK, tl.trans(k_before), input_precision=MATH.precision)
         scores_CC *= weight[:, None] * to_end[None, :]
-        out_CV = tl.dot(scores_CC.to(DOT), v_before, out_CV, input_precision=PRECISION)
+        out_CV = tl.dot(scores_CC.to(MATH.dot), v_before, out_CV, input_precision=MATH.precision)
 
     for _ in range(tl.sum(read.to(tl.int32), 0)):
         l = nearest(remaining)
         remaining &= remaining - 1
-        weight = arrived(ahead, DTYPE) * scale * tl.exp2(G + path_of(l, log_block))
-        ahead = load_scale(scales, l_t, n, LOG_C + 1 + nearest(remaining), L, i)
-        state = slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, K * V, NODES)
-        state_KV = load_state(state, tile * BV, K, V, BK, BV)
-        out_CV += weight[:, None] * tl.dot(q_CK, state_KV, input_precision=PRECISION)
-    # [tokens, H, V], contiguous
-    token = b * T + first
-    store_rows(out + (token * H + h) * V, H * V, n, tile * BV, out_CV, ROWS, V, BV)
+        weight = prefetched(ahead, DTYPE) * scale * tl.exp2(G + path_of(l, log_block))
+        ahead = load_scale(scales, level_scales.t, n, LOG_C + 1 + nearest(remaining), L, i)
+        state_KV = load_state(slot_pointer(states, chunk, l, sizes, h, K * V), tile * BV, K, V, BK, BV)
+        out_CV += weight[:, None] * tl.dot(q_CK, state_KV, input_precision=MATH.precision)
+    rows = out + ((chunk.b * sizes.T + chunk.first) * H + h) * V
+    store_rows(rows, H * V, n, tile * BV, out_CV, ROWS, V, BV)
+
+
+def output(x: Inputs, states: States, launch: Launch) -> Tensor:
+    """[B, T, H, V] in v's dtype."""
+    v = x.v.data
+    out = x.empty(*v.shape, dtype=v.dtype)
+    grid = x.layout.chunks * x.halves * x.heads * x.value_tiles(launch)
+    output_kernel[(grid,)](
+        x.q, x.k, x.v, x.level_scales, states, out, x.layout.table, *x.sizes, x.scale,
+        LOG_C=x.log_chunk, HALVES=x.halves, LINEAR=x.sizes.L == 1, **x.constants(launch),
+    )  # fmt: skip
+    return out

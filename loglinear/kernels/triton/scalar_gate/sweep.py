@@ -1,38 +1,49 @@
-"""The Fenwick array of states, built and differentiated one storey (six levels, 64 entries) at a time.
+"""The Fenwick array of states, built and differentiated one tier (six levels, 64 entries) at a time.
 
 Up:    Y_e = sum over the entries s of e's block of exp(log decay from s to e) X_s, a product with one 64 x 64 matrix W.
 Down:  dX = W^T dY, and the gradient of every log decay.
 
-An entry of storey s is a chunk e with e + 1 a multiple of 64**s; it stands for the 64**s chunks that end there. Entry
+An entry of tier s is a chunk e with e + 1 a multiple of 64**s; it stands for the 64**s chunks that end there. Entry
 number j (from 1) of a run covers its last lowbit(j) entries; from the cap on, all entries since the run's start.
 """
 
-# H heads, E numbers of a state in one tile, S storeys
+# H heads, E numbers of a state in one tile
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.tiles import RUN, SIZES, STOREY, dot_float32, exponent, head_program, locate_run
+from loglinear.kernels.triton.args import SIZES, Place, Sizes
+from loglinear.kernels.triton.config import Launch
+from loglinear.kernels.triton.scalar_gate.states import SWEEP_STEPS, Inputs, StateGradients, States, Totals
+from loglinear.kernels.triton.tiles import RUN, TIER, dot_float32, exponent, head_program, locate_run
+from loglinear.kernels.triton.walks import initial_row
+
+
+class Entries(NamedTuple):
+    """The entries of a run: their chunks' rows and numbers, which exist; which are ends of initial blocks, and those
+    blocks' rows."""
+
+    rows: tl.tensor
+    z: tl.tensor
+    exist: tl.tensor
+    are_initial: tl.tensor
+    initial_rows: tl.tensor
 
 
 @triton.jit
-def run_rows(run, table, N, storey, PACKED: tl.constexpr):
-    """The run's entries: chunk rows, which exist, and for continued sequences first chunk and sequence number."""
-    origin, count, number, z0, sequence = locate_run(run, table, N, storey, PACKED)
-    z = ((number * RUN + tl.arange(0, RUN) + 1) << (STOREY * storey)) - 1
-    return origin + z, z, (z < count) & (z >= z0), z0, sequence
+def run_entries(run, sizes, tier, h):
+    z = ((run.number * RUN + tl.arange(0, RUN) + 1) << (TIER * tier)) - 1
+    m = tl.minimum(exponent((z + 1) & -(z + 1)), sizes.cap)
+    are_initial = (z < run.z0) & (((run.z0 >> m) << m) == z + 1)
+    rows = initial_row(Place(run.origin, z, run.z0, run.sequence), m, sizes, h)
+    return Entries(run.origin + z, z, (z < run.count) & (z >= run.z0), are_initial, rows)
 
 
 @triton.jit
-def node_entries(z, z0, sequence, cap, h, H):
-    """Which entries before a continued sequence's first chunk are the ends of nodes, and the nodes' rows."""
-    m = tl.minimum(exponent((z + 1) & -(z + 1)), cap)
-    return (z < z0) & (((z0 >> m) << m) == z + 1), (sequence.to(tl.int64) * (cap + 1) + m) * H + h
-
-
-@triton.jit
-def covers(entry, other, cap, storey):
+def covers(entry, other, cap, tier):
     """Does the slot of `entry` hold the part of `other`? Both number the entries of a run from 1."""
-    rel = tl.maximum(cap - STOREY * storey, 0)
+    rel = tl.maximum(cap - TIER * tier, 0)
     low = entry & -entry
     size = tl.where(exponent(low) < rel, low, entry)
     return (other <= entry) & (other > entry - size)
@@ -47,82 +58,102 @@ def log_decays(log_total):
 
 @triton.jit(do_not_specialize=SIZES)
 def up_sweep_kernel(
-    slots, nodes, totals, next_totals, log_p, table,
-    N, H, cap, storey,
-    SIZE: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+    states, totals, next_totals, table, T, N, H, R, L, cap, tier,
+    SIZE: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """One run, one head, STEPS tiles of the states. Slots in place; totals -> log_p (and next_totals at run ends)."""
+    """One run, one head, STEPS tiles of the states. Slots in place; totals -> log decays of blocks, and next_totals at
+    run ends."""
+    sizes = Sizes(T, N, H, R, L, cap)
     PARTS: tl.constexpr = (SIZE + E * STEPS - 1) // (E * STEPS)
-    part, h, run = head_program(PARTS, H)
-    rows, z, exists, z0, sequence = run_rows(run, table, N, storey, PACKED)
-    j = tl.arange(0, RUN) + 1
-    log_total = tl.load(totals + rows * H + h, mask=exists, other=0.0)
-    inside = covers(j[:, None], j[None, :], cap, storey)
+    part, h, run = head_program(PARTS, sizes.H)
+    e = run_entries(locate_run(run, table, sizes, tier), sizes, tier, h)
+    j, row = tl.arange(0, RUN) + 1, e.rows * sizes.H + h
+    log_total = tl.load(totals + row, mask=e.exist, other=0.0)
+    inside = covers(j[:, None], j[None, :], sizes.cap, tier)
     weights = tl.where(inside, tl.exp2(log_decays(log_total)), 0.0)
     if part == 0:
         block = tl.sum(tl.where(inside, log_total[None, :], 0.0), 1)
-        tl.store(log_p + rows * H + h, block, mask=exists)
+        tl.store(states.log_decay + row, block, mask=e.exist)
         run_total = tl.sum(log_total, 0)
-        tl.store(next_totals + rows * H + h, tl.zeros_like(block) + run_total, mask=exists & (j == RUN))
+        tl.store(next_totals + row, tl.zeros_like(block) + run_total, mask=e.exist & (j == RUN))
     unchanged = tl.sum(inside.to(tl.int32), 1) == 1
-    if NODES:
-        is_node, node_rows = node_entries(z, z0, sequence, cap, h, H)
     for step in range(STEPS):
         x = (part * STEPS + step) * E + tl.arange(0, E)
-        pointers = slots + (rows * H + h)[:, None] * SIZE + x[None, :]
-        mask = exists[:, None] & (x < SIZE)[None, :]
+        pointers = states.slots + row[:, None] * SIZE + x[None, :]
+        mask = e.exist[:, None] & (x < SIZE)[None, :]
         own = tl.load(pointers, mask=mask, other=0.0)
-        if NODES:
-            from_nodes = nodes + node_rows[:, None] * SIZE + x[None, :]
-            own += tl.load(from_nodes, mask=is_node[:, None] & (x < SIZE)[None, :], other=0.0).to(DOT)
-        block = dot_float32(weights, own, DOT, PRECISION)
-        tl.store(pointers, block.to(slots.dtype.element_ty), mask=mask & (unchanged == 0)[:, None])
+        if states.initial is not None:
+            initial = states.initial + e.initial_rows[:, None] * SIZE + x[None, :]
+            own += tl.load(initial, mask=e.are_initial[:, None] & (x < SIZE)[None, :], other=0.0).to(MATH.dot)
+        block = dot_float32(weights, own, MATH)
+        tl.store(pointers, block.to(states.slots.dtype.element_ty), mask=mask & (unchanged == 0)[:, None])
 
 
 @triton.jit(do_not_specialize=SIZES)
 def down_sweep_kernel(
-    slots, dslots, nodes, dnodes, totals, dlog_p, dtotals, table,
-    N, H, cap, storey, is_top, plane,
-    SIZE: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+    states, dstates, totals, dtotals, table, T, N, H, R, L, cap, tier, is_top,
+    SIZE: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint, in place: dslots comes in as dY, leaves as dX. dtotals [part, chunk, H] gets, at the storey's
-    entries, this part's share of the gradient of the entry's total."""
+    """The adjoint, in place: dstates.slots comes in as dY, leaves as dX. dtotals gets, at the tier's entries, this
+    part's share of the gradient of the entry's total."""
+    sizes = Sizes(T, N, H, R, L, cap)
     PARTS: tl.constexpr = (SIZE + E * STEPS - 1) // (E * STEPS)
-    part, h, run = head_program(PARTS, H)
-    rows, z, exists, z0, sequence = run_rows(run, table, N, storey, PACKED)
-    j = tl.arange(0, RUN) + 1
-    log_total = tl.load(totals + rows * H + h, mask=exists, other=0.0)
-    inside = covers(j[None, :], j[:, None], cap, storey)  # [s, e]
+    part, h, run = head_program(PARTS, sizes.H)
+    e = run_entries(locate_run(run, table, sizes, tier), sizes, tier, h)
+    j, row = tl.arange(0, RUN) + 1, e.rows * sizes.H + h
+    log_total = tl.load(totals + row, mask=e.exist, other=0.0)
+    inside = covers(j[None, :], j[:, None], sizes.cap, tier)  # [s, e]
     beyond = inside & (j[:, None] != j[None, :])
     weights = tl.where(beyond, tl.exp2(-log_decays(log_total)), 0.0)
-    flow = tl.zeros([RUN], tl.float32)
-    if NODES:
-        is_node, node_rows = node_entries(z, z0, sequence, cap, h, H)
+    dlog_entry = tl.zeros([RUN], tl.float32)
     for step in range(STEPS):
         x = (part * STEPS + step) * E + tl.arange(0, E)
-        offsets = (rows * H + h)[:, None] * SIZE + x[None, :]
-        mask = exists[:, None] & (x < SIZE)[None, :]
-        dblock = tl.load(dslots + offsets, mask=mask, other=0.0)
-        block = tl.load(slots + offsets, mask=mask, other=0.0)
-        through = dot_float32(weights, dblock, DOT, PRECISION)
-        flow += tl.sum(through * block.to(tl.float32), 1)
-        if NODES:
-            offsets_n = node_rows[:, None] * SIZE + x[None, :]
-            mask_n = is_node[:, None] & (x < SIZE)[None, :]
-            flow += tl.sum(through * tl.load(nodes + offsets_n, mask=mask_n, other=0.0).to(tl.float32), 1)
-            to_node = through + tl.load(dnodes + offsets_n, mask=mask_n, other=0.0)
-            tl.store(dnodes + offsets_n, to_node, mask=mask_n)
-        tl.store(dslots + offsets, (dblock.to(tl.float32) + through).to(dslots.dtype.element_ty), mask=mask)
+        offsets = row[:, None] * SIZE + x[None, :]
+        mask = e.exist[:, None] & (x < SIZE)[None, :]
+        dblock = tl.load(dstates.slots + offsets, mask=mask, other=0.0)
+        block = tl.load(states.slots + offsets, mask=mask, other=0.0)
+        through = dot_float32(weights, dblock, MATH)
+        dlog_entry += tl.sum(through * block.to(tl.float32), 1)
+        if states.initial is not None:
+            offsets_n = e.initial_rows[:, None] * SIZE + x[None, :]
+            mask_n = e.are_initial[:, None] & (x < SIZE)[None, :]
+            initial = tl.load(states.initial + offsets_n, mask=mask_n, other=0.0).to(tl.float32)
+            dlog_entry += tl.sum(through * initial, 1)
+            dinitial = through + tl.load(dstates.initial + offsets_n, mask=mask_n, other=0.0)
+            tl.store(dstates.initial + offsets_n, dinitial, mask=mask_n)
+        dslot = (dblock.to(tl.float32) + through).to(dstates.slots.dtype.element_ty)
+        tl.store(dstates.slots + offsets, dslot, mask=mask)
     # What leaves entry j goes to its parent, and crosses the entries in between: every one after j up to the parent.
-    rel = tl.maximum(cap - STOREY * storey, 0)
+    rel = tl.maximum(sizes.cap - TIER * tier, 0)
     low = j & -j
-    parent = j + tl.where(exponent(low) < rel, low, 1 << tl.minimum(rel, STOREY))
+    parent = j + tl.where(exponent(low) < rel, low, 1 << tl.minimum(rel, TIER))
     crossed = (j[None, :] > j[:, None]) & (j[None, :] <= parent[:, None])  # [from, crossed]
-    dtotal = tl.sum(tl.where(crossed, flow[:, None], 0.0), 0)
+    dtotal = tl.sum(tl.where(crossed, dlog_entry[:, None], 0.0), 0)
     if part == 0:
-        # The last entry of a run got its log P one storey higher, where there is one.
-        dblock_log = tl.load(dlog_p + rows * H + h, mask=exists & (j < is_top + RUN), other=0.0)
+        # The last entry of a run got its log decay one tier higher, where there is one.
+        dblock_log = tl.load(dstates.log_decay + row, mask=e.exist & (j < is_top + RUN), other=0.0)
         dtotal += tl.sum(tl.where(inside, dblock_log[None, :], 0.0), 1)
-    tl.store(dtotals + plane * part + rows * H + h, dtotal, mask=exists)
+    tl.store(dtotals.data + tier * dtotals.tier + part * dtotals.part + row, dtotal, mask=e.exist)
+
+
+def up_sweep(x: Inputs, states: States, launch: Launch) -> None:
+    """Merge the chunks' states, in place, into the Fenwick array, tier after tier."""
+    for tier, runs in enumerate(x.layout.runs):
+        up_sweep_kernel[(runs * x.heads * x.sweep_parts(launch),)](
+            states, states.totals[tier], states.totals[tier + 1], x.layout.run_tables[tier], *x.sizes, tier,
+            SIZE=x.state_size, E=launch.tile, STEPS=SWEEP_STEPS, MATH=x.math, **launch.options,
+        )  # fmt: skip
+
+
+def down_sweep(x: Inputs, states: States, dstates: StateGradients, launch: Launch) -> Totals:
+    """Turn the gradients of the array's slots, in place, into those of the chunks' states; and those of the totals."""
+    runs, parts = x.layout.runs, x.sweep_parts(launch)
+    dtotals = x.empty(len(runs), parts, x.layout.chunks, x.heads)
+    strided = Totals(dtotals, dtotals.stride(0), dtotals.stride(1))
+    for tier in reversed(range(len(runs))):
+        is_top = int(tier == len(runs) - 1)
+        down_sweep_kernel[(runs[tier] * x.heads * parts,)](
+            states, dstates, states.totals[tier], strided, x.layout.run_tables[tier], *x.sizes, tier, is_top,
+            SIZE=x.state_size, E=launch.tile, STEPS=SWEEP_STEPS, MATH=x.math, **launch.options,
+        )  # fmt: skip
+    return strided

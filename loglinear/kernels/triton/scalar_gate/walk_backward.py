@@ -2,117 +2,134 @@
 
     dQ = sum_l diag(lambda_l exp(G) P_path) dO S_l^T + dA K      dlambda_l = rowsum(Q S_l * exp(G) P_path dO)
 
-dA of the chunk itself comes from `in_chunk_backward`. What flows through a read, lambda_l dlambda_l, is the gradient of
-the logarithms of the decays on its way.
+dA of the chunk itself comes from `in_chunk_backward`. lambda_l dlambda_l of a read is the gradient of the logarithms of
+the decays on its way.
 """
 
 # C chunk, H heads, G groups, K key, V value, L levels
 import triton
 import triton.language as tl
 
+from loglinear.kernels.triton.args import SIZES, Planes, Rows, Sizes, Slab
+from loglinear.kernels.triton.compiler import fresh_arange, identity, opaque_zero, prefetched, to_mma_layout
+from loglinear.kernels.triton.config import Launch
+from loglinear.kernels.triton.layout import READS as NUM_READS
 from loglinear.kernels.triton.levels import column_of, load_read_scales, load_scale, scales_product
+from loglinear.kernels.triton.scalar_gate.states import Inputs, Inside, Reads, States
 from loglinear.kernels.triton.tiles import (
-    SIZES,
-    arrived,
-    as_product,
-    group_program,
-    identity,
     load_rows,
     load_state,
-    nothing,
-    rows_again,
-    scores_tile,
+    part_of_program,
+    rows_at,
+    scores_at,
+    slab_at,
     store_rows,
 )
-from loglinear.kernels.triton.walks import READS, load_blocks, nearest, slot_pointer, walk
+from loglinear.kernels.triton.walks import READS, load_log_decays, nearest, slot_pointer, walk
 
 
 @triton.jit(do_not_specialize=SIZES)
 def walk_backward_kernel(
-    q, k, level_scales, cumulative, slots, nodes, log_p, do, dscores, cross_scales,
-    dq, dlevel_scales, walk_flow, read_paths, beyond, table,
-    T, N, H, R, L, cap, scale, plane, dscores_plane,
-    q_b, q_t, q_h, k_b, k_t, k_h, l_b, l_t, l_h, o_b, o_t, o_h, dl_t,
+    q, k, level_scales, states, do, inside, dq, dlevel_scales, reads, table, T, N, H, R, L, cap, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, HALVES: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NODES: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """One half of a chunk and R / SPLIT heads of one group.
 
-    Writes dq (plane `split`), the columns of dlevel_scales from LOG_C + 1 on (with two halves from LOG_C on; adding to
-    the last one where the chunk shares it), walk_flow [chunk, H, C] (what each token reads outside its half), and for
-    the readers' adjoint read_paths [chunk, H, READS] and beyond [chunk, half, H, READS]: what flows on to farther
-    blocks than each."""
-    DTYPE: tl.constexpr = level_scales.dtype.element_ty
+    Writes dq (one plane), `reads`, and the columns of dlevel_scales from LOG_C + 1 on (with two halves from LOG_C on;
+    adding to the last one where the chunk shares it)."""
+    sizes = Sizes(T, N, H, R, L, cap)
+    DTYPE: tl.constexpr = level_scales.data.dtype.element_ty
     TILES: tl.constexpr = (V + BV - 1) // BV
     ROWS: tl.constexpr = C // HALVES
     LOG_ROWS: tl.constexpr = LOG_C if HALVES == 1 else LOG_C - 1
-    split, group, head, share, half, n, first, c, b, end, z, z0, sequence = group_program(
-        table, T, N, H, R, C, HALVES, SPLIT, PACKED
-    )
+    part = part_of_program(table, sizes, C, HALVES, SPLIT)
+    chunk, half, head = part.chunk, part.half, part.head
+    n = chunk.n
     if n <= 0:
         return
-    token, groups, last = b * T + first, H // R, L - 1
+    groups, last = H // sizes.R, L - 1
     i, l_R = tl.arange(0, ROWS), tl.arange(0, READS)
-    q_CK = load_rows(q + b * q_b + first * q_t + group * q_h, q_t, n, 0, ROWS, K, BK).to(DOT)
-    k_rows = k + b * k_b + first * k_t + group * k_h
-    one = identity(BV, DOT)
+    q_CK = load_rows(rows_at(q, chunk, part.group), q.t, n, 0, ROWS, K, BK).to(MATH.dot)
+    k_rows = rows_at(k, chunk, part.group)
+    one = identity(BV, MATH)
     dq_CK = tl.zeros([ROWS, BK], tl.float32)
     for j in range(half + 1):
-        tile_CC = scores_tile(dscores, dscores_plane, split, c, groups, group, half, j, HALVES, ROWS)
+        tile_CC = scores_at(inside.dscores, part, groups, half, j, HALVES, ROWS)
         dscores_CC = tl.load(tile_CC + i[:, None] * ROWS + i[None, :])
-        k_JK = load_rows(k_rows - (half - j) * ROWS * k_t, k_t, n + (half - j) * ROWS, 0, ROWS, K, BK).to(DOT)
-        dq_CK = tl.dot(dscores_CC, k_JK, dq_CK, input_precision=PRECISION)
-    read, end_of_blocks, are_nodes = walk(z, z0, cap)
-    reads = tl.sum(tl.where(read, 1 << l_R, 0), 0)
+        k_JK = load_rows(k_rows - (half - j) * ROWS * k.t, k.t, n + (half - j) * ROWS, 0, ROWS, K, BK).to(MATH.dot)
+        dq_CK = tl.dot(dscores_CC, k_JK, dq_CK, input_precision=MATH.precision)
+    read, end_of_blocks, are_initial = walk(chunk, sizes.cap)
+    remaining_reads = tl.sum(tl.where(read, 1 << l_R, 0), 0)
     count = tl.sum(read.to(tl.int32), 0)
-    row = (c * H + head) * C + half * ROWS
-    level_scales += b * l_b + first * l_t
-    for h in range(head, head + share):
-        i = rows_again(h, 0, ROWS)
-        G, log_block = tl.load(cumulative + row + (h - head) * C + i), load_blocks(log_p, c, z, z0, cap, h, H)
-        lambdas = load_read_scales(level_scales + h * l_h, l_t, n, reads, L, i, LOG_C)
-        to = dlevel_scales + token * dl_t + h * L
-        do_h = do + b * o_b + first * o_t + h * o_h
+    row = (chunk.c * H + head) * C + half * ROWS
+    for h in range(head, head + part.heads):
+        i = fresh_arange(h, 0, ROWS)
+        G = tl.load(states.cumulative + row + (h - head) * C + i)
+        log_block = load_log_decays(states.log_decay, chunk, sizes, h)
+        scales, l_t = rows_at(level_scales, chunk, h), level_scales.t
+        lambdas = load_read_scales(scales, l_t, n, remaining_reads, L, i, LOG_C)
+        to, to_t, do_rows = slab_at(dlevel_scales, chunk, sizes, h, L), dlevel_scales.t, rows_at(do, chunk, h)
         if TILES == 1:
-            do_CV = as_product(load_rows(do_h, o_t, n, 0, ROWS, V, BV, h).to(DOT), one, PRECISION)
+            do_CV = to_mma_layout(load_rows(do_rows, do.t, n, 0, ROWS, V, BV, h).to(MATH.dot), one, MATH)
         if HALVES > 1:
             n_cross = tl.where(half > 0, n, 0)
-            cross = tl.load(cross_scales + (c * H + h) * ROWS + i, mask=i < n_cross, other=0.0)
-            cross_scale = load_scale(level_scales + h * l_h, l_t, n_cross, LOG_C, L, i)
+            cross = tl.load(inside.dcross_scales + (chunk.c * H + h) * ROWS + i, mask=i < n_cross, other=0.0)
+            cross_scale = load_scale(scales, l_t, n_cross, LOG_C, L, i)
         path = tl.cumsum(log_block, 0) - log_block
         weights = tl.exp2(G[:, None] + path[None, :]) * scale
-        weights *= scales_product(lambdas, identity(READS, DOT), DTYPE, DOT, PRECISION)
-        remaining, pulled = reads, tl.zeros([ROWS, READS], tl.float32)
+        weights *= scales_product(lambdas, identity(READS, MATH), DTYPE, MATH)
+        remaining, pulled = remaining_reads, tl.zeros([ROWS, READS], tl.float32)
         for _ in range(count):
             l = nearest(remaining)
             remaining &= remaining - 1
             weight = column_of(weights, l)
-            state = slot_pointer(slots, nodes, c, z, z0, sequence, l, cap, h, H, K * V, NODES)
+            state = slot_pointer(states, chunk, l, sizes, h, K * V)
             dscale = tl.zeros([ROWS], tl.float32)
             for tile in (tl.static_range if TILES <= 2 else tl.range)(TILES):
                 if TILES > 1:
-                    do_CV = as_product(load_rows(do_h, o_t, n, tile * BV, ROWS, V, BV, h).to(DOT), one, PRECISION)
+                    do_CV = load_rows(do_rows, do.t, n, tile * BV, ROWS, V, BV, h).to(MATH.dot)
+                    do_CV = to_mma_layout(do_CV, one, MATH)
                 state_KV = load_state(state, tile * BV, K, V, BK, BV, l)
-                dscale += tl.sum(tl.dot(q_CK, state_KV, input_precision=PRECISION) * do_CV, 1)
-                weighted_CV = (do_CV * weight[:, None]).to(DOT)
-                dq_CK = tl.dot(weighted_CV, tl.trans(state_KV), dq_CK, input_precision=PRECISION)
+                dscale += tl.sum(tl.dot(q_CK, state_KV, input_precision=MATH.precision) * do_CV, 1)
+                weighted_CV = (do_CV * weight[:, None]).to(MATH.dot)
+                dq_CK = tl.dot(weighted_CV, tl.trans(state_KV), dq_CK, input_precision=MATH.precision)
             pulled += tl.where(l_R[None, :] == l, dscale[:, None], 0.0)
         # The decays once more: kept from before the reads they would take registers all through them.
-        flows, dscales = pulled * weights, pulled * tl.exp2((G + nothing(h, 0))[:, None] + path[None, :]) * scale
-        flow, in_last = tl.sum(flows, 1), tl.sum(tl.where(l_R[None, :] >= cap, dscales, 0.0), 1)
+        dlog_reads = pulled * weights
+        dscales = pulled * tl.exp2((G + opaque_zero(h, 0))[:, None] + path[None, :]) * scale
+        dlog_walk, in_last = tl.sum(dlog_reads, 1), tl.sum(tl.where(l_R[None, :] >= sizes.cap, dscales, 0.0), 1)
         if HALVES > 1:
-            flow += cross * arrived(cross_scale, DTYPE)
+            dlog_walk += cross * prefetched(cross_scale, DTYPE)
             in_last += tl.where(last <= LOG_C, cross, 0.0)
-            tl.store(to + i * dl_t + LOG_C, cross.to(to.dtype.element_ty), mask=i < tl.where(last > LOG_C, n, 0))
+            tl.store(to + i * to_t + LOG_C, cross.to(to.dtype.element_ty), mask=i < tl.where(last > LOG_C, n, 0))
         if last <= LOG_ROWS:  # levels of the chunk are in the last column too
-            in_last += tl.load(to + i * dl_t + last, mask=i < n, other=0.0).to(tl.float32)
-        dscales = tl.where(l_R[None, :] == cap, in_last[:, None], dscales)
-        columns = (i * dl_t)[:, None] + tl.minimum(LOG_C + 1 + l_R, last)[None, :]
-        tl.store(to + columns, dscales.to(to.dtype.element_ty), mask=(i < n)[:, None] & (l_R <= cap)[None, :])
-        tl.store(walk_flow + row + (h - head) * C + i, flow)
-        flow_R = tl.sum(flows, 0)
-        tl.store(beyond + ((c * HALVES + half) * H + h) * READS + l_R, tl.cumsum(flow_R, 0, reverse=True) - flow_R)
+            in_last += tl.load(to + i * to_t + last, mask=i < n, other=0.0).to(tl.float32)
+        dscales = tl.where(l_R[None, :] == sizes.cap, in_last[:, None], dscales)
+        columns = (i * to_t)[:, None] + tl.minimum(LOG_C + 1 + l_R, last)[None, :]
+        tl.store(to + columns, dscales.to(to.dtype.element_ty), mask=(i < n)[:, None] & (l_R <= sizes.cap)[None, :])
+        tl.store(reads.dlog_walk + row + (h - head) * C + i, dlog_walk)
+        dlog_R = tl.sum(dlog_reads, 0)
+        beyond = reads.beyond + ((chunk.c * HALVES + half) * H + h) * READS
+        tl.store(beyond + l_R, tl.cumsum(dlog_R, 0, reverse=True) - dlog_R)
         if half == 0:
-            tl.store(read_paths + (c * H + h) * READS + l_R, path)
-    store_rows(dq + split * plane + (token * groups + group) * K, groups * K, n, 0, dq_CK, ROWS, K, BK)
+            tl.store(reads.paths + (chunk.c * H + h) * READS + l_R, path)
+    rows = dq.data + part.split * dq.plane + ((chunk.b * sizes.T + chunk.first) * groups + part.group) * K
+    store_rows(rows, groups * K, n, 0, dq_CK, ROWS, K, BK)
+
+
+def walk_backward(
+    x: Inputs, states: States, do: Rows, inside: Inside, dq: Planes, dlevel_scales: Slab, launch: Launch
+) -> Reads:
+    """Write dq, and dlambda of the levels between chunks; return the rest."""
+    chunks, H, halves = x.layout.chunks, x.heads, x.halves
+    reads = Reads(
+        dlog_walk=x.empty(chunks, H, x.chunk_size),
+        paths=x.empty(chunks, H, NUM_READS),
+        beyond=x.empty(chunks, halves, H, NUM_READS),
+    )
+    walk_backward_kernel[(chunks * halves * x.groups * x.splits,)](
+        x.q, x.k, x.level_scales, states, do, inside, dq, dlevel_scales, reads, x.layout.table, *x.sizes, x.scale,
+        LOG_C=x.log_chunk, HALVES=halves, SPLIT=x.splits, **x.constants(launch),
+    )  # fmt: skip
+    return reads

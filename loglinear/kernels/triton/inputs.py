@@ -1,0 +1,128 @@
+"""One call on the host: its tensors, and its inputs as the kernels take them."""
+
+# B batch, T time, G groups, H heads, K key, V value, L levels, N sequences, M blocks, C chunk
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from loglinear.fenwick import block_cap
+from loglinear.kernels.triton.args import Math, Rows, Sizes
+
+# The factors of the products, which are also the dtype of states, and their precision. float16 has the mantissa of tf32
+# but not the range that a sum over a long past needs, so its products are single tf32 products of float32 states
+# (three where a chunk's error would be carried on: the delta rule's inverse, transition and state).
+DOT_TYPES = {
+    torch.float32: (torch.float32, Math(tl.float32, "tf32x3")),
+    torch.float16: (torch.float32, Math(tl.float32, "tf32")),
+    torch.bfloat16: (torch.bfloat16, Math(tl.bfloat16, "tf32")),
+}
+
+
+class Operands(NamedTuple):
+    """The tensors of a call: q, k [B,T,G,K], v [B,T,H,V], log_decay, beta [B,T,H], level_scales [B,T,H,L], and the
+    blocks of the initial state [N,M,H,K,V]. The scalar gate has no beta."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+    beta: Tensor | None
+    level_scales: Tensor
+    initial: Tensor | None
+
+    def heads(self, h: slice) -> Operands:
+        """Return the operands of some heads, and of the groups that they belong to."""
+        R = self.v.shape[2] // self.q.shape[2]
+        g = slice(h.start // R, (h.stop - 1) // R + 1)
+        beta, initial = (None if x is None else x[:, :, h] for x in (self.beta, self.initial))
+        v, log_decay, level_scales = (x[:, :, h] for x in (self.v, self.log_decay, self.level_scales))
+        return Operands(self.q[:, :, g], self.k[:, :, g], v, log_decay, beta, level_scales, initial)
+
+
+class Sequences(NamedTuple):
+    """The ends of packed sequences [N + 1], and the number of the chunk with which each begins [N], for a state."""
+
+    cu_seqlens: Tensor | None
+    starts: Tensor | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A call's operands as the kernels take them, with its sizes and the layout of its chunks."""
+
+    q: Rows
+    k: Rows
+    v: Rows
+    log_decay: Rows
+    beta: Rows | None
+    level_scales: Rows
+    initial: Tensor | None
+    sizes: Sizes
+    scale: float
+    chunk_size: int
+    dtype: torch.dtype  # of the states
+    math: Math
+    layout: Any
+
+    @classmethod
+    def of(cls, x: Operands, layout: Any, scale: float, chunk_size: int, products: torch.dtype) -> Any:
+        """`products` is one of DOT_TYPES."""
+        H, L = x.level_scales.shape[2:]
+        sizes = Sizes(x.q.shape[1], layout.chunks_per_row, H, H // x.q.shape[2], L, block_cap(L, chunk_size))
+        dtype, math = DOT_TYPES[products]
+        q, k, v, level_scales = (Rows.of(in_rows(y)) for y in (x.q, x.k, x.v, x.level_scales))
+        log_decay, beta = Rows.of(x.log_decay), None if x.beta is None else Rows.of(x.beta)
+        initial = None if x.initial is None else x.initial.to(dtype).contiguous()
+        return cls(q, k, v, log_decay, beta, level_scales, initial, sizes, scale, chunk_size, dtype, math, layout)
+
+    @property
+    def heads(self) -> int:
+        return self.sizes.H
+
+    @property
+    def groups(self) -> int:
+        return self.q.data.shape[2]
+
+    @property
+    def key_dim(self) -> int:
+        return self.q.data.shape[3]
+
+    @property
+    def value_dim(self) -> int:
+        return self.v.data.shape[3]
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.v.data.device)
+
+
+def common_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype of all tensors, or float32."""
+    dtypes = {x.dtype for x in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """x [B, T, heads, D] with rows of neighbouring numbers, and heads within 32 bits of one another; else a copy."""
+    is_near = abs(x.stride(2)) * x.shape[2] < 1 << 31
+    return x if x.stride(3) == 1 and is_near else x.contiguous()
+
+
+def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor of x's shape whose numbers follow one another."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def slabs(chunks: int, groups: int, heads: int, state_bytes: int, limit: int) -> list[slice]:
+    """Ranges of heads whose states fit `limit` bytes: whole groups, as even as can be, or equal shares of one."""
+    R = heads // groups
+    fits = max(1, limit // (chunks * state_bytes))
+    if fits >= R:
+        step = -(-groups // -(-groups // (fits // R))) * R
+    else:
+        step = max(d for d in range(1, fits + 1) if R % d == 0)
+    return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]

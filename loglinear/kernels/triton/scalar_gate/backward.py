@@ -1,0 +1,110 @@
+"""The backward in seven stages: each is the adjoint of a forward's stage, in the opposite order."""
+
+# B batch, T time, H heads, G groups, K key, V value, L levels, N sequences, M blocks
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from loglinear.fenwick import log2
+from loglinear.kernels.triton.args import Planes, Rows, Slab
+from loglinear.kernels.triton.config import Plan
+from loglinear.kernels.triton.inputs import DOT_TYPES, Operands, Sequences, common_dtype, in_rows, like, slabs
+from loglinear.kernels.triton.layout import READS
+from loglinear.kernels.triton.scalar_gate.chunk_state_backward import chunk_state_backward
+from loglinear.kernels.triton.scalar_gate.decay_backward import decay_backward
+from loglinear.kernels.triton.scalar_gate.final_blocks import final_blocks_backward
+from loglinear.kernels.triton.scalar_gate.forward import build_states, inputs_of
+from loglinear.kernels.triton.scalar_gate.in_chunk_backward import in_chunk_backward
+from loglinear.kernels.triton.scalar_gate.state_backward import state_backward
+from loglinear.kernels.triton.scalar_gate.states import Inputs
+from loglinear.kernels.triton.scalar_gate.sweep import down_sweep
+from loglinear.kernels.triton.scalar_gate.walk_backward import walk_backward
+
+SLAB_BYTES = 1 << 30  # of the states that a backward builds at once; their gradients take as much again
+
+
+class Outgoing(NamedTuple):
+    """The gradients of a call's results: of the output [B,T,H,V], and of the final blocks [N,M,H,K,V], if any."""
+
+    do: Tensor
+    dblocks: Tensor | None
+
+    def heads(self, h: slice) -> Outgoing:
+        return Outgoing(self.do[:, :, h], None if self.dblocks is None else self.dblocks[:, :, h])
+
+
+class Slabs(NamedTuple):
+    """The gradients that the stages write where they belong: views of some heads of dv, dlog_decay, dlevel_scales."""
+
+    dv: Tensor
+    dlog_decay: Tensor
+    dlevel_scales: Tensor
+
+    def heads(self, h: slice) -> Slabs:
+        return Slabs(*(x[:, :, h] for x in self))
+
+
+def backward(
+    x: Inputs, plan: Plan, outgoing: Outgoing, slabs: Slabs, *, partial: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Write the gradients of these heads into `slabs`; return dq, dk and dinitial.
+
+    With `partial` these are not all heads of their group: dq and dk are to be added up, in float32.
+    """
+    do, dv, dlog_decay, dlevel_scales = Rows.of(outgoing.do), *map(Slab.of, slabs)
+    # One program sums all heads of a group, or dq and dk have a plane for each share of them.
+    are_whole = not partial and x.splits == 1
+    dq, dk = (
+        Planes.of(x.empty(x.splits, *y.data.shape, dtype=y.data.dtype if are_whole else torch.float32))
+        for y in (x.q, x.k)
+    )
+    states = build_states(x, plan)
+    inside = in_chunk_backward(x, states.cumulative, do, dv, dlevel_scales, plan["in_chunk_backward"])
+    reads = walk_backward(x, states, do, inside, dq, dlevel_scales, plan["walk_backward"])
+    dstates = state_backward(x, states, do, reads, plan["state_backward"])  # each slot gathers from its readers
+    if outgoing.dblocks is not None:
+        final_blocks_backward(x, states, outgoing.dblocks, dstates)
+    dtotals = down_sweep(x, states, dstates, plan["down_sweep"])
+    dlog_state = chunk_state_backward(x, states, dstates, inside, dk, dv, plan["chunk_state_backward"])
+    decay_backward(x, inside, reads, dlog_state, dtotals, dlog_decay)
+    dq_sum, dk_sum = (y.data[0] if x.splits == 1 else y.data.sum(0) for y in (dq, dk))
+    return dq_sum, dk_sum, dstates.initial
+
+
+def gradients(x: Operands, sequences: Sequences, outgoing: Outgoing, scale: float, plan: Plan) -> Operands:
+    """The gradient of every operand: slab after slab of heads, so that states and their gradients stay small."""
+    rows, tokens, G, K = x.q.shape
+    H, V = x.v.shape[2:]
+    R, C = H // G, plan.chunk_size
+    chunks = rows * triton.cdiv(tokens, C) + (0 if sequences.cu_seqlens is None else len(sequences.cu_seqlens))
+    state_bytes = K * V * DOT_TYPES[common_dtype(x.q, x.k, x.v)][0].itemsize
+    outgoing = outgoing._replace(do=in_rows(outgoing.do))
+
+    # Columns that no walk could read stay 0.
+    dlevel_scales = like(x.level_scales)
+    if x.level_scales.shape[3] > log2(C) + 1 + READS:
+        dlevel_scales.zero_()
+    views = Slabs(like(x.v), like(x.log_decay), dlevel_scales)
+    dinitial = None if x.initial is None else like(x.initial, torch.float32)
+    parts = slabs(chunks, G, H, state_bytes, SLAB_BYTES)
+    partial = parts[0].stop - parts[0].start < R
+    if len(parts) > 1:
+        dq, dk = (like(y, torch.float32 if partial else None) for y in (x.q, x.k))
+    for h in parts:
+        g = slice(h.start // R, (h.stop - 1) // R + 1)
+        call = inputs_of(x.heads(h), sequences, scale, plan)
+        dq_h, dk_h, dinitial_h = backward(call, plan, outgoing.heads(h), views.heads(h), partial=partial)
+        if len(parts) == 1:
+            dq, dk = dq_h, dk_h
+        elif h.start % R == 0:
+            dq[:, :, g], dk[:, :, g] = dq_h, dk_h
+        else:
+            dq[:, :, g] += dq_h
+            dk[:, :, g] += dk_h
+        if dinitial is not None and dinitial_h is not None:
+            dinitial[:, :, h] = dinitial_h
+    return Operands(dq.to(x.q.dtype), dk.to(x.k.dtype), views.dv, views.dlog_decay, None, dlevel_scales, dinitial)

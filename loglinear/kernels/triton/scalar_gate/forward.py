@@ -1,0 +1,37 @@
+"""The forward in four stages, those of `reference/chunked.py`.
+
+It keeps nothing but its inputs: the backward builds the states again, which is cheaper than holding T / C of them
+(docs/lab-notes/2026-11-23-scalar-gate-kernels.md).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from loglinear.kernels.triton.config import Plan
+from loglinear.kernels.triton.inputs import Operands, Sequences, common_dtype
+from loglinear.kernels.triton.layout import layout
+from loglinear.kernels.triton.scalar_gate.chunk_state import chunk_state
+from loglinear.kernels.triton.scalar_gate.final_blocks import final_blocks
+from loglinear.kernels.triton.scalar_gate.output import output
+from loglinear.kernels.triton.scalar_gate.states import Inputs, States
+from loglinear.kernels.triton.scalar_gate.sweep import up_sweep
+
+
+def inputs_of(x: Operands, sequences: Sequences, scale: float, plan: Plan) -> Inputs:
+    (rows, tokens), C = x.q.shape[:2], plan.chunk_size
+    y = layout(rows, tokens, C, x.level_scales.shape[3], *sequences)
+    return Inputs.of(x, y, scale, C, common_dtype(x.q, x.k, x.v))
+
+
+def build_states(x: Inputs, plan: Plan) -> States:
+    states = chunk_state(x, plan["chunk_state"])  # 1. each chunk's own state
+    up_sweep(x, states, plan["up_sweep"])  # 2. merged, in place, into the Fenwick array
+    return states
+
+
+def forward(x: Inputs, plan: Plan, *, final: bool) -> tuple[Tensor, Tensor | None]:
+    """The output [B,T,H,V]; with `final` also the blocks [N,M,H,K,V] that each sequence leaves."""
+    states = build_states(x, plan)
+    out = output(x, states, plan["output"])  # 3. inside the chunk, and 4. the walk over its past
+    return out, final_blocks(x, states) if final else None

@@ -1,0 +1,109 @@
+"""The arrays between the stages, and a call as these stages take it."""
+
+# B batch, T time, H heads, G groups, K key, V value, C chunk, N sequences, M blocks
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+
+from loglinear.fenwick import log2
+from loglinear.kernels.triton import inputs
+from loglinear.kernels.triton.args import Planes
+from loglinear.kernels.triton.config import Launch
+from loglinear.kernels.triton.layout import Layout
+
+ROWS = 64  # tokens of a chunk that one program takes at most, where it holds all pairs of them
+ELEMENTS = 1024  # numbers of a state that one program of the elementwise stages takes
+SWEEP_STEPS = 8  # tiles of the states that one program of a sweep takes
+PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100: heads are split until a launch has as many
+
+
+class States(NamedTuple):
+    """The Fenwick array of one slab of heads. Decays are base-2 logarithms."""
+
+    slots: Tensor  # [chunk, H, K, V]: a chunk's own state, and after the sweeps the block that ends with it
+    initial: Tensor | None  # [N, M, H, K, V], the blocks of the initial state
+    log_decay: Tensor  # [chunk, H], over each block
+    totals: Tensor  # [tier, chunk, H], over each entry of a tier
+    cumulative: Tensor  # [chunk, H, C], G
+
+
+class StateGradients(NamedTuple):
+    """The gradients of `States`: of slots and initial blocks, and of the log decays of blocks."""
+
+    slots: Tensor
+    initial: Tensor | None
+    log_decay: Tensor
+
+
+class Totals(NamedTuple):
+    """The gradients of the entries' totals [tier, part, chunk, H], and the strides of their first two axes."""
+
+    data: Tensor
+    tier: int
+    part: int
+
+
+class Inside(NamedTuple):
+    """The part of the adjoint inside a chunk."""
+
+    dscores: Planes  # [plane, chunk, G, pair, rows, rows], dA: pairs of halves 00, 10, 11
+    dlog_row: Tensor  # [chunk, H, C], of the decays: the reads of each token
+    dlog_column: Tensor  # [chunk, H, C], and the gifts
+    dcross_scales: Tensor  # [chunk, H, rows], dlambda of the second half's reads of the first
+
+
+class Reads(NamedTuple):
+    """The part of the adjoint between chunks that the query's side leaves to the states' side and to the decays."""
+
+    dlog_walk: Tensor  # [chunk, H, C], of the decays: the reads of each token outside its half
+    paths: Tensor  # [chunk, H, READS], log2 of the decay from each block's end to the chunk
+    beyond: Tensor  # [chunk, half, H, READS], of the decays: the reads of farther blocks than each
+
+
+@dataclass(frozen=True)
+class Inputs(inputs.Inputs):
+    """A call of the scalar gate. Stages on tokens take a long chunk in halves: two tiles on the diagonal, one below."""
+
+    layout: Layout
+
+    @property
+    def halves(self) -> int:
+        return 2 if self.chunk_size > ROWS else 1
+
+    @property
+    def rows(self) -> int:
+        return self.chunk_size // self.halves
+
+    @property
+    def state_size(self) -> int:
+        return self.key_dim * self.value_dim
+
+    @cached_property
+    def splits(self) -> int:
+        """Into how many programs a group's heads go, so that short sequences fill the device."""
+        programs, R = self.layout.chunks * self.halves * self.groups, self.sizes.R
+        return next((s for s in range(1, R) if R % s == 0 and programs * s >= PROGRAMS), R)
+
+    def constants(self, launch: Launch) -> dict[str, Any]:
+        """The compile-time constants of every stage on tokens, and the compiler's options."""
+        K, V = self.key_dim, self.value_dim
+        BK, BV = max(16, triton.next_power_of_2(K)), self.value_tile(launch)
+        return dict(K=K, V=V, C=self.chunk_size, BK=BK, BV=BV, MATH=self.math, **launch.options)
+
+    def value_tile(self, launch: Launch) -> int:
+        return min(launch.tile, max(16, triton.next_power_of_2(self.value_dim)))
+
+    def value_tiles(self, launch: Launch) -> int:
+        return triton.cdiv(self.value_dim, self.value_tile(launch))
+
+    def sweep_parts(self, launch: Launch) -> int:
+        return triton.cdiv(self.state_size, launch.tile * SWEEP_STEPS)
+
+    @property
+    def log_chunk(self) -> int:
+        return log2(self.chunk_size)
