@@ -22,7 +22,7 @@ from loglinear.ops.problem import MIN_LOG_DECAY, Problem, is_transformed
 from loglinear.ops.state import DecodeState, FenwickState
 from loglinear.partition import FENWICK, Partition
 
-OLDEST_TRITON = "3.4"  # 3.3 refuses `load_ahead`, whose branches return different types; torch 2.8 brings 3.4
+OLDEST_TRITON = "3.4"  # 3.3 refuses `prefetch`, whose branches return different types; torch 2.8 brings 3.4
 MAX_HEAD_DIM = 256
 
 
