@@ -117,7 +117,24 @@ class UpgradedModel:
             seen = SeenColumns(cache, [mixer.layer_idx for mixer in upgraded_mixers(self)])
             if seen.get_seq_length() > 0:
                 check_continuation(seen, input_ids, generation_config, model_kwargs)
+                if model_kwargs.get("past_key_values") is None:  # by this name alone transformers finds what is new
+                    input_ids, model_kwargs = new_tokens(seen, input_ids, generation_config, model_kwargs)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+
+def new_tokens(
+    seen: SeenColumns, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Return the input ids and arguments of a call of `generate` without the tokens that the cache has seen."""
+    embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+    given = input_ids.shape[1] if embeds is None else embeds.shape[1]
+    width = getattr(generation_config, "_mask_length", given) if mask is None else mask.shape[1]
+    if width != given:  # the mask is that of the whole sequence, the tokens are new
+        return input_ids, model_kwargs
+    past = seen.get_seq_length()
+    if embeds is not None:
+        return input_ids, {**model_kwargs, "inputs_embeds": embeds[:, past:]}
+    return input_ids[:, past:], model_kwargs
 
 
 @made_once

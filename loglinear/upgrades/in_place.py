@@ -127,7 +127,7 @@ def place_levels(model: PreTrainedModel, choices: LogLinearConfig) -> UpgradeRep
     for module, family in found.values():
         family.become(module, choices)
     decoder = decoder_of(model)
-    Placement(decoder).attach(decoder)
+    Placement(decoder).attach(decoder, model)
     new = sum(p.numel() for p in new_parameters(model).values())
     every = sum(p.numel() for p in model.parameters())
     return UpgradeReport(layers, model.config.get_text_config().num_hidden_layers - len(layers), new, every)

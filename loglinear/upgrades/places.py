@@ -47,18 +47,24 @@ class Placement:
         self.names = list(inspect.signature(decoder.forward).parameters)
         self.cache_name = next(name for name in CACHES if name in self.names)
 
-    def attach(self, decoder: PreTrainedModel) -> None:
+    def attach(self, decoder: PreTrainedModel, model: PreTrainedModel) -> None:
+        """Add the hooks to the decoder of a model."""
+        if self.cache_name == "cache_params" and model is not decoder:
+            model.register_forward_pre_hook(carry_places, with_kwargs=True)
         decoder.register_forward_pre_hook(self, with_kwargs=True)
         decoder.register_forward_hook(self.finish, with_kwargs=True)
 
     def __call__(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        added: dict[str, Any] = {}
+        if is_carried(given.get("attention_mask")):
+            given.update(given["attention_mask"])
+            added["attention_mask"] = given["attention_mask"]
         tokens = one_of(given.get("input_ids"), given.get("inputs_embeds"))
         cache, positions = given.get(self.cache_name), _text_positions(given)
         named = {name: given[name] for name in BOUNDARIES if given.get(name) is not None}
         if not named and cache is None and tokens.shape[0] == 1:
             named = _boundaries_of(positions)
-        added: dict[str, Any] = {}
         if named:
             if cache is not None or given.get("use_cache"):
                 raise ValueError(
@@ -100,6 +106,30 @@ class Placement:
         return TokenLayout(None if places.real is None else Packing.from_mask(places.real, self.kernel), None)
 
 
+def carry_places(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """As a forward pre-hook, let positions and boundaries pass a model that gives its decoder only a mask and a cache.
+
+    They go in the place of the mask, and the decoder's hook takes them out. The common name of the cache,
+    `past_key_values`, is also understood.
+    """
+    names = list(inspect.signature(model.forward).parameters)
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    cache = kwargs.pop("past_key_values", None)
+    if cache is not None:
+        if kwargs.get("cache_params", cache) is not cache:
+            raise ValueError("past_key_values and cache_params are two names of the cache, got two caches")
+        kwargs["cache_params"] = cache
+    carried = {name: kwargs.pop(name) for name in ("position_ids", *BOUNDARIES) if kwargs.get(name) is not None}
+    if carried:
+        kwargs["attention_mask"] = {**carried, "attention_mask": kwargs.get("attention_mask")}
+    return (), kwargs
+
+
+def is_carried(mask: Any) -> bool:
+    """Return True for a mask with the places that `carry_places` has added."""
+    return isinstance(mask, dict) and "attention_mask" in mask
+
+
 def _text_positions(given: dict[str, Any]) -> Tensor | None:
     """Return the positions [B or 1, T]; of several kinds [kinds, B, T] those of the text, which come first."""
     positions = given.get("position_ids")
@@ -108,9 +138,12 @@ def _text_positions(given: dict[str, Any]) -> Tensor | None:
 
 def _uses_cache(decoder: Any, use_cache: bool | None) -> bool:
     """Return True if transformers would make a cache for this call."""
-    if decoder.training and getattr(decoder, "gradient_checkpointing", False):
-        return False
-    return bool(decoder.config.use_cache if use_cache is None else use_cache)
+    by_default = decoder.config.use_cache
+    if decoder.training:
+        if getattr(decoder, "gradient_checkpointing", False):
+            return False
+        by_default = by_default and "cache_params" not in inspect.signature(decoder.forward).parameters
+    return bool(by_default if use_cache is None else use_cache)
 
 
 def _boundaries_of(positions: Tensor | None) -> dict[str, Tensor]:

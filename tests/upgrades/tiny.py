@@ -5,6 +5,8 @@ import copy
 
 import torch
 from transformers import (
+    Mamba2Config,
+    Mamba2ForCausalLM,
     OlmoHybridConfig,
     OlmoHybridForCausalLM,
     PreTrainedModel,
@@ -25,6 +27,10 @@ COMMON = dict(
     tie_word_embeddings=False, bos_token_id=1, eos_token_id=None, pad_token_id=0,
 )  # fmt: skip
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+MAMBA2 = dict(
+    vocab_size=90, hidden_size=32, num_hidden_layers=3, num_heads=4, head_dim=16, n_groups=2, state_size=8,
+    chunk_size=16, bos_token_id=1, eos_token_id=None, pad_token_id=0,
+)  # fmt: skip
 LEVELS = dict(num_levels=6, chunk_size=4)  # a few dozen tokens cross chunks and levels
 
 
@@ -44,7 +50,17 @@ def olmo_hybrid(**sizes) -> PreTrainedModel:
     return OlmoHybridForCausalLM(OlmoHybridConfig(**{**COMMON, **sizes}))
 
 
-MODELS = {"qwen3_next": qwen3_next, "qwen3_5": qwen3_5, "qwen3_5_moe": qwen3_5_moe, "olmo_hybrid": olmo_hybrid}
+def mamba2(**sizes) -> PreTrainedModel:
+    return Mamba2ForCausalLM(Mamba2Config(**{**MAMBA2, **sizes}))
+
+
+MODELS = {
+    "qwen3_next": qwen3_next,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
+    "olmo_hybrid": olmo_hybrid,
+    "mamba2": mamba2,
+}
 
 
 def original(family: str, dtype: torch.dtype = torch.float64, **sizes) -> PreTrainedModel:

@@ -14,6 +14,7 @@ FAMILIES = {
     "Qwen3_5GatedDeltaNet": "qwen3_5",
     "Qwen3_5MoeGatedDeltaNet": "qwen3_5_moe",
     "OlmoHybridGatedDeltaNet": "olmo_hybrid",
+    "Mamba2Mixer": "mamba2",
 }
 """From the name of transformers' class of a mixer to the file of its family, which is imported when it is needed."""
 
