@@ -167,8 +167,9 @@ def become_saveable(model: Any, entry: dict[str, Any]) -> None:
     setattr(config, ENTRY, {BASE: config.model_type, **entry})
     config.__class__ = config_class
     for part in list(model.modules()):
-        if isinstance(part, PreTrainedModel) and not isinstance(part, UpgradedModel) and upgraded_mixers(part):
-            part.__class__ = upgraded_model_class(type(part), type(part.config))
+        if isinstance(part, PreTrainedModel) and upgraded_mixers(part):
+            if not isinstance(part, UpgradedModel):
+                part.__class__ = upgraded_model_class(type(part), type(part.config))
             part._keep_in_fp32_modules_strict = {*(part._keep_in_fp32_modules_strict or ()), "score_bias"}
 
 

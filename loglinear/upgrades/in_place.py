@@ -121,6 +121,8 @@ def place_levels(model: PreTrainedModel, choices: LogLinearConfig) -> UpgradeRep
             f"{type(model).__name__} has no linear layer that can be upgraded, supported are {', '.join(FAMILIES)}"
         )
     refusals = {phrase for module, family in found.values() for phrase in family.refusals(module)}
+    if any("forward" in vars(module) and not hasattr(module, "_hf_hook") for module, _ in found.values()):
+        refusals.add("a forward pass that was replaced, for instance by use_kernels=True (upgrade before)")
     if refusals:
         raise ValueError(f"{type(model).__name__} cannot be upgraded exactly: {', '.join(sorted(refusals))}")
     layers = {name: type(module).__name__ for name, (module, _) in found.items()}

@@ -113,6 +113,14 @@ def test_options_that_are_not_represented_are_refused_by_name():
     assert refused(model) == message
 
 
+def test_a_layer_whose_forward_pass_was_replaced_is_refused():
+    """The replacement would hide that of the upgrade."""
+    model = original("qwen3_5")
+    mixer = model.model.layers[0].linear_attn
+    mixer.forward = mixer.forward
+    assert "cannot be upgraded exactly: a forward pass that was replaced" in refused(model)
+
+
 def test_tau_of_zero_alone_is_neutral():
     ids = torch.arange(3, 43)[None]
     with torch.no_grad():
