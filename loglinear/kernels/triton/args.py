@@ -25,6 +25,30 @@ class Rows(NamedTuple):
         return cls(x, *x.stride()[:3])
 
 
+class Tokens(NamedTuple):
+    """One token of every row, [N, heads, ...]: their numbers, and the strides of the first two axes."""
+
+    data: Tensor
+    n: int
+    h: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Tokens:
+        return cls(x, *x.stride()[:2])
+
+
+class DecodeState(NamedTuple):
+    """The arrays of a `loglinear.ops.DecodeState`: states of the scalar gate have no beta and no inverse."""
+
+    position: Tensor  # [N] int64
+    blocks: Tensor  # [N, M, H, K, V]
+    k: Tensor  # [N, C, G, K], the keys of the unfinished chunk, and so on
+    v: Tensor
+    decay: Tensor
+    beta: Tensor | None
+    inverse: Tensor | None
+
+
 class Slab(NamedTuple):
     """Some heads of a contiguous tensor [B, T, heads, ...] that a kernel writes: numbers, and the stride of a token."""
 

@@ -22,9 +22,9 @@ def own_program(H, TILES: tl.constexpr):
 
 
 @triton.jit
-def is_idle(active, n, ACTIVE: tl.constexpr):
+def is_idle(active, n):
     """Does this row get no token?"""
-    if ACTIVE:
+    if active is not None:
         return tl.load(active + n) == 0
     else:
         return tl.zeros([], tl.int32) > 0
@@ -42,6 +42,12 @@ def end(position, n, t, programs):
     done = tl.atomic_add(position + n, tl.full([], 0, tl.int64) + ONE_DONE)
     if done // ONE_DONE == programs - 1:
         tl.store(position + n, t + 1)
+
+
+@triton.jit
+def token_at(x, n, h):
+    """Where one head of a row's token begins in `Tokens`."""
+    return x.data + n * x.n + h * x.h
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loglinear.fenwick import log2
 from loglinear.kernels.triton import delta_rule, scalar_gate
+from loglinear.kernels.triton.args import DecodeState, Tokens
 
 # Measured on an H100 (docs/lab-notes/2026-11-26-decoding.md). With eight warps triton 3.6 compiles the delta rule's
 # step wrongly: it makes an illegal access, where the interpreter, which checks every access, finds none.
@@ -46,18 +47,15 @@ def step(
     (N, H, V), (G, K), L = v.shape, k.shape[1:], level_scales.shape[2]
     C, M, BV = k_buffer.shape[1], blocks.shape[1], value_tile(N * H, V)
     out = torch.empty((N, H, V), dtype=v.dtype, device=v.device)
-    inputs, buffers = [q, k, v, log_decay], [k_buffer, v_buffer, decay_buffer]
+    state = DecodeState(position, blocks, k_buffer, v_buffer, decay_buffer, beta_buffer, inverse)
+    inputs = [q, k, v, log_decay, *([] if beta is None else [beta]), level_scales]
     kernel, options = scalar_gate.step_kernel, dict(SCALAR_GATE)
     if beta is not None:
-        assert beta_buffer is not None and inverse is not None
-        inputs, buffers = [*inputs, beta], [*buffers, beta_buffer, inverse]
         kernel, options = delta_rule.step_kernel, dict(DELTA_RULE, UNIT=l2_normalize)
     options["TK"] = min(options["TK"], max(16, triton.next_power_of_2(K)))
     kernel[(N * H * triton.cdiv(V, BV),)](
-        *inputs, level_scales, active, position, blocks, *buffers, out, H, H // G, L, scale,
-        *(stride for x in (*inputs, level_scales) for stride in x.stride()[:2]),
-        K=K, V=V, C=C, LOG_C=log2(C), M=M, BV=BV, UNROLL=BLOCKS // BV, ACTIVE=active is not None,
-        num_stages=1, **options,
+        *map(Tokens.of, inputs), active, state, out, H, H // G, L, scale,
+        K=K, V=V, C=C, LOG_C=log2(C), M=M, BV=BV, UNROLL=BLOCKS // BV, num_stages=1, **options,
     )  # fmt: skip
     return out
 

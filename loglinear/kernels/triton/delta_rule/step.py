@@ -34,6 +34,7 @@ from loglinear.kernels.triton.decode import (
     place_scales,
     read_blocks,
     store_part,
+    token_at,
 )
 from loglinear.kernels.triton.tiles import LOG2_E
 
@@ -55,12 +56,9 @@ def load_joined(
 
 @triton.jit(do_not_specialize=SIZES)
 def step_kernel(
-    q, k, v, log_decay, beta, level_scales, active, position, blocks, k_buffer, v_buffer, decay_buffer, beta_buffer,
-    inverse, out,
-    H, R, L, scale,
-    q_n, q_h, k_n, k_h, v_n, v_h, g_n, g_h, beta_n, beta_h, l_n, l_h,
+    q, k, v, log_decay, beta, level_scales, active, state, out, H, R, L, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, M: tl.constexpr,
-    TK: tl.constexpr, BV: tl.constexpr, UNROLL: tl.constexpr, ACTIVE: tl.constexpr, UNIT: tl.constexpr,
+    TK: tl.constexpr, BV: tl.constexpr, UNROLL: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Reads q, k, v and the gates of the new tokens; changes the state; writes out [N, H, V]. UNIT: q and k are first
     brought to length 1."""
@@ -69,45 +67,43 @@ def step_kernel(
     columns = tile * BV + tl.arange(0, BV)
     inside = columns < V
     out += (n * H + h) * V
-    if is_idle(active, n, ACTIVE):
+    if is_idle(active, n):
         tl.store(out + columns, tl.zeros([BV], tl.float32).to(out.dtype.element_ty), mask=inside)
         return
-    t, G, group = begin(position, n), H // R, h // R
+    t, G, group = begin(state.position, n), H // R, h // R
     place, z = (t % C).to(tl.int32), t // C
     i = tl.arange(0, C)
-    q += n * q_n + group * q_h
-    k += n * k_n + group * k_h
-    k_buffer += (n * C * G + group) * K
-    v_buffer += (n * C * H + h) * V
-    decay_buffer += n * C * H + h
-    beta_buffer += n * C * H + h
-    inverse += (n * C * H + h) * C
-    level_scales += n * l_n + h * l_h
-    blocks += (n * M * H + h) * (K * V)
+    q_row, k_row = token_at(q, n, group), token_at(k, n, group)
+    k_buffer = state.k + (n * C * G + group) * K
+    v_buffer = state.v + (n * C * H + h) * V
+    decay_buffer = state.decay + n * C * H + h
+    beta_buffer = state.beta + n * C * H + h
+    inverse = state.inverse + (n * C * H + h) * C
+    scales, blocks = token_at(level_scales, n, h), state.blocks + (n * M * H + h) * (K * V)
 
     q_scale, k_scale = scale, 1.0
     if UNIT:
         q_square, k_square = tl.zeros([TK], tl.float32), tl.zeros([TK], tl.float32)
         for kt in range(0, K, TK):
             j = kt + tl.arange(0, TK)
-            q_T, k_T = load_token(q, j, j < K), load_token(k, j, j < K)
+            q_T, k_T = load_token(q_row, j, j < K), load_token(k_row, j, j < K)
             q_square += q_T * q_T
             k_square += k_T * k_T
         q_scale *= tl.rsqrt(tl.sum(q_square, 0) + EPSILON)
         k_scale *= tl.rsqrt(tl.sum(k_square, 0) + EPSILON)
 
-    g, strength = load_decay(log_decay + n * g_n + h * g_h), tl.load(beta + n * beta_n + h * beta_h).to(tl.float32)
+    g, strength = load_decay(token_at(log_decay, n, h)), tl.load(token_at(beta, n, h)).to(tl.float32)
     behind, total = decays(decay_buffer, H, g, place, C)
     own_decay = tl.where(i == place, g, tl.load(decay_buffer + i * H, mask=i < place, other=0.0))
     from_start = tl.exp2(tl.cumsum(own_decay, 0) * LOG2_E)
     strengths = tl.where(i == place, strength, tl.load(beta_buffer + i * H, mask=i < place, other=0.0))
-    v_V = load_token(v, n * v_n + h * v_h + columns, inside)
+    v_V = load_token(token_at(v, n, h), columns, inside)
     scores, keys = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     for kt in range(0, K, TK):
         j = kt + tl.arange(0, TK)
-        k_T = load_token(k, j, j < K) * k_scale
+        k_T = load_token(k_row, j, j < K) * k_scale
         k_CT = load_buffer(k_buffer, G * K, place, k_T, kt, K, C, TK)
-        scores += tl.sum(k_CT * load_token(q, j, j < K)[None, :], 1)
+        scores += tl.sum(k_CT * load_token(q_row, j, j < K)[None, :], 1)
         keys += tl.sum(k_CT * k_T[None, :], 1)
         if (tile == 0) & (h % R == 0):
             tl.store(k_buffer + place * (G * K) + j, k_T, mask=j < K)
@@ -126,16 +122,17 @@ def step_kernel(
         tl.store(decay_buffer + place * H, g)
         tl.store(beta_buffer + place * H, strength)
         tl.store(inverse + place * (H * C) + i, row_C)
-    weights = effective * place_scales(level_scales, place, L, C)
+    weights = effective * place_scales(scales, place, L, C)
     v_CV = load_buffer(v_buffer, H * V, place, v_V, tile * BV, V, C, BV)
     o_V = tl.sum(weights[:, None] * v_CV, 0)
     read_TV = tl.zeros([TK, BV], tl.float32)
     for kt in range(0, K, TK):
         j = kt + tl.arange(0, TK)
-        k_CT = load_buffer(k_buffer, G * K, place, load_token(k, j, j < K) * k_scale, kt, K, C, TK)
-        x_T = load_token(q, j, j < K) * (tl.exp2(total) * q_scale) - tl.sum((effective * from_start)[:, None] * k_CT, 0)
+        k_CT = load_buffer(k_buffer, G * K, place, load_token(k_row, j, j < K) * k_scale, kt, K, C, TK)
+        x_T = load_token(q_row, j, j < K) * (tl.exp2(total) * q_scale)
+        x_T -= tl.sum((effective * from_start)[:, None] * k_CT, 0)
         read_TV = read_blocks(
-            read_TV, x_T, level_scales, z, L, blocks, H * (K * V), kt, tile * BV, K, V, LOG_C, M, TK, BV, UNROLL
+            read_TV, x_T, scales, z, L, blocks, H * (K * V), kt, tile * BV, K, V, LOG_C, M, TK, BV, UNROLL
         )
     o_V += tl.sum(read_TV, 0)
     tl.store(out + columns, o_V.to(out.dtype.element_ty), mask=inside)
@@ -151,14 +148,14 @@ def step_kernel(
                 new_CV = tl.where(size == height, own_CV, 0.0)
                 for row in range(0, K, TK):
                     j = row + tl.arange(0, TK)
-                    k_T = load_token(k, j, j < K) * k_scale
+                    k_T = load_token(k_row, j, j < K) * k_scale
                     k_CT = load_buffer(k_buffer, G * K, place, k_T, row, K, C, TK) * from_start[:, None]
                     seen_CT = tl.dot(whole_CC, k_CT, input_precision="tf32x3")
                     state_TV = load_joined(blocks, z, first, size, row, tile * BV, H, M, K, V, TK, BV)
                     new_CV -= tl.dot(seen_CT, state_TV, input_precision="tf32x3")
                 for row in range(0, K, TK):
                     j = row + tl.arange(0, TK)
-                    k_T = load_token(k, j, j < K) * k_scale
+                    k_T = load_token(k_row, j, j < K) * k_scale
                     k_CT = load_buffer(k_buffer, G * K, place, k_T, row, K, C, TK) * tl.exp2(behind)[:, None]
                     state_TV = load_joined(blocks, z, first, size, row, tile * BV, H, M, K, V, TK, BV) * tl.exp2(total)
                     state_TV += tl.dot(tl.trans(k_CT), new_CV, input_precision="tf32x3")
@@ -168,4 +165,4 @@ def step_kernel(
             for row in range(0, K, TK):
                 empty_TV = tl.zeros([TK, BV], tl.float32)
                 store_part(blocks + size * H * (K * V), row, tile * BV, empty_TV, True, K, V, TK, BV)
-    end(position, n, t, H * TILES)
+    end(state.position, n, t, H * TILES)

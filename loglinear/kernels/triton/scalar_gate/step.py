@@ -27,16 +27,15 @@ from loglinear.kernels.triton.decode import (
     place_scales,
     read_blocks,
     store_part,
+    token_at,
 )
 
 
 @triton.jit(do_not_specialize=SIZES)
 def step_kernel(
-    q, k, v, log_decay, level_scales, active, position, blocks, k_buffer, v_buffer, decay_buffer, out,
-    H, R, L, scale,
-    q_n, q_h, k_n, k_h, v_n, v_h, g_n, g_h, l_n, l_h,
+    q, k, v, log_decay, level_scales, active, state, out, H, R, L, scale,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, M: tl.constexpr,
-    TK: tl.constexpr, BV: tl.constexpr, UNROLL: tl.constexpr, ACTIVE: tl.constexpr,
+    TK: tl.constexpr, BV: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Reads q, k, v and the gates of the new tokens; changes the state; writes out [N, H, V]."""
     TILES: tl.constexpr = (V + BV - 1) // BV
@@ -44,42 +43,40 @@ def step_kernel(
     columns = tile * BV + tl.arange(0, BV)
     inside = columns < V
     out += (n * H + h) * V
-    if is_idle(active, n, ACTIVE):
+    if is_idle(active, n):
         tl.store(out + columns, tl.zeros([BV], tl.float32).to(out.dtype.element_ty), mask=inside)
         return
-    t, G, group = begin(position, n), H // R, h // R
+    t, G, group = begin(state.position, n), H // R, h // R
     place, z = (t % C).to(tl.int32), t // C
-    q += n * q_n + group * q_h
-    k += n * k_n + group * k_h
-    k_buffer += (n * C * G + group) * K
-    v_buffer += (n * C * H + h) * V
-    decay_buffer += n * C * H + h
-    level_scales += n * l_n + h * l_h
-    blocks += (n * M * H + h) * (K * V)
+    q_row, k_row = token_at(q, n, group), token_at(k, n, group)
+    k_buffer = state.k + (n * C * G + group) * K
+    v_buffer = state.v + (n * C * H + h) * V
+    decay_buffer = state.decay + n * C * H + h
+    scales, blocks = token_at(level_scales, n, h), state.blocks + (n * M * H + h) * (K * V)
 
-    g = load_decay(log_decay + n * g_n + h * g_h)
+    g = load_decay(token_at(log_decay, n, h))
     behind, total = decays(decay_buffer, H, g, place, C)
-    v_V = load_token(v, n * v_n + h * v_h + columns, inside)
+    v_V = load_token(token_at(v, n, h), columns, inside)
     scores = tl.zeros([C], tl.float32)
     for kt in range(0, K, TK):
         j = kt + tl.arange(0, TK)
-        k_T = load_token(k, j, j < K)
+        k_T = load_token(k_row, j, j < K)
         k_CT = load_buffer(k_buffer, G * K, place, k_T, kt, K, C, TK)
-        scores += tl.sum(k_CT * load_token(q, j, j < K)[None, :], 1)
+        scores += tl.sum(k_CT * load_token(q_row, j, j < K)[None, :], 1)
         if (tile == 0) & (h % R == 0):
             tl.store(k_buffer + place * (G * K) + j, k_T, mask=j < K)
     tl.store(v_buffer + place * (H * V) + columns, v_V, mask=inside)
     if tile == 0:
         tl.store(decay_buffer + place * H, g)
-    weights = scores * place_scales(level_scales, place, L, C) * tl.exp2(behind)
+    weights = scores * place_scales(scales, place, L, C) * tl.exp2(behind)
     v_CV = load_buffer(v_buffer, H * V, place, v_V, tile * BV, V, C, BV)
     o_V = tl.sum(weights[:, None] * v_CV, 0)
     read_TV = tl.zeros([TK, BV], tl.float32)
     for kt in range(0, K, TK):
         j = kt + tl.arange(0, TK)
-        q_T = load_token(q, j, j < K)
+        q_T = load_token(q_row, j, j < K)
         read_TV = read_blocks(
-            read_TV, q_T, level_scales, z, L, blocks, H * (K * V), kt, tile * BV, K, V, LOG_C, M, TK, BV, UNROLL
+            read_TV, q_T, scales, z, L, blocks, H * (K * V), kt, tile * BV, K, V, LOG_C, M, TK, BV, UNROLL
         )
     o_V = (o_V + tl.sum(read_TV, 0) * tl.exp2(total)) * scale
     tl.store(out + columns, o_V.to(out.dtype.element_ty), mask=inside)
@@ -89,7 +86,7 @@ def step_kernel(
         v_CV = load_buffer(v_buffer, H * V, place, v_V, tile * BV, V, C, BV)
         for kt in range(0, K, TK):
             j = kt + tl.arange(0, TK)
-            k_CT = load_buffer(k_buffer, G * K, place, load_token(k, j, j < K), kt, K, C, TK)
+            k_CT = load_buffer(k_buffer, G * K, place, load_token(k_row, j, j < K), kt, K, C, TK)
             k_CT *= tl.exp2(behind)[:, None]
             joined_TV = tl.dot(tl.trans(k_CT), v_CV, input_precision="tf32x3")
             for m in range(M):
@@ -98,4 +95,4 @@ def step_kernel(
                 joined_TV += tl.where(m <= height, state_TV, 0.0)
                 state_TV = tl.where(m == height, joined_TV, tl.where(m < height, 0.0, state_TV))
                 store_part(block, kt, tile * BV, state_TV, there | (m == height), K, V, TK, BV)
-    end(position, n, t, H * TILES)
+    end(state.position, n, t, H * TILES)
