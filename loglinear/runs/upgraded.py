@@ -28,9 +28,9 @@ def upgraded_config(checkpoint: Path) -> PreTrainedConfig:
     Raises ValueError, in one line, for a folder that holds no such model.
     """
     file = checkpoint / "config.json"
-    values = read_object(file)
-    _refuse_fields(file, values)
+    _refuse_fields(file, read_object(file))
     try:
+        values, _ = PreTrainedConfig.get_config_dict(checkpoint, local_files_only=True)
         config = config_from(values)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} describes no model: {_first(error)}") from error
