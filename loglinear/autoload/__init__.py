@@ -16,9 +16,11 @@ TRANSFORMERS = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
-    """Register `UpgradeConfig` with transformers."""
-    from loglinear.autoload.configuration import UpgradeConfig
-
+    """Register `UpgradeConfig` with transformers, but not with a version before 5, for which there are no upgrades."""
+    try:
+        from loglinear.autoload.configuration import UpgradeConfig
+    except ImportError:  # the operators work beside any version
+        return
     sys.modules[TRANSFORMERS].CONFIG_MAPPING.register(UpgradeConfig.model_type, UpgradeConfig, exist_ok=True)
 
 
