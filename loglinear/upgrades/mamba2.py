@@ -30,6 +30,8 @@ class UpgradedMamba2(UpgradedMixer):
     """The name of the convolution's activation in the configuration."""
     intermediate_size: int  # H V
     time_step_limit: Any
+    chunk_size: Any
+    layer_idx: Any
     in_proj: Any
     out_proj: Any
     norm: Any

@@ -48,6 +48,8 @@ class UpgradedMixer(TokenMixer):
 
     replaces: ClassVar[type[nn.Module]]
     """The class of transformers whose modules become modules of this class."""
+    masks_know_positions: ClassVar[bool] = True
+    """True if the model's masks of full attention keep documents apart by their positions."""
     layer_idx: int
 
     @classmethod

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
 
 from loglinear.layers import Packing
 from loglinear.models.inputs import TokenLayout, check_positions, one_of
@@ -45,6 +46,7 @@ class Placement:
         mixers = upgraded_mixers(decoder)
         self.indices, self.kernel = [mixer.layer_idx for mixer in mixers], mixers[0].conv.kernel
         self.names = list(inspect.signature(decoder.forward).parameters)
+        self.masks_know_positions = mixers[0].masks_know_positions
         self.cache_name = next(name for name in CACHES if name in self.names)
 
     def attach(self, decoder: PreTrainedModel, model: PreTrainedModel) -> None:
@@ -78,8 +80,10 @@ class Placement:
         if cache is not None:
             seen = SeenColumns(cache, self.indices)
             seen.extend(places.rows, places.time, places.real, given.get("input_ids"), tokens.device)
-        if places.cu_seqlens is not None and positions is None and "position_ids" in self.names:
-            added["position_ids"] = _positions_of(places)  # full attention keeps documents apart by their positions
+        if positions is None and "position_ids" in self.names and (places.cu_seqlens is not None or places.past > 0):
+            added["position_ids"] = _positions_of(places, tokens.device)
+        if places.cu_seqlens is not None and not self.masks_know_positions:
+            added["attention_mask"] = _masks_of_documents(decoder, tokens, places, named)
         added["token_layout"] = self._layout(places)
         kwargs.pop("cu_seqlens", None)  # this name is ours alone
         return args, {**kwargs, **added}
@@ -157,7 +161,25 @@ def _boundaries_of(positions: Tensor | None) -> dict[str, Tensor]:
     return {"cu_seqlens": torch.cat([edges[:1], starts, edges[1:]]).to(torch.int32)}
 
 
-def _positions_of(places: TokenPlaces) -> Tensor:
-    """Return the position [1, T] of each token in its document."""
-    assert places.cu_seqlens is not None
+def _positions_of(places: TokenPlaces, device: torch.device) -> Tensor:
+    """Return the position [1, T] of each column after those of the cache, or of each token in its document.
+
+    Full attention keeps documents apart by their positions. Bamba would start again at 0 after a cache.
+    """
+    if places.cu_seqlens is None:
+        return torch.arange(places.past, places.past + places.time, device=device).unsqueeze(0)
     return Packing.from_cu_seqlens(places.cu_seqlens, places.time, 1).position.unsqueeze(0)
+
+
+def _masks_of_documents(decoder: Any, tokens: Tensor, places: TokenPlaces, named: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the masks of a decoder that makes none for packed documents, by the names of its kinds of layers."""
+    like = torch.empty((*tokens.shape[:2], 0), dtype=decoder.dtype, device=tokens.device)
+    positions = _positions_of(places, tokens.device)
+    mask = create_causal_mask(decoder.config, like, None, None, position_ids=positions)
+    assert places.cu_seqlens is not None
+    if mask is None and len(places.cu_seqlens) > 2 and "cu_seq_lens_q" not in named:  # flash attention takes no mask
+        raise ValueError(
+            f"cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k must be given for packed documents in "
+            f"{type(decoder).__name__} with {decoder.config._attn_implementation}, got {', '.join(named)}"
+        )
+    return {"full_attention": mask, "linear_attention": None}

@@ -31,9 +31,10 @@ def test_logits_of_every_token_are_the_original_s(family, choices):
 @FAMILIES
 def test_greedy_text_is_the_original_s(family):
     theirs, ids = original(family), tokens(3, 21)
-    mask = torch.ones_like(ids)
+    mask, has_limits = torch.ones_like(ids), family in ("nemotron_h", "zamba2")
     for arguments in (GREEDY, {**GREEDY, "num_beams": 3}):
-        right = theirs.generate(ids, attention_mask=mask, **arguments)
+        # With a cache transformers forgets the limits of the time step.
+        right = theirs.generate(ids, attention_mask=mask, use_cache=not has_limits, **arguments)
         assert torch.equal(upgraded(theirs).generate(ids, attention_mask=mask, **arguments), right)
 
 

@@ -11,6 +11,15 @@ OPTIONS = [
     ("mamba2", dict(use_bias=True, use_conv_bias=False)),
     ("mamba2", dict(n_groups=4, conv_kernel=2, tie_word_embeddings=True)),
     ("mamba2", dict(n_groups=1, conv_kernel=1, residual_in_fp32=False)),
+    ("bamba", dict(time_step_limit=(0.0, 1.2), mamba_proj_bias=True, mamba_conv_bias=False)),
+    ("granitemoehybrid", dict(num_local_experts=0, mamba_n_groups=4)),
+    ("granitemoehybrid", dict(time_step_limit=[0.9, 1.5], mamba_proj_bias=True, position_embedding_type=None)),
+    ("falcon_h1", dict(mamba_rms_norm=True, mamba_norm_before_gate=True)),
+    ("falcon_h1", dict(mamba_rms_norm=True, mamba_norm_before_gate=False, projectors_bias=True)),
+    ("falcon_h1", dict(time_step_limit=(1.0, 2.0), mamba_proj_bias=True, mamba_conv_bias=False)),
+    ("nemotron_h", dict(time_step_min=0.02, use_bias=True, use_conv_bias=False)),
+    ("zamba2", dict(time_step_min=0.02, add_bias_linear=True)),
+    ("zamba2", dict(num_mem_blocks=2, use_shared_attention_adapter=True, mamba_ngroups=1)),
 ]
 
 
@@ -40,7 +49,9 @@ def test_limits_of_time_steps_hold_in_single_steps(family, options):
         assert not close(unlimited(ids).logits, right)
 
 
-@pytest.mark.parametrize(("family", "option"), [("mamba2", "hidden_act")])
+@pytest.mark.parametrize(
+    ("family", "option"), [("mamba2", "hidden_act"), ("bamba", "hidden_act"), ("nemotron_h", "mamba_hidden_act")]
+)
 def test_other_activations_are_refused(family, option):
     model = original(family, **{option: "relu"})
     with pytest.raises(ValueError) as caught:

@@ -91,3 +91,11 @@ def test_packed_documents_take_no_cache():
     for arguments in ({"use_cache": True}, {"past_key_values": DynamicCache(config=model.config)}):
         with pytest.raises(ValueError, match="past_key_values cannot continue packed documents"):
             model(tokens(1, 8), cu_seq_lens_q=torch.tensor([0, 3, 8]), **arguments)
+
+
+def test_flash_attention_of_a_granite_needs_the_boundaries_by_name():
+    """It takes no mask, and this model hands it no positions."""
+    model = upgraded(original("granitemoehybrid"))
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k must be given"):
+        model(tokens(1, 8), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]))

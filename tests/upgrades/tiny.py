@@ -5,8 +5,16 @@ import copy
 
 import torch
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     OlmoHybridConfig,
     OlmoHybridForCausalLM,
     PreTrainedModel,
@@ -16,6 +24,8 @@ from transformers import (
     Qwen3_5TextConfig,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    Zamba2Config,
+    Zamba2ForCausalLM,
 )
 
 import loglinear
@@ -27,9 +37,35 @@ COMMON = dict(
     tie_word_embeddings=False, bos_token_id=1, eos_token_id=None, pad_token_id=0,
 )  # fmt: skip
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+SPECIAL = dict(bos_token_id=1, eos_token_id=None, pad_token_id=0)
 MAMBA2 = dict(
     vocab_size=90, hidden_size=32, num_hidden_layers=3, num_heads=4, head_dim=16, n_groups=2, state_size=8,
-    chunk_size=16, bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    chunk_size=16, **SPECIAL,
+)  # fmt: skip
+ATTENTION = dict(vocab_size=90, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=2)
+MAMBA2_HYBRID = dict(
+    num_hidden_layers=3, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=2, mamba_d_state=8, mamba_chunk_size=16,
+    **ATTENTION, **SPECIAL,
+)  # fmt: skip
+GRANITE = dict(
+    layer_types=["linear_attention", "full_attention", "linear_attention"], position_embedding_type="rope",
+    num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=48, embedding_multiplier=1.5,
+    residual_multiplier=0.7, attention_multiplier=0.3, logits_scaling=2.0,
+)  # fmt: skip
+FALCON = dict(
+    mamba_d_ssm=64, ssm_multipliers=[0.7, 1.3, 0.9, 1.2, 0.8], ssm_in_multiplier=1.2, ssm_out_multiplier=0.9,
+    attention_in_multiplier=0.8, attention_out_multiplier=1.1, key_multiplier=0.7, embedding_multiplier=1.5,
+    lm_head_multiplier=0.5, mlp_multipliers=[0.9, 1.1],
+)  # fmt: skip
+NEMOTRON = dict(
+    layers_block_type=["linear_attention", "full_attention", "moe", "linear_attention", "mlp"], head_dim=16,
+    mamba_num_heads=4, mamba_head_dim=16, n_groups=2, ssm_state_size=8, chunk_size=16, n_routed_experts=4,
+    num_experts_per_tok=2, moe_intermediate_size=16, moe_shared_expert_intermediate_size=16, **ATTENTION, **SPECIAL,
+)  # fmt: skip
+ZAMBA2 = dict(
+    layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"], num_hidden_layers=4,
+    n_mamba_heads=4, mamba_ngroups=2, mamba_d_state=8, chunk_size=16, use_mem_rope=True, adapter_rank=4,
+    **ATTENTION, **SPECIAL,
 )  # fmt: skip
 LEVELS = dict(num_levels=6, chunk_size=4)  # a few dozen tokens cross chunks and levels
 
@@ -54,12 +90,37 @@ def mamba2(**sizes) -> PreTrainedModel:
     return Mamba2ForCausalLM(Mamba2Config(**{**MAMBA2, **sizes}))
 
 
+def bamba(**sizes) -> PreTrainedModel:
+    return BambaForCausalLM(BambaConfig(**{**MAMBA2_HYBRID, "attn_layer_indices": [1], **sizes}))
+
+
+def granitemoehybrid(**sizes) -> PreTrainedModel:
+    return GraniteMoeHybridForCausalLM(GraniteMoeHybridConfig(**{**MAMBA2_HYBRID, **GRANITE, **sizes}))
+
+
+def falcon_h1(**sizes) -> PreTrainedModel:
+    return FalconH1ForCausalLM(FalconH1Config(**{**MAMBA2_HYBRID, **FALCON, **sizes}))
+
+
+def nemotron_h(**sizes) -> PreTrainedModel:
+    return NemotronHForCausalLM(NemotronHConfig(**{**NEMOTRON, **sizes}))
+
+
+def zamba2(**sizes) -> PreTrainedModel:
+    return Zamba2ForCausalLM(Zamba2Config(**{**ZAMBA2, **sizes}))
+
+
 MODELS = {
     "qwen3_next": qwen3_next,
     "qwen3_5": qwen3_5,
     "qwen3_5_moe": qwen3_5_moe,
     "olmo_hybrid": olmo_hybrid,
     "mamba2": mamba2,
+    "bamba": bamba,
+    "granitemoehybrid": granitemoehybrid,
+    "falcon_h1": falcon_h1,
+    "nemotron_h": nemotron_h,
+    "zamba2": zamba2,
 }
 
 
@@ -110,14 +171,15 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 @contextlib.contextmanager
 def wide():
     """Leave float64 tensors alone where transformers' torch code narrows them to float32."""
-    to, single = torch.Tensor.to, torch.Tensor.float
+    to, single, cast = torch.Tensor.to, torch.Tensor.float, torch.Tensor.type
 
     def keep(self, *args, **kwargs):
         narrow = torch.float32 in args or kwargs.get("dtype") is torch.float32
         return self if narrow and self.dtype is torch.float64 else to(self, *args, **kwargs)
 
     torch.Tensor.to, torch.Tensor.float = keep, lambda self: self if self.dtype is torch.float64 else single(self)
+    torch.Tensor.type = lambda self, *args: self.to(*args) if args == (torch.float32,) else cast(self, *args)
     try:
         yield
     finally:
-        torch.Tensor.to, torch.Tensor.float = to, single
+        torch.Tensor.to, torch.Tensor.float, torch.Tensor.type = to, single, cast

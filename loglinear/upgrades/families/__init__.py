@@ -15,6 +15,11 @@ FAMILIES = {
     "Qwen3_5MoeGatedDeltaNet": "qwen3_5_moe",
     "OlmoHybridGatedDeltaNet": "olmo_hybrid",
     "Mamba2Mixer": "mamba2",
+    "BambaMixer": "bamba",
+    "GraniteMoeHybridMambaLayer": "granitemoehybrid",
+    "FalconH1Mixer": "falcon_h1",
+    "NemotronHMamba2Mixer": "nemotron_h",
+    "Zamba2MambaMixer": "zamba2",
 }
 """From the name of transformers' class of a mixer to the file of its family, which is imported when it is needed."""
 
