@@ -37,7 +37,8 @@ class Placement:
     """The forward pre-hook of a decoder that checks its arguments and adds the `token_layout` of the new tokens.
 
     Padding is taken out of the sequences. Packed documents have boundaries, by any of transformers' names for them, or
-    in a batch of 1 `position_ids` that restart. A call without a cache gets the cache that transformers would make.
+    `position_ids` that restart, in a batch of 1 without a mask. A call without a cache gets the cache that transformers
+    would make.
 
     The call raises ValueError if arguments contradict each other, the shape of the tokens or what the cache has seen.
     """
@@ -65,7 +66,7 @@ class Placement:
         tokens = one_of(given.get("input_ids"), given.get("inputs_embeds"))
         cache, positions = given.get(self.cache_name), _text_positions(given)
         named = {name: given[name] for name in BOUNDARIES if given.get(name) is not None}
-        if not named and cache is None and tokens.shape[0] == 1:
+        if not named and cache is None and given.get("attention_mask") is None and tokens.shape[0] == 1:
             named = _boundaries_of(positions)
         if named:
             if cache is not None or given.get("use_cache"):
@@ -80,7 +81,8 @@ class Placement:
         if cache is not None:
             seen = SeenColumns(cache, self.indices)
             seen.extend(places.rows, places.time, places.real, given.get("input_ids"), tokens.device)
-        if positions is None and "position_ids" in self.names and (places.cu_seqlens is not None or places.past > 0):
+        unplaced = given.get("position_ids") is None and "position_ids" in self.names
+        if unplaced and (places.cu_seqlens is not None or places.past > 0):
             added["position_ids"] = _positions_of(places, tokens.device)
         if places.cu_seqlens is not None and not self.masks_know_positions:
             added["attention_mask"] = _masks_of_documents(decoder, tokens, places, named)
@@ -135,9 +137,14 @@ def is_carried(mask: Any) -> bool:
 
 
 def _text_positions(given: dict[str, Any]) -> Tensor | None:
-    """Return the positions [B or 1, T]; of several kinds [kinds, B, T] those of the text, which come first."""
+    """Return the positions [B or 1, T]; of four kinds [4, B, T] those of the text, which come first.
+
+    Without them three kinds are left, time, height and width, in which the tokens of an image repeat: None.
+    """
     positions = given.get("position_ids")
-    return positions[0] if positions is not None and positions.dim() == 3 else positions
+    if positions is None or positions.dim() == 2:
+        return positions
+    return positions[0] if len(positions) == 4 else None
 
 
 def _uses_cache(decoder: Any, use_cache: bool | None) -> bool:

@@ -35,6 +35,28 @@ def test_padded_rows_equal_rows_alone(family, side):
 
 
 @FAMILIES
+def test_one_padded_row_is_no_packed_row(family):
+    """Its positions repeat at the padding."""
+    model, (ids, mask, _) = trained(original(family)), padded("left")
+    greedy = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    row, alone = ids[2:3], ids[2:3, 7:]
+    right = model.generate(alone, attention_mask=torch.ones_like(alone), **greedy)[:, -3:]
+    for use_cache in (True, False):
+        text = model.generate(row, attention_mask=mask[2:3], use_cache=use_cache, **greedy)
+        assert torch.equal(text[:, -3:], right)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_positions_of_images_repeat(rows):
+    """Time, height and width of Qwen3.5: an image's tokens have one time, and are no packed documents."""
+    theirs, ids = original("qwen3_5"), tokens(rows, 20)
+    time = torch.tensor([*range(5), *[5] * 8, *range(9, 16)]).expand(1, rows, 20)
+    positions = torch.cat([time, torch.arange(20).expand(2, rows, 20)])
+    for kinds in (positions, torch.cat([torch.arange(20).expand(1, rows, 20), positions])):
+        assert close(upgraded(theirs)(ids, position_ids=kinds).logits, theirs(ids, position_ids=kinds).logits)
+
+
+@FAMILIES
 def test_left_padded_prompts_continue_as_prompts_alone(family):
     model, (ids, mask, _) = trained(original(family)), padded("left")
     greedy = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False)
