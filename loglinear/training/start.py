@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
 from loglinear.runs.checkpoints import resolve
-from loglinear.runs.foreign import weight_files
 from loglinear.runs.loading import check_weights, load_model
 from loglinear.runs.upgraded import is_upgraded, upgraded_config
 from loglinear.upgrades.checkpoint import choices_of
@@ -39,18 +36,13 @@ def starting_model(recipe: TrainingRecipe, config: LogLinearConfig) -> Any:
     return LogLinearForCausalLM(config) if recipe.start is None else load_model(recipe.start)
 
 
-def check_resumable(checkpoint: Path, recipe: TrainingRecipe, model: Any) -> None:
-    """Raise ValueError unless a checkpoint of a run holds what the run trains."""
+def prepare_to_resume(checkpoint: Path, recipe: TrainingRecipe, model: Any) -> None:
+    """Raise ValueError unless a checkpoint of a run holds its model, and load an upgraded one.
+
+    transformers stores some weights of its models under other names, or experts one by one. Its Trainer would not find
+    them again.
+    """
     if recipe.start is None:
         check_weights(checkpoint, model.config, described_by="the run's recipe")
-        return
-    stored: set[str] = set()
-    for file in weight_files(checkpoint):
-        with safe_open(file, framework="pt") as weights:
-            stored |= set(weights.keys())
-    missing = sorted(name for name, p in model.named_parameters() if p.requires_grad and name not in stored)
-    if missing:
-        raise ValueError(
-            f"checkpoint {checkpoint} cannot be resumed: transformers stores {missing[0]} under another name; "
-            "train the new parameters alone"
-        )
+    else:
+        model.load_state_dict(load_model(checkpoint).state_dict())

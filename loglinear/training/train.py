@@ -24,7 +24,7 @@ from loglinear.runs.folder import check_same_run, claim, require_empty, write_ru
 from loglinear.runs.metrics import METRICS_FILE, rewind_metrics
 from loglinear.training.callbacks import RunLog, StopEarly
 from loglinear.training.compilation import GraphSteps, compile_blocks, in_few_sizes, require_compiler
-from loglinear.training.start import check_resumable, starting_config, starting_model
+from loglinear.training.start import prepare_to_resume, starting_config, starting_model
 from loglinear.training.trainer import LogLinearTrainer, quiet, training_arguments
 
 
@@ -86,7 +86,7 @@ def train(
             print(note, file=sys.stderr)
         checkpoint = last_checkpoint(out) if resume else None
         if checkpoint is not None:
-            check_resumable(checkpoint, recipe, model)
+            prepare_to_resume(checkpoint, recipe, model)
         before = rewind_metrics(out, checkpoint) if main_process else []
         if checkpoint is not None and step_of(checkpoint) >= recipe.steps:
             return TrainingResult(checkpoint, recipe.steps, interrupted=False, was_finished=True)
