@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loglinear.data.needles import LONGEST_SENTENCE, Haystack, Needle, Question, Sizes, draw_key, draw_value, hide
 from loglinear.data.tokenizer import encode_documents, first_tokens
-from loglinear.evaluation.packed import LOGIT_ROWS, read, rows
+from loglinear.evaluation.packed import LOGIT_ROWS, logits_of, read, rows
 
 ROW_TOKENS = 65_536  # tokens of one forward pass, or one example where that is longer
 DEPTH_BINS = 10
@@ -263,7 +263,6 @@ def answer_hits(model: Any, examples: Sequence[tuple[np.ndarray, np.ndarray]]) -
     hidden, targets = read(model, [np.concatenate(example) for example in examples])
     marks = [np.repeat([False, True], [len(prompt), len(answer)]) for prompt, answer in examples]
     chosen = torch.from_numpy(np.concatenate(marks)[1:]).to(hidden.device)
-    head = model.get_output_embeddings()
-    likeliest: Tensor = torch.cat([head(part).argmax(-1) for part in hidden[chosen].split(LOGIT_ROWS)])
+    likeliest: Tensor = torch.cat([logits_of(model, part).argmax(-1) for part in hidden[chosen].split(LOGIT_ROWS)])
     hits = (likeliest == targets[chosen]).cpu().numpy()
     return np.split(hits, np.cumsum([len(answer) for _, answer in examples])[:-1])

@@ -41,3 +41,12 @@ def read(model: Any, sequences: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     row = {name: tensor.to(model.device) for name, tensor in pack(sequences).items()}
     labels: Tensor = row.pop("labels")
     return model.base_model(**row, use_cache=False).last_hidden_state[0, :-1], labels[0, 1:]
+
+
+def logits_of(model: Any, hidden: Tensor) -> Tensor:
+    """Return the logits [n, V] of hidden states [n, D], in at least float32, with the factor of the model's family."""
+    head, config = model.get_output_embeddings(), model.config
+    # Granite divides its logits, Falcon-H1 multiplies them, both outside the head.
+    factor = getattr(config, "lm_head_multiplier", 1.0) / getattr(config, "logits_scaling", 1.0)
+    logits = head(hidden.to(head.weight.dtype))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) * factor

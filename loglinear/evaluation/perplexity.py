@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from loglinear.data.corpus import Corpus
 from loglinear.data.packing import IGNORED, pieces_by_rounds
-from loglinear.evaluation.packed import LOGIT_ROWS, read, rows
+from loglinear.evaluation.packed import LOGIT_ROWS, logits_of, read, rows
 
 FIRST_BIN = 16  # positions of the first bin of a curve over positions
 
@@ -214,9 +214,8 @@ def _size(window: tuple[int, int, int]) -> int:
 def token_losses(model: Any, sequences: list[np.ndarray]) -> list[np.ndarray]:
     """Return the nats of every token but the first of each sequence, as float64, from one packed forward pass."""
     hidden, labels = read(model, sequences)
-    head = model.get_output_embeddings()
     losses = [
-        F.cross_entropy(head(part).float(), targets, ignore_index=IGNORED, reduction="none")
+        F.cross_entropy(logits_of(model, part), targets, ignore_index=IGNORED, reduction="none")
         for part, targets in zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
     ]
     kept = torch.cat(losses)[labels != IGNORED].double().cpu().numpy()

@@ -29,8 +29,9 @@ class UpgradeReport(NamedTuple):
 
     def __str__(self) -> str:
         kinds, share = ", ".join(sorted(set(self.layers.values()))), 100 * self.new_parameters / self.parameters
+        others = f", the other {self.kept} are unchanged" if self.kept else ""
         return (
-            f"{len(self.layers)} linear layers ({kinds}) are now log-linear, the other {self.kept} are unchanged\n"
+            f"{len(self.layers)} linear layers ({kinds}) are now log-linear{others}\n"
             f"{self.new_parameters:,} new parameters ({share:.2g} % of {self.parameters:,}) start neutral"
         )
 

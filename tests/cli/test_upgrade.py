@@ -1,6 +1,7 @@
 """`loglinear upgrade`, and the commands that take an upgraded folder."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,23 +17,35 @@ from tests.upgrades.tiny import MODELS, original
 TEXT = "def main():\n    return 1\n" * 40
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny Qwen3.5 for bytes, as transformers saves it."""
-    path = tmp_path_factory.mktemp("original")
-    model = original("qwen3_5", torch.float32, vocab_size=264)
-    model.save_pretrained(path)
-    ByteTokenizer().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def upgraded_folder(folder, tmp_path_factory):
+def make_folders(family, base) -> tuple[Path, Path]:
+    """Return the folders of a tiny model for bytes, as transformers saves it, and of its upgrade."""
     from loglinear.cli.upgrade import run
 
-    path = tmp_path_factory.mktemp("out") / "upgraded"
-    run(folder, path, dict(num_levels=6, chunk_size=4))
-    return path
+    original(family, torch.float32, vocab_size=264).save_pretrained(base / "original")
+    ByteTokenizer().save_pretrained(base / "original")
+    run(base / "original", base / "upgraded", dict(num_levels=6, chunk_size=4))
+    return base / "original", base / "upgraded"
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return make_folders("qwen3_5", tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="module")
+def folder(qwen):
+    return qwen[0]
+
+
+@pytest.fixture(scope="module")
+def upgraded_folder(qwen):
+    return qwen[1]
+
+
+@pytest.fixture(scope="module", params=["qwen3_5", "mamba2", "granitemoehybrid", "falcon_h1"])
+def folders(request, tmp_path_factory):
+    """The two folders of families that differ in their cache, their modules or the factor of their logits."""
+    return make_folders(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @torch.no_grad()
@@ -48,10 +61,11 @@ def test_upgrade_writes_a_folder_with_the_same_logits(capsys, folder, tmp_path):
     assert torch.allclose(loaded(ids).logits, right, atol=1e-4 * right.abs().max().item())
 
 
-def test_the_commands_take_an_upgraded_folder(capsys, folder, upgraded_folder, tmp_path):
+def test_the_commands_take_an_upgraded_folder(capsys, folders, tmp_path):
+    upgraded_folder = folders[1]
     (tmp_path / "text.txt").write_text(TEXT)
     made = []
-    for path in (folder, upgraded_folder):
+    for path in folders:
         model = AutoModelForCausalLM.from_pretrained(path)
         ids = torch.tensor([[1, *b"def ma"]])
         made.append(model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=2))
@@ -63,15 +77,16 @@ def test_the_commands_take_an_upgraded_folder(capsys, folder, upgraded_folder, t
     code, out, errors = in_process(capsys, "eval", "perplexity", *arguments, "--length", 64)
     assert code == 0 and "bits per byte" in out, errors
     code, out, errors = in_process(capsys, "info", "--model", upgraded_folder)
-    assert code == 0 and "Qwen3_5ForCausalLM of transformers, upgraded" in out, errors
+    assert code == 0 and f"{type(model).__name__} of transformers, upgraded" in out, errors
 
 
 @torch.no_grad()
-def test_perplexity_is_that_of_the_original_model(upgraded_folder, folder, tmp_path):
+def test_perplexity_is_that_of_the_original_model(folders, tmp_path):
     """Packed windows leak nothing: each document counts as it does alone in the original model."""
     from loglinear.data.corpus import read_corpus
     from loglinear.evaluation import evaluate_perplexity
 
+    folder, upgraded_folder = folders
     model, tokenizer = load_checkpoint(upgraded_folder)
     for name, text in (("a", TEXT[:300]), ("b", TEXT[100:350])):
         (tmp_path / f"{name}.txt").write_text(text)
@@ -85,13 +100,13 @@ def test_perplexity_is_that_of_the_original_model(upgraded_folder, folder, tmp_p
     assert found.nats_D.sum() == pytest.approx(nats, rel=1e-5)
 
 
-def test_the_server_answers_for_an_upgraded_folder(upgraded_folder):
+def test_the_server_answers_for_an_upgraded_folder(folders):
     from fastapi.testclient import TestClient
 
     from loglinear.cli.serving.app import application
     from loglinear.cli.serving.turns import Limits
 
-    model, tokenizer = load_checkpoint(upgraded_folder)
+    model, tokenizer = load_checkpoint(folders[1])
     prepare(model, tokenizer)
     with TestClient(application("tiny", model, tokenizer, Limits(tokens=32, prompt_tokens=99, seconds=60))) as client:
         body = {"model": "tiny", "prompt": "def ma", "max_tokens": 5, "temperature": 0}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, DynamicCache
 
 from tests.upgrades.tiny import MODELS, close, original, tokens, trained, upgraded, wide
@@ -82,6 +83,19 @@ def test_packed_documents_equal_documents_alone(family, extra):
     logits = model(**batch).logits[0].split(LENGTHS)
     for document, part in zip(documents, logits, strict=True):
         assert close(part, model(document[None]).logits[0])
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "mamba2"])
+def test_packed_documents_stay_apart_under_peft(family):
+    """The hooks of the model work inside the wrapper."""
+    base, ids = trained(original(family)), tokens(1, 20)
+    right = base(ids, cu_seq_lens_q=torch.tensor([0, 13, 20])).logits
+    projection = {"qwen3_5": "in_proj_qkv", "mamba2": "in_proj"}[family]
+    model = get_peft_model(
+        base, LoraConfig(target_modules=[projection], task_type="CAUSAL_LM")
+    )  # at the start it changes nothing
+    assert close(model(ids, cu_seq_lens_q=torch.tensor([0, 13, 20])).logits, right)
+    assert not close(right, model(ids).logits)
 
 
 def test_boundaries_alone_also_restart_the_positions():

@@ -46,8 +46,9 @@ def test_other_gradients_are_the_original_s(family):
             assert torch.allclose(ours[name].grad, parameter.grad, rtol=0, atol=bound), name
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model, ids = trained(original("qwen3_next")), tokens(2, 23)
+@pytest.mark.parametrize("family", ["qwen3_next", "mamba2", "falcon_h1", "zamba2"])
+def test_gradient_checkpointing_gives_the_same_gradients(family):
+    model, ids = trained(original(family)), tokens(2, 23)
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
     found = []

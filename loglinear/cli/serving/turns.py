@@ -72,7 +72,7 @@ class Turn(StoppingCriteria):
         self._end = time.monotonic() + self.limits.seconds
         self._prompt_tokens, self._begun, self._config = input_ids.shape[1], False, generation_config
         generation_config.update(**self.options)
-        hooks = [block.register_forward_pre_hook(self._before_block) for block in self.model.model.layers]
+        hooks = [block.register_forward_pre_hook(self._before_block) for block in self.model.base_model.layers]
         try:
             return self.model.generate(
                 input_ids=input_ids, generation_config=generation_config, stopping_criteria=[self], **inputs
