@@ -1,0 +1,200 @@
+"""Every stage of the scalar gate's kernels beside its twin in kernels.torch: the same inputs, one result a stage.
+
+Per-chunk arrays are compared as [H, chunk, ...]. Cases have blocks of one chunk to the whole past, or fewer than 64
+chunks: there the slots of both implementations hold the same states.
+"""
+
+# H heads, n chunks, C chunk, K key, V value, L levels
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loglinear.kernels.torch.operator import schedule_of
+from loglinear.kernels.torch.scalar_gate import ScalarGateSlab
+from loglinear.kernels.torch.scalar_gate.chunk_state import chunk_state_backward
+from loglinear.kernels.torch.scalar_gate.in_chunk import in_chunk_backward
+from loglinear.kernels.torch.scalar_gate.up_sweep import up_sweep_backward
+from loglinear.kernels.torch.scalar_gate.walk import walk_backward
+from loglinear.kernels.torch.schedule import Schedule
+from loglinear.kernels.torch.tiles import decay_matrix, reverse_cumsum, to_chunks
+from loglinear.partition import FENWICK
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Case:
+    T: int
+    C: int
+    L: int
+    ends: tuple[int, ...] | None = None
+    continued: bool = False
+    dtype: torch.dtype = torch.float32
+    K: int = 16
+    V: int = 24
+
+
+CASES = {
+    "three tiers of one sequence": Case(T=16 * 66 + 5, C=16, L=13),
+    "one level": Case(T=16 * 9 + 5, C=16, L=1),
+    "packed, with an empty sequence": Case(T=16 * 9, C=16, L=13, ends=(0, 40, 40, 41, 144)),
+    "continued": Case(T=16 * 7, C=16, L=13, ends=(0, 50, 112), continued=True),
+    "halves of a chunk": Case(T=128 * 5 + 70, C=128, L=13),
+}
+STARTS = (3, 6)  # first chunks of continued sequences
+
+
+def make(case: Case, device: str = "cpu") -> dict[str, Tensor]:
+    """Inputs of one row, two groups of two heads, in the case's dtype."""
+    torch.manual_seed(1)
+    G, H, T = 2, 4, case.T
+    x = dict(q=torch.randn(1, T, G, case.K), k=torch.randn(1, T, G, case.K) / 4, v=torch.randn(1, T, H, case.V))
+    x |= dict(do=torch.randn(1, T, H, case.V))
+    x = {name: value.to(case.dtype) for name, value in x.items()}
+    x |= dict(log_decay=-torch.rand(1, T, H) * 4 / case.C, level_scales=torch.rand(1, T, H, case.L))
+    if case.continued:
+        M = FENWICK.num_blocks(case.L, case.C)
+        is_there = torch.tensor([[(z >> m) & 1 for m in range(M)] for z in STARTS])
+        x |= dict(initial=torch.randn(2, M, H, case.K, case.V) * is_there[:, :, None, None, None])
+    return {name: value.to(device) for name, value in x.items()}
+
+
+def tokens(case: Case, value: Tensor) -> Tensor:
+    """[1, T, ...] as the schedule takes them: behind the places of buffered tokens, of which there are none."""
+    held = len(STARTS) * case.C if case.continued else 0
+    return torch.cat([value.new_zeros(held, *value.shape[2:]), value[0]])
+
+
+def schedule(case: Case) -> Schedule:
+    ends = None if case.ends is None else torch.tensor(case.ends)
+    position = torch.tensor(STARTS) * case.C if case.continued else None
+    row = tokens(case, torch.empty(1, case.T, 1))
+    return schedule_of(row, case.L, position, ends, 1, case.C, True, [*FENWICK.numbers])
+
+
+def torch_stages(case: Case, x: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The results of the stages in kernels.torch."""
+    x = {name: value.to("cpu", dtype) for name, value in x.items()}
+    operands = [tokens(case, x[name]) for name in ("q", "k", "v", "log_decay", "level_scales")]
+    plan = schedule(case)
+    slab = ScalarGateSlab((*operands, x.get("initial")), plan, slice(0, 4))
+    do, n = to_chunks(tokens(case, x["do"]), slice(0, 4), plan), plan.num_chunks
+    found = dict(up_sweep=slab.states[:, :n], cumulative=slab.cumulative)
+    if case.L > 1:  # over a prefix of one level nobody reads it
+        found |= dict(log_decay=slab.log_p[:, :n])
+    found |= dict(output=slab.output())
+
+    dscales = torch.zeros_like(slab.level_scales)
+    dq, dk, dv, dcumulative = in_chunk_backward(
+        slab.q, slab.k, slab.v, slab.log_decay, slab.mask(), do, slab.pull_mask(dscales)
+    )
+    dscores = (do @ slab.v.mT) * slab.mask() * decay_matrix(slab.log_decay)
+    found |= dict(in_chunk_dv=dv, dscores=dscores.unflatten(0, (2, 2)).sum(1))
+    dstates, dlog = torch.zeros_like(slab.states), torch.zeros_like(slab.log_p)
+    dlog_walk = torch.zeros_like(dcumulative)
+
+    def pull(read, y, path):
+        scales, decay = slab.weight(read, path)
+        dy = do.index_select(1, read.readers.flatten())
+        dweight = (dy * y).sum(-1) * decay
+        dscales[..., read.column].index_add_(1, read.readers.flatten(), dweight)
+        dlog_walk.index_add_(1, read.readers.flatten(), dweight * scales)
+        return dy * (decay * scales)[..., None], (dweight * scales).sum(-1)
+
+    walk_backward(slab.q, slab.states, slab.log_p, plan.reads, pull, dq, dstates, dlog)
+    found |= dict(dq=dq.unflatten(0, (2, 2)).sum(1), dlevel_scales=dscales, dlog_reads=dcumulative + dlog_walk)
+    found |= dict(state_backward=dstates[:, :n].clone(), state_dlog=dlog[:, :n].clone())
+    up_sweep_backward(slab.states, slab.log_p, slab.rights, dstates, dlog, plan)
+    found |= dict(down_sweep=dstates[:, :n], dtotal=dlog[:, :n])
+    dk_state, dv_state, dcumulative_state = chunk_state_backward(
+        slab.k, slab.v, slab.log_decay, dstates[:, : n + 1], dlog[:, : n + 1]
+    )
+    found |= dict(dk=(dk + dk_state).unflatten(0, (2, 2)).sum(1), dv=dv + dv_state)
+    found |= dict(dlog_decay=reverse_cumsum(dcumulative + dlog_walk + dcumulative_state))
+    found = {name: value[:, :n] for name, value in found.items()}
+    return found | ({} if slab.nodes is None else dict(dinitial=dstates[:, plan.nodes]))
+
+
+def triton_stages(case: Case, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The results of the kernels' stages, in the order in which they run."""
+    from loglinear.kernels.triton.args import Planes, Rows, Slab
+    from loglinear.kernels.triton.config import default_plan
+    from loglinear.kernels.triton.inputs import Operands, Sequences
+    from loglinear.kernels.triton.scalar_gate.backward import chunk_state_backward as state_gifts_backward
+    from loglinear.kernels.triton.scalar_gate.backward import decay_backward, down_sweep, state_backward
+    from loglinear.kernels.triton.scalar_gate.backward import in_chunk_backward as inside_backward
+    from loglinear.kernels.triton.scalar_gate.backward import walk_backward as reads_backward
+    from loglinear.kernels.triton.scalar_gate.forward import build_states, inputs_of, output
+
+    device, plan = x["q"].device, schedule(case)
+    forward, backward = (default_plan(d, case.K, case.V, case.dtype, case.C) for d in ("forward", "backward"))
+    ends = None if case.ends is None else torch.tensor(case.ends, device=device)
+    starts = torch.tensor(STARTS, device=device) if case.continued else None
+    operands = Operands(x["q"], x["k"], x["v"], x["log_decay"], None, x["level_scales"], x.get("initial"))
+    call = inputs_of(operands, Sequences(ends, starts), 1.0, forward)
+
+    def of_chunks(value: Tensor) -> Tensor:
+        return value[: plan.num_chunks].transpose(0, 1).double().cpu()
+
+    def of_tokens(value: Tensor) -> Tensor:
+        heads = slice(0, value.shape[2])
+        return to_chunks(tokens(case, value.double().cpu()), heads, plan)[:, : plan.num_chunks]
+
+    is_token = of_tokens(torch.ones(1, case.T, 4, device=device)) > 0
+
+    def of_places(value: Tensor) -> Tensor:
+        return torch.where(is_token, of_chunks(value), 0.0)
+
+    states = build_states(call, forward)
+    found = dict(up_sweep=of_chunks(states.slots), cumulative=of_chunks(states.cumulative) / LOG2_E)
+    if case.L > 1:
+        found |= dict(log_decay=of_chunks(states.log_decay) / LOG2_E)
+    found |= dict(output=of_tokens(output(call, states, forward["output"])))
+    do = Rows.of(x["do"])
+    dv, dscales = torch.empty_like(x["v"]), torch.zeros_like(x["level_scales"])
+    dq, dk = (Planes.of(call.empty(call.splits, *y.shape)) for y in (x["q"], x["k"]))
+    inside = inside_backward(call, states.cumulative, do, Slab.of(dv), Slab.of(dscales), backward["in_chunk_backward"])
+    found |= dict(
+        in_chunk_dv=of_tokens(dv), dscores=join_pairs(inside.dscores.data.sum(0)[: plan.num_chunks].double().cpu())
+    )
+    reads = reads_backward(call, states, do, inside, dq, Slab.of(dscales), backward["walk_backward"])
+    found |= dict(dq=of_tokens(dq.data.sum(0)), dlevel_scales=of_tokens(dscales))
+    found |= dict(dlog_reads=of_places(inside.dlog_row - inside.dlog_column + reads.dlog_walk))
+    dstates = state_backward(call, states, do, reads, backward["state_backward"])
+    found |= dict(state_backward=of_chunks(dstates.slots), state_dlog=of_chunks(dstates.log_decay))
+    dtotals = down_sweep(call, states, dstates, backward["down_sweep"])
+    found |= dict(down_sweep=of_chunks(dstates.slots), dtotal=of_chunks(across_tiers(case, dtotals.data)))
+    launch = backward["chunk_state_backward"]
+    dlog_state = state_gifts_backward(call, states, dstates, inside, dk, Slab.of(dv), launch)
+    found |= dict(dk=of_tokens(dk.data.sum(0)), dv=of_tokens(dv))
+    dlog_decay = torch.empty_like(x["log_decay"])
+    decay_backward(call, inside, reads, dlog_state, dtotals, Slab.of(dlog_decay))
+    found |= dict(dlog_decay=of_tokens(dlog_decay))
+    if dstates.initial is not None:
+        found |= dict(dinitial=dstates.initial.flatten(0, 1).transpose(0, 1).double().cpu())
+    return found
+
+
+def join_pairs(pairs: Tensor) -> Tensor:
+    """[n, G, pair, rows, rows] as [G, n, C, C]: pairs of halves are 00, 10, 11."""
+    if pairs.shape[2] == 1:
+        return pairs[:, :, 0].transpose(0, 1)
+    top = torch.cat([pairs[:, :, 0], torch.zeros_like(pairs[:, :, 0])], -1)
+    return torch.cat([top, torch.cat([pairs[:, :, 1], pairs[:, :, 2]], -1)], -2).transpose(0, 1)
+
+
+def across_tiers(case: Case, dtotals: Tensor) -> Tensor:
+    """The gradient of each chunk's own total: those of its entries [tier, part, chunk, H], one of each tier."""
+    found, row = [], 0
+    lengths = [case.T] if case.ends is None else torch.tensor(case.ends).diff().tolist()
+    for z0, length in zip(STARTS if case.continued else [0] * len(lengths), lengths, strict=True):
+        own = -(-length // case.C)
+        for z in range(z0, z0 + own):
+            entries = [(((z >> 6 * tier) + 1) << 6 * tier) - 1 for tier in range(len(dtotals))]
+            whole = [(tier, e) for tier, e in enumerate(entries) if e < z0 + own]
+            found.append(sum(dtotals[tier, :, row + e - z0].sum(0) for tier, e in whole))
+        row += own
+    return torch.stack(found)
