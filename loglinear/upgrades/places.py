@@ -58,6 +58,8 @@ class Placement:
         decoder.register_forward_hook(self.finish, with_kwargs=True)
 
     def __call__(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if self.cache_name == "cache_params":
+            kwargs = _with_one_cache(kwargs)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         added: dict[str, Any] = {}
         if is_carried(given.get("attention_mask")):
@@ -74,7 +76,7 @@ class Placement:
                     "past_key_values cannot continue packed documents: pass them as rows of a padded batch"
                 )
             added["use_cache"] = False
-        elif cache is None and _uses_cache(decoder, given.get("use_cache")):
+        elif cache is None and self._uses_cache(decoder, given.get("use_cache")):
             cache = added[self.cache_name] = DynamicCache(config=decoder.config)
         places = self._places(tokens, cache, given.get("attention_mask"), named)
         check_positions(positions, places)
@@ -96,6 +98,14 @@ class Placement:
         if cache is not None:
             SeenColumns(cache, self.indices).finish()
 
+    def _uses_cache(self, decoder: Any, use_cache: bool | None) -> bool:
+        """Return True if transformers would make a cache for this call."""
+        if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+            return False
+        if use_cache is None and decoder.training and self.cache_name == "cache_params":
+            return False
+        return bool(decoder.config.use_cache if use_cache is None else use_cache)
+
     def _places(self, tokens: Tensor, cache: Cache | None, mask: Any, named: dict[str, Tensor]) -> TokenPlaces:
         if isinstance(mask, dict):  # `generate` makes the masks of a static cache by itself
             mask = mask.get("linear_attention")
@@ -115,20 +125,25 @@ class Placement:
 def carry_places(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """As a forward pre-hook, let positions and boundaries pass a model that gives its decoder only a mask and a cache.
 
-    They go in the place of the mask, and the decoder's hook takes them out. The common name of the cache,
-    `past_key_values`, is also understood.
+    They go in the place of the mask, and the decoder's hook takes them out.
     """
-    names = list(inspect.signature(model.forward).parameters)
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    cache = kwargs.pop("past_key_values", None)
-    if cache is not None:
-        if kwargs.get("cache_params", cache) is not cache:
-            raise ValueError("past_key_values and cache_params are two names of the cache, got two caches")
-        kwargs["cache_params"] = cache
+    if args:
+        kwargs = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+    kwargs = _with_one_cache(kwargs)
     carried = {name: kwargs.pop(name) for name in ("position_ids", *BOUNDARIES) if kwargs.get(name) is not None}
     if carried:
         kwargs["attention_mask"] = {**carried, "attention_mask": kwargs.get("attention_mask")}
     return (), kwargs
+
+
+def _with_one_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a Mamba-2 with its cache as `cache_params`, also if it came as `past_key_values`."""
+    cache, others = kwargs.get("past_key_values"), {n: v for n, v in kwargs.items() if n != "past_key_values"}
+    if cache is None:
+        return others
+    if others.get("cache_params") not in (None, cache):
+        raise ValueError("past_key_values and cache_params are two names of the cache, got two caches")
+    return {**others, "cache_params": cache}
 
 
 def is_carried(mask: Any) -> bool:
@@ -145,16 +160,6 @@ def _text_positions(given: dict[str, Any]) -> Tensor | None:
     if positions is None or positions.dim() == 2:
         return positions
     return positions[0] if len(positions) == 4 else None
-
-
-def _uses_cache(decoder: Any, use_cache: bool | None) -> bool:
-    """Return True if transformers would make a cache for this call."""
-    by_default = decoder.config.use_cache
-    if decoder.training:
-        if getattr(decoder, "gradient_checkpointing", False):
-            return False
-        by_default = by_default and "cache_params" not in inspect.signature(decoder.forward).parameters
-    return bool(by_default if use_cache is None else use_cache)
 
 
 def _boundaries_of(positions: Tensor | None) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import loglinear
+from loglinear.upgrades.places import CACHES
 from tests.upgrades.tiny import LEVELS, close, original, tokens, trained, upgraded, wide
 
 OPTIONS = [
@@ -69,6 +70,8 @@ def test_the_common_name_of_the_cache_is_understood():
         with pytest.raises(ValueError, match="past_key_values and cache_params are two names of the cache"):
             model(more, cache_params=one, past_key_values=other)
         assert torch.equal(model(more, past_key_values=one).logits, model(more, cache_params=other).logits)
+        states = [model.backbone(more, **{name: cache})[0] for name, cache in zip(CACHES, (one, other), strict=True)]
+        assert torch.equal(*states)
 
 
 def test_training_makes_no_cache_unless_it_is_asked_for():
