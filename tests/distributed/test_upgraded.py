@@ -16,9 +16,10 @@ from tests.upgrades.tiny import original, upgraded
 ROOT = Path(__file__).parents[2]
 
 
-def test_steps_are_those_of_one_process(tmp_path):
+@pytest.mark.parametrize("family", ["qwen3_5", "mamba2"])
+def test_steps_are_those_of_one_process(family, tmp_path):
     """With values in float32 beside 16-bit weights too, of which FSDP2 makes units of their own."""
-    upgraded(original("qwen3_5", torch.float32), routing="gram").save_pretrained(tmp_path)
+    upgraded(original(family, torch.float32), routing="gram").save_pretrained(tmp_path)
     common = dict(WORLD_SIZE="2", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), MASTER_ADDR="localhost", MASTER_PORT="0")
     command, logs = [sys.executable, "-m", "tests.distributed.upgraded_worker", str(tmp_path)], []
     processes = []

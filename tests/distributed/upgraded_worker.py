@@ -46,7 +46,7 @@ def spread(folder: Path, way: str, dtype: torch.dtype) -> nn.Module:
     for module in model.modules():
         if isinstance(module, HeadBias) and list(module.parameters()):
             fully_shard(module)
-    for block in model.model.layers:
+    for block in model.base_model.layers:
         fully_shard(block)
     fully_shard(model)
     return model

@@ -10,6 +10,7 @@ from loglinear.models import ByteTokenizer
 from tests.upgrades.tiny import original, upgraded
 
 
+@pytest.mark.parametrize("family", ["qwen3_5", "mamba2", "zamba2"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -21,9 +22,9 @@ from tests.upgrades.tiny import original, upgraded
     ],
     ids=lambda options: "_".join(options) or "rows",
 )
-def test_sft_trains_the_new_parameters_alone(options, tmp_path):
+def test_sft_trains_the_new_parameters_alone(family, options, tmp_path):
     data = Dataset.from_dict({"text": [f"line {i} of a text, {i * i}" * (1 + i % 4) for i in range(40)]})
-    model = upgraded(original("qwen3_5", torch.float32, vocab_size=264))
+    model = upgraded(original(family, torch.float32, vocab_size=264))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     arguments = SFTConfig(
         tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True,
