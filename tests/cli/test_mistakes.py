@@ -73,6 +73,7 @@ MISTAKES = {
     f"{GENERATE} {{bad}}/truncated": "model.safetensors is truncated",
     f"{GENERATE} {{bad}}/mixed": "holds the weights of another model",
     f"{GENERATE} {{bad}}/small": "has 259 tokens, the model's vocab_size is 50",
+    f"{GENERATE} {{bad}}/other": "holds no tokenizer: tokenizer.json is missing",
     "info --model {bad}/nothing": "no checkpoint at",
     "eval perplexity --model {run} --data {bad}/nothing --out {out}": "is neither a file",
     "eval perplexity --model {bad}/small --data {text} --out {out}": "has 259 tokens, the model's vocab_size is 50",
@@ -110,6 +111,7 @@ def bad(tmp_path_factory, run, text):
     shutil.copy(folder / "other" / "model.safetensors", folder / "mixed" / "model.safetensors")
     small = dataclasses.replace(recipe, model={**recipe.model, "vocab_size": 50}).model_config()
     LogLinearForCausalLM(small).save_pretrained(folder / "small")
+    ByteTokenizer().save_pretrained(folder / "small")
     return folder
 
 
