@@ -26,6 +26,9 @@ def test_the_report_counts_what_changed(caplog):
     assert report.parameters == before + report.new_parameters
     assert str(report).splitlines() == caplog.messages[0].splitlines() and len(str(report).splitlines()) == 2
     assert str(report).startswith("2 linear layers (Qwen3NextGatedDeltaNet) are now log-linear, the other 1")
+    assert str(loglinear.upgrade(original("mamba2"), **LEVELS)).startswith(
+        "3 linear layers (Mamba2Mixer) are now log-linear\n"
+    )
 
 
 def test_freezing_is_a_choice():
