@@ -17,10 +17,12 @@ from transformers import (
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
 )
+from transformers.models.nemotron_h_omni.configuration_nemotron_h_omni import NemotronH_Omni_Reasoning_V3_Config
+from transformers.models.nemotron_h_omni.modeling_nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 
 import loglinear
 from loglinear.upgrades.checkpoint import ENTRY
-from tests.upgrades.tiny import COMMON, LEVELS, MODELS, original, tokens, trained, upgraded
+from tests.upgrades.tiny import COMMON, LEVELS, MODELS, NEMOTRON, original, tokens, trained, upgraded
 
 FAMILIES = pytest.mark.parametrize("family", MODELS)
 READ = "print(type(model).__name__, float(model(torch.arange(3, 43)[None]).logits.double().abs().sum()))"
@@ -156,11 +158,28 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         loglinear.load_upgrade(original("qwen3_5"), path, num_levels=4)
 
 
-@torch.no_grad()
-def test_a_model_of_images_and_text_keeps_its_text(tmp_path):
+def qwen3_5_of_images():
     vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
-    theirs = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=COMMON, vision_config=vision)).eval()
-    ids = tokens(2, 20)
+    return Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=COMMON, vision_config=vision))
+
+
+def nemotron_h_of_images():
+    sizes = dict(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=4, image_size=16, max_img_size=32
+    )
+    vision = dict(model_type="radio", video_temporal_patch_size=2, **sizes)
+    text = dict(model_type="nemotron_h", **NEMOTRON)
+    return NemotronH_Omni_Reasoning_V3(
+        NemotronH_Omni_Reasoning_V3_Config(
+            text_config=text, vision_config=vision, vision_hidden_size=16, projector_hidden_size=16, image_token_id=99
+        )
+    )
+
+
+@pytest.mark.parametrize("make", [qwen3_5_of_images, nemotron_h_of_images])
+@torch.no_grad()
+def test_a_model_of_images_and_text_keeps_its_text(make, tmp_path):
+    theirs, ids = make().eval(), tokens(2, 20)
     greedy = dict(attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
     model = trained(theirs)
     assert torch.allclose(upgraded(theirs)(ids).logits, theirs(ids).logits, atol=1e-4)
