@@ -237,7 +237,7 @@ def test_two_runs_give_the_same_bits(operator):
 
 
 def test_slabs_of_heads_change_nothing(operator, monkeypatch):
-    from loglinear.kernels.triton.delta_rule import launch as delta_launch
+    from loglinear.kernels.triton.delta_rule import backward as delta_backward
     from loglinear.kernels.triton.inputs import slabs
     from loglinear.kernels.triton.scalar_gate import backward
 
@@ -247,7 +247,7 @@ def test_slabs_of_heads_change_nothing(operator, monkeypatch):
     assert slabs(10, 1, 6, 100, 4000) == [slice(0, 3), slice(3, 6)]
     assert slabs(40, 1, 6, 100, 4000) == [slice(h, h + 1) for h in range(6)]
     monkeypatch.setattr(backward, "SLAB_BYTES", 4000)
-    monkeypatch.setattr(delta_launch, "SLAB_BYTES", 4000)
+    monkeypatch.setattr(delta_backward, "SLAB_BYTES", 4000)
     for groups in (1, 2):
         compare(operator.inputs(B=1, T=40, G=groups, H=2, K=8, V=8, L=8))
 

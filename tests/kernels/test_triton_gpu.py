@@ -138,7 +138,7 @@ def test_error_at_every_number_of_levels(delta, levels):
 
 @DELTA
 @pytest.mark.parametrize("levels", [1, 10, 18])
-def test_three_storeys(delta, levels):
+def test_three_tiers(delta, levels):
     """More than 64 * 64 * 2 chunks of 16 tokens."""
     inputs = make(1, 16 * 8300, 1, 2, 16, 16, levels, torch.float32, delta=delta)
     check(inputs, torch.float32, final=True, chunk_size=16)

@@ -8,7 +8,7 @@ def replace_kernels(monkeypatch) -> None:
     monkeypatch.setitem(operator.chunkwise_backward._backend_fns, None, backward)
 
 
-def forward(q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, chunk_size, final):
+def forward(q, k, v, log_decay, beta, level_scales, initial, cu_seqlens, starts, scale, chunk_size, final):
     """Some function of all operands in the operator's shapes."""
     reads = scale * (q * k).sum(-1).repeat_interleave(v.shape[2] // q.shape[2], dim=2)
     gates = log_decay + level_scales.square().sum(-1) + (0.0 if beta is None else beta)
@@ -25,5 +25,5 @@ def backward(do, dblocks, *inputs):
     """No derivative, but as good a function for what comes after it."""
     weight = do.sum((2, 3))
     grads = [x.sin() * weight.view(*weight.shape, *[1] * (x.dim() - 2)) for x in inputs[:6] if x is not None]
-    nodes = inputs[6]
-    return grads if nodes is None else [*grads, nodes.float().cos() * weight.sum()]
+    initial = inputs[6]
+    return grads if initial is None else [*grads, initial.float().cos() * weight.sum()]

@@ -45,10 +45,36 @@ class Operands(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """The ends of packed sequences [N + 1], and the number of the chunk with which each begins [N], for a state."""
+    """The ends of packed sequences [N + 1], and the number of the chunk with which each begins [N], for a state; and
+    does each leave its blocks? Then its unfinished chunk has a place even without tokens."""
 
     cu_seqlens: Tensor | None
     starts: Tensor | None
+    final: bool = False
+
+
+class Results(NamedTuple):
+    """The output [B,T,H,V] of a call, the blocks [N,M,H,K,V] that each sequence leaves, and the arrays that the delta
+    rule saves for its backward: each chunk's inverse [chunk,H,C,C] and cumulative log decay [chunk,H,C]."""
+
+    output: Tensor
+    blocks: Tensor | None
+    inverse: Tensor | None = None
+    cumulative: Tensor | None = None
+
+
+class Outgoing(NamedTuple):
+    """The gradients of a call's output and of its blocks, if any; and what its forward saved."""
+
+    do: Tensor
+    dblocks: Tensor | None
+    inverse: Tensor | None = None
+    cumulative: Tensor | None = None
+
+    def heads(self, h: slice) -> Outgoing:
+        dblocks = None if self.dblocks is None else self.dblocks[:, :, h]
+        inverse, cumulative = (None if x is None else x[:, h] for x in (self.inverse, self.cumulative))
+        return Outgoing(self.do[:, :, h], dblocks, inverse, cumulative)
 
 
 @dataclass(frozen=True)

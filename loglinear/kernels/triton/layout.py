@@ -79,10 +79,6 @@ class Layout:
     ends: Tensor | None  # [N, 3] int32: row of chunk 0, complete chunks, first chunk
     first_runs: Tensor | None  # [N] int64: each sequence's first run in the first table of runs
 
-    @property
-    def packed(self) -> bool:
-        return self.table is not None
-
 
 @once_a_batch
 def layout(
@@ -124,7 +120,7 @@ def layout(
     for s in range(tiers):
         skipped = z0 >> (TIER * (s + 1))
         runs_of = (((count >> (TIER * s)) + run - 1) // run - skipped).clamp(min=0)
-        runs_of = torch.where(own > 0, runs_of, 0)  # without chunks of its own a sequence only hands its nodes on
+        runs_of = torch.where(own > 0, runs_of, 0)  # without chunks of its own a sequence only hands its blocks on
         if s == 0:
             first_runs = runs_of.cumsum(0) - runs_of
         # One run more than full ones for each sequence with entries here; two where its first need not be full either.

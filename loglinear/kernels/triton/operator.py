@@ -14,42 +14,38 @@ from loglinear.kernels import MIN_LOG_DECAY
 from loglinear.kernels.torch.gradients import recorded_gradients
 from loglinear.kernels.torch.operator import stages
 from loglinear.kernels.triton import delta_rule, scalar_gate
-from loglinear.kernels.triton.config import Plan, choose
-from loglinear.kernels.triton.inputs import Operands, Sequences, common_dtype
+from loglinear.kernels.triton.inputs import Operands, Outgoing, Sequences
 from loglinear.partition import FENWICK
 
 
-def _plan(direction: str, q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> Plan:
-    return choose(direction, q.shape[3], v.shape[3], common_dtype(q, k, v), q.shape[1], v.device, chunk_size or None)
+def _family(beta: Tensor | None) -> Any:
+    """The kernels of one family: both have the same functions."""
+    return scalar_gate if beta is None else delta_rule
 
 
 @torch.library.custom_op("loglinear::chunkwise", mutates_args=())
 def chunkwise(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, level_scales: Tensor,
-    nodes: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int, final: bool,
+    initial: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int,
+    final: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Outputs [B,T,H,V]; with `final`, each sequence's block states at the start of its unfinished chunk [N,M,H,K,V]
-    float32; of the delta rule what the backward takes from the forward, each chunk's inverse [chunk,H,C,C] and its
+    float32; of the delta rule the arrays saved for the backward, each chunk's inverse [chunk,H,C,C] and its
     cumulative log decay [chunk,H,C]; else empty tensors. The delta rule with beta, else the scalar gate.
 
-    nodes [N,M,H,K,V], starts [N]: the block states before each packed sequence's first chunk, and that chunk's number.
-    chunk_size 0 leaves the choice to the kernels; with `final` or nodes it is the states' chunk size.
+    initial [N,M,H,K,V], starts [N]: the blocks of each packed sequence's initial state, and its first chunk's number.
+    chunk_size 0 leaves the choice to the kernels; with `final` or initial it is the states' chunk size.
     """
-    if beta is None:
-        plan = _plan("forward", q, k, v, chunk_size)
-        operands = Operands(q, k, v, log_decay, None, level_scales, nodes)
-        x = scalar_gate.inputs_of(operands, Sequences(cu_seqlens, starts), scale, plan)
-        output, blocks = scalar_gate.forward(x, plan, final=final)
-        return output, x.empty(0) if blocks is None else blocks, x.empty(0), x.empty(0)
-    C = delta_rule.choose_chunk_size(q, k, v, chunk_size)
-    call = delta_rule.DeltaRule(q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, C, final)
-    inverse, cumulative = call.invert()
-    call.build_states()
-    return call.output(), call.final_blocks() if final else call.empty(0), inverse, cumulative
+    family, operands = _family(beta), Operands(q, k, v, log_decay, beta, level_scales, initial)
+    plan = family.plan_of("forward", operands, chunk_size or None)
+    x = family.inputs_of(operands, Sequences(cu_seqlens, starts, final), scale, plan)
+    output, *others = family.forward(x, plan, final=final)
+    blocks, inverse, cumulative = (x.empty(0) if y is None else y for y in others)
+    return output, blocks, inverse, cumulative
 
 
 @chunkwise.register_fake
-def _(q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, chunk_size, final):  # type: ignore[no-untyped-def]
+def _(q, k, v, log_decay, beta, level_scales, initial, cu_seqlens, starts, scale, chunk_size, final):  # type: ignore[no-untyped-def]
     H, rows = v.shape[2], q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     output = torch.empty_like(v, memory_format=torch.contiguous_format)
     blocks, inverse, cumulative = (v.new_empty(0, dtype=torch.float32) for _ in range(3))
@@ -67,35 +63,28 @@ def _(q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale, 
 @torch.library.custom_op("loglinear::chunkwise_backward", mutates_args=())
 def chunkwise_backward(
     do: Tensor, dblocks: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None,
-    level_scales: Tensor, nodes: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, inverse: Tensor,
+    level_scales: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, inverse: Tensor,
     cumulative: Tensor, scale: float, chunk_size: int, final: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """dq, dk, dv, dlog_decay, dbeta where there is beta, dlevel_scales, and dnodes where there are nodes."""
-    grads: tuple[Tensor | None, ...]
-    if beta is None:
-        plan = _plan("backward", q, k, v, chunk_size)
-        operands = Operands(q, k, v, log_decay, None, level_scales, nodes)
-        outgoing = scalar_gate.Outgoing(do, dblocks)
-        grads = scalar_gate.gradients(operands, Sequences(cu_seqlens, starts), outgoing, scale, plan)
-    else:
-        C = delta_rule.choose_chunk_size(q, k, v, chunk_size)
-        grads = delta_rule.gradients(
-            do, dblocks, inverse, cumulative, q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, scale,
-            C, final,
-        )  # fmt: skip
+    """dq, dk, dv, dlog_decay, dbeta where there is beta, dlevel_scales, and dinitial where there is initial."""
+    family, operands = _family(beta), Operands(q, k, v, log_decay, beta, level_scales, initial)
+    saved = (None, None) if beta is None else (inverse, cumulative)
+    plan = family.plan_of("backward", operands, chunk_size or None)
+    sequences = Sequences(cu_seqlens, starts, final)
+    grads = family.gradients(operands, sequences, Outgoing(do, dblocks, *saved), scale, plan)
     return [grad for grad in grads if grad is not None]
 
 
 @chunkwise_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    do, dblocks, q, k, v, log_decay, beta, level_scales, nodes, cu_seqlens, starts, inverse, cumulative, scale,
+    do, dblocks, q, k, v, log_decay, beta, level_scales, initial, cu_seqlens, starts, inverse, cumulative, scale,
     chunk_size, final,
 ):  # fmt: skip
     inputs = [x for x in (q, k, v, log_decay, beta, level_scales) if x is not None]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-    if nodes is None:
+    if initial is None:
         return grads
-    return [*grads, torch.empty_like(nodes, dtype=torch.float32, memory_format=torch.contiguous_format)]
+    return [*grads, torch.empty_like(initial, dtype=torch.float32, memory_format=torch.contiguous_format)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -106,41 +95,42 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.options = scale, chunk_size, final
 
 
-def _twin(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, level_scales: Tensor,
-    nodes: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int, final: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _twin(x: Operands, sequences: Sequences, scale: float, chunk_size: int) -> tuple[Tensor, Tensor]:
     """The outputs and blocks of `chunkwise` by the stages of kernels.torch in float32, which autograd can record."""
-    rows, C = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, chunk_size or 64
-    held = 0 if starts is None else rows * C
-    count = q.shape[0] * q.shape[1] if cu_seqlens is None else int(cu_seqlens[-1])  # packed rows may end in padding
+    cu_seqlens, starts, final = sequences
+    rows, C = x.q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, chunk_size or 64
+    buffered = 0 if starts is None else rows * C
+    count = x.q.shape[0] * x.q.shape[1] if cu_seqlens is None else int(cu_seqlens[-1])  # packed rows may end in padding
 
-    def tokens(x: Tensor) -> Tensor:
-        new = x.flatten(0, 1)[:count].float()
-        return torch.cat([new.new_zeros(held, *new.shape[1:]), new])
+    def tokens(y: Tensor) -> Tensor:
+        new = y.flatten(0, 1)[:count].float()
+        return torch.cat([new.new_zeros(buffered, *new.shape[1:]), new])
 
     output, blocks = stages(
-        tokens(q) * scale, tokens(k), tokens(v), tokens(log_decay.clamp(min=MIN_LOG_DECAY)),
-        None if beta is None else tokens(beta), tokens(level_scales), None if nodes is None else nodes.float(),
-        None if starts is None else starts * C, cu_seqlens, rows, C, final, FENWICK.numbers,
+        tokens(x.q) * scale, tokens(x.k), tokens(x.v), tokens(x.log_decay.clamp(min=MIN_LOG_DECAY)),
+        None if x.beta is None else tokens(x.beta), tokens(x.level_scales),
+        None if x.initial is None else x.initial.float(), None if starts is None else starts * C,
+        cu_seqlens, rows, C, final, FENWICK.numbers,
     )  # fmt: skip
-    padding = output.new_zeros(v.shape[0] * v.shape[1] - count, *output.shape[1:])
-    return torch.cat([output[held:], padding]).view(v.shape).to(v.dtype), blocks
+    padding = output.new_zeros(x.v.shape[0] * x.v.shape[1] - count, *output.shape[1:])
+    return torch.cat([output[buffered:], padding]).view(x.v.shape).to(x.v.dtype), blocks
 
 
 def _backward(ctx: Any, do: Tensor | None, dblocks: Tensor | None, *unused: None):  # type: ignore[no-untyped-def]
     inputs = ctx.saved_tensors  # once: checkpointing refuses to give them twice
+    scale, chunk_size, final = ctx.options
     if torch.is_grad_enabled():  # create_graph=True
-        options = (*inputs[7:9], *ctx.options)
-        grads = recorded_gradients(lambda *x: _twin(*x, *options), inputs[:7], (do, dblocks))
+        sequences = Sequences(inputs[7], inputs[8], final)
+        grads = recorded_gradients(
+            lambda *x: _twin(Operands(*x), sequences, scale, chunk_size), inputs[:7], (do, dblocks)
+        )
         return *grads, None, None, None, None, None
-    v, beta, nodes = inputs[2], inputs[4], inputs[6]
-    final = ctx.options[-1]
+    v, beta, initial = inputs[2], inputs[4], inputs[6]
     do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else do
-    given = iter(chunkwise_backward(do, dblocks if final else None, *inputs, *ctx.options))
-    first, dbeta = [next(given) for _ in range(4)], None if beta is None else next(given)
-    dlevel_scales, dnodes = next(given), None if nodes is None else next(given).to(nodes.dtype)
-    return *first, dbeta, dlevel_scales, dnodes, None, None, None, None, None
+    found = iter(chunkwise_backward(do, dblocks if final else None, *inputs, *ctx.options))
+    first, dbeta = [next(found) for _ in range(4)], None if beta is None else next(found)
+    dlevel_scales, dinitial = next(found), None if initial is None else next(found).to(initial.dtype)
+    return *first, dbeta, dlevel_scales, dinitial, None, None, None, None, None
 
 
 chunkwise.register_autograd(_backward, setup_context=_save)

@@ -24,8 +24,8 @@ from triton.runtime.errors import OutOfResources
 
 from loglinear.fenwick import num_levels
 from loglinear.kernels.triton.config import STAGES, Launch, Plan, table_key
-from loglinear.kernels.triton.inputs import Operands, Sequences
-from loglinear.kernels.triton.scalar_gate import Outgoing, forward, gradients, inputs_of
+from loglinear.kernels.triton.inputs import Operands, Outgoing, Sequences
+from loglinear.kernels.triton.scalar_gate import forward, gradients, inputs_of
 from loglinear.partition import FENWICK
 
 WARPS_AND_STAGES = ((4, 2), (4, 3), (8, 2), (8, 3))
@@ -75,7 +75,7 @@ def run(direction: str, inputs: list[Tensor], plan: Plan, do: Tensor | None = No
         do = torch.ones_like(v) if do is None else do
         grads = gradients(operands, dense, Outgoing(do, None), 1.0, plan)
         return [grad for grad in grads if grad is not None]
-    return [forward(inputs_of(operands, dense, 1.0, plan), plan, final=False)[0]]
+    return [forward(inputs_of(operands, dense, 1.0, plan), plan, final=False).output]
 
 
 def _compile(direction: str, shape: Shape, plan: Plan) -> None:

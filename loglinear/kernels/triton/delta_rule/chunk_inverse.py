@@ -16,8 +16,19 @@ The two halves of a longer chunk take the same step once more, on the one block 
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule.tiles import SIZES, decay, key_products, load_strength, locate
-from loglinear.kernels.triton.tiles import LOG2_E, MIN_LOG_DECAY, exponent, head_program, load_block, store_block
+from loglinear.fenwick import log2
+from loglinear.kernels.triton.args import Sizes
+from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, Saved
+from loglinear.kernels.triton.delta_rule.tiles import (
+    decay,
+    head_rows,
+    inverse_at,
+    load_strength,
+    load_tile,
+    row_products,
+    rows_from,
+)
+from loglinear.kernels.triton.tiles import LOG2_E, MIN_LOG_DECAY, exponent, head_program, locate, part_of, store_block
 
 
 @triton.jit
@@ -35,48 +46,52 @@ def unit_lower_inverse(lower_JJ, J: tl.constexpr, LOG_J: tl.constexpr, MATH: tl.
 
 @triton.jit(do_not_specialize=SIZES)
 def chunk_inverse_kernel(
-    k, beta, log_decay, inverse, cumulative, table,
-    T, N, H, R,
-    k_b, k_t, k_h, beta_b, beta_t, beta_h, g_b, g_t, g_h,
-    K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, LOG_J: tl.constexpr, TK: tl.constexpr,
-    MATH: tl.constexpr, PACKED: tl.constexpr,
+    k, beta, log_decay, saved, table, T, N, H, R, L, cap,
+    K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, LOG_J: tl.constexpr, TK: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """One chunk, one head: A [chunk, H, C, C] and the cumulative log decay G [chunk, H, C], in base 2."""
-    _, h, chunk = head_program(1, H)
-    c = chunk.to(tl.int64)
-    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
-    if end <= first:
+    """One chunk, one head: A and G."""
+    sizes = Sizes(T, N, H, R, L, cap)
+    _, h, c = head_program(1, sizes.H)
+    chunk = locate(c.to(tl.int64), table, sizes, C)
+    if chunk.end <= chunk.first:
         return
-    row = c * H + h
     i = tl.arange(0, J)
-    k_rows = k + b * k_b + first * k_t + (h // R) * k_h
-    beta += b * beta_b + first * beta_t + h * beta_h
-    log_decay += b * g_b + first * g_t + h * g_h
-    cumulative += row * C
-    inverse += row * (C * C)
+    k_rows = head_rows(k, chunk, h // sizes.R)
+    strengths, decays = head_rows(beta, chunk, h), head_rows(log_decay, chunk, h)
+    cumulative, inverse = saved.cumulative + (chunk.c * sizes.H + h) * C, inverse_at(saved, chunk, h, C)
     before = tl.zeros([], tl.float32)
     for half in range(C // J):
-        n = tl.minimum(end - first - half * J, J).to(tl.int32)  # a half without tokens changes nothing
-        g = tl.load(log_decay + (half * J + i) * g_t, mask=i < n, other=0.0).to(tl.float32)
+        n = part_of(chunk, half, J).n  # a half without tokens changes nothing
+        g = tl.load(decays.data + (half * J + i) * decays.t, mask=i < n, other=0.0).to(tl.float32)
         G = before + tl.cumsum(tl.maximum(g, MIN_LOG_DECAY) * LOG2_E, 0)
         tl.store(cumulative + half * J + i, G)
-        strength = load_strength(beta + half * J * beta_t, beta_t, n, J)
-        k_half = k_rows + half * J * k_t
-        lower_JJ = key_products(k_half, k_t, n, k_half, n, K, J, TK, MATH) * strength[:, None]
+        strength = load_strength(rows_from(strengths, half * J), n, J)
+        k_half = rows_from(k_rows, half * J)
+        lower_JJ = row_products(k_half, k_half, n, n, K, J, J, TK, MATH) * strength[:, None]
         lower_JJ = tl.where(i[:, None] > i[None, :], lower_JJ * decay(G, G, i, J), 0.0)
         inverse_JJ = unit_lower_inverse(lower_JJ, J, LOG_J, MATH)
         store_block(inverse, half * J, half * J, inverse_JJ, C, C, J, J)
         before = tl.sum(tl.where(i == J - 1, G, 0.0), 0)
     if C > J:
         tl.debug_barrier()
-        n = tl.minimum(end - first, J).to(tl.int32)
-        n_last = tl.maximum(tl.minimum(end - first - J, J), 0).to(tl.int32)
-        between_JJ = key_products(k_rows + J * k_t, k_t, n_last, k_rows, n, K, J, TK, MATH)
-        between_JJ *= load_strength(beta + J * beta_t, beta_t, n_last, J)[:, None]
+        n, n_last = part_of(chunk, 0, J).n, part_of(chunk, 1, J).n
+        between_JJ = row_products(rows_from(k_rows, J), k_rows, n_last, n, K, J, J, TK, MATH)
+        between_JJ *= load_strength(rows_from(strengths, J), n_last, J)[:, None]
         between_JJ *= tl.exp2(tl.load(cumulative + J + i)[:, None] - tl.load(cumulative + i)[None, :])
-        first_JJ, last_JJ = load_block(inverse, 0, 0, C, C, J, J), load_block(inverse, J, J, C, C, J, J)
+        first_JJ, last_JJ = load_tile(inverse, 0, 0, C, J), load_tile(inverse, J, J, C, J)
         product_JJ = tl.dot(between_JJ.to(MATH.dot), first_JJ, input_precision=MATH.precision)
-        store_block(
-            inverse, J, 0, -tl.dot(last_JJ, product_JJ.to(MATH.dot), input_precision=MATH.precision), C, C, J, J
-        )
+        product_JJ = tl.dot(last_JJ, product_JJ.to(MATH.dot), input_precision=MATH.precision)
+        store_block(inverse, J, 0, -product_JJ, C, C, J, J)
         store_block(inverse, 0, J, tl.zeros([J, J], tl.float32), C, C, J, J)
+
+
+def chunk_inverse(x: Inputs) -> Saved:
+    """Each chunk's inverse, and its cumulative log decay."""
+    chunks, H, C = x.layout.chunks, x.heads, x.chunk_size
+    saved = Saved.of(x.empty(chunks, H, C, C, dtype=x.dtype), x.empty(chunks, H, C))
+    J = min(C, 64)
+    chunk_inverse_kernel[(chunks * H,)](
+        x.k, x.beta, x.log_decay, saved, x.layout.table, *x.sizes,
+        C=C, J=J, LOG_J=log2(J), **x.key_constants("chunk_inverse"),
+    )  # fmt: skip
+    return saved

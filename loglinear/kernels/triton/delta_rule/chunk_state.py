@@ -8,39 +8,53 @@ Er = A diag(-b exp(G)) K,   U = A diag(b) V,   Kd = diag(exp(Gam - G)) K
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.delta_rule.tiles import SIZES, load_decays, load_strength, locate
-from loglinear.kernels.triton.tiles import head_program, load_block, load_rows, store_block
+from loglinear.kernels.triton.args import Sizes
+from loglinear.kernels.triton.delta_rule.states import SIZES, Entries, Inputs, Saved
+from loglinear.kernels.triton.delta_rule.tiles import head_rows, inverse_at, load_decays, load_strength, load_tile
+from loglinear.kernels.triton.tiles import head_program, load_rows, locate, store_block
 
 
 @triton.jit(do_not_specialize=SIZES)
 def chunk_state_kernel(
-    k, v, beta, inverse, cumulative, states, table,
-    T, N, H, R,
-    k_b, k_t, k_h, v_b, v_t, v_h, beta_b, beta_t, beta_h, a_c,
+    k, v, beta, saved, states, table, T, N, H, R, L, cap,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    TRANSITION: tl.constexpr, MATH: tl.constexpr, PACKED: tl.constexpr,
+    TRANSITION: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """One whole chunk, one head, one tile of columns: S, states [chunk, H, K, V]. TRANSITION: D, where V is K and v
     is k."""
+    sizes = Sizes(T, N, H, R, L, cap)
     TILES: tl.constexpr = (V + BV - 1) // BV
-    tile, h, chunk = head_program(TILES, H)
-    c, column = chunk.to(tl.int64), tile * BV
-    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
-    if end - first < C:
+    tile, h, c = head_program(TILES, sizes.H)
+    column = tile * BV
+    chunk = locate(c.to(tl.int64), table, sizes, C)
+    if chunk.n < C:
         return
-    row = c * H + h
-    k_rows = k + b * k_b + first * k_t + (h // R) * k_h
-    strength = load_strength(beta + b * beta_b + first * beta_t + h * beta_h, beta_t, C, C)
-    G, total = load_decays(cumulative + row * C, C)
-    inverse_CC = load_block(inverse + c * a_c + h * (C * C), 0, 0, C, C, C, C)
+    row = chunk.c * sizes.H + h
+    k_rows = head_rows(k, chunk, h // sizes.R)
+    strength = load_strength(head_rows(beta, chunk, h), C, C)
+    G, total = load_decays(saved.cumulative + row * C, C)
+    inverse_CC = load_tile(inverse_at(saved, chunk, h, C), 0, 0, C, C)
     if TRANSITION:
-        rows, t, weight = k_rows, k_t, -strength * tl.exp2(G)
+        rows, weight = k_rows, -strength * tl.exp2(G)
     else:
-        rows, t, weight = v + b * v_b + first * v_t + h * v_h, v_t, strength
-    v_CV = (load_rows(rows, t, C, column, C, V, BV).to(tl.float32) * weight[:, None]).to(MATH.dot)
+        rows, weight = head_rows(v, chunk, h), strength
+    v_CV = (load_rows(rows.data, rows.t, C, column, C, V, BV).to(tl.float32) * weight[:, None]).to(MATH.dot)
     written_CV = tl.dot(inverse_CC, v_CV, input_precision=MATH.precision)
     written_CV = (written_CV * tl.exp2(total - G)[:, None]).to(MATH.dot)
     for a in range(0, K, TK):
-        k_CT = load_rows(k_rows, k_t, C, a, C, K, TK).to(MATH.dot)
+        k_CT = load_rows(k_rows.data, k_rows.t, C, a, C, K, TK).to(MATH.dot)
         own_TV = tl.dot(tl.trans(k_CT), written_CV, input_precision=MATH.precision)
         store_block(states + row * (K * V), a, column, own_TV, K, V, TK, BV)
+
+
+def chunk_state(x: Inputs, saved: Saved) -> Entries:
+    """The chunks as entries of tier 0."""
+    chunks, H, K = x.layout.chunks, x.heads, x.key_dim
+    transitions, states = (x.empty(chunks, H, K, width, dtype=x.dtype) for width in (K, x.value_dim))
+    totals = saved.cumulative[:, :, -1].contiguous()
+    for v, out, kind in ((x.v, states, False), (x.k, transitions, True)):
+        chunk_state_kernel[(chunks * H * x.tiling.tiles("chunk_state", kind),)](
+            x.k, v, x.beta, saved, out, x.layout.table, *x.sizes,
+            C=x.chunk_size, TRANSITION=kind, **x.constants("chunk_state", kind),
+        )  # fmt: skip
+    return Entries(transitions, totals, states)

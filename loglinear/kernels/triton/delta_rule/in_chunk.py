@@ -1,4 +1,4 @@
-"""What the backward needs again of the forward's inside of a chunk, computed once.
+"""The forward's inside of a chunk, computed once more for its adjoint.
 
     S = Q K^T * dec,   T = S A,   T * LAM,   X = diag(exp(G)) Q + T R_K,   R_K = -diag(b exp(G)) K
 
@@ -7,39 +7,45 @@ columns, the second's have two, its own and the earlier part's. Above the diagon
 """
 
 # C chunk, J tokens of a part, H heads, K key, L levels
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from loglinear.kernels.triton.args import Sizes
 from loglinear.kernels.triton.compiler import prefetched
-from loglinear.kernels.triton.delta_rule.tiles import SIZES, decay, load_strength, part_program
+from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, Inside, Saved
+from loglinear.kernels.triton.delta_rule.tiles import (
+    HeadRows,
+    decay,
+    head_rows,
+    inverse_at,
+    load_strength,
+    load_tile,
+    load_tokens,
+    multiply_rows,
+    part_of_head,
+    rows_from,
+)
 from loglinear.kernels.triton.levels import load_scale
-from loglinear.kernels.triton.tiles import load_block, load_rows, store_block
+from loglinear.kernels.triton.tiles import load_rows, store_block
 
 
-@triton.jit
-def load_tile(matrix, i, j, C: tl.constexpr, J: tl.constexpr, turn=0):
-    """The [J, J] tile at (i, j) of a [C, C] matrix. `turn`: see `fresh_arange`."""
-    return load_block(matrix, i, j, C, C, J, J, turn)
+class InChunk(NamedTuple):
+    """A part of n tokens, in a chunk of n_keys. Queries and lambda begin with the part, all others with the chunk."""
 
-
-@triton.jit
-def load_part(x, first, J: tl.constexpr):
-    """J numbers of a chunk, from a part's first token on."""
-    return tl.load(x + first + tl.arange(0, J))
-
-
-@triton.jit
-def multiply_rows(
-    x_rows, y_rows, x_t, y_t, x_n, y_n,
-    WIDTH: tl.constexpr, J: tl.constexpr, COLUMNS: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
-    """X Y^T of J rows each. A loop that is not unrolled: no tile is kept in registers for another product."""
-    products_JJ = tl.zeros([J, J], tl.float32)
-    for column in range(0, WIDTH, COLUMNS):
-        x_JT = load_rows(x_rows, x_t, x_n, column, J, WIDTH, COLUMNS).to(MATH.dot)
-        y_JT = load_rows(y_rows, y_t, y_n, column, J, WIDTH, COLUMNS).to(MATH.dot)
-        products_JJ = tl.dot(x_JT, tl.trans(y_JT), products_JJ, input_precision=MATH.precision)
-    return products_JJ
+    n: tl.tensor
+    n_keys: tl.tensor
+    q: HeadRows
+    k: HeadRows
+    beta: HeadRows
+    scales: HeadRows
+    inverse: tl.tensor
+    G: tl.tensor
+    effective: tl.tensor
+    weights: tl.tensor
+    q_in: tl.tensor
 
 
 @triton.jit
@@ -53,87 +59,93 @@ def is_level(i, level: tl.constexpr, J: tl.constexpr):
 
 
 @triton.jit
-def own_scales(scales, l_t, n, L, J: tl.constexpr, LOG_J: tl.constexpr, LINEAR: tl.constexpr, DTYPE: tl.constexpr):
+def own_scales(scales, n, L, J: tl.constexpr, LOG_J: tl.constexpr, LINEAR: tl.constexpr, DTYPE: tl.constexpr):
     """LAM of a part's own J tokens; scales: of the first of them. Whoever takes it has to leave out j > i."""
     i = tl.arange(0, J)
-    scales_JJ = prefetched(load_scale(scales, l_t, n, 0 if LINEAR else LOG_J, L, i), DTYPE)[:, None]
+    level_0 = load_scale(scales.data, scales.t, n, 0 if LINEAR else LOG_J, L, i)
+    scales_JJ = prefetched(level_0, DTYPE)[:, None]
     if not LINEAR:
         for level in tl.static_range(LOG_J):
-            scale = prefetched(load_scale(scales, l_t, n, level, L, i), DTYPE)
+            scale = prefetched(load_scale(scales.data, scales.t, n, level, L, i), DTYPE)
             scales_JJ = tl.where(is_level(i, level, J), scale[:, None], scales_JJ)
     return scales_JJ
 
 
 @triton.jit
 def in_chunk_part(
-    arguments, K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, LOG_C: tl.constexpr, TK: tl.constexpr,
+    x, L, scale, K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, LOG_C: tl.constexpr, TK: tl.constexpr,
     EARLIER: tl.constexpr, LINEAR: tl.constexpr, DTYPE: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """A part of n tokens, in a chunk of n_keys. EARLIER: there is one before it."""
-    (
-        q_rows, k_rows, q_t, k_t, n, n_keys, beta, beta_t, scales, l_t, L, inverse, G, effective, weights, seen, scale,
-    ) = arguments  # fmt: skip
+    """The rows of one part, an `InChunk`. EARLIER: there is one before it."""
     own: tl.constexpr = J if EARLIER else 0
-    own_rows = k_rows + own * k_t
-    G_own, inverse_own = load_part(G, own, J), load_tile(inverse, own, own, C, J)
-    scores_own = multiply_rows(q_rows, own_rows, q_t, k_t, n, n, K, J, TK, MATH)
+    k_own, n = rows_from(x.k, own), x.n
+    G_own, inverse_own = load_tokens(x.G, own, J), load_tile(x.inverse, own, own, C, J)
+    scores_own = multiply_rows(x.q, k_own, n, n, K, J, TK, MATH)
     scores_own = (scores_own * (decay(G_own, G_own, tl.arange(0, J), J) * scale)).to(MATH.dot)
     effective_own = tl.dot(scores_own, inverse_own, input_precision=MATH.precision)
-    store_block(effective, own, own, effective_own, C, C, J, J)
-    scales_own = own_scales(scales, l_t, n, L, J, LOG_C - EARLIER, LINEAR, DTYPE)
+    store_block(x.effective, own, own, effective_own, C, C, J, J)
+    scales_own = own_scales(x.scales, n, L, J, LOG_C - EARLIER, LINEAR, DTYPE)
     is_read = tl.arange(0, J)[:, None] >= tl.arange(0, J)[None, :]
-    store_block(weights, own, own, tl.where(is_read, effective_own * scales_own, 0.0), C, C, J, J)
-    weight_own = load_strength(beta + own * beta_t, beta_t, n, J) * tl.exp2(G_own)
+    store_block(x.weights, own, own, tl.where(is_read, effective_own * scales_own, 0.0), C, C, J, J)
+    weight_own = load_strength(rows_from(x.beta, own), n, J) * tl.exp2(G_own)
     effective_own = (effective_own * -weight_own[None, :]).to(MATH.dot)
     if EARLIER:
-        n_first = tl.minimum(n_keys, J)
-        G_first, inverse_first = load_part(G, 0, J), load_tile(inverse, 0, 0, C, J)
-        scores_first = multiply_rows(q_rows, k_rows, q_t, k_t, n, n_first, K, J, TK, MATH)
+        n_first = tl.minimum(x.n_keys, J)
+        G_first, inverse_first = load_tokens(x.G, 0, J), load_tile(x.inverse, 0, 0, C, J)
+        scores_first = multiply_rows(x.q, x.k, n, n_first, K, J, TK, MATH)
         scores_first = (scores_first * (tl.exp2(G_own[:, None] - G_first[None, :]) * scale)).to(MATH.dot)
         effective_first = tl.dot(scores_first, inverse_first, input_precision=MATH.precision)
-        inverse_across = load_tile(inverse, own, 0, C, J)
+        inverse_across = load_tile(x.inverse, own, 0, C, J)
         effective_first = tl.dot(scores_own, inverse_across, effective_first, input_precision=MATH.precision)
-        store_block(effective, own, 0, effective_first, C, C, J, J)
-        scale_first = prefetched(load_scale(scales, l_t, n, LOG_C, L, tl.arange(0, J)), DTYPE)
-        store_block(weights, own, 0, effective_first * scale_first[:, None], C, C, J, J)
-        weight_first = load_strength(beta, beta_t, n_first, J) * tl.exp2(G_first)
+        store_block(x.effective, own, 0, effective_first, C, C, J, J)
+        scale_first = prefetched(load_scale(x.scales.data, x.scales.t, n, LOG_C, L, tl.arange(0, J)), DTYPE)
+        store_block(x.weights, own, 0, effective_first * scale_first[:, None], C, C, J, J)
+        weight_first = load_strength(x.beta, n_first, J) * tl.exp2(G_first)
         effective_first = (effective_first * -weight_first[None, :]).to(MATH.dot)
     for t in range(0, K, TK):
-        x_JT = load_rows(q_rows, q_t, n, t, J, K, TK).to(tl.float32) * (tl.exp2(G_own)[:, None] * scale)
-        k_JT = load_rows(own_rows, k_t, n, t, J, K, TK).to(MATH.dot)
+        x_JT = load_rows(x.q.data, x.q.t, n, t, J, K, TK).to(tl.float32) * (tl.exp2(G_own)[:, None] * scale)
+        k_JT = load_rows(k_own.data, k_own.t, n, t, J, K, TK).to(MATH.dot)
         x_JT = tl.dot(effective_own, k_JT, x_JT, input_precision=MATH.precision)
         if EARLIER:
-            k_JT = load_rows(k_rows, k_t, n_first, t, J, K, TK).to(MATH.dot)
+            k_JT = load_rows(x.k.data, x.k.t, n_first, t, J, K, TK).to(MATH.dot)
             x_JT = tl.dot(effective_first, k_JT, x_JT, input_precision=MATH.precision)
-        store_block(seen, own, t, x_JT, C, K, J, TK)
+        store_block(x.q_in, own, t, x_JT, C, K, J, TK)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def in_chunk_kernel(
-    q, k, beta, level_scales, inverse, cumulative, effective, weights, seen, table,
-    T, N, H, R, L, scale,
-    q_b, q_t, q_h, k_b, k_t, k_h, beta_b, beta_t, beta_h, l_b, l_t, l_h, a_c,
+    q, k, beta, level_scales, saved, inside, q_in, table, T, N, H, R, L, cap, scale,
     K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr,
-    LINEAR: tl.constexpr, MATH: tl.constexpr, PACKED: tl.constexpr,
+    LINEAR: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """C / PARTS rows of one chunk, one head: T and T * LAM [chunk, H, C, C], and X [chunk, H, C, K]."""
-    DTYPE: tl.constexpr = level_scales.dtype.element_ty
+    """C / PARTS rows of one chunk, one head: T and T * LAM, and X, q_in [chunk, H, C, K]."""
+    sizes = Sizes(T, N, H, R, L, cap)
+    DTYPE: tl.constexpr = level_scales.data.dtype.element_ty
     J: tl.constexpr = C // PARTS
-    h, c, b, first, z, z0, sequence, n_keys, own, n = part_program(table, T, N, H, C, PARTS, PACKED)
-    if n_keys <= 0:
+    part = part_of_head(table, sizes, C, PARTS)
+    chunk, own, h = part.whole, part.own, part.h
+    if chunk.n <= 0:
         return
-    row = c * H + h
-    k_rows = k + b * k_b + first * k_t + (h // R) * k_h
-    q_rows = q + b * q_b + (first + own) * q_t + (h // R) * q_h
-    beta += b * beta_b + first * beta_t + h * beta_h
-    scales = level_scales + b * l_b + (first + own) * l_t + h * l_h
-    inverse += c * a_c + h * (C * C)
-    effective, weights = effective + row * (C * C), weights + row * (C * C)
-    G, seen = cumulative + row * C, seen + row * (C * K)
-    arguments = (
-        q_rows, k_rows, q_t, k_t, n, n_keys, beta, beta_t, scales, l_t, L, inverse, G, effective, weights, seen, scale,
+    row, group = chunk.c * sizes.H + h, h // sizes.R
+    x = InChunk(
+        own.n, chunk.n,
+        head_rows(q, own, group), head_rows(k, chunk, group), head_rows(beta, chunk, h),
+        head_rows(level_scales, own, h), inverse_at(saved, chunk, h, C), saved.cumulative + row * C,
+        inside.effective + row * (C * C), inside.weights + row * (C * C), q_in + row * (C * K),
     )  # fmt: skip
-    if own == 0:
-        in_chunk_part(arguments, K, C, J, LOG_C, TK, False, LINEAR, DTYPE, MATH)
+    if part.first == 0:
+        in_chunk_part(x, L, scale, K, C, J, LOG_C, TK, False, LINEAR, DTYPE, MATH)
     elif PARTS > 1:
-        in_chunk_part(arguments, K, C, J, LOG_C, TK, True, LINEAR, DTYPE, MATH)
+        in_chunk_part(x, L, scale, K, C, J, LOG_C, TK, True, LINEAR, DTYPE, MATH)
+
+
+def in_chunk(x: Inputs, saved: Saved) -> tuple[Inside, Tensor]:
+    """T and T * LAM; and X, the queries at the start of their chunk [chunk, H, C, K]."""
+    chunks, H, C, parts = x.layout.chunks, x.heads, x.chunk_size, x.tiling.parts("in_chunk")
+    inside = Inside(*(x.empty(chunks, H, C, C, dtype=x.dtype) for _ in range(2)))
+    q_in = x.empty(chunks, H, C, x.key_dim, dtype=x.dtype)
+    in_chunk_kernel[(chunks * parts * H,)](
+        x.q, x.k, x.beta, x.level_scales, saved, inside, q_in, x.layout.table, *x.sizes, x.scale,
+        C=C, LOG_C=x.log_chunk, PARTS=parts, LINEAR=x.sizes.L == 1, **x.key_constants("in_chunk"),
+    )  # fmt: skip
+    return inside, q_in

@@ -1,8 +1,8 @@
-"""The tree over a sequence's chunks, eight children to a node: who lies where, on the host and for packed batches in
-small tables on the device.
+"""The tree over a sequence's chunks, eight children to a node: where its entries lie, on the host and for packed
+batches in small tables on the device.
 
-An entry of storey s stands for 8**s chunks, the entries of storey 0 are the chunks; 8 entries are a run, and a run is
-an entry of the next storey. A sequence has the entries that hold its chunks from the first one (chunk z0 where it
+An entry of tier s stands for 8**s chunks, the entries of tier 0 are the chunks; 8 entries are a run, and a run is
+an entry of the next tier. A sequence has the entries that hold its chunks from the first one (chunk z0 where it
 continues a state) to the unfinished one. Each entry reads at most one state for each of three levels of its run
 (`slots`), and what lies before the run through states that were carried to the run's start (`columns`, one a level).
 """
@@ -19,13 +19,13 @@ from torch import Tensor
 from loglinear.fenwick import block_cap
 from loglinear.kernels.triton.layout import MAX_CHUNKS, READS, once_a_batch, ragged
 
-STOREY = 3  # levels of one storey: runs of 8 entries
-RUN = 1 << STOREY
-STOREYS = -(-READS // STOREY)  # of the longest sequence
+TIER = 3  # levels of one tier: runs of 8 entries
+RUN = 1 << TIER
+TIERS = -(-READS // TIER)  # of the longest sequence
 
 
 @dataclass(frozen=True)
-class Storey:
+class Tier:
     entries: int  # rows of every array of entries
     runs: int
     per_row: int  # entries of one sequence of a dense batch
@@ -36,32 +36,23 @@ class Storey:
     table: Tensor | None  # [runs, 6] int32: row of entry 0, first and behind the last entry, run's number,
     # sequence, is there a later run?
 
-    @property
-    def older(self) -> tuple[int, int, int]:
-        """What a kernel has to know to find them: slots, columns, and is the last slot's level shared?"""
-        return self.slots, self.columns, int(self.collapsed)
-
 
 @dataclass(frozen=True)
 class Layout:
     cap: int
     sequences: int
-    storeys: tuple[Storey, ...]
+    tiers: tuple[Tier, ...]
     table: Tensor | None  # [chunks, 5] int32: chunk number, first token, end of its sequence, first chunk, sequence
     ends: Tensor | None  # [N, 3] int32: row of the unfinished chunk, its number, the first chunk's
     first_runs: Tensor | None  # [N] int64: each sequence's first run of chunks
 
     @property
-    def packed(self) -> bool:
-        return self.table is not None
-
-    @property
     def chunks(self) -> int:
-        return self.storeys[0].entries
+        return self.tiers[0].entries
 
     @property
     def chunks_per_row(self) -> int:
-        return self.storeys[0].per_row
+        return self.tiers[0].per_row
 
 
 def count_chunks(rows: int, tokens: int, chunk_size: int, sequences: int | None, final: bool) -> int:
@@ -86,11 +77,11 @@ def layout(
     if cu_seqlens is None:
         per_row = count_chunks(1, tokens, C, None, final)
         levels, sizes = (per_row - 1).bit_length(), []
-        for _ in range(max(1, -(-levels // STOREY))):
+        for _ in range(max(1, -(-levels // TIER))):
             runs = -(-per_row // RUN)
             sizes.append((rows * per_row, rows * runs, per_row))
             per_row = runs
-        return Layout(cap, rows, _storeys(cap, levels, sizes, [None] * len(sizes), 0), None, None, None)
+        return Layout(cap, rows, _tiers(cap, levels, sizes, [None] * len(sizes), 0), None, None, None)
 
     N, lengths = len(cu_seqlens) - 1, cu_seqlens.diff()
     z0 = torch.zeros_like(lengths) if starts is None else starts
@@ -104,35 +95,35 @@ def layout(
     row = own.cumsum(0) - own
     ends = torch.stack([row + own - 1, z_end, z0], 1).int()
 
-    levels = STOREYS * STOREY if starts is not None else (tokens // C).bit_length()
+    levels = TIERS * TIER if starts is not None else (tokens // C).bit_length()
     sizes, tables, first_runs = [], [], None
     entries, first, last = chunks, z0, z_end
-    for s in range(max(1, -(-levels // STOREY))):
-        runs_of = (last >> STOREY) - (first >> STOREY) + 1
-        runs = (tokens // C >> (STOREY * (s + 1))) + (N if starts is None else 2 * N)
+    for s in range(max(1, -(-levels // TIER))):
+        runs_of = (last >> TIER) - (first >> TIER) + 1
+        runs = (tokens // C >> (TIER * (s + 1))) + (N if starts is None else 2 * N)
         sequence, number, is_real = ragged(runs_of, runs)
         is_last = number + 1 >= runs_of[sequence]
-        number = number + (first >> STOREY)[sequence]
+        number = number + (first >> TIER)[sequence]
         begin = number * RUN
         start, stop = (first[sequence] - begin).clamp(min=0), (last[sequence] + 1 - begin).clamp(max=RUN)
         columns = [(row - first)[sequence] + begin, start, torch.where(is_real, stop, 0), number, sequence, ~is_last]
         tables.append(torch.stack(columns, 1).int())
         sizes.append((entries, runs, 0))
-        row, entries, first, last = runs_of.cumsum(0) - runs_of, runs, first >> STOREY, last >> STOREY
+        row, entries, first, last = runs_of.cumsum(0) - runs_of, runs, first >> TIER, last >> TIER
         first_runs = row if s == 0 else first_runs
-    storeys = _storeys(cap, levels, sizes, tables, 0 if starts is None else 1)
-    return Layout(cap, N, storeys, table, ends, first_runs)
+    tiers = _tiers(cap, levels, sizes, tables, 0 if starts is None else 1)
+    return Layout(cap, N, tiers, table, ends, first_runs)
 
 
-def _storeys(
+def _tiers(
     cap: int, levels: int, sizes: list[tuple[int, int, int]], tables: Sequence[Tensor | None], columns: int
-) -> tuple[Storey, ...]:
+) -> tuple[Tier, ...]:
     """From the last, to whose runs so many columns are carried, to the first."""
-    storeys: list[Storey] = []
+    tiers: list[Tier] = []
     for s in reversed(range(len(sizes))):
-        first_level = STOREY * s
-        own, here = max(0, cap - first_level), min(STOREY, max(1, levels - first_level))
-        slots, collapsed = min(own + 1, here), own < STOREY
-        storeys.append(Storey(*sizes[s], first_level, slots, columns, collapsed, tables[s]))
+        first_level = TIER * s
+        own, here = max(0, cap - first_level), min(TIER, max(1, levels - first_level))
+        slots, collapsed = min(own + 1, here), own < TIER
+        tiers.append(Tier(*sizes[s], first_level, slots, columns, collapsed, tables[s]))
         columns = slots + columns - (min(columns, 1) if collapsed else 0)
-    return tuple(reversed(storeys))
+    return tuple(reversed(tiers))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from loglinear.kernels.triton.args import Math
 from loglinear.kernels.triton.inputs import DOT_TYPES, common_dtype
 
 CARRIED_ON = ("chunk_inverse", "chunk_state")  # stages whose error every later chunk has too: three tf32 products
@@ -33,7 +32,6 @@ def state_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     return DOT_TYPES[products_of(q, k, v)][0]
 
 
-def dots_of(stage: str, products: torch.dtype) -> dict[str, Any]:
-    """Return the constants of a stage's products: their dtype and their precision."""
-    math = DOT_TYPES[products][1]
-    return dict(MATH=math._replace(precision="tf32x3") if stage in CARRIED_ON else math)
+def math_of(stage: str, math: Math) -> Math:
+    """Return the products of a stage: their dtype and their precision."""
+    return math._replace(precision="tf32x3") if stage in CARRIED_ON else math

@@ -1,88 +1,124 @@
-"""What the delta rule's stages share on the device: a chunk's own matrices, entries and what they read.
+"""The parts that the delta rule's stages share on the device: a chunk's own matrices, entries and their reads.
 
 A transition is P = exp(Gam) I + D, of which D [K, K] is kept, and log2 of exp(Gam) in float32: where keys come again
 P is close to I, and D is rounded to 16 bits as what it is, small. Matrices wider than TK are taken in tiles of TK
 columns.
 """
 
-# C chunk, K key, V value, i number of an entry in its run
+# C chunk, J tokens of a part, K key, V value, i number of an entry in its run
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+from loglinear.kernels.triton.args import Chunk
 from loglinear.kernels.triton.delta_rule import layout
 from loglinear.kernels.triton.levels import far_classes, load_class_scales, near_classes, spread_scales
-from loglinear.kernels.triton.tiles import exponent, head_program, load_rows
+from loglinear.kernels.triton.tiles import exponent, head_program, load_block, load_rows, locate, rows_at
 from loglinear.kernels.triton.walks import READS
 
-BITS = tl.constexpr(layout.STOREY)
+BITS = tl.constexpr(layout.TIER)
 RUN = tl.constexpr(layout.RUN)
-SIZES = ["T", "N", "H", "R", "L", "cap", "per_row", "num_slots", "columns", "collapsed", "first_level", "places"]
+
+
+class HeadRows(NamedTuple):
+    """The rows of one head from one of them on, and the stride of a row."""
+
+    data: tl.tensor
+    t: tl.tensor
+
+
+class HeadPart(NamedTuple):
+    """The share of one program: one head, and C / PARTS rows of a chunk, of which there may be none (own.n is 0)."""
+
+    h: tl.tensor
+    part: tl.tensor
+    first: tl.tensor  # the part's first row
+    whole: Chunk
+    own: Chunk
+
+
+class EntryRun(NamedTuple):
+    """A run of entries: its row, the row of its entry 0, its entries start .. stop - 1, its number in its sequence, the
+    sequence; and is there a later run, for which this one has to be whole?"""
+
+    row: tl.tensor
+    base: tl.tensor
+    start: tl.tensor
+    stop: tl.tensor
+    number: tl.tensor
+    sequence: tl.tensor
+    has_end: tl.tensor
+
+
+class EntryPlace(NamedTuple):
+    """The place of an entry: its row, its number in its run, the number of the first one there; the run's row, and its
+    number in its sequence."""
+
+    row: tl.tensor
+    i: tl.tensor
+    start: tl.tensor
+    run: tl.tensor
+    number: tl.tensor
 
 
 @triton.jit
-def locate(c, table, T, N, C: tl.constexpr, PACKED: tl.constexpr):
-    """Batch row, first token, end of the sequence, chunk number z, first chunk z0 and sequence of chunk c."""
-    if PACKED:
-        row = table + c * 5
-        b = tl.full([], 0, tl.int64)
-        z, first, end = tl.load(row), tl.load(row + 1).to(tl.int64), tl.load(row + 2).to(tl.int64)
-        z0, sequence = tl.load(row + 3), tl.load(row + 4)
-    else:
-        b = (c // N).to(tl.int64)
-        z = (c % N).to(tl.int32)
-        first, end = z.to(tl.int64) * C, tl.full([], 0, tl.int64) + T
-        z0, sequence = tl.full([], 0, tl.int32), (c // N).to(tl.int32)
-    return b, first, end, z, z0, sequence
+def head_rows(x, chunk, h):
+    """A chunk's rows of one head in `Rows`."""
+    return HeadRows(rows_at(x, chunk, h), x.t)
 
 
 @triton.jit
-def part_program(table, T, N, H, C: tl.constexpr, PARTS: tl.constexpr, PACKED: tl.constexpr):
-    """A program of C / PARTS rows of a chunk and one head: the head and the chunk, what `locate` says of it (without
-    the end), how many tokens the chunk has, the part's first row, and how many tokens the part has: 0 perhaps, of a
-    chunk that has some."""
-    _, h, number = head_program(1, H)
-    part, c = number % PARTS, (number // PARTS).to(tl.int64)
-    b, first, end, z, z0, sequence = locate(c, table, T, N, C, PACKED)
-    n_keys, skipped = tl.minimum(end - first, C).to(tl.int32), part * (C // PARTS)
-    n = tl.maximum(tl.minimum(n_keys - skipped, C // PARTS), 0)
-    return h, c, b, first, z, z0, sequence, n_keys, skipped, n
+def rows_from(x, first):
+    return HeadRows(x.data + first * x.t, x.t)
 
 
 @triton.jit
-def key_products(
-    k_rows, k_t, n, others, others_n,
-    K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, MATH: tl.constexpr,
+def part_of_head(table, sizes, C: tl.constexpr, PARTS: tl.constexpr):
+    """This program's head and rows of a chunk."""
+    _, h, number = head_program(1, sizes.H)
+    part, J = number % PARTS, C // PARTS
+    x = locate((number // PARTS).to(tl.int64), table, sizes, C)
+    n = tl.maximum(tl.minimum(x.n - part * J, J), 0)
+    own = Chunk(x.c, x.z, x.z0, x.sequence, x.b, x.first + part * J, n, x.end)
+    return HeadPart(h, part, part * J, x, own)
+
+
+@triton.jit
+def inverse_at(saved, chunk, h, C: tl.constexpr):
+    """Where a chunk's A of one head begins in `Saved`."""
+    return saved.inverse + chunk.c * saved.stride + h * (C * C)
+
+
+@triton.jit
+def row_products(
+    x, y, x_n, y_n,
+    WIDTH: tl.constexpr, I: tl.constexpr, J: tl.constexpr, COLUMNS: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
-    """K K'^T of C tokens each."""
-    keys_CC = tl.zeros([C, C], tl.float32)
-    for kt in tl.static_range(0, K, TK):
-        k_CT = load_rows(k_rows, k_t, n, kt, C, K, TK).to(MATH.dot)
-        others_CT = load_rows(others, k_t, others_n, kt, C, K, TK).to(MATH.dot)
-        keys_CC = tl.dot(k_CT, tl.trans(others_CT), keys_CC, input_precision=MATH.precision)
-    return keys_CC
+    """X Y^T of I and J rows."""
+    products_IJ = tl.zeros([I, J], tl.float32)
+    for column in tl.static_range(0, WIDTH, COLUMNS):
+        x_IT = load_rows(x.data, x.t, x_n, column, I, WIDTH, COLUMNS).to(MATH.dot)
+        y_JT = load_rows(y.data, y.t, y_n, column, J, WIDTH, COLUMNS).to(MATH.dot)
+        products_IJ = tl.dot(x_IT, tl.trans(y_JT), products_IJ, input_precision=MATH.precision)
+    return products_IJ
 
 
 @triton.jit
-def query_products(
-    q_rows, k_rows, q_t, k_t, n, n_keys,
-    K: tl.constexpr, I: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
-    """Q K^T of I rows of queries and a chunk's keys."""
-    scores_IC = tl.zeros([I, C], tl.float32)
-    for kt in tl.static_range(0, K, TK):
-        q_IT = load_rows(q_rows, q_t, n, kt, I, K, TK).to(MATH.dot)
-        k_CT = load_rows(k_rows, k_t, n_keys, kt, C, K, TK).to(MATH.dot)
-        scores_IC = tl.dot(q_IT, tl.trans(k_CT), scores_IC, input_precision=MATH.precision)
-    return scores_IC
+def multiply_rows(x, y, x_n, y_n, WIDTH: tl.constexpr, J: tl.constexpr, COLUMNS: tl.constexpr, MATH: tl.constexpr):
+    """X Y^T of J rows each. A loop that is not unrolled: no tile is kept in registers for another product."""
+    products_JJ = tl.zeros([J, J], tl.float32)
+    for column in range(0, WIDTH, COLUMNS):
+        x_JT = load_rows(x.data, x.t, x_n, column, J, WIDTH, COLUMNS).to(MATH.dot)
+        y_JT = load_rows(y.data, y.t, y_n, column, J, WIDTH, COLUMNS).to(MATH.dot)
+        products_JJ = tl.dot(x_JT, tl.trans(y_JT), products_JJ, input_precision=MATH.precision)
+    return products_JJ
 
 
 @triton.jit
-def chunk_scales(
-    scales, l_t, n, L, i,
-    DTYPE: tl.constexpr, C: tl.constexpr, LINEAR: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+def chunk_scales(scales, n, L, i, DTYPE: tl.constexpr, C: tl.constexpr, LINEAR: tl.constexpr, MATH: tl.constexpr):
     """LAM of the rows i of one chunk and head, its lower triangle; scales: of the chunk's first token, which has n."""
-    lambdas = load_class_scales(scales, l_t, n, L, 0, i, LINEAR)
+    lambdas = load_class_scales(scales.data, scales.t, n, L, 0, i, LINEAR)
     near_JC, far_JC = near_classes(C).to(tl.float32).to(MATH.dot), far_classes(C).to(tl.float32).to(MATH.dot)
     scales_IC = spread_scales(lambdas, near_JC, far_JC, i, DTYPE, C, LINEAR, MATH)
     return tl.where(i[:, None] >= tl.arange(0, C)[None, :], scales_IC, 0.0)
@@ -95,10 +131,10 @@ def decay(G_rows, G, i, C: tl.constexpr):
 
 
 @triton.jit
-def load_strength(beta, beta_t, n, C: tl.constexpr):
-    """beta of a chunk's tokens, 0 behind them."""
+def load_strength(beta, n, C: tl.constexpr):
+    """beta of C tokens, of which there are n, and 0 behind them."""
     i = tl.arange(0, C)
-    return tl.load(beta + i * beta_t, mask=i < n, other=0.0).to(tl.float32)
+    return tl.load(beta.data + i * beta.t, mask=i < n, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -110,10 +146,21 @@ def load_decays(cumulative, C: tl.constexpr):
 
 
 @triton.jit
-def locate_entries(run, table, per_row, PACKED: tl.constexpr):
-    """The row of a run's entry 0, its entries start .. stop - 1, its number in its sequence, the sequence; and is there
-    a later run, for which this one has to be whole?"""
-    if PACKED:
+def load_tokens(x, first, J: tl.constexpr):
+    """J numbers of a chunk, from a part's first token on."""
+    return tl.load(x + first + tl.arange(0, J))
+
+
+@triton.jit
+def load_tile(matrix, i, j, C: tl.constexpr, J: tl.constexpr, turn=0):
+    """The [J, J] tile at (i, j) of a [C, C] matrix. `turn`: see `fresh_arange`."""
+    return load_block(matrix, i, j, C, C, J, J, turn)
+
+
+@triton.jit
+def locate_entries(run, table, per_row):
+    """One run of a tier. table: [runs, 6] int32 of packed sequences, None for a dense batch."""
+    if table is not None:
         row = table + run * 6
         base, start, stop = tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2)
         number, sequence, has_end = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5) > 0
@@ -122,18 +169,19 @@ def locate_entries(run, table, per_row, PACKED: tl.constexpr):
         sequence, number = run // runs, run % runs
         base, start = sequence.to(tl.int64) * per_row + number * RUN, tl.zeros([], tl.int32)
         stop, has_end = tl.minimum(per_row - number * RUN, RUN), number < runs - 1
-    return base, start, stop, number, sequence, has_end
+    return EntryRun(run, base, start, stop, number, sequence, has_end)
 
 
 @triton.jit
-def locate_in_run(z, z0, sequence, first_runs, N, PACKED: tl.constexpr):
-    """Chunk z's number in its run, the first one's there, and the run's row."""
+def place_in_run(chunk, first_runs, N):
+    """The place of a chunk (or `Place`) as an entry of tier 0. first_runs: [N] int64 of packed sequences, or None."""
+    z, z0 = chunk.z, chunk.z0
     start = tl.where(z0 >> BITS == z >> BITS, z0 & (RUN - 1), 0)
-    if PACKED:
-        run = tl.load(first_runs + sequence) + (z >> BITS) - (z0 >> BITS)
+    if first_runs is not None:
+        run = tl.load(first_runs + chunk.sequence) + (z >> BITS) - (z0 >> BITS)
     else:
-        run = sequence.to(tl.int64) * ((N + RUN - 1) // RUN) + (z >> BITS)
-    return z & (RUN - 1), start, run
+        run = chunk.sequence.to(tl.int64) * ((N + RUN - 1) // RUN) + (z >> BITS)
+    return EntryPlace(chunk.c, z & (RUN - 1), start, run, z >> BITS)
 
 
 @triton.jit
@@ -151,11 +199,18 @@ def slot_of_next(i, num_slots):
 
 
 @triton.jit
-def columns_read(number, columns, NODES: tl.constexpr):
-    """The carried states that a run reads, as bits. A state's prefix may be in the last one."""
+def columns_read(number, columns, initial):
+    """The carried states that a run reads, as bits. The prefix of an initial state, if any, may be in the last one."""
     last = columns - 1
-    bits = (number & ((1 << last) - 1)) | (((number >> last) > 0) | NODES).to(tl.int32) << last
+    bits = (number & ((1 << last) - 1)) | (((number >> last) > 0) | (initial is not None)).to(tl.int32) << last
     return tl.where(columns > 0, bits, 0)
+
+
+@triton.jit
+def older_column(place, tier):
+    """The carried column that is brought on into a place, or -1."""
+    older = place - tier.num_slots + tier.collapsed
+    return tl.where(older < tier.columns, older, -1)
 
 
 @triton.jit

@@ -26,19 +26,19 @@ class Launch(NamedTuple):
 # All others take Launch().
 NARROW = {
     "chunk_inverse": Launch(128), "chunk_state": Launch(128, 64, 8, registers=64),
-    "transport": Launch(128, 64, 8, registers=128), "carry": Launch(128, 64, 8), "output": Launch(128, 128),
+    "run_scan": Launch(128, 64, 8, registers=128), "carry_in": Launch(128, 64, 8), "output": Launch(128, 128),
     "in_chunk": Launch(num_stages=3), "walk_backward": Launch(128, 64, num_stages=2),
     "state_backward": Launch(128), "prefix_backward": Launch(128, 128, 8), "carried_backward": Launch(128),
-    "carry_states_backward": Launch(128, 64, 8), "carry_prefixes_backward": Launch(128, 128, 8),
-    "transport_backward": Launch(128, 64, 8), "transition_backward": Launch(128),
+    "carry_in_states_backward": Launch(128, 64, 8), "carry_in_prefixes_backward": Launch(128, 128, 8),
+    "run_scan_backward": Launch(128, 64, 8), "transition_backward": Launch(128),
     "writes_backward": Launch(64, 64, 8), "lower_backward": Launch(128, num_stages=2),
     "keys_backward": Launch(128), "decay_backward": Launch(128),
 }  # fmt: skip
 WIDE = {
-    "chunk_state": Launch(64, 128, num_stages=2), "transport": Launch(registers=168),
+    "chunk_state": Launch(64, 128, num_stages=2), "run_scan": Launch(registers=168),
     "output": Launch(64, 128, num_stages=2), "in_chunk": Launch(num_stages=2), "walk_backward": Launch(num_stages=3),
     "state_backward": Launch(64, 128), "prefix_backward": Launch(64, 64, 8),
-    "carried_backward": Launch(64, 128, num_stages=2), "transport_backward": Launch(registers=168),
+    "carried_backward": Launch(64, 128, num_stages=2), "run_scan_backward": Launch(registers=168),
     "scores_backward": Launch(num_stages=2), "writes_backward": Launch(64, 64, 8),
 }  # fmt: skip
 # Stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.

@@ -5,8 +5,8 @@ backward.py: in_chunk_backward, walk_backward, state_backward, sweep (down), chu
 step.py:     one token.
 """
 
-from loglinear.kernels.triton.scalar_gate.backward import Outgoing, gradients
-from loglinear.kernels.triton.scalar_gate.forward import forward, inputs_of
+from loglinear.kernels.triton.scalar_gate.backward import gradients
+from loglinear.kernels.triton.scalar_gate.forward import forward, inputs_of, plan_of
 from loglinear.kernels.triton.scalar_gate.step import step_kernel
 
-__all__ = ["Outgoing", "forward", "gradients", "inputs_of", "step_kernel"]
+__all__ = ["forward", "gradients", "inputs_of", "plan_of", "step_kernel"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from loglinear.fenwick import log2
 from loglinear.kernels.triton.args import Planes, Rows, Slab
 from loglinear.kernels.triton.config import Plan
-from loglinear.kernels.triton.inputs import DOT_TYPES, Operands, Sequences, common_dtype, in_rows, like, slabs
+from loglinear.kernels.triton.inputs import DOT_TYPES, Operands, Outgoing, Sequences, common_dtype, in_rows, like, slabs
 from loglinear.kernels.triton.layout import READS
 from loglinear.kernels.triton.scalar_gate.chunk_state_backward import chunk_state_backward
 from loglinear.kernels.triton.scalar_gate.decay_backward import decay_backward
@@ -25,16 +25,6 @@ from loglinear.kernels.triton.scalar_gate.sweep import down_sweep
 from loglinear.kernels.triton.scalar_gate.walk_backward import walk_backward
 
 SLAB_BYTES = 1 << 30  # of the states that a backward builds at once; their gradients take as much again
-
-
-class Outgoing(NamedTuple):
-    """The gradients of a call's results: of the output [B,T,H,V], and of the final blocks [N,M,H,K,V], if any."""
-
-    do: Tensor
-    dblocks: Tensor | None
-
-    def heads(self, h: slice) -> Outgoing:
-        return Outgoing(self.do[:, :, h], None if self.dblocks is None else self.dblocks[:, :, h])
 
 
 class Slabs(NamedTuple):

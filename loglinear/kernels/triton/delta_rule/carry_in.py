@@ -1,0 +1,100 @@
+"""The past before a run, carried to its start.
+
+Entry i of a run of the next tier is the run that the past is carried to. It reads what was kept for it in its own run,
+and through F what had been carried to the start of its own run:
+
+    R[column] = Y[slot] + F R'[column'],   each where there is one
+
+and for a sequence's end, the start of its unfinished chunk, the same is its final state.
+"""
+
+# H heads, K key, V value
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loglinear.kernels.triton.delta_rule.layout import RUN as NUM_ENTRIES
+from loglinear.kernels.triton.delta_rule.layout import Tier
+from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, Past, TierSizes
+from loglinear.kernels.triton.delta_rule.tiles import (
+    RUN,
+    EntryPlace,
+    columns_read,
+    locate_entries,
+    older_column,
+    slots_read,
+)
+from loglinear.kernels.triton.tiles import head_program, load_block, store_block
+
+
+@triton.jit
+def add_through(
+    total, prefix, log_decay, state, is_first, row, column,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """total + F R, one [TK, BV] tile; the first entry of a run has no F."""
+    state_TV = load_block(state, row, column, K, V, TK, BV).to(tl.float32)
+    if is_first:
+        total += state_TV
+    else:
+        total += state_TV * tl.exp2(log_decay)
+        for s in range(0, K, TK):
+            prefix_TT = load_block(prefix, row, s, K, K, TK, TK)
+            source_TV = load_block(state, s, column, K, V, TK, BV).to(MATH.dot)
+            total = tl.dot(prefix_TT, source_TV, total, input_precision=MATH.precision)
+    return total
+
+
+@triton.jit
+def store_read(
+    past, out, entry, place, h, column, tier,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """out = what an entry (an `EntryPlace`) reads in column `place`, one tile of V."""
+    SIZE: tl.constexpr = K * V
+    row, older = entry.row * tier.H + h, older_column(place, tier)
+    is_kept = (slots_read(entry.i, tier.num_slots) >> tl.minimum(place, 31)) & 1
+    reads = columns_read(entry.number, tier.columns, past.initial)
+    is_carried = (older >= 0) & (((reads >> tl.maximum(older, 0)) & 1) > 0)
+    for a in range(0, K, TK):
+        state_TV = tl.zeros([TK, BV], tl.float32)
+        if is_kept:
+            block = past.kept + ((entry.row * tier.num_slots + place) * tier.H + h) * SIZE
+            state_TV += load_block(block, a, column, K, V, TK, BV).to(tl.float32)
+        if is_carried:
+            block = past.carried + ((entry.run.to(tl.int64) * tier.columns + older) * tier.H + h) * SIZE
+            log_decay = tl.load(past.prefix_totals + row, mask=entry.i > entry.start, other=0.0)
+            state_TV = add_through(
+                state_TV, past.prefixes + row * (K * K), log_decay, block, entry.i == entry.start, a, column,
+                K, V, TK, BV, MATH,
+            )  # fmt: skip
+        store_block(out, a, column, state_TV, K, V, TK, BV)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def carry_in_kernel(
+    past, out, table, H, per_row, cap, num_slots, columns, collapsed, first_level, places,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """One entry of a run, one column of what it is carried, one head, one tile of V: out [entry, place, H, K, V]."""
+    tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_level, places)
+    TILES: tl.constexpr = (V + BV - 1) // BV
+    tile, h, part = head_program(TILES, tier.H)
+    place, i, number = part % places, part // places % RUN, part // places // RUN
+    run = locate_entries(number, table, tier.per_row)
+    if (i < run.start) | (i >= run.stop):
+        return
+    row = run.base + i
+    entry = EntryPlace(row, i, run.start, run.row, run.number)
+    out += ((row * places + place) * tier.H + h) * (K * V)
+    store_read(past, out, entry, place, h, tile * BV, tier, K, V, TK, BV, MATH)
+
+
+def carry_in(x: Inputs, tier: Tier, past: Past, below: Tier) -> Tensor:
+    """The past carried to the runs of the tier below, which are the entries of this one: [run, column, H, K, V]."""
+    places = below.columns
+    carried = x.empty(tier.entries, places, x.heads, x.key_dim, x.value_dim, dtype=x.dtype)
+    carry_in_kernel[(tier.runs * NUM_ENTRIES * places * x.heads * x.tiling.tiles("carry_in"),)](
+        past, carried, tier.table, *x.tier_sizes(tier, places), **x.constants("carry_in")
+    )
+    return carried

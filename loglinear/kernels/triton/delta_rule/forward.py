@@ -1,0 +1,55 @@
+"""The forward in five stages, those of `kernels.torch.delta_rule` on a tree of its own.
+
+It saves its inputs, the inverses and the cumulative decays; the backward builds the states again.
+"""
+
+from __future__ import annotations
+
+from loglinear.kernels.triton.config import Plan
+from loglinear.kernels.triton.delta_rule.carry_in import carry_in
+from loglinear.kernels.triton.delta_rule.chunk_inverse import chunk_inverse
+from loglinear.kernels.triton.delta_rule.chunk_state import chunk_state
+from loglinear.kernels.triton.delta_rule.final_blocks import final_blocks
+from loglinear.kernels.triton.delta_rule.layout import layout
+from loglinear.kernels.triton.delta_rule.output import output
+from loglinear.kernels.triton.delta_rule.products import choose_chunk_size, products_of
+from loglinear.kernels.triton.delta_rule.run_scan import run_scan
+from loglinear.kernels.triton.delta_rule.states import Entries, Inputs, Saved, TierStates
+from loglinear.kernels.triton.inputs import Operands, Results, Sequences
+
+
+def plan_of(direction: str, x: Operands, chunk_size: int | None) -> Plan:
+    """The plan of a call: its chunk size, which a state prescribes. `Tiling` has the launches of the stages."""
+    return Plan(choose_chunk_size(x.q, x.k, x.v, chunk_size or 0), {})
+
+
+def inputs_of(x: Operands, sequences: Sequences, scale: float, plan: Plan) -> Inputs:
+    (rows, tokens), C = x.q.shape[:2], plan.chunk_size
+    y = layout(rows, tokens, C, x.level_scales.shape[3], *sequences)
+    return Inputs.of(x, y, scale, C, products_of(x.q, x.k, x.v))
+
+
+def build_tree(x: Inputs, saved: Saved) -> list[TierStates]:
+    """Each tier with its entries, from the chunks up, and the past that they read."""
+    entries: Entries | None = chunk_state(x, saved)  # 2. each chunk's own transition and state
+    tree = []
+    for tier in x.layout.tiers:  # 3. the past inside the runs, tier after tier: a run is an entry of the next one
+        assert entries is not None
+        past, ends = run_scan(x, tier, entries)
+        tree.append(TierStates(tier, entries._replace(states=None), past))
+        entries = ends
+    if x.initial is not None:
+        prefix = x.initial[:, -1:].contiguous()
+        tree[-1] = tree[-1]._replace(past=tree[-1].past._replace(carried=prefix))
+    for s in reversed(range(len(tree) - 1)):  # 4. the past before the runs, from the last tier down to the chunks
+        carried = carry_in(x, tree[s + 1].tier, tree[s + 1].past, tree[s].tier)
+        tree[s] = tree[s]._replace(past=tree[s].past._replace(carried=carried))
+    return tree
+
+
+def forward(x: Inputs, plan: Plan, *, final: bool) -> Results:
+    """The output [B,T,H,V], with `final` also the blocks [N,M,H,K,V] that each sequence leaves, and what is saved."""
+    saved = chunk_inverse(x)  # 1. each chunk's inverse
+    chunks = build_tree(x, saved)[0].past
+    out = output(x, saved, chunks)  # 5. inside the chunk, and the reads of the past
+    return Results(out, final_blocks(x, chunks) if final else None, saved.inverse, saved.cumulative)

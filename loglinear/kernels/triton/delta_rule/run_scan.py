@@ -1,0 +1,182 @@
+"""The past inside a run, brought to the start of each of its entries.
+
+Entry i of a run reads one state for each bit of i, the block of as many entries before it (those from the last slot on
+in one), and what is older than the run through the transition from its start. With P_i = exp(Gam_i) I + D_i and S_i of
+the entries themselves, and Y_i the states that entry i reads,
+
+    Y_{i+1}[t] = P_i sum(Y_i[j], j <= t) + S_i,  t = ctz(i + 1)      entry i, with the blocks that it merges with
+    Y_{i+1}[j] = P_i Y_i[j],  j > t
+    F_{i+1} = P_i F_i                                               from the run's start
+
+which behind the last entry is the run as one entry of the next tier. Each of these states is read by one entry: its
+gradient needs no gathering, and what keys that come again have erased of it is no longer in it to be rounded.
+"""
+
+# H heads, K key, V value, i number of an entry in its run, j slot
+import torch
+import triton
+import triton.language as tl
+
+from loglinear.kernels.triton.delta_rule.layout import Tier
+from loglinear.kernels.triton.delta_rule.states import SIZES, Entries, Inputs, Past, TierSizes
+from loglinear.kernels.triton.delta_rule.tiles import (
+    RUN,
+    count_bits,
+    locate_entries,
+    slot_of_next,
+    slots_read,
+)
+from loglinear.kernels.triton.tiles import head_program, load_block, store_block
+from loglinear.kernels.triton.walks import nearest
+
+
+@triton.jit
+def sum_of_slots(states, members, row, column, H, K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr):
+    """A [TK, BV] tile of the sum of an entry's states [slot, H, K, V] that are members, given as bits."""
+    total = tl.zeros([TK, BV], tl.float32)
+    for _ in range(count_bits(members)):
+        total += load_block(states + nearest(members).to(tl.int64) * H * (K * V), row, column, K, V, TK, BV)
+        members &= members - 1
+    return total
+
+
+@triton.jit
+def add_moved(
+    total, states, members, transition, decay, row, column, H,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """total + P times the sum of the members, one [TK, BV] tile."""
+    for s in range(0, K, TK):
+        sum_TV = sum_of_slots(states, members, s, column, H, K, V, TK, BV)
+        total += tl.where(s == row, decay, 0.0) * sum_TV
+        transition_TT = load_block(transition, row, s, K, K, TK, TK)
+        total = tl.dot(transition_TT, sum_TV.to(transition_TT.dtype), total, input_precision=MATH.precision)
+    return total
+
+
+@triton.jit
+def store_initial(past, run, h, column, tier, K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr):
+    """The blocks of the initial state are the past of a continued sequence's first entry, one tile of V."""
+    SIZE: tl.constexpr = K * V
+    H, num_slots = tier.H, tier.num_slots
+    reads = tl.where(run.start < run.stop, slots_read(run.start, num_slots), 0)
+    for _ in range(count_bits(reads)):
+        j = nearest(reads)
+        reads &= reads - 1
+        m = tl.minimum(tier.first_level + j, tier.cap)
+        block = past.initial + ((run.sequence.to(tl.int64) * (tier.cap + 1) + m) * H + h) * SIZE
+        target = past.kept + (((run.base + run.start) * num_slots + j) * H + h) * SIZE
+        # The prefix is carried.
+        is_block = (tier.first_level + j < tier.cap).to(tl.float32)
+        for a in range(0, K, TK):
+            state_TV = load_block(block, a, column, K, V, TK, BV) * is_block
+            store_block(target, a, column, state_TV, K, V, TK, BV)
+
+
+@triton.jit
+def scan_states(
+    entries, past, ends, run, h, column, tier,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """One tile of V: Y, and the run's S."""
+    SIZE: tl.constexpr = K * V
+    H, num_slots = tier.H, tier.num_slots
+    if past.initial is not None:
+        store_initial(past, run, h, column, tier, K, V, TK, BV)
+    for i in range(run.start, run.stop - 1 + run.has_end.to(tl.int32)):
+        row = run.base + i
+        entry, kept_here = row * H + h, past.kept + (row * num_slots * H + h) * SIZE
+        decay, transition = tl.exp2(tl.load(entries.totals + entry)), entries.transitions + entry * (K * K)
+        t, reads = slot_of_next(i, num_slots), slots_read(i, num_slots)
+        merged = reads & ((2 << t) - 1)
+        reads -= merged
+        target = past.kept + (((row + 1) * num_slots + t) * H + h) * SIZE
+        if ends is not None:
+            target = tl.where(i == RUN - 1, ends.states + (run.row.to(tl.int64) * H + h) * SIZE, target)
+        tl.debug_barrier()  # what this program wrote for entry i is seen
+        for a in range(0, K, TK):
+            state_TV = load_block(entries.states + entry * SIZE, a, column, K, V, TK, BV).to(tl.float32)
+            if merged > 0:
+                state_TV = add_moved(state_TV, kept_here, merged, transition, decay, a, column, H, K, V, TK, BV, MATH)
+            store_block(target, a, column, state_TV, K, V, TK, BV)
+        for _ in range(count_bits(reads)):
+            j = nearest(reads)
+            reads &= reads - 1
+            target = past.kept + (((row + 1) * num_slots + j) * H + h) * SIZE
+            for a in range(0, K, TK):
+                state_TV = tl.zeros([TK, BV], tl.float32)
+                state_TV = add_moved(state_TV, kept_here, 1 << j, transition, decay, a, column, H, K, V, TK, BV, MATH)
+                store_block(target, a, column, state_TV, K, V, TK, BV)
+
+
+@triton.jit
+def scan_transitions(
+    entries, past, ends, run, h, column, tier,
+    K: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """One tile of columns of F, kept in registers: its D and log decay, and the run's P.
+    With P = g I + D, F = f I + E:  P F = g f I + g E + D E + f D."""
+    SIZE: tl.constexpr = K * K
+    COUNT: tl.constexpr = (K + TK - 1) // TK
+    H = tier.H
+    log_decay, path = tl.zeros([], tl.float32), ()
+    for _ in tl.static_range(COUNT):
+        path = path + (tl.zeros([TK, BV], MATH.dot),)
+    for i in range(run.start, run.stop - 1 + run.has_end.to(tl.int32)):
+        entry = (run.base + i) * H + h
+        transition, total = entries.transitions + entry * SIZE, tl.load(entries.totals + entry)
+        target, target_total = past.prefixes + (entry + H) * SIZE, past.prefix_totals + entry + H
+        if ends is not None:
+            end = run.row.to(tl.int64) * H + h
+            target = tl.where(i == RUN - 1, ends.transitions + end * SIZE, target)
+            target_total = tl.where(i == RUN - 1, ends.totals + end, target_total)
+        new = ()
+        for a in tl.static_range(COUNT):
+            path_TV = load_block(transition, a * TK, column, K, K, TK, BV).to(tl.float32) * tl.exp2(log_decay)
+            path_TV += path[a].to(tl.float32) * tl.exp2(total)
+            for s in tl.static_range(COUNT):
+                transition_TT = load_block(transition, a * TK, s * TK, K, K, TK, TK)
+                path_TV = tl.dot(transition_TT, path[s], path_TV, input_precision=MATH.precision)
+            store_block(target, a * TK, column, path_TV, K, K, TK, BV)
+            new = new + (path_TV.to(MATH.dot),)
+        path = new
+        log_decay += total
+        tl.store(target_total, log_decay)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def run_scan_kernel(
+    entries, past, ends, table, H, per_row, cap, num_slots, columns, collapsed, first_level, places,
+    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
+):  # fmt: skip
+    """One run, one head, BV columns of states or of transitions: the past of its entries; and, where the runs are
+    entries of a next tier, `ends`, the run as one of them."""
+    tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_level, places)
+    VALUES: tl.constexpr = (V + BV - 1) // BV
+    KEYS: tl.constexpr = (K + BV - 1) // BV
+    tile, h, number = head_program(VALUES + KEYS, tier.H)
+    run = locate_entries(number, table, tier.per_row)
+    if tile < VALUES:
+        scan_states(entries, past, ends, run, h, tile * BV, tier, K, V, TK, BV, MATH)
+    else:
+        scan_transitions(entries, past, ends, run, h, (tile - VALUES) * BV, tier, K, TK, BV, MATH)
+
+
+def run_scan(x: Inputs, tier: Tier, entries: Entries) -> tuple[Past, Entries | None]:
+    """The past of a tier's entries inside their runs, and the runs as the entries of the next tier."""
+    H, K, V = x.heads, x.key_dim, x.value_dim
+    past = Past(
+        kept=x.empty(tier.entries, tier.slots, H, K, V, dtype=x.dtype),
+        prefixes=torch.empty_like(entries.transitions),
+        prefix_totals=torch.empty_like(entries.totals),
+        carried=x.empty(0, dtype=x.dtype),
+        initial=x.initial,
+    )
+    ends = None
+    if tier is not x.layout.tiers[-1]:
+        transitions, states = (x.empty(tier.runs, H, K, width, dtype=x.dtype) for width in (K, V))
+        ends = Entries(transitions, x.empty(tier.runs, H), states)
+    run_scan_kernel[(tier.runs * H * x.tiling.column_tiles("run_scan"),)](
+        entries, past, ends, tier.table, *x.tier_sizes(tier), **x.constants("run_scan")
+    )
+    return past, ends

@@ -1,0 +1,155 @@
+"""The arrays between the stages, and a call as these stages take it."""
+
+# B batch, T time, H heads, G groups, K key, V value, L levels, C chunk, N sequences, M blocks
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from loglinear.fenwick import log2
+from loglinear.kernels.triton import args, inputs
+from loglinear.kernels.triton.args import Math
+from loglinear.kernels.triton.delta_rule.layout import Layout, Tier
+from loglinear.kernels.triton.delta_rule.products import math_of
+from loglinear.kernels.triton.delta_rule.tiling import Tiling
+
+
+class TierSizes(NamedTuple):
+    """The sizes of a tier. A kernel takes them one by one, as it does `args.Sizes`."""
+
+    H: int
+    per_row: int  # entries of one sequence of a dense batch
+    cap: int
+    num_slots: int
+    columns: int
+    collapsed: int  # is the older past at the level of the last slot?
+    first_level: int
+    places: int  # columns of the tier below, or blocks of a final state: the entries' slots, then older columns
+
+
+# Arguments of kernels that are never specialised.
+SIZES = [*args.SIZES, *TierSizes._fields]
+
+
+class Saved(NamedTuple):
+    """The arrays that the forward saves for the backward, or some heads of them."""
+
+    inverse: Tensor  # [chunk, H, C, C], A
+    stride: int  # of its chunks
+    cumulative: Tensor  # [chunk, H, C], G in base 2
+
+    @classmethod
+    def of(cls, inverse: Tensor, cumulative: Tensor) -> Saved:
+        return cls(inverse, inverse.stride(0), cumulative)
+
+
+class Entries(NamedTuple):
+    """The entries of a tier: entry i turns a state into P_i S + S_i, with P_i = 2**total I + D."""
+
+    transitions: Tensor  # [entry, H, K, K], D
+    totals: Tensor  # [entry, H]
+    states: Tensor | None  # [entry, H, K, V]; None once the tier is scanned
+
+
+class EntryGradients(NamedTuple):
+    """The gradients of a tier's entries: of their own states, and of D."""
+
+    states: Tensor
+    transitions: Tensor
+
+
+class Past(NamedTuple):
+    """The past that the entries of a tier read: that of their run, and through a transition F that before the run."""
+
+    kept: Tensor  # [entry, slot, H, K, V], Y
+    prefixes: Tensor  # [entry, H, K, K], D of F from the start of the run, from each run's second entry on
+    prefix_totals: Tensor  # [entry, H], log2 of its decay
+    carried: Tensor  # [run, column, H, K, V], R
+    initial: Tensor | None  # [N, M, H, K, V], the blocks of the initial state
+
+
+class PastGradients(NamedTuple):
+    """The gradients of `Past`."""
+
+    kept: Tensor
+    prefixes: Tensor
+    carried: Tensor
+
+
+class TierStates(NamedTuple):
+    """A tier with its entries and their past."""
+
+    tier: Tier
+    entries: Entries
+    past: Past
+
+
+class Inside(NamedTuple):
+    """The part of the forward inside a chunk that its adjoint needs again."""
+
+    effective: Tensor  # [chunk, H, C, C], T
+    weights: Tensor  # [chunk, H, C, C], T * LAM
+
+
+class Queries(NamedTuple):
+    """The queries of the reads between chunks, and their gradients, [chunk, H, C, K] each."""
+
+    dq_in: Tensor  # dX, at the start of the chunk
+    q_run: Tensor  # X' = X F, at the start of the run; only where something is carried to it
+    dq_run: Tensor  # dX'
+
+
+class InsideGradients(NamedTuple):
+    """The part of the adjoint inside a chunk on the side of the queries."""
+
+    dq_in: Tensor  # [chunk, H, C, K], dX
+    dscores: Tensor  # [chunk, H, C, C], dS
+    dlog_row: Tensor  # [chunk, H, C], of the decays: the rows' share
+    dlog_column: Tensor  # [chunk, H, 2, part, C], and the columns': of S, and of N, by the part of the rows
+
+
+class Writes(NamedTuple):
+    """The gradients of the writes of a chunk that the keys and beta still have to gather."""
+
+    dkeys: Tensor  # [chunk, H, C, K] float32, dKd
+    sums: Tensor  # [chunk, H, tile, C], shares of dbeta: of the tiles of [R_K | R_V]
+
+
+class Lower(NamedTuple):
+    """The gradients of the lower triangular N."""
+
+    dlower: Tensor  # [chunk, H, C, C], dN'
+    dlog_state: Tensor  # [chunk, H, C], of the decays: each token's gift to the state
+
+
+@dataclass(frozen=True)
+class Inputs(inputs.Inputs):
+    """A call of the delta rule."""
+
+    layout: Layout
+
+    @cached_property
+    def tiling(self) -> Tiling:
+        return Tiling(self.key_dim, self.value_dim, self.chunk_size, self.dtype)
+
+    @property
+    def log_chunk(self) -> int:
+        return log2(self.chunk_size)
+
+    def tier_sizes(self, tier: Tier, places: int = 0) -> TierSizes:
+        numbers = tier.slots, tier.columns, int(tier.collapsed), tier.first_level
+        return TierSizes(self.heads, tier.per_row, self.sizes.cap, *numbers, places)
+
+    def math_of(self, stage: str) -> Math:
+        return math_of(stage, self.math)
+
+    def key_constants(self, stage: str) -> dict[str, Any]:
+        """The compile-time constants of a stage on what is K wide, and the compiler's options."""
+        return dict(K=self.key_dim, MATH=self.math_of(stage), **self.tiling.options(stage))
+
+    def constants(self, stage: str, transition: bool = False) -> dict[str, Any]:
+        """The same of a stage on states, or on transitions."""
+        return self.key_constants(stage) | self.tiling.columns(stage, transition)
