@@ -53,8 +53,8 @@ class Slabs(NamedTuple):
 def reads_backward(
     x: Inputs, saved: Saved, past: Past, outgoing: Outgoing, dlevel_scales: Slab
 ) -> tuple[Inside, Tensor, PastGradients]:
-    """The reads of the chunks, of their `past`: the inside of the chunks again, dX, and the gradients of the past.
-    X, X' and dX' are let go."""
+    """The adjoint of the chunks' reads of their `past`. Return the inside of the chunks, which it computes again, dX,
+    and the gradients of the past. X, X' and dX' are freed."""
     do = Rows.of(outgoing.do)
     inside, q_in = in_chunk(x, saved)
     queries = walk_backward(x, q_in, past, do, dlevel_scales)
@@ -88,8 +88,8 @@ def tree_backward(
 def between_backward(
     x: Inputs, saved: Saved, outgoing: Outgoing, sequences: Sequences, dlevel_scales: Slab
 ) -> tuple[Inside, Tensor, EntryGradients, Tensor | None]:
-    """Everything between chunks: the inside of the chunks again, dX, the gradients of the chunks as entries, and of the
-    initial blocks. The tree is let go."""
+    """The adjoint of everything between chunks. Return the inside of the chunks, which it computes again, dX, and the
+    gradients of the chunks as entries and of the initial blocks. The tree is freed."""
     tree = build_tree(x, saved)
     inside, dq_in, dpast = reads_backward(x, saved, tree[0].past, outgoing, dlevel_scales)
     dentries, dinitial = tree_backward(x, tree, dpast, sequences.starts)

@@ -2,7 +2,7 @@
 
     R = F R':   dR' = sum over the entries of the run of F^T dR,   dF = sum over the columns of dR R'^T
 
-An entry's dR of what was kept for it in its own run is where `run_scan_backward` begins.
+`run_scan_backward` begins with the dR that an entry's own slots got.
 """
 
 # H heads, K key, V value
@@ -115,8 +115,8 @@ def carry_in_prefixes_backward_kernel(
 
 
 def carry_in_backward(x: Inputs, tier: Tier, past: Past, dreads: Tensor) -> PastGradients:
-    """The gradients of a tier's past by what was carried in to the tier below, dreads [entry, place, H, K, V]. Those of
-    `kept` are not computed yet."""
+    """The gradients of a tier's past by what was carried in to the tier below, dreads [entry, place, H, K, V]. The
+    array for those of `kept` is empty: `run_scan_backward` fills it."""
     dpast = PastGradients(*(torch.empty_like(array) for array in (past.kept, past.prefixes, past.carried)))
     sizes = (tier.table, *x.tier_sizes(tier, dreads.shape[1]))
     if tier.columns > 0:

@@ -4,7 +4,7 @@ batches in small tables on the device.
 An entry of tier s stands for 8**s chunks, the entries of tier 0 are the chunks; 8 entries are a run, and a run is
 an entry of the next tier. A sequence has the entries that hold its chunks from the first one (chunk z0 where it
 continues a state) to the unfinished one. Each entry reads at most one state for each of three levels of its run
-(`slots`), and what lies before the run through states that were carried to the run's start (`columns`, one a level).
+(`slots`). It reads the past before the run through states that are carried to the run's start (`columns`, one a level).
 """
 
 # N sequences, C chunk

@@ -89,9 +89,8 @@ def output_kernel(
     if n <= 0:
         return
     i, row = tl.arange(0, J), chunk.c * H + h
-    scales = head_rows(level_scales, chunk, h)
     q_rows, k_rows = head_rows(q, chunk, h // sizes.R), head_rows(k, chunk, h // sizes.R)
-    v_rows, strengths = head_rows(v, chunk, h), head_rows(beta, chunk, h)
+    strengths, scales = head_rows(beta, chunk, h), head_rows(level_scales, chunk, h)
     cumulative = saved.cumulative + row * C
     G = tl.load(cumulative + half * J + i)
     if half > 0:
@@ -107,6 +106,7 @@ def output_kernel(
     from_start, weights_JJ = tl.exp2(G), (effective_JJ * tl.exp2(G)[None, :]).to(MATH.dot)
     x = minus_keys(x, from_start[:, None] * scale, weights_JJ, k_rows, n, K, J, TK, MATH)
     effective_JJ *= chunk_scales(scales, n, L, i, DTYPE, J, LINEAR, MATH)
+    v_rows = head_rows(v, chunk, h)
     v_JV = load_rows(v_rows.data, v_rows.t, n, tile * BV, J, V, BV).to(MATH.dot)
     out_JV = tl.dot(effective_JJ.to(MATH.dot), v_JV, input_precision=MATH.precision)
     if half > 0:

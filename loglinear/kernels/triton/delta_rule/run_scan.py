@@ -1,8 +1,8 @@
 """The past inside a run, brought to the start of each of its entries.
 
-Entry i of a run reads one state for each bit of i, the block of as many entries before it (those from the last slot on
-in one), and what is older than the run through the transition from its start. With P_i = exp(Gam_i) I + D_i and S_i of
-the entries themselves, and Y_i the states that entry i reads,
+Entry i of a run reads one state for each bit of i, the block of as many entries before it; bits from the last slot on
+share one. It reads the past before the run through the transition from its start. With P_i = exp(Gam_i) I + D_i and S_i
+of the entries themselves, and Y_i the states that entry i reads,
 
     Y_{i+1}[t] = P_i sum(Y_i[j], j <= t) + S_i,  t = ctz(i + 1)      entry i, with the blocks that it merges with
     Y_{i+1}[j] = P_i Y_i[j],  j > t

@@ -51,7 +51,7 @@ def add_moved_back(
 def store_initial_gradients(
     dkept, dinitial, run, h, column, tier, K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr
 ):
-    """The adjoint of `store_initial`, one tile of V. That of the prefix comes from the last tier's dR."""
+    """The adjoint of `store_initial`, one tile of V. The prefix has its gradient from the last tier's dR."""
     SIZE: tl.constexpr = K * V
     reads = tl.where(run.start < run.stop, slots_read(run.start, tier.num_slots), 0)
     tl.debug_barrier()

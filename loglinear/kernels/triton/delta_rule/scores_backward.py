@@ -41,19 +41,19 @@ class Scores(NamedTuple):
 
     n: tl.tensor
     n_keys: tl.tensor
-    q: HeadRows
     k: HeadRows
     v: HeadRows
+    q: HeadRows
+    do: HeadRows
     beta: HeadRows
     scales: HeadRows
-    do: HeadRows
-    dq_in: HeadRows
     dq: HeadRows
     dscales: HeadRows
     inverse: tl.tensor
-    G: tl.tensor
     effective: tl.tensor
     dscores: tl.tensor
+    dq_in: HeadRows
+    G: tl.tensor
     dlog_row: tl.tensor
     dlog_column: tl.tensor
 
@@ -159,12 +159,12 @@ def scores_backward_kernel(
     row, group = chunk.c * sizes.H + h, h // sizes.R
     x = Scores(
         own.n, chunk.n,
-        head_rows(q, own, group), head_rows(k, chunk, group), head_rows(v, chunk, h), head_rows(beta, chunk, h),
-        head_rows(level_scales, own, h), head_rows(do, own, h),
-        HeadRows(dinside.dq_in + (row * C + part.first) * K, K), HeadRows(slab_at(dq, own, sizes, h, K), dq.t),
+        head_rows(k, chunk, group), head_rows(v, chunk, h), head_rows(q, own, group), head_rows(do, own, h),
+        head_rows(beta, chunk, h), head_rows(level_scales, own, h),
+        HeadRows(slab_at(dq, own, sizes, h, K), dq.t),
         HeadRows(slab_at(dlevel_scales, own, sizes, h, L), dlevel_scales.t),
-        inverse_at(saved, chunk, h, C), saved.cumulative + row * C, inside.effective + row * (C * C),
-        dinside.dscores + row * (C * C), dinside.dlog_row + row * C,
+        inverse_at(saved, chunk, h, C), inside.effective + row * (C * C), dinside.dscores + row * (C * C),
+        HeadRows(dinside.dq_in + (row * C + part.first) * K, K), saved.cumulative + row * C, dinside.dlog_row + row * C,
         dinside.dlog_column + (row * (2 * PARTS) + part.part) * C,
     )  # fmt: skip
     if part.first == 0:

@@ -105,10 +105,9 @@ def carried_backward_kernel(
     total = tl.zeros([TK, BV], tl.float32)
     for entry in range(run.start, run.stop):
         chunk = locate(run.base + entry, table, sizes, C)
-        n = tl.maximum(chunk.n, 0)
-        x_CT = load_rows(q_run + (chunk.c * sizes.H + h) * (C * K), K, n, row, C, K, TK)
+        x_CT = load_rows(q_run + (chunk.c * sizes.H + h) * (C * K), K, chunk.n, row, C, K, TK)
         do_CV = load_weighted(
-            head_rows(level_scales, chunk, h), head_rows(do, chunk, h), n, place + (LOG_C + 1 + BITS), L, column,
+            head_rows(level_scales, chunk, h), head_rows(do, chunk, h), chunk.n, place + (LOG_C + 1 + BITS), L, column,
             V, C, BV, MATH,
         )  # fmt: skip
         total = tl.dot(tl.trans(x_CT), do_CV, total, input_precision=MATH.precision)

@@ -147,9 +147,9 @@ class Inputs(inputs.Inputs):
         return math_of(stage, self.math)
 
     def key_constants(self, stage: str) -> dict[str, Any]:
-        """The compile-time constants of a stage on what is K wide, and the compiler's options."""
+        """The compile-time constants of a stage on arrays that are K wide, and the compiler's options."""
         return dict(K=self.key_dim, MATH=self.math_of(stage), **self.tiling.options(stage))
 
     def constants(self, stage: str, transition: bool = False) -> dict[str, Any]:
-        """The same of a stage on states, or on transitions."""
+        """The constants of a stage on states, or on transitions."""
         return self.key_constants(stage) | self.tiling.columns(stage, transition)

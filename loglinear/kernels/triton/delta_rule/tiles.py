@@ -86,7 +86,7 @@ def part_of_head(table, sizes, C: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def inverse_at(saved, chunk, h, C: tl.constexpr):
-    """Where a chunk's A of one head begins in `Saved`."""
+    """Pointer to a chunk's A of one head in `Saved`."""
     return saved.inverse + chunk.c * saved.stride + h * (C * C)
 
 
@@ -215,5 +215,5 @@ def older_column(place, tier):
 
 @triton.jit
 def count_bits(x):
-    """Of x < 2**16."""
+    """The number of bits of x < 2**16 that are set."""
     return tl.sum((x >> tl.arange(0, READS)) & 1, 0)

@@ -1,4 +1,4 @@
-"""How each stage's arrays are cut into tiles, one for a program, and how the compiler is to make its kernel."""
+"""The tiles of each stage's arrays, one for a program, and the compiler's options for its kernel."""
 
 # C chunk, K key, V value
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 
 
 class Launch(NamedTuple):
-    """Columns of a tile at most, of the keys and of what is right of a state's K rows; warps for tiles of more than 64
+    """Columns of a tile at most, of the keys and of a state; warps for tiles of more than 64
     rows; stages of the pipeline, one where a loop reads what it wrote; registers of a thread at most, where a few less
     let one program more share a multiprocessor."""
 
@@ -64,7 +64,7 @@ class Tiling:
         return (NARROW if self.K <= 128 else WIDE).get(stage, Launch())
 
     def key_tile(self, stage: str) -> int:
-        """Columns of a tile of what is K wide."""
+        """Columns of a tile of an array that is K wide."""
         return min(self.launch(stage).TK, max(16, triton.next_power_of_2(self.K)))
 
     def parts(self, stage: str) -> int:
@@ -79,7 +79,7 @@ class Tiling:
         return dict(TK=TK, num_warps=num_warps, num_stages=launch.num_stages, maxnreg=registers)
 
     def columns(self, stage: str, transition: bool = False) -> dict[str, int]:
-        """What is right of the K rows of a state, or of a transition, and its tile."""
+        """The columns of a state, or of a transition, and of its tile."""
         width = self.K if transition else self.V
         return dict(V=width, BV=min(self.launch(stage).BV, max(16, triton.next_power_of_2(width))))
 
@@ -87,23 +87,23 @@ class Tiling:
         return self.columns(stage, transition) | self.options(stage)
 
     def tiles(self, stage: str, transition: bool = False) -> int:
-        """How many tiles a state, or a transition, has across."""
+        """The tiles that a state, or a transition, has across."""
         columns = self.columns(stage, transition)
         return triton.cdiv(columns["V"], columns["BV"])
 
     def column_tiles(self, stage: str) -> int:
-        """How many tiles [states | transitions] have across."""
+        """The tiles that [states | transitions] have across."""
         BV = self.columns(stage)["BV"]
         return triton.cdiv(self.V, BV) + triton.cdiv(self.K, BV)
 
     def key_tiles(self, stage: str) -> int:
-        """How many tiles there are of what is K wide."""
+        """The tiles of an array that is K wide."""
         return triton.cdiv(self.K, self.key_tile(stage))
 
     def all_tiles(self, stage: str) -> int:
-        """How many tiles a state has."""
+        """The tiles of a state."""
         return self.key_tiles(stage) * self.tiles(stage)
 
     def square_tiles(self, stage: str) -> int:
-        """How many tiles a transition has, where they are square."""
+        """The square tiles of a transition."""
         return self.key_tiles(stage) ** 2

@@ -83,8 +83,8 @@ def walk_backward_kernel(
     TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
 ):  # fmt: skip
     """C / PARTS rows of one chunk, one head. From q_in, X [chunk, H, C, K], `queries`: dX and, where something is
-    carried, X' and dX'; and the columns of dlevel_scales that the walk reads, others it leaves. What it gives to a last
-    column that the chunk shares is there for `scores_backward` to add to."""
+    carried, X' and dX'; and the columns of dlevel_scales that the walk reads, others it leaves. `scores_backward`
+    adds to the last column where the chunk shares it."""
     sizes = Sizes(T, N, H, R, L, cap)
     DTYPE: tl.constexpr = level_scales.data.dtype.element_ty
     I: tl.constexpr = C // PARTS
