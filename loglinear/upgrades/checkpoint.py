@@ -1,5 +1,6 @@
 """Checkpoints of upgraded models: classes that save how a model was upgraded, and upgrade what they load."""
 
+import copy
 import functools
 import os
 from collections.abc import Callable
@@ -45,8 +46,8 @@ class UpgradedConfig:
     """Added to the configuration class of a family: `config.json` has a model type of ours.
 
     In memory the model type stays, because transformers and others choose conversions of weights and more by it. In the
-    file it is that of `UpgradeConfig`. So a program without this library refuses the checkpoint, or loads it with
-    `trust_remote_code`, and never loads the linear model by mistake.
+    file it is that of `UpgradeConfig`. So the Auto classes of a program without this library refuse the checkpoint, or
+    load it with `trust_remote_code`, and never load the linear model by mistake.
     """
 
     @classmethod
@@ -90,12 +91,19 @@ class UpgradedModel:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, which makes all parameters require gradients, and freeze again what was frozen."""
+        """Load as transformers does, which makes all parameters require gradients, and freeze again what was frozen.
+
+        A parameter that the folder lacks, such as the head of a new task, is trained.
+        """
         from loglinear.upgrades.in_place import train_as_configured
 
-        found = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
-        train_as_configured(found[0] if isinstance(found, tuple) else found)
-        return found
+        model, found = super().from_pretrained(*args, **{**kwargs, "output_loading_info": True})  # type: ignore[misc]
+        train_as_configured(model)
+        parameters = dict(model.named_parameters())
+        for name in (*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])):
+            if name in parameters:
+                parameters[name].requires_grad_(True)
+        return (model, found) if kwargs.get("output_loading_info") else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -171,6 +179,16 @@ def become_saveable(model: Any, entry: dict[str, Any]) -> None:
             if not isinstance(part, UpgradedModel):
                 part.__class__ = upgraded_model_class(type(part), type(part.config))
             part._keep_in_fp32_modules_strict = {*(part._keep_in_fp32_modules_strict or ()), "score_bias"}
+
+
+def own_configuration(model: PreTrainedModel) -> None:
+    """Give a model and its parts a copy of its configuration, which other models may share."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig) and id(value) in copies:
+                vars(module)[name] = copies[id(value)]
 
 
 def choices_of(config: PreTrainedConfig) -> LogLinearConfig:

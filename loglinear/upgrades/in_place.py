@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loglinear.models import LogLinearConfig
-from loglinear.upgrades.checkpoint import BASE, ENTRY, become_saveable, choices_of
+from loglinear.upgrades.checkpoint import BASE, ENTRY, become_saveable, choices_of, own_configuration
 from loglinear.upgrades.families import FAMILIES, family_of
 from loglinear.upgrades.mixer import NEW_PARTS
 from loglinear.upgrades.places import Placement, decoder_of, upgraded_mixers
@@ -68,8 +68,8 @@ def upgrade(
         freeze: True: only the new parameters require gradients afterwards. False: parameters stay as they were.
 
     Raises:
-        ValueError: A model without a supported layer, that is already upgraded or has options that are not represented
-            exactly, or an argument out of range. The model is then as before.
+        ValueError: A model without a supported layer, that is already upgraded, has adapters of PEFT or options that
+            are not represented exactly, or an argument out of range. The model is then as before.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model must be a model of transformers, got {type(model).__name__}")
@@ -77,6 +77,8 @@ def upgrade(
         raise ValueError(f"num_levels must be at least 2 (1 is the linear model itself), got {num_levels}")
     if any(hasattr(module, "_hf_hook") for module in model.modules()) and any(p.is_meta for p in model.parameters()):
         raise ValueError("model must have its parameters in memory, some are offloaded: upgrade it before")
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise ValueError("model has adapters of PEFT: upgrade it before it gets them, or after merge_and_unload()")
     entry: dict[str, Any] = dict(
         num_levels=num_levels,
         radix=radix,
@@ -88,6 +90,7 @@ def upgrade(
         impl=impl,
     )
     report = place_levels(model, LogLinearConfig(**entry))
+    own_configuration(model)
     become_saveable(model, {**entry, "freeze": freeze})
     train_as_configured(model)
     logger.info("%s", report)

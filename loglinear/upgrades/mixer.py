@@ -73,17 +73,18 @@ class UpgradedMixer(TokenMixer):
         theirs.chunk_size, theirs.impl = choices.chunk_size, choices.impl
         theirs.level_scales = theirs.bucket_weights = None
         width, routing = theirs.hidden_size, choices.routing_choices
-        if routing is not None:
-            theirs.bucket_weights = BucketWeights(width, heads.num_heads, choices.num_levels, routing.tau)
-        else:
-            theirs.level_scales = LevelScales(
-                width, heads.num_heads, choices.num_levels, choices.lambda_form, choices.shared_block
-            )
-        for name in NEW_PARTS:
-            part = getattr(theirs, name)
-            if part is not None:
-                part.train(theirs.training)
-                like_neighbours(part, theirs.conv1d.weight)
+        with torch.inference_mode(False), theirs.conv1d.weight.device:  # whatever the caller's contexts say
+            if routing is not None:
+                theirs.bucket_weights = BucketWeights(width, heads.num_heads, choices.num_levels, routing.tau)
+            else:
+                theirs.level_scales = LevelScales(
+                    width, heads.num_heads, choices.num_levels, choices.lambda_form, choices.shared_block
+                )
+            for name in NEW_PARTS:
+                part = getattr(theirs, name)
+                if part is not None:
+                    part.train(theirs.training)
+                    like_neighbours(part, theirs.conv1d.weight)
 
     @property
     def conv(self) -> ShortConvolution:  # type: ignore[override]

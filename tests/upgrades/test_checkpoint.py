@@ -87,6 +87,15 @@ def test_other_auto_classes_load_the_model(folder):
         assert loglinear.new_parameters(auto_class.from_pretrained(path))
 
 
+def test_a_head_that_the_folder_lacks_is_trained(folder):
+    """Frozen, it would keep its random weights; the weights of the folder stay frozen."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder[0], num_labels=3)
+    learns = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learns == {"score.weight", *loglinear.new_parameters(model)}
+    _, found = AutoModelForSequenceClassification.from_pretrained(folder[0], num_labels=3, output_loading_info=True)
+    assert found["missing_keys"] == {"score.weight"}
+
+
 @pytest.mark.parametrize(
     "imports",
     [

@@ -6,10 +6,12 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import attach_align_device_hook
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5TextConfig
 
 import loglinear
+from loglinear.upgrades.checkpoint import ENTRY
 from loglinear.upgrades.families import FAMILIES, family_of
 from loglinear.upgrades.mixer import UpgradedMixer
 from tests.upgrades.tiny import LEVELS, MODELS, original, upgraded
@@ -122,6 +124,38 @@ def test_a_layer_whose_forward_pass_was_replaced_is_refused():
     mixer = model.model.layers[0].linear_attn
     mixer.forward = mixer.forward
     assert "cannot be upgraded exactly: a forward pass that was replaced" in refused(model)
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode(), torch.device("meta")], ids=["inference", "meta"])
+def test_new_parameters_are_ordinary_whatever_context_made_them(context):
+    model = original("qwen3_5")
+    with context:
+        loglinear.upgrade(model, **LEVELS)
+    ids = torch.arange(3, 23)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in loglinear.new_parameters(model).values())
+
+
+def test_a_model_with_adapters_is_refused():
+    """The upgrade would freeze them, and PEFT would save them without the level weights."""
+    model = original("qwen3_5")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["out_proj"]))
+    with pytest.raises(ValueError, match="model has adapters of PEFT: upgrade it before it gets them, or after merge"):
+        loglinear.upgrade(adapted.get_base_model(), **LEVELS)
+    assert loglinear.upgrade(adapted.merge_and_unload(), **LEVELS).layers
+
+
+def test_models_that_shared_a_configuration_have_their_own():
+    linear = original("qwen3_5")
+    config = linear.config
+    models = [type(linear)(config) for _ in range(2)]
+    for model, radix in zip(models, (2, 4), strict=True):
+        loglinear.upgrade(model, num_levels=4, radix=radix)
+    assert not hasattr(linear.config, ENTRY) and type(linear.config) is Qwen3_5TextConfig
+    assert [getattr(model.config, ENTRY)["radix"] for model in models] == [2, 4]
+    for model in models:
+        configs = {id(module.config) for module in model.modules() if hasattr(module, "config")}
+        assert configs == {id(model.config)}
 
 
 def test_tau_of_zero_alone_is_neutral():
