@@ -4,7 +4,7 @@ import copy
 import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from loglinear.upgrades.places import CACHES, upgraded_mixers
 
 ENTRY = "loglinear_upgrade"
 """The entry of a configuration that says how the model was upgraded: the arguments of `upgrade`, and the model type."""
+PREFIX = "LogLinear"  # of the names of our classes
 BASE = "base_model_type"  # transformers takes a part with a "model_type" for a configuration of its own
 AUTO_FILE = '''"""Loads this checkpoint with the installed package `loglinear`."""
 from loglinear.autoload.configuration import UpgradeConfig  # noqa: F401
@@ -47,8 +48,11 @@ class UpgradedConfig:
 
     In memory the model type stays, because transformers and others choose conversions of weights and more by it. In the
     file it is that of `UpgradeConfig`. So the Auto classes of a program without this library refuse the checkpoint, or
-    load it with `trust_remote_code`, and never load the linear model by mistake.
+    load it with `trust_remote_code`, and never load the linear model by mistake. Neither do programs that look up the
+    names in `architectures`, such as TRL: no class of transformers has a name with our prefix.
     """
+
+    auto_map: ClassVar[dict[str, str]] = {}  # in memory no Auto class takes code of the folder
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -57,9 +61,11 @@ class UpgradedConfig:
 
     def to_diff_dict(self) -> dict[str, Any]:
         saved = super().to_diff_dict()  # type: ignore[misc]
+        classes = [f"{PREFIX}{name.removeprefix(PREFIX)}" for name in saved.get("architectures") or ()]
         return {
             **saved,
             "model_type": UpgradeConfig.model_type,
+            "architectures": classes or None,
             "auto_map": {"AutoConfig": f"{MODULE}.{UpgradeConfig.__name__}"},
         }
 
@@ -150,7 +156,7 @@ def upgraded_config_class(config_class: Any) -> type[PreTrainedConfig]:
     """Return the class of the configurations of upgraded models, and let the Auto classes know its models."""
     if issubclass(config_class, UpgradedConfig):
         return config_class
-    name = f"LogLinear{config_class.__name__}"
+    name = f"{PREFIX}{config_class.__name__}"
     new = type(name, (UpgradedConfig, config_class), {"__module__": __name__, "__qualname__": name})
     for auto_class in AUTO_CLASSES:
         if config_class in auto_class._model_mapping:
@@ -214,7 +220,7 @@ def __getattr__(name: str) -> Any:
     """Return a class that this module has made, for pickled models."""
     import transformers
 
-    found: Any = getattr(transformers, name.removeprefix("LogLinear"), None) if name[:1].isupper() else None
+    found: Any = getattr(transformers, name.removeprefix(PREFIX), None) if name[:1].isupper() else None
     if isinstance(found, type) and issubclass(found, PreTrainedConfig):
         return upgraded_config_class(found)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
