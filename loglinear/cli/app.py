@@ -124,6 +124,7 @@ def tune(
         list[int] | None, option("16384", "Sequence length, one per range that you use; repeatable.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Number of sequences.")] = 1,
+    delta: Annotated[bool, typer.Option("--delta", help="Measure the kernels of the delta rule.")] = False,
     out: Annotated[Path | None, option("the table in your cache folder", "Table of plans to extend.")] = None,
 ) -> None:
     """Measure the GPU kernels for one shape and keep the fastest plan.
@@ -134,9 +135,10 @@ def tune(
 
     `loglinear tune --heads 24 --key-dim 128 --value-dim 64 --length 4096 --length 32768`
     """
-    from loglinear.cli.tune import run
+    from loglinear.cli.tune import Heads, run
 
-    run(heads, groups, key_dim, value_dim, dtype, length or [16384], batch, out)
+    operator = "delta_rule" if delta else "scalar_gate"
+    run(Heads(heads, groups, key_dim, value_dim, dtype, batch, operator), length or [16384], out)
 
 
 @app.command()

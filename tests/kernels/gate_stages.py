@@ -121,8 +121,8 @@ def torch_stages(case: Case, x: dict[str, Tensor], dtype: torch.dtype) -> dict[s
 def triton_stages(case: Case, x: dict[str, Tensor]) -> dict[str, Tensor]:
     """The results of the kernels' stages, in the order in which they run."""
     from loglinear.kernels.triton.args import Planes, Rows, Slab
-    from loglinear.kernels.triton.config import default_plan
     from loglinear.kernels.triton.inputs import Operands, Sequences
+    from loglinear.kernels.triton.launches import Kind, default_plan
     from loglinear.kernels.triton.scalar_gate.backward import chunk_state_backward as state_gifts_backward
     from loglinear.kernels.triton.scalar_gate.backward import decay_backward, down_sweep, state_backward
     from loglinear.kernels.triton.scalar_gate.backward import in_chunk_backward as inside_backward
@@ -130,7 +130,8 @@ def triton_stages(case: Case, x: dict[str, Tensor]) -> dict[str, Tensor]:
     from loglinear.kernels.triton.scalar_gate.forward import build_states, inputs_of, output
 
     device, plan = x["q"].device, schedule(case)
-    forward, backward = (default_plan(d, case.K, case.V, case.dtype, case.C) for d in ("forward", "backward"))
+    kinds = [Kind("scalar_gate", direction, case.K, case.V, case.dtype) for direction in ("forward", "backward")]
+    forward, backward = (default_plan(kind, case.C) for kind in kinds)
     ends = None if case.ends is None else torch.tensor(case.ends, device=device)
     starts = torch.tensor(STARTS, device=device) if case.continued else None
     operands = Operands(x["q"], x["k"], x["v"], x["log_decay"], None, x["level_scales"], x.get("initial"))
@@ -148,7 +149,7 @@ def triton_stages(case: Case, x: dict[str, Tensor]) -> dict[str, Tensor]:
     def of_places(value: Tensor) -> Tensor:
         return torch.where(is_token, of_chunks(value), 0.0)
 
-    states = build_states(call, forward)
+    states = build_states(call)
     found = dict(up_sweep=of_chunks(states.slots), cumulative=of_chunks(states.cumulative) / LOG2_E)
     if case.L > 1:
         found |= dict(log_decay=of_chunks(states.log_decay) / LOG2_E)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loglinear.fenwick import block_cap
 from loglinear.kernels.triton.args import Math, Rows, Sizes
+from loglinear.kernels.triton.launches import Plan
 
 # The factors of the products, which are also the dtype of states, and their precision. float16 has the mantissa of tf32
 # but not the range that a sum over a long past needs, so its products are single tf32 products of float32 states
@@ -90,21 +91,25 @@ class Inputs:
     initial: Tensor | None
     sizes: Sizes
     scale: float
-    chunk_size: int
+    plan: Plan
     dtype: torch.dtype  # of the states
     math: Math
     layout: Any
 
     @classmethod
-    def of(cls, x: Operands, layout: Any, scale: float, chunk_size: int, products: torch.dtype) -> Any:
+    def of(cls, x: Operands, layout: Any, scale: float, plan: Plan, products: torch.dtype) -> Any:
         """`products` is one of DOT_TYPES."""
         H, L = x.level_scales.shape[2:]
-        sizes = Sizes(x.q.shape[1], layout.chunks_per_row, H, H // x.q.shape[2], L, block_cap(L, chunk_size))
+        sizes = Sizes(x.q.shape[1], layout.chunks_per_row, H, H // x.q.shape[2], L, block_cap(L, plan.chunk_size))
         dtype, math = DOT_TYPES[products]
         q, k, v, level_scales = (Rows.of(in_rows(y)) for y in (x.q, x.k, x.v, x.level_scales))
         log_decay, beta = Rows.of(x.log_decay), None if x.beta is None else Rows.of(x.beta)
         initial = None if x.initial is None else x.initial.to(dtype).contiguous()
-        return cls(q, k, v, log_decay, beta, level_scales, initial, sizes, scale, chunk_size, dtype, math, layout)
+        return cls(q, k, v, log_decay, beta, level_scales, initial, sizes, scale, plan, dtype, math, layout)
+
+    @property
+    def chunk_size(self) -> int:
+        return self.plan.chunk_size
 
     @property
     def heads(self) -> int:

@@ -39,7 +39,7 @@ def chunkwise(
     family, operands = _family(beta), Operands(q, k, v, log_decay, beta, level_scales, initial)
     plan = family.plan_of("forward", operands, chunk_size or None)
     x = family.inputs_of(operands, Sequences(cu_seqlens, starts, final), scale, plan)
-    output, *others = family.forward(x, plan, final=final)
+    output, *others = family.forward(x, final=final)
     blocks, inverse, cumulative = (x.empty(0) if y is None else y for y in others)
     return output, blocks, inverse, cumulative
 

@@ -10,9 +10,10 @@ step.py:     one token.
 from loglinear.kernels.triton.delta_rule.backward import gradients
 from loglinear.kernels.triton.delta_rule.forward import forward, inputs_of, plan_of
 from loglinear.kernels.triton.delta_rule.layout import count_chunks
-from loglinear.kernels.triton.delta_rule.products import choose_chunk_size, state_dtype
+from loglinear.kernels.triton.delta_rule.products import choose_chunk_size, products_of, state_dtype
 from loglinear.kernels.triton.delta_rule.step import step_kernel
 
 __all__ = [
-    "choose_chunk_size", "count_chunks", "forward", "gradients", "inputs_of", "plan_of", "state_dtype", "step_kernel",
+    "choose_chunk_size", "count_chunks", "forward", "gradients", "inputs_of", "plan_of", "products_of", "state_dtype",
+    "step_kernel",
 ]  # fmt: skip

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from loglinear.fenwick import block_cap
 from loglinear.kernels.triton.args import Rows, Slab
-from loglinear.kernels.triton.config import Plan
 from loglinear.kernels.triton.delta_rule.carry_in_backward import carry_in_backward
 from loglinear.kernels.triton.delta_rule.decay_backward import decay_backward
 from loglinear.kernels.triton.delta_rule.final_blocks import final_blocks_backward
@@ -34,6 +33,7 @@ from loglinear.kernels.triton.delta_rule.states import (
 from loglinear.kernels.triton.delta_rule.walk_backward import walk_backward
 from loglinear.kernels.triton.delta_rule.writes_backward import writes_backward
 from loglinear.kernels.triton.inputs import Operands, Outgoing, Sequences, in_rows, like, slabs
+from loglinear.kernels.triton.launches import Plan
 
 SLAB_BYTES = 2 << 30  # of the arrays of chunks that a backward holds at once, at least; for long inputs 1.5 times them
 

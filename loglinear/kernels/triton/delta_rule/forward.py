@@ -5,7 +5,6 @@ It saves its inputs, the inverses and the cumulative decays; the backward builds
 
 from __future__ import annotations
 
-from loglinear.kernels.triton.config import Plan
 from loglinear.kernels.triton.delta_rule.carry_in import carry_in
 from loglinear.kernels.triton.delta_rule.chunk_inverse import chunk_inverse
 from loglinear.kernels.triton.delta_rule.chunk_state import chunk_state
@@ -16,17 +15,18 @@ from loglinear.kernels.triton.delta_rule.products import choose_chunk_size, prod
 from loglinear.kernels.triton.delta_rule.run_scan import run_scan
 from loglinear.kernels.triton.delta_rule.states import Entries, Inputs, Saved, TierStates
 from loglinear.kernels.triton.inputs import Operands, Results, Sequences
+from loglinear.kernels.triton.launches import Kind, Plan, choose
 
 
 def plan_of(direction: str, x: Operands, chunk_size: int | None) -> Plan:
-    """The plan of a call: its chunk size, which a state prescribes. `Tiling` has the launches of the stages."""
-    return Plan(choose_chunk_size(x.q, x.k, x.v, chunk_size or 0), {})
+    """The plan of a call; a state prescribes its chunk size, else the dtype of the products."""
+    kind = Kind("delta_rule", direction, x.q.shape[3], x.v.shape[3], products_of(x.q, x.k, x.v))
+    return choose(kind, x.q.shape[1], x.v.device, choose_chunk_size(x.q, x.k, x.v, chunk_size or 0))
 
 
 def inputs_of(x: Operands, sequences: Sequences, scale: float, plan: Plan) -> Inputs:
-    (rows, tokens), C = x.q.shape[:2], plan.chunk_size
-    y = layout(rows, tokens, C, x.level_scales.shape[3], *sequences)
-    return Inputs.of(x, y, scale, C, products_of(x.q, x.k, x.v))
+    y = layout(*x.q.shape[:2], plan.chunk_size, x.level_scales.shape[3], *sequences)
+    return Inputs.of(x, y, scale, plan, products_of(x.q, x.k, x.v))
 
 
 def build_tree(x: Inputs, saved: Saved) -> list[TierStates]:
@@ -47,7 +47,7 @@ def build_tree(x: Inputs, saved: Saved) -> list[TierStates]:
     return tree
 
 
-def forward(x: Inputs, plan: Plan, *, final: bool) -> Results:
+def forward(x: Inputs, *, final: bool) -> Results:
     """The output [B,T,H,V], with `final` also the blocks [N,M,H,K,V] that each sequence leaves, and what is saved."""
     saved = chunk_inverse(x)  # 1. each chunk's inverse
     chunks = build_tree(x, saved)[0].past

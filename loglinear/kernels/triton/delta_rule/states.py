@@ -133,7 +133,7 @@ class Inputs(inputs.Inputs):
 
     @cached_property
     def tiling(self) -> Tiling:
-        return Tiling(self.key_dim, self.value_dim, self.chunk_size, self.dtype)
+        return Tiling(self.key_dim, self.value_dim, self.plan)
 
     @property
     def log_chunk(self) -> int:

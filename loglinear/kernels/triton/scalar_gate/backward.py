@@ -11,8 +11,8 @@ from torch import Tensor
 
 from loglinear.fenwick import log2
 from loglinear.kernels.triton.args import Planes, Rows, Slab
-from loglinear.kernels.triton.config import Plan
 from loglinear.kernels.triton.inputs import DOT_TYPES, Operands, Outgoing, Sequences, common_dtype, in_rows, like, slabs
+from loglinear.kernels.triton.launches import Plan
 from loglinear.kernels.triton.layout import READS
 from loglinear.kernels.triton.scalar_gate.chunk_state_backward import chunk_state_backward
 from loglinear.kernels.triton.scalar_gate.decay_backward import decay_backward
@@ -38,9 +38,7 @@ class Slabs(NamedTuple):
         return Slabs(*(x[:, :, h] for x in self))
 
 
-def backward(
-    x: Inputs, plan: Plan, outgoing: Outgoing, slabs: Slabs, *, partial: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def backward(x: Inputs, outgoing: Outgoing, slabs: Slabs, *, partial: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Write the gradients of these heads into `slabs`; return dq, dk and dinitial.
 
     With `partial` these are not all heads of their group: dq and dk are to be added up, in float32.
@@ -52,14 +50,14 @@ def backward(
         Planes.of(x.empty(x.splits, *y.data.shape, dtype=y.data.dtype if are_whole else torch.float32))
         for y in (x.q, x.k)
     )
-    states = build_states(x, plan)
-    inside = in_chunk_backward(x, states.cumulative, do, dv, dlevel_scales, plan["in_chunk_backward"])
-    reads = walk_backward(x, states, do, inside, dq, dlevel_scales, plan["walk_backward"])
-    dstates = state_backward(x, states, do, reads, plan["state_backward"])  # each slot gathers from its readers
+    states = build_states(x)
+    inside = in_chunk_backward(x, states.cumulative, do, dv, dlevel_scales, x.plan["in_chunk_backward"])
+    reads = walk_backward(x, states, do, inside, dq, dlevel_scales, x.plan["walk_backward"])
+    dstates = state_backward(x, states, do, reads, x.plan["state_backward"])  # each slot gathers from its readers
     if outgoing.dblocks is not None:
         final_blocks_backward(x, states, outgoing.dblocks, dstates)
-    dtotals = down_sweep(x, states, dstates, plan["down_sweep"])
-    dlog_state = chunk_state_backward(x, states, dstates, inside, dk, dv, plan["chunk_state_backward"])
+    dtotals = down_sweep(x, states, dstates, x.plan["down_sweep"])
+    dlog_state = chunk_state_backward(x, states, dstates, inside, dk, dv, x.plan["chunk_state_backward"])
     decay_backward(x, inside, reads, dlog_state, dtotals, dlog_decay)
     dq_sum, dk_sum = (y.data[0] if x.splits == 1 else y.data.sum(0) for y in (dq, dk))
     return dq_sum, dk_sum, dstates.initial
@@ -87,7 +85,7 @@ def gradients(x: Operands, sequences: Sequences, outgoing: Outgoing, scale: floa
     for h in parts:
         g = slice(h.start // R, (h.stop - 1) // R + 1)
         call = inputs_of(x.heads(h), sequences, scale, plan)
-        dq_h, dk_h, dinitial_h = backward(call, plan, outgoing.heads(h), views.heads(h), partial=partial)
+        dq_h, dk_h, dinitial_h = backward(call, outgoing.heads(h), views.heads(h), partial=partial)
         if len(parts) == 1:
             dq, dk = dq_h, dk_h
         elif h.start % R == 0:

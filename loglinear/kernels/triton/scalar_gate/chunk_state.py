@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.args import SIZES, Sizes
-from loglinear.kernels.triton.config import Launch
+from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.scalar_gate.states import Inputs, States
 from loglinear.kernels.triton.tiles import (
     LOG2_E,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loglinear.kernels.triton.args import SIZES, Planes, Sizes, Slab
 from loglinear.kernels.triton.compiler import identity, to_mma_layout
-from loglinear.kernels.triton.config import Launch
+from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.scalar_gate.states import Inputs, Inside, StateGradients, States
 from loglinear.kernels.triton.tiles import (
     load_rows,

@@ -6,8 +6,8 @@ It keeps nothing but its inputs: the backward builds the states again, which is 
 
 from __future__ import annotations
 
-from loglinear.kernels.triton.config import Plan, choose
 from loglinear.kernels.triton.inputs import Operands, Results, Sequences, common_dtype
+from loglinear.kernels.triton.launches import Kind, Plan, choose
 from loglinear.kernels.triton.layout import layout
 from loglinear.kernels.triton.scalar_gate.chunk_state import chunk_state
 from loglinear.kernels.triton.scalar_gate.final_blocks import final_blocks
@@ -18,24 +18,23 @@ from loglinear.kernels.triton.scalar_gate.sweep import up_sweep
 
 def plan_of(direction: str, x: Operands, chunk_size: int | None) -> Plan:
     """The plan of a call; a state prescribes its chunk size."""
-    (tokens, _, K), V = x.q.shape[1:], x.v.shape[3]
-    return choose(direction, K, V, common_dtype(x.q, x.k, x.v), tokens, x.v.device, chunk_size)
+    kind = Kind("scalar_gate", direction, x.q.shape[3], x.v.shape[3], common_dtype(x.q, x.k, x.v))
+    return choose(kind, x.q.shape[1], x.v.device, chunk_size)
 
 
 def inputs_of(x: Operands, sequences: Sequences, scale: float, plan: Plan) -> Inputs:
-    (rows, tokens), C = x.q.shape[:2], plan.chunk_size
-    y = layout(rows, tokens, C, x.level_scales.shape[3], sequences.cu_seqlens, sequences.starts)
-    return Inputs.of(x, y, scale, C, common_dtype(x.q, x.k, x.v))
+    y = layout(*x.q.shape[:2], plan.chunk_size, x.level_scales.shape[3], sequences.cu_seqlens, sequences.starts)
+    return Inputs.of(x, y, scale, plan, common_dtype(x.q, x.k, x.v))
 
 
-def build_states(x: Inputs, plan: Plan) -> States:
-    states = chunk_state(x, plan["chunk_state"])  # 1. each chunk's own state
-    up_sweep(x, states, plan["up_sweep"])  # 2. merged, in place, into the Fenwick array
+def build_states(x: Inputs) -> States:
+    states = chunk_state(x, x.plan["chunk_state"])  # 1. each chunk's own state
+    up_sweep(x, states, x.plan["up_sweep"])  # 2. merged, in place, into the Fenwick array
     return states
 
 
-def forward(x: Inputs, plan: Plan, *, final: bool) -> Results:
+def forward(x: Inputs, *, final: bool) -> Results:
     """The output [B,T,H,V]; with `final` also the blocks [N,M,H,K,V] that each sequence leaves."""
-    states = build_states(x, plan)
-    out = output(x, states, plan["output"])  # 3. inside the chunk, and 4. the walk over its past
+    states = build_states(x)
+    out = output(x, states, x.plan["output"])  # 3. inside the chunk, and 4. the walk over its past
     return Results(out, final_blocks(x, states) if final else None)

@@ -14,7 +14,7 @@ from torch import Tensor
 from loglinear.fenwick import log2
 from loglinear.kernels.triton.args import SIZES, Planes, Rows, Sizes, Slab
 from loglinear.kernels.triton.compiler import fresh_arange, fresh_zeros
-from loglinear.kernels.triton.config import Launch
+from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.levels import (
     by_level,
     far_classes,

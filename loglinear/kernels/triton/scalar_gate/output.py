@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loglinear.kernels.triton.args import SIZES, Sizes
 from loglinear.kernels.triton.compiler import prefetched
-from loglinear.kernels.triton.config import Launch
+from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.levels import far_classes, load_class_scales, load_scale, near_classes, spread_scales
 from loglinear.kernels.triton.scalar_gate.states import Inputs, States
 from loglinear.kernels.triton.tiles import head_program, load_rows, load_state, locate, part_of, rows_at, store_rows

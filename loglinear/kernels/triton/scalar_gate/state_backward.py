@@ -15,7 +15,7 @@ import triton.language as tl
 
 from loglinear.kernels.triton.args import SIZES, Chunk, Rows, Sizes
 from loglinear.kernels.triton.compiler import prefetched
-from loglinear.kernels.triton.config import Launch
+from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.scalar_gate.states import ELEMENTS, Inputs, Reads, StateGradients, States
 from loglinear.kernels.triton.tiles import (

@@ -13,7 +13,7 @@ from torch import Tensor
 from loglinear.fenwick import log2
 from loglinear.kernels.triton import inputs
 from loglinear.kernels.triton.args import Planes
-from loglinear.kernels.triton.config import Launch
+from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.layout import Layout
 
 ROWS = 64  # tokens of a chunk that one program takes at most, where it holds all pairs of them
@@ -96,13 +96,13 @@ class Inputs(inputs.Inputs):
         return dict(K=K, V=V, C=self.chunk_size, BK=BK, BV=BV, MATH=self.math, **launch.options)
 
     def value_tile(self, launch: Launch) -> int:
-        return min(launch.tile, max(16, triton.next_power_of_2(self.value_dim)))
+        return min(launch.value_tile, max(16, triton.next_power_of_2(self.value_dim)))
 
     def value_tiles(self, launch: Launch) -> int:
         return triton.cdiv(self.value_dim, self.value_tile(launch))
 
     def sweep_parts(self, launch: Launch) -> int:
-        return triton.cdiv(self.state_size, launch.tile * SWEEP_STEPS)
+        return triton.cdiv(self.state_size, launch.value_tile * SWEEP_STEPS)
 
     @property
     def log_chunk(self) -> int:

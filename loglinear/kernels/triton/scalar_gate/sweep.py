@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.args import SIZES, Place, Sizes
-from loglinear.kernels.triton.config import Launch
+from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.scalar_gate.states import SWEEP_STEPS, Inputs, StateGradients, States, Totals
 from loglinear.kernels.triton.tiles import RUN, TIER, dot_float32, exponent, head_program, locate_run
 from loglinear.kernels.triton.walks import initial_row
@@ -141,7 +141,7 @@ def up_sweep(x: Inputs, states: States, launch: Launch) -> None:
     for tier, runs in enumerate(x.layout.runs):
         up_sweep_kernel[(runs * x.heads * x.sweep_parts(launch),)](
             states, states.totals[tier], states.totals[tier + 1], x.layout.run_tables[tier], *x.sizes, tier,
-            SIZE=x.state_size, E=launch.tile, STEPS=SWEEP_STEPS, MATH=x.math, **launch.options,
+            SIZE=x.state_size, E=launch.value_tile, STEPS=SWEEP_STEPS, MATH=x.math, **launch.options,
         )  # fmt: skip
 
 
@@ -154,6 +154,6 @@ def down_sweep(x: Inputs, states: States, dstates: StateGradients, launch: Launc
         is_top = int(tier == len(runs) - 1)
         down_sweep_kernel[(runs[tier] * x.heads * parts,)](
             states, dstates, states.totals[tier], strided, x.layout.run_tables[tier], *x.sizes, tier, is_top,
-            SIZE=x.state_size, E=launch.tile, STEPS=SWEEP_STEPS, MATH=x.math, **launch.options,
+            SIZE=x.state_size, E=launch.value_tile, STEPS=SWEEP_STEPS, MATH=x.math, **launch.options,
         )  # fmt: skip
     return strided

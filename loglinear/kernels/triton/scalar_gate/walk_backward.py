@@ -12,7 +12,7 @@ import triton.language as tl
 
 from loglinear.kernels.triton.args import SIZES, Planes, Rows, Sizes, Slab
 from loglinear.kernels.triton.compiler import fresh_arange, identity, opaque_zero, prefetched, to_mma_layout
-from loglinear.kernels.triton.config import Launch
+from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.layout import READS as NUM_READS
 from loglinear.kernels.triton.levels import column_of, load_read_scales, load_scale, scales_product
 from loglinear.kernels.triton.scalar_gate.states import Inputs, Inside, Reads, States
