@@ -65,6 +65,7 @@ def sample(
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         return_dict_in_generate=True,
         streamer=streamer,
+        use_cache=True,  # the Trainer of transformers writes False into the configuration that it trains
     )
     seconds = time.perf_counter() - began
     return Sample(
@@ -76,7 +77,9 @@ def sample(
 
 
 def cache_bytes(cache: Any) -> int:
-    """Return the bytes of all states, keys and values of a cache, ours or that of an upgraded model."""
+    """Return the bytes of all states, keys and values of a cache, ours or that of an upgraded model; 0 for None."""
+    if cache is None:
+        return 0
     if hasattr(cache, "nbytes"):
         return cache.nbytes
     total = 0

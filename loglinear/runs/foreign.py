@@ -10,6 +10,8 @@ from inspect import get_annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig, PreTrainedConfig
+
 from loglinear.models import LogLinearConfig
 from loglinear.runs.json_files import fits, read_object, type_name
 
@@ -60,6 +62,17 @@ def check_settings(checkpoint: Path) -> None:
     for name in read_object(file) if file.is_file() else ():
         if name not in GENERATION:
             raise ValueError(f"{file}: {name} is not a setting that loglinear writes, so the folder is not loaded")
+
+
+def generation_settings(config: PreTrainedConfig) -> GenerationConfig:
+    """Return the settings of generation that follow from a configuration, with a cache.
+
+    The Trainer of transformers writes use_cache=False into the configuration that it trains, and save_pretrained keeps
+    it. Without a cache every new token would cost a pass over the whole sequence.
+    """
+    settings = GenerationConfig.from_model_config(config)
+    settings.use_cache = True
+    return settings
 
 
 def weight_files(checkpoint: Path) -> list[Path]:

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from loglinear.data.tokenizer import load_tokenizer
 from loglinear.layers.former_names import current_name
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.runs.checkpoints import note_unlisted, resolve
-from loglinear.runs.foreign import check_settings, read_config, weight_files
+from loglinear.runs.foreign import check_settings, generation_settings, read_config, weight_files
 from loglinear.runs.upgraded import is_upgraded, load_upgraded
 
 
@@ -56,7 +56,7 @@ def _load_model(checkpoint: Path, device: str | torch.device) -> Any:
         model = LogLinearForCausalLM.from_pretrained(
             checkpoint,
             config=config,
-            generation_config=GenerationConfig.from_model_config(config),
+            generation_config=generation_settings(config),
             device_map={"": torch.device(device)},
             use_safetensors=True,
             local_files_only=True,

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from loglinear.autoload.configuration import UpgradeConfig
-from loglinear.runs.foreign import check_settings, weight_files
+from loglinear.runs.foreign import check_settings, generation_settings, weight_files
 from loglinear.runs.json_files import read_object
 from loglinear.upgrades.checkpoint import config_from
 
@@ -51,7 +51,7 @@ def load_upgraded(checkpoint: Path, device: str | torch.device) -> PreTrainedMod
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint,
             config=config,
-            generation_config=GenerationConfig.from_model_config(config),
+            generation_config=generation_settings(config),
             device_map={"": torch.device(device)},
             use_safetensors=True,
             local_files_only=True,
