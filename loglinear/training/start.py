@@ -32,8 +32,15 @@ def starting_config(recipe: TrainingRecipe) -> LogLinearConfig:
 
 
 def starting_model(recipe: TrainingRecipe, config: LogLinearConfig) -> Any:
-    """Return the model that a run trains."""
-    return LogLinearForCausalLM(config) if recipe.start is None else load_model(recipe.start)
+    """Return the model that a run trains; in float32 if all parameters of a 16-bit model are trained.
+
+    In 16 bits a step of the optimiser that is small beside its weight rounds to nothing.
+    """
+    if recipe.start is None:
+        return LogLinearForCausalLM(config)
+    model = load_model(recipe.start)
+    is_free = all(parameter.requires_grad for parameter in model.parameters())
+    return model.float() if is_free and model.dtype.itemsize < 4 else model
 
 
 def prepare_to_resume(checkpoint: Path, recipe: TrainingRecipe, model: Any) -> None:

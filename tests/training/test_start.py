@@ -47,6 +47,21 @@ def test_a_run_that_trains_all_parameters_resumes(family, data, tmp_path):
     assert_same_run(tmp_path / "resumed", tmp_path / "whole")
 
 
+def test_all_parameters_of_a_sixteen_bit_folder_take_small_steps(data, tmp_path):
+    """In 16 bits a step that is small beside its weight rounds to nothing."""
+    model = upgraded(original("mamba2", torch.bfloat16, vocab_size=264), freeze=False)
+    model.save_pretrained(tmp_path / "start")
+    ByteTokenizer().save_pretrained(tmp_path / "start")
+    recipe = tiny_recipe(data, start=str(tmp_path / "start"), steps=4, eval_every=2, learning_rate=1e-4)
+    train(recipe, tmp_path / "whole", progress=False)
+    after = load_model(tmp_path / "whole")
+    assert all((p != after.get_parameter(name)).any() for name, p in model.named_parameters())
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/checkpoint-4")
+    train(recipe, tmp_path / "resumed", resume=True, progress=False)
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+
 def test_the_command_trains_a_folder(data, tmp_path, capsys):
     start, out = folder("qwen3_5", tmp_path / "start"), tmp_path / "out"
 
