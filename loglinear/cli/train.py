@@ -67,5 +67,8 @@ def _recipe(out: Path, name: str | None, resume: bool, overrides: dict[str, Any]
                 raise ValueError(
                     f"--{field.replace('_', '-')} and --model exclude each other: the folder has its model"
                 )
+        from loglinear.runs.checkpoints import resolve
+
+        overrides["start"] = str(resolve(overrides["start"]))  # of a run, its last checkpoint, where the tokenizer is
         overrides["tokenizer"] = overrides.get("tokenizer") or overrides["start"]
     return recipe.override(**overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def run(path: Path, out: Path, options: dict[str, Any]) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"no model could be loaded from {path}: {str(error).splitlines()[0]}") from error
     report = upgrade(model, **options)
-    write(model, path, out)
+    for note in write(model, path, out):
+        print(f"note: {note}", file=sys.stderr)
     rows = [
         ["log-linear layers", f"{len(report.layers):,} ({', '.join(sorted(set(report.layers.values())))})"],
         ["other layers", f"{report.kept:,}"],

@@ -51,5 +51,5 @@ def convert(path: Path | str, out: Path | str, *, source: str, **levels: Any) ->
     tensors.check_all_taken()
     config = configuration(converted.fields, levels)
     model = build(config, converted)
-    write(model, path, out)
-    return Conversion(config, str(model.dtype).removeprefix("torch."), converted.notes)
+    notes = [*converted.notes, *write(model, path, out)]
+    return Conversion(config, str(model.dtype).removeprefix("torch."), notes)

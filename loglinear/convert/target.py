@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from loglinear.data.tokenizer import has_vocabulary
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.runs.files import sync, writing
 from loglinear.runs.json_files import read_object, write_object
@@ -92,11 +93,11 @@ def build(config: LogLinearConfig, converted: Converted) -> LogLinearForCausalLM
     return model.eval()
 
 
-def write(model: PreTrainedModel, source: Path, out: Path) -> None:
+def write(model: PreTrainedModel, source: Path, out: Path) -> list[str]:
     """Write a checkpoint with a manifest, and the source's tokenizer if it has one, into a new folder.
 
-    The folder appears when everything is on the disk. Raises OSError, in one line, if the disk refuses; then nothing
-    is left.
+    The folder appears when everything is on the disk. Return notes for the user: one if the source has no tokenizer.
+    Raises OSError, in one line, if the disk refuses; then nothing is left.
     """
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +114,9 @@ def write(model: PreTrainedModel, source: Path, out: Path) -> None:
             sync(out.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+    if has_vocabulary(out):
+        return []
+    return [f"{source} has no tokenizer files: copy tokenizer.json and tokenizer_config.json into {out}"]
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

@@ -16,13 +16,17 @@ from loglinear.models import ByteTokenizer
 TOGETHER = 1 << 22  # characters that a tokenizer takes at once; its output for them takes a hundred megabytes
 Ranges = Sequence[tuple[int, int]]  # of a text's characters
 BYTES = "bytes"  # the name of the built-in tokenizer
+# Files of which each holds a vocabulary.
+VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json"),
+    *("spiece.model", "sentencepiece.bpe.model"),
+)
 
 
 def load_tokenizer(name: str | Path, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
     """Return the built-in tokenizer for `"bytes"`, otherwise the tokenizer in a folder, for example a checkpoint.
 
-    Raises ValueError if there is no tokenizer, if it has no end-of-sequence token, or if it has more tokens than
-    `vocab_size`, that of the model.
+    Raises ValueError if there is no tokenizer, or if it has more tokens than `vocab_size`, that of the model.
     """
     tokenizer = ByteTokenizer() if name == BYTES else _load_folder(name)
     if vocab_size is not None and len(tokenizer) > vocab_size:
@@ -30,19 +34,34 @@ def load_tokenizer(name: str | Path, vocab_size: int | None = None) -> PreTraine
     return tokenizer
 
 
+def has_vocabulary(folder: Path, names: Iterable[str] = ()) -> bool:
+    """Return True if a folder holds a tokenizer's vocabulary, in a usual file or in one of these names."""
+    return any((folder / name).is_file() for name in (*VOCABULARIES, *names))
+
+
 def _load_folder(name: str | Path) -> PreTrainedTokenizerBase:
     if not Path(name).is_dir():
         raise ValueError(f"tokenizer must be 'bytes' or the folder of a Hugging Face tokenizer, got {str(name)!r}")
+    missing = f"{name} has no tokenizer files: copy tokenizer.json and tokenizer_config.json into it"
+    found = has_vocabulary(Path(name))
+    if not found and not (Path(name) / "tokenizer_config.json").is_file():
+        raise ValueError(missing)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many types: all mean that there is no tokenizer
+        if not found:
+            raise ValueError(missing) from error
         raise ValueError(f"no tokenizer could be loaded from {name}: {type(error).__name__}: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"{name} holds a {type(tokenizer).__name__}, expected a tokenizer of text")
     if isinstance(tokenizer, ByteTokenizer):
+        if not found:
+            raise ValueError(missing)
         _check_bytes(Path(name), tokenizer)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {name} has no end-of-sequence token, which separates documents")
+    # Some classes of transformers are made without their files, and then know no words. Some need none.
+    needed = tokenizer.vocab_files_names.values()
+    if needed and not has_vocabulary(Path(name), needed):
+        raise ValueError(missing)
     return tokenizer
 
 
@@ -52,9 +71,7 @@ def _check_bytes(folder: Path, tokenizer: ByteTokenizer) -> None:
     transformers takes it for every checkpoint of ours whose tokenizer names no class that it knows.
     """
     file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} holds no tokenizer: tokenizer.json is missing")
-    model = json.loads(file.read_bytes()).get("model", {})
+    model = json.loads(file.read_bytes()).get("model", {}) if file.is_file() else {}
     if model.get("vocab") != json.loads(tokenizer.backend_tokenizer.to_str())["model"]["vocab"]:
         raise ValueError(
             f"{folder} holds another vocabulary than bytes, but tokenizer_config.json names no known class"
@@ -64,6 +81,12 @@ def _check_bytes(folder: Path, tokenizer: ByteTokenizer) -> None:
 def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens before a document's text: the beginning-of-sequence token, if there is one."""
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    """Return the ids of the beginning of a document: beginning-of-sequence token (if there is one) and text."""
+    body = _ids(tokenizer, text, None)
+    return np.concatenate([np.asarray(first_tokens(tokenizer), body.dtype), body])
 
 
 def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
@@ -79,8 +102,14 @@ def encode_documents(
 
     A fast tokenizer of transformers takes many texts at once on all cores. Texts are read only as they are needed.
 
-    Raises ValueError for ranges with a slow tokenizer, which does not tell where its tokens begin.
+    Raises ValueError for a tokenizer without an end-of-sequence token. Raises it also for ranges with a slow tokenizer,
+    which does not tell where its tokens begin.
     """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path} has no end-of-sequence token, which separates documents: "
+            "name its eos_token in tokenizer_config.json"
+        )
     batch: list[tuple[str, Ranges | None]] = []
     size = 0
     for document in documents:

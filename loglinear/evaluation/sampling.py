@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from loglinear.data.tokenizer import encode_document
+from loglinear.data.tokenizer import encode_prompt
 
 GREEDY = 1e-6  # a lower temperature mixes only logits within a rounding error, and then overflows
 HOTTEST = 100.0  # the temperature at which all tokens are nearly equally likely
@@ -49,7 +49,7 @@ def sample(
     tokenizer has no beginning-of-sequence token.
     """
     check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    ids = torch.from_numpy(encode_document(tokenizer, prompt)[None, :-1].astype(np.int64)).to(model.device)
+    ids = torch.from_numpy(encode_prompt(tokenizer, prompt)[None].astype(np.int64)).to(model.device)
     prompt_tokens = ids.shape[1]
     if prompt_tokens == 0:
         raise ValueError("the prompt is empty, and this tokenizer has no token to begin with")

@@ -73,7 +73,7 @@ MISTAKES = {
     f"{GENERATE} {{bad}}/truncated": "model.safetensors is truncated",
     f"{GENERATE} {{bad}}/mixed": "holds the weights of another model",
     f"{GENERATE} {{bad}}/small": "has 259 tokens, the model's vocab_size is 50",
-    f"{GENERATE} {{bad}}/other": "holds no tokenizer: tokenizer.json is missing",
+    f"{GENERATE} {{bad}}/other": "has no tokenizer files: copy tokenizer.json",
     "info --model {bad}/nothing": "no checkpoint at",
     "eval perplexity --model {run} --data {bad}/nothing --out {out}": "is neither a file",
     "eval perplexity --model {bad}/small --data {text} --out {out}": "has 259 tokens, the model's vocab_size is 50",

@@ -9,7 +9,8 @@ from loglinear.evaluation import sample
 from loglinear.evaluation.sampling import cache_bytes
 from loglinear.models import ByteTokenizer, LogLinearForCausalLM
 from loglinear.runs.loading import load_checkpoint
-from tests.cli.command_line import in_process
+from tests.cli.command_line import assert_one_line, in_process
+from tests.data.test_tokenizer import words_without_end
 from tests.training.tiny import tiny_recipe
 from tests.upgrades.tiny import original, upgraded
 
@@ -74,3 +75,29 @@ def test_info_and_perplexity_take_it(capsys, trained, tmp_path):
     data = ["--data", tmp_path / "text.txt", "--out", tmp_path / "eval", "--length", 64]
     code, out, errors = in_process(capsys, "eval", "perplexity", "--model", folder, *data)
     assert code == 0 and "bits per byte" in out, errors
+
+
+def test_generate_and_serve_need_no_end_of_sequence(capsys, trained, tmp_path):
+    from fastapi.testclient import TestClient
+
+    from loglinear.cli.serving.app import application
+    from loglinear.cli.serving.turns import Limits
+
+    trained[0].save_pretrained(tmp_path)
+    words_without_end(tmp_path)
+    arguments = ["--model", tmp_path, "--prompt", "a b", "--temperature", 0, "--max-new-tokens", 5]
+    code, out, errors = in_process(capsys, "generate", *arguments)
+    assert code == 0 and out.startswith("a b") and "5 tokens" in errors, errors
+    model, tokenizer = load_checkpoint(tmp_path)
+    prepare(model, tokenizer)
+    with TestClient(application("tiny", model, tokenizer, Limits(tokens=32, prompt_tokens=99, seconds=60))) as client:
+        answer = client.post("/v1/completions", json={"model": "tiny", "prompt": "a b", "max_tokens": 5})
+    assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 5
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = ["--model", tmp_path, "--data", tmp_path / "text.txt", "--out", tmp_path / "eval", "--length", 64]
+    assert_one_line(last_line(in_process(capsys, "eval", "perplexity", *arguments)), "has no end-of-sequence token")
+
+
+def last_line(result):
+    code, out, errors = result
+    return code, out, errors.splitlines()[-1] + "\n"

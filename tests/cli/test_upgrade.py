@@ -59,6 +59,17 @@ def test_upgrade_writes_a_folder_with_the_same_logits(capsys, folder, tmp_path):
     assert loaded.config.loglinear_upgrade["num_levels"] == 7 and loglinear.new_parameters(loaded)
     right = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
     assert torch.allclose(loaded(ids).logits, right, atol=1e-4 * right.abs().max().item())
+    assert "note:" not in errors
+
+
+def test_a_folder_without_a_tokenizer_is_upgraded_with_a_note(capsys, folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    code, _, errors = in_process(capsys, "upgrade", "--model", tmp_path, "--out", tmp_path / "new")
+    files = "tokenizer.json and tokenizer_config.json"
+    assert code == 0 and errors == f"note: {tmp_path} has no tokenizer files: copy {files} into {tmp_path / 'new'}\n"
+    result = in_process(capsys, "generate", "--model", tmp_path / "new", "--prompt", "a")
+    assert_one_line(result, f"{tmp_path / 'new'} has no tokenizer files: copy {files} into it")
 
 
 def test_the_commands_take_an_upgraded_folder(capsys, folders, tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 import loglinear
 from loglinear.models import ByteTokenizer
+from loglinear.runs.folder import run_recipe
 from loglinear.runs.loading import load_model
 from loglinear.training.train import train
 from tests.cli.command_line import assert_one_line, in_process
@@ -64,6 +65,7 @@ def test_all_parameters_of_a_sixteen_bit_folder_take_small_steps(data, tmp_path)
 
 def test_the_command_trains_a_folder(data, tmp_path, capsys):
     start, out = folder("qwen3_5", tmp_path / "start"), tmp_path / "out"
+    capsys.readouterr()  # transformers' progress bar
 
     def run(*options):
         sizes = ["--steps", 2, "--seq-len", 32, "--batch-tokens", 64, "--eval-every", 2, "--save-every", 2]
@@ -79,6 +81,10 @@ def test_the_command_trains_a_folder(data, tmp_path, capsys):
     assert loglinear.new_parameters(load_model(out))
     code, _, errors = in_process(capsys, "train", "--resume", "--out", out)
     assert code == 0 and "had finished" in errors
+    code, _, errors = run("--model", out, "--out", tmp_path / "further")  # a run, whose last checkpoint has it all
+    assert code == 0, errors
+    recipe = run_recipe(tmp_path / "further")
+    assert recipe.start == recipe.tokenizer == str(out / "checkpoint-2")
 
 
 def test_a_folder_of_another_model_is_refused(whole, data, tmp_path):
