@@ -29,11 +29,17 @@ def run(path: Path, out: Path, options: dict[str, Any]) -> None:
     logging.set_verbosity_error()
     try:
         with without_bars():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path, use_safetensors=True, local_files_only=True, trust_remote_code=False
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
     except (ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"no model could be loaded from {path}: {str(error).splitlines()[0]}") from error
+    model, found = loaded
+    if found["missing_keys"]:  # transformers has drawn these weights at random
+        raise ValueError(f"{path} lacks a weight of {type(model).__name__}: {sorted(found['missing_keys'])[0]}")
+    if found["unexpected_keys"]:
+        name = sorted(found["unexpected_keys"])[0]
+        print(f"note: {type(model).__name__} has no place for {name}, so it is left out", file=sys.stderr)
     report = upgrade(model, **options)
     for note in write(model, path, out):
         print(f"note: {note}", file=sys.stderr)

@@ -1,10 +1,12 @@
 """`loglinear upgrade`, and the commands that take an upgraded folder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import loglinear
@@ -70,6 +72,22 @@ def test_a_folder_without_a_tokenizer_is_upgraded_with_a_note(capsys, folder, tm
     assert code == 0 and errors == f"note: {tmp_path} has no tokenizer files: copy {files} into {tmp_path / 'new'}\n"
     result = in_process(capsys, "generate", "--model", tmp_path / "new", "--prompt", "a")
     assert_one_line(result, f"{tmp_path / 'new'} has no tokenizer files: copy {files} into it")
+
+
+def test_upgrade_refuses_a_folder_that_lacks_a_weight_and_names_one_too_many(capsys, folder, tmp_path):
+    weights, name = load_file(folder / "model.safetensors"), "model.layers.0.linear_attn.A_log"
+    for path, changed in (
+        ("few", {n: w for n, w in weights.items() if n != name}),
+        ("many", {**weights, "x": torch.zeros(1)}),
+    ):
+        shutil.copytree(folder, tmp_path / path)
+        save_file(changed, tmp_path / path / "model.safetensors", metadata={"format": "pt"})
+    few, many = (
+        in_process(capsys, "upgrade", "--model", tmp_path / path, "--out", tmp_path / "new", "--num-levels", 7)
+        for path in ("few", "many")
+    )
+    assert_one_line(few, f"lacks a weight of Qwen3_5ForCausalLM: {name}")
+    assert many[0] == 0 and "note: Qwen3_5ForCausalLM has no place for x, so it is left out" in many[2]
 
 
 def test_the_commands_take_an_upgraded_folder(capsys, folders, tmp_path):
