@@ -27,7 +27,7 @@ def in_subprocess(*arguments):
 
 
 def assert_one_line(result, message):
-    """How every mistake of a user's ends: exit code 2 and one line that names it."""
+    """Every mistake of a user's ends with exit code 2 and one line that names it."""
     code, out, errors = result
     assert code == 2, errors
     assert message in errors and errors.count("\n") == 1 and errors.startswith("error: ")

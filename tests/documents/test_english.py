@@ -9,22 +9,7 @@ from tests.documents.pages import PAGES, ROOT, inline, prose
 
 SENTENCES = ("What", "Of", "That", "Whether", "Those")
 DOCSTRINGS = ("What", "Whether", "Of", "Which", "Where", "How")
-ROOMS = (
-    "ops",
-    "layers",
-    "models",
-    "variants",
-    "data",
-    "runs",
-    "training",
-    "evaluation",
-    "recipes",
-    "convert",
-    "upgrades",
-    "autoload",
-    "cli",
-)
-FOLDERS = (*(f"loglinear/{room}" for room in ROOMS), "benchmarks", "experiments", "examples")
+FOLDERS = ("loglinear", "benchmarks", "experiments", "examples", "tests")
 READ = [page for page in PAGES if page == "README.md" or page.startswith("docs/") and "lab-notes" not in page]
 
 

@@ -1,4 +1,4 @@
-"""Which files make which documents, on small trees."""
+"""The documents of small trees of files."""
 
 import gzip
 import io

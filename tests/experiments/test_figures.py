@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parents[2] / "results"
 
 
 def result(evaluation, tokens=5e6, device="a GPU"):
-    """What a driver writes, as far as it is drawn."""
+    """The part of a driver's file that is drawn."""
     training = {"tokens": tokens, "tokens_per_second": 1234.5, "minutes": 7.25, "peak_bytes": 3 * 2**30}
     return {
         "seed": 0,

@@ -34,7 +34,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory, data):
-    """What `run` writes of a tiny model that it trained in three calls."""
+    """The files of `run` for a tiny model that it trained in three calls."""
     folder = tmp_path_factory.mktemp("runs")
     call = {"kind": "capped", "out": folder / "run", "data": data, "results": folder / "results"}
     with pytest.MonkeyPatch.context() as patch:

@@ -19,7 +19,7 @@ from tests.training.tiny import tiny_recipe
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What `run` writes: of a model trained in three calls, the same in one, and another seed's without a text."""
+    """The files of `run`: a model trained in three calls, the same in one, and another seed's without a text."""
     folder = tmp_path_factory.mktemp("needle")
     (folder / "prose.txt").write_text(PROSE)
     ByteTokenizer().save_pretrained(folder / "bytes")

@@ -1,4 +1,4 @@
-"""What the drivers share: which recipe a call trains, and what is kept of the course of a run."""
+"""The parts that the drivers share: the recipe that a call trains, and the records of a run's course."""
 
 import numpy as np
 import pytest

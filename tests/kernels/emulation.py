@@ -267,8 +267,8 @@ def differentiate(inputs: dict[str, Tensor], function: Callable[[dict[str, Tenso
 
 
 def errors(inputs: dict[str, Tensor], chunk_size: int = 0, by_flows: bool = False) -> dict[str, float]:
-    """Of the output and of every gradient, against float64 from the same inputs; by_flows: the decay's as a share of
-    `flows` where that is more than its own size."""
+    """Errors of the output and of every gradient, against float64 from the same inputs; by_flows: the decay's as a
+    share of `flows` where that is more than its own size."""
     doubles = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
     actual, weight = differentiate(inputs, lambda x: run_chunks(x, chunk_size))
     exact, _ = differentiate(doubles, lambda x: operator_of(x)(x, impl="torch").output, weight)
@@ -297,7 +297,7 @@ def excesses(inputs: dict[str, Tensor], chunk_size: int = 0, clean: dict[str, Te
 
 
 def tokens_before(chunk_size: int) -> int:
-    """Of a state that leaves whole chunks and raw tokens."""
+    """Tokens of a state that leaves whole chunks and raw tokens."""
     return 3 * chunk_size + 5
 
 

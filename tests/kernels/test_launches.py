@@ -1,4 +1,4 @@
-"""Which plan a call gets: the user's table, the shipped one, or defaults; never a measurement."""
+"""A call's plan is from the user's table, the shipped one, or the defaults; never from a measurement."""
 
 import json
 

@@ -54,7 +54,7 @@ def report(dtype, measured):
 
 
 def poison():
-    """What `empty` hands out next is full of NaN."""
+    """Fill with NaN the memory that `empty` hands out next."""
     blocks = [torch.full((1 << 26,), float("nan"), device="cuda") for _ in range(8)]
     del blocks
 

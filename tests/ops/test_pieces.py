@@ -130,7 +130,7 @@ def test_the_size_of_a_state_depends_on_levels_and_chunk_size_alone(operator, le
 
 
 def test_training_after_inference_mode(operator):
-    """What a call under inference_mode caches must serve a training call of the same shape later."""
+    """The caches of a call under inference_mode must serve a training call of the same shape later."""
     inputs = operator.inputs(T=21, L=7, V=11)
     state = operator(inputs, chunk_size=4, output_final_state=True).final_state.detach()
     token = operator.inputs(T=1, L=7, V=11)

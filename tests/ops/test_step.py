@@ -145,7 +145,7 @@ def test_rows_that_are_not_active_keep_their_state(operator, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_stepped_state_continues_in_larger_pieces_and_back(operator, impl):
-    """What a step leaves in the buffers behind the position, nobody reads."""
+    """Nobody reads the leftovers of a step in the buffers behind the position."""
     inputs = operator.inputs(B=1, T=60, G=1, H=1, L=8)
     dtype = DTYPES[impl]
     whole = operator(inputs, chunk_size=16).output

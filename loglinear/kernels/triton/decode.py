@@ -1,4 +1,4 @@
-"""What the one-token steps of both families share on the device.
+"""The parts that the one-token steps of both families share on the device.
 
 A program is one row of the batch, one head, and a tile of V. Everything that it changes of the states is its own; what
 heads or tiles share, the buffers, gets the new token from one of them, and all others take it from the inputs.
@@ -32,7 +32,7 @@ def is_idle(active, n):
 
 @triton.jit
 def begin(position, n):
-    """How many tokens came before this one."""
+    """The number of tokens before this one."""
     return tl.load(position + n) % ONE_DONE
 
 
@@ -46,7 +46,7 @@ def end(position, n, t, programs):
 
 @triton.jit
 def token_at(x, n, h):
-    """Where one head of a row's token begins in `Tokens`."""
+    """The address of one head of a row's token in `Tokens`."""
     return x.data + n * x.n + h * x.h
 
 
@@ -106,7 +106,7 @@ def read_blocks(
 
 @triton.jit
 def merged_into(z, M: tl.constexpr):
-    """Which block the smaller ones and the chunk that is now full, the z-th, join into."""
+    """The block that takes the smaller ones and the chunk that is now full, the z-th."""
     z = z + 1
     x = z | (1 << (M - 1))
     return exponent(x & -x)

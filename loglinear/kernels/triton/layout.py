@@ -1,4 +1,4 @@
-"""Where the chunks of a batch lie: the sizes of a launch, and for packed or continued batches the tables on the device.
+"""The places of a batch's chunks: the sizes of a launch, and for packed or continued batches the tables on the device.
 
 Nothing here waits for the device. How many chunks packed sequences fill is known there alone: the launches are as
 large as it could need, and the rows of the tables that it does not need say so themselves.

@@ -1,4 +1,4 @@
-"""Where a chunk lies, and tiles of rows and states: what the stages share on the device.
+"""The place of a chunk, and tiles of rows and states: the parts that the stages share on the device.
 
 Decays are kept as base-2 logarithms (``exp2`` is the hardware's exponential). All row strides are 32-bit within a
 chunk; everything that reaches across chunks is 64-bit.
@@ -77,19 +77,19 @@ def locate_run(run, table, sizes, tier):
 
 @triton.jit
 def rows_at(x, chunk, h):
-    """Where a chunk's rows of one head begin in `Rows`."""
+    """The address of a chunk's rows of one head in `Rows`."""
     return x.data + chunk.b * x.b + chunk.first * x.t + h * x.h
 
 
 @triton.jit
 def slab_at(x, chunk, sizes, h, WIDTH):
-    """Where a chunk's rows of one head begin in a `Slab` of rows of WIDTH numbers."""
+    """The address of a chunk's rows of one head in a `Slab` of rows of WIDTH numbers."""
     return x.data + (chunk.b * sizes.T + chunk.first) * x.t + h * WIDTH
 
 
 @triton.jit
 def scores_at(dscores, part, groups, queries, keys, HALVES: tl.constexpr, ROWS: tl.constexpr):
-    """Where dA lies of the queries of one half and the keys of one not behind it: pairs 00, 10, 11."""
+    """The address of dA for the queries of one half and the keys of one not behind it: pairs 00, 10, 11."""
     PAIRS: tl.constexpr = HALVES * (HALVES + 1) // 2
     pair = (part.chunk.c * groups + part.group) * PAIRS + queries * (queries + 1) // 2 + keys
     return dscores.data + part.split * dscores.plane + pair * (ROWS * ROWS)

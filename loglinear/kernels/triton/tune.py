@@ -1,4 +1,4 @@
-"""Which plan is fastest for a shape on this GPU: the measurements of `loglinear tune`.
+"""The measurements of `loglinear tune`: the fastest plan for a shape on this GPU.
 
 Every candidate launch runs once in all stages, the profiler gives the time of each stage, and each takes its best; the
 chunk size is the one with the smallest sum. A plan is compared with float64 before anybody gets it.

@@ -1,4 +1,4 @@
-"""Which blocks a chunk reads, on the device: candidates, decays on the way to them, and where their states lie."""
+"""The blocks that a chunk reads, on the device: candidates, decays on the way to them, places of their states."""
 
 # l candidate read, z chunk number in its sequence, z0 its first chunk, e exclusive end of a block in chunks
 import triton
@@ -71,7 +71,7 @@ def initial_row(place, l, sizes, h):
 
 @triton.jit
 def slot_pointer(states, place, l, sizes, h, SIZE: tl.constexpr):
-    """Where the state lies that candidate l of a chunk's walk reads."""
+    """The address of the state that candidate l of a chunk's walk reads."""
     end = (place.z >> l) << l
     pointer = states.slots + (((place.c - place.z).to(tl.int64) + end - 1) * sizes.H + h) * SIZE
     if states.initial is not None:

@@ -44,7 +44,7 @@ def test_every_query_is_a_key_and_its_answer_the_value_that_followed_it(length, 
 
 
 def test_queries_lie_where_the_power_law_puts_them():
-    """How often each slot asks for each key, beside the definition: within five standard errors."""
+    """Each slot asks for each key as often as the definition says, within five standard errors."""
     examples, length, pairs, alpha = 6000, 32, 4, 0.01
     slots = (length - 2 * pairs) // 2
     tokens, labels, _ = recall_examples(examples, length=length, pairs=pairs, vocab_size=100, alpha=alpha, seed=1)

@@ -26,7 +26,7 @@ class AfterSteps:
 
 
 def result_of(cell: RecallCell, test: float, validation: float | None = None) -> dict[str, Any]:
-    """What a cell might have left."""
+    """A possible result of a cell."""
     return {
         "cell": cell.to_dict(),
         "test_accuracy": test,
