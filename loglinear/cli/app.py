@@ -46,7 +46,9 @@ def train(
     data: Annotated[list[str] | None, of_recipe(f"Training text: {SOURCES}")] = None,
     more_data: MoreData = None,
     tokenizer: Annotated[str | None, of_recipe("'bytes' or the folder of a Hugging Face tokenizer.")] = None,
-    model: Annotated[Path | None, option("a new model", "Folder of an upgraded model to train.")] = None,
+    model: Annotated[
+        Path | None, option("a new model", "Folder of a model to train: upgraded, converted, or of an earlier run.")
+    ] = None,
     variant: Annotated[str | None, of_recipe("Base model, as `loglinear info` lists them.")] = None,
     num_levels: Annotated[int | None, of_recipe("Number of levels; 1 makes the linear model.")] = None,
     steps: Annotated[int | None, of_recipe("Optimiser steps.")] = None,

@@ -50,7 +50,7 @@ class TrainingRecipe:
     keep_checkpoints: int = 2
     validation_fraction: float = 0.05
     compile: bool = False
-    start: str | None = None  # the folder of an upgraded model of transformers; then `model` has no meaning
+    start: str | None = None  # the folder of a model to train; then `model` has no meaning
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"):
@@ -91,7 +91,8 @@ class TrainingRecipe:
     def override(self, **changes: Any) -> TrainingRecipe:
         """Return the recipe with every change that is not None: a field of the recipe or of MODEL_OVERRIDES.
 
-        If `steps` changes, the warmup is shortened to at most a tenth of them.
+        If `steps` changes, the warmup is shortened to at most a tenth of them. A start from a folder drops the recipe's
+        model.
         """
         given = {name: value for name, value in changes.items() if value is not None}
         model = {name: given.pop(name) for name in MODEL_OVERRIDES if name in given}
@@ -99,7 +100,8 @@ class TrainingRecipe:
             given.setdefault("micro_batch_tokens", min(self.micro_batch_tokens, given["batch_tokens"]))
         if "steps" in given:
             given.setdefault("warmup_steps", min(self.warmup_steps, max(1, given["steps"] // 10)))
-        return dataclasses.replace(self, model={**self.model, **model}, **given)
+        recipe_model = {} if "start" in given else self.model
+        return dataclasses.replace(self, model={**recipe_model, **model}, **given)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types. `from_dict` is the inverse."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
+
+from transformers import PreTrainedConfig
 
 from loglinear.recipes import TrainingRecipe
 from loglinear.runs.checkpoints import checkpoints
@@ -128,14 +131,20 @@ def run_recipe(out: Path) -> TrainingRecipe:
     return recipe
 
 
-def write_run(out: Path, recipe: TrainingRecipe, data: dict[str, Any], parameters: int) -> None:
-    """Write everything that decides the result to run.json: recipe with its seed, data, versions, command."""
+def write_run(
+    out: Path, recipe: TrainingRecipe, data: dict[str, Any], *, parameters: int, model: PreTrainedConfig
+) -> None:
+    """Write everything that decides the result to run.json: recipe with its seed, data, versions, command.
+
+    `model` is the configuration of the model that is trained, which may come from a folder.
+    """
     write_sealed(
         out / RUN_FILE,
         {
             "recipe": recipe.to_dict(),
             "seed": recipe.seed,
             "parameters": parameters,
+            "model": json.loads(model.to_json_string()),
             "data": data,
             "versions": versions(),
             "command": command(),

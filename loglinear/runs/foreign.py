@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from loglinear.models import LogLinearConfig
 from loglinear.runs.json_files import fits, read_object, type_name
@@ -37,8 +38,7 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / "config.json"
     values = read_object(file)
     if values.get("model_type") != LogLinearConfig.model_type:
-        expected = LogLinearConfig.model_type
-        raise ValueError(f"checkpoint {checkpoint} holds a {values.get('model_type')!r} model, expected {expected!r}")
+        raise ValueError(f"checkpoint {checkpoint} holds {_foreign(values.get('model_type'))} first")
     hints = get_annotations(LogLinearConfig, eval_str=True)
     ours = LogLinearConfig().to_dict()
     fields = {name: value for name, value in values.items() if name not in NOTES}
@@ -52,6 +52,15 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
         elif name not in ours or value != ours[name]:
             raise ValueError(f"{file}: {name} = {value!r} is not what loglinear writes, so the folder is not loaded")
     return fields
+
+
+def _foreign(kind: Any) -> str:
+    """Return what a folder of another library holds, and the command that makes it ours."""
+    if kind == "mamba2":  # the one that both commands read
+        return "a 'mamba2' model of transformers: use `loglinear upgrade` or `loglinear convert`"
+    if kind in CONFIG_MAPPING:
+        return f"a {kind!r} model of transformers: use `loglinear upgrade`"
+    return f"a {kind!r} model of another library: use `loglinear convert`"
 
 
 def check_settings(checkpoint: Path) -> None:

@@ -49,7 +49,7 @@ def _load_model(checkpoint: Path, device: str | torch.device) -> Any:
     if is_upgraded(checkpoint):
         with without_bars():
             return load_upgraded(checkpoint, device)
-    config = _config(checkpoint)
+    config = own_config(checkpoint)
     check_settings(checkpoint)
     check_weights(checkpoint, config, described_by="its config.json")
     with without_bars():
@@ -77,7 +77,8 @@ def without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _config(checkpoint: Path) -> LogLinearConfig:
+def own_config(checkpoint: Path) -> LogLinearConfig:
+    """Return the configuration of a checkpoint of this library; ValueError, in one line, if it holds none."""
     fields = read_config(checkpoint)
     try:
         return LogLinearConfig(**fields)

@@ -1,4 +1,7 @@
-"""The model of a run at its beginning: new from the recipe, or an upgraded model of transformers from a folder."""
+"""The model of a run at its beginning: new from the recipe, or from a folder.
+
+A folder holds a model of this library, or an upgraded one of transformers.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,25 @@ from typing import Any
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
 from loglinear.runs.checkpoints import resolve
-from loglinear.runs.loading import check_weights, load_model
+from loglinear.runs.loading import check_weights, load_model, own_config
 from loglinear.runs.upgraded import is_upgraded, upgraded_config
 from loglinear.upgrades.checkpoint import choices_of
 
 
 def starting_config(recipe: TrainingRecipe) -> LogLinearConfig:
-    """Return the recipe's model; of an upgraded one, its levels and its vocabulary.
+    """Return the configuration of the recipe's model, or of the folder's; of an upgraded one, the levels.
 
-    Raises ValueError if the recipe starts from a folder that holds no upgraded model, or compiles one.
+    Raises ValueError if the recipe starts from a folder that holds no such model, or compiles an upgraded one.
     """
     if recipe.start is None:
         return recipe.model_config()
-    if recipe.compile:
-        raise ValueError("compile needs a new model, and this run starts from an upgraded one: leave it out")
     checkpoint = resolve(recipe.start)
     if not is_upgraded(checkpoint):
-        raise ValueError(f"a run starts from an upgraded model, and {checkpoint} holds none: upgrade it first")
+        return own_config(checkpoint)
+    if recipe.compile:
+        raise ValueError(
+            "compile needs a model of this library, and this run starts from an upgraded one: leave it out"
+        )
     config = upgraded_config(checkpoint)
     choices = choices_of(config)
     choices.vocab_size = config.get_text_config().vocab_size
@@ -49,7 +54,17 @@ def prepare_to_resume(checkpoint: Path, recipe: TrainingRecipe, model: Any) -> N
     transformers stores some weights of its models under other names, or experts one by one. Its Trainer would not find
     them again.
     """
-    if recipe.start is None:
-        check_weights(checkpoint, model.config, described_by="the run's recipe")
+    if isinstance(model, LogLinearForCausalLM):
+        owner = "the run's recipe" if recipe.start is None else recipe.start
+        check_weights(checkpoint, model.config, described_by=owner)
     else:
         model.load_state_dict(load_model(checkpoint).state_dict())
+
+
+def trained_share(model: Any) -> str | None:
+    """Return a note if a run trains only some of the model's parameters."""
+    every = model.num_parameters()
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if trained == every:
+        return None
+    return f"note: only the new weights are trained, {trained:,} of {every:,} parameters; the others stay as they are"

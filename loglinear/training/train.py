@@ -24,7 +24,7 @@ from loglinear.runs.folder import check_same_run, claim, require_empty, write_ru
 from loglinear.runs.metrics import METRICS_FILE, rewind_metrics
 from loglinear.training.callbacks import RunLog, StopEarly
 from loglinear.training.compilation import GraphSteps, compile_blocks, in_few_sizes, require_compiler
-from loglinear.training.start import prepare_to_resume, starting_config, starting_model
+from loglinear.training.start import prepare_to_resume, starting_config, starting_model, trained_share
 from loglinear.training.trainer import LogLinearTrainer, quiet, training_arguments
 
 
@@ -81,9 +81,10 @@ def train(
         if resume:
             check_same_run(out, recipe, facts)
         elif main_process:
-            write_run(out, recipe, facts, parameters=model.num_parameters())
-        if progress and main_process and (note := _untrained_levels(recipe, config)):
-            print(note, file=sys.stderr)
+            write_run(out, recipe, facts, parameters=model.num_parameters(), model=model.config)
+        for note in (trained_share(model), _untrained_levels(recipe, config)) if progress and main_process else ():
+            if note is not None:
+                print(note, file=sys.stderr)
         checkpoint = last_checkpoint(out) if resume else None
         if checkpoint is not None:
             prepare_to_resume(checkpoint, recipe, model)
@@ -127,9 +128,10 @@ def _untrained_levels(recipe: TrainingRecipe, config: LogLinearConfig) -> str | 
         return None
     if config.routing is not None:  # a bucket that training never saw has its score, whose factor all buckets share
         return None
+    hint = f". Set num_levels to {trained} to leave them out." if recipe.start is None else ""
     return (
         f"note: sequences of {recipe.seq_len:,} tokens train {trained} of {levels} levels; longer ones would read the "
-        f"others untrained. Set num_levels to {trained} to leave them out."
+        f"others untrained{hint}"
     )
 
 

@@ -73,6 +73,10 @@ def upgrade(
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model must be a model of transformers, got {type(model).__name__}")
+    if isinstance(model.config, LogLinearConfig):
+        raise ValueError(
+            f"model is a model of this library already: {type(model).__name__} has {model.config.num_levels} levels"
+        )
     if num_levels < 2:
         raise ValueError(f"num_levels must be at least 2 (1 is the linear model itself), got {num_levels}")
     if any(hasattr(module, "_hf_hook") for module in model.modules()) and any(p.is_meta for p in model.parameters()):

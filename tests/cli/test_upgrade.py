@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import loglinear
 from loglinear.cli.serve import prepare
-from loglinear.models import ByteTokenizer
+from loglinear.models import ByteTokenizer, LogLinearConfig, LogLinearForCausalLM
 from loglinear.runs.loading import load_checkpoint
 from tests.cli.command_line import assert_one_line, in_process
 from tests.upgrades.tiny import MODELS, original
@@ -149,6 +149,11 @@ def test_what_cannot_be_upgraded_ends_in_one_line(capsys, folder, upgraded_folde
 
     assert_one_line(refused(tmp_path), "--model must be a folder with config.json and the weights")
     assert_one_line(refused(upgraded_folder), "model is already upgraded")
+    LogLinearForCausalLM(LogLinearConfig(num_hidden_layers=1, hidden_size=32, vocab_size=9)).save_pretrained(
+        tmp_path / "ours"
+    )
+    capsys.readouterr()  # transformers' progress bar
+    assert_one_line(refused(tmp_path / "ours"), "model is a model of this library already")
     assert_one_line(refused(folder, "--num-levels", 1), "num_levels must be at least 2")
     llama = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")

@@ -21,7 +21,7 @@ def test_blocks_are_compiled_where_there_is_a_gpu_and_nothing_else_is_said(tmp_p
 
 def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, seed=3)
-    write_run(tmp_path, recipe, {}, parameters=1)
+    write_run(tmp_path, recipe, {}, parameters=1, model=recipe.model_config())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert recipe_of_run(tiny_recipe(tmp_path), tmp_path, steps=None) == recipe
     with pytest.raises(ValueError, match="holds a run of tiny, expected other"):

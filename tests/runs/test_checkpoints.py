@@ -76,7 +76,7 @@ def test_integer_serves_as_float(checkpoint):
 def test_another_kind_of_model(checkpoint):
     file = checkpoint / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "llama"}))
-    with pytest.raises(ValueError, match="holds a 'llama' model, expected 'loglinear'"):
+    with pytest.raises(ValueError, match="holds a 'llama' model of transformers: use `loglinear upgrade` first"):
         load_model(checkpoint)
 
 

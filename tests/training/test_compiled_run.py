@@ -111,14 +111,14 @@ def test_what_graphs_need_changes_no_training(tmp_path, compiled_recipe, monkeyp
 
 
 def test_resuming_without_the_compiler_is_refused(tmp_path, compiled_recipe):
-    write_run(tmp_path, compiled_recipe, {}, parameters=1)
+    write_run(tmp_path, compiled_recipe, {}, parameters=1, model=compiled_recipe.model_config())
     with pytest.raises(ValueError, match="compile = True, which cannot resume with False"):
         check_same_run(tmp_path, compiled_recipe.override(compile=False), {})
 
 
 def test_a_run_of_before_there_was_compile_resumes(tmp_path):
     recipe = tiny_recipe(tmp_path)
-    write_run(tmp_path, recipe, {}, parameters=1)
+    write_run(tmp_path, recipe, {}, parameters=1, model=recipe.model_config())
     written = read_object(tmp_path / "run.json")
     assert written["recipe"].pop("compile") is False
     del written["sha256"]  # those runs had no checksum either

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import loglinear
+from loglinear.convert import convert
 from loglinear.models import ByteTokenizer
-from loglinear.runs.folder import run_recipe
+from loglinear.runs.folder import read_run, run_recipe
 from loglinear.runs.loading import load_model
 from loglinear.training.train import train
 from tests.cli.command_line import assert_one_line, in_process
@@ -74,11 +75,17 @@ def test_the_command_trains_a_folder(data, tmp_path, capsys):
     assert_one_line(run("--model", tmp_path), "it has neither config.json nor a folder checkpoint-STEP")
     assert_one_line(run("--model", start, "--num-levels", 3), "--num-levels and --model exclude each other")
     assert_one_line(
-        run("--model", start, "--compile"), "compile needs a new model, and this run starts from an upgraded"
+        run("--model", start, "--compile"),
+        "compile needs a model of this library, and this run starts from an upgraded",
     )
     code, _, errors = run("--model", start)
     assert code == 0, errors
-    assert loglinear.new_parameters(load_model(out))
+    model = load_model(out)
+    new = sum(parameter.numel() for parameter in loglinear.new_parameters(model).values())
+    assert f"only the new weights are trained, {new:,} of {model.num_parameters():,} parameters" in errors
+    stored = read_run(out)
+    assert stored["recipe"]["model"] == {} and stored["model"]["hidden_size"] == model.config.hidden_size
+    assert stored["parameters"] == model.num_parameters()
     code, _, errors = in_process(capsys, "train", "--resume", "--out", out)
     assert code == 0 and "had finished" in errors
     code, _, errors = run("--model", out, "--out", tmp_path / "further")  # a run, whose last checkpoint has it all
@@ -87,6 +94,30 @@ def test_the_command_trains_a_folder(data, tmp_path, capsys):
     assert recipe.start == recipe.tokenizer == str(out / "checkpoint-2")
 
 
-def test_a_folder_of_another_model_is_refused(whole, data, tmp_path):
-    with pytest.raises(ValueError, match="a run starts from an upgraded model, and .* holds none: upgrade it first"):
-        train(tiny_recipe(data, start=str(whole)), tmp_path / "run", progress=False)
+def test_a_folder_of_another_model_is_refused(data, tmp_path):
+    original("mamba2", torch.float32).save_pretrained(tmp_path / "mamba2")
+    with pytest.raises(ValueError, match="'mamba2' model of transformers: use `loglinear upgrade` or `loglinear conv"):
+        train(tiny_recipe(data, start=str(tmp_path / "mamba2")), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_trains_a_converted_model_and_resumes(data, tmp_path, dtype):
+    """All of its parameters, in float32."""
+    original("mamba2", dtype, vocab_size=264).save_pretrained(tmp_path / "mamba2")
+    ByteTokenizer().save_pretrained(tmp_path / "mamba2")
+    convert(tmp_path / "mamba2", tmp_path / "start", source="transformers", num_levels=5)
+    recipe = tiny_recipe(data, start=str(tmp_path / "start"), steps=4, eval_every=2)
+    train(recipe, tmp_path / "whole", progress=False)
+    before, after = load_model(tmp_path / "start"), load_model(tmp_path / "whole")
+    assert after.config.num_levels == 5 and after.dtype == torch.float32
+    assert all((p != after.get_parameter(name)).any() for name, p in before.named_parameters())
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/checkpoint-4")
+    train(recipe, tmp_path / "resumed", resume=True, progress=False)
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+
+def test_a_run_goes_on_from_the_end_of_another(whole, data, tmp_path):
+    train(tiny_recipe(data, start=str(whole), steps=2, save_every=2), tmp_path / "run", progress=False)
+    configs = [load_model(path).config.to_dict() for path in (tmp_path / "run", whole)]
+    assert [config.pop("_name_or_path") for config in configs] and configs[0] == configs[1]

@@ -266,7 +266,8 @@ def test_run_json_has_what_decides_the_result(whole, data):
     run = json.loads((whole / "run.json").read_text())
     assert run["seed"] == 0 and run["recipe"] == tiny_recipe(data).to_dict()
     assert run["versions"]["torch"] == torch.__version__ and run["command"] == command()
-    assert run["parameters"] == load_model(whole).num_parameters()
+    model = load_model(whole)
+    assert run["parameters"] == model.num_parameters() and run["model"]["num_levels"] == model.config.num_levels
 
 
 def test_checkpoint_carries_the_tokenizer(whole):
