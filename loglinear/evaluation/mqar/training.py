@@ -41,6 +41,14 @@ class Flag(Protocol):
 _require_compiler = functools.cache(require_compiler)
 
 
+@functools.lru_cache(maxsize=1)
+def _reset_compiler(model: str, dim: int) -> None:
+    """Forget the compiled code of another kind of model: a process with many kinds would reach the compiler's limit.
+
+    Cells of one kind that follow one another share their code, because only the last call is remembered."""
+    torch.compiler.reset()
+
+
 @functools.cache
 def _batches(task: RecallTask, split: str, device: str) -> list[RecallBatch]:
     """Return the batches of a split, which a process makes once for all its cells."""
@@ -75,7 +83,7 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
     )
     if device == "cuda":
         _require_compiler(torch.device(device))
-        torch.compiler.reset()  # a process that trains many kinds of model would reach the compiler's limit
+        _reset_compiler(cell.model, cell.dim)
         compile_blocks(model)
         trainer.answer_loss = torch.compile(answer_loss)
     checkpoint = last_checkpoint(folder)

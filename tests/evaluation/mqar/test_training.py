@@ -8,10 +8,11 @@ import threading
 import pytest
 import torch
 
-from loglinear.evaluation.mqar import run_cell
+from loglinear.evaluation.mqar import run_cell, training
 from loglinear.evaluation.mqar.folder import read_results
 from loglinear.evaluation.mqar.training import initialise_as_torch
 from loglinear.models import LogLinearForCausalLM
+from loglinear.training.compilation import compile_blocks
 from tests.evaluation.mqar.tiny import TASK, AfterSteps, tiny_cell
 
 NEVER = threading.Event()
@@ -162,3 +163,28 @@ def test_initialise_as_torch_leaves_what_starts_at_zero():
     assert 0.9 * bound < out.abs().max() <= bound * 1.0001
     published = linear_maps("log_linear_mamba2")["0.mixer.level_scales.proj"].weight
     assert published.abs().max() > 0.9 * 64**-0.5
+
+
+def test_cells_of_one_kind_share_compiled_code(monkeypatch):
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    training._reset_compiler.cache_clear()
+    counts = []
+    for kind in [("mamba2", 32), ("mamba2", 32), ("mamba2", 64), ("mamba2", 32)]:
+        training._reset_compiler(*kind)
+        counts.append(len(resets))
+    assert counts == [1, 1, 2, 3]
+
+
+def test_a_second_model_of_one_kind_compiles_nothing():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    for seed in range(2):
+        model = tiny_cell(seed=seed).build()
+        compile_blocks(model, backend="eager")
+        for T in (24, 40):
+            ids = torch.randint(model.config.vocab_size, (2, T))
+            model(input_ids=ids, labels=ids).loss.backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[1] == graphs[0]
