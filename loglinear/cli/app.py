@@ -190,7 +190,7 @@ def convert(
 def upgrade(
     model: Annotated[Path, typer.Option(help="Folder of a model of transformers.")],
     out: Annotated[Path, typer.Option(help="New folder of the upgraded model.")],
-    num_levels: Annotated[int, typer.Option(help="Number of levels, at least 2.")] = 15,
+    num_levels: Annotated[int, typer.Option(help="Number of levels, at least 2: log2(length) + 1.")] = 15,
     radix: Annotated[int, typer.Option(help="Blocks that join into one.")] = 2,
     finest_block: Annotated[int, typer.Option(help="Tokens of the finest block, which share one weight.")] = 1,
     largest_block: Annotated[int | None, option("blocks grow", "Tokens of the largest block.")] = None,

@@ -57,7 +57,8 @@ def upgrade(
 
     Args:
         model: A model whose class is one of transformers', with at least one layer of `FAMILIES`.
-        num_levels: L, the levels, at least 2; see `LogLinearConfig`, as for the next five.
+        num_levels: L, the levels, at least 2, which tell 2**(L-1) tokens apart: take log2(length) + 1. See
+            `LogLinearConfig`, as for the next five.
         radix: r, the blocks that join into one.
         finest_block: The tokens of each aligned block of this size share one weight.
         largest_block: Tokens of the largest block.

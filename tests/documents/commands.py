@@ -44,6 +44,7 @@ BENCHMARKS = {
 DEMO = "tests/cli/test_demo.py::test_demo_writes_everything_it_promises_and_continues_a_finished_run"
 SERVE = "tests/cli/test_serve.py::test_completions_are_those_of_generate"
 CONVERT = "tests/convert/test_conversion.py::test_the_command_converts_and_says_what_it_made"
+CONVERTED = "tests/training/test_start.py::test_a_run_trains_a_converted_model_and_resumes"
 UPGRADE = "tests/cli/test_upgrade.py::test_upgrade_writes_a_folder_with_the_same_logits"
 START = "tests/training/test_start.py::test_the_command_trains_a_folder"
 UPGRADED = "tests/cli/test_upgrade.py::test_the_commands_take_an_upgraded_folder"
@@ -59,6 +60,7 @@ TESTED = {
     "loglinear convert --from transformers --num-levels 1 mamba2 runs/linear": CONVERT,
     "loglinear convert --from transformers --num-levels 8 --finest-block 64 --routing gram mamba2 runs/routed": CONVERT,
     "loglinear upgrade --model qwen3-next --out runs/qwen3-next --num-levels 15": UPGRADE,
+    "loglinear train --recipe small --model runs/mamba2 --data ~/books --out runs/trained": CONVERTED,
     "loglinear train --recipe demo --model runs/qwen3-next --data ~/books --out runs/trained": START,
     'loglinear generate --model runs/trained --prompt "Once"': UPGRADED,
     "loglinear serve --model runs/books": SERVE,

@@ -79,7 +79,7 @@ def test_the_blocks_of_a_page_run_in_order(page, checkpoint, request):
             exec(compile(text, f"{page}, block {number}", "exec"), names)
     if page == "README.md":
         assert names["out"].shape == (1, 1000, 4, 64) and names["level_scales"].grad is not None
-        assert names["state"].position.tolist() == [1000] and names["text"].shape == (2, 30)
+        assert names["state"].position.tolist() == [1000] and names["tokens_out"].shape == (2, 30)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
