@@ -12,6 +12,7 @@ from typer import Typer
 from typer.models import ArgumentInfo
 
 from loglinear.cli.app import app
+from loglinear.cli.options import Routing
 
 PAGE = Path(__file__).parent / "reference" / "cli.md"
 HEAD = """\
@@ -22,7 +23,7 @@ HEAD = """\
 `loglinear COMMAND --help` shows the same text in the terminal. Bad input ends with exit code 2 and one line that names
 the mistake; `LOGLINEAR_TRACEBACK=1` shows the traceback behind it. Ctrl-C ends with exit code 130, SIGTERM with 143.
 """
-KINDS = {Path: " PATH", str: " TEXT", int: " INTEGER", float: " NUMBER", bool: ""}
+KINDS = {Path: " PATH", str: " TEXT", int: " INTEGER", float: " NUMBER", bool: "", Routing: " TEXT"}
 
 
 def page() -> str:

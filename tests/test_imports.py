@@ -25,7 +25,7 @@ ALLOWED = {
     "upgrades": {"autoload", "models", "layers", "variants", "ops", "partition", "fenwick"},
     "data": {"models"},
     "runs": {"autoload", "upgrades", "processes", "recipes", "data", "models", "layers"},
-    "convert": {"runs", "data", "models", "variants"},
+    "convert": {"autoload", "runs", "data", "models", "variants"},
     "training": {"upgrades", "signals", "processes", "runs", "recipes", "data", "models"},
     "evaluation": {"signals", "training", "runs", "recipes", "data", "models"},
     "recipes": {"models", "variants", "partition", "fenwick"},

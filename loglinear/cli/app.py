@@ -9,7 +9,18 @@ import typer
 
 from loglinear import __version__
 from loglinear.cli import eval_app
-from loglinear.cli.options import LARGEST, LARGEST_SEED, SOURCES, Model, MoreData, all_data, of_recipe, option
+from loglinear.cli.options import (
+    LARGEST,
+    LARGEST_SEED,
+    SOURCES,
+    Model,
+    MoreData,
+    OneRouting,
+    Routing,
+    all_data,
+    of_recipe,
+    option,
+)
 
 app = typer.Typer(
     name="loglinear",
@@ -156,7 +167,7 @@ def convert(
     radix: Annotated[int | None, option("2", "Blocks that join into one.")] = None,
     finest_block: Annotated[int | None, option("1", "Tokens of the finest block, which share one lambda.")] = None,
     largest_block: Annotated[int | None, option("blocks grow", "Tokens of the largest block.")] = None,
-    routing: Annotated[str | None, option("none", "'gram' for weights that depend on what the buckets hold.")] = None,
+    routing: OneRouting = Routing.none,
 ) -> None:
     """Convert a checkpoint of another library into one of this library with the same logits.
 
@@ -181,7 +192,7 @@ def convert(
         radix=radix,
         finest_block=finest_block,
         largest_block=largest_block,
-        routing=routing,
+        routing=routing.score,
     )
     run(source, out, format, {name: value for name, value in levels.items() if value is not None})
 
@@ -194,7 +205,7 @@ def upgrade(
     radix: Annotated[int, typer.Option(help="Blocks that join into one.")] = 2,
     finest_block: Annotated[int, typer.Option(help="Tokens of the finest block, which share one weight.")] = 1,
     largest_block: Annotated[int | None, option("blocks grow", "Tokens of the largest block.")] = None,
-    routing: Annotated[str | None, option("none", "'gram' for weights that depend on what the buckets hold.")] = None,
+    routing: OneRouting = Routing.none,
 ) -> None:
     """Make the linear layers of a pretrained model of transformers log-linear, with the same logits.
 
@@ -211,7 +222,7 @@ def upgrade(
     from loglinear.cli.upgrade import run
 
     options = dict(num_levels=num_levels, radix=radix, finest_block=finest_block)
-    run(model, out, {**options, "largest_block": largest_block, "routing": routing})
+    run(model, out, {**options, "largest_block": largest_block, "routing": routing.score})
 
 
 @app.command()

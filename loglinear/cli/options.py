@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,23 @@ def option(default: str, text: str, *names: str, **limits: Any) -> Any:
 
 
 of_recipe = partial(option, "the recipe's")
+
+
+class Routing(str, Enum):
+    """The choices of --routing."""
+
+    none = "none"
+    gram = "gram"
+
+    @property
+    def score(self) -> str | None:
+        """The value of `LogLinearConfig.routing`."""
+        return None if self is Routing.none else self.value
+
+
+OneRouting = Annotated[
+    Routing, option("none", "'gram' for weights that also depend on what the buckets hold, or 'none'.")
+]
 
 
 def all_data(data: list[str] | None, more: list[str] | None) -> tuple[str, ...] | None:

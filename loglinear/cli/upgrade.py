@@ -12,7 +12,7 @@ from transformers.utils import logging
 from loglinear.cli import console
 from loglinear.convert.target import write
 from loglinear.runs.folder import require_new
-from loglinear.runs.foreign import weight_files
+from loglinear.runs.foreign import hub_hint, weight_files
 from loglinear.runs.loading import without_bars
 from loglinear.upgrades import upgrade
 
@@ -23,7 +23,7 @@ def run(path: Path, out: Path, options: dict[str, Any]) -> None:
     Raises ValueError, in one line, for a folder that transformers cannot load, and as `loglinear.upgrade` does.
     """
     if not (path / "config.json").is_file():
-        raise ValueError(f"--model must be a folder with config.json and the weights, got {path}")
+        raise ValueError(f"--model must be a folder with config.json and the weights, got {path}{hub_hint(path)}")
     weight_files(path)
     require_new(out, "--out")
     logging.set_verbosity_error()

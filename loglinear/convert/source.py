@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from loglinear.runs.foreign import GENERATION, NOTES, weight_files
+from loglinear.runs.foreign import GENERATION, NOTES, hub_hint, weight_files
 from loglinear.runs.json_files import fits, read_object, type_name
 
 PICKLE = "pytorch_model.bin"
@@ -45,7 +45,7 @@ class Options:
     def of(cls, folder: Path) -> Options:
         """Return the options of a folder's config.json."""
         if not (folder / "config.json").is_file():
-            raise ValueError(f"no checkpoint at {folder}: expected a folder with config.json")
+            raise ValueError(f"no checkpoint at {folder}: expected a folder with config.json{hub_hint(folder)}")
         return cls(str(folder / "config.json"), read_object(folder / "config.json"))
 
     def get(self, name: str, hint: Any, default: Any) -> Any:

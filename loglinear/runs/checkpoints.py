@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
 from loglinear.processes import is_main_process
-from loglinear.runs.foreign import pickled
+from loglinear.runs.foreign import hub_hint, pickled
 from loglinear.runs.json_files import fits, read_object, type_name
 from loglinear.runs.manifest import MANIFEST, damage
 
@@ -120,7 +120,8 @@ def resolve(path: Path | str) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"no checkpoint at {path}: expected a checkpoint folder or the folder of a training run")
+        expected = "a checkpoint folder or the folder of a training run"
+        raise ValueError(f"no checkpoint at {path}: expected {expected}{hub_hint(path)}")
     if (path / "config.json").is_file():
         if problem := defect(path):
             raise ValueError(f"checkpoint {path} is not whole: {problem}")
@@ -148,7 +149,12 @@ def _newest_whole(run: Path, *, resumable: bool) -> Path | None:
 def note_unlisted(checkpoint: Path) -> None:
     """Write a note for a checkpoint without a manifest, whose contents cannot be checked."""
     if not is_listed(checkpoint):
-        _note(f"checkpoint {checkpoint} has no {MANIFEST}, so its contents were not checked")
+        if (checkpoint / TRAINER_STATE).exists():
+            _note(f"checkpoint {checkpoint} has no {MANIFEST}, so its contents were not checked")
+        else:  # the folder of another program, which is no reason to worry
+            _note(
+                f"{checkpoint} has no {MANIFEST}, as save_pretrained writes none: lengths were checked, checksums not"
+            )
 
 
 def _note(text: str) -> None:

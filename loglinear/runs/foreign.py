@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from loglinear.models import LogLinearConfig
 from loglinear.runs.json_files import fits, read_object, type_name
+from loglinear.upgrades.families import FAMILIES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.ckpt", "*.pkl")  # weights of other libraries
@@ -38,7 +39,7 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     file = checkpoint / "config.json"
     values = read_object(file)
     if values.get("model_type") != LogLinearConfig.model_type:
-        raise ValueError(f"checkpoint {checkpoint} holds {_foreign(values.get('model_type'))} first")
+        raise ValueError(f"checkpoint {checkpoint} holds a {_foreign(values.get('model_type'))}")
     hints = get_annotations(LogLinearConfig, eval_str=True)
     ours = LogLinearConfig().to_dict()
     fields = {name: value for name, value in values.items() if name not in NOTES}
@@ -55,12 +56,19 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def _foreign(kind: Any) -> str:
-    """Return what a folder of another library holds, and the command that makes it ours."""
+    """Return what a folder holds that is not ours, and the command that makes it ours."""
     if kind == "mamba2":  # the one that both commands read
-        return "a 'mamba2' model of transformers: use `loglinear upgrade` or `loglinear convert`"
+        return "'mamba2' model of transformers: use `loglinear upgrade` or `loglinear convert` first"
+    if is_upgradable(kind):
+        return f"{kind!r} model of transformers: use `loglinear upgrade` first"
     if kind in CONFIG_MAPPING:
-        return f"a {kind!r} model of transformers: use `loglinear upgrade`"
-    return f"a {kind!r} model of another library: use `loglinear convert`"
+        return f"{kind!r} model, expected {LogLinearConfig.model_type!r}"
+    return f"{kind!r} model of another library: use `loglinear convert` first"
+
+
+def is_upgradable(kind: Any) -> bool:
+    """Return True if a model_type is that of a model of transformers with layers that can be upgraded."""
+    return str(kind).removesuffix("_text") in FAMILIES.values()
 
 
 def check_settings(checkpoint: Path) -> None:
@@ -105,6 +113,13 @@ def weight_files(checkpoint: Path) -> list[Path]:
             raise ValueError(f"{index} names {name}, which is missing")
         files.append(checkpoint / name)
     return files
+
+
+def hub_hint(path: Path) -> str:
+    """Return how to download a model that is named as on the Hugging Face hub, or an empty text."""
+    if len(path.parts) != 2 or path.is_absolute() or path.parent.exists():
+        return ""
+    return f"; a model of the Hugging Face hub is not downloaded: `hf download {path} --local-dir FOLDER` first"
 
 
 def pickled(checkpoint: Path) -> str:

@@ -61,4 +61,4 @@ def load_upgrade(model: PreTrainedModel, path: str | os.PathLike, **options: Any
     with torch.no_grad():
         for name, parameter in new.items():
             parameter.copy_(tensors[name])
-    return report
+    return report._replace(trained=True)

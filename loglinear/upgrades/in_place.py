@@ -26,13 +26,18 @@ class UpgradeReport(NamedTuple):
     """The numbers of the new parameters' elements."""
     parameters: int
     """All elements of the model's parameters, with the new ones."""
+    trained: bool = False
+    """True if the new parameters come from a file of `save_upgrade`."""
 
     def __str__(self) -> str:
         kinds, share = ", ".join(sorted(set(self.layers.values()))), 100 * self.new_parameters / self.parameters
-        others = f", the other {self.kept} are unchanged" if self.kept else ""
+        linear = "1 linear layer" if len(self.layers) == 1 else f"{len(self.layers)} linear layers"
+        others = "one is" if self.kept == 1 else f"{self.kept} are"
         return (
-            f"{len(self.layers)} linear layers ({kinds}) are now log-linear{others}\n"
-            f"{self.new_parameters:,} new parameters ({share:.2g} % of {self.parameters:,}) start neutral"
+            f"{linear} ({kinds}) {'is' if len(self.layers) == 1 else 'are'} now log-linear"
+            f"{f', the other {others} unchanged' if self.kept else ''}\n"
+            f"{self.new_parameters:,} new parameters ({share:.2g} % of {self.parameters:,}) "
+            f"{'are loaded' if self.trained else 'start neutral'}"
         )
 
 

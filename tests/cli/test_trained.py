@@ -67,11 +67,12 @@ def test_the_server_uses_a_cache(trained):
     assert lengths[0] == 7 and set(lengths[1:]) == {1}  # <bos> and six bytes, then one token after another
 
 
-def test_info_and_perplexity_take_it(capsys, trained, tmp_path):
+def test_info_and_perplexity_take_it(capsys, caplog, trained, tmp_path):
     folder = trained[1]
     (tmp_path / "text.txt").write_text(TEXT)
     code, out, errors = in_process(capsys, "info", "--model", folder)
     assert code == 0 and "parameters" in out, errors
+    assert f"{folder} has no manifest.json, as save_pretrained writes none" in caplog.text
     data = ["--data", tmp_path / "text.txt", "--out", tmp_path / "eval", "--length", 64]
     code, out, errors = in_process(capsys, "eval", "perplexity", "--model", folder, *data)
     assert code == 0 and "bits per byte" in out, errors

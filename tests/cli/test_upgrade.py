@@ -147,6 +147,8 @@ def test_what_cannot_be_upgraded_ends_in_one_line(capsys, folder, upgraded_folde
     def refused(path, *options):
         return in_process(capsys, "upgrade", "--model", path, "--out", tmp_path / "new", *options)
 
+    assert_one_line(refused("nobody/nothing"), "not downloaded: `hf download nobody/nothing --local-dir FOLDER` first")
+    assert_one_line(refused(folder, "--routing", "grams"), "'grams'")
     assert_one_line(refused(tmp_path), "--model must be a folder with config.json and the weights")
     assert_one_line(refused(upgraded_folder), "model is already upgraded")
     LogLinearForCausalLM(LogLinearConfig(num_hidden_layers=1, hidden_size=32, vocab_size=9)).save_pretrained(

@@ -62,7 +62,7 @@ def test_a_first_layer_of_softmax_attention_has_no_levels(tmp_path):
     ("config", "tensors", "message"),
     [
         (mamba2_config("hattention"), mamba2_tensors(2, "mixer_norm", 15), "n_groups = 2 cannot be represented"),
-        (mamba2_config("mamba2"), {}, "model_type must be one of hattention, h_gated_deltanet, got 'mamba2'"),
+        (mamba2_config("mamba2"), {}, "model_type must be one of hattention, h_gated_deltanet, got 'mamba2'; this is"),
         (decoder_config("h_gated_deltanet", allow_neg_eigval=True), {}, "allow_neg_eigval = True cannot"),
         (decoder_config("h_gated_deltanet"), {}, "model.layers.0.attn.L is missing or no matrix, expected the level"),
         (decoder_config("h_gated_deltanet", matrix_router=True, head_dim=6, num_heads=3, expand_v=1.5),

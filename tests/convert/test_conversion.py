@@ -39,7 +39,7 @@ def refused(folder, message, **levels):
     before = sorted(folder.parent.rglob("*"))
     with pytest.raises(ValueError) as caught:
         convert(folder, folder.parent / "out", source=levels.pop("source", "transformers"), **levels)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in f"{caught.value}\n" and "\n" not in str(caught.value)
     assert sorted(folder.parent.rglob("*")) == before
 
 
@@ -250,6 +250,27 @@ def test_damaged_and_missing_files_are_named(folder):
     (folder / "config.json").unlink()
     refused(folder, f"no checkpoint at {folder}: expected a folder with config.json")
     refused(folder, "did you mean 'transformers'?", source="tranformers")
+    refused(folder, "the format must be one of transformers, fla, authors, state-spaces, got 'hf'\n", source="hf")
+
+
+@pytest.mark.parametrize(
+    ("options", "source", "message"),
+    [
+        ({}, "authors", "'mamba2'; this is a folder of transformers or fla: --from transformers or --from fla\n"),
+        ({}, "state-spaces", "must be left out, got 'mamba2'; this is a folder of transformers or fla: --from trans"),
+        ({"model_type": "gated_deltanet"}, "transformers", "'gated_deltanet'; this is a folder of fla: --from fla\n"),
+        ({"model_type": "hattention"}, "fla", "got 'hattention'; this is a folder of authors: --from authors\n"),
+        ({"model_type": "", "d_model": 24}, "fla", "this is a folder of state-spaces: --from state-spaces\n"),
+        ({"model_type": "qwen3_next"}, "fla", "use `loglinear upgrade` for this model of transformers\n"),
+        ({"model_type": "qwen3_5_text"}, "transformers", "use `loglinear upgrade` for this model of transformers\n"),
+        ({"model_type": "llama"}, "fla", "got 'llama'\n"),
+        ({"model_type": "loglinear"}, "transformers", "'loglinear', so the model is one of this library already\n"),
+        ({"model_type": "loglinear_upgrade"}, "state-spaces", "so the model is one of this library already\n"),
+    ],
+)
+def test_a_folder_of_another_format_names_the_command_that_reads_it(folder, options, source, message):
+    change(folder, **options)
+    refused(folder, message, source=source)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -275,6 +296,8 @@ def test_mistakes_on_the_command_line_are_one_line(folder, capsys):
         "--from": [folder, out],
         "OUT": ["--from", "transformers", folder],
         "num_levels must be at least 1, got 0": ["--from", "transformers", folder, out, "--num-levels", "0"],
+        "`hf download nobody/nothing --local-dir FOLDER` first": ["--from", "fla", "nobody/nothing", out],
+        "'grams'": ["--from", "transformers", folder, out, "--routing", "grams"],
         "no checkpoint at": ["--from", "transformers", folder / "nothing", out],
     }
     for message, arguments in calls.items():

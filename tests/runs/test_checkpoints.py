@@ -76,7 +76,7 @@ def test_integer_serves_as_float(checkpoint):
 def test_another_kind_of_model(checkpoint):
     file = checkpoint / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "llama"}))
-    with pytest.raises(ValueError, match="holds a 'llama' model of transformers: use `loglinear upgrade` first"):
+    with pytest.raises(ValueError, match="holds a 'llama' model, expected 'loglinear'"):
         load_model(checkpoint)
 
 
@@ -99,6 +99,8 @@ def test_weights_of_another_model(checkpoint, change):
 def test_missing_folder_and_folder_without_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint at"):
         resolve(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="not downloaded: `hf download nobody/nothing --local-dir FOLDER` first"):
+        resolve("nobody/nothing")
     with pytest.raises(ValueError, match="no checkpoint in"):
         resolve(tmp_path)
 

@@ -147,6 +147,7 @@ def test_the_new_parameters_alone_are_a_file(family, tmp_path):
     loglinear.save_upgrade(model, tmp_path / "levels.safetensors")
     right = model(ids).logits
     report = loglinear.load_upgrade(theirs, tmp_path / "levels.safetensors")
+    assert str(report).endswith("are loaded") and "neutral" not in str(report)
     assert torch.equal(theirs(ids).logits, right)
     assert (tmp_path / "levels.safetensors").stat().st_size < 8 * report.new_parameters + 4000
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5TextConfig
 
 import loglinear
+from loglinear.upgrades import UpgradeReport
 from loglinear.upgrades.checkpoint import ENTRY
 from loglinear.upgrades.families import FAMILIES, family_of
 from loglinear.upgrades.mixer import UpgradedMixer
@@ -27,10 +28,19 @@ def test_the_report_counts_what_changed(caplog):
     assert report.new_parameters == 2 * (4 * 6) * (32 + 1)  # per layer: heads, levels, hidden size and bias
     assert report.parameters == before + report.new_parameters
     assert str(report).splitlines() == caplog.messages[0].splitlines() and len(str(report).splitlines()) == 2
-    assert str(report).startswith("2 linear layers (Qwen3NextGatedDeltaNet) are now log-linear, the other 1")
+    assert str(report).startswith(
+        "2 linear layers (Qwen3NextGatedDeltaNet) are now log-linear, the other one is unchanged\n"
+    )
     assert str(loglinear.upgrade(original("mamba2"), **LEVELS)).startswith(
         "3 linear layers (Mamba2Mixer) are now log-linear\n"
     )
+
+
+def test_the_report_counts_in_words():
+    report = UpgradeReport({"a": "Mixer"}, 1, 5, 10)
+    assert str(report).startswith("1 linear layer (Mixer) is now log-linear, the other one is unchanged\n5 new")
+    report = UpgradeReport({"a": "Mixer", "b": "Mixer"}, 3, 5, 10)
+    assert str(report).startswith("2 linear layers (Mixer) are now log-linear, the other 3 are unchanged\n5 new")
 
 
 def test_freezing_is_a_choice():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from loglinear.autoload.configuration import UpgradeConfig
 from loglinear.convert.formats import (
     fla_delta_net,
     fla_gated_delta_net,
@@ -15,7 +16,10 @@ from loglinear.convert.formats import (
 )
 from loglinear.convert.source import Options, Tensors
 from loglinear.convert.target import Converted
+from loglinear.models import LogLinearConfig
+from loglinear.runs.foreign import is_upgradable
 
+OURS = (LogLinearConfig.model_type, UpgradeConfig.model_type)
 Reader = Callable[[Options, Tensors], Converted]
 
 
@@ -31,13 +35,17 @@ class Format(NamedTuple):
 
     def reader(self, options: Options) -> Reader:
         """Return the reader of a checkpoint's model; ValueError if there is none."""
-        if "" in self.readers:
-            return self.readers[""]
         kind = options.get("model_type", str, "")
+        if kind in OURS:
+            raise ValueError(f"{options.place}: model_type is {kind!r}, so the model is one of this library already")
+        if "" in self.readers and (not kind or "d_model" in options.values):
+            return self.readers[""]
         if kind in self.refused:
             raise ValueError(f"{options.place}: model_type {kind!r} cannot be represented: {self.refused[kind]}")
         if kind not in self.readers:
-            raise ValueError(f"{options.place}: model_type must be one of {', '.join(self.readers)}, got {kind!r}")
+            raise ValueError(
+                f"{options.place}: model_type must be {_names(self.readers)}, got {kind!r}{_instead(kind, options)}"
+            )
         return self.readers[kind]
 
 
@@ -60,10 +68,24 @@ FORMATS: dict[str, Format] = {
 }
 
 
+def _names(readers: Iterable[str]) -> str:
+    return f"one of {', '.join(readers)}" if any(readers) else "left out"
+
+
+def _instead(kind: str, options: Options) -> str:
+    """Return the way to convert or upgrade a model that a format does not read, or an empty text."""
+    others = [name for name, library in FORMATS.items() if kind and kind in {**library.readers, **library.refused}]
+    if not kind and "d_model" in options.values:
+        others = ["state-spaces"]
+    if others:
+        return f"; this is a folder of {' or '.join(others)}: --from {' or --from '.join(others)}"
+    return "; use `loglinear upgrade` for this model of transformers" if is_upgradable(kind) else ""
+
+
 def get_format(name: str) -> Format:
     """Return a format; ValueError with the nearest name if there is none of that name."""
     if name in FORMATS:
         return FORMATS[name]
-    nearest = difflib.get_close_matches(str(name), FORMATS, n=1, cutoff=0.4)
+    nearest = difflib.get_close_matches(str(name), FORMATS, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {name!r}{hint}")
