@@ -5,7 +5,9 @@ from __future__ import annotations
 from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from loglinear.cli import console
@@ -92,8 +94,18 @@ def _describe_upgraded(name: str, model: PreTrainedModel) -> None:
         ["routing", choices.routing or "none"],
         ["parameters", f"{total:,}"],
         ["of which new", f"{new:,} ({new / total:.2%})"],
+        ["state of a sequence while decoding", console.human_bytes(_decoding_bytes(model))],
     ]
     console.print_table(name, ["", "value"], rows)
+
+
+@torch.no_grad()
+def _decoding_bytes(model: Any) -> int:
+    """Return the bytes of the upgraded layers' states, which have one size from the first token on."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    options = dict(max_new_tokens=2, do_sample=False, return_dict_in_generate=True, eos_token_id=-1)
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # 0 may be the padding's token
+    return sum(getattr(layer, "nbytes", 0) for layer in made.past_key_values.layers)
 
 
 def _partition(config: LogLinearConfig) -> str:

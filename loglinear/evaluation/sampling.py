@@ -52,7 +52,7 @@ def sample(
     ids = torch.from_numpy(encode_prompt(tokenizer, prompt)[None].astype(np.int64)).to(model.device)
     prompt_tokens = ids.shape[1]
     if prompt_tokens == 0:
-        raise ValueError("the prompt is empty, and this tokenizer has no token to begin with")
+        raise ValueError("the prompt is empty, and this tokenizer has no token to begin with: give a text (--prompt)")
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     began = time.perf_counter()

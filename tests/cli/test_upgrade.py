@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import loglinear
+from loglinear.cli.console import human_bytes
 from loglinear.cli.serve import prepare
 from loglinear.models import ByteTokenizer, LogLinearConfig, LogLinearForCausalLM
 from loglinear.runs.loading import load_checkpoint
@@ -107,6 +108,10 @@ def test_the_commands_take_an_upgraded_folder(capsys, folders, tmp_path):
     assert code == 0 and "bits per byte" in out, errors
     code, out, errors = in_process(capsys, "info", "--model", upgraded_folder)
     assert code == 0 and f"{type(model).__name__} of transformers, upgraded" in out, errors
+    made = model.generate(torch.ones(1, 150, dtype=torch.long), max_new_tokens=9, return_dict_in_generate=True)
+    size = human_bytes(sum(getattr(layer, "nbytes", 0) for layer in made.past_key_values.layers))
+    row = next(line for line in out.splitlines() if "state of a sequence while decoding" in line)
+    assert size in row and not size.startswith("0 ")
 
 
 @torch.no_grad()
