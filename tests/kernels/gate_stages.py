@@ -35,10 +35,15 @@ class Case:
     dtype: torch.dtype = torch.float32
     K: int = 16
     V: int = 24
+    G: int = 2  # groups of two heads
+
+    @property
+    def heads(self) -> slice:
+        return slice(0, 2 * self.G)
 
 
 CASES = {
-    "three tiers of one sequence": Case(T=16 * 66 + 5, C=16, L=13),
+    "two tiers of one sequence": Case(T=16 * 65 + 5, C=16, L=13, V=16, G=1),
     "one level": Case(T=16 * 9 + 5, C=16, L=1),
     "packed, with an empty sequence": Case(T=16 * 9, C=16, L=13, ends=(0, 40, 40, 41, 144)),
     "continued": Case(T=16 * 7, C=16, L=13, ends=(0, 50, 112), continued=True),
@@ -48,9 +53,9 @@ STARTS = (3, 6)  # first chunks of continued sequences
 
 
 def make(case: Case, device: str = "cpu") -> dict[str, Tensor]:
-    """Inputs of one row, two groups of two heads, in the case's dtype."""
+    """Inputs of one row, in the case's dtype."""
     torch.manual_seed(1)
-    G, H, T = 2, 4, case.T
+    G, H, T = case.G, 2 * case.G, case.T
     x = dict(q=torch.randn(1, T, G, case.K), k=torch.randn(1, T, G, case.K) / 4, v=torch.randn(1, T, H, case.V))
     x |= dict(do=torch.randn(1, T, H, case.V))
     x = {name: value.to(case.dtype) for name, value in x.items()}
@@ -80,8 +85,8 @@ def torch_stages(case: Case, x: dict[str, Tensor], dtype: torch.dtype) -> dict[s
     x = {name: value.to("cpu", dtype) for name, value in x.items()}
     operands = [tokens(case, x[name]) for name in ("q", "k", "v", "log_decay", "level_scales")]
     plan = schedule(case)
-    slab = ScalarGateSlab((*operands, x.get("initial")), plan, slice(0, 4))
-    do, n = to_chunks(tokens(case, x["do"]), slice(0, 4), plan), plan.num_chunks
+    slab = ScalarGateSlab((*operands, x.get("initial")), plan, case.heads)
+    do, n = to_chunks(tokens(case, x["do"]), case.heads, plan), plan.num_chunks
     found = dict(up_sweep=slab.states[:, :n], cumulative=slab.cumulative)
     if case.L > 1:  # over a prefix of one level nobody reads it
         found |= dict(log_decay=slab.log_p[:, :n])
@@ -92,7 +97,7 @@ def torch_stages(case: Case, x: dict[str, Tensor], dtype: torch.dtype) -> dict[s
         slab.q, slab.k, slab.v, slab.log_decay, slab.mask(), do, slab.pull_mask(dscales)
     )
     dscores = (do @ slab.v.mT) * slab.mask() * decay_matrix(slab.log_decay)
-    found |= dict(in_chunk_dv=dv, dscores=dscores.unflatten(0, (2, 2)).sum(1))
+    found |= dict(in_chunk_dv=dv, dscores=dscores.unflatten(0, (case.G, 2)).sum(1))
     dstates, dlog = torch.zeros_like(slab.states), torch.zeros_like(slab.log_p)
     dlog_walk = torch.zeros_like(dcumulative)
 
@@ -105,14 +110,14 @@ def torch_stages(case: Case, x: dict[str, Tensor], dtype: torch.dtype) -> dict[s
         return dy * (decay * scales)[..., None], (dweight * scales).sum(-1)
 
     walk_backward(slab.q, slab.states, slab.log_p, plan.reads, pull, dq, dstates, dlog)
-    found |= dict(dq=dq.unflatten(0, (2, 2)).sum(1), dlevel_scales=dscales, dlog_reads=dcumulative + dlog_walk)
+    found |= dict(dq=dq.unflatten(0, (case.G, 2)).sum(1), dlevel_scales=dscales, dlog_reads=dcumulative + dlog_walk)
     found |= dict(state_backward=dstates[:, :n].clone(), state_dlog=dlog[:, :n].clone())
     up_sweep_backward(slab.states, slab.log_p, slab.rights, dstates, dlog, plan)
     found |= dict(down_sweep=dstates[:, :n], dtotal=dlog[:, :n])
     dk_state, dv_state, dcumulative_state = chunk_state_backward(
         slab.k, slab.v, slab.log_decay, dstates[:, : n + 1], dlog[:, : n + 1]
     )
-    found |= dict(dk=(dk + dk_state).unflatten(0, (2, 2)).sum(1), dv=dv + dv_state)
+    found |= dict(dk=(dk + dk_state).unflatten(0, (case.G, 2)).sum(1), dv=dv + dv_state)
     found |= dict(dlog_decay=reverse_cumsum(dcumulative + dlog_walk + dcumulative_state))
     found = {name: value[:, :n] for name, value in found.items()}
     return found | ({} if slab.nodes is None else dict(dinitial=dstates[:, plan.nodes]))
@@ -144,7 +149,7 @@ def triton_stages(case: Case, x: dict[str, Tensor]) -> dict[str, Tensor]:
         heads = slice(0, value.shape[2])
         return to_chunks(tokens(case, value.double().cpu()), heads, plan)[:, : plan.num_chunks]
 
-    is_token = of_tokens(torch.ones(1, case.T, 4, device=device)) > 0
+    is_token = of_tokens(torch.ones(1, case.T, 2 * case.G, device=device)) > 0
 
     def of_places(value: Tensor) -> Tensor:
         return torch.where(is_token, of_chunks(value), 0.0)
