@@ -108,7 +108,11 @@ class Evil:
         return print, ("it ran",)
 
 
-@pytest.mark.parametrize("content", [Evil(), {"weight": Evil()}, [torch.ones(1)], {"weight": 1}, None], ids=str)
+@pytest.mark.parametrize(
+    "content",
+    [Evil(), {"weight": Evil()}, [torch.ones(1)], {"weight": 1}, None],
+    ids=["object", "object of a name", "list", "number", "nothing"],
+)
 def test_a_pickle_of_anything_but_tensors_is_refused(tmp_path, capsys, content):
     folder = write(tmp_path / "in", CONFIG, {}, pickle=True)
     file = folder / "pytorch_model.bin"
