@@ -107,7 +107,8 @@ def test_the_commands_take_an_upgraded_folder(capsys, folders, tmp_path):
     code, out, errors = in_process(capsys, "eval", "perplexity", *arguments, "--length", 64)
     assert code == 0 and "bits per byte" in out, errors
     code, out, errors = in_process(capsys, "info", "--model", upgraded_folder)
-    assert code == 0 and f"{type(model).__name__} of transformers, upgraded" in out, errors
+    words = out.split()  # the cell may wrap
+    assert code == 0 and {type(model).__name__, "transformers,", "upgraded"} <= set(words), errors
     made = model.generate(torch.ones(1, 150, dtype=torch.long), max_new_tokens=9, return_dict_in_generate=True)
     size = human_bytes(sum(getattr(layer, "nbytes", 0) for layer in made.past_key_values.layers))
     row = next(line for line in out.splitlines() if "state of a sequence while decoding" in line)
