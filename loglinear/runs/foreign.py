@@ -10,6 +10,7 @@ from inspect import get_annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -90,6 +91,18 @@ def generation_settings(config: PreTrainedConfig) -> GenerationConfig:
     settings = GenerationConfig.from_model_config(config)
     settings.use_cache = True
     return settings
+
+
+def loading_options(config: PreTrainedConfig, device: str | torch.device) -> dict[str, Any]:
+    """Return the options of `from_pretrained` for a folder: its own files, no pickle and no code of others."""
+    return dict(
+        config=config,
+        generation_config=generation_settings(config),
+        device_map={"": torch.device(device)},
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
 
 
 def weight_files(checkpoint: Path) -> list[Path]:

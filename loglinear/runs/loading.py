@@ -16,7 +16,7 @@ from loglinear.data.tokenizer import load_tokenizer
 from loglinear.layers.former_names import current_name
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.runs.checkpoints import note_unlisted, resolve
-from loglinear.runs.foreign import check_settings, generation_settings, read_config, weight_files
+from loglinear.runs.foreign import check_settings, loading_options, read_config, weight_files
 from loglinear.runs.upgraded import is_upgraded, load_upgraded
 
 
@@ -53,15 +53,7 @@ def _load_model(checkpoint: Path, device: str | torch.device) -> Any:
     check_settings(checkpoint)
     check_weights(checkpoint, config, described_by="its config.json")
     with without_bars():
-        model = LogLinearForCausalLM.from_pretrained(
-            checkpoint,
-            config=config,
-            generation_config=generation_settings(config),
-            device_map={"": torch.device(device)},
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        model = LogLinearForCausalLM.from_pretrained(checkpoint, **loading_options(config, device))
     return model.eval()
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from loglinear.autoload.configuration import UpgradeConfig
-from loglinear.runs.foreign import check_settings, generation_settings, weight_files
+from loglinear.runs.foreign import check_settings, loading_options, weight_files
 from loglinear.runs.json_files import read_object
 from loglinear.upgrades.checkpoint import config_from
 
@@ -49,14 +49,7 @@ def load_upgraded(checkpoint: Path, device: str | torch.device) -> PreTrainedMod
     weight_files(checkpoint)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint,
-            config=config,
-            generation_config=generation_settings(config),
-            device_map={"": torch.device(device)},
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
+            checkpoint, **loading_options(config, device), output_loading_info=True
         )
     except RuntimeError as error:  # transformers lists weights of other shapes in many lines
         raise ValueError(
