@@ -112,9 +112,13 @@ def layer_row(name: str, N: int, bandwidth: float) -> dict[str, Any]:
     M = state.blocks.shape[1]
     moved = N * sum(step_bytes(start + t, G, H, K, V, M, delta) for t in range(LAYER_STEPS)) / LAYER_STEPS
     return {
-        "layer": name, "N": N, "T": LAYER_CONTEXT, "us": seconds * 1e6,
-        "mib_per_step": moved / 2**20, "bandwidth_share": moved / seconds / bandwidth,
-    }  # fmt: skip
+        "layer": name,
+        "N": N,
+        "T": LAYER_CONTEXT,
+        "us": seconds * 1e6,
+        "mib_per_step": moved / 2**20,
+        "bandwidth_share": moved / seconds / bandwidth,
+    }
 
 
 @torch.no_grad()

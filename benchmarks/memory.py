@@ -60,8 +60,10 @@ def training(model: LogLinearForCausalLM, T: int) -> dict[str, Any]:
 
 
 WORK: dict[str, Callable[[LogLinearForCausalLM, int], dict[str, Any]]] = {
-    "prefill": prefill, "decode": decode, "training": training,
-}  # fmt: skip
+    "prefill": prefill,
+    "decode": decode,
+    "training": training,
+}
 
 
 def measure(progress: Progress, keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
@@ -102,9 +104,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         print_table(f"{work}: GiB at the peak", ["", *(f"T {T:,}" for T in lengths)], cells)
 
 
-def main(
-    out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
-) -> None:
+def main(out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None) -> None:
     """Measure memory by length on a GPU."""
     check_options("cuda", out)
     described = about("memory", "cuda")

@@ -17,8 +17,14 @@ from loglinear.partition import FENWICK, LARGEST_CHUNK, Partition
 from loglinear.variants import HeadSizes, get_variant
 
 POSITIVE = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_levels", "conv_kernel", "chunk_size", "loss_chunk_size",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_levels",
+    "conv_kernel",
+    "chunk_size",
+    "loss_chunk_size",
+)
 LAYER_TYPES = ("linear_attention", "full_attention")
 
 

@@ -7,7 +7,17 @@ from loglinear.ops.step import log_linear_attention_step, log_linear_delta_rule_
 from loglinear.partition import Partition
 
 __all__ = [
-    "IMPLEMENTATIONS", "BucketScores", "DecodeState", "FenwickState", "LogLinearOutput", "Partition", "bucket_scores",
-    "bucket_scores_step", "bucket_tokens", "log_linear_attention", "log_linear_attention_step", "log_linear_delta_rule",
+    "IMPLEMENTATIONS",
+    "BucketScores",
+    "DecodeState",
+    "FenwickState",
+    "LogLinearOutput",
+    "Partition",
+    "bucket_scores",
+    "bucket_scores_step",
+    "bucket_tokens",
+    "log_linear_attention",
+    "log_linear_attention_step",
+    "log_linear_delta_rule",
     "log_linear_delta_rule_step",
-]  # fmt: skip
+]

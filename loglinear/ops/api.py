@@ -101,9 +101,19 @@ def log_linear_attention(
     Source: arXiv 2506.04761, equations 4 to 6; capped levels are this library's.
     """
     call = Problem(
-        q, k, v, log_decay, None, level_scales, scale, initial_state, output_final_state, cu_seqlens, chunk_size,
+        q,
+        k,
+        v,
+        log_decay,
+        None,
+        level_scales,
+        scale,
+        initial_state,
+        output_final_state,
+        cu_seqlens,
+        chunk_size,
         partition,
-    )  # fmt: skip
+    )
     one_of("impl", impl, ["auto", *IMPLEMENTATIONS])
     return _run("log_linear_attention", call.checked(delta_rule=False), impl)
 
@@ -160,9 +170,19 @@ def log_linear_delta_rule(
     Source: arXiv 2506.04761, equation 8; Yang, Kautz, Hatamizadeh, arXiv 2412.06464 (the linear Gated DeltaNet).
     """
     call = Problem(
-        q, k, v, log_decay, beta, level_scales, scale, initial_state, output_final_state, cu_seqlens, chunk_size,
+        q,
+        k,
+        v,
+        log_decay,
+        beta,
+        level_scales,
+        scale,
+        initial_state,
+        output_final_state,
+        cu_seqlens,
+        chunk_size,
         partition,
-    )  # fmt: skip
+    )
     one_of("impl", impl, ["auto", *IMPLEMENTATIONS])
     call = call.checked(delta_rule=True)
     if flag("l2_normalize", l2_normalize):

@@ -26,10 +26,18 @@ def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
         groups, key_dim = p.q.shape[2:]
         heads, value_dim = p.v.shape[2:]
         state = FenwickState.zeros(
-            len(lengths), num_levels=p.level_scales.shape[3], chunk_size=p.chunk_size, groups=groups, heads=heads,
-            key_dim=key_dim, value_dim=value_dim, delta_rule=p.beta is not None, dtype=p.v.dtype, device=p.v.device,
+            len(lengths),
+            num_levels=p.level_scales.shape[3],
+            chunk_size=p.chunk_size,
+            groups=groups,
+            heads=heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            delta_rule=p.beta is not None,
+            dtype=p.v.dtype,
+            device=p.v.device,
             partition=p.partition,
-        )  # fmt: skip
+        )
     tokens = [None if x is None else x.flatten(0, 1) for x in (p.q, p.k, p.v, p.log_decay, p.beta, p.level_scales)]
     splits = [[None] * len(lengths) if x is None else x.split(lengths) for x in tokens]
     rows = enumerate(zip(*splits, strict=True))
@@ -57,12 +65,7 @@ def step(problem: Problem, state: DecodeState, active: Tensor | None) -> Tensor:
     return y
 
 
-def _run_sequence(
-    state: FenwickState,
-    row: int,
-    position: int,
-    tokens: tuple[Any, ...],
-) -> tuple[Tensor, FenwickState]:
+def _run_sequence(state: FenwickState, row: int, position: int, tokens: tuple[Any, ...]) -> tuple[Tensor, FenwickState]:
     """Replay the state's unfinished chunk, run the new tokens and cut the state at the last chunk's start."""
     q, k, v, log_decay, beta, scales = tokens
     C, L, partition = state.chunk_size, scales.shape[2], state.partition or FENWICK

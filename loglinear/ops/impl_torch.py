@@ -27,9 +27,8 @@ def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
     position, nodes = (None, None) if state is None else (state.position, state.blocks.to(v.dtype))
     compute = kernels.stages if records_stages() else kernels.fenwick_array
     output, blocks = compute(
-        q, k, v, log_decay, beta, scales, nodes, position, p.cu_seqlens, N, C, p.output_final_state,
-        p.partition.numbers,
-    )  # fmt: skip
+        q, k, v, log_decay, beta, scales, nodes, position, p.cu_seqlens, N, C, p.output_final_state, p.partition.numbers
+    )
     output = output[0 if state is None else N * C :].view(p.v.shape)
     if not p.output_final_state:
         return output, None

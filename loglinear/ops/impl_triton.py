@@ -156,9 +156,19 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
     if p.initial_state is None:
         chunk_size = p.chunk_size if p.output_final_state else 0
         output, blocks, *_ = chunkwise(
-            p.q, p.k, p.v, log_decay, p.beta, p.level_scales, None, p.cu_seqlens, None, p.scale, chunk_size,
+            p.q,
+            p.k,
+            p.v,
+            log_decay,
+            p.beta,
+            p.level_scales,
+            None,
+            p.cu_seqlens,
+            None,
+            p.scale,
+            chunk_size,
             p.output_final_state,
-        )  # fmt: skip
+        )
         if not p.output_final_state:
             return output, None
         clamped = log_decay.clamp(min=MIN_LOG_DECAY)
@@ -197,9 +207,16 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
         blocks = torch.where(is_past[..., None, None, None], blocks, 0.0)
     written = [packed(p.k, state.k), packed(p.v, state.v), packed(log_decay, state.log_decay), beta]
     output, blocks, *_ = chunkwise(
-        packed(p.q)[None], *(None if x is None else x[None] for x in written), packed(p.level_scales)[None],
-        blocks, ends, state.position // C, p.scale, C, p.output_final_state,
-    )  # fmt: skip
+        packed(p.q)[None],
+        *(None if x is None else x[None] for x in written),
+        packed(p.level_scales)[None],
+        blocks,
+        ends,
+        state.position // C,
+        p.scale,
+        C,
+        p.output_final_state,
+    )
     together = Places(apart.start, apart.end, ends[:-1], ends[:-1] + held)
     owner, number, _ = ragged(lengths, tokens)
     output = output[0].index_select(0, together.first[owner] + number).view(p.v.shape)

@@ -135,12 +135,7 @@ def bucket_tokens(position: Tensor, *, num_columns: int, partition: Partition) -
 
 
 def bucket_scores_step(
-    q: Tensor,
-    k: Tensor,
-    state: DecodeState,
-    *,
-    num_columns: int,
-    active: Tensor | None = None,
+    q: Tensor, k: Tensor, state: DecodeState, *, num_columns: int, active: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the scores and tokens of the buckets for the next token of every row, and advance `state` in place.
 
@@ -233,9 +228,14 @@ def zero_sums(
 
 
 def _problem(
-    q: Tensor, k: Tensor, L: int, partition: Partition, state: FenwickState | None, final: bool,
+    q: Tensor,
+    k: Tensor,
+    L: int,
+    partition: Partition,
+    state: FenwickState | None,
+    final: bool,
     cu_seqlens: Tensor | None,
-) -> Problem:  # fmt: skip
+) -> Problem:
     """Return the checked call of the operator that has the keys as values, with q and k of length 1."""
     check_partition("partition", partition)
     sizes: Sizes = {}

@@ -199,9 +199,23 @@ def _step(operator: str, token: Token, impl: str) -> Tensor:
     q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active = token
     s = state.fenwick
     return step(
-        q, k, v, log_decay, beta, level_scales, active, s.position, s.blocks, s.k, s.v, s.log_decay, s.beta,
-        state.inverse, scale, l2_normalize,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        log_decay,
+        beta,
+        level_scales,
+        active,
+        s.position,
+        s.blocks,
+        s.k,
+        s.v,
+        s.log_decay,
+        s.beta,
+        state.inverse,
+        scale,
+        l2_normalize,
+    )
 
 
 def _reference_step(token: Token) -> Tensor:
@@ -215,10 +229,19 @@ def _reference_step(token: Token) -> Tensor:
         return x.unsqueeze(1).to(state.fenwick.k.dtype)
 
     call = Problem(
-        sequence(q), sequence(k), sequence(v), sequence(log_decay), None if beta is None else sequence(beta),
-        sequence(level_scales), scale, state.fenwick, True, None, state.fenwick.chunk_size,
+        sequence(q),
+        sequence(k),
+        sequence(v),
+        sequence(log_decay),
+        None if beta is None else sequence(beta),
+        sequence(level_scales),
+        scale,
+        state.fenwick,
+        True,
+        None,
+        state.fenwick.chunk_size,
         state.fenwick.partition or FENWICK,
-    )  # fmt: skip
+    )
     return impl_reference.step(call, state, active).to(v.dtype)
 
 

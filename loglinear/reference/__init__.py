@@ -6,6 +6,13 @@ from loglinear.reference.recurrent import recurrent, states_from_blocks
 from loglinear.reference.routed import dense_bucket_scores, dense_routed_read, dense_routed_weights, dense_tokens_TL
 
 __all__ = [
-    "chunked_scalar_gate", "dense_bucket_scores", "dense_delta_rule", "dense_routed_read", "dense_routed_weights",
-    "dense_scalar_gate", "dense_tokens_TL", "recurrent", "states_from_blocks",
-]  # fmt: skip
+    "chunked_scalar_gate",
+    "dense_bucket_scores",
+    "dense_delta_rule",
+    "dense_routed_read",
+    "dense_routed_weights",
+    "dense_scalar_gate",
+    "dense_tokens_TL",
+    "recurrent",
+    "states_from_blocks",
+]

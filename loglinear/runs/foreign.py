@@ -25,10 +25,22 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 NOTES = {"model_type", "architectures", "transformers_version", "_name_or_path"}
 # Settings of generation that every command overrides, and notes.
 GENERATION = {
-    "_from_model_config", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
-    "output_attentions", "output_hidden_states", "return_dict_in_generate", "do_sample", "temperature", "top_k",
-    "top_p", "max_length", "max_new_tokens",
-}  # fmt: skip
+    "_from_model_config",
+    "transformers_version",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict_in_generate",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "max_length",
+    "max_new_tokens",
+}
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:

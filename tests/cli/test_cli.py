@@ -21,9 +21,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_resumes(capsys, tmp_path, text):
     out = tmp_path / "run"
     arguments = ["--recipe", "demo", "--data", text, "--out", out, *FAST[2:], "--steps", "400"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "loglinear.cli", "train", *map(str, arguments)],
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-m", "loglinear.cli", "train", *map(str, arguments)], stderr=subprocess.PIPE, text=True
     )
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").stat().st_size == 0:
         assert process.poll() is None
@@ -100,10 +98,19 @@ def test_sums_of_one_have_no_plural(capsys, tmp_path, text, run):
     calls = {
         "trained demo for 1 step:": ["train", "--recipe", "demo", "--data", text, "--out", tmp_path, *FAST, *steps],
         "share of values found, 1 example ": [
-            "eval", "needle", "--model", run, "--length", "800", "--examples", "1", "--out", tmp_path / "eval"
+            "eval",
+            "needle",
+            "--model",
+            run,
+            "--length",
+            "800",
+            "--examples",
+            "1",
+            "--out",
+            tmp_path / "eval",
         ],
         "1 token in": ["generate", "--model", run, "--prompt", "line", "--max-new-tokens", "1"],
-    }  # fmt: skip
+    }
     for message, arguments in calls.items():
         code, out, errors = in_process(capsys, *arguments)
         words = " ".join((out + errors).split())  # a title breaks where the path of the folder is long

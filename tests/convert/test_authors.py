@@ -65,12 +65,14 @@ def test_a_first_layer_of_softmax_attention_has_no_levels(tmp_path):
         (mamba2_config("mamba2"), {}, "model_type must be one of hattention, h_gated_deltanet, got 'mamba2'; this is"),
         (decoder_config("h_gated_deltanet", allow_neg_eigval=True), {}, "allow_neg_eigval = True cannot"),
         (decoder_config("h_gated_deltanet"), {}, "model.layers.0.attn.L is missing or no matrix, expected the level"),
-        (decoder_config("h_gated_deltanet", matrix_router=True, head_dim=6, num_heads=3, expand_v=1.5),
-         decoder_tensors(lambda layer, at: delta_shapes(at, HEADS, levels=7)),
-         "matrix_router = True is not an option of this format that is known"),
+        (
+            decoder_config("h_gated_deltanet", matrix_router=True, head_dim=6, num_heads=3, expand_v=1.5),
+            decoder_tensors(lambda layer, at: delta_shapes(at, HEADS, levels=7)),
+            "matrix_router = True is not an option of this format that is known",
+        ),
     ],
     ids=["n_groups", "model_type", "allow_neg_eigval", "L", "matrix_router"],
-)  # fmt: skip
+)
 def test_options_that_cannot_be_represented_are_named(tmp_path, config, tensors, message):
     with pytest.raises(ValueError) as caught:
         convert(write(tmp_path, config, tensors), tmp_path / "out", source="authors")

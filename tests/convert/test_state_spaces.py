@@ -12,10 +12,19 @@ from tests.convert.checkpoints import VOCABULARY, D, assert_same, converted_logi
 from tests.convert.checkpoints import write_checkpoint as write
 
 CONFIG = {
-    "d_model": D, "d_intermediate": 0, "n_layer": 2, "vocab_size": VOCABULARY - 3, "rms_norm": True,
-    "ssm_cfg": {"layer": "Mamba2", "headdim": 12, "d_state": 5, "ngroups": 2}, "attn_layer_idx": [], "attn_cfg": {},
-    "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 10, "tie_embeddings": True,
-}  # fmt: skip
+    "d_model": D,
+    "d_intermediate": 0,
+    "n_layer": 2,
+    "vocab_size": VOCABULARY - 3,
+    "rms_norm": True,
+    "ssm_cfg": {"layer": "Mamba2", "headdim": 12, "d_state": 5, "ngroups": 2},
+    "attn_layer_idx": [],
+    "attn_cfg": {},
+    "residual_in_fp32": True,
+    "fused_add_norm": True,
+    "pad_vocab_size_multiple": 10,
+    "tie_embeddings": True,
+}
 
 
 def config_with(**options):
@@ -30,11 +39,15 @@ def tensors_of(config, conv_bias=True):
     for layer in range(2):
         at = f"backbone.layers.{layer}."
         shapes |= {
-            f"{at}norm.weight": (D,), f"{at}mixer.in_proj.weight": (2 * inner + 2 * keys + heads, D),
-            f"{at}mixer.conv1d.weight": (inner + 2 * keys, 1, 4), f"{at}mixer.A_log": (heads,),
-            f"{at}mixer.dt_bias": (heads,), f"{at}mixer.D": (heads,), f"{at}mixer.norm.weight": (inner,),
+            f"{at}norm.weight": (D,),
+            f"{at}mixer.in_proj.weight": (2 * inner + 2 * keys + heads, D),
+            f"{at}mixer.conv1d.weight": (inner + 2 * keys, 1, 4),
+            f"{at}mixer.A_log": (heads,),
+            f"{at}mixer.dt_bias": (heads,),
+            f"{at}mixer.D": (heads,),
+            f"{at}mixer.norm.weight": (inner,),
             f"{at}mixer.out_proj.weight": (D, inner),
-        }  # fmt: skip
+        }
         if conv_bias:
             shapes[f"{at}mixer.conv1d.bias"] = (inner + 2 * keys,)
         if config["d_intermediate"]:

@@ -27,9 +27,16 @@ def wide():
 
 def mamba2(folder, **own):
     config = Mamba2Config(
-        vocab_size=VOCABULARY, hidden_size=D, num_hidden_layers=2, num_heads=4, head_dim=12, state_size=5,
-        chunk_size=16, conv_kernel=3, **own,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=D,
+        num_hidden_layers=2,
+        num_heads=4,
+        head_dim=12,
+        state_size=5,
+        chunk_size=16,
+        conv_kernel=3,
+        **own,
+    )
     model = Mamba2ForCausalLM(config).double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -34,10 +34,12 @@ def _train(*arguments: str) -> list[tuple[int, str]]:
         subprocess.Popen(
             [sys.executable, "-m", "loglinear.cli", "train", *arguments],
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(RANKS)
-    ]  # fmt: skip
+    ]
     try:
         texts = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
     finally:

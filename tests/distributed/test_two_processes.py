@@ -24,10 +24,21 @@ TIMEOUT = 150
 def _make(name: str) -> LogLinearForCausalLM:
     torch.manual_seed(0)
     config = LogLinearConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, intermediate_size=24, num_heads=4, key_dim=6, head_dim=5,
-        num_levels=5, chunk_size=4, num_attention_heads=2, num_key_value_heads=1, attention_head_dim=8,
-        initializer_range=0.2, **{"lambda_form": "softplus", **MODELS[name]},
-    )  # fmt: skip
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        intermediate_size=24,
+        num_heads=4,
+        key_dim=6,
+        head_dim=5,
+        num_levels=5,
+        chunk_size=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attention_head_dim=8,
+        initializer_range=0.2,
+        **{"lambda_form": "softplus", **MODELS[name]},
+    )
     return LogLinearForCausalLM(config)
 
 

@@ -72,11 +72,26 @@ def test_lm_eval_measures_what_the_models_own_loss_says(checkpoint, tmp_path):
         task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": data}, **task}
         (tmp_path / f"{name}.yaml").write_text(json.dumps({**task, "test_split": "test"}))
     run(
-        [tool("lm_eval"), "run", "--model", "hf", "--model_args", f"pretrained={checkpoint},trust_remote_code=True",
-         "--tasks", ",".join(TASKS), "--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "2",
-         "--output_path", str(tmp_path / "out")],
+        [
+            tool("lm_eval"),
+            "run",
+            "--model",
+            "hf",
+            "--model_args",
+            f"pretrained={checkpoint},trust_remote_code=True",
+            "--tasks",
+            ",".join(TASKS),
+            "--include_path",
+            str(tmp_path),
+            "--device",
+            "cpu",
+            "--batch_size",
+            "2",
+            "--output_path",
+            str(tmp_path / "out"),
+        ],
         tmp_path,
-    )  # fmt: skip
+    )
     (file,) = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(file.read_text())["results"]
     model = LogLinearForCausalLM.from_pretrained(checkpoint)
@@ -96,12 +111,30 @@ def test_trl_sft_trains_and_saves_a_checkpoint_that_opens_the_same_way(checkpoin
     data.mkdir()
     write_lines(data / "train.jsonl", [{"text": text * 3} for text in TEXTS])
     run(
-        [tool("trl"), "sft", "--model_name_or_path", str(checkpoint), "--trust_remote_code",
-         "--dataset_name", str(data), "--output_dir", str(tmp_path / "out"), "--max_steps", "1",
-         "--per_device_train_batch_size", "2", "--use_cpu", "--report_to", "none", "--dtype", "float32",
-         "--bf16", "False"],
+        [
+            tool("trl"),
+            "sft",
+            "--model_name_or_path",
+            str(checkpoint),
+            "--trust_remote_code",
+            "--dataset_name",
+            str(data),
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--max_steps",
+            "1",
+            "--per_device_train_batch_size",
+            "2",
+            "--use_cpu",
+            "--report_to",
+            "none",
+            "--dtype",
+            "float32",
+            "--bf16",
+            "False",
+        ],
         tmp_path,
-    )  # fmt: skip
+    )
     trained = tmp_path / "out" / "checkpoint-1"
     code = (
         "import transformers as t, sys\n"

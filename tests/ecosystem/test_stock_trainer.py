@@ -94,9 +94,15 @@ def test_accumulated_steps_of_classification_are_the_step_of_the_whole_batch(tmp
     for name, options in {"whole": (4, 1), "parts": (2, 2)}.items():
         model = tiny_model(LogLinearForSequenceClassification, num_labels=2)
         trainer = trainer_of(
-            model, tmp_path / name, data, data_collator=DataCollatorWithPadding(ByteTokenizer()), logging_steps=1,
-            per_device_train_batch_size=options[0], gradient_accumulation_steps=options[1], max_steps=2,
-        )  # fmt: skip
+            model,
+            tmp_path / name,
+            data,
+            data_collator=DataCollatorWithPadding(ByteTokenizer()),
+            logging_steps=1,
+            per_device_train_batch_size=options[0],
+            gradient_accumulation_steps=options[1],
+            max_steps=2,
+        )
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert len(losses[0]) == 2 and losses[0][0] == pytest.approx(losses[1][0], rel=1e-3)

@@ -25,9 +25,19 @@ def test_our_models_pass_transformers_own_tests(tmp_path):
     paths = os.pathsep.join([str(suite), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     report = tmp_path / "report.xml"
     command = [
-        sys.executable, "-m", "pytest", "tests/ecosystem/transformers_suite_models.py", "-q", "-o", "addopts=",
-        "-W", "ignore", "-p", "no:cacheprovider", f"--junitxml={report}",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/ecosystem/transformers_suite_models.py",
+        "-q",
+        "-o",
+        "addopts=",
+        "-W",
+        "ignore",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+    ]
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:]

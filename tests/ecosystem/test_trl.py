@@ -20,7 +20,7 @@ from trl import (
     RLOOTrainer,
     SFTConfig,
     SFTTrainer,
-)  # fmt: skip
+)
 
 from loglinear.models import CHAT_TEMPLATE, LogLinearForCausalLM, LogLinearForSequenceClassification
 from tests.ecosystem.tiny import KINDS, save_tiny
@@ -28,9 +28,16 @@ from tests.ecosystem.tiny import KINDS, save_tiny
 TEXTS = ["a first text", "another one é", "and a third, longer than the others", "the last"]
 TURNS = [{"role": "user", "content": "is it é?"}, {"role": "assistant", "content": "no"}]
 COMMON = {
-    "per_device_train_batch_size": 2, "max_steps": 2, "report_to": [], "use_cpu": True, "bf16": False,
-    "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 0,
-}  # fmt: skip
+    "per_device_train_batch_size": 2,
+    "max_steps": 2,
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "seed": 0,
+}
 
 
 @pytest.fixture(scope="module", params=["mamba2", "hybrid"])

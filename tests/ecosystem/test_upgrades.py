@@ -29,10 +29,17 @@ def test_sft_trains_the_new_parameters_alone(family, options, tmp_path):
     model = upgraded(original(family, torch.float32, vocab_size=264))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     arguments = SFTConfig(
-        tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], use_cpu=True,
-        bf16=False, save_strategy="no", disable_tqdm=True,
+        tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        disable_tqdm=True,
         **{"max_length": 64, "gradient_checkpointing": False, **options},
-    )  # fmt: skip
+    )
     SFTTrainer(model, arguments, train_dataset=data, processing_class=ByteTokenizer()).train()
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {*loglinear.new_parameters(model)}

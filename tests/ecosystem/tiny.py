@@ -17,11 +17,25 @@ KINDS = {
 
 def tiny_config(**options) -> LogLinearConfig:
     defaults = dict(
-        vocab_size=264, hidden_size=16, num_hidden_layers=2, intermediate_size=24, num_heads=4, key_dim=8, head_dim=8,
-        num_levels=6, chunk_size=16, num_attention_heads=2, num_key_value_heads=1, attention_head_dim=8,
-        loss_chunk_size=64, initializer_range=0.2, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+        vocab_size=264,
+        hidden_size=16,
+        num_hidden_layers=2,
+        intermediate_size=24,
+        num_heads=4,
+        key_dim=8,
+        head_dim=8,
+        num_levels=6,
+        chunk_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attention_head_dim=8,
+        loss_chunk_size=64,
+        initializer_range=0.2,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
         lambda_form="softplus",
-    )  # fmt: skip
+    )
     return LogLinearConfig(**{**defaults, **options})
 
 

@@ -36,11 +36,22 @@ class Tester:
 
     def get_config(self):
         sizes = dict(
-            vocab_size=self.vocab_size, hidden_size=self.hidden_size, num_hidden_layers=self.num_hidden_layers,
-            intermediate_size=37, num_heads=4, key_dim=8, head_dim=8, num_levels=6, chunk_size=4,
-            num_attention_heads=self.num_attention_heads, num_key_value_heads=1, attention_head_dim=16,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            intermediate_size=37,
+            num_heads=4,
+            key_dim=8,
+            head_dim=8,
+            num_levels=6,
+            chunk_size=4,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=1,
+            attention_head_dim=16,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
         return models.LogLinearConfig(**{**sizes, **self.options})
 
     def prepare_config_and_inputs_for_common(self):

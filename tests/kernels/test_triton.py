@@ -153,9 +153,17 @@ def test_continues_a_state(operator, levels, start):
 
 def test_empty_states_at_different_positions(operator):
     start = FenwickState.zeros(
-        3, num_levels=8, chunk_size=16, groups=1, heads=2, key_dim=8, value_dim=8, delta_rule=operator.delta,
-        position=torch.tensor([5, 48, 255]), dtype=torch.float64,
-    )  # fmt: skip
+        3,
+        num_levels=8,
+        chunk_size=16,
+        groups=1,
+        heads=2,
+        key_dim=8,
+        value_dim=8,
+        delta_rule=operator.delta,
+        position=torch.tensor([5, 48, 255]),
+        dtype=torch.float64,
+    )
     compare(operator.inputs(B=3, T=40, G=1, H=2, K=8, V=8, L=8), initial_state=start)
 
 

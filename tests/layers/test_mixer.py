@@ -35,9 +35,17 @@ def check_equal(theirs: torch.nn.Module, ours: Mixer) -> None:
 def test_mamba2_with_one_level_is_transformers_mamba2(groups: int) -> None:
     torch.manual_seed(0)
     config = Mamba2Config(
-        hidden_size=24, num_heads=6, head_dim=8, expand=2, state_size=10, n_groups=groups, conv_kernel=4, chunk_size=8,
-        num_hidden_layers=1, layer_norm_epsilon=1e-5,
-    )  # fmt: skip
+        hidden_size=24,
+        num_heads=6,
+        head_dim=8,
+        expand=2,
+        state_size=10,
+        n_groups=groups,
+        conv_kernel=4,
+        chunk_size=8,
+        num_hidden_layers=1,
+        layer_norm_epsilon=1e-5,
+    )
     theirs = Mamba2Mixer(config, layer_idx=0)
     for parameter in (theirs.D, theirs.norm.weight, theirs.conv1d.bias):
         torch.nn.init.normal_(parameter)
@@ -65,10 +73,16 @@ def test_mamba2_with_one_level_is_transformers_mamba2(groups: int) -> None:
 def test_gated_delta_net_with_one_level_is_transformers_qwen3_next(groups: int) -> None:
     torch.manual_seed(0)
     config = Qwen3NextConfig(
-        hidden_size=24, linear_num_value_heads=4, linear_num_key_heads=groups, linear_key_head_dim=6,
-        linear_value_head_dim=5, linear_conv_kernel_dim=4, num_hidden_layers=1, rms_norm_eps=1e-5,
+        hidden_size=24,
+        linear_num_value_heads=4,
+        linear_num_key_heads=groups,
+        linear_key_head_dim=6,
+        linear_value_head_dim=5,
+        linear_conv_kernel_dim=4,
+        num_hidden_layers=1,
+        rms_norm_eps=1e-5,
         layer_types=["linear_attention"],
-    )  # fmt: skip
+    )
     theirs = Qwen3NextGatedDeltaNet(config, layer_idx=0)
     torch.nn.init.normal_(theirs.norm.weight)
     torch.nn.init.normal_(theirs.dt_bias)

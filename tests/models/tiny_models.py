@@ -10,11 +10,25 @@ LINEAR, FULL = "linear_attention", "full_attention"
 
 def tiny_config(**options) -> LogLinearConfig:
     defaults = dict(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, intermediate_size=24, num_heads=4, key_dim=6, head_dim=5,
-        num_levels=5, chunk_size=4, num_attention_heads=2, num_key_value_heads=1, attention_head_dim=8,
-        loss_chunk_size=7, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        intermediate_size=24,
+        num_heads=4,
+        key_dim=6,
+        head_dim=5,
+        num_levels=5,
+        chunk_size=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attention_head_dim=8,
+        loss_chunk_size=7,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
         lambda_form="softplus",  # "unit" starts at 1: no result would depend on which level is read
-    )  # fmt: skip
+    )
     return LogLinearConfig(**{**defaults, **options})
 
 

@@ -31,9 +31,14 @@ def test_two_packed_pieces_equal_the_recurrence_with_every_gradient(operator, do
         state, tensors = None, []
         for inputs, cu_seqlens in pieces:
             out = operator(
-                inputs, cu_seqlens=cu_seqlens, chunk_size=chunk_size, initial_state=state, output_final_state=True,
-                impl=impl, partition=partition,
-            )  # fmt: skip
+                inputs,
+                cu_seqlens=cu_seqlens,
+                chunk_size=chunk_size,
+                initial_state=state,
+                output_final_state=True,
+                impl=impl,
+                partition=partition,
+            )
             state = out.final_state
             tensors.append(out.output)
         tensors += parts(state).values()

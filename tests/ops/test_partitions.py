@@ -17,9 +17,17 @@ every_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda opera
 
 # chunks of one or more blocks, blocks that grow without limit, and old blocks that stay apart
 PARTITIONS = [
-    Partition(2, 4), Partition(4), Partition(4, 4), Partition(8, 1), Partition(16, 1), Partition(16, 16),
-    Partition(2, 1, 8), Partition(4, 4, 16), Partition(8, 4, 4), Partition(16, 1, 16),
-]  # fmt: skip
+    Partition(2, 4),
+    Partition(4),
+    Partition(4, 4),
+    Partition(8, 1),
+    Partition(16, 1),
+    Partition(16, 16),
+    Partition(2, 1, 8),
+    Partition(4, 4, 16),
+    Partition(8, 4, 4),
+    Partition(16, 1, 16),
+]
 every_partition = pytest.mark.parametrize("partition", PARTITIONS, ids=str)
 
 

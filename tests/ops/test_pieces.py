@@ -120,9 +120,16 @@ def test_the_size_of_a_state_depends_on_levels_and_chunk_size_alone(operator, le
         for T in (1, 50)
     ]
     zero = FenwickState.zeros(
-        2, num_levels=levels, chunk_size=chunk_size, groups=2, heads=4, key_dim=5, value_dim=3,
-        delta_rule=operator.delta, dtype=torch.float64,
-    )  # fmt: skip
+        2,
+        num_levels=levels,
+        chunk_size=chunk_size,
+        groups=2,
+        heads=4,
+        key_dim=5,
+        value_dim=3,
+        delta_rule=operator.delta,
+        dtype=torch.float64,
+    )
     assert states[0].nbytes == states[1].nbytes == zero.nbytes
     assert states[0].blocks.shape[1] == num_blocks(levels, chunk_size)
     first = operator(operator.inputs(T=3, L=levels), chunk_size=chunk_size, initial_state=zero)
@@ -156,9 +163,17 @@ def test_an_empty_state_at_a_position_is_that_many_tokens_that_write_nothing(ope
     T = 37
     inputs = operator.inputs(B=2, T=T, G=2, H=4, K=5, V=3, L=levels)
     start = FenwickState.zeros(
-        2, num_levels=levels, chunk_size=4, groups=2, heads=4, key_dim=5, value_dim=3, delta_rule=operator.delta,
-        position=torch.tensor(starts, dtype=torch.int32), dtype=torch.float64,
-    )  # fmt: skip
+        2,
+        num_levels=levels,
+        chunk_size=4,
+        groups=2,
+        heads=4,
+        key_dim=5,
+        value_dim=3,
+        delta_rule=operator.delta,
+        position=torch.tensor(starts, dtype=torch.int32),
+        dtype=torch.float64,
+    )
     out = operator(inputs, chunk_size=4, initial_state=start, output_final_state=True, impl=impl)
     rows = []
     for b, p in enumerate(starts):

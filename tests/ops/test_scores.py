@@ -15,9 +15,16 @@ from tests.ops.operators import random_loss, relative_error
 EXACT = 1e-12
 
 PARTITIONS = [
-    Partition(2, 16), Partition(4, 16), Partition(16, 16), Partition(4, 4), Partition(16, 1), FENWICK,
-    Partition(2, 4, 16), Partition(4, 16, 16), Partition(16, 2, 32),
-]  # fmt: skip
+    Partition(2, 16),
+    Partition(4, 16),
+    Partition(16, 16),
+    Partition(4, 4),
+    Partition(16, 1),
+    FENWICK,
+    Partition(2, 4, 16),
+    Partition(4, 16, 16),
+    Partition(16, 2, 32),
+]
 every_partition = pytest.mark.parametrize("partition", PARTITIONS, ids=str)
 both = pytest.mark.parametrize("impl", ["torch", "reference"])
 

@@ -75,9 +75,16 @@ def test_a_decode_state_may_be_stepped_in_any_mode(operator, mode):
     whole = operator(inputs, chunk_size=4).output
     with MODES[mode]():
         state = DecodeState.zeros(
-            2, num_levels=5, chunk_size=4, groups=2, heads=4, key_dim=5, value_dim=3, delta_rule=operator.delta,
+            2,
+            num_levels=5,
+            chunk_size=4,
+            groups=2,
+            heads=4,
+            key_dim=5,
+            value_dim=3,
+            delta_rule=operator.delta,
             dtype=torch.float64,
-        )  # fmt: skip
+        )
         fresh = DecodeState.of(sizes(operator, 2, 5, 4, dtype=torch.float64))
         state = state.index_select(torch.tensor([0, 1]))
     for t in range(5):

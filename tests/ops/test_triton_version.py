@@ -76,9 +76,16 @@ def test_a_step_says_why_it_does_without_it(operator, monkeypatch, log):
     with FakeTensorMode():
         token = on_a_gpu({name: x[:, 0] for name, x in operator.inputs(B=1, T=1, L=8).items()})
         state = DecodeState.zeros(
-            1, num_levels=8, chunk_size=16, groups=2, heads=4, key_dim=5, value_dim=3, delta_rule=operator.delta,
+            1,
+            num_levels=8,
+            chunk_size=16,
+            groups=2,
+            heads=4,
+            key_dim=5,
+            value_dim=3,
+            delta_rule=operator.delta,
             device="cuda",
-        )  # fmt: skip
+        )
         function = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
         for _ in range(2):
             assert function(*token.values(), state) is token["v"]

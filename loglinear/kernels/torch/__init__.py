@@ -12,6 +12,18 @@ from loglinear.kernels.torch.scalar_gate import decode_step as scalar_gate_step
 from loglinear.kernels.torch.schedule import Schedule, schedule
 
 __all__ = [
-    "Schedule", "add_keys", "append_inverse_row", "block_tokens", "bucket_energies", "chunk_inverse", "delta_rule_step",
-    "energies", "fenwick_array", "has_blocks", "is_traced", "scalar_gate_step", "schedule", "stages",
-]  # fmt: skip
+    "Schedule",
+    "add_keys",
+    "append_inverse_row",
+    "block_tokens",
+    "bucket_energies",
+    "chunk_inverse",
+    "delta_rule_step",
+    "energies",
+    "fenwick_array",
+    "has_blocks",
+    "is_traced",
+    "scalar_gate_step",
+    "schedule",
+    "stages",
+]

@@ -23,9 +23,16 @@ from loglinear.partition import Partition
 
 @torch.library.custom_op("loglinear::bucket_energies", mutates_args=())
 def bucket_energies(
-    q: Tensor, k: Tensor, nodes: Tensor | None, position: Tensor | None, cu_seqlens: Tensor | None, rows: int,
-    num_columns: int, final: bool, partition: list[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    nodes: Tensor | None,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rows: int,
+    num_columns: int,
+    final: bool,
+    partition: list[int],
+) -> tuple[Tensor, Tensor]:
     """Return the energies [tokens,G,L] and the sums of blocks.
 
     With `final` the sums are those of each sequence at the start of its last chunk [N,M,G,K,K], otherwise an empty
@@ -37,9 +44,16 @@ def bucket_energies(
 
 
 def energies(
-    q: Tensor, k: Tensor, nodes: Tensor | None, position: Tensor | None, cu_seqlens: Tensor | None, rows: int,
-    num_columns: int, final: bool, partition: list[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    nodes: Tensor | None,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rows: int,
+    num_columns: int,
+    final: bool,
+    partition: list[int],
+) -> tuple[Tensor, Tensor]:
     """Return the outputs of `bucket_energies`. With gradients on, autograd records every stage."""
     C, K = Partition(*partition).finest_block, q.shape[2]
     plan = schedule_of(q, num_columns, position, cu_seqlens, rows, C, final, partition)
@@ -124,10 +138,18 @@ def _(q, k, nodes, position, cu_seqlens, rows, num_columns, final, partition):  
 
 @torch.library.custom_op("loglinear::bucket_energies_backward", mutates_args=())
 def bucket_energies_backward(
-    dfound: Tensor | None, dblocks: Tensor | None, q: Tensor, k: Tensor, nodes: Tensor | None,
-    position: Tensor | None, cu_seqlens: Tensor | None, rows: int, num_columns: int, final: bool,
+    dfound: Tensor | None,
+    dblocks: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    nodes: Tensor | None,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rows: int,
+    num_columns: int,
+    final: bool,
     partition: list[int],
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """Return the gradients of q, k and, if there are any, of the nodes."""
     C = Partition(*partition).finest_block
     plan = schedule_of(q, num_columns, position, cu_seqlens, rows, C, final, partition)

@@ -21,10 +21,20 @@ from loglinear.partition import Partition
 
 @torch.library.custom_op("loglinear::fenwick_array", mutates_args=())
 def fenwick_array(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, level_scales: Tensor,
-    nodes: Tensor | None, position: Tensor | None, cu_seqlens: Tensor | None, rows: int, chunk_size: int, final: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None,
+    level_scales: Tensor,
+    nodes: Tensor | None,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rows: int,
+    chunk_size: int,
+    final: bool,
     partition: list[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Outputs [tokens,H,V]; with `final`, each sequence's block states at the start of its last chunk [N,M,H,K,V], else
     an empty tensor. The delta rule with beta, else the scalar gate.
 
@@ -39,10 +49,20 @@ def fenwick_array(
 
 
 def stages(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, level_scales: Tensor,
-    nodes: Tensor | None, position: Tensor | None, cu_seqlens: Tensor | None, rows: int, chunk_size: int, final: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None,
+    level_scales: Tensor,
+    nodes: Tensor | None,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rows: int,
+    chunk_size: int,
+    final: bool,
     partition: list[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Return the outputs of `fenwick_array`, open to autograd: with gradients on it records every stage."""
     plan = schedule_of(v, level_scales.shape[2], position, cu_seqlens, rows, chunk_size, final, partition)
     family, inputs = _family(q, k, v, log_decay, beta, level_scales, nodes)
@@ -56,9 +76,15 @@ def _family(q, k, v, log_decay, beta, level_scales, nodes):  # type: ignore[no-u
 
 
 def schedule_of(
-    tokens: Tensor, num_columns: int, position: Tensor | None, cu_seqlens: Tensor | None, rows: int, C: int,
-    final: bool, partition: list[int],
-) -> Schedule:  # fmt: skip
+    tokens: Tensor,
+    num_columns: int,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rows: int,
+    C: int,
+    final: bool,
+    partition: list[int],
+) -> Schedule:
     """The schedule of a call's `tokens` [tokens,...], the buffered ones of continued sequences included."""
     if cu_seqlens is not None:
         lengths = tuple(cu_seqlens.diff().tolist())
@@ -81,10 +107,22 @@ def _(q, k, v, log_decay, beta, level_scales, nodes, position, cu_seqlens, rows,
 
 @torch.library.custom_op("loglinear::fenwick_array_backward", mutates_args=())
 def fenwick_array_backward(
-    dout: Tensor | None, dblocks: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
-    beta: Tensor | None, level_scales: Tensor, nodes: Tensor | None, position: Tensor | None,
-    cu_seqlens: Tensor | None, rows: int, chunk_size: int, final: bool, partition: list[int],
-) -> list[Tensor]:  # fmt: skip
+    dout: Tensor | None,
+    dblocks: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None,
+    level_scales: Tensor,
+    nodes: Tensor | None,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rows: int,
+    chunk_size: int,
+    final: bool,
+    partition: list[int],
+) -> list[Tensor]:
     """The gradients of the tensors that there are, in their order."""
     plan = schedule_of(v, level_scales.shape[2], position, cu_seqlens, rows, chunk_size, final, partition)
     family, inputs = _family(q, k, v, log_decay, beta, level_scales, nodes)

@@ -133,10 +133,20 @@ def schedule(
     turns = i.chunk(max(1, -(-len(reads) // READS_A_TURN)))
     final_reads = walk(end, torch.arange(N), torch.arange(N), list(range(M))) if final else []
     built = Schedule(
-        partition, C, n, N, M, tree.nodes, tree.num_prefixes,
+        partition,
+        C,
+        n,
+        N,
+        M,
+        tree.nodes,
+        tree.num_prefixes,
         *_places(length, held, offset, n, C, positions is not None),
-        merges, scan, reads, [walk(z[part], sequence[part], part, columns) for part in turns], final_reads,
-    )  # fmt: skip
+        merges,
+        scan,
+        reads,
+        [walk(z[part], sequence[part], part, columns) for part in turns],
+        final_reads,
+    )
     return _to(built, device)
 
 

@@ -88,10 +88,23 @@ def is_block(z, m, M: tl.constexpr):
 
 @triton.jit
 def read_blocks(
-    read_TV, x_T, scales, z, L, blocks, step, first_row, first_column,
-    K: tl.constexpr, V: tl.constexpr, LOG_C: tl.constexpr, M: tl.constexpr,
-    TK: tl.constexpr, BV: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    read_TV,
+    x_T,
+    scales,
+    z,
+    L,
+    blocks,
+    step,
+    first_row,
+    first_column,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    LOG_C: tl.constexpr,
+    M: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     """read + sum_m lambda_m diag(x) S_m, over the blocks that are there, of rows of K: their sum is the output. No sum
     over threads in the loop, so that the loads of UNROLL blocks are under way together."""
     for first in range(0, M, UNROLL):
@@ -113,10 +126,7 @@ def merged_into(z, M: tl.constexpr):
 
 
 @triton.jit
-def load_buffer(
-    rows, stride, place, new_T, first_column,
-    WIDTH: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+def load_buffer(rows, stride, place, new_T, first_column, WIDTH: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):
     """A [C, COLUMNS] tile of the chunk's rows of WIDTH numbers with the new token's among them, 0 behind it."""
     i, j = tl.arange(0, C)[:, None], first_column + tl.arange(0, COLUMNS)[None, :]
     held = tl.load(rows + (i * stride + j), mask=(i < place) & (j < WIDTH), other=0.0)
@@ -125,9 +135,8 @@ def load_buffer(
 
 @triton.jit
 def load_part(
-    block, first_row, first_column, there,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
+    block, first_row, first_column, there, K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr
+):
     """A [TK, BV] tile of a block's state [K, V], 0 where it is not there."""
     i, j = first_row + tl.arange(0, TK)[:, None], first_column + tl.arange(0, BV)[None, :]
     return tl.load(block + (i * V + j), mask=(i < K) & (j < V) & there, other=0.0)
@@ -135,8 +144,7 @@ def load_part(
 
 @triton.jit
 def store_part(
-    block, first_row, first_column, x, there,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
+    block, first_row, first_column, x, there, K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr
+):
     i, j = first_row + tl.arange(0, TK)[:, None], first_column + tl.arange(0, BV)[None, :]
     tl.store(block + (i * V + j), x, mask=(i < K) & (j < V) & there)

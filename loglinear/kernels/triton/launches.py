@@ -26,19 +26,36 @@ STAGES = {
     "scalar_gate": {
         "forward": ("chunk_state", "up_sweep", "output"),
         "backward": (
-            "chunk_state", "up_sweep", "walk_backward", "in_chunk_backward", "state_backward", "down_sweep",
+            "chunk_state",
+            "up_sweep",
+            "walk_backward",
+            "in_chunk_backward",
+            "state_backward",
+            "down_sweep",
             "chunk_state_backward",
         ),
     },
     "delta_rule": {
         "forward": ("chunk_inverse", *DELTA_RULE_BUILD, "output"),
         "backward": (
-            *DELTA_RULE_BUILD, "in_chunk", "walk_backward", "state_backward", "prefix_backward", "carried_backward",
-            "carry_in_states_backward", "carry_in_prefixes_backward", "run_scan_backward", "transition_backward",
-            "scores_backward", "writes_backward", "lower_backward", "keys_backward", "decay_backward",
+            *DELTA_RULE_BUILD,
+            "in_chunk",
+            "walk_backward",
+            "state_backward",
+            "prefix_backward",
+            "carried_backward",
+            "carry_in_states_backward",
+            "carry_in_prefixes_backward",
+            "run_scan_backward",
+            "transition_backward",
+            "scores_backward",
+            "writes_backward",
+            "lower_backward",
+            "keys_backward",
+            "decay_backward",
         ),
     },
-}  # fmt: skip
+}
 BUCKETS = (2048, 8192, 32768)  # lengths up to each share a choice, and all that are longer
 
 
@@ -149,28 +166,52 @@ def _scalar_gate(kind: Kind, chunk_size: int | None) -> Plan:
 # Measured on an H100 (docs/lab-notes/2026-11-24-delta-rule-kernels.md): bfloat16 products of K up to 128, and of more.
 # Warps are for tiles of more than 64 rows; a loop that reads what it wrote has one stage. All others take Launch().
 NARROW = {
-    "chunk_inverse": Launch(64, 128), "chunk_state": Launch(64, 128, 8, registers=64),
-    "run_scan": Launch(64, 128, 8, registers=128), "carry_in": Launch(64, 128, 8), "output": Launch(128, 128),
-    "in_chunk": Launch(num_stages=3), "walk_backward": Launch(64, 128, num_stages=2),
-    "state_backward": Launch(64, 128), "prefix_backward": Launch(128, 128, 8), "carried_backward": Launch(64, 128),
-    "carry_in_states_backward": Launch(64, 128, 8), "carry_in_prefixes_backward": Launch(128, 128, 8),
-    "run_scan_backward": Launch(64, 128, 8), "transition_backward": Launch(64, 128),
-    "writes_backward": Launch(64, 64, 8), "lower_backward": Launch(64, 128, num_stages=2),
-    "keys_backward": Launch(64, 128), "decay_backward": Launch(64, 128),
-}  # fmt: skip
-WIDE = {
-    "chunk_state": Launch(128, num_stages=2), "run_scan": Launch(registers=168), "output": Launch(128, num_stages=2),
-    "in_chunk": Launch(num_stages=2), "walk_backward": Launch(num_stages=3), "state_backward": Launch(128),
-    "prefix_backward": Launch(64, 64, 8), "carried_backward": Launch(128, num_stages=2),
-    "run_scan_backward": Launch(registers=168), "scores_backward": Launch(num_stages=2),
+    "chunk_inverse": Launch(64, 128),
+    "chunk_state": Launch(64, 128, 8, registers=64),
+    "run_scan": Launch(64, 128, 8, registers=128),
+    "carry_in": Launch(64, 128, 8),
+    "output": Launch(128, 128),
+    "in_chunk": Launch(num_stages=3),
+    "walk_backward": Launch(64, 128, num_stages=2),
+    "state_backward": Launch(64, 128),
+    "prefix_backward": Launch(128, 128, 8),
+    "carried_backward": Launch(64, 128),
+    "carry_in_states_backward": Launch(64, 128, 8),
+    "carry_in_prefixes_backward": Launch(128, 128, 8),
+    "run_scan_backward": Launch(64, 128, 8),
+    "transition_backward": Launch(64, 128),
     "writes_backward": Launch(64, 64, 8),
-}  # fmt: skip
+    "lower_backward": Launch(64, 128, num_stages=2),
+    "keys_backward": Launch(64, 128),
+    "decay_backward": Launch(64, 128),
+}
+WIDE = {
+    "chunk_state": Launch(128, num_stages=2),
+    "run_scan": Launch(registers=168),
+    "output": Launch(128, num_stages=2),
+    "in_chunk": Launch(num_stages=2),
+    "walk_backward": Launch(num_stages=3),
+    "state_backward": Launch(128),
+    "prefix_backward": Launch(64, 64, 8),
+    "carried_backward": Launch(128, num_stages=2),
+    "run_scan_backward": Launch(registers=168),
+    "scores_backward": Launch(num_stages=2),
+    "writes_backward": Launch(64, 64, 8),
+}
 # The delta rule's stages on tiles of a chunk's tokens, and in how many parts they take a chunk of 128.
 PARTS = {
-    "chunk_state": 1, "output": 2, "in_chunk": 2, "walk_backward": 2, "state_backward": 1,
-    "prefix_backward": 1, "carried_backward": 1, "scores_backward": 2, "writes_backward": 1, "lower_backward": 2,
+    "chunk_state": 1,
+    "output": 2,
+    "in_chunk": 2,
+    "walk_backward": 2,
+    "state_backward": 1,
+    "prefix_backward": 1,
+    "carried_backward": 1,
+    "scores_backward": 2,
+    "writes_backward": 1,
+    "lower_backward": 2,
     "keys_backward": 2,
-}  # fmt: skip
+}
 
 
 def parts_of(stage: str, C: int) -> int:

@@ -92,9 +92,8 @@ def load_class_scales(base, stride, n, L, level, i, ONE_LEVEL: tl.constexpr):
 
 @triton.jit
 def spread_scales(
-    scales, near_JC, far_JC, i,
-    DTYPE: tl.constexpr, J: tl.constexpr, ONE_LEVEL: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    scales, near_JC, far_JC, i, DTYPE: tl.constexpr, J: tl.constexpr, ONE_LEVEL: tl.constexpr, MATH: tl.constexpr
+):
     """LAM[i, j] = lambda[i, level(i, j)] from scales [i, c] loaded ahead from an array of DTYPE. Whoever takes it
     has to leave out j > i."""
     if ONE_LEVEL:

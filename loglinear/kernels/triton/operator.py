@@ -25,10 +25,19 @@ def _family(beta: Tensor | None) -> Any:
 
 @torch.library.custom_op("loglinear::chunkwise", mutates_args=())
 def chunkwise(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, level_scales: Tensor,
-    initial: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, scale: float, chunk_size: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None,
+    level_scales: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    starts: Tensor | None,
+    scale: float,
+    chunk_size: int,
     final: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outputs [B,T,H,V]; with `final`, each sequence's block states at the start of its unfinished chunk [N,M,H,K,V]
     float32; of the delta rule the arrays saved for the backward, each chunk's inverse [chunk,H,C,C] and its
     cumulative log decay [chunk,H,C]; else empty tensors. The delta rule with beta, else the scalar gate.
@@ -62,10 +71,23 @@ def _(q, k, v, log_decay, beta, level_scales, initial, cu_seqlens, starts, scale
 
 @torch.library.custom_op("loglinear::chunkwise_backward", mutates_args=())
 def chunkwise_backward(
-    do: Tensor, dblocks: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None,
-    level_scales: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, inverse: Tensor,
-    cumulative: Tensor, scale: float, chunk_size: int, final: bool,
-) -> list[Tensor]:  # fmt: skip
+    do: Tensor,
+    dblocks: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None,
+    level_scales: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    starts: Tensor | None,
+    inverse: Tensor,
+    cumulative: Tensor,
+    scale: float,
+    chunk_size: int,
+    final: bool,
+) -> list[Tensor]:
     """dq, dk, dv, dlog_decay, dbeta where there is beta, dlevel_scales, and dinitial where there is initial."""
     family, operands = _family(beta), Operands(q, k, v, log_decay, beta, level_scales, initial)
     saved = (None, None) if beta is None else (inverse, cumulative)
@@ -77,9 +99,23 @@ def chunkwise_backward(
 
 @chunkwise_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
-    do, dblocks, q, k, v, log_decay, beta, level_scales, initial, cu_seqlens, starts, inverse, cumulative, scale,
-    chunk_size, final,
-):  # fmt: skip
+    do,
+    dblocks,
+    q,
+    k,
+    v,
+    log_decay,
+    beta,
+    level_scales,
+    initial,
+    cu_seqlens,
+    starts,
+    inverse,
+    cumulative,
+    scale,
+    chunk_size,
+    final,
+):
     inputs = [x for x in (q, k, v, log_decay, beta, level_scales) if x is not None]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
     if initial is None:
@@ -107,11 +143,20 @@ def _twin(x: Operands, sequences: Sequences, scale: float, chunk_size: int) -> t
         return torch.cat([new.new_zeros(buffered, *new.shape[1:]), new])
 
     output, blocks = stages(
-        tokens(x.q) * scale, tokens(x.k), tokens(x.v), tokens(x.log_decay.clamp(min=MIN_LOG_DECAY)),
-        None if x.beta is None else tokens(x.beta), tokens(x.level_scales),
-        None if x.initial is None else x.initial.float(), None if starts is None else starts * C,
-        cu_seqlens, rows, C, final, FENWICK.numbers,
-    )  # fmt: skip
+        tokens(x.q) * scale,
+        tokens(x.k),
+        tokens(x.v),
+        tokens(x.log_decay.clamp(min=MIN_LOG_DECAY)),
+        None if x.beta is None else tokens(x.beta),
+        tokens(x.level_scales),
+        None if x.initial is None else x.initial.float(),
+        None if starts is None else starts * C,
+        cu_seqlens,
+        rows,
+        C,
+        final,
+        FENWICK.numbers,
+    )
     padding = output.new_zeros(x.v.shape[0] * x.v.shape[1] - count, *output.shape[1:])
     return torch.cat([output[buffered:], padding]).view(x.v.shape).to(x.v.dtype), blocks
 

@@ -35,10 +35,23 @@ STATE = ("position", "blocks", "k_buffer", "v_buffer", "decay_buffer", "beta_buf
 
 @torch.library.custom_op("loglinear::step", mutates_args=STATE)
 def step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, level_scales: Tensor,
-    active: Tensor | None, position: Tensor, blocks: Tensor, k_buffer: Tensor, v_buffer: Tensor, decay_buffer: Tensor,
-    beta_buffer: Tensor | None, inverse: Tensor | None, scale: float, l2_normalize: bool,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor | None,
+    level_scales: Tensor,
+    active: Tensor | None,
+    position: Tensor,
+    blocks: Tensor,
+    k_buffer: Tensor,
+    v_buffer: Tensor,
+    decay_buffer: Tensor,
+    beta_buffer: Tensor | None,
+    inverse: Tensor | None,
+    scale: float,
+    l2_normalize: bool,
+) -> Tensor:
     """Outputs [N,H,V] of one token for each row that is active [N] (None: all are), 0 for others, and the state after
     it. q, k [N,G,K], v [N,H,V], log_decay, beta [N,H], level_scales [N,H,L]; the state's parts as in `FenwickState`.
     The delta rule with beta, else the scalar gate."""
@@ -54,9 +67,24 @@ def step(
         kernel, options = delta_rule.step_kernel, dict(DELTA_RULE, UNIT=l2_normalize)
     options["TK"] = min(options["TK"], max(16, triton.next_power_of_2(K)))
     kernel[(N * H * triton.cdiv(V, BV),)](
-        *map(Tokens.of, inputs), active, state, out, H, H // G, L, scale,
-        K=K, V=V, C=C, LOG_C=log2(C), M=M, BV=BV, UNROLL=BLOCKS // BV, num_stages=1, **options,
-    )  # fmt: skip
+        *map(Tokens.of, inputs),
+        active,
+        state,
+        out,
+        H,
+        H // G,
+        L,
+        scale,
+        K=K,
+        V=V,
+        C=C,
+        LOG_C=log2(C),
+        M=M,
+        BV=BV,
+        UNROLL=BLOCKS // BV,
+        num_stages=1,
+        **options,
+    )
     return out
 
 

@@ -60,7 +60,15 @@ class DeltaRuleSlab(Slab):
 
         n, K = self.k.shape[1], self.k.shape[3]
         dq, dk, dv, dbeta, dcumulative = chunk_backward(
-            self.chunk, self.q, self.k, self.v, self.beta, self.mask(), do, dseen, dslots[:, :n],
+            self.chunk,
+            self.q,
+            self.k,
+            self.v,
+            self.beta,
+            self.mask(),
+            do,
+            dseen,
+            dslots[:, :n],
             self.pull_mask(dscales),
-        )  # fmt: skip
+        )
         return (dq, dk, dv, reverse_cumsum(dcumulative), dbeta, dscales), dslots[:, self.schedule.nodes, :, K:]

@@ -14,6 +14,13 @@ from loglinear.kernels.triton.delta_rule.products import choose_chunk_size, prod
 from loglinear.kernels.triton.delta_rule.step import step_kernel
 
 __all__ = [
-    "choose_chunk_size", "count_chunks", "forward", "gradients", "inputs_of", "plan_of", "products_of", "state_dtype",
+    "choose_chunk_size",
+    "count_chunks",
+    "forward",
+    "gradients",
+    "inputs_of",
+    "plan_of",
+    "products_of",
+    "state_dtype",
     "step_kernel",
-]  # fmt: skip
+]

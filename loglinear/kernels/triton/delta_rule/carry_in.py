@@ -29,9 +29,19 @@ from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 
 @triton.jit
 def add_through(
-    total, prefix, log_decay, state, is_first, row, column,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    total,
+    prefix,
+    log_decay,
+    state,
+    is_first,
+    row,
+    column,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """total + F R, one [TK, BV] tile; the first entry of a run has no F."""
     state_TV = load_block(state, row, column, K, V, TK, BV).to(tl.float32)
     if is_first:
@@ -47,9 +57,19 @@ def add_through(
 
 @triton.jit
 def store_read(
-    past, out, entry, place, h, column, tier,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    past,
+    out,
+    entry,
+    place,
+    h,
+    column,
+    tier,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """out = what an entry (an `EntryPlace`) reads in column `place`, one tile of V."""
     SIZE: tl.constexpr = K * V
     row, older = entry.row * tier.H + h, older_column(place, tier)
@@ -65,17 +85,41 @@ def store_read(
             block = past.carried + ((entry.run.to(tl.int64) * tier.columns + older) * tier.H + h) * SIZE
             log_decay = tl.load(past.prefix_totals + row, mask=entry.i > entry.start, other=0.0)
             state_TV = add_through(
-                state_TV, past.prefixes + row * (K * K), log_decay, block, entry.i == entry.start, a, column,
-                K, V, TK, BV, MATH,
-            )  # fmt: skip
+                state_TV,
+                past.prefixes + row * (K * K),
+                log_decay,
+                block,
+                entry.i == entry.start,
+                a,
+                column,
+                K,
+                V,
+                TK,
+                BV,
+                MATH,
+            )
         store_block(out, a, column, state_TV, K, V, TK, BV)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def carry_in_kernel(
-    past, out, table, H, per_row, cap, num_slots, columns, collapsed, first_level, places,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    past,
+    out,
+    table,
+    H,
+    per_row,
+    cap,
+    num_slots,
+    columns,
+    collapsed,
+    first_level,
+    places,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One entry of a run, one column of what it is carried, one head, one tile of V: out [entry, place, H, K, V]."""
     tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_level, places)
     TILES: tl.constexpr = (V + BV - 1) // BV

@@ -21,9 +21,17 @@ from loglinear.kernels.triton.walks import nearest
 
 @triton.jit
 def moved_back(
-    transition, decay, dstate, row, column,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    transition,
+    decay,
+    dstate,
+    row,
+    column,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """P^T dS, one [TK, BV] tile, of a transition with its decay apart."""
     total = load_block(dstate, row, column, K, V, TK, BV).to(tl.float32) * decay
     for s in range(0, K, TK):
@@ -35,9 +43,19 @@ def moved_back(
 
 @triton.jit
 def add_back_through(
-    total, prefix, log_decay, dstate, is_first, row, column,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    total,
+    prefix,
+    log_decay,
+    dstate,
+    is_first,
+    row,
+    column,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """total + F^T dR, one [TK, BV] tile; the first entry of a run has no F."""
     if is_first:
         total += load_block(dstate, row, column, K, V, TK, BV).to(tl.float32)
@@ -48,9 +66,19 @@ def add_back_through(
 
 @triton.jit
 def add_outer(
-    total, dreads, carried, reads, row, column, tier,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    total,
+    dreads,
+    carried,
+    reads,
+    row,
+    column,
+    tier,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """total + the sum of dR R'^T over the carried columns that are read, one [TK, TK] tile."""
     for _ in range(count_bits(reads)):
         older = nearest(reads).to(tl.int64)
@@ -66,9 +94,24 @@ def add_outer(
 
 @triton.jit(do_not_specialize=SIZES)
 def carry_in_states_backward_kernel(
-    past, dreads, dcarried, table, H, per_row, cap, num_slots, columns, collapsed, first_level, places,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    past,
+    dreads,
+    dcarried,
+    table,
+    H,
+    per_row,
+    cap,
+    num_slots,
+    columns,
+    collapsed,
+    first_level,
+    places,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One column of what a run was carried, one head, one [TK, BV] tile: dcarried [run, column, H, K, V] from dreads
     [entry, place, H, K, V]."""
     tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_level, places)
@@ -94,9 +137,24 @@ def carry_in_states_backward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def carry_in_prefixes_backward_kernel(
-    past, dreads, dprefixes, table, H, per_row, cap, num_slots, columns, collapsed, first_level, places,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    past,
+    dreads,
+    dprefixes,
+    table,
+    H,
+    per_row,
+    cap,
+    num_slots,
+    columns,
+    collapsed,
+    first_level,
+    places,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One entry of a run but the first, one head, one [TK, TK] tile: dprefixes [entry, H, K, K]."""
     tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_level, places)
     TILES: tl.constexpr = (K + TK - 1) // TK
@@ -107,10 +165,19 @@ def carry_in_prefixes_backward_kernel(
         return
     row, column = tile // TILES * TK, tile % TILES * TK
     dprefix_TT = add_outer(
-        tl.zeros([TK, TK], tl.float32), dreads + ((run.base + i) * places * tier.H + h) * (K * V),
+        tl.zeros([TK, TK], tl.float32),
+        dreads + ((run.base + i) * places * tier.H + h) * (K * V),
         past.carried + (run.row * columns.to(tl.int64) * tier.H + h) * (K * V),
-        columns_read(run.number, columns, past.initial), row, column, tier, K, V, TK, BV, MATH,
-    )  # fmt: skip
+        columns_read(run.number, columns, past.initial),
+        row,
+        column,
+        tier,
+        K,
+        V,
+        TK,
+        BV,
+        MATH,
+    )
     store_block(dprefixes + ((run.base + i) * tier.H + h) * (K * K), row, column, dprefix_TT, K, K, TK, TK)
 
 

@@ -46,9 +46,24 @@ def unit_lower_inverse(lower_JJ, J: tl.constexpr, LOG_J: tl.constexpr, MATH: tl.
 
 @triton.jit(do_not_specialize=SIZES)
 def chunk_inverse_kernel(
-    k, beta, log_decay, saved, table, T, N, H, R, L, cap,
-    K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, LOG_J: tl.constexpr, TK: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    k,
+    beta,
+    log_decay,
+    saved,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    LOG_J: tl.constexpr,
+    TK: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One chunk, one head: A and G."""
     sizes = Sizes(T, N, H, R, L, cap)
     _, h, c = head_program(1, sizes.H)
@@ -91,7 +106,15 @@ def chunk_inverse(x: Inputs) -> Saved:
     saved = Saved.of(x.empty(chunks, H, C, C, dtype=x.dtype), x.empty(chunks, H, C))
     J = min(C, 64)
     chunk_inverse_kernel[(chunks * H,)](
-        x.k, x.beta, x.log_decay, saved, x.layout.table, *x.sizes,
-        C=C, J=J, LOG_J=log2(J), **x.key_constants("chunk_inverse"),
-    )  # fmt: skip
+        x.k,
+        x.beta,
+        x.log_decay,
+        saved,
+        x.layout.table,
+        *x.sizes,
+        C=C,
+        J=J,
+        LOG_J=log2(J),
+        **x.key_constants("chunk_inverse"),
+    )
     return saved

@@ -16,10 +16,26 @@ from loglinear.kernels.triton.tiles import head_program, load_rows, locate, stor
 
 @triton.jit(do_not_specialize=SIZES)
 def chunk_state_kernel(
-    k, v, beta, saved, states, table, T, N, H, R, L, cap,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-    TRANSITION: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    k,
+    v,
+    beta,
+    saved,
+    states,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    TRANSITION: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One whole chunk, one head, one tile of columns: S, states [chunk, H, K, V]. TRANSITION: D, where V is K and v
     is k."""
     sizes = Sizes(T, N, H, R, L, cap)
@@ -54,7 +70,15 @@ def chunk_state(x: Inputs, saved: Saved) -> Entries:
     totals = saved.cumulative[:, :, -1].contiguous()
     for v, out, kind in ((x.v, states, False), (x.k, transitions, True)):
         chunk_state_kernel[(chunks * H * x.tiling.tiles("chunk_state", kind),)](
-            x.k, v, x.beta, saved, out, x.layout.table, *x.sizes,
-            C=x.chunk_size, TRANSITION=kind, **x.constants("chunk_state", kind),
-        )  # fmt: skip
+            x.k,
+            v,
+            x.beta,
+            saved,
+            out,
+            x.layout.table,
+            *x.sizes,
+            C=x.chunk_size,
+            TRANSITION=kind,
+            **x.constants("chunk_state", kind),
+        )
     return Entries(transitions, totals, states)

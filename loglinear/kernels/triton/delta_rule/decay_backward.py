@@ -19,9 +19,24 @@ from loglinear.kernels.triton.tiles import MIN_LOG_DECAY, head_program, locate, 
 
 @triton.jit(do_not_specialize=SIZES)
 def decay_backward_kernel(
-    log_decay, cumulative, dtransitions, dinside, dlog_state, dlog_decay, table, T, N, H, R, L, cap,
-    K: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr,
-):  # fmt: skip
+    log_decay,
+    cumulative,
+    dtransitions,
+    dinside,
+    dlog_state,
+    dlog_decay,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    PARTS: tl.constexpr,
+    TK: tl.constexpr,
+):
     """One chunk, one head: dlog_decay [B, T, H]."""
     sizes = Sizes(T, N, H, R, L, cap)
     _, h, c = head_program(1, sizes.H)
@@ -54,6 +69,16 @@ def decay_backward(
 ) -> None:
     """Write the gradient of the log decays."""
     decay_backward_kernel[(x.layout.chunks * x.heads,)](
-        x.log_decay, cumulative, dtransitions, dinside, lower.dlog_state, dlog_decay, x.layout.table, *x.sizes,
-        K=x.key_dim, C=x.chunk_size, PARTS=x.tiling.parts("scores_backward"), **x.tiling.options("decay_backward"),
-    )  # fmt: skip
+        x.log_decay,
+        cumulative,
+        dtransitions,
+        dinside,
+        lower.dlog_state,
+        dlog_decay,
+        x.layout.table,
+        *x.sizes,
+        K=x.key_dim,
+        C=x.chunk_size,
+        PARTS=x.tiling.parts("scores_backward"),
+        **x.tiling.options("decay_backward"),
+    )

@@ -31,9 +31,24 @@ def entry_of_end(sequence, ends, first_runs, N):
 
 @triton.jit(do_not_specialize=SIZES)
 def final_blocks_kernel(
-    past, blocks, ends, first_runs, H, per_row, cap, num_slots, columns, collapsed, first_level, places,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    past,
+    blocks,
+    ends,
+    first_runs,
+    H,
+    per_row,
+    cap,
+    num_slots,
+    columns,
+    collapsed,
+    first_level,
+    places,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One block of a sequence's final state, one head, one tile of V: blocks [N, M, H, K, V]."""
     tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_level, places)
     TILES: tl.constexpr = (V + BV - 1) // BV
@@ -54,9 +69,25 @@ def add_to_block(
 
 @triton.jit(do_not_specialize=SIZES)
 def final_states_backward_kernel(
-    past, dblocks, dpast, ends, first_runs, H, per_row, cap, num_slots, columns, collapsed, first_level, places,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    past,
+    dblocks,
+    dpast,
+    ends,
+    first_runs,
+    H,
+    per_row,
+    cap,
+    num_slots,
+    columns,
+    collapsed,
+    first_level,
+    places,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One block of a sequence's final state, one head, one [TK, BV] tile: adds to dY and dR."""
     tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_level, places)
     ROWS: tl.constexpr = (K + TK - 1) // TK
@@ -75,18 +106,44 @@ def final_states_backward_kernel(
     if (older >= 0) & (((reads >> tl.maximum(older, 0)) & 1) > 0):
         log_decay = tl.load(past.prefix_totals + row, mask=entry.i > entry.start, other=0.0)
         dstate_TV = add_back_through(
-            tl.zeros([TK, BV], tl.float32), past.prefixes + row * (K * K), log_decay, dstate, entry.i == entry.start,
-            a, column, K, V, TK, BV, MATH,
-        )  # fmt: skip
+            tl.zeros([TK, BV], tl.float32),
+            past.prefixes + row * (K * K),
+            log_decay,
+            dstate,
+            entry.i == entry.start,
+            a,
+            column,
+            K,
+            V,
+            TK,
+            BV,
+            MATH,
+        )
         to_column = dpast.carried + ((entry.run.to(tl.int64) * columns + older) * tier.H + h) * (K * V)
         add_to_block(to_column, dstate_TV, a, column, K, V, TK, BV)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def final_prefixes_backward_kernel(
-    past, dblocks, dpast, ends, first_runs, H, per_row, cap, num_slots, columns, collapsed, first_level, places,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    past,
+    dblocks,
+    dpast,
+    ends,
+    first_runs,
+    H,
+    per_row,
+    cap,
+    num_slots,
+    columns,
+    collapsed,
+    first_level,
+    places,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One sequence's end, one head, one [TK, TK] tile: adds to dF."""
     tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_level, places)
     TILES: tl.constexpr = (K + TK - 1) // TK
@@ -96,10 +153,19 @@ def final_prefixes_backward_kernel(
         return
     a, column = tile // TILES * TK, tile % TILES * TK
     dprefix_TT = add_outer(
-        tl.zeros([TK, TK], tl.float32), dblocks + (sequence.to(tl.int64) * places * tier.H + h) * (K * V),
+        tl.zeros([TK, TK], tl.float32),
+        dblocks + (sequence.to(tl.int64) * places * tier.H + h) * (K * V),
         past.carried + (entry.run.to(tl.int64) * columns * tier.H + h) * (K * V),
-        columns_read(entry.number, columns, past.initial), a, column, tier, K, V, TK, BV, MATH,
-    )  # fmt: skip
+        columns_read(entry.number, columns, past.initial),
+        a,
+        column,
+        tier,
+        K,
+        V,
+        TK,
+        BV,
+        MATH,
+    )
     add_to_block(dpast.prefixes + (entry.row * tier.H + h) * (K * K), dprefix_TT, a, column, K, K, TK, TK)
 
 

@@ -73,9 +73,19 @@ def own_scales(scales, n, L, J: tl.constexpr, LOG_J: tl.constexpr, LINEAR: tl.co
 
 @triton.jit
 def in_chunk_part(
-    x, L, scale, K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, LOG_C: tl.constexpr, TK: tl.constexpr,
-    EARLIER: tl.constexpr, LINEAR: tl.constexpr, DTYPE: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    x,
+    L,
+    scale,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    LOG_C: tl.constexpr,
+    TK: tl.constexpr,
+    EARLIER: tl.constexpr,
+    LINEAR: tl.constexpr,
+    DTYPE: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """The rows of one part, an `InChunk`. EARLIER: there is one before it."""
     own: tl.constexpr = J if EARLIER else 0
     k_own, n = rows_from(x.k, own), x.n
@@ -114,10 +124,29 @@ def in_chunk_part(
 
 @triton.jit(do_not_specialize=SIZES)
 def in_chunk_kernel(
-    q, k, beta, level_scales, saved, inside, q_in, table, T, N, H, R, L, cap, scale,
-    K: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr,
-    LINEAR: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    beta,
+    level_scales,
+    saved,
+    inside,
+    q_in,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    scale,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    PARTS: tl.constexpr,
+    TK: tl.constexpr,
+    LINEAR: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """C / PARTS rows of one chunk, one head: T and T * LAM, and X, q_in [chunk, H, C, K]."""
     sizes = Sizes(T, N, H, R, L, cap)
     DTYPE: tl.constexpr = level_scales.data.dtype.element_ty
@@ -128,11 +157,18 @@ def in_chunk_kernel(
         return
     row, group = chunk.c * sizes.H + h, h // sizes.R
     x = InChunk(
-        own.n, chunk.n,
-        head_rows(q, own, group), head_rows(k, chunk, group), head_rows(beta, chunk, h),
-        head_rows(level_scales, own, h), inverse_at(saved, chunk, h, C), saved.cumulative + row * C,
-        inside.effective + row * (C * C), inside.weights + row * (C * C), q_in + row * (C * K),
-    )  # fmt: skip
+        own.n,
+        chunk.n,
+        head_rows(q, own, group),
+        head_rows(k, chunk, group),
+        head_rows(beta, chunk, h),
+        head_rows(level_scales, own, h),
+        inverse_at(saved, chunk, h, C),
+        saved.cumulative + row * C,
+        inside.effective + row * (C * C),
+        inside.weights + row * (C * C),
+        q_in + row * (C * K),
+    )
     if part.first == 0:
         in_chunk_part(x, L, scale, K, C, J, LOG_C, TK, False, LINEAR, DTYPE, MATH)
     elif PARTS > 1:
@@ -145,7 +181,20 @@ def in_chunk(x: Inputs, saved: Saved) -> tuple[Inside, Tensor]:
     inside = Inside(*(x.empty(chunks, H, C, C, dtype=x.dtype) for _ in range(2)))
     q_in = x.empty(chunks, H, C, x.key_dim, dtype=x.dtype)
     in_chunk_kernel[(chunks * parts * H,)](
-        x.q, x.k, x.beta, x.level_scales, saved, inside, q_in, x.layout.table, *x.sizes, x.scale,
-        C=C, LOG_C=x.log_chunk, PARTS=parts, LINEAR=x.sizes.L == 1, **x.key_constants("in_chunk"),
-    )  # fmt: skip
+        x.q,
+        x.k,
+        x.beta,
+        x.level_scales,
+        saved,
+        inside,
+        q_in,
+        x.layout.table,
+        *x.sizes,
+        x.scale,
+        C=C,
+        LOG_C=x.log_chunk,
+        PARTS=parts,
+        LINEAR=x.sizes.L == 1,
+        **x.key_constants("in_chunk"),
+    )
     return inside, q_in

@@ -16,14 +16,7 @@ from torch import Tensor
 from loglinear.kernels.triton.args import Sizes, Slab
 from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, InsideGradients, Lower
 from loglinear.kernels.triton.delta_rule.tiles import HeadRows, decay, head_rows, load_tile, load_tokens, rows_from
-from loglinear.kernels.triton.tiles import (
-    head_program,
-    load_block,
-    load_rows,
-    locate,
-    slab_at,
-    store_rows,
-)
+from loglinear.kernels.triton.tiles import head_program, load_block, load_rows, locate, slab_at, store_rows
 
 
 class KeysPart(NamedTuple):
@@ -42,9 +35,17 @@ class KeysPart(NamedTuple):
 
 @triton.jit
 def keys_part(
-    x, t, scale, K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, TK: tl.constexpr,
-    EARLIER: tl.constexpr, LATER: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    x,
+    t,
+    scale,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    TK: tl.constexpr,
+    EARLIER: tl.constexpr,
+    LATER: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """The tile of columns from t on, of one part. EARLIER, LATER: there is one before it, behind it."""
     own: tl.constexpr = J if EARLIER else 0
     i, n, n_first, n_later = tl.arange(0, J), x.n, tl.minimum(x.n_keys, J), x.n_keys - J
@@ -76,9 +77,27 @@ def keys_part(
 
 @triton.jit(do_not_specialize=SIZES)
 def keys_backward_kernel(
-    q, k, cumulative, dscores, dkeys, dlower, dk, table, T, N, H, R, L, cap, scale,
-    K: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    cumulative,
+    dscores,
+    dkeys,
+    dlower,
+    dk,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    scale,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    PARTS: tl.constexpr,
+    TK: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """C / PARTS tokens of one chunk, one head, one tile of columns: adds to dk [B, T, H, K] what dKd, dN' and dS
     give."""
     sizes = Sizes(T, N, H, R, L, cap)
@@ -92,10 +111,16 @@ def keys_backward_kernel(
         return
     row = chunk.c * sizes.H + h
     x = KeysPart(
-        n, chunk.n, head_rows(q, chunk, h // sizes.R), head_rows(k, chunk, h // sizes.R),
-        rows_from(HeadRows(slab_at(dk, chunk, sizes, h, K), dk.t), part * J), cumulative + row * C,
-        dscores + row * (C * C), dkeys + row * (C * K), dlower + row * (C * C),
-    )  # fmt: skip
+        n,
+        chunk.n,
+        head_rows(q, chunk, h // sizes.R),
+        head_rows(k, chunk, h // sizes.R),
+        rows_from(HeadRows(slab_at(dk, chunk, sizes, h, K), dk.t), part * J),
+        cumulative + row * C,
+        dscores + row * (C * C),
+        dkeys + row * (C * K),
+        dlower + row * (C * C),
+    )
     if part == 0:
         keys_part(x, t, scale, K, C, J, TK, False, PARTS > 1, MATH)
     elif PARTS > 1:
@@ -108,6 +133,17 @@ def keys_backward(
     """Complete dk."""
     parts = x.tiling.parts("keys_backward")
     keys_backward_kernel[(x.layout.chunks * parts * x.heads * x.tiling.key_tiles("keys_backward"),)](
-        x.q, x.k, cumulative, dinside.dscores, dkeys, lower.dlower, dk, x.layout.table, *x.sizes, x.scale,
-        C=x.chunk_size, PARTS=parts, **x.key_constants("keys_backward"),
-    )  # fmt: skip
+        x.q,
+        x.k,
+        cumulative,
+        dinside.dscores,
+        dkeys,
+        lower.dlower,
+        dk,
+        x.layout.table,
+        *x.sizes,
+        x.scale,
+        C=x.chunk_size,
+        PARTS=parts,
+        **x.key_constants("keys_backward"),
+    )

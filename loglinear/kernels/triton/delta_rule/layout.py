@@ -64,9 +64,14 @@ def count_chunks(rows: int, tokens: int, chunk_size: int, sequences: int | None,
 
 @once_a_batch
 def layout(
-    rows: int, tokens: int, chunk_size: int, num_levels: int, cu_seqlens: Tensor | None, starts: Tensor | None,
+    rows: int,
+    tokens: int,
+    chunk_size: int,
+    num_levels: int,
+    cu_seqlens: Tensor | None,
+    starts: Tensor | None,
     final: bool,
-) -> Layout:  # fmt: skip
+) -> Layout:
     """The layout of a [rows, tokens] batch, or of one row that packs the sequences of cu_seqlens [N + 1].
 
     starts [N]: the chunk with which each packed sequence begins, for sequences that continue. final: the unfinished

@@ -70,9 +70,17 @@ def key_products(keys, n, to_end, dkeys, K: tl.constexpr, J: tl.constexpr, TK: t
 
 @triton.jit
 def lower_part(
-    x, K: tl.constexpr, C: tl.constexpr, J: tl.constexpr, TK: tl.constexpr,
-    KEY_TILES: tl.constexpr, VALUE_TILES: tl.constexpr, EARLIER: tl.constexpr, LATER: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    x,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    TK: tl.constexpr,
+    KEY_TILES: tl.constexpr,
+    VALUE_TILES: tl.constexpr,
+    EARLIER: tl.constexpr,
+    LATER: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """The rows of one part, a `LowerPart`. EARLIER, LATER: there is one before it, behind it."""
     own: tl.constexpr = J if EARLIER else 0
     i, n, k_own = tl.arange(0, J), x.n, rows_from(x.k, own)
@@ -130,10 +138,29 @@ def lower_part(
 
 @triton.jit(do_not_specialize=SIZES)
 def lower_backward_kernel(
-    k, beta, saved, inside, dinside, writes, lower, dbeta, table, T, N, H, R, L, cap,
-    K: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, TK: tl.constexpr,
-    KEY_TILES: tl.constexpr, VALUE_TILES: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    k,
+    beta,
+    saved,
+    inside,
+    dinside,
+    writes,
+    lower,
+    dbeta,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    PARTS: tl.constexpr,
+    TK: tl.constexpr,
+    KEY_TILES: tl.constexpr,
+    VALUE_TILES: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """C / PARTS rows of one chunk, one head: dN', dbeta, and of the decays' gradient each token's gift to the state and
     the columns' share of N; adds to the rows' share."""
     sizes = Sizes(T, N, H, R, L, cap)
@@ -144,13 +171,22 @@ def lower_backward_kernel(
         return
     row = chunk.c * sizes.H + h
     x = LowerPart(
-        own.n, chunk.n, head_rows(k, chunk, h // sizes.R), head_rows(beta, chunk, h),
-        HeadRows(writes.dkeys + row * (C * K), K), HeadRows(slab_at(dbeta, own, sizes, h, 1), dbeta.t),
-        saved.cumulative + row * C, inverse_at(saved, chunk, h, C), inside.effective + row * (C * C),
-        dinside.dscores + row * (C * C), lower.dlower + row * (C * C),
-        writes.sums + row * ((KEY_TILES + VALUE_TILES) * C), dinside.dlog_row + row * C,
-        dinside.dlog_column + (row * (2 * PARTS) + PARTS + part.part) * C, lower.dlog_state + row * C,
-    )  # fmt: skip
+        own.n,
+        chunk.n,
+        head_rows(k, chunk, h // sizes.R),
+        head_rows(beta, chunk, h),
+        HeadRows(writes.dkeys + row * (C * K), K),
+        HeadRows(slab_at(dbeta, own, sizes, h, 1), dbeta.t),
+        saved.cumulative + row * C,
+        inverse_at(saved, chunk, h, C),
+        inside.effective + row * (C * C),
+        dinside.dscores + row * (C * C),
+        lower.dlower + row * (C * C),
+        writes.sums + row * ((KEY_TILES + VALUE_TILES) * C),
+        dinside.dlog_row + row * C,
+        dinside.dlog_column + (row * (2 * PARTS) + PARTS + part.part) * C,
+        lower.dlog_state + row * C,
+    )
     if part.first == 0:
         lower_part(x, K, C, J, TK, KEY_TILES, VALUE_TILES, False, PARTS > 1, MATH)
     elif PARTS > 1:
@@ -164,9 +200,20 @@ def lower_backward(
     chunks, H, C, parts = x.layout.chunks, x.heads, x.chunk_size, x.tiling.parts("lower_backward")
     lower = Lower(inside.weights, x.empty(chunks, H, C))
     lower_backward_kernel[(chunks * parts * H,)](
-        x.k, x.beta, saved, inside, dinside, writes, lower, dbeta, x.layout.table, *x.sizes,
-        C=C, PARTS=parts,
-        KEY_TILES=x.tiling.key_tiles("writes_backward"), VALUE_TILES=x.tiling.tiles("writes_backward"),
+        x.k,
+        x.beta,
+        saved,
+        inside,
+        dinside,
+        writes,
+        lower,
+        dbeta,
+        x.layout.table,
+        *x.sizes,
+        C=C,
+        PARTS=parts,
+        KEY_TILES=x.tiling.key_tiles("writes_backward"),
+        VALUE_TILES=x.tiling.tiles("writes_backward"),
         **x.key_constants("lower_backward"),
-    )  # fmt: skip
+    )
     return lower

@@ -73,10 +73,35 @@ def through_prefix(x, prefix, log_decay, K: tl.constexpr, TK: tl.constexpr, MATH
 
 @triton.jit(do_not_specialize=SIZES)
 def output_kernel(
-    q, k, v, beta, level_scales, saved, past, out, table, first_runs, T, N, H, R, L, cap, scale, num_slots, columns,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, J: tl.constexpr, TK: tl.constexpr,
-    BV: tl.constexpr, LINEAR: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    beta,
+    level_scales,
+    saved,
+    past,
+    out,
+    table,
+    first_runs,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    scale,
+    num_slots,
+    columns,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    J: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    LINEAR: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One half of a chunk, one head, one tile of V."""
     sizes = Sizes(T, N, H, R, L, cap)
     TILES: tl.constexpr = (V + BV - 1) // BV
@@ -154,8 +179,24 @@ def output(x: Inputs, saved: Saved, past: Past) -> Tensor:
     y, v, parts = x.layout, x.v.data, x.tiling.parts("output")
     out = x.empty(*v.shape, dtype=v.dtype)
     output_kernel[(y.chunks * parts * x.heads * x.tiling.tiles("output"),)](
-        x.q, x.k, x.v, x.beta, x.level_scales, saved, past, out, y.table, y.first_runs, *x.sizes, x.scale,
-        y.tiers[0].slots, y.tiers[0].columns,
-        C=x.chunk_size, LOG_C=x.log_chunk, J=x.chunk_size // parts, LINEAR=x.sizes.L == 1, **x.constants("output"),
-    )  # fmt: skip
+        x.q,
+        x.k,
+        x.v,
+        x.beta,
+        x.level_scales,
+        saved,
+        past,
+        out,
+        y.table,
+        y.first_runs,
+        *x.sizes,
+        x.scale,
+        y.tiers[0].slots,
+        y.tiers[0].columns,
+        C=x.chunk_size,
+        LOG_C=x.log_chunk,
+        J=x.chunk_size // parts,
+        LINEAR=x.sizes.L == 1,
+        **x.constants("output"),
+    )
     return out

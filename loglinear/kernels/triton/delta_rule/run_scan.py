@@ -19,13 +19,7 @@ import triton.language as tl
 
 from loglinear.kernels.triton.delta_rule.layout import Tier
 from loglinear.kernels.triton.delta_rule.states import SIZES, Entries, Inputs, Past, TierSizes
-from loglinear.kernels.triton.delta_rule.tiles import (
-    RUN,
-    count_bits,
-    locate_entries,
-    slot_of_next,
-    slots_read,
-)
+from loglinear.kernels.triton.delta_rule.tiles import RUN, count_bits, locate_entries, slot_of_next, slots_read
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 from loglinear.kernels.triton.walks import nearest
 
@@ -42,9 +36,20 @@ def sum_of_slots(states, members, row, column, H, K: tl.constexpr, V: tl.constex
 
 @triton.jit
 def add_moved(
-    total, states, members, transition, decay, row, column, H,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    total,
+    states,
+    members,
+    transition,
+    decay,
+    row,
+    column,
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """total + P times the sum of the members, one [TK, BV] tile."""
     for s in range(0, K, TK):
         sum_TV = sum_of_slots(states, members, s, column, H, K, V, TK, BV)
@@ -75,9 +80,19 @@ def store_initial(past, run, h, column, tier, K: tl.constexpr, V: tl.constexpr, 
 
 @triton.jit
 def scan_states(
-    entries, past, ends, run, h, column, tier,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    entries,
+    past,
+    ends,
+    run,
+    h,
+    column,
+    tier,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One tile of V: Y, and the run's S."""
     SIZE: tl.constexpr = K * V
     H, num_slots = tier.H, tier.num_slots
@@ -111,9 +126,8 @@ def scan_states(
 
 @triton.jit
 def scan_transitions(
-    entries, past, ends, run, h, column, tier,
-    K: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    entries, past, ends, run, h, column, tier, K: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr
+):
     """One tile of columns of F, kept in registers: its D and log decay, and the run's P.
     With P = g I + D, F = f I + E:  P F = g f I + g E + D E + f D."""
     SIZE: tl.constexpr = K * K
@@ -146,9 +160,24 @@ def scan_transitions(
 
 @triton.jit(do_not_specialize=SIZES)
 def run_scan_kernel(
-    entries, past, ends, table, H, per_row, cap, num_slots, columns, collapsed, first_level, places,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    entries,
+    past,
+    ends,
+    table,
+    H,
+    per_row,
+    cap,
+    num_slots,
+    columns,
+    collapsed,
+    first_level,
+    places,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One run, one head, BV columns of states or of transitions: the past of its entries; and, where the runs are
     entries of a next tier, `ends`, the run as one of them."""
     tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_level, places)

@@ -31,9 +31,21 @@ from loglinear.kernels.triton.walks import nearest
 
 @triton.jit
 def add_moved_back(
-    transition, decay, dstate, has_next, members, dreads, dkept, column, H,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    transition,
+    decay,
+    dstate,
+    has_next,
+    members,
+    dreads,
+    dkept,
+    column,
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """dkept = dreads + P^T dstate of the members, given as bits, which all moved into dstate's block."""
     for a in range(0, K, TK):
         moved_TV = tl.zeros([TK, BV], tl.float32)
@@ -68,9 +80,22 @@ def store_initial_gradients(
 
 @triton.jit
 def scan_states_backward(
-    entries, dreads, dkept, dends, dentries, dinitial, run, h, column, tier,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    entries,
+    dreads,
+    dkept,
+    dends,
+    dentries,
+    dinitial,
+    run,
+    h,
+    column,
+    tier,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One tile of V."""
     SIZE: tl.constexpr = K * V
     H, num_slots = tier.H, tier.num_slots
@@ -111,9 +136,18 @@ def scan_states_backward(
 
 @triton.jit
 def scan_transitions_backward(
-    entries, dprefixes, dends, run, h, column, H,
-    K: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    entries,
+    dprefixes,
+    dends,
+    run,
+    h,
+    column,
+    H,
+    K: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One tile of columns, kept in registers."""
     SIZE: tl.constexpr = K * K
     COUNT: tl.constexpr = (K + TK - 1) // TK
@@ -145,10 +179,27 @@ def scan_transitions_backward(
 
 @triton.jit(do_not_specialize=SIZES)
 def run_scan_backward_kernel(
-    entries, dreads, dpast, dends, dentries, dinitial, table,
-    H, per_row, cap, num_slots, columns, collapsed, first_level, places,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    entries,
+    dreads,
+    dpast,
+    dends,
+    dentries,
+    dinitial,
+    table,
+    H,
+    per_row,
+    cap,
+    num_slots,
+    columns,
+    collapsed,
+    first_level,
+    places,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One run, one head, BV columns of states or of transitions. dreads [entry, place, H, K, V], the reads' own
     gradients, of which the first places are the slots', become dY (which may be the same array) and the entries' dS; dF
     changes in place, but for a run's first entry. dends are the next tier's entries."""
@@ -168,9 +219,25 @@ def run_scan_backward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def transition_backward_kernel(
-    past, dpast, dends, dentries, table, H, per_row, cap, num_slots, columns, collapsed, first_level, places,
-    K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    past,
+    dpast,
+    dends,
+    dentries,
+    table,
+    H,
+    per_row,
+    cap,
+    num_slots,
+    columns,
+    collapsed,
+    first_level,
+    places,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One entry of a run, one head, one [TK, TK] tile: dP, 0 of the last one."""
     tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_level, places)
     TILES: tl.constexpr = (K + TK - 1) // TK
@@ -214,9 +281,13 @@ def transition_backward_kernel(
 
 
 def run_scan_backward(
-    x: Inputs, states: TierStates, dreads: Tensor, dpast: PastGradients, dends: EntryGradients | None,
+    x: Inputs,
+    states: TierStates,
+    dreads: Tensor,
+    dpast: PastGradients,
+    dends: EntryGradients | None,
     dinitial: Tensor | None,
-) -> EntryGradients:  # fmt: skip
+) -> EntryGradients:
     """The gradients of a tier's entries, from those of their reads and of the next tier's entries; and, written, those
     of the initial blocks that the tier reads."""
     tier, entries, past = states

@@ -71,10 +71,21 @@ def sums_by_level(x_JJ, last, J: tl.constexpr, LOG_J: tl.constexpr):
 
 @triton.jit
 def scores_part(
-    x, L, scale, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, J: tl.constexpr, LOG_C: tl.constexpr,
-    TK: tl.constexpr, BV: tl.constexpr, EARLIER: tl.constexpr,
-    LINEAR: tl.constexpr, DTYPE: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    x,
+    L,
+    scale,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    LOG_C: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    EARLIER: tl.constexpr,
+    LINEAR: tl.constexpr,
+    DTYPE: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """The rows of one part, `Scores`. EARLIER: there is one before it."""
     own: tl.constexpr = J if EARLIER else 0
     i, last, n = tl.arange(0, J), L - 1, x.n
@@ -143,10 +154,35 @@ def scores_part(
 
 @triton.jit(do_not_specialize=SIZES)
 def scores_backward_kernel(
-    q, k, v, beta, level_scales, saved, inside, do, dinside, dq, dlevel_scales, table, T, N, H, R, L, cap, scale,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, PARTS: tl.constexpr,
-    TK: tl.constexpr, BV: tl.constexpr, LINEAR: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    beta,
+    level_scales,
+    saved,
+    inside,
+    do,
+    dinside,
+    dq,
+    dlevel_scales,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    scale,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    PARTS: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    LINEAR: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """C / PARTS rows of one chunk, one head: dq [B, T, H, K]; dS; the columns of dlevel_scales up to LOG_C, adding to
     the last one where the walk shares it; and of the decays' gradient the rows' share, and the columns' of S."""
     sizes = Sizes(T, N, H, R, L, cap)
@@ -158,15 +194,24 @@ def scores_backward_kernel(
         return
     row, group = chunk.c * sizes.H + h, h // sizes.R
     x = Scores(
-        own.n, chunk.n,
-        head_rows(k, chunk, group), head_rows(v, chunk, h), head_rows(q, own, group), head_rows(do, own, h),
-        head_rows(beta, chunk, h), head_rows(level_scales, own, h),
+        own.n,
+        chunk.n,
+        head_rows(k, chunk, group),
+        head_rows(v, chunk, h),
+        head_rows(q, own, group),
+        head_rows(do, own, h),
+        head_rows(beta, chunk, h),
+        head_rows(level_scales, own, h),
         HeadRows(slab_at(dq, own, sizes, h, K), dq.t),
         HeadRows(slab_at(dlevel_scales, own, sizes, h, L), dlevel_scales.t),
-        inverse_at(saved, chunk, h, C), inside.effective + row * (C * C), dinside.dscores + row * (C * C),
-        HeadRows(dinside.dq_in + (row * C + part.first) * K, K), saved.cumulative + row * C, dinside.dlog_row + row * C,
+        inverse_at(saved, chunk, h, C),
+        inside.effective + row * (C * C),
+        dinside.dscores + row * (C * C),
+        HeadRows(dinside.dq_in + (row * C + part.first) * K, K),
+        saved.cumulative + row * C,
+        dinside.dlog_row + row * C,
         dinside.dlog_column + (row * (2 * PARTS) + part.part) * C,
-    )  # fmt: skip
+    )
     if part.first == 0:
         scores_part(x, L, scale, K, V, C, J, LOG_C, TK, BV, False, LINEAR, DTYPE, MATH)
     elif PARTS > 1:
@@ -181,8 +226,24 @@ def scores_backward(
     dlog_row, dlog_column = x.empty(chunks, H, C), x.empty(chunks, H, 2, parts, C)
     dinside = InsideGradients(dq_in, torch.empty_like(inside.effective), dlog_row, dlog_column)
     scores_backward_kernel[(chunks * parts * H,)](
-        x.q, x.k, x.v, x.beta, x.level_scales, saved, inside, do, dinside, dq, dlevel_scales, x.layout.table,
-        *x.sizes, x.scale,
-        C=C, LOG_C=x.log_chunk, PARTS=parts, LINEAR=x.sizes.L == 1, **x.constants("scores_backward"),
-    )  # fmt: skip
+        x.q,
+        x.k,
+        x.v,
+        x.beta,
+        x.level_scales,
+        saved,
+        inside,
+        do,
+        dinside,
+        dq,
+        dlevel_scales,
+        x.layout.table,
+        *x.sizes,
+        x.scale,
+        C=C,
+        LOG_C=x.log_chunk,
+        PARTS=parts,
+        LINEAR=x.sizes.L == 1,
+        **x.constants("scores_backward"),
+    )
     return dinside

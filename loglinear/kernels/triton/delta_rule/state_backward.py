@@ -41,10 +41,26 @@ def load_weighted(
 
 @triton.jit(do_not_specialize=SIZES)
 def state_backward_kernel(
-    q_in, level_scales, do, dkept, table, T, N, H, R, L, cap, num_slots,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    q_in,
+    level_scales,
+    do,
+    dkept,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    num_slots,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
     MATH: tl.constexpr,
-):  # fmt: skip
+):
     """One chunk, one head, one [TK, BV] tile of dY, which is 0 of a chunk without tokens."""
     sizes = Sizes(T, N, H, R, L, cap)
     ROWS: tl.constexpr = (K + TK - 1) // TK
@@ -66,9 +82,24 @@ def state_backward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def prefix_backward_kernel(
-    q_in, dq_run, past, dprefixes, table, first_runs, T, N, H, R, L, cap, columns,
-    K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    q_in,
+    dq_run,
+    past,
+    dprefixes,
+    table,
+    first_runs,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    columns,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    TK: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One chunk, one head, one [TK, TK] tile of dF, which is 0 where nothing came through F."""
     sizes = Sizes(T, N, H, R, L, cap)
     TILES: tl.constexpr = (K + TK - 1) // TK
@@ -88,10 +119,28 @@ def prefix_backward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def carried_backward_kernel(
-    q_run, level_scales, do, past, dcarried, table, runs, T, N, H, R, L, cap, columns,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
+    q_run,
+    level_scales,
+    do,
+    past,
+    dcarried,
+    table,
+    runs,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    columns,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
     MATH: tl.constexpr,
-):  # fmt: skip
+):
     """One column of what one run was carried, one head, one [TK, BV] tile of dR."""
     sizes = Sizes(T, N, H, R, L, cap)
     ROWS: tl.constexpr = (K + TK - 1) // TK
@@ -107,9 +156,17 @@ def carried_backward_kernel(
         chunk = locate(run.base + entry, table, sizes, C)
         x_CT = load_rows(q_run + (chunk.c * sizes.H + h) * (C * K), K, chunk.n, row, C, K, TK)
         do_CV = load_weighted(
-            head_rows(level_scales, chunk, h), head_rows(do, chunk, h), chunk.n, place + (LOG_C + 1 + BITS), L, column,
-            V, C, BV, MATH,
-        )  # fmt: skip
+            head_rows(level_scales, chunk, h),
+            head_rows(do, chunk, h),
+            chunk.n,
+            place + (LOG_C + 1 + BITS),
+            L,
+            column,
+            V,
+            C,
+            BV,
+            MATH,
+        )
         total = tl.dot(tl.trans(x_CT), do_CV, total, input_precision=MATH.precision)
     out = dcarried + ((run.row.to(tl.int64) * columns + place) * sizes.H + h) * (K * V)
     store_block(out, row, column, total, K, V, TK, BV)
@@ -120,16 +177,42 @@ def past_backward(x: Inputs, q_in: Tensor, queries: Queries, past: Past, do: Row
     y, tier, C, tiling = x.layout, x.layout.tiers[0], x.chunk_size, x.tiling
     dpast = PastGradients(*(torch.empty_like(array) for array in (past.kept, past.prefixes, past.carried)))
     state_backward_kernel[(y.chunks * x.heads * tiling.all_tiles("state_backward"),)](
-        q_in, x.level_scales, do, dpast.kept, y.table, *x.sizes, tier.slots,
-        C=C, LOG_C=x.log_chunk, **x.constants("state_backward"),
-    )  # fmt: skip
+        q_in,
+        x.level_scales,
+        do,
+        dpast.kept,
+        y.table,
+        *x.sizes,
+        tier.slots,
+        C=C,
+        LOG_C=x.log_chunk,
+        **x.constants("state_backward"),
+    )
     prefix_backward_kernel[(y.chunks * x.heads * tiling.square_tiles("prefix_backward"),)](
-        q_in, queries.dq_run, past, dpast.prefixes, y.table, y.first_runs, *x.sizes, tier.columns,
-        C=C, **x.key_constants("prefix_backward"),
-    )  # fmt: skip
+        q_in,
+        queries.dq_run,
+        past,
+        dpast.prefixes,
+        y.table,
+        y.first_runs,
+        *x.sizes,
+        tier.columns,
+        C=C,
+        **x.key_constants("prefix_backward"),
+    )
     if tier.columns > 0:
         carried_backward_kernel[(tier.runs * tier.columns * x.heads * tiling.all_tiles("carried_backward"),)](
-            queries.q_run, x.level_scales, do, past, dpast.carried, y.table, tier.table, *x.sizes, tier.columns,
-            C=C, LOG_C=x.log_chunk, **x.constants("carried_backward"),
-        )  # fmt: skip
+            queries.q_run,
+            x.level_scales,
+            do,
+            past,
+            dpast.carried,
+            y.table,
+            tier.table,
+            *x.sizes,
+            tier.columns,
+            C=C,
+            LOG_C=x.log_chunk,
+            **x.constants("carried_backward"),
+        )
     return dpast

@@ -43,9 +43,19 @@ EPSILON = tl.constexpr(1e-6)
 
 @triton.jit
 def load_joined(
-    blocks, z, first, last, first_row, first_column, H,
-    M: tl.constexpr, K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
+    blocks,
+    z,
+    first,
+    last,
+    first_row,
+    first_column,
+    H,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+):
     """A tile of the sum of the blocks first .. last that are there."""
     state_TV = tl.zeros([TK, BV], tl.float32)
     for m in range(first, last + 1):
@@ -56,10 +66,29 @@ def load_joined(
 
 @triton.jit(do_not_specialize=SIZES)
 def step_kernel(
-    q, k, v, log_decay, beta, level_scales, active, state, out, H, R, L, scale,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, M: tl.constexpr,
-    TK: tl.constexpr, BV: tl.constexpr, UNROLL: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    log_decay,
+    beta,
+    level_scales,
+    active,
+    state,
+    out,
+    H,
+    R,
+    L,
+    scale,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    M: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    UNROLL: tl.constexpr,
+    UNIT: tl.constexpr,
+):
     """Reads q, k, v and the gates of the new tokens; changes the state; writes out [N, H, V]. UNIT: q and k are first
     brought to length 1."""
     TILES: tl.constexpr = (V + BV - 1) // BV

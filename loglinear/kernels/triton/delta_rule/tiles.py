@@ -92,9 +92,8 @@ def inverse_at(saved, chunk, h, C: tl.constexpr):
 
 @triton.jit
 def row_products(
-    x, y, x_n, y_n,
-    WIDTH: tl.constexpr, I: tl.constexpr, J: tl.constexpr, COLUMNS: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    x, y, x_n, y_n, WIDTH: tl.constexpr, I: tl.constexpr, J: tl.constexpr, COLUMNS: tl.constexpr, MATH: tl.constexpr
+):
     """X Y^T of I and J rows."""
     products_IJ = tl.zeros([I, J], tl.float32)
     for column in tl.static_range(0, WIDTH, COLUMNS):

@@ -32,9 +32,19 @@ from loglinear.kernels.triton.walks import nearest
 
 @triton.jit
 def pull_state(
-    x, dx, weight, do, n, state,
-    K: tl.constexpr, V: tl.constexpr, I: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    x,
+    dx,
+    weight,
+    do,
+    n,
+    state,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    I: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """dX + diag(lambda) dO S^T, and dlambda."""
     dscale = tl.zeros([I], tl.float32)
     new = ()
@@ -78,10 +88,31 @@ def load_tiles(base, K: tl.constexpr, I: tl.constexpr, TK: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def walk_backward_kernel(
-    level_scales, q_in, past, do, queries, dlevel_scales, table, first_runs, T, N, H, R, L, cap, num_slots, columns,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, PARTS: tl.constexpr,
-    TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    level_scales,
+    q_in,
+    past,
+    do,
+    queries,
+    dlevel_scales,
+    table,
+    first_runs,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    num_slots,
+    columns,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    PARTS: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """C / PARTS rows of one chunk, one head. From q_in, X [chunk, H, C, K], `queries`: dX and, where something is
     carried, X' and dX'; and the columns of dlevel_scales that the walk reads, others it leaves. `scores_backward`
     adds to the last column where the chunk shares it."""
@@ -145,8 +176,20 @@ def walk_backward(x: Inputs, q_in: Tensor, past: Past, do: Rows, dlevel_scales: 
     y, parts = x.layout, x.tiling.parts("walk_backward")
     queries = Queries(*(torch.empty_like(q_in) for _ in range(3)))
     walk_backward_kernel[(y.chunks * parts * x.heads,)](
-        x.level_scales, q_in, past, do, queries, dlevel_scales, y.table, y.first_runs, *x.sizes,
-        y.tiers[0].slots, y.tiers[0].columns,
-        C=x.chunk_size, LOG_C=x.log_chunk, PARTS=parts, **x.constants("walk_backward"),
-    )  # fmt: skip
+        x.level_scales,
+        q_in,
+        past,
+        do,
+        queries,
+        dlevel_scales,
+        y.table,
+        y.first_runs,
+        *x.sizes,
+        y.tiers[0].slots,
+        y.tiers[0].columns,
+        C=x.chunk_size,
+        LOG_C=x.log_chunk,
+        PARTS=parts,
+        **x.constants("walk_backward"),
+    )
     return queries

@@ -27,15 +27,7 @@ from loglinear.kernels.triton.delta_rule.states import (
     Writes,
 )
 from loglinear.kernels.triton.delta_rule.tiles import HeadRows, head_rows, inverse_at, load_decays, load_strength
-from loglinear.kernels.triton.tiles import (
-    head_program,
-    load_block,
-    load_rows,
-    locate,
-    slab_at,
-    store_block,
-    store_rows,
-)
+from loglinear.kernels.triton.tiles import head_program, load_block, load_rows, locate, slab_at, store_block, store_rows
 
 
 @triton.jit
@@ -50,9 +42,21 @@ def load_lower(matrix, C: tl.constexpr):
 
 @triton.jit
 def dwrites_tile(
-    keys, n, to_end, inverse, dstate, weights, g, column,
-    WIDTH: tl.constexpr, K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    keys,
+    n,
+    to_end,
+    inverse,
+    dstate,
+    weights,
+    g,
+    column,
+    WIDTH: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """dR = A^T Kd dstate + weights^T g of one tile of columns."""
     dwrite_CV = tl.zeros([C, BV], tl.float32)
     for t in range(0, K, TK):
@@ -67,9 +71,20 @@ def dwrites_tile(
 
 @triton.jit
 def add_written(
-    dkeys_CT, inverse_CC, m, n, weight, dstate, t,
-    WIDTH: tl.constexpr, K: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    dkeys_CT,
+    inverse_CC,
+    m,
+    n,
+    weight,
+    dstate,
+    t,
+    WIDTH: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """dKd + U dstate^T, one tile of the keys' columns. U first: where keys come again it is small."""
     for column in range(0, WIDTH, BV):
         m_CV = load_rows(m.data, m.t, n, column, C, WIDTH, BV).to(tl.float32) * weight[:, None]
@@ -81,9 +96,31 @@ def add_written(
 
 @triton.jit(do_not_specialize=SIZES)
 def writes_backward_kernel(
-    k, v, beta, saved, inside, dentries, dq_in, do, writes, dk, dv, table, T, N, H, R, L, cap,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    k,
+    v,
+    beta,
+    saved,
+    inside,
+    dentries,
+    dq_in,
+    do,
+    writes,
+    dk,
+    dv,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One chunk, one head, one tile of columns: of [R_K | R_V], or of dKd. R_V gives dv [B, T, H, V], R_K its part of
     dk [B, T, H, K], and each of their tiles a share of beta's gradient."""
     sizes = Sizes(T, N, H, R, L, cap)
@@ -105,9 +142,10 @@ def writes_backward_kernel(
     if tile < KEY_TILES:
         t = tile * TK
         dq_rows = HeadRows(dq_in + row * (C * K), K)
-        dr_CT = dwrites_tile(
-            k_rows, n, to_end, inverse, dtransition, effective, dq_rows, t, K, K, C, TK, TK, MATH
-        ) * -tl.exp2(G)[:, None]  # fmt: skip
+        dr_CT = (
+            dwrites_tile(k_rows, n, to_end, inverse, dtransition, effective, dq_rows, t, K, K, C, TK, TK, MATH)
+            * -tl.exp2(G)[:, None]
+        )
         k_CT = load_rows(k_rows.data, k_rows.t, n, t, C, K, TK).to(tl.float32)
         tl.store(sums, tl.sum(dr_CT * k_CT, 1))
         store_rows(slab_at(dk, chunk, sizes, h, K), dk.t, n, t, dr_CT * strength[:, None], C, K, TK)
@@ -128,15 +166,34 @@ def writes_backward_kernel(
 
 
 def writes_backward(
-    x: Inputs, saved: Saved, inside: Inside, dinside: InsideGradients, dentries: EntryGradients, do: Rows,
-    dk: Slab, dv: Slab,
-) -> Writes:  # fmt: skip
+    x: Inputs,
+    saved: Saved,
+    inside: Inside,
+    dinside: InsideGradients,
+    dentries: EntryGradients,
+    do: Rows,
+    dk: Slab,
+    dv: Slab,
+) -> Writes:
     """Write dv, and of dk the part of R_K; return what the keys and beta still have to gather."""
     chunks, H, C, K = x.layout.chunks, x.heads, x.chunk_size, x.key_dim
     key_tiles, value_tiles = x.tiling.key_tiles("writes_backward"), x.tiling.tiles("writes_backward")
     writes = Writes(x.empty(chunks, H, C, K), x.empty(chunks, H, key_tiles + value_tiles, C))
     writes_backward_kernel[(chunks * (2 * key_tiles + value_tiles) * H,)](
-        x.k, x.v, x.beta, saved, inside, dentries, dinside.dq_in, do, writes, dk, dv, x.layout.table, *x.sizes,
-        C=C, **x.constants("writes_backward"),
-    )  # fmt: skip
+        x.k,
+        x.v,
+        x.beta,
+        saved,
+        inside,
+        dentries,
+        dinside.dq_in,
+        do,
+        writes,
+        dk,
+        dv,
+        x.layout.table,
+        *x.sizes,
+        C=C,
+        **x.constants("writes_backward"),
+    )
     return writes

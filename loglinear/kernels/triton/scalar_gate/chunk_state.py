@@ -12,22 +12,29 @@ import triton.language as tl
 from loglinear.kernels.triton.args import SIZES, Sizes
 from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.scalar_gate.states import Inputs, States
-from loglinear.kernels.triton.tiles import (
-    LOG2_E,
-    MIN_LOG_DECAY,
-    head_program,
-    load_rows,
-    locate,
-    rows_at,
-    store_state,
-)
+from loglinear.kernels.triton.tiles import LOG2_E, MIN_LOG_DECAY, head_program, load_rows, locate, rows_at, store_state
 
 
 @triton.jit(do_not_specialize=SIZES)
 def chunk_state_kernel(
-    k, v, log_decay, states, table, T, N, H, R, L, cap,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    k,
+    v,
+    log_decay,
+    states,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One chunk, one head, one tile of V: the chunk's slot; also G, and Gam as the totals of the lowest tier."""
     sizes = Sizes(T, N, H, R, L, cap)
     TILES: tl.constexpr = (V + BV - 1) // BV

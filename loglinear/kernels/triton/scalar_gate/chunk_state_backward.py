@@ -27,10 +27,31 @@ from loglinear.kernels.triton.tiles import (
 
 @triton.jit(do_not_specialize=SIZES)
 def chunk_state_backward_kernel(
-    q, k, v, states, dslots, dscores, dk, dv, dlog_state, table, T, N, H, R, L, cap,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, HALVES: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    states,
+    dslots,
+    dscores,
+    dk,
+    dv,
+    dlog_state,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    HALVES: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One half of a chunk and R / SPLIT heads of one group. Writes dk (one plane) and dlog_state [chunk, H, C], of the
     decays: each token's gift to the state. Adds to dv."""
     sizes = Sizes(T, N, H, R, L, cap)
@@ -85,7 +106,19 @@ def chunk_state_backward(
     """Write dk, complete dv, and return dlog_state [chunk, H, C]. dstates: of the chunks' own states."""
     y, dlog_state = x.layout, x.empty(x.layout.chunks, x.heads, x.chunk_size)
     chunk_state_backward_kernel[(y.chunks * x.halves * x.groups * x.splits,)](
-        x.q, x.k, x.v, states, dstates.slots, inside.dscores, dk, dv, dlog_state, y.table, *x.sizes,
-        HALVES=x.halves, SPLIT=x.splits, **x.constants(launch),
-    )  # fmt: skip
+        x.q,
+        x.k,
+        x.v,
+        states,
+        dstates.slots,
+        inside.dscores,
+        dk,
+        dv,
+        dlog_state,
+        y.table,
+        *x.sizes,
+        HALVES=x.halves,
+        SPLIT=x.splits,
+        **x.constants(launch),
+    )
     return dlog_state

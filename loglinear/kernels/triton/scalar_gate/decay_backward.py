@@ -19,9 +19,24 @@ from loglinear.kernels.triton.tiles import MIN_LOG_DECAY, TIER, locate, rows_at,
 
 @triton.jit(do_not_specialize=SIZES)
 def decay_backward_kernel(
-    log_decay, inside, reads, dlog_state, dtotals, dlog_decay, table, T, N, H, R, L, cap,
-    C: tl.constexpr, TIERS: tl.constexpr, PARTS: tl.constexpr, PARTS_2: tl.constexpr,
-):  # fmt: skip
+    log_decay,
+    inside,
+    reads,
+    dlog_state,
+    dtotals,
+    dlog_decay,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    C: tl.constexpr,
+    TIERS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_2: tl.constexpr,
+):
     """One chunk, one head."""
     sizes = Sizes(T, N, H, R, L, cap)
     pid = tl.program_id(0)
@@ -58,6 +73,17 @@ def decay_backward(
     """Write the gradient of the log decays."""
     tiers, parts = dtotals.data.shape[:2]
     decay_backward_kernel[(x.layout.chunks * x.heads,)](
-        x.log_decay, inside, reads, dlog_state, dtotals, dlog_decay, x.layout.table, *x.sizes,
-        C=x.chunk_size, TIERS=tiers, PARTS=parts, PARTS_2=triton.next_power_of_2(parts), num_warps=1,
-    )  # fmt: skip
+        x.log_decay,
+        inside,
+        reads,
+        dlog_state,
+        dtotals,
+        dlog_decay,
+        x.layout.table,
+        *x.sizes,
+        C=x.chunk_size,
+        TIERS=tiers,
+        PARTS=parts,
+        PARTS_2=triton.next_power_of_2(parts),
+        num_warps=1,
+    )

@@ -24,23 +24,40 @@ from loglinear.kernels.triton.levels import (
     spread_scales,
 )
 from loglinear.kernels.triton.scalar_gate.states import Inputs, Inside
-from loglinear.kernels.triton.tiles import (
-    load_rows,
-    part_of,
-    part_of_program,
-    rows_at,
-    scores_at,
-    slab_at,
-    store_rows,
-)
+from loglinear.kernels.triton.tiles import load_rows, part_of, part_of_program, rows_at, scores_at, slab_at, store_rows
 
 
 @triton.jit(do_not_specialize=SIZES)
 def in_chunk_backward_kernel(
-    q, k, v, level_scales, cumulative, do, dv, dlevel_scales, inside, table, T, N, H, R, L, cap, scale,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, J: tl.constexpr, LOG_J: tl.constexpr, CROSS: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr, LINEAR: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    level_scales,
+    cumulative,
+    do,
+    dv,
+    dlevel_scales,
+    inside,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    scale,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    LOG_J: tl.constexpr,
+    CROSS: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SPLIT: tl.constexpr,
+    LINEAR: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """J tokens of a chunk, its only or one of its two halves, as queries and as keys; R / SPLIT heads of one group.
 
     Writes dv, and of `inside` dlog_row, dlog_column and dscores; and the columns of dlevel_scales up to LOG_J.
@@ -135,7 +152,23 @@ def in_chunk_backward(x: Inputs, cumulative: Tensor, do: Rows, dv: Slab, dlevel_
     for cross in range(halves):
         grid = chunks * (halves // (1 + cross)) * x.groups * x.splits
         in_chunk_backward_kernel[(grid,)](
-            x.q, x.k, x.v, x.level_scales, cumulative, do, dv, dlevel_scales, inside, x.layout.table, *x.sizes, x.scale,
-            J=rows, LOG_J=log2(rows), CROSS=cross == 1, SPLIT=x.splits, LINEAR=x.sizes.L == 1, **x.constants(launch),
-        )  # fmt: skip
+            x.q,
+            x.k,
+            x.v,
+            x.level_scales,
+            cumulative,
+            do,
+            dv,
+            dlevel_scales,
+            inside,
+            x.layout.table,
+            *x.sizes,
+            x.scale,
+            J=rows,
+            LOG_J=log2(rows),
+            CROSS=cross == 1,
+            SPLIT=x.splits,
+            LINEAR=x.sizes.L == 1,
+            **x.constants(launch),
+        )
     return inside

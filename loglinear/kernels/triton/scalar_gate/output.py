@@ -19,10 +19,30 @@ from loglinear.kernels.triton.walks import READS, load_log_decays, nearest, path
 
 @triton.jit(do_not_specialize=SIZES)
 def output_kernel(
-    q, k, v, level_scales, states, out, table, T, N, H, R, L, cap, scale,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, HALVES: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, LINEAR: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    level_scales,
+    states,
+    out,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    scale,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    HALVES: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    LINEAR: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One half of a chunk, one head, one tile of V; heads are the fastest axis, so that neighbours share keys."""
     sizes = Sizes(T, N, H, R, L, cap)
     TILES: tl.constexpr = (V + BV - 1) // BV
@@ -82,7 +102,18 @@ def output(x: Inputs, states: States, launch: Launch) -> Tensor:
     out = x.empty(*v.shape, dtype=v.dtype)
     grid = x.layout.chunks * x.halves * x.heads * x.value_tiles(launch)
     output_kernel[(grid,)](
-        x.q, x.k, x.v, x.level_scales, states, out, x.layout.table, *x.sizes, x.scale,
-        LOG_C=x.log_chunk, HALVES=x.halves, LINEAR=x.sizes.L == 1, **x.constants(launch),
-    )  # fmt: skip
+        x.q,
+        x.k,
+        x.v,
+        x.level_scales,
+        states,
+        out,
+        x.layout.table,
+        *x.sizes,
+        x.scale,
+        LOG_C=x.log_chunk,
+        HALVES=x.halves,
+        LINEAR=x.sizes.L == 1,
+        **x.constants(launch),
+    )
     return out

@@ -43,9 +43,7 @@ class Reader(NamedTuple):
 
 
 @triton.jit
-def load_reader(
-    scales, l_t, cumulative, reads, c, first, end, l, h, H, C: tl.constexpr, HALVES: tl.constexpr
-):  # fmt: skip
+def load_reader(scales, l_t, cumulative, reads, c, first, end, l, h, H, C: tl.constexpr, HALVES: tl.constexpr):
     """Nothing is computed with its numbers here: that would wait for them."""
     i, n = tl.arange(0, C), tl.minimum(end - first, C).to(tl.int32)
     G = tl.load(cumulative + (c * H + h) * C + i, mask=i < n, other=0.0)
@@ -58,10 +56,27 @@ def load_reader(
 
 @triton.jit
 def gather_readers(
-    q, level_scales, do, cumulative, reads, chunk, readers, l, h, sizes, scale, first_column,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, HALVES: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    q,
+    level_scales,
+    do,
+    cumulative,
+    reads,
+    chunk,
+    readers,
+    l,
+    h,
+    sizes,
+    scale,
+    first_column,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    HALVES: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """Sum over `readers` chunks from `chunk` on, and of the gradients of log decays beyond the slot."""
     H, b, c, first, end = sizes.H, chunk.b, chunk.c, chunk.first, chunk.end
     scales = level_scales.data + b * level_scales.b + h * level_scales.h + tl.minimum(LOG_C + 1 + l, sizes.L - 1)
@@ -90,10 +105,33 @@ def gather_readers(
 
 @triton.jit(do_not_specialize=SIZES)
 def state_backward_kernel(
-    q, level_scales, do, cumulative, reads, dslots, dlog_decay, table, runs, T, N, H, R, L, cap, scale,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, HALVES: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, RUNS: tl.constexpr, LEVELS: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    q,
+    level_scales,
+    do,
+    cumulative,
+    reads,
+    dslots,
+    dlog_decay,
+    table,
+    runs,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    scale,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    HALVES: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    RUNS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """RUNS false: the slot of one chunk with fewer than 64 readers, one head, one tile of V, into dslots [chunk].
     RUNS true: 64 readers of one level, into row (run, level - 6) of the partial sums in dslots and dlog_decay."""
     sizes = Sizes(T, N, H, R, L, cap)
@@ -124,9 +162,27 @@ def state_backward_kernel(
         readers = 1 << l
         chunk = chunk_behind(chunk, C)
     dstate_KV, dlog = gather_readers(
-        q, level_scales, do, cumulative, reads, chunk, readers, l, h, sizes, scale, tile * BV,
-        K, V, C, LOG_C, HALVES, BK, BV, MATH,
-    )  # fmt: skip
+        q,
+        level_scales,
+        do,
+        cumulative,
+        reads,
+        chunk,
+        readers,
+        l,
+        h,
+        sizes,
+        scale,
+        tile * BV,
+        K,
+        V,
+        C,
+        LOG_C,
+        HALVES,
+        BK,
+        BV,
+        MATH,
+    )
     store_state(dslots + (out_row * sizes.H + h) * (K * V), tile * BV, dstate_KV, K, V, BK, BV)
     if tile == 0:
         tl.store(dlog_decay + out_row * sizes.H + h, dlog)
@@ -135,9 +191,7 @@ def state_backward_kernel(
 @triton.jit
 def chunk_behind(chunk, C: tl.constexpr):
     """The next chunk of a sequence; its number of tokens is not known."""
-    return Chunk(
-        chunk.c + 1, chunk.z + 1, chunk.z0, chunk.sequence, chunk.b, chunk.first + C, chunk.n, chunk.end
-    )  # fmt: skip
+    return Chunk(chunk.c + 1, chunk.z + 1, chunk.z0, chunk.sequence, chunk.b, chunk.first + C, chunk.n, chunk.end)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -183,10 +237,34 @@ def sum_runs_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def initial_backward_kernel(
-    q, level_scales, do, cumulative, reads, partial, dinitial, table, ends, runs, first_runs, T, N, H, R, L, cap, scale,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, HALVES: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    q,
+    level_scales,
+    do,
+    cumulative,
+    reads,
+    partial,
+    dinitial,
+    table,
+    ends,
+    runs,
+    first_runs,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    scale,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    HALVES: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    LEVELS: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One initial block of one sequence, one head, one tile of V: few readers directly, many by their runs.
 
     Its readers are the chunks from z0 on whose walk meets its end; first_runs [N] is the run that z0 lies in.
@@ -207,9 +285,27 @@ def initial_backward_kernel(
             readers = end + (1 << l) - z0
             if (chunk.end > chunk.first) & (chunk.sequence == sequence):
                 dstate_KV, _ = gather_readers(
-                    q, level_scales, do, cumulative, reads, chunk, readers, l, h, sizes, scale, tile * BV,
-                    K, V, C, LOG_C, HALVES, BK, BV, MATH,
-                )  # fmt: skip
+                    q,
+                    level_scales,
+                    do,
+                    cumulative,
+                    reads,
+                    chunk,
+                    readers,
+                    l,
+                    h,
+                    sizes,
+                    scale,
+                    tile * BV,
+                    K,
+                    V,
+                    C,
+                    LOG_C,
+                    HALVES,
+                    BK,
+                    BV,
+                    MATH,
+                )
         else:
             first_run = tl.load(first_runs + sequence)
             run = locate_run(first_run, runs, sizes, 0)
@@ -241,12 +337,28 @@ def state_backward(x: Inputs, states: States, do: Rows, reads: Reads, launch: La
             *gathered, partial, dpartial_log, y.table, runs, *x.sizes, x.scale, RUNS=True, LEVELS=levels, **constants
         )
         sum_runs_kernel[(y.runs[0] * H * triton.cdiv(x.state_size, ELEMENTS),)](
-            partial, dpartial_log, dstates.slots, dstates.log_decay, runs, *x.sizes,
-            SIZE=x.state_size, E=ELEMENTS, LEVELS=levels,
-        )  # fmt: skip
+            partial,
+            dpartial_log,
+            dstates.slots,
+            dstates.log_decay,
+            runs,
+            *x.sizes,
+            SIZE=x.state_size,
+            E=ELEMENTS,
+            LEVELS=levels,
+        )
     if dinitial is not None:
         initial_backward_kernel[(y.sequences * (x.sizes.cap + 1) * H * tiles,)](
-            *gathered, partial, dinitial, y.table, y.ends, y.run_tables[0], y.first_runs, *x.sizes, x.scale,
-            LEVELS=levels, **constants,
-        )  # fmt: skip
+            *gathered,
+            partial,
+            dinitial,
+            y.table,
+            y.ends,
+            y.run_tables[0],
+            y.first_runs,
+            *x.sizes,
+            x.scale,
+            LEVELS=levels,
+            **constants,
+        )
     return dstates

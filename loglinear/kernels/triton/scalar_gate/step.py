@@ -33,10 +33,27 @@ from loglinear.kernels.triton.decode import (
 
 @triton.jit(do_not_specialize=SIZES)
 def step_kernel(
-    q, k, v, log_decay, level_scales, active, state, out, H, R, L, scale,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, M: tl.constexpr,
-    TK: tl.constexpr, BV: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    log_decay,
+    level_scales,
+    active,
+    state,
+    out,
+    H,
+    R,
+    L,
+    scale,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    M: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     """Reads q, k, v and the gates of the new tokens; changes the state; writes out [N, H, V]."""
     TILES: tl.constexpr = (V + BV - 1) // BV
     n, h, tile = own_program(H, TILES)

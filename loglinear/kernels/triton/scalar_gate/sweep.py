@@ -58,9 +58,22 @@ def log_decays(log_total):
 
 @triton.jit(do_not_specialize=SIZES)
 def up_sweep_kernel(
-    states, totals, next_totals, table, T, N, H, R, L, cap, tier,
-    SIZE: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    states,
+    totals,
+    next_totals,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    tier,
+    SIZE: tl.constexpr,
+    E: tl.constexpr,
+    STEPS: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One run, one head, STEPS tiles of the states. Slots in place; totals -> log decays of blocks, and next_totals at
     run ends."""
     sizes = Sizes(T, N, H, R, L, cap)
@@ -91,9 +104,24 @@ def up_sweep_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def down_sweep_kernel(
-    states, dstates, totals, dtotals, table, T, N, H, R, L, cap, tier, is_top,
-    SIZE: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    states,
+    dstates,
+    totals,
+    dtotals,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    tier,
+    is_top,
+    SIZE: tl.constexpr,
+    E: tl.constexpr,
+    STEPS: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """The adjoint, in place: dstates.slots comes in as dY, leaves as dX. dtotals gets, at the tier's entries, this
     part's share of the gradient of the entry's total."""
     sizes = Sizes(T, N, H, R, L, cap)
@@ -140,9 +168,18 @@ def up_sweep(x: Inputs, states: States, launch: Launch) -> None:
     """Merge the chunks' states, in place, into the Fenwick array, tier after tier."""
     for tier, runs in enumerate(x.layout.runs):
         up_sweep_kernel[(runs * x.heads * x.sweep_parts(launch),)](
-            states, states.totals[tier], states.totals[tier + 1], x.layout.run_tables[tier], *x.sizes, tier,
-            SIZE=x.state_size, E=launch.value_tile, STEPS=SWEEP_STEPS, MATH=x.math, **launch.options,
-        )  # fmt: skip
+            states,
+            states.totals[tier],
+            states.totals[tier + 1],
+            x.layout.run_tables[tier],
+            *x.sizes,
+            tier,
+            SIZE=x.state_size,
+            E=launch.value_tile,
+            STEPS=SWEEP_STEPS,
+            MATH=x.math,
+            **launch.options,
+        )
 
 
 def down_sweep(x: Inputs, states: States, dstates: StateGradients, launch: Launch) -> Totals:
@@ -153,7 +190,18 @@ def down_sweep(x: Inputs, states: States, dstates: StateGradients, launch: Launc
     for tier in reversed(range(len(runs))):
         is_top = int(tier == len(runs) - 1)
         down_sweep_kernel[(runs[tier] * x.heads * parts,)](
-            states, dstates, states.totals[tier], strided, x.layout.run_tables[tier], *x.sizes, tier, is_top,
-            SIZE=x.state_size, E=launch.value_tile, STEPS=SWEEP_STEPS, MATH=x.math, **launch.options,
-        )  # fmt: skip
+            states,
+            dstates,
+            states.totals[tier],
+            strided,
+            x.layout.run_tables[tier],
+            *x.sizes,
+            tier,
+            is_top,
+            SIZE=x.state_size,
+            E=launch.value_tile,
+            STEPS=SWEEP_STEPS,
+            MATH=x.math,
+            **launch.options,
+        )
     return strided

@@ -30,10 +30,33 @@ from loglinear.kernels.triton.walks import READS, load_log_decays, nearest, slot
 
 @triton.jit(do_not_specialize=SIZES)
 def walk_backward_kernel(
-    q, k, level_scales, states, do, inside, dq, dlevel_scales, reads, table, T, N, H, R, L, cap, scale,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, HALVES: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr, MATH: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    level_scales,
+    states,
+    do,
+    inside,
+    dq,
+    dlevel_scales,
+    reads,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    scale,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    HALVES: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """One half of a chunk and R / SPLIT heads of one group.
 
     Writes dq (one plane), `reads`, and the columns of dlevel_scales from LOG_C + 1 on (with two halves from LOG_C on;
@@ -129,7 +152,21 @@ def walk_backward(
         beyond=x.empty(chunks, halves, H, NUM_READS),
     )
     walk_backward_kernel[(chunks * halves * x.groups * x.splits,)](
-        x.q, x.k, x.level_scales, states, do, inside, dq, dlevel_scales, reads, x.layout.table, *x.sizes, x.scale,
-        LOG_C=x.log_chunk, HALVES=halves, SPLIT=x.splits, **x.constants(launch),
-    )  # fmt: skip
+        x.q,
+        x.k,
+        x.level_scales,
+        states,
+        do,
+        inside,
+        dq,
+        dlevel_scales,
+        reads,
+        x.layout.table,
+        *x.sizes,
+        x.scale,
+        LOG_C=x.log_chunk,
+        HALVES=halves,
+        SPLIT=x.splits,
+        **x.constants(launch),
+    )
     return reads
