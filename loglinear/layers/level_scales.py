@@ -50,7 +50,7 @@ _FORMS: dict[str, Callable[..., Tensor]] = {"softplus": _softplus, "bounded": _b
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer whose weight and bias start at zero."""
+    """A linear layer whose weight and bias start at zero. Its dtype may be wider than that of its input."""
 
     def reset_parameters(self) -> None:
         super().reset_parameters()  # draws as any linear layer does, so that a seed still makes the same model
@@ -59,6 +59,9 @@ class ZeroLinear(nn.Linear):
 
     def initial_values(self) -> dict[str, Tensor]:
         return {"weight": torch.zeros_like(self.weight), "bias": torch.zeros_like(self.bias)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.promote_types(x.dtype, self.weight.dtype)))
 
 
 class LevelBias(HeadBias):

@@ -17,7 +17,7 @@ from loglinear.models import LogLinearConfig
 from loglinear.models.auto_file import MODULE, write_auto_file
 from loglinear.models.generation import check_continuation
 from loglinear.upgrades.cache import SeenColumns
-from loglinear.upgrades.mixer import UpgradedConv1d
+from loglinear.upgrades.mixer import NEW_PARTS, UpgradedConv1d
 from loglinear.upgrades.places import CACHES, upgraded_mixers
 
 ENTRY = "loglinear_upgrade"
@@ -184,7 +184,7 @@ def become_saveable(model: Any, entry: dict[str, Any]) -> None:
         if isinstance(part, PreTrainedModel) and upgraded_mixers(part):
             if not isinstance(part, UpgradedModel):
                 part.__class__ = upgraded_model_class(type(part), type(part.config))
-            part._keep_in_fp32_modules_strict = {*(part._keep_in_fp32_modules_strict or ()), "score_bias"}
+            part._keep_in_fp32_modules_strict = {*(part._keep_in_fp32_modules_strict or ()), *NEW_PARTS}
 
 
 def own_configuration(model: PreTrainedModel) -> None:

@@ -13,7 +13,6 @@ from loglinear.models import LogLinearConfig
 from loglinear.models.inputs import TokenLayout
 from loglinear.upgrades.cache import state_layer
 from loglinear.variants import HeadSizes
-from loglinear.variants.base import HeadBias
 
 NEW_PARTS = ("level_scales", "bucket_weights")
 """The submodules that an upgrade adds to a mixer."""
@@ -84,7 +83,7 @@ class UpgradedMixer(TokenMixer):
                 part = getattr(theirs, name)
                 if part is not None:
                     part.train(theirs.training)
-                    like_neighbours(part, theirs.conv1d.weight)
+                    like_neighbour(part, theirs.conv1d.weight)
 
     @property
     def conv(self) -> ShortConvolution:  # type: ignore[override]
@@ -135,10 +134,10 @@ def change_class(module: Any, new: type[nn.Module]) -> None:
         module._old_forward = new.forward.__get__(module)
 
 
-def like_neighbours(part: nn.Module, neighbour: Tensor) -> None:
-    """Move a new part to the device and dtype of a parameter; values of heads stay float32 in a 16-bit model."""
-    dtype = neighbour.dtype if neighbour.is_floating_point() else None
-    part.to(neighbour.device, dtype)
-    for module in part.modules():
-        if isinstance(module, HeadBias) and dtype is not None:
-            module.to(torch.promote_types(dtype, torch.float32))
+def like_neighbour(part: nn.Module, neighbour: Tensor) -> None:
+    """Move a new part to the device and dtype of a parameter, but make it float32 beside one of 16 bits.
+
+    In 16 bits a step of the optimiser that is small beside its weight rounds to nothing.
+    """
+    dtype = neighbour.dtype if neighbour.is_floating_point() else torch.float32  # quantized weights are integers
+    part.to(neighbour.device, torch.promote_types(dtype, torch.float32))

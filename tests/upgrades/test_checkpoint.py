@@ -72,11 +72,31 @@ def test_the_keys_of_the_original_remain(family, tmp_path):
         assert torch.allclose(loaded(tokens(1, 30)).logits, model(tokens(1, 30)).logits, atol=1e-4)
 
 
-def test_sixteen_bit_checkpoints_keep_tau_in_float32(tmp_path):
-    trained(original("qwen3_5", torch.bfloat16), routing="gram").save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    dtypes = {name.rpartition(".")[2]: p.dtype for name, p in loglinear.new_parameters(loaded).items()}
-    assert dtypes == {"weight": torch.bfloat16, "bias": torch.bfloat16, "tau": torch.float32}
+@FAMILIES
+@pytest.mark.parametrize("routing", [None, "gram"])
+@torch.no_grad()
+def test_sixteen_bit_checkpoints_keep_new_parameters_in_float32(family, routing, tmp_path):
+    model, ids, logits = trained(original(family, torch.bfloat16), routing=routing), tokens(1, 30), []
+    for options in ({}, {"dtype": "auto"}, {"dtype": torch.bfloat16}):
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+        assert loaded.dtype == torch.bfloat16
+        for name, parameter in loglinear.new_parameters(model).items():
+            found = loaded.get_parameter(name)
+            assert found.dtype == torch.float32 and torch.equal(found, parameter)
+        model = loaded
+        logits.append(model(ids).logits)
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
+@torch.no_grad()
+def test_a_file_of_a_16_bit_model_loses_nothing(tmp_path):
+    theirs, ids = original("qwen3_5", torch.bfloat16), tokens(1, 30)
+    model = trained(theirs)
+    loglinear.save_upgrade(model, tmp_path / "levels.safetensors")
+    loglinear.load_upgrade(theirs, tmp_path / "levels.safetensors")
+    assert torch.equal(theirs(ids).logits, model(ids).logits)
+    assert all(torch.equal(p, theirs.get_parameter(name)) for name, p in loglinear.new_parameters(model).items())
 
 
 def test_other_auto_classes_load_the_model(folder):
