@@ -12,7 +12,7 @@ from transformers.utils import logging
 from loglinear.cli import console
 from loglinear.convert.target import write
 from loglinear.runs.folder import require_new
-from loglinear.runs.foreign import hub_hint, weight_files
+from loglinear.runs.foreign import hub_hint, stored_settings, weight_files
 from loglinear.runs.loading import without_bars
 from loglinear.upgrades import upgrade
 
@@ -26,11 +26,17 @@ def run(path: Path, out: Path, options: dict[str, Any]) -> None:
         raise ValueError(f"--model must be a folder with config.json and the weights, got {path}{hub_hint(path)}")
     weight_files(path)
     require_new(out, "--out")
+    settings = stored_settings(path)
     logging.set_verbosity_error()
     try:
         with without_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
+                path,
+                generation_config=settings,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
     except (ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"no model could be loaded from {path}: {str(error).splitlines()[0]}") from error

@@ -10,6 +10,7 @@ from loglinear.convert.source import Options, Tensors
 from loglinear.convert.target import build, configuration, write
 from loglinear.models import LogLinearConfig
 from loglinear.runs.folder import require_new
+from loglinear.runs.foreign import stored_settings
 
 
 class Conversion(NamedTuple):
@@ -51,5 +52,6 @@ def convert(path: Path | str, out: Path | str, *, source: str, **levels: Any) ->
     tensors.check_all_taken()
     config = configuration(converted.fields, levels)
     model = build(config, converted)
+    model.generation_config = stored_settings(path) or model.generation_config
     notes = [*converted.notes, *write(model, path, out)]
     return Conversion(config, str(model.dtype).removeprefix("torch."), notes)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from loglinear.data.tokenizer import has_vocabulary
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.runs.files import sync, writing
+from loglinear.runs.foreign import unused_settings
 from loglinear.runs.json_files import read_object, write_object
 from loglinear.runs.loading import without_bars
 from loglinear.runs.manifest import write_manifest
@@ -96,8 +97,9 @@ def build(config: LogLinearConfig, converted: Converted) -> LogLinearForCausalLM
 def write(model: PreTrainedModel, source: Path, out: Path) -> list[str]:
     """Write a checkpoint with a manifest, and the source's tokenizer if it has one, into a new folder.
 
-    The folder appears when everything is on the disk. Return notes for the user: one if the source has no tokenizer.
-    Raises OSError, in one line, if the disk refuses; then nothing is left.
+    The folder appears when everything is on the disk. Return notes for the user: about settings of generation that our
+    commands do not use, and about a source without a tokenizer. Raises OSError, in one line, if the disk refuses; then
+    nothing is left.
     """
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -114,9 +116,10 @@ def write(model: PreTrainedModel, source: Path, out: Path) -> list[str]:
             sync(out.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    if has_vocabulary(out):
-        return []
-    return [f"{source} has no tokenizer files: copy tokenizer.json and tokenizer_config.json into {out}"]
+    notes = [unused] if (unused := unused_settings(out)) else []
+    if not has_vocabulary(out):
+        notes.append(f"{source} has no tokenizer files: copy tokenizer.json and tokenizer_config.json into {out}")
+    return notes
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

@@ -6,7 +6,6 @@ run it also holds the state of the optimiser and of the schedule.
 
 from __future__ import annotations
 
-import logging
 import zipfile
 from inspect import get_annotations
 from pathlib import Path
@@ -15,15 +14,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 
-from loglinear.processes import is_main_process
-from loglinear.runs.foreign import hub_hint, pickled
+from loglinear.runs.foreign import hub_hint, note, pickled
 from loglinear.runs.json_files import fits, read_object, type_name
 from loglinear.runs.manifest import MANIFEST, damage
 
 TRAINER_STATE = "trainer_state.json"
 PICKLED = (".pt", ".pth", ".bin")  # files that only training reads, besides TRAINER_STATE
-
-logger = logging.getLogger(__name__)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -142,7 +138,7 @@ def _newest_whole(run: Path, *, resumable: bool) -> Path | None:
             return None
         raise ValueError(f"checkpoint {tried[0][0]} is not whole: {tried[0][1]}; no other one of this run is whole")
     for passed, problem in tried[:-1]:
-        _note(f"checkpoint {passed} is not whole: {problem}; going back to {checkpoint.name}")
+        note(f"checkpoint {passed} is not whole: {problem}; going back to {checkpoint.name}")
     return checkpoint
 
 
@@ -150,13 +146,6 @@ def note_unlisted(checkpoint: Path) -> None:
     """Write a note for a checkpoint without a manifest, whose contents cannot be checked."""
     if not is_listed(checkpoint):
         if (checkpoint / TRAINER_STATE).exists():
-            _note(f"checkpoint {checkpoint} has no {MANIFEST}, so its contents were not checked")
+            note(f"checkpoint {checkpoint} has no {MANIFEST}, so its contents were not checked")
         else:  # the folder of another program, which is no reason to worry
-            _note(
-                f"{checkpoint} has no {MANIFEST}, as save_pretrained writes none: lengths were checked, checksums not"
-            )
-
-
-def _note(text: str) -> None:
-    if is_main_process():
-        logger.warning("note: %s", text)
+            note(f"{checkpoint} has no {MANIFEST}, as save_pretrained writes none: lengths were checked, checksums not")

@@ -5,6 +5,7 @@ Only files that this library writes are read: fields of `LogLinearConfig`, and s
 
 from __future__ import annotations
 
+import logging
 import math
 from inspect import get_annotations
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from loglinear.models import LogLinearConfig
+from loglinear.processes import is_main_process
 from loglinear.runs.json_files import fits, read_object, type_name
 from loglinear.upgrades.families import FAMILIES
 
@@ -41,6 +43,8 @@ GENERATION = {
     "max_length",
     "max_new_tokens",
 }
+
+logger = logging.getLogger(__name__)
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
@@ -85,13 +89,42 @@ def is_upgradable(kind: Any) -> bool:
 
 
 def check_settings(checkpoint: Path) -> None:
-    """Raise ValueError for files that would change the model or its generation: an adapter, unknown settings."""
+    """Raise ValueError for an adapter, which would change the model. Note settings of generation that we do not use."""
     if (checkpoint / "adapter_config.json").exists():
         raise ValueError(f"checkpoint {checkpoint} holds an adapter: merge it into its model, and save that")
-    file = checkpoint / "generation_config.json"
-    for name in read_object(file) if file.is_file() else ():
-        if name not in GENERATION:
-            raise ValueError(f"{file}: {name} is not a setting that loglinear writes, so the folder is not loaded")
+    if unused := unused_settings(checkpoint):
+        note(unused)
+
+
+def unused_settings(folder: Path) -> str | None:
+    """Return a sentence about the settings of generation in a folder that no command uses; None if there are none."""
+    file = folder / "generation_config.json"
+    values = read_object(file) if file.is_file() else {}
+    unused = [f"{name} = {value!r:.80}" for name, value in sorted(values.items()) if name not in GENERATION]
+    if not unused:
+        return None
+    return f"{file} sets {', '.join(unused)}, which transformers' `generate` uses and the commands of loglinear do not"
+
+
+def stored_settings(folder: Path) -> GenerationConfig | None:
+    """Return the settings of generation in a folder's own file, for a new folder made of it; None without the file.
+
+    Raises ValueError, in one line, for a file that transformers cannot read.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        return GenerationConfig.from_dict(read_object(file))
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{file} holds settings that transformers cannot read: {reason}") from error
+
+
+def note(text: str) -> None:
+    """Write a note for the user, once for all processes."""
+    if is_main_process():
+        logger.warning("note: %s", text)
 
 
 def generation_settings(config: PreTrainedConfig) -> GenerationConfig:

@@ -11,6 +11,7 @@ from typing import Any
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
 from loglinear.runs.checkpoints import resolve
+from loglinear.runs.foreign import stored_settings
 from loglinear.runs.loading import check_weights, load_model, own_config
 from loglinear.runs.upgraded import is_upgraded, upgraded_config
 from loglinear.upgrades.checkpoint import choices_of
@@ -39,11 +40,13 @@ def starting_config(recipe: TrainingRecipe) -> LogLinearConfig:
 def starting_model(recipe: TrainingRecipe, config: LogLinearConfig) -> Any:
     """Return the model that a run trains; in float32 if all parameters of a 16-bit model are trained.
 
-    In 16 bits a step of the optimiser that is small beside its weight rounds to nothing.
+    In 16 bits a step of the optimiser that is small beside its weight rounds to nothing. The settings of generation are
+    those of the folder, for the folders that the run writes.
     """
     if recipe.start is None:
         return LogLinearForCausalLM(config)
     model = load_model(recipe.start)
+    model.generation_config = stored_settings(resolve(recipe.start)) or model.generation_config
     is_free = all(parameter.requires_grad for parameter in model.parameters())
     return model.float() if is_free and model.dtype.itemsize < 4 else model
 

@@ -75,6 +75,61 @@ def test_a_folder_without_a_tokenizer_is_upgraded_with_a_note(capsys, folder, tm
     assert_one_line(result, f"{tmp_path / 'new'} has no tokenizer files: copy {files} into it")
 
 
+UNUSED = "which transformers' `generate` uses and the commands of loglinear do not"
+SETTINGS = {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.3, "of_another_version": 2}
+
+
+@pytest.fixture
+def with_settings(folder, tmp_path):
+    """A folder whose generation_config.json has settings that the commands do not use."""
+    shutil.copytree(folder, tmp_path / "original")
+    (tmp_path / "original" / "generation_config.json").write_text(json.dumps(SETTINGS))
+    return tmp_path / "original"
+
+
+def unused(path) -> str:
+    settings = "of_another_version = 2, repetition_penalty = 1.3"
+    return f"note: {path / 'generation_config.json'} sets {settings}, {UNUSED}\n"
+
+
+def settings_of(path) -> dict:
+    found = json.loads((path / "generation_config.json").read_text())
+    return {name: found.get(name) for name in SETTINGS}
+
+
+@pytest.mark.parametrize("command", [("upgrade", "--model"), ("convert", "--from", "transformers")])
+def test_settings_of_generation_travel_and_the_commands_say_which_they_do_not_use(
+    capsys, caplog, with_settings, tmp_path, command
+):
+    new, trained, prompt = tmp_path / "new", tmp_path / "trained", ("--prompt", "a", "--max-new-tokens", 2)
+    if command[0] == "convert":
+        original("mamba2", torch.float32, vocab_size=264).save_pretrained(with_settings)
+        (with_settings / "generation_config.json").write_text(json.dumps(SETTINGS))
+    out = (new,) if command[0] == "convert" else ("--out", new)
+    code, _, errors = in_process(capsys, *command, with_settings, *out)
+    assert code == 0 and unused(new) in errors and errors.count("repetition_penalty") == 1
+    assert settings_of(new) == SETTINGS
+    caplog.clear()
+    code, _, errors = in_process(capsys, "generate", "--model", new, *prompt)
+    assert code == 0 and unused(new) == f"{caplog.messages[0]}\n", errors
+    (tmp_path / "text.txt").write_text(TEXT)
+    sizes = ["--steps", 1, "--seq-len", 32, "--batch-tokens", 64, "--eval-every", 1, "--save-every", 1]
+    start = ["--recipe", "demo", "--model", new, "--data", tmp_path / "text.txt"]
+    code, _, errors = in_process(capsys, "train", *start, "--out", trained, *sizes)
+    assert code == 0, errors
+    assert settings_of(trained / "checkpoint-1") == SETTINGS
+    caplog.clear()
+    code, _, errors = in_process(capsys, "generate", "--model", trained, *prompt)
+    assert code == 0 and unused(trained / "checkpoint-1") == f"{caplog.messages[0]}\n", errors
+
+
+@pytest.mark.parametrize("settings", [{"watermarking_config": 3}, {"max_new_tokens": -1}, 5], ids=str)
+def test_settings_that_transformers_cannot_read_end_in_one_line(capsys, with_settings, tmp_path, settings):
+    (with_settings / "generation_config.json").write_text(json.dumps(settings))
+    result = in_process(capsys, "upgrade", "--model", with_settings, "--out", tmp_path / "new")
+    assert_one_line(result, f"{with_settings / 'generation_config.json'}")
+
+
 def test_upgrade_refuses_a_folder_that_lacks_a_weight_and_names_one_too_many(capsys, folder, tmp_path):
     weights, name = load_file(folder / "model.safetensors"), "model.layers.0.linear_attn.A_log"
     for path, changed in (
