@@ -31,7 +31,7 @@ class Case:
     C: int
     L: int
     ends: tuple[int, ...] | None = None
-    continued: bool = False
+    starts: tuple[int, ...] | None = None  # first chunks of continued sequences
     dtype: torch.dtype = torch.float32
     K: int = 16
     V: int = 24
@@ -46,10 +46,9 @@ CASES = {
     "two tiers of one sequence": Case(T=16 * 65 + 5, C=16, L=13, V=16, G=1),
     "one level": Case(T=16 * 9 + 5, C=16, L=1),
     "packed, with an empty sequence": Case(T=16 * 9, C=16, L=13, ends=(0, 40, 40, 41, 144)),
-    "continued": Case(T=16 * 7, C=16, L=13, ends=(0, 50, 112), continued=True),
+    "continued": Case(T=16 * 7, C=16, L=13, ends=(0, 50, 112), starts=(3, 6)),
     "halves of a chunk": Case(T=128 * 5 + 70, C=128, L=13),
 }
-STARTS = (3, 6)  # first chunks of continued sequences
 
 
 def make(case: Case, device: str = "cpu") -> dict[str, Tensor]:
@@ -60,22 +59,22 @@ def make(case: Case, device: str = "cpu") -> dict[str, Tensor]:
     x |= dict(do=torch.randn(1, T, H, case.V))
     x = {name: value.to(case.dtype) for name, value in x.items()}
     x |= dict(log_decay=-torch.rand(1, T, H) * 4 / case.C, level_scales=torch.rand(1, T, H, case.L))
-    if case.continued:
+    if case.starts:
         M = FENWICK.num_blocks(case.L, case.C)
-        is_there = torch.tensor([[(z >> m) & 1 for m in range(M)] for z in STARTS])
+        is_there = torch.tensor([[(z >> m) & 1 for m in range(M)] for z in case.starts])
         x |= dict(initial=torch.randn(2, M, H, case.K, case.V) * is_there[:, :, None, None, None])
     return {name: value.to(device) for name, value in x.items()}
 
 
 def tokens(case: Case, value: Tensor) -> Tensor:
     """[1, T, ...] as the schedule takes them: behind the places of buffered tokens, of which there are none."""
-    held = len(STARTS) * case.C if case.continued else 0
+    held = len(case.starts or ()) * case.C
     return torch.cat([value.new_zeros(held, *value.shape[2:]), value[0]])
 
 
 def schedule(case: Case) -> Schedule:
     ends = None if case.ends is None else torch.tensor(case.ends)
-    position = torch.tensor(STARTS) * case.C if case.continued else None
+    position = torch.tensor(case.starts) * case.C if case.starts else None
     row = tokens(case, torch.empty(1, case.T, 1))
     return schedule_of(row, case.L, position, ends, 1, case.C, True, [*FENWICK.numbers])
 
@@ -138,7 +137,7 @@ def triton_stages(case: Case, x: dict[str, Tensor]) -> dict[str, Tensor]:
     kinds = [Kind("scalar_gate", direction, case.K, case.V, case.dtype) for direction in ("forward", "backward")]
     forward, backward = (default_plan(kind, case.C) for kind in kinds)
     ends = None if case.ends is None else torch.tensor(case.ends, device=device)
-    starts = torch.tensor(STARTS, device=device) if case.continued else None
+    starts = torch.tensor(case.starts, device=device) if case.starts else None
     operands = Operands(x["q"], x["k"], x["v"], x["log_decay"], None, x["level_scales"], x.get("initial"))
     call = inputs_of(operands, Sequences(ends, starts), 1.0, forward)
 
@@ -196,7 +195,7 @@ def across_tiers(case: Case, dtotals: Tensor) -> Tensor:
     """The gradient of each chunk's own total: those of its entries [tier, part, chunk, H], one of each tier."""
     found, row = [], 0
     lengths = [case.T] if case.ends is None else torch.tensor(case.ends).diff().tolist()
-    for z0, length in zip(STARTS if case.continued else [0] * len(lengths), lengths, strict=True):
+    for z0, length in zip(case.starts or [0] * len(lengths), lengths, strict=True):
         own = -(-length // case.C)
         for z in range(z0, z0 + own):
             entries = [(((z >> 6 * tier) + 1) << 6 * tier) - 1 for tier in range(len(dtotals))]
