@@ -59,6 +59,9 @@ def main(
     read: Annotated[
         list[str] | None, typer.Option(help=f"'linear', or a read such as {', '.join(GRID)}; repeat for several.")
     ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Also this model of `loglinear eval mqar`; repeat for several.")
+    ] = None,
     dim: Annotated[list[int] | None, typer.Option(help="Dimension; repeat for several.")] = None,
     lr: Annotated[list[float] | None, typer.Option(help="Learning rate; the best of several has all seeds.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seed of weights and order; repeat for several.")] = None,
@@ -74,13 +77,14 @@ def main(
     for name in read or ():
         if name != "linear" and f"{BASES[0]}_{Read.parse(name).name}" not in ALL_MODELS:
             raise ValueError(f"read must have a radix of 2 to 16, blocks of 1, 16 or 64 and one option, got {name!r}")
-    models = tuple(b if r == "linear" else f"{b}_{r}" for b in base or BASES for r in read or ("linear", *GRID))
+    reads = read or (() if model else ("linear", *GRID))
+    models = [*(b if r == "linear" else f"{b}_{r}" for b in base or BASES for r in reads), *(model or ())]
     run_cells(
         out,
         processes=processes,
         minutes=minutes,
         task=dict(protocol=protocol, epochs=epochs, examples=examples),
-        models=[model for model in models if model != "mamba2_r16-f16-absorbed"],
+        models=[name for name in models if name != "mamba2_r16-f16-absorbed"],
         dims=dim or [32],
         learning_rates=lr,
         seeds=seed,

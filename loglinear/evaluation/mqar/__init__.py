@@ -1,6 +1,13 @@
 """Multi-query associative recall (MQAR), from examples to the table of `loglinear.recipes.mqar`."""
 
-from loglinear.evaluation.mqar.batches import RecallBatch, Scores, recall_batches, recall_loss, recall_scores
+from loglinear.evaluation.mqar.batches import (
+    RecallBatch,
+    Scores,
+    recall_batches,
+    recall_counts,
+    recall_loss,
+    recall_scores,
+)
 from loglinear.evaluation.mqar.examples import Recall, recall_examples
 from loglinear.evaluation.mqar.folder import read_results
 from loglinear.evaluation.mqar.table import gather, markdown, rows_of
@@ -18,6 +25,7 @@ __all__ = [
     "read_results",
     "recall_batches",
     "recall_examples",
+    "recall_counts",
     "recall_loss",
     "recall_scores",
     "rows_of",

@@ -79,19 +79,10 @@ def split_batches(recall: Recall, batch_size: int, device: str | torch.device) -
     return batches
 
 
-def answer_loss(logits: Tensor, answers: Tensor) -> Tensor:
-    """Return the mean nats of answers [N] from logits [N, V]."""
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), answers)
-
-
-def recall_loss(
-    model: LogLinearForCausalLM, batch: RecallBatch, loss: Callable[[Tensor, Tensor], Tensor] = answer_loss
-) -> Tensor:
-    """Return the mean nats of the answers, which equal the model's own loss for the labels of these examples.
-
-    `loss` is answer_loss, or a compiled version of it.
-    """
-    return loss(model.lm_head(_at_queries(model, batch)), batch["answers"])
+def recall_loss(model: LogLinearForCausalLM, batch: RecallBatch) -> Tensor:
+    """Return the mean nats of the answers, which equal the model's own loss for the labels of these examples."""
+    logits = model.lm_head(_at_queries(model, batch))
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), batch["answers"])
 
 
 def _at_queries(model: LogLinearForCausalLM, batch: RecallBatch) -> Tensor:
@@ -102,22 +93,29 @@ def _at_queries(model: LogLinearForCausalLM, batch: RecallBatch) -> Tensor:
 
 
 @torch.no_grad()
-def recall_scores(model: LogLinearForCausalLM, batches: Iterable[RecallBatch]) -> Scores:
-    """Return accuracy and loss over all queries of each number of pairs. Waits for the device once.
+def recall_counts(model: LogLinearForCausalLM, batch: RecallBatch) -> Tensor:
+    """Return three float64 numbers of a batch: the correct answers, their nats, and the queries.
 
     The head computes in the model's own precision even under autocast, because rounded logits have ties.
     """
-    sums: dict[int, Tensor] = {}  # correct answers, nats, queries
+    answers = batch["answers"]
+    hidden = _at_queries(model, batch)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = model.lm_head(hidden.to(model.dtype))
+    correct = (logits.argmax(-1) == answers).sum()
+    nats = F.cross_entropy(logits, answers, reduction="sum")
+    return torch.stack([correct.double(), nats.double(), torch.full_like(nats, len(answers)).double()])
+
+
+def recall_scores(counts: Callable[[RecallBatch], Tensor], batches: Iterable[RecallBatch]) -> Scores:
+    """Return accuracy and loss over all queries of each number of pairs. Waits for the device once.
+
+    `counts` returns the numbers of `recall_counts` for a batch. A later call may overwrite them.
+    """
+    sums: dict[int, Tensor] = {}
     for batch in batches:
-        answers = batch["answers"]
-        hidden = _at_queries(model, batch)
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = model.lm_head(hidden.to(model.dtype))
-        correct = (logits.argmax(-1) == answers).sum()
-        nats = F.cross_entropy(logits, answers, reduction="sum")
-        pairs = len(answers) // len(batch["input_ids"])
-        part = torch.stack([correct.double(), nats.double(), torch.full_like(nats, len(answers)).double()])
-        sums[pairs] = sums[pairs] + part if pairs in sums else part
+        pairs = len(batch["answers"]) // len(batch["input_ids"])
+        sums[pairs] = counts(batch) + sums.get(pairs, 0.0)
     rows = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
     return Scores(
         accuracy={pairs: correct / queries for pairs, (correct, _, queries) in rows.items()},

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from loglinear.evaluation.mqar.batches import (
     SPLITS,
     RecallBatch,
     Scores,
-    answer_loss,
     recall_batches,
+    recall_counts,
     recall_loss,
     recall_scores,
 )
@@ -28,7 +28,7 @@ from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes.mqar import RecallCell, RecallTask, TrainingProtocol
 from loglinear.runs.checkpoints import last_checkpoint
 from loglinear.runs.provenance import command, versions
-from loglinear.training.compilation import compile_blocks, require_compiler
+from loglinear.training.graphs import Graphs
 from loglinear.training.trainer import LogLinearTrainer, quiet, training_arguments
 
 
@@ -36,17 +36,6 @@ class Flag(Protocol):
     """A request to stop the training: an event of `threading` or of `multiprocessing`."""
 
     def is_set(self) -> bool: ...
-
-
-_require_compiler = functools.cache(require_compiler)
-
-
-@functools.lru_cache(maxsize=1)
-def _reset_compiler(model: str, dim: int) -> None:
-    """Forget the compiled code of another kind of model: a process with many kinds would reach the compiler's limit.
-
-    Cells of one kind that follow one another share their code, because only the last call is remembered."""
-    torch.compiler.reset()
 
 
 @functools.cache
@@ -82,10 +71,7 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
         callbacks=[course],
     )
     if device == "cuda":
-        _require_compiler(torch.device(device))
-        _reset_compiler(cell.model, cell.dim)
-        compile_blocks(model)
-        trainer.answer_loss = torch.compile(answer_loss)
+        trainer.record_graphs()
     checkpoint = last_checkpoint(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if course.stopped:
@@ -135,11 +121,37 @@ def initialise_as_torch(model: LogLinearForCausalLM) -> None:
 class RecallTrainer(LogLinearTrainer):
     """A Trainer whose items are batches. It computes vocabulary logits only at the queries."""
 
-    answer_loss: Callable[[Tensor, Tensor], Tensor] = staticmethod(answer_loss)
-
     def __init__(self, *, protocol: TrainingProtocol, **options: Any) -> None:
         self.protocol = protocol
         super().__init__(**options)
+        assert isinstance(self.model, LogLinearForCausalLM)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.forward_backward: Callable[[Any], Sequence[Tensor | None]] | None = None
+        self.counts: Callable[[Any], Tensor] = self._counts
+
+    def record_graphs(self) -> None:
+        """From now on the forward and backward pass of a step is one CUDA graph, and so is a validation batch."""
+        evaluation = Graphs(lambda batch: (self._counts(batch),))
+        self.forward_backward = Graphs(self._loss_and_gradients)
+        self.counts = lambda batch: cast(Tensor, evaluation(batch)[0])
+
+    def _loss_and_gradients(self, batch: Any) -> tuple[Tensor | None, ...]:
+        loss = self.compute_loss(self.model, batch)  # type: ignore[arg-type]
+        return loss.detach(), *torch.autograd.grad(loss, self.parameters, allow_unused=True)
+
+    def _counts(self, batch: Any) -> Tensor:
+        with self.accelerator.autocast():
+            return recall_counts(self.model, batch)  # type: ignore[arg-type]
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Return the loss of a batch, with the gradients in the parameters."""
+        if self.forward_backward is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        loss, *gradients = self.forward_backward(inputs)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return cast(Tensor, loss)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return all parameters if the protocol decays all, otherwise those of the Trainer."""
@@ -159,7 +171,7 @@ class RecallTrainer(LogLinearTrainer):
         self, model: nn.Module, inputs: RecallBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         with self.accelerator.autocast():  # `accelerate` wraps it only around the forward of the whole model
-            return recall_loss(model, inputs, self.answer_loss)  # type: ignore[arg-type]
+            return recall_loss(model, inputs)  # type: ignore[arg-type]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Log accuracy and loss on the validation batches, pass them to the callbacks and return them."""
@@ -173,9 +185,7 @@ class RecallTrainer(LogLinearTrainer):
         """Return the scores of the model in the precision of its training."""
         assert isinstance(self.model, LogLinearForCausalLM)
         self.model.eval()
-        # Few batches: compiling them as well would take longer than it saves.
-        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
-            return recall_scores(self.model, batches)
+        return recall_scores(self.counts, batches)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0. Nothing reads this count, and the Trainer's would walk over all modules in every step."""

@@ -1,13 +1,14 @@
 """Batches hold all examples; loss and accuracy at the queries are those of the whole model."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 from accelerate import cpu_offload
 
 from loglinear.data.packing import IGNORED
-from loglinear.evaluation.mqar import Recall, recall_batches, recall_examples, recall_loss, recall_scores
+from loglinear.evaluation.mqar import Recall, recall_batches, recall_counts, recall_examples, recall_loss, recall_scores
 from loglinear.evaluation.mqar.batches import split_batches
 from loglinear.models import LogLinearForCausalLM
 from tests.evaluation.mqar.tiny import TASK, tiny_cell
@@ -78,7 +79,7 @@ def test_jittered_batches_start_each_sequence_where_its_example_says():
         right = logits[one["queries"]].argmax(-1) == one["answers"]
         expected = torch.nn.functional.cross_entropy(logits[one["queries"]], one["answers"])
         torch.testing.assert_close(recall_loss(model, one), expected, rtol=1e-10, atol=1e-10)
-        assert recall_scores(model, [one]).mean == pytest.approx(float(right.double().mean()))
+        assert recall_scores(partial(recall_counts, model), [one]).mean == pytest.approx(float(right.double().mean()))
         assert not torch.allclose(recall_loss(model, one), recall_loss(model, other), rtol=1e-9, atol=0)
 
 
@@ -93,7 +94,7 @@ def test_accuracy_counts_the_likeliest_tokens_of_the_whole_model(model):
         right = (torch.arange(50) % 3 < 2).unsqueeze(1)
         parts[pairs] = Recall(recall.tokens_NT, torch.where(right, guessed, wrong))
     batches = [batch for recall in parts.values() for batch in split_batches(recall, 16, "cpu")]
-    scores = recall_scores(model, batches)
+    scores = recall_scores(partial(recall_counts, model), batches)
     assert scores.accuracy == pytest.approx({1: 34 / 50, 2: 34 / 50}) and scores.mean == pytest.approx(34 / 50)
     with torch.no_grad():
         losses = [model(recall.tokens_NT, labels=recall.labels_NT).loss for recall in parts.values()]
@@ -103,7 +104,7 @@ def test_accuracy_counts_the_likeliest_tokens_of_the_whole_model(model):
 def test_the_head_is_called_so_that_an_offloaded_model_gives_the_same(model):
     batch = split_batches(recall_examples(6, length=8, pairs=2, vocab_size=12, seed=3), 6, "cpu")[0]
     with torch.no_grad():
-        expected = recall_loss(model, batch), recall_scores(model, [batch])
+        expected = recall_loss(model, batch), recall_scores(partial(recall_counts, model), [batch])
         offloaded = cpu_offload(model)
         assert offloaded.lm_head.weight.device.type == "meta"
-        assert (recall_loss(offloaded, batch), recall_scores(offloaded, [batch])) == expected
+        assert (recall_loss(offloaded, batch), recall_scores(partial(recall_counts, offloaded), [batch])) == expected

@@ -12,7 +12,6 @@ from loglinear.evaluation.mqar import run_cell, training
 from loglinear.evaluation.mqar.folder import read_results
 from loglinear.evaluation.mqar.training import initialise_as_torch
 from loglinear.models import LogLinearForCausalLM
-from loglinear.training.compilation import compile_blocks
 from tests.evaluation.mqar.tiny import TASK, AfterSteps, tiny_cell
 
 NEVER = threading.Event()
@@ -165,26 +164,14 @@ def test_initialise_as_torch_leaves_what_starts_at_zero():
     assert published.abs().max() > 0.9 * 64**-0.5
 
 
-def test_cells_of_one_kind_share_compiled_code(monkeypatch):
-    resets = []
-    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
-    training._reset_compiler.cache_clear()
-    counts = []
-    for kind in [("mamba2", 32), ("mamba2", 32), ("mamba2", 64), ("mamba2", 32)]:
-        training._reset_compiler(*kind)
-        counts.append(len(resets))
-    assert counts == [1, 1, 2, 3]
-
-
-def test_a_second_model_of_one_kind_compiles_nothing():
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    graphs = []
-    for seed in range(2):
-        model = tiny_cell(seed=seed).build()
-        compile_blocks(model, backend="eager")
-        for T in (24, 40):
-            ids = torch.randint(model.config.vocab_size, (2, T))
-            model(input_ids=ids, labels=ids).loss.backward()
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[0] > 0 and graphs[1] == graphs[0]
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["mamba2", "routed_mamba2", "attention"])
+@pytest.mark.parametrize("protocol", ["zoology", "loglinear"])
+def test_recorded_steps_train_as_the_trainer_does(tmp_path, monkeypatch, model, protocol):
+    task = dataclasses.replace(SHORT, protocol=protocol, length=64, pairs=(4, 6))
+    cell = tiny_cell(model=model, task=dataclasses.replace(task, vocab_size=32, good_enough=1.0))
+    recorded = run_cell(cell, tmp_path / "recorded", NEVER)
+    monkeypatch.setattr(training.RecallTrainer, "record_graphs", lambda self: None)
+    eager = run_cell(cell, tmp_path / "eager", NEVER)
+    for ours, expected in zip(recorded["course"], eager["course"], strict=True):
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=2e-2)
