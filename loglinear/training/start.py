@@ -14,6 +14,7 @@ from loglinear.runs.checkpoints import resolve
 from loglinear.runs.foreign import stored_settings
 from loglinear.runs.loading import check_weights, load_model, own_config
 from loglinear.runs.upgraded import is_upgraded, upgraded_config
+from loglinear.upgrades import new_parameters
 from loglinear.upgrades.checkpoint import choices_of
 
 
@@ -70,4 +71,6 @@ def trained_share(model: Any) -> str | None:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if trained == every:
         return None
-    return f"note: only the new weights are trained, {trained:,} of {every:,} parameters; the others stay as they are"
+    new = sum(parameter.numel() for parameter in new_parameters(model).values())
+    kind = "the new weights" if trained == new else "some weights"
+    return f"note: only {kind} are trained, {trained:,} of {every:,} parameters; the others stay as they are"

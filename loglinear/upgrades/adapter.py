@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from loglinear.upgrades.checkpoint import BASE, ENTRY
+from loglinear.upgrades.checkpoint import BASE, ENTRY, TRAINED
 from loglinear.upgrades.in_place import UpgradeReport, new_parameters, upgrade
 
 
@@ -23,7 +23,7 @@ def save_upgrade(model: nn.Module, path: str | os.PathLike) -> None:
     if any(".modules_to_save." in name or "lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("model has adapters of PEFT: merge them with merge_and_unload(), or save the PEFT model")
     tensors = {name: parameter.detach().contiguous() for name, parameter in new_parameters(model).items()}
-    entry = getattr(model.config, ENTRY)
+    entry = {name: value for name, value in getattr(model.config, ENTRY).items() if name != TRAINED}
     save_file(tensors, path, metadata={ENTRY: json.dumps(entry)})
 
 

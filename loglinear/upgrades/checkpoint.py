@@ -24,6 +24,7 @@ ENTRY = "loglinear_upgrade"
 """The entry of a configuration that says how the model was upgraded: the arguments of `upgrade`, and the model type."""
 PREFIX = "LogLinear"  # of the names of our classes
 BASE = "base_model_type"  # transformers takes a part with a "model_type" for a configuration of its own
+TRAINED = "trained"  # the part with the names of other parameters that a frozen model trains
 AUTO_FILE = '''"""Loads this checkpoint with the installed package `loglinear`."""
 from loglinear.autoload.configuration import UpgradeConfig  # noqa: F401
 '''
@@ -110,6 +111,14 @@ class UpgradedModel:
             if name in parameters:
                 parameters[name].requires_grad_(True)
         return (model, found) if kwargs.get("output_loading_info") else model
+
+    @functools.wraps(PreTrainedModel.save_pretrained, assigned=())  # other tools inspect its arguments
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does. The configuration says which other parameters were trained."""
+        from loglinear.upgrades.in_place import note_trained
+
+        note_trained(self)  # type: ignore[arg-type]
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -200,7 +209,7 @@ def own_configuration(model: PreTrainedModel) -> None:
 def choices_of(config: PreTrainedConfig) -> LogLinearConfig:
     """Return the choices of the levels of an upgraded model, as fields of a configuration of ours."""
     entry = getattr(config, ENTRY)
-    return LogLinearConfig(**{name: value for name, value in entry.items() if name not in (BASE, "freeze")})
+    return LogLinearConfig(**{name: value for name, value in entry.items() if name not in (BASE, "freeze", TRAINED)})
 
 
 def config_from(config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
@@ -211,8 +220,12 @@ def config_from(config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
     """
     entry = config_dict.get(ENTRY)
     base = entry.get(BASE) if isinstance(entry, dict) else None
-    if base is None or base not in CONFIG_MAPPING:
+    if not isinstance(entry, dict) or base is None or base not in CONFIG_MAPPING:
         raise ValueError(f"config.json must have an entry {ENTRY!r} with a {BASE} of transformers, got {entry!r}")
+    freeze, trained = entry.get("freeze"), entry.get(TRAINED, [])
+    if not (isinstance(freeze, bool) and isinstance(trained, list) and all(isinstance(name, str) for name in trained)):
+        expected = f"'freeze', true or false, and {TRAINED!r}, a list of names"
+        raise ValueError(f"config.json: {ENTRY} must have {expected}, got {freeze!r} and {trained!r:.80}")
     return upgraded_config_class(CONFIG_MAPPING[base]).from_dict(config_dict, **kwargs)
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loglinear.models import LogLinearConfig
-from loglinear.upgrades.checkpoint import BASE, ENTRY, become_saveable, choices_of, own_configuration
+from loglinear.upgrades.checkpoint import BASE, ENTRY, TRAINED, become_saveable, choices_of, own_configuration
 from loglinear.upgrades.families import FAMILIES, family_of
 from loglinear.upgrades.mixer import NEW_PARTS
 from loglinear.upgrades.places import Placement, decoder_of, upgraded_mixers
@@ -117,11 +117,27 @@ def upgrade_as_configured(model: PreTrainedModel) -> None:
 
 
 def train_as_configured(model: PreTrainedModel) -> None:
-    """Let only the parameters that an upgrade added require gradients, if the model was upgraded so."""
-    if getattr(model.config, ENTRY)["freeze"]:
-        model.requires_grad_(False)
-        for parameter in new_parameters(model).values():
-            parameter.requires_grad_(True)
+    """Let only the parameters that an upgrade added, and those of `note_trained`, require gradients, if it froze."""
+    entry = getattr(model.config, ENTRY)
+    if not entry["freeze"]:
+        return
+    new, trained, prefix = new_parameters(model), {*entry.get(TRAINED, ())}, f"{model.base_model_prefix}."
+    for name, parameter in model.named_parameters():
+        names = {name, prefix + name, name.removeprefix(prefix)}  # the folder may be of a model with or without a head
+        parameter.requires_grad_(name in new or not names.isdisjoint(trained))
+
+
+def note_trained(model: PreTrainedModel) -> None:
+    """Write into the configuration which parameters a frozen model trains beside the new ones, such as a head."""
+    entry = {name: value for name, value in getattr(model.config, ENTRY).items() if name != TRAINED}
+    if entry["freeze"]:
+        new = new_parameters(model)
+        others = {name: parameter for name, parameter in model.named_parameters() if name not in new}
+        trained = [name for name, parameter in others.items() if parameter.requires_grad]
+        entry["freeze"] = len(trained) < len(others)
+        if entry["freeze"] and trained:
+            entry[TRAINED] = trained
+    setattr(model.config, ENTRY, entry)
 
 
 def place_levels(model: PreTrainedModel, choices: LogLinearConfig) -> UpgradeReport:

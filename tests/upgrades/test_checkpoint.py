@@ -116,6 +116,44 @@ def test_a_head_that_the_folder_lacks_is_trained(folder):
     assert found["missing_keys"] == {"score.weight"}
 
 
+def trainable(model) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_what_was_trained_is_trained_after_the_next_load(folder, tmp_path):
+    """A head that a first load added, and parameters that the user set free; not those that nobody trained."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder[0], num_labels=3)
+    model.save_pretrained(tmp_path / "head")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "head")
+    assert trainable(loaded) == trainable(model) and "score.weight" in trainable(model)
+    assert torch.equal(loaded.score.weight, model.score.weight)
+    loaded.model.norm.requires_grad_(True)
+    loaded.score.requires_grad_(False)
+    loaded.save_pretrained(tmp_path / "norm")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "norm")
+    assert trainable(again) == trainable(loaded) and {"model.norm.weight"} <= trainable(again)
+    new = {f"model.{name}" for name in loglinear.new_parameters(AutoModel.from_pretrained(tmp_path / "norm"))}
+    assert {f"model.{name}" for name in trainable(AutoModel.from_pretrained(tmp_path / "norm"))} == trainable(again)
+    again.model.norm.requires_grad_(False)
+    again.save_pretrained(tmp_path / "new")
+    assert trainable(AutoModelForSequenceClassification.from_pretrained(tmp_path / "new")) == new
+
+
+def test_a_model_that_was_set_free_stays_free(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder[0]).requires_grad_(True)
+    model.save_pretrained(tmp_path)
+    assert all(p.requires_grad for p in AutoModelForCausalLM.from_pretrained(tmp_path).parameters())
+
+
+def test_a_file_of_the_new_parameters_does_not_say_what_else_was_trained(folder, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(folder[0], num_labels=3)
+    model.save_pretrained(tmp_path / "head")
+    loglinear.save_upgrade(model, tmp_path / "levels.safetensors")
+    theirs = original("qwen3_5", torch.float32)
+    loglinear.load_upgrade(theirs, tmp_path / "levels.safetensors")
+    assert trainable(theirs) == {*loglinear.new_parameters(theirs)}
+
+
 @pytest.mark.parametrize(
     "imports",
     [
@@ -156,6 +194,14 @@ def test_a_configuration_without_an_entry_is_refused(folder, tmp_path):
     del contents[ENTRY]
     (tmp_path / "config.json").write_text(json.dumps(contents))
     with pytest.raises(ValueError, match="config.json must have an entry 'loglinear_upgrade' with a base_model_type"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"freeze": None}, {"trained": 5}, {"trained": [5]}], ids=str)
+def test_an_entry_without_sense_is_refused(folder, tmp_path, change):
+    contents = json.loads((folder[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**contents, ENTRY: {**contents[ENTRY], **change}}))
+    with pytest.raises(ValueError, match="config.json: loglinear_upgrade must have 'freeze', true or false, and"):
         AutoConfig.from_pretrained(tmp_path)
 
 
