@@ -24,10 +24,22 @@ def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
     k, v = in_one_row(p.k, state, state and state.k), in_one_row(p.v, state, state and state.v)
     log_decay = in_one_row(p.log_decay, state, state and state.log_decay)
     beta = None if p.beta is None else in_one_row(p.beta, state, state and state.beta)
-    position, nodes = (None, None) if state is None else (state.position, state.blocks.to(v.dtype))
+    position, initial = (None, None) if state is None else (state.position, state.blocks.to(v.dtype))
     compute = kernels.stages if records_stages() else kernels.fenwick_array
     output, blocks = compute(
-        q, k, v, log_decay, beta, scales, nodes, position, p.cu_seqlens, N, C, p.output_final_state, p.partition.numbers
+        q,
+        k,
+        v,
+        log_decay,
+        beta,
+        scales,
+        initial,
+        position,
+        p.cu_seqlens,
+        N,
+        C,
+        p.output_final_state,
+        p.partition.numbers,
     )
     output = output[0 if state is None else N * C :].view(p.v.shape)
     if not p.output_final_state:

@@ -253,9 +253,9 @@ def _torch(problem: Problem, L: int) -> tuple[Tensor, FenwickState | None]:
     p, N = problem.in_working_dtype(), problem.num_sequences
     state = p.initial_state
     q, k = in_one_row(p.q, state), in_one_row(p.k, state, state and state.k)
-    position, nodes = (None, None) if state is None else (state.position, (state.blocks + state.blocks.mT) / 2)
+    position, initial = (None, None) if state is None else (state.position, (state.blocks + state.blocks.mT) / 2)
     compute = kernels.energies if records_stages() else kernels.bucket_energies
-    found, blocks = compute(q, k, nodes, position, p.cu_seqlens, N, L, p.output_final_state, p.partition.numbers)
+    found, blocks = compute(q, k, initial, position, p.cu_seqlens, N, L, p.output_final_state, p.partition.numbers)
     found = found[0 if state is None else N * p.chunk_size :].view(p.level_scales.shape)
     if not p.output_final_state:
         return found, None

@@ -119,7 +119,7 @@ def torch_stages(case: Case, x: dict[str, Tensor], dtype: torch.dtype) -> dict[s
     found |= dict(dk=(dk + dk_state).unflatten(0, (case.G, 2)).sum(1), dv=dv + dv_state)
     found |= dict(dlog_decay=reverse_cumsum(dcumulative + dlog_walk + dcumulative_state))
     found = {name: value[:, :n] for name, value in found.items()}
-    return found | ({} if slab.nodes is None else dict(dinitial=dstates[:, plan.nodes]))
+    return found | ({} if slab.initial is None else dict(dinitial=dstates[:, plan.initial]))
 
 
 def triton_stages(case: Case, x: dict[str, Tensor]) -> dict[str, Tensor]:

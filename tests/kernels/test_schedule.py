@@ -35,10 +35,10 @@ def spans(built, positions, lengths):
         for z in range(position // C, -(-(position + length) // C)):
             covers[row] = (sequence, z, z + 1)
             row += 1
-    if built.nodes_per_sequence:
+    if built.initial_per_sequence:
         for sequence, position in enumerate(positions):
             for number, start, end in past(built.partition, C, built.num_blocks, position // C):
-                covers[row + 1 + sequence * built.nodes_per_sequence + number] = (sequence, start, end)
+                covers[row + 1 + sequence * built.initial_per_sequence + number] = (sequence, start, end)
     for step in built.merges:
         for left, right in zip(step.left.tolist(), step.right.tolist(), strict=True):
             (a, start, middle), (b, same, end) = covers[left], covers[right]

@@ -25,7 +25,7 @@ from loglinear.partition import Partition
 def bucket_energies(
     q: Tensor,
     k: Tensor,
-    nodes: Tensor | None,
+    initial: Tensor | None,
     position: Tensor | None,
     cu_seqlens: Tensor | None,
     rows: int,
@@ -36,17 +36,17 @@ def bucket_energies(
     """Return the energies [tokens,G,L] and the sums of blocks.
 
     With `final` the sums are those of each sequence at the start of its last chunk [N,M,G,K,K], otherwise an empty
-    tensor. The arguments are those of `fenwick_array`: q, k [tokens,G,K] and nodes [N,M,G,K,K], the sums of earlier
-    blocks. The nodes are symmetric. L is at least 2.
+    tensor. The arguments are those of `fenwick_array`: q, k [tokens,G,K] and initial [N,M,G,K,K], the sums of earlier
+    blocks, which are symmetric. L is at least 2.
     """
     with torch.no_grad(), recycled():
-        return energies(q, k, nodes, position, cu_seqlens, rows, num_columns, final, partition)
+        return energies(q, k, initial, position, cu_seqlens, rows, num_columns, final, partition)
 
 
 def energies(
     q: Tensor,
     k: Tensor,
-    nodes: Tensor | None,
+    initial: Tensor | None,
     position: Tensor | None,
     cu_seqlens: Tensor | None,
     rows: int,
@@ -61,7 +61,7 @@ def energies(
     blocks = q.new_zeros(plan.num_sequences, plan.num_blocks, q.shape[1], K, K) if final else q.new_zeros(0)
 
     def compute(groups: slice) -> Tensor:
-        queries, sums = to_chunks(q, groups, plan), block_sums(to_chunks(k, groups, plan), nodes, groups, plan)
+        queries, sums = to_chunks(q, groups, plan), block_sums(to_chunks(k, groups, plan), initial, groups, plan)
         found = zeros(queries, *queries.shape[:3], num_columns)
         for read in plan.reads:
             x = take(queries, read.readers)
@@ -75,13 +75,13 @@ def energies(
     return out, blocks
 
 
-def block_sums(keys: Tensor, nodes: Tensor | None, groups: slice, plan: Schedule) -> Tensor:
+def block_sums(keys: Tensor, initial: Tensor | None, groups: slice, plan: Schedule) -> Tensor:
     """Return the sums of all slots [G, rows, K, K] from the keys [G, n, C, K]."""
     G, n, _, K = keys.shape
     sums = empty(keys, G, plan.num_rows, K, K)
     matmul(keys.mT, keys, out=sums[:, :n])
-    if nodes is not None:
-        sums[:, plan.nodes] = nodes[:, :, groups].flatten(0, 1).transpose(0, 1)
+    if initial is not None:
+        sums[:, plan.initial] = initial[:, :, groups].flatten(0, 1).transpose(0, 1)
     for merge in plan.merges:
         _add(sums, merge)
     if plan.scan is not None:
@@ -93,7 +93,7 @@ def block_sums(keys: Tensor, nodes: Tensor | None, groups: slice, plan: Schedule
 
 
 def block_sums_backward(dsums: Tensor, plan: Schedule) -> None:
-    """Turn the gradients of all slots into those of the chunks' own sums and of the nodes, in place."""
+    """Turn the gradients of all slots into those of the chunks' own sums and of the initial blocks, in place."""
     if plan.scan is not None:
         total = take(dsums, plan.scan.prefixes)
         for merge in (*plan.scan.mirrored_ups, *plan.scan.mirrored_downs):
@@ -127,7 +127,7 @@ def _add(sums: Tensor, merge: Merge) -> None:
 
 
 @bucket_energies.register_fake
-def _(q, k, nodes, position, cu_seqlens, rows, num_columns, final, partition):  # type: ignore[no-untyped-def]
+def _(q, k, initial, position, cu_seqlens, rows, num_columns, final, partition):  # type: ignore[no-untyped-def]
     found = q.new_empty(q.shape[0], q.shape[1], num_columns)
     if not final:
         return found, q.new_empty(0)
@@ -142,7 +142,7 @@ def bucket_energies_backward(
     dblocks: Tensor | None,
     q: Tensor,
     k: Tensor,
-    nodes: Tensor | None,
+    initial: Tensor | None,
     position: Tensor | None,
     cu_seqlens: Tensor | None,
     rows: int,
@@ -150,15 +150,15 @@ def bucket_energies_backward(
     final: bool,
     partition: list[int],
 ) -> list[Tensor]:
-    """Return the gradients of q, k and, if there are any, of the nodes."""
+    """Return the gradients of q, k and, if there are any, of the initial blocks."""
     C = Partition(*partition).finest_block
     plan = schedule_of(q, num_columns, position, cu_seqlens, rows, C, final, partition)
     dq, dk = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    dnodes = None if nodes is None else torch.empty_like(nodes, memory_format=torch.contiguous_format)
+    dinitial = None if initial is None else torch.empty_like(initial, memory_format=torch.contiguous_format)
 
     def compute(groups: slice) -> tuple[Tensor, Tensor, Tensor]:
         queries, keys = to_chunks(q, groups, plan), to_chunks(k, groups, plan)
-        sums = block_sums(keys, nodes, groups, plan)
+        sums = block_sums(keys, initial, groups, plan)
         dqueries, dsums = zeros(queries, *queries.shape), zeros(sums, *sums.shape)
         if dfound is not None:
             weights = to_chunks(dfound, groups, plan)
@@ -175,17 +175,17 @@ def bucket_energies_backward(
                 dsums.index_add_(1, read.sources, dblocks[read.readers.flatten(), read.column, groups].transpose(0, 1))
         block_sums_backward(dsums, plan)
         own = dsums[:, : keys.shape[1]]
-        return dqueries, matmul(keys, own + own.mT), dsums[:, plan.nodes]
+        return dqueries, matmul(keys, own + own.mT), dsums[:, plan.initial]
 
     def add(groups: slice, computed: tuple[Tensor, Tensor, Tensor]) -> None:
         from_chunks(computed[0], dq, groups, plan)
         from_chunks(computed[1], dk, groups, plan)
-        if dnodes is not None:
-            dnodes[:, :, groups] = computed[2].transpose(0, 1).unflatten(0, dnodes.shape[:2])
+        if dinitial is not None:
+            dinitial[:, :, groups] = computed[2].transpose(0, 1).unflatten(0, dinitial.shape[:2])
 
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False), recycled():
         run(compute, add, *slab_heads(q, q, plan))
-    return [dq, dk] if dnodes is None else [dq, dk, dnodes]
+    return [dq, dk] if dinitial is None else [dq, dk, dinitial]
 
 
 register_gradients(bucket_energies, bucket_energies_backward, energies, differentiable=3)

@@ -27,7 +27,7 @@ def fenwick_array(
     log_decay: Tensor,
     beta: Tensor | None,
     level_scales: Tensor,
-    nodes: Tensor | None,
+    initial: Tensor | None,
     position: Tensor | None,
     cu_seqlens: Tensor | None,
     rows: int,
@@ -40,10 +40,10 @@ def fenwick_array(
 
     q, k [tokens,G,K]; v [tokens,H,V]; log_decay, beta [tokens,H]; level_scales [tokens,H,L], all of one dtype. They
     are those of `rows` sequences of one length, or of the documents of cu_seqlens [N+1]. Sequences that continue at
-    `position` [N] have the states of their blocks in nodes [N,M,H,K,V], and C tokens each in front of all new ones:
+    `position` [N] have the states of their blocks in initial [N,M,H,K,V], and C tokens each in front of all new ones:
     those of the unfinished chunks. `partition` holds the numbers of a `Partition`.
     """
-    tensors = (q, k, v, log_decay, beta, level_scales, nodes)
+    tensors = (q, k, v, log_decay, beta, level_scales, initial)
     with torch.no_grad(), recycled():
         return stages(*tensors, position, cu_seqlens, rows, chunk_size, final, partition)
 
@@ -55,7 +55,7 @@ def stages(
     log_decay: Tensor,
     beta: Tensor | None,
     level_scales: Tensor,
-    nodes: Tensor | None,
+    initial: Tensor | None,
     position: Tensor | None,
     cu_seqlens: Tensor | None,
     rows: int,
@@ -65,14 +65,14 @@ def stages(
 ) -> tuple[Tensor, Tensor]:
     """Return the outputs of `fenwick_array`, open to autograd: with gradients on it records every stage."""
     plan = schedule_of(v, level_scales.shape[2], position, cu_seqlens, rows, chunk_size, final, partition)
-    family, inputs = _family(q, k, v, log_decay, beta, level_scales, nodes)
+    family, inputs = _family(q, k, v, log_decay, beta, level_scales, initial)
     return slab.forward(family, plan, inputs, final)
 
 
-def _family(q, k, v, log_decay, beta, level_scales, nodes):  # type: ignore[no-untyped-def]
+def _family(q, k, v, log_decay, beta, level_scales, initial):  # type: ignore[no-untyped-def]
     if beta is None:
-        return ScalarGateSlab, (q, k, v, log_decay, level_scales, nodes)
-    return DeltaRuleSlab, (q, k, v, log_decay, beta, level_scales, nodes)
+        return ScalarGateSlab, (q, k, v, log_decay, level_scales, initial)
+    return DeltaRuleSlab, (q, k, v, log_decay, beta, level_scales, initial)
 
 
 def schedule_of(
@@ -89,14 +89,14 @@ def schedule_of(
     if cu_seqlens is not None:
         lengths = tuple(cu_seqlens.diff().tolist())
     else:
-        held = 0 if position is None else rows * C
-        lengths = ((len(tokens) - held) // rows,) * rows
+        buffered = 0 if position is None else rows * C
+        lengths = ((len(tokens) - buffered) // rows,) * rows
     positions = None if position is None else tuple(position.tolist())
     return schedule(lengths, positions, C, num_columns, final, tokens.device, Partition(*partition))
 
 
 @fenwick_array.register_fake
-def _(q, k, v, log_decay, beta, level_scales, nodes, position, cu_seqlens, rows, chunk_size, final, partition):  # type: ignore[no-untyped-def]
+def _(q, k, v, log_decay, beta, level_scales, initial, position, cu_seqlens, rows, chunk_size, final, partition):  # type: ignore[no-untyped-def]
     output = torch.empty_like(v, memory_format=torch.contiguous_format)
     if not final:
         return output, v.new_empty(0)
@@ -115,7 +115,7 @@ def fenwick_array_backward(
     log_decay: Tensor,
     beta: Tensor | None,
     level_scales: Tensor,
-    nodes: Tensor | None,
+    initial: Tensor | None,
     position: Tensor | None,
     cu_seqlens: Tensor | None,
     rows: int,
@@ -125,7 +125,7 @@ def fenwick_array_backward(
 ) -> list[Tensor]:
     """The gradients of the tensors that there are, in their order."""
     plan = schedule_of(v, level_scales.shape[2], position, cu_seqlens, rows, chunk_size, final, partition)
-    family, inputs = _family(q, k, v, log_decay, beta, level_scales, nodes)
+    family, inputs = _family(q, k, v, log_decay, beta, level_scales, initial)
     with torch.no_grad(), torch.autocast(v.device.type, enabled=False), recycled():
         return [grad for grad in slab.backward(family, plan, inputs, dout, dblocks) if grad is not None]
 

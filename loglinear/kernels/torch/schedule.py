@@ -2,10 +2,10 @@
 
 All sequences' chunks lie in one array, ``num_chunks`` of them, followed by one empty chunk that fills short rows.
 A sequence may begin in the middle of its history: chunk ``i`` of the array is chunk ``z[i]`` of its sequence, and the
-states of the blocks before its first chunk z0 come from outside. They are extra rows behind the array, ``nodes``:
-node ``m`` of a sequence is its block in the ``m``-th column of chunks, the last one its whole older prefix. Prefixes
-have rows of their own where the blocks at whose ends they end are read apart too. So the rows of the slot array are
-[chunks, empty chunk, nodes of sequence 0, nodes of sequence 1, ..., prefixes].
+states of the blocks before its first chunk z0 come from outside. They are extra rows behind the array, ``initial``:
+initial block ``m`` of a sequence is its block in the ``m``-th column of chunks, the last one its whole older prefix.
+Prefixes have rows of their own where the blocks at whose ends they end are read apart too. So the rows of the slot
+array are [chunks, empty chunk, initial blocks of sequence 0, of sequence 1, ..., prefixes].
 
 Everything here is integer arithmetic on ``z``; see `loglinear.partition` for the same rules one position at a time.
 """
@@ -64,7 +64,7 @@ class Schedule:
     num_chunks: int
     num_sequences: int
     num_blocks: int  # block states per sequence, the prefix included
-    nodes_per_sequence: int  # 0 without an initial state
+    initial_per_sequence: int  # 0 without an initial state
     num_prefixes: int  # prefixes with rows of their own
     rows: Tensor  # [(num_chunks + 1) * C] the source token of each place; any token where `padding` lists it
     padding: Tensor  # places without a token
@@ -76,13 +76,14 @@ class Schedule:
     final_reads: list[Read]  # the same walk from each sequence's end; `column` is the block's number
 
     @property
-    def nodes(self) -> slice:
+    def initial(self) -> slice:
         """The rows of the slot array that come from outside."""
-        return slice(self.num_chunks + 1, self.num_chunks + 1 + self.num_sequences * self.nodes_per_sequence)
+        first = self.num_chunks + 1
+        return slice(first, first + self.num_sequences * self.initial_per_sequence)
 
     @property
     def num_rows(self) -> int:
-        return self.nodes.stop + self.num_prefixes
+        return self.initial.stop + self.num_prefixes
 
 
 @lru_cache(maxsize=64)
@@ -104,8 +105,8 @@ def schedule(
     C, M, N = chunk_size, partition.num_blocks(num_columns, chunk_size), len(lengths)
     length = torch.tensor(lengths)
     start = torch.tensor(positions) if positions is not None else torch.zeros(N, dtype=torch.int64)
-    held = start % C
-    count = -(-(held + length) // C)  # chunks per sequence
+    buffered = start % C
+    count = -(-(buffered + length) // C)  # chunks per sequence
     offset = count.cumsum(0) - count
     n = int(count.sum())
     sequence = torch.repeat_interleave(torch.arange(N), count)
@@ -138,9 +139,9 @@ def schedule(
         n,
         N,
         M,
-        tree.nodes,
+        tree.initial_per_sequence,
         tree.num_prefixes,
-        *_places(length, held, offset, n, C, positions is not None),
+        *_places(length, buffered, offset, n, C, positions is not None),
         merges,
         scan,
         reads,
@@ -156,22 +157,26 @@ class _Tree:
     Blocks have numbers, those of a state. A height comes with the number of its nearest block.
     """
 
-    def __init__(self, z: Tensor, sequence: Tensor, first: Tensor, origin: Tensor, nodes: int, num_blocks: int) -> None:
-        self.z, self.sequence, self.nodes, self.last = z, sequence, nodes, num_blocks - 1
+    def __init__(
+        self, z: Tensor, sequence: Tensor, first: Tensor, origin: Tensor, initial_per_sequence: int, num_blocks: int
+    ) -> None:
+        self.z, self.sequence, self.last = z, sequence, num_blocks - 1
+        self.initial_per_sequence = initial_per_sequence
         self.first, self.origin = first, origin  # per sequence: its first chunk here; where its chunk 0 would lie
         self.num_prefixes = 0
-        self.prefix_row = torch.arange(len(z) + 1 + len(first) * nodes)  # per row: the prefix up to its end
+        rows = len(z) + 1 + len(first) * initial_per_sequence
+        self.prefix_row = torch.arange(rows)  # per row: the prefix up to its end
 
-    def node(self, sequence: Tensor, number: Tensor | int) -> Tensor:
-        return len(self.z) + 1 + sequence * self.nodes + number
+    def initial_row(self, sequence: Tensor, number: Tensor | int) -> Tensor:
+        return len(self.z) + 1 + sequence * self.initial_per_sequence + number
 
     def row(self, number: int, height: Height, end: Tensor, sequence: Tensor) -> Tensor:
         """The row of the block, or of the prefix, up to chunk `end`, a multiple of the height's size."""
         first = self.first[sequence]
         nearer = first // height.size - end // height.size  # blocks of this size between it and the first chunk
         apart = (first // height.size % height.radix).clamp(max=self.last - number)
-        node = self.node(sequence, torch.where(nearer < apart, number + nearer, self.last))
-        return torch.where(end > first, self.origin[sequence] + end - 1, node)
+        outside = self.initial_row(sequence, torch.where(nearer < apart, number + nearer, self.last))
+        return torch.where(end > first, self.origin[sequence] + end - 1, outside)
 
     def merge(self, number: int, height: Height) -> list[Merge]:
         """So many blocks join: the newest, in whose slot they do, takes up one older block after the other."""
@@ -180,7 +185,7 @@ class _Tree:
         for older in range(1, height.radix if len(newest) else 1):
             owner, end = self.sequence[newest], self.z[newest] + 1 - older * height.size
             left, right = self.row(number, height, end, owner), newest
-            if not self.nodes:
+            if not self.initial_per_sequence:
                 inside = end > self.first[owner]
                 left, right = left[inside], right[inside]
             if len(right):
@@ -214,18 +219,18 @@ class _Tree:
 
     def scan(self, number: int, height: Height, deepest: int) -> Scan | None:
         """Prefixes over the blocks of the last height of every sequence, if it holds the last block and a chunk's past
-        has that one. Nodes come first: the older prefix, then the blocks that are apart from it."""
+        has that one. Initial blocks come first: the older prefix, then the blocks that are apart from it."""
         apart = self.last - number  # blocks of this size are read apart before the prefix
         if apart >= height.radix - 1 or deepest // height.size <= apart:
             return None
         blocks = torch.nonzero((self.z + 1) % height.size == 0)[:, 0]
         owner = self.sequence[blocks]
-        if self.nodes:
+        if self.initial_per_sequence:
             digit = self.first // height.size % height.radix
             older = self.first // height.size > digit.clamp(max=apart)
             found = [(torch.nonzero(older)[:, 0], self.last)]
             found += [(torch.nonzero(digit > nearer)[:, 0], number + nearer) for nearer in reversed(range(apart))]
-            blocks = torch.cat([*(self.node(sequences, node) for sequences, node in found), blocks])
+            blocks = torch.cat([*(self.initial_row(sequences, number) for sequences, number in found), blocks])
             owner = torch.cat([*(sequences for sequences, _ in found), owner])
             order = torch.sort(owner, stable=True).indices
             blocks, owner = blocks[order], owner[order]
@@ -258,17 +263,17 @@ def _scan_merges(rank: Tensor, direction: int) -> tuple[list[Merge], list[Merge]
 
 
 def _places(
-    length: Tensor, held: Tensor, offset: Tensor, n: int, C: int, buffered: bool
+    length: Tensor, buffered: Tensor, offset: Tensor, n: int, C: int, has_buffer: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the place of each token in the array of chunks, and the token at each place."""
     N = len(length)
     empty = n * C  # the first place of the empty chunk
     token_sequence = torch.repeat_interleave(torch.arange(N), length)
     start = length.cumsum(0) - length
-    places = (offset * C + held - start)[token_sequence] + torch.arange(len(token_sequence))
-    if buffered:
+    places = (offset * C + buffered - start)[token_sequence] + torch.arange(len(token_sequence))
+    if has_buffer:
         slot = torch.arange(C).expand(N, C)
-        in_buffer = torch.where(slot < held[:, None], offset[:, None] * C + slot, empty)
+        in_buffer = torch.where(slot < buffered[:, None], offset[:, None] * C + slot, empty)
         places = torch.cat([in_buffer.flatten(), places])
     rows = torch.full(((n + 1) * C,), -1)
     rows[places] = torch.arange(len(places))

@@ -27,14 +27,15 @@ class Slab(ABC):
     """Some heads' chunks and states. A family says how they are built, read and differentiated."""
 
     def __init__(self, inputs: Inputs, schedule: Schedule, heads: slice) -> None:
-        q, k, v, log_decay, *rest, level_scales, nodes = inputs
+        q, k, v, log_decay, *rest, level_scales, initial = inputs
         R = v.shape[1] // q.shape[1]
         self.schedule, self.heads = schedule, heads
         self.shared = (R, R, *[1] * (len(inputs) - 3))  # how many heads share each input
         self.q, self.k = (to_chunks(x, heads, schedule, R) for x in (q, k))
         self.v, self.level_scales = (to_chunks(x, heads, schedule) for x in (v, level_scales))
         self.log_decay = to_chunks(log_decay, heads, schedule)
-        self.nodes = None if nodes is None else nodes[:, :, heads].flatten(0, 1).transpose(0, 1)  # [H, N * M, K, V]
+        # [H, N * M, K, V]
+        self.initial = None if initial is None else initial[:, :, heads].flatten(0, 1).transpose(0, 1)
         self.build(*(to_chunks(x, heads, schedule) for x in rest))
 
     def mask(self) -> Tensor:
@@ -59,8 +60,9 @@ class Slab(ABC):
 
     @abstractmethod
     def backward(self, do: Tensor, dblocks: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The gradients of the chunked inputs in their order, and of the nodes [H, N * M, K, V]. dblocks: those of the
-        final blocks, None where nobody read them."""
+        """The gradients of the chunked inputs in their order, and of the initial blocks [H, N * M, K, V].
+
+        dblocks: those of the final blocks, None where nobody read them."""
 
     def identity(self) -> Tensor:
         """The X of the final blocks' walk: one K x K identity per sequence."""
@@ -96,7 +98,7 @@ def backward(
     family: type[Slab], schedule: Schedule, inputs: Inputs, dout: Tensor | None, dblocks: Tensor | None
 ) -> list[Tensor | None]:
     """The gradients of the inputs."""
-    q, _, v, *_, nodes = inputs
+    q, _, v, *_, initial = inputs
     do = torch.zeros_like(v) if dout is None else dout
     grads: list[Any] = [
         None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs
@@ -104,15 +106,17 @@ def backward(
 
     def compute(heads: slice) -> tuple[tuple[int, ...], tuple[Tensor, ...], Tensor]:
         slab = family(inputs, schedule, heads)
-        parts, dnodes = slab.backward(to_chunks(do, heads, schedule), None if dblocks is None else dblocks[:, :, heads])
-        return slab.shared, parts, dnodes
+        parts, dinitial = slab.backward(
+            to_chunks(do, heads, schedule), None if dblocks is None else dblocks[:, :, heads]
+        )
+        return slab.shared, parts, dinitial
 
     def add(heads: slice, computed: tuple[tuple[int, ...], tuple[Tensor, ...], Tensor]) -> None:
-        shared, parts, dnodes = computed
+        shared, parts, dinitial = computed
         for part, grad, R in zip(parts, grads, shared, strict=False):
             from_chunks(part, grad, heads, schedule, R)
-        if nodes is not None:
-            grads[-1][:, :, heads] = dnodes.transpose(0, 1).unflatten(0, nodes.shape[:2])
+        if initial is not None:
+            grads[-1][:, :, heads] = dinitial.transpose(0, 1).unflatten(0, initial.shape[:2])
 
     run(compute, add, *slab_heads(q, v, schedule))
     return grads

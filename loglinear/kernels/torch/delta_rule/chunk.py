@@ -63,8 +63,8 @@ def chunk_state(chunk: Chunk, v: Tensor, out: Tensor) -> None:
 def queries(chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, mask_CC: Tensor) -> tuple[Tensor, Tensor]:
     """O_in [H, n, C, V] and Qh [H, n, C, K] from LAM, the mask of lambdas."""
     effective_CC = matmul(matmul(q, k.mT).mul_(chunk.decay_CC), chunk.write_CC)
-    seen = product(q, chunk.from_start).sub_(matmul(effective_CC, chunk.incoming_CK))
-    return matmul(product(effective_CC, mask_CC), v), seen
+    q_in = product(q, chunk.from_start).sub_(matmul(effective_CC, chunk.incoming_CK))
+    return matmul(product(effective_CC, mask_CC), v), q_in
 
 
 def chunk_backward(
@@ -75,7 +75,7 @@ def chunk_backward(
     beta: Tensor,
     mask_CC: Tensor,
     do: Tensor,
-    dseen: Tensor,
+    dq_in: Tensor,
     dslots: Tensor,
     pull_mask: Callable[[Tensor], None],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -88,10 +88,10 @@ def chunk_backward(
     # O_in = (E * LAM) V,  Qh = exp(G) Q - E Ke
     dweights_CC = matmul(do, v.mT)
     pull_mask(product(dweights_CC, effective_CC))
-    deffective_CC = dweights_CC.mul_(mask_CC).sub_(matmul(dseen, chunk.incoming_CK.mT))
+    deffective_CC = dweights_CC.mul_(mask_CC).sub_(matmul(dq_in, chunk.incoming_CK.mT))
     dv = matmul(product(effective_CC, mask_CC).mT, do)
-    dincoming = matmul(effective_CC.mT, dseen).neg_()
-    dq = product(dseen, chunk.from_start)
+    dincoming = matmul(effective_CC.mT, dq_in).neg_()
+    dq = product(dq_in, chunk.from_start)
     dcumulative = product(dq, q).sum(-1)
 
     # S = Y V,  P = exp(Gam) I - Y Ke
@@ -104,9 +104,9 @@ def chunk_backward(
     dproducts_CC = matmul(deffective_CC, chunk.write_CC.mT)
     dwrite_CC = matmul(products_CC.mT, deffective_CC).add_(matmul(product(k, chunk.to_end), doutgoing_KC))
     dk = matmul(chunk.write_CC, doutgoing_KC.mT).mul_(chunk.to_end)
-    flow = product(dk, k).sum(-1)
-    dtotal += flow.sum(-1)
-    dcumulative -= flow
+    dlog = product(dk, k).sum(-1)
+    dtotal += dlog.sum(-1)
+    dcumulative -= dlog
     dcumulative += product(dincoming, chunk.incoming_CK).sum(-1)
     dk += product(dincoming, chunk.from_start)
 
@@ -118,8 +118,8 @@ def chunk_backward(
     dkeys_CC = derase_CC.mul_(beta[..., None])
 
     # Q K^T * dec and K K^T * dec
-    flow_CC = product(dproducts_CC, products_CC).add_(product(dkeys_CC, chunk.keys_CC))
-    dcumulative += flow_CC.sum(-1) - flow_CC.sum(-2)
+    dlog_CC = product(dproducts_CC, products_CC).add_(product(dkeys_CC, chunk.keys_CC))
+    dcumulative += dlog_CC.sum(-1) - dlog_CC.sum(-2)
     dcumulative[..., -1] += dtotal
     dproducts_CC.mul_(chunk.decay_CC)
     dkeys_CC.mul_(chunk.decay_CC)

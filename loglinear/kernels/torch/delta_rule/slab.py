@@ -23,13 +23,13 @@ class DeltaRuleSlab(Slab):
         self.slots = empty(self.v, H, self.schedule.num_rows, K, K + self.v.shape[3])
         chunk_state(self.chunk, self.v, out=self.slots[:, :n])
         self.slots[:, n:, :, :K] = torch.eye(K, dtype=self.v.dtype, device=self.v.device)
-        if self.nodes is not None:
-            self.slots[:, self.schedule.nodes, :, K:] = self.nodes
+        if self.initial is not None:
+            self.slots[:, self.schedule.initial, :, K:] = self.initial
         self.rights = up_sweep(self.slots, self.schedule)
 
     def output(self) -> Tensor:
-        out, seen = queries(self.chunk, self.q, self.k, self.v, self.mask())
-        for read, y in walk(seen, self.slots, self.schedule.reads):
+        out, q_in = queries(self.chunk, self.q, self.k, self.v, self.mask())
+        for read, y in walk(q_in, self.slots, self.schedule.reads):
             scales = take(self.level_scales[..., read.column], read.readers)
             out.index_add_(1, read.readers.flatten(), product(y, scales[..., None]))
         return out
@@ -52,8 +52,8 @@ class DeltaRuleSlab(Slab):
             assert dblocks is not None
             return dblocks[read.readers.flatten(), read.column].transpose(0, 1)
 
-        _, seen = queries(self.chunk, self.q, self.k, self.v, self.mask())
-        dseen = walk_backward(seen, self.slots, self.schedule.turns, pull_output, dslots)
+        _, q_in = queries(self.chunk, self.q, self.k, self.v, self.mask())
+        dq_in = walk_backward(q_in, self.slots, self.schedule.turns, pull_output, dslots)
         if dblocks is not None:
             walk_backward(self.identity(), self.slots, [self.schedule.final_reads], pull_blocks, dslots)
         up_sweep_backward(self.slots, self.rights, dslots, self.schedule)
@@ -67,8 +67,8 @@ class DeltaRuleSlab(Slab):
             self.beta,
             self.mask(),
             do,
-            dseen,
+            dq_in,
             dslots[:, :n],
             self.pull_mask(dscales),
         )
-        return (dq, dk, dv, reverse_cumsum(dcumulative), dbeta, dscales), dslots[:, self.schedule.nodes, :, K:]
+        return (dq, dk, dv, reverse_cumsum(dcumulative), dbeta, dscales), dslots[:, self.schedule.initial, :, K:]

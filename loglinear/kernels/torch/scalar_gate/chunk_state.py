@@ -27,7 +27,7 @@ def chunk_state_backward(
     to_end = suffix_sums(log_decay).exp_()[..., None]
     dv = matmul(product(k, to_end), dstate)
     dk = matmul(v, dstate.mT).mul_(to_end)
-    flow = product(dk, k).sum(-1)
-    dcumulative = -flow
-    dcumulative[..., -1] += flow.sum(-1) + dtotal
+    dlog = product(dk, k).sum(-1)
+    dcumulative = -dlog
+    dcumulative[..., -1] += dlog.sum(-1) + dtotal
     return dk, dv, dcumulative

@@ -36,7 +36,7 @@ def in_chunk_backward(
     pull_mask(product(dweights_CC, scores_CC))
     dscores_CC = dweights_CC.mul_(mask_CC)
     dv = matmul(product(scores_CC, mask_CC).mT, do)
-    flow_CC = scores_CC.mul_(dscores_CC)
-    dcumulative = flow_CC.sum(-1) - flow_CC.sum(-2)
+    dlog_CC = scores_CC.mul_(dscores_CC)
+    dcumulative = dlog_CC.sum(-1) - dlog_CC.sum(-2)
     dproducts_CC = dscores_CC.mul_(decay_CC)
     return matmul(dproducts_CC, k), matmul(dproducts_CC.mT, q), dv, dcumulative

@@ -23,8 +23,8 @@ class ScalarGateSlab(Slab):
         self.states = empty(self.v, H, self.schedule.num_rows, K, self.v.shape[3])
         self.log_p = self.v.new_zeros(H, self.schedule.num_rows)
         self.log_p[:, :n] = chunk_state(self.k, self.v, self.log_decay, out=self.states[:, :n])
-        if self.nodes is not None:
-            self.states[:, self.schedule.nodes] = self.nodes
+        if self.initial is not None:
+            self.states[:, self.schedule.initial] = self.initial
         self.rights = up_sweep(self.states, self.log_p, self.schedule)
 
     def weight(self, read: Read, path: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,9 +56,9 @@ class ScalarGateSlab(Slab):
             dy = take(do, readers)
             dweight = product(dy, y).sum(-1).mul_(decay)
             dscales[..., read.column].index_add_(1, readers, dweight)
-            flow = dweight.mul_(scales)
-            dcumulative.index_add_(1, readers, flow)
-            return dy.mul_(decay.mul_(scales)[..., None]), flow.sum(-1)
+            dlog = dweight.mul_(scales)
+            dcumulative.index_add_(1, readers, dlog)
+            return dy.mul_(decay.mul_(scales)[..., None]), dlog.sum(-1)
 
         def pull_blocks(read: Read, y: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
             assert dblocks is not None
@@ -77,4 +77,4 @@ class ScalarGateSlab(Slab):
             self.k, self.v, self.log_decay, dstates[:, :n], dlog_p[:, :n]
         )
         dlog_decay = reverse_cumsum(dcumulative.add_(dcumulative_state))
-        return (dq, dk.add_(dk_state), dv.add_(dv_state), dlog_decay, dscales), dstates[:, self.schedule.nodes]
+        return (dq, dk.add_(dk_state), dv.add_(dv_state), dlog_decay, dscales), dstates[:, self.schedule.initial]

@@ -66,6 +66,6 @@ def _scan_backward(states: Tensor, log_p: Tensor, dstates: Tensor, dlog_p: Tenso
     dstates.index_add_(1, scan.entries, total)
     later = scan.successor
     earlier = scan.prefixes.index_select(0, later - 1)
-    flow = product(take(total, later), take(states, earlier)).sum((-1, -2))
-    flow.mul_(block_log_p.index_select(1, later).exp())
-    dlog_p.index_add_(1, scan.entries.index_select(0, later), flow)
+    dlog = product(take(total, later), take(states, earlier)).sum((-1, -2))
+    dlog.mul_(block_log_p.index_select(1, later).exp())
+    dlog_p.index_add_(1, scan.entries.index_select(0, later), dlog)
