@@ -25,6 +25,9 @@ ENTRY = "loglinear_upgrade"
 PREFIX = "LogLinear"  # of the names of our classes
 BASE = "base_model_type"  # transformers takes a part with a "model_type" for a configuration of its own
 TRAINED = "trained"  # the part with the names of other parameters that a frozen model trains
+GUARD = "initializer_range"
+"""The field whose place in `config.json` takes REFUSAL; the number is in the entry. Every family checks its type."""
+REFUSAL = "upgraded by loglinear: import loglinear, and load the folder with an Auto class"
 AUTO_FILE = '''"""Loads this checkpoint with the installed package `loglinear`."""
 from loglinear.autoload.configuration import UpgradeConfig  # noqa: F401
 '''
@@ -50,7 +53,8 @@ class UpgradedConfig:
     In memory the model type stays, because transformers and others choose conversions of weights and more by it. In the
     file it is that of `UpgradeConfig`. So the Auto classes of a program without this library refuse the checkpoint, or
     load it with `trust_remote_code`, and never load the linear model by mistake. Neither do programs that look up the
-    names in `architectures`, such as TRL: no class of transformers has a name with our prefix.
+    names in `architectures`, such as TRL: no class of transformers has a name with our prefix. The class of the family
+    itself would only warn of the model type; the guard stops it, which is a sentence in the place of a number.
     """
 
     auto_map: ClassVar[dict[str, str]] = {}  # in memory no Auto class takes code of the folder
@@ -58,13 +62,15 @@ class UpgradedConfig:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         original = {name: value for name, value in config_dict.items() if name not in ("auto_map", "model_type")}
-        return super().from_dict(original, **kwargs)  # type: ignore[misc]
+        return super().from_dict(unguarded(original), **kwargs)  # type: ignore[misc]
 
     def to_diff_dict(self) -> dict[str, Any]:
         saved = super().to_diff_dict()  # type: ignore[misc]
         classes = [f"{PREFIX}{name.removeprefix(PREFIX)}" for name in saved.get("architectures") or ()]
+        text = self.get_text_config()  # type: ignore[attr-defined]
+        part = next((name for name in self.sub_configs if getattr(self, name, None) is text), None)  # type: ignore[attr-defined]
         return {
-            **saved,
+            **guarded(saved, part),
             "model_type": UpgradeConfig.model_type,
             "architectures": classes or None,
             "auto_map": {"AutoConfig": f"{MODULE}.{UpgradeConfig.__name__}"},
@@ -74,6 +80,29 @@ class UpgradedConfig:
         """Save as transformers does, and add the file through which tools load the model without importing us."""
         write_auto_file(save_directory, AUTO_FILE)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+def guarded(saved: dict[str, Any], part: str | None) -> dict[str, Any]:
+    """Return the contents of `config.json` with the guard, at the top or in the part for text."""
+    inner = saved if part is None else saved[part]
+    outer = {**saved, ENTRY: {**saved[ENTRY], GUARD: inner.get(GUARD)}}
+    return {**outer, GUARD: REFUSAL} if part is None else {**outer, part: {**inner, GUARD: REFUSAL}}
+
+
+def unguarded(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return the contents without the guard, if there is one: the inverse of `guarded`."""
+    if ENTRY not in config_dict:
+        return config_dict
+    entry = dict(config_dict[ENTRY])
+    number = {name: value for name, value in [(GUARD, entry.pop(GUARD, None))] if value is not None}
+
+    def restored(part: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(part.get(GUARD), str):
+            return part
+        return {**{name: value for name, value in part.items() if name != GUARD}, **number}
+
+    parts = {name: restored(part) if isinstance(part, dict) else part for name, part in config_dict.items()}
+    return restored({**parts, ENTRY: entry})
 
 
 class UpgradedModel:

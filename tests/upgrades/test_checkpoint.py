@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     Qwen3_5Config,
+    Qwen3_5ForCausalLM,
     Qwen3_5ForConditionalGeneration,
 )
 from transformers.models.nemotron_h_omni.configuration_nemotron_h_omni import NemotronH_Omni_Reasoning_V3_Config
@@ -178,6 +179,32 @@ def test_without_the_import_the_checkpoint_is_refused_or_loads_with_trust(folder
     assert float(trusted.stdout.split()[1]) == pytest.approx(number, rel=1e-5)
 
 
+REFUSED = "upgraded by loglinear: import loglinear, and load the folder with an Auto class"
+
+
+def stock_class(model):
+    return next(kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers."))
+
+
+@FAMILIES
+def test_the_class_of_transformers_refuses_the_folder(family, tmp_path):
+    """It would load the linear model, without the trained level weights."""
+    model = trained(original(family, torch.float32, initializer_range=0.0123))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(Exception, match=REFUSED):
+        stock_class(model).from_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.initializer_range == model.config.initializer_range == 0.0123
+    assert getattr(config, ENTRY) == getattr(model.config, ENTRY)
+
+
+def test_the_class_of_transformers_refuses_the_folder_in_every_program(folder):
+    code = "from transformers import Qwen3_5ForCausalLM as Model"
+    for imports in (code, f"import loglinear\n{code}", f"{code}\nimport loglinear"):
+        refused = run(f"{imports}\nModel.from_pretrained({str(folder[0])!r})")
+        assert refused.returncode != 0 and REFUSED in refused.stderr.strip().splitlines()[-1]
+
+
 def test_the_class_itself_loads_the_model(folder):
     model = type(upgraded(original("qwen3_5")))
     assert loglinear.new_parameters(model.from_pretrained(folder[0]))
@@ -262,3 +289,6 @@ def test_a_model_of_images_and_text_keeps_its_text(make, tmp_path):
     assert torch.equal(upgraded(theirs).generate(ids, **greedy), theirs.generate(ids, **greedy))
     model.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForImageTextToText.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+    for kind in (type(theirs), *((Qwen3_5ForCausalLM,) if make is qwen3_5_of_images else ())):
+        with pytest.raises(Exception, match=REFUSED):
+            kind.from_pretrained(tmp_path)
