@@ -42,6 +42,9 @@ def test_steps_are_those_of_one_process(family, tmp_path):
         assert losses == pytest.approx(steps(model, slice(0, 4)), rel=1e-5 if is_exact else 2e-2), (way, dtype)
         new = loglinear.new_parameters(model)
         assert {name: w.dtype for name, w in weights.items()} == {name: p.dtype for name, p in new.items()}
+        theirs = original(family, torch.float32).to(dtype)
+        loglinear.load_upgrade(theirs, tmp_path / f"{way}-{dtype}.safetensors")
+        assert all(torch.equal(p, weights[name]) for name, p in loglinear.new_parameters(theirs).items())
         for name, parameter in new.items():
             error = (weights[name] - parameter).norm() / parameter.norm()  # all start at zero
             assert not is_exact or error < 1e-3, (way, name)

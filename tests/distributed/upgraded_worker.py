@@ -63,6 +63,7 @@ def main(folder: Path) -> None:
             weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
             new = {name.removeprefix("module.") for name in loglinear.new_parameters(model)}
             found[way, dtype] = (losses / 2).tolist(), {name: w for name, w in weights.items() if name in new}
+            loglinear.save_upgrade(model, folder / f"{way}-{dtype}.safetensors")
     if rank == 0:
         torch.save(found, folder / "found.pt")
     dist.destroy_process_group()

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -243,6 +245,42 @@ def test_the_new_parameters_alone_are_a_file(family, tmp_path):
     assert str(report).endswith("are loaded") and "neutral" not in str(report)
     assert torch.equal(theirs(ids).logits, right)
     assert (tmp_path / "levels.safetensors").stat().st_size < 8 * report.new_parameters + 4000
+
+
+def compiled_layers(model):
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [torch.compile, nn.DataParallel, lambda model: nn.DataParallel(torch.compile(model)), compiled_layers],
+    ids=["compiled", "parallel", "both", "layers"],
+)
+@torch.no_grad()
+def test_the_file_of_a_wrapped_model_is_that_of_the_model(wrap, tmp_path):
+    theirs, ids = original("qwen3_5"), tokens(1, 30)
+    model = trained(theirs)
+    right = model(ids).logits
+    loglinear.save_upgrade(wrap(model), tmp_path / "levels.safetensors")
+    loglinear.load_upgrade(theirs, tmp_path / "levels.safetensors")
+    assert torch.equal(theirs(ids).logits, right)
+
+
+def test_models_whose_parameters_are_elsewhere_are_refused(tmp_path):
+    path, model = tmp_path / "levels.safetensors", trained(original("qwen3_5"))
+    loglinear.save_upgrade(model, path)
+    for wrapped in (torch.compile(original("qwen3_5")), nn.DataParallel(original("qwen3_5"))):
+        with pytest.raises(ValueError, match=f"model must be a model of transformers, got {type(wrapped).__name__}"):
+            loglinear.load_upgrade(wrapped, path)
+    flattened = type("FullyShardedDataParallel", (nn.Sequential,), {})(model)  # torch's own needs a GPU
+    with pytest.raises(ValueError, match="model is flattened by FullyShardedDataParallel: save the whole model, or us"):
+        loglinear.save_upgrade(flattened, path)
+    with pytest.raises(ValueError, match="model must be an upgraded model of transformers, got Sequential"):
+        loglinear.save_upgrade(nn.Sequential(model), path)
+    offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="model must have its parameters in memory, some are offloaded"):
+        loglinear.save_upgrade(offloaded, path)
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
