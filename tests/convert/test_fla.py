@@ -15,6 +15,7 @@ from tests.convert.fla_checkpoints import (
     mamba2_tensors,
     write,
 )
+from tests.convert.test_transformers import mamba2 as transformers_mamba2
 
 GROUPED, PLAIN = (4, 2, 6, 9), (3, 3, 8, 16)
 GATED = [
@@ -111,6 +112,16 @@ def refused(folder, message, **levels):
         convert(folder, folder.parent / "out", source="fla", **levels)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert [path.name for path in folder.parent.iterdir()] == ["in"]
+
+
+def test_a_folder_of_transformers_is_named(tmp_path):
+    """It has the same model_type and tensors, and other defaults: special tokens that config.json leaves out."""
+    transformers_mamba2(tmp_path / "in", n_groups=1, bos_token_id=None, pad_token_id=None)
+    refused(
+        tmp_path / "in", "no option of flash-linear-attention is there, so this is a folder of transformers: --from tr"
+    )
+    config = convert(tmp_path / "in", tmp_path / "out", source="transformers").config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, 2, None)
 
 
 def test_levels_of_a_log_linear_checkpoint_are_its_own(tmp_path):

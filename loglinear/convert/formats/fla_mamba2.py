@@ -14,6 +14,8 @@ from loglinear.convert.source import Options, Tensors
 from loglinear.convert.target import Converted
 from loglinear.variants import HeadSizes
 
+OWN = ("norm_eps", "rmsnorm", "dt_limit", "D_has_hdim")  # options that transformers does not have, in this version
+
 
 class _Model(NamedTuple):
     """The options of all these models."""
@@ -56,7 +58,16 @@ class _Model(NamedTuple):
 
 
 def read(options: Options, tensors: Tensors) -> Converted:
-    """Return the linear model in our terms; ValueError for an option or a tensor that does not fit."""
+    """Return the linear model in our terms; ValueError for an option or a tensor that does not fit.
+
+    transformers' Mamba-2 has the same model_type and tensors, but other defaults, as for the special tokens. A folder
+    without one of this library's own options is refused.
+    """
+    if not any(name in OWN or name.startswith("fuse_") for name in options.values):
+        raise ValueError(
+            f"{options.place}: no option of flash-linear-attention is there, so this is a folder of transformers: "
+            "--from transformers"
+        )
     model = _Model.of(options)
     weights = mamba2_model(tensors, model.sizes, conv_bias=model.conv_bias)
     tokens = options.tokens(bos_token_id=1, eos_token_id=2, pad_token_id=0)
