@@ -62,12 +62,20 @@ class PackedRows(Dataset):
 
     An epoch lays all pieces end to end and cuts rows from that. A piece that is cut at the end of a row continues in
     the next row as a sequence of its own. `shuffle_seed` decides the order; None means that of `pieces_by_rounds`.
+    With `jitter` a row has the `initial_position` of each sequence, at random below it, from this seed and the row.
     """
 
     def __init__(
-        self, corpus: Corpus, *, seq_len: int, row_tokens: int, shuffle_seed: int | None, rows: int | None = None
+        self,
+        corpus: Corpus,
+        *,
+        seq_len: int,
+        row_tokens: int,
+        shuffle_seed: int | None,
+        rows: int | None = None,
+        jitter: int | None = None,
     ) -> None:
-        self.corpus, self.seed = corpus, shuffle_seed
+        self.corpus, self.seed, self.jitter = corpus, shuffle_seed, jitter
         self.pieces_P2 = pieces_by_rounds(corpus, seq_len)
         total = len(corpus.tokens)
         if shuffle_seed is None and total < row_tokens:
@@ -97,7 +105,11 @@ class PackedRows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         places = [slice(*span) for span in self._spans_P2(index)]
-        return pack((self.corpus.tokens[p] for p in places), (self.corpus.learnt[p] for p in places))
+        row = pack((self.corpus.tokens[p] for p in places), (self.corpus.learnt[p] for p in places))
+        if self.jitter is None:
+            return row
+        rng = np.random.default_rng([self.seed or 0, index, self.jitter])
+        return {**row, "initial_position": torch.from_numpy(rng.integers(self.jitter, size=len(places)))}
 
     def predicted(self, rows: range) -> tuple[int, float]:
         """Return the number of tokens that count in the loss of these rows, and their bytes of text."""

@@ -25,6 +25,9 @@ class TrainingRecipe:
     learning rate rises linearly for `warmup_steps` and falls on a cosine to `final_lr_ratio` of its peak. `compile`
     compiles the blocks (`loglinear.training.compilation`).
 
+    With `jitter` every training sequence starts at a random position of the tree below it (`initial_position`), so that
+    levels beyond the sequences are trained too. With `new_only` a model of a folder trains its level weights alone.
+
     Raises ValueError, which names the field, for a value that cannot work.
     """
 
@@ -51,12 +54,17 @@ class TrainingRecipe:
     validation_fraction: float = 0.05
     compile: bool = False
     start: str | None = None  # the folder of a model to train; then `model` has no meaning
+    jitter: int | None = None  # in tokens; None: every sequence starts at 0
+    new_only: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"):
             self._require(name, 1, LARGEST)
         for name in ("seq_len", "batch_tokens", "micro_batch_tokens"):  # one token predicts nothing
             self._require(name, 2, LARGEST)
+        self._require("jitter", 1, LARGEST)
+        if self.new_only and self.start is None:
+            raise ValueError("new_only needs a start from a folder: weights at random stay at random")
         self._require("seed", 0, 2**32 - 1)  # the limit of numpy's generator
         if not 0 < self.learning_rate <= 1:  # AdamW moves every weight by about this much in a step
             raise ValueError(f"learning_rate must be positive and at most 1, got {self.learning_rate}")

@@ -55,7 +55,10 @@ def in_few_sizes(row: dict[str, Tensor]) -> dict[str, Tensor]:
     cu_seqlens = row["cu_seqlens"]
     count = len(cu_seqlens) - 1
     wanted = 1 << (count - 1).bit_length() if count < SEQUENCES else -(-count // SEQUENCES) * SEQUENCES
-    return {**row, "cu_seqlens": F.pad(cu_seqlens, (0, wanted - count), value=int(cu_seqlens[-1]))}
+    padded = {**row, "cu_seqlens": F.pad(cu_seqlens, (0, wanted - count), value=int(cu_seqlens[-1]))}
+    if "initial_position" in row:
+        padded["initial_position"] = F.pad(row["initial_position"], (0, wanted - count))
+    return padded
 
 
 class GraphSteps(TrainerCallback):

@@ -21,17 +21,19 @@ from loglinear.upgrades.checkpoint import choices_of
 def starting_config(recipe: TrainingRecipe) -> LogLinearConfig:
     """Return the configuration of the recipe's model, or of the folder's; of an upgraded one, the levels.
 
-    Raises ValueError if the recipe starts from a folder that holds no such model, or compiles an upgraded one.
+    Raises ValueError if the recipe starts from a folder that holds no such model, or has an option that an upgraded one
+    does not take.
     """
     if recipe.start is None:
         return recipe.model_config()
     checkpoint = resolve(recipe.start)
     if not is_upgraded(checkpoint):
         return own_config(checkpoint)
-    if recipe.compile:
-        raise ValueError(
-            "compile needs a model of this library, and this run starts from an upgraded one: leave it out"
-        )
+    for name in ("compile", "jitter"):
+        if getattr(recipe, name):
+            raise ValueError(
+                f"{name} needs a model of this library, and this run starts from an upgraded one: leave it out"
+            )
     config = upgraded_config(checkpoint)
     choices = choices_of(config)
     choices.vocab_size = config.get_text_config().vocab_size
@@ -48,6 +50,10 @@ def starting_model(recipe: TrainingRecipe, config: LogLinearConfig) -> Any:
         return LogLinearForCausalLM(config)
     model = load_model(recipe.start)
     model.generation_config = stored_settings(resolve(recipe.start)) or model.generation_config
+    if recipe.new_only:
+        new = {id(parameter) for parameter in new_parameters(model).values()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in new)
     is_free = all(parameter.requires_grad for parameter in model.parameters())
     return model.float() if is_free and model.dtype.itemsize < 4 else model
 

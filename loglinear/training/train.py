@@ -123,7 +123,7 @@ def train(
 
 def _untrained_levels(recipe: TrainingRecipe, config: LogLinearConfig) -> str | None:
     """Return a note if training never reaches some levels of the model: longer sequences would read them untrained."""
-    trained, levels = config.partition.num_columns(recipe.seq_len), config.num_levels
+    trained, levels = config.partition.num_columns(recipe.seq_len + (recipe.jitter or 0)), config.num_levels
     if trained >= levels or "linear_attention" not in (config.layer_types or ()):
         return None
     if config.routing is not None:  # a bucket that training never saw has its score, whose factor all buckets share
@@ -165,7 +165,8 @@ def _accumulation(recipe: TrainingRecipe) -> int:
 
 def _training_rows(recipe: TrainingRecipe, corpus: Corpus) -> PackedRows:
     rows = recipe.steps * _accumulation(recipe) * world_size()
-    return PackedRows(corpus, seq_len=recipe.seq_len, row_tokens=recipe.row_tokens, shuffle_seed=recipe.seed, rows=rows)
+    sizes = dict(seq_len=recipe.seq_len, row_tokens=recipe.row_tokens, rows=rows)
+    return PackedRows(corpus, shuffle_seed=recipe.seed, jitter=recipe.jitter, **sizes)
 
 
 def _validation_rows(recipe: TrainingRecipe, corpus: Corpus) -> PackedRows:

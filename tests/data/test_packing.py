@@ -56,6 +56,22 @@ def test_an_epoch_reads_every_token_once_and_epochs_differ():
     assert not torch.equal(*epochs)
 
 
+def test_jitter_gives_every_sequence_a_position_that_depends_on_seed_and_row_alone():
+    corpus = corpus_of([20, 3, 9, 16, 2, 14])
+    plain, rows, again = (rows_of(corpus, rows=8, **options) for options in ({}, {"jitter": 1000}, {"jitter": 1000}))
+    other = rows_of(corpus, rows=8, jitter=1000, shuffle_seed=1)
+    assert "initial_position" not in plain[0]
+    starts = [rows[index].pop("initial_position") for index in range(8)]
+    for index, start in enumerate(starts):
+        assert start.dtype == torch.int64 and len(start) == len(rows[index]["cu_seqlens"]) - 1
+        assert ((start >= 0) & (start < 1000)).all()
+        assert torch.equal(again[index]["initial_position"], start)
+        assert all(torch.equal(rows[index][name], tensor) for name, tensor in plain[index].items())
+    drawn = torch.cat(starts)
+    assert len(drawn.unique()) > 0.8 * len(drawn)
+    assert not torch.equal(torch.cat([other[index]["initial_position"] for index in range(8)])[:8], drawn[:8])
+
+
 def test_rows_depend_on_the_seed_alone_not_on_the_order_of_access():
     corpus = corpus_of([40] * 6)
     once, again = rows_of(corpus, rows=20), rows_of(corpus, rows=20)

@@ -140,7 +140,7 @@ def test_empty_sequences_behind_a_row_change_nothing(tmp_path, layer, documents,
     config.layer_types = [layer]
     torch.manual_seed(0)
     model = LogLinearForCausalLM(config).double()
-    row = pack([np.arange(n % 5 + 1) for n in range(documents)])
+    row = {**pack([np.arange(n % 5 + 1) for n in range(documents)]), "initial_position": 7 * torch.arange(documents)}
     padded = in_few_sizes(row)
     assert len(padded["cu_seqlens"]) == 1 + size
     results = []

@@ -12,7 +12,7 @@ from loglinear.runs.folder import read_run, run_recipe
 from loglinear.runs.loading import load_model
 from loglinear.training.train import train
 from tests.cli.command_line import assert_one_line, in_process
-from tests.training.tiny import assert_same_run, tiny_recipe
+from tests.training.tiny import assert_same_run, curve, tiny_recipe
 from tests.upgrades.tiny import MODELS, original, upgraded
 
 FAMILIES = pytest.mark.parametrize("family", MODELS)
@@ -115,6 +115,34 @@ def test_a_run_trains_a_converted_model_and_resumes(data, tmp_path, dtype):
     shutil.rmtree(tmp_path / "resumed/checkpoint-4")
     train(recipe, tmp_path / "resumed", resume=True, progress=False)
     assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("levels", [dict(num_levels=5), dict(num_levels=8, finest_block=4, radix=4, routing="gram")])
+def test_a_run_trains_the_new_weights_of_a_converted_model_at_random_positions(data, tmp_path, levels):
+    original("mamba2", torch.float32, vocab_size=264).save_pretrained(tmp_path / "mamba2")
+    ByteTokenizer().save_pretrained(tmp_path / "mamba2")
+    convert(tmp_path / "mamba2", tmp_path / "start", source="transformers", **levels)
+    recipe = tiny_recipe(data, start=str(tmp_path / "start"), steps=4, eval_every=2, jitter=500, new_only=True)
+    train(recipe, tmp_path / "whole", progress=False)
+    before, after = load_model(tmp_path / "start"), load_model(tmp_path / "whole")
+    changed = {name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))}
+    assert changed == {*loglinear.new_parameters(after)}
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/checkpoint-4")
+    train(recipe, tmp_path / "resumed", resume=True, progress=False)
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+    train(tiny_recipe(data, start=str(tmp_path / "start"), steps=4, eval_every=2, new_only=True), tmp_path / "aligned")
+    assert curve(tmp_path / "aligned") != curve(tmp_path / "whole")
+
+
+def test_random_positions_and_new_weights_need_a_model_that_has_them(data, tmp_path):
+    start = str(folder("qwen3_5", tmp_path / "start"))
+    with pytest.raises(ValueError, match="jitter needs a model of this library, and this run starts from an upgr"):
+        train(tiny_recipe(data, start=start, jitter=9), tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="new_only needs a start from a folder"):
+        tiny_recipe(data, new_only=True)
+    with pytest.raises(ValueError, match="jitter must be at least 1, got 0"):
+        tiny_recipe(data, jitter=0)
 
 
 def test_a_run_goes_on_from_the_end_of_another(whole, data, tmp_path):
