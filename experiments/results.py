@@ -18,6 +18,7 @@ OF_A_RUN = (
     "compile",
     "tokenizer",
     "data",
+    "start",
 )  # fields of a recipe that do not decide a result: words, seed, machine, folders
 TRAINING_DATA = "training data"  # the name in errors of a result's "data", with its fingerprints
 NEEDED = ("seed", "parameters", "versions", "recipe", "training", "evaluation")

@@ -1,0 +1,277 @@
+"""The gain of an upgrade: a linear model, upgraded and trained a little more, beside itself trained as long.
+
+python -m experiments.needle prepare
+python -m experiments.upgrade run --out runs/upgrade --minutes 9
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import typer
+
+from experiments.needle import TokenizerFolder
+from experiments.results import read_seeds, require_replaceable, result_file
+from experiments.runs import Options, program, train_and_evaluate
+from loglinear.cli import execute
+from loglinear.cli.console import Interrupted, human_bytes, print_table
+from loglinear.convert.target import CHOICES, Converted, build, configuration, write
+from loglinear.data.corpus import read_corpus
+from loglinear.data.sources import read_documents
+from loglinear.evaluation import evaluate_perplexity
+from loglinear.evaluation.needle import evaluate_sets, example_sets
+from loglinear.fenwick import num_levels
+from loglinear.models import LogLinearForCausalLM
+from loglinear.models.size import state_bytes
+from loglinear.recipes import TrainingRecipe
+from loglinear.recipes.comparison import ROUTED
+from loglinear.recipes.needle import SEQUENCE, TOKENIZER, needle
+from loglinear.runs.checkpoints import resolve
+from loglinear.training import load_model, load_tokenizer
+
+SEEDS = (0, 1, 2)
+BASE = "base"
+NEW_RATE, ALL_RATE = 2e-3, 5e-4  # peaks of the learning rate: for new weights alone, and for all
+EVAL_TOKENS = 4_194_304  # of the text whose bits per byte are measured
+
+
+class Sizes(NamedTuple):
+    """The sizes of the experiment, in tokens if nothing else is said."""
+
+    window: int
+    """The sequences of the continued training."""
+    longest: int
+    """The longest examples. The upgraded model tells as many tokens apart, and jitter trains all its levels."""
+    lengths: tuple[int, ...]
+    """The examples."""
+    data: tuple[str, ...]
+    """The text of the continued training, with needles."""
+    steps: int
+
+
+FULL = Sizes(
+    window=4 * SEQUENCE,
+    longest=8 * SEQUENCE,
+    lengths=(SEQUENCE // 4, SEQUENCE, 4 * SEQUENCE, 8 * SEQUENCE),
+    data=("needle:20000:48000:stdlib", "stdlib"),
+    steps=500,
+)
+MINIATURE = Sizes(window=2048, longest=4096, lengths=(1024, 2048), data=("needle:40:3000",), steps=2)
+
+
+class Continuation(NamedTuple):
+    """One way to go on from the linear model."""
+
+    form: str
+    """The weights of the levels: none, from the token alone as published, or from the buckets' contents too."""
+    new_only: bool
+    """True: the new weights are trained, and the linear model's stay."""
+
+
+CONTINUATIONS = {
+    "linear": Continuation("linear", False),
+    "levels_new": Continuation("levels", True),
+    "levels_all": Continuation("levels", False),
+    "routed_new": Continuation("routed", True),
+    "routed_all": Continuation("routed", False),
+}
+KINDS = (BASE, *CONTINUATIONS)
+
+app = program(__doc__)
+
+
+def base_recipe(*, miniature: bool = False) -> TrainingRecipe:
+    """Return the recipe of the linear model: needle_linear, or one for seconds on a CPU."""
+    recipe = dataclasses.replace(needle("linear", miniature=miniature), name=f"upgrade_{BASE}")
+    if not miniature:
+        return recipe
+    return dataclasses.replace(
+        recipe,
+        name=f"upgrade_{BASE}_miniature",
+        tokenizer="bytes",
+        data=("needle:40:2000",),
+        seq_len=1024,
+        batch_tokens=2048,
+        micro_batch_tokens=2048,
+        eval_tokens=2048,
+        steps=4,
+        warmup_steps=1,
+        eval_every=4,
+        save_every=2,
+    )
+
+
+def continuation(base: TrainingRecipe, kind: str, sizes: Sizes, start: Path) -> TrainingRecipe:
+    """Return the recipe of one of CONTINUATIONS, from the model in the folder `start`.
+
+    Sequences of an upgraded model start at random positions of its tree. A linear model does not depend on them.
+    """
+    form, new_only = CONTINUATIONS[kind]
+    trained = "the new weights" if new_only else "all weights"
+    return dataclasses.replace(
+        base,
+        name=base.name.replace(BASE, kind),
+        summary=f"a linear model goes on: {form}, {trained}, {sizes.window:,} tokens at a time",
+        model={},
+        start=str(start),
+        data=sizes.data,
+        seq_len=sizes.window,
+        steps=sizes.steps,
+        warmup_steps=max(1, sizes.steps // 20),
+        learning_rate=NEW_RATE if new_only else ALL_RATE,
+        eval_every=max(1, sizes.steps // 4),
+        save_every=max(1, sizes.steps // 4),
+        jitter=None if form == "linear" else sizes.longest - sizes.window,
+        new_only=new_only or None,
+    )
+
+
+def upgraded(linear: Path, out: Path, levels: dict[str, Any]) -> None:
+    """Write the linear model of a checkpoint as a log-linear one with the same logits, as an upgrade makes it."""
+    model = load_model(linear)
+    fields = {name: value for name, value in model.config.to_dict().items() if name not in (*CHOICES, "routing_tau")}
+    new = build(configuration(fields, levels), Converted(fields, model.state_dict(), []))
+    write(new, linear, out)
+
+
+def start_of(kind: str, folder: Path, sizes: Sizes) -> Path:
+    """Return the folder of the model from which one of CONTINUATIONS starts, made of the trained linear model."""
+    form, linear = CONTINUATIONS[kind].form, resolve(folder / BASE)
+    if form == "linear":
+        return linear
+    start = folder / f"{form}-start"
+    if not start.exists():  # it appears whole
+        upgraded(linear, start, ROUTED if form == "routed" else {"num_levels": num_levels(sizes.longest)})
+    return start
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Option(help="Folder of all training runs.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text of the haystacks and of bits per byte; without it haystacks are noise."),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Examples of every task and length.")] = 50,
+    tokenizer: TokenizerFolder = Path(TOKENIZER),
+    seed: Annotated[list[int] | None, typer.Option(help="A seed; 0, 1 and 2 without it.")] = None,
+    base_steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps of the linear model.", show_default="the recipe's")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps of each continuation.", show_default=str(FULL.steps))
+    ] = None,
+    miniature: Annotated[
+        bool, typer.Option("--miniature", help="Take seconds on a CPU, to see that everything works.")
+    ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="Save a checkpoint and stop with exit code 130 after about this many minutes.")
+    ] = None,
+    results: Annotated[
+        Path, typer.Option(help="Folder for the JSON files; those of a miniature go to miniature/ in it.")
+    ] = Path("results"),
+) -> None:
+    """Train a linear model, then five continuations, for every seed; write upgrade-KIND.json of each, and a table.
+
+    The model reads needles, and is then continued in five ways for equally many steps: as it is, and upgraded with
+    weights from the token (levels) or from the buckets too (routed), each with the new weights or all of them trained.
+
+    Everything can stop at any time: the next call skips what has a result, and resumes the training that was stopped.
+    An evaluation takes further minutes, which --minutes does not include. --data should not be training text.
+
+    Example, to repeat until it exits with 0:
+
+    python -m experiments.upgrade run --out runs/upgrade --minutes 9 --data data/long_text/validation.jsonl.zst
+    """
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    base, sizes = base_recipe(miniature=miniature).override(steps=base_steps), MINIATURE if miniature else FULL
+    if steps is not None:
+        sizes = sizes._replace(steps=steps)
+    if not miniature:
+        base = base.override(tokenizer=str(tokenizer))
+    evaluate = evaluation(base, sizes, data or [], examples)
+    trained = False  # anything in this call, which always goes on by a step
+    folder_of_results = results / "miniature" if miniature else results
+    for number in seed or SEEDS:
+        folder = out / f"seed{number}"
+        for kind in KINDS:
+            recipe = base if kind == BASE else continuation(base, kind, sizes, start_of(kind, folder, sizes))
+            settings = {"data": data or [], "examples": examples}
+            file = result_file(folder_of_results, f"upgrade-{kind}", number)
+            if file.exists():
+                require_replaceable(file, recipe, settings)
+                continue
+            left = None if deadline is None else max((deadline - time.monotonic()) / 60, 1e-9)
+            if trained and left == 1e-9:
+                raise Interrupted(f"stopped before {kind} of seed {number}; continue with the same command")
+            # Nobody has recorded positions in CUDA graphs yet, and a few hundred steps hardly need them.
+            compiled = None if kind == BASE else False
+            options = Options(seed=number, compile=compiled, miniature=miniature, minutes=left, results=results)
+            train_and_evaluate(recipe, folder / kind, evaluate, f"upgrade-{kind}", options, eval_settings=settings)
+            trained = True
+    show(folder_of_results)
+
+
+def evaluation(
+    base: TrainingRecipe, sizes: Sizes, data: list[str], examples: int
+) -> Callable[[LogLinearForCausalLM, TrainingRecipe], dict[str, Any]]:
+    """Return the evaluation of a model: needles by length, the bytes of its state, and bits per byte of a text.
+
+    All models answer the same examples. Raises ValueError for a missing tokenizer or text, before any training.
+    """
+    if base.tokenizer != "bytes" and not Path(base.tokenizer or "").is_dir():
+        raise ValueError(f"there is no tokenizer {base.tokenizer}: run `python -m experiments.needle prepare` first")
+    tokens = load_tokenizer(base.tokenizer or "bytes")
+    texts = [document.text for document in read_documents(data)]
+    sets = example_sets(tokens, texts, lengths=sizes.lengths, count=examples)
+    corpus = read_corpus(data, tokens) if data else None
+
+    def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:
+        found: dict[str, Any] = {"state_bytes": state_bytes(model.config, sizes.longest)}
+        if corpus is not None:
+            perplexity = evaluate_perplexity(model, corpus, length=sizes.window, max_tokens=EVAL_TOKENS)
+            found["perplexity"] = perplexity.to_dict()
+        return {**found, "tasks": evaluate_sets(model, tokens, sets)}
+
+    return evaluate
+
+
+def show(results: Path) -> None:
+    """Print the results of all seeds: recall by length, the mean over the tasks, bits per byte and bytes of the state.
+
+    Each number is the mean over the seeds, with their standard deviation.
+    """
+    runs = read_seeds(results, "upgrade", KINDS)
+    lengths = sorted({score["length"] for found in runs.values() for score in _scores(found[0])})
+    columns = ["model", "seeds", *(f"{length:,} tokens" for length in lengths), "bits per byte", "state"]
+    rows = []
+    for kind, found in runs.items():
+        recall = [
+            [np.mean([score["accuracy"] for score in _scores(one) if score["length"] == length]) for one in found]
+            for length in lengths
+        ]
+        texts = [one["evaluation"]["perplexity"]["bits_per_byte"] for one in found if "perplexity" in one["evaluation"]]
+        size = human_bytes(found[0]["evaluation"]["state_bytes"])
+        rows.append([kind, f"{len(found)}", *(_spread(row, 100, 1) for row in recall), _spread(texts, 1, 4), size])
+    print_table("Needles found, in percent", columns, rows)
+
+
+def _scores(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [score for scores in result["evaluation"]["tasks"].values() for score in scores]
+
+
+def _spread(values: list[Any], factor: float, digits: int) -> str:
+    """Return the mean and, of several, their standard deviation."""
+    if not values:
+        return "-"
+    mean = f"{factor * float(np.mean(values)):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {factor * float(np.std(values, ddof=1)):.{digits}f}"
+
+
+if __name__ == "__main__":
+    execute(app, "python -m experiments.upgrade")

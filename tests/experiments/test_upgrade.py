@@ -1,0 +1,103 @@
+"""The upgrade experiment in miniature: every continuation, in pieces as if in one, from the linear model's logits."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import loglinear
+from experiments import upgrade
+from experiments.results import read_seeds
+from loglinear.cli.console import Interrupted
+from loglinear.runs.json_files import read_object
+from loglinear.runs.loading import load_model
+from loglinear.runs.provenance import versions
+
+TEXT = "a line of text, and another one of it.\n" * 80
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The runs and results of one seed in three calls, and of the same and another seed in one."""
+    folder = tmp_path_factory.mktemp("upgrade")
+    (folder / "text.txt").write_text(TEXT)
+    shared = dict(data=[str(folder / "text.txt")], examples=1, miniature=True)
+    pieces = dict(out=folder / "pieces", results=folder / "pieces", seed=[0], **shared)
+    stops = [f"stopped at step {step} of 4" for step in (1, 2, 3)]
+    for stop in (*stops, "stopped before linear of seed 0", "stopped at step 1 of 2"):
+        with pytest.raises(Interrupted, match=stop):
+            upgrade.run(**pieces, minutes=1e-9)
+    upgrade.run(**pieces)
+    upgrade.run(out=folder / "whole", results=folder / "whole", seed=[0, 1], **shared)
+    with pytest.raises(ValueError, match="of a run that differs in examples"):
+        upgrade.run(**{**pieces, "examples": 2})
+    return folder
+
+
+def result(folder, name):
+    return read_object(folder / "miniature" / f"upgrade-{name}.json")
+
+
+@pytest.mark.parametrize("kind", upgrade.KINDS)
+def test_pieces_give_what_one_call_gives(folder, kind):
+    pieces, whole = result(folder / "pieces", kind), result(folder / "whole", kind)
+    assert pieces["training"]["curve"] == whole["training"]["curve"] and pieces["evaluation"] == whole["evaluation"]
+    assert pieces["versions"] == versions() and pieces["command"] and pieces["seed"] == 0
+
+
+def test_every_model_answers_the_same_examples_and_has_its_state(folder):
+    runs = read_seeds(folder / "whole/miniature", "upgrade", upgrade.KINDS)
+    assert [*runs] == [*upgrade.KINDS] and {len(seeds) for seeds in runs.values()} == {2}
+    for seeds in runs.values():
+        for one in seeds:
+            tasks = one["evaluation"]["tasks"]
+            assert {tuple(score["length"] for score in scores) for scores in tasks.values()} == {(1024, 2048)}
+            assert one["evaluation"]["perplexity"]["bits_per_byte"] > 0
+    sizes = {kind: seeds[0]["evaluation"]["state_bytes"] for kind, seeds in runs.items()}
+    assert sizes["base"] == sizes["linear"] < sizes["levels_new"] == sizes["levels_all"] < sizes["routed_new"]
+
+
+@pytest.mark.parametrize("form", ["levels", "routed"])
+@torch.no_grad()
+def test_the_upgraded_model_starts_with_the_linear_model_s_logits(folder, form):
+    linear, new = (load_model(folder / f"whole/seed0/{name}").double() for name in ("base", f"{form}-start"))
+    ids = torch.randint(0, 256, (1, 300), generator=torch.Generator().manual_seed(0))
+    right = linear(ids).logits
+    assert torch.allclose(new(ids).logits, right, rtol=0, atol=1e-10 * right.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", upgrade.CONTINUATIONS)
+def test_a_continuation_trains_what_its_name_says(folder, kind):
+    form, new_only = upgrade.CONTINUATIONS[kind]
+    run = folder / "whole/seed0"
+    before = load_model(upgrade.start_of(kind, run, upgrade.MINIATURE))
+    after = load_model(run / kind)
+    changed = {name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))}
+    new = set() if form == "linear" else {*loglinear.new_parameters(after)}
+    every = {name for name, _ in after.named_parameters()}
+    assert changed == (new if new_only else every)
+
+
+def test_the_full_experiment_trains_every_level_of_its_longest_examples():
+    sizes = upgrade.FULL
+    assert max(sizes.lengths) == sizes.longest
+    base = upgrade.base_recipe()
+    for kind, (form, new_only) in upgrade.CONTINUATIONS.items():
+        recipe = upgrade.continuation(base, kind, sizes, upgrade.Path("start"))
+        assert recipe.jitter == (None if form == "linear" else sizes.longest - recipe.seq_len)
+        assert recipe.new_only == (new_only or None) and recipe.steps == sizes.steps
+        free = dataclasses.replace(recipe, name="", summary="", jitter=None, new_only=None, learning_rate=1.0)
+        other = upgrade.continuation(base, "linear", sizes, upgrade.Path("start"))
+        assert free == dataclasses.replace(other, name="", summary="", learning_rate=1.0)  # as many steps, same text
+
+
+def test_the_table_has_a_row_for_each_model(folder, capsys):
+    upgrade.show(folder / "whole/miniature")
+    lines = capsys.readouterr().out.splitlines()
+    assert [kind for kind in upgrade.KINDS for line in lines if f" {kind} " in line] == [*upgrade.KINDS]
+
+
+def test_a_tokenizer_that_is_missing_is_known_before_training(tmp_path):
+    with pytest.raises(ValueError, match="there is no tokenizer .*: run `python -m experiments.needle prepare` first"):
+        upgrade.run(tmp_path / "run", tokenizer=tmp_path / "none")
+    assert not (tmp_path / "run").exists()
