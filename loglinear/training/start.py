@@ -41,9 +41,10 @@ def starting_config(recipe: TrainingRecipe) -> LogLinearConfig:
 
 
 def starting_model(recipe: TrainingRecipe, config: LogLinearConfig) -> Any:
-    """Return the model that a run trains; in float32 if all parameters of a 16-bit model are trained.
+    """Return the model that a run trains, in float32 if it has 16 bits, but for an upgraded one with frozen weights.
 
-    In 16 bits a step of the optimiser that is small beside its weight rounds to nothing. The settings of generation are
+    In 16 bits a step of the optimiser that is small beside its weight rounds to nothing; the new weights of an upgraded
+    model are float32 anyway. The settings of generation are
     those of the folder, for the folders that the run writes.
     """
     if recipe.start is None:
@@ -54,8 +55,8 @@ def starting_model(recipe: TrainingRecipe, config: LogLinearConfig) -> Any:
         new = {id(parameter) for parameter in new_parameters(model).values()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in new)
-    is_free = all(parameter.requires_grad for parameter in model.parameters())
-    return model.float() if is_free and model.dtype.itemsize < 4 else model
+    widens = isinstance(model, LogLinearForCausalLM) or all(p.requires_grad for p in model.parameters())
+    return model.float() if widens and model.dtype.itemsize < 4 else model
 
 
 def prepare_to_resume(checkpoint: Path, recipe: TrainingRecipe, model: Any) -> None:

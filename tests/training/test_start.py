@@ -135,6 +135,21 @@ def test_a_run_trains_the_new_weights_of_a_converted_model_at_random_positions(d
     assert curve(tmp_path / "aligned") != curve(tmp_path / "whole")
 
 
+def test_new_weights_of_a_sixteen_bit_folder_take_small_steps(data, tmp_path):
+    original("mamba2", torch.bfloat16, vocab_size=264).save_pretrained(tmp_path / "mamba2")
+    ByteTokenizer().save_pretrained(tmp_path / "mamba2")
+    convert(tmp_path / "mamba2", tmp_path / "start", source="transformers", num_levels=5)
+    model = load_model(tmp_path / "start")
+    with torch.no_grad():
+        for parameter in loglinear.new_parameters(model).values():
+            parameter.fill_(0.5)
+    model.save_pretrained(tmp_path / "half")
+    ByteTokenizer().save_pretrained(tmp_path / "half")
+    recipe = tiny_recipe(data, start=str(tmp_path / "half"), steps=2, eval_every=2, learning_rate=1e-5, new_only=True)
+    train(recipe, tmp_path / "run", progress=False)
+    assert all((p != 0.5).float().mean() > 0.5 for p in loglinear.new_parameters(load_model(tmp_path / "run")).values())
+
+
 def test_random_positions_and_new_weights_need_a_model_that_has_them(data, tmp_path):
     start = str(folder("qwen3_5", tmp_path / "start"))
     with pytest.raises(ValueError, match="jitter needs a model of this library, and this run starts from an upgr"):
