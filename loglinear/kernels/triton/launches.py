@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 logger = logging.getLogger(__name__)
 SHIPPED = Path(__file__).with_name("tuned.json")
@@ -115,6 +114,16 @@ class Kind(NamedTuple):
     @property
     def stages(self) -> tuple[str, ...]:
         return STAGES[self.operator][self.direction]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. `triton.cdiv` and `triton.next_power_of_2` take a host's microsecond."""
+    return -(-a // b)
+
+
+def tile_width(columns: int) -> int:
+    """The width of a tile that holds so many columns: a power of 2, at least the 16 of a product."""
+    return max(16, 1 << (columns - 1).bit_length())
 
 
 def user_table() -> Path:
@@ -225,7 +234,7 @@ def _delta_rule(kind: Kind, chunk_size: int | None) -> Plan:
 
     def fitted(stage: str) -> Launch:
         launch = table.get(stage, Launch())
-        key_tile = min(launch.key_tile, max(16, triton.next_power_of_2(kind.K)))
+        key_tile = min(launch.key_tile, tile_width(kind.K))
         rows = C // parts_of(stage, C) if stage in PARTS else key_tile
         return launch if rows > 64 or launch.num_warps == 4 else replace(launch, num_warps=4, registers=None)
 

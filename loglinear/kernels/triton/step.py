@@ -6,12 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from loglinear.fenwick import log2
 from loglinear.kernels.triton import delta_rule, scalar_gate
 from loglinear.kernels.triton.args import DecodeState, Tokens
+from loglinear.kernels.triton.launches import ceil_div, tile_width
 
 # Measured on an H100 (docs/lab-notes/2026-11-26-decoding.md). With eight warps triton 3.6 compiles the delta rule's
 # step wrongly: it makes an illegal access, where the interpreter, which checks every access, finds none.
@@ -24,8 +24,8 @@ DELTA_RULE: dict[str, Any] = dict(TK=64, num_warps=4)
 
 def value_tile(programs: int, V: int) -> int:
     """Columns of V of one program, where each tile as wide as V can be needs so many programs."""
-    tile = min(LARGEST_TILE, max(SMALLEST_TILE, triton.next_power_of_2(V)))
-    while tile > SMALLEST_TILE and programs * triton.cdiv(V, tile) < PROGRAMS:
+    tile = min(LARGEST_TILE, tile_width(V))
+    while tile > SMALLEST_TILE and programs * ceil_div(V, tile) < PROGRAMS:
         tile //= 2
     return tile
 
@@ -65,8 +65,8 @@ def step(
     kernel, options = scalar_gate.step_kernel, dict(SCALAR_GATE)
     if beta is not None:
         kernel, options = delta_rule.step_kernel, dict(DELTA_RULE, UNIT=l2_normalize)
-    options["TK"] = min(options["TK"], max(16, triton.next_power_of_2(K)))
-    kernel[(N * H * triton.cdiv(V, BV),)](
+    options["TK"] = min(options["TK"], tile_width(K))
+    kernel[(N * H * ceil_div(V, BV),)](
         *map(Tokens.of, inputs),
         active,
         state,

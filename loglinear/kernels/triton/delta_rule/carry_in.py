@@ -24,6 +24,7 @@ from loglinear.kernels.triton.delta_rule.tiles import (
     older_column,
     slots_read,
 )
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 
 
@@ -101,6 +102,7 @@ def store_read(
         store_block(out, a, column, state_TV, K, V, TK, BV)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def carry_in_kernel(
     past,

@@ -15,6 +15,7 @@ from loglinear.kernels.triton.delta_rule.layout import RUN as NUM_ENTRIES
 from loglinear.kernels.triton.delta_rule.layout import Tier
 from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, Past, PastGradients, TierSizes
 from loglinear.kernels.triton.delta_rule.tiles import RUN, columns_read, count_bits, locate_entries
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 from loglinear.kernels.triton.walks import nearest
 
@@ -92,6 +93,7 @@ def add_outer(
     return total
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def carry_in_states_backward_kernel(
     past,
@@ -135,6 +137,7 @@ def carry_in_states_backward_kernel(
     store_block(out, row, column, total, K, V, TK, BV)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def carry_in_prefixes_backward_kernel(
     past,

@@ -28,6 +28,7 @@ from loglinear.kernels.triton.delta_rule.tiles import (
     row_products,
     rows_from,
 )
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import LOG2_E, MIN_LOG_DECAY, exponent, head_program, locate, part_of, store_block
 
 
@@ -44,6 +45,7 @@ def unit_lower_inverse(lower_JJ, J: tl.constexpr, LOG_J: tl.constexpr, MATH: tl.
     return x_JJ
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def chunk_inverse_kernel(
     k,

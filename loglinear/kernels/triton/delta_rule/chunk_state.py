@@ -11,9 +11,11 @@ import triton.language as tl
 from loglinear.kernels.triton.args import Sizes
 from loglinear.kernels.triton.delta_rule.states import SIZES, Entries, Inputs, Saved
 from loglinear.kernels.triton.delta_rule.tiles import head_rows, inverse_at, load_decays, load_strength, load_tile
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_rows, locate, store_block
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def chunk_state_kernel(
     k,

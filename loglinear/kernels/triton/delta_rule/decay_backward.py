@@ -14,9 +14,11 @@ from torch import Tensor
 from loglinear.kernels.triton.args import Sizes, Slab
 from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, InsideGradients, Lower
 from loglinear.kernels.triton.delta_rule.tiles import head_rows, load_decays
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import MIN_LOG_DECAY, head_program, locate, slab_at
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def decay_backward_kernel(
     log_decay,

@@ -14,6 +14,7 @@ from loglinear.kernels.triton.delta_rule.carry_in import store_read
 from loglinear.kernels.triton.delta_rule.carry_in_backward import add_back_through, add_outer
 from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, Past, PastGradients, TierSizes
 from loglinear.kernels.triton.delta_rule.tiles import columns_read, older_column, place_in_run, slots_read
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 
 
@@ -29,6 +30,7 @@ def entry_of_end(sequence, ends, first_runs, N):
     return place_in_run(Place(row, z, z0, sequence), first_runs, N)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def final_blocks_kernel(
     past,
@@ -67,6 +69,7 @@ def add_to_block(
     store_block(out, row, column, total, HEIGHT, WIDTH, ROWS, COLUMNS)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def final_states_backward_kernel(
     past,
@@ -123,6 +126,7 @@ def final_states_backward_kernel(
         add_to_block(to_column, dstate_TV, a, column, K, V, TK, BV)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def final_prefixes_backward_kernel(
     past,

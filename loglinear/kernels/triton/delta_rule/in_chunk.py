@@ -28,6 +28,7 @@ from loglinear.kernels.triton.delta_rule.tiles import (
     part_of_head,
     rows_from,
 )
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.tiles import load_rows, store_block
 
@@ -122,6 +123,7 @@ def in_chunk_part(
         store_block(x.q_in, own, t, x_JT, C, K, J, TK)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def in_chunk_kernel(
     q,

@@ -16,6 +16,7 @@ from torch import Tensor
 from loglinear.kernels.triton.args import Sizes, Slab
 from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, InsideGradients, Lower
 from loglinear.kernels.triton.delta_rule.tiles import HeadRows, decay, head_rows, load_tile, load_tokens, rows_from
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_block, load_rows, locate, slab_at, store_rows
 
 
@@ -75,6 +76,7 @@ def keys_part(
     store_rows(x.dk.data, x.dk.t, n, t, dk_JT, J, K, TK)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def keys_backward_kernel(
     q,

@@ -29,6 +29,7 @@ from loglinear.kernels.triton.delta_rule.tiles import (
     part_of_head,
     rows_from,
 )
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import load_rows, slab_at, store_block
 
 
@@ -136,6 +137,7 @@ def lower_part(
     tl.store(x.dbeta.data + i * x.dbeta.t, dstrength.to(x.dbeta.data.dtype.element_ty), mask=i < n)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def lower_backward_kernel(
     k,

@@ -32,6 +32,7 @@ from loglinear.kernels.triton.delta_rule.tiles import (
     rows_from,
     slots_read,
 )
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.tiles import head_program, load_block, load_rows, locate, part_of, store_rows
 from loglinear.kernels.triton.walks import nearest
@@ -71,6 +72,7 @@ def through_prefix(x, prefix, log_decay, K: tl.constexpr, TK: tl.constexpr, MATH
     return new
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def output_kernel(
     q,

@@ -20,6 +20,7 @@ import triton.language as tl
 from loglinear.kernels.triton.delta_rule.layout import Tier
 from loglinear.kernels.triton.delta_rule.states import SIZES, Entries, Inputs, Past, TierSizes
 from loglinear.kernels.triton.delta_rule.tiles import RUN, count_bits, locate_entries, slot_of_next, slots_read
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 from loglinear.kernels.triton.walks import nearest
 
@@ -158,6 +159,7 @@ def scan_transitions(
         tl.store(target_total, log_decay)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def run_scan_kernel(
     entries,

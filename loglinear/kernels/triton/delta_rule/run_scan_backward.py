@@ -25,6 +25,7 @@ from loglinear.kernels.triton.delta_rule.states import (
     TierStates,
 )
 from loglinear.kernels.triton.delta_rule.tiles import RUN, count_bits, locate_entries, slot_of_next, slots_read
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 from loglinear.kernels.triton.walks import nearest
 
@@ -177,6 +178,7 @@ def scan_transitions_backward(
         path = new
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def run_scan_backward_kernel(
     entries,
@@ -217,6 +219,7 @@ def run_scan_backward_kernel(
         scan_transitions_backward(entries, dpast.prefixes, dends, run, h, column, tier.H, K, TK, BV, MATH)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def transition_backward_kernel(
     past,

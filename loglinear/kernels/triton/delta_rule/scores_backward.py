@@ -31,6 +31,7 @@ from loglinear.kernels.triton.delta_rule.tiles import (
     part_of_head,
     rows_from,
 )
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.tiles import load_rows, slab_at, store_block, store_rows
 
@@ -152,6 +153,7 @@ def scores_part(
     tl.store(x.dlog_row + own + i, dlog_row)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def scores_backward_kernel(
     q,

@@ -23,6 +23,7 @@ from loglinear.kernels.triton.delta_rule.tiles import (
     place_in_run,
     slots_read,
 )
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.tiles import head_program, load_rows, locate, store_block
 from loglinear.kernels.triton.walks import nearest
@@ -39,6 +40,7 @@ def load_weighted(
     return (do_CV * weight[:, None]).to(MATH.dot)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def state_backward_kernel(
     q_in,
@@ -80,6 +82,7 @@ def state_backward_kernel(
         store_block(out, row, column, dstate_TV, K, V, TK, BV)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def prefix_backward_kernel(
     q_in,
@@ -117,6 +120,7 @@ def prefix_backward_kernel(
     store_block(dprefixes + matrix * (K * K), row, column, dprefix_TT, K, K, TK, TK)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def carried_backward_kernel(
     q_run,

@@ -36,6 +36,7 @@ from loglinear.kernels.triton.decode import (
     store_part,
     token_at,
 )
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import LOG2_E
 
 EPSILON = tl.constexpr(1e-6)
@@ -64,6 +65,7 @@ def load_joined(
     return state_TV
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def step_kernel(
     q,

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import triton
-
-from loglinear.kernels.triton.launches import Plan, parts_of
+from loglinear.kernels.triton.launches import Plan, ceil_div, parts_of, tile_width
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class Tiling:
 
     def key_tile(self, stage: str) -> int:
         """Columns of a tile of an array that is K wide."""
-        return min(self.plan[stage].key_tile, max(16, triton.next_power_of_2(self.K)))
+        return min(self.plan[stage].key_tile, tile_width(self.K))
 
     def parts(self, stage: str) -> int:
         return parts_of(stage, self.plan.chunk_size)
@@ -32,7 +30,7 @@ class Tiling:
     def columns(self, stage: str, transition: bool = False) -> dict[str, int]:
         """The columns of a state, or of a transition, and of its tile."""
         width = self.K if transition else self.V
-        return dict(V=width, BV=min(self.plan[stage].value_tile, max(16, triton.next_power_of_2(width))))
+        return dict(V=width, BV=min(self.plan[stage].value_tile, tile_width(width)))
 
     def wide(self, stage: str, transition: bool = False) -> dict[str, int | None]:
         return self.columns(stage, transition) | self.options(stage)
@@ -40,16 +38,16 @@ class Tiling:
     def tiles(self, stage: str, transition: bool = False) -> int:
         """The tiles that a state, or a transition, has across."""
         columns = self.columns(stage, transition)
-        return triton.cdiv(columns["V"], columns["BV"])
+        return ceil_div(columns["V"], columns["BV"])
 
     def column_tiles(self, stage: str) -> int:
         """The tiles that [states | transitions] have across."""
         BV = self.columns(stage)["BV"]
-        return triton.cdiv(self.V, BV) + triton.cdiv(self.K, BV)
+        return ceil_div(self.V, BV) + ceil_div(self.K, BV)
 
     def key_tiles(self, stage: str) -> int:
         """The tiles of an array that is K wide."""
-        return triton.cdiv(self.K, self.key_tile(stage))
+        return ceil_div(self.K, self.key_tile(stage))
 
     def all_tiles(self, stage: str) -> int:
         """The tiles of a state."""

@@ -25,6 +25,7 @@ from loglinear.kernels.triton.delta_rule.tiles import (
     place_in_run,
     slots_read,
 )
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.tiles import load_block, load_rows, slab_at, store_block
 from loglinear.kernels.triton.walks import nearest
@@ -86,6 +87,7 @@ def load_tiles(base, K: tl.constexpr, I: tl.constexpr, TK: tl.constexpr):
     return x
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def walk_backward_kernel(
     level_scales,

@@ -27,6 +27,7 @@ from loglinear.kernels.triton.delta_rule.states import (
     Writes,
 )
 from loglinear.kernels.triton.delta_rule.tiles import HeadRows, head_rows, inverse_at, load_decays, load_strength
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_block, load_rows, locate, slab_at, store_block, store_rows
 
 
@@ -94,6 +95,7 @@ def add_written(
     return dkeys_CT
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def writes_backward_kernel(
     k,

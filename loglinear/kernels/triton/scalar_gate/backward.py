@@ -6,13 +6,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from loglinear.fenwick import log2
 from loglinear.kernels.triton.args import Planes, Rows, Slab
 from loglinear.kernels.triton.inputs import DOT_TYPES, Operands, Outgoing, Sequences, common_dtype, in_rows, like, slabs
-from loglinear.kernels.triton.launches import Plan
+from loglinear.kernels.triton.launches import Plan, ceil_div
 from loglinear.kernels.triton.layout import READS
 from loglinear.kernels.triton.scalar_gate.chunk_state_backward import chunk_state_backward
 from loglinear.kernels.triton.scalar_gate.decay_backward import decay_backward
@@ -68,7 +67,7 @@ def gradients(x: Operands, sequences: Sequences, outgoing: Outgoing, scale: floa
     rows, tokens, G, K = x.q.shape
     H, V = x.v.shape[2:]
     R, C = H // G, plan.chunk_size
-    chunks = rows * triton.cdiv(tokens, C) + (0 if sequences.cu_seqlens is None else len(sequences.cu_seqlens))
+    chunks = rows * ceil_div(tokens, C) + (0 if sequences.cu_seqlens is None else len(sequences.cu_seqlens))
     state_bytes = K * V * DOT_TYPES[common_dtype(x.q, x.k, x.v)][0].itemsize
     outgoing = outgoing._replace(do=in_rows(outgoing.do))
 

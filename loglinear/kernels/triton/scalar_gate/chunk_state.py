@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.args import SIZES, Sizes
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.scalar_gate.states import Inputs, States
 from loglinear.kernels.triton.tiles import LOG2_E, MIN_LOG_DECAY, head_program, load_rows, locate, rows_at, store_state
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def chunk_state_kernel(
     k,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loglinear.kernels.triton.args import SIZES, Planes, Sizes, Slab
 from loglinear.kernels.triton.compiler import identity, to_mma_layout
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.scalar_gate.states import Inputs, Inside, StateGradients, States
 from loglinear.kernels.triton.tiles import (
@@ -25,6 +26,7 @@ from loglinear.kernels.triton.tiles import (
 )
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def chunk_state_backward_kernel(
     q,

@@ -13,10 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.kernels.triton.args import SIZES, Sizes, Slab
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.scalar_gate.states import Inputs, Inside, Reads, Totals
 from loglinear.kernels.triton.tiles import MIN_LOG_DECAY, TIER, locate, rows_at, slab_at
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def decay_backward_kernel(
     log_decay,
@@ -84,6 +86,6 @@ def decay_backward(
         C=x.chunk_size,
         TIERS=tiers,
         PARTS=parts,
-        PARTS_2=triton.next_power_of_2(parts),
+        PARTS_2=1 << (parts - 1).bit_length(),
         num_warps=1,
     )

@@ -9,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.kernels.triton.args import SIZES, Place, Sizes
+from loglinear.kernels.triton.launcher import launcher
+from loglinear.kernels.triton.launches import ceil_div
 from loglinear.kernels.triton.scalar_gate.states import ELEMENTS, Inputs, StateGradients, States
 from loglinear.kernels.triton.tiles import head_program
 from loglinear.kernels.triton.walks import READS, initial_row, paths, slot_pointer
@@ -25,6 +27,7 @@ def place_of_end(sequence, ends, sizes, C: tl.constexpr):
     return Place(origin + z, z, z0, sequence)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def final_blocks_kernel(states, blocks, ends, T, N, H, R, L, cap, SIZE: tl.constexpr, E: tl.constexpr, C: tl.constexpr):
     """One tile of one block of one sequence and head: blocks [sequence, cap + 1, H, SIZE]."""
@@ -45,6 +48,7 @@ def final_blocks_kernel(states, blocks, ends, T, N, H, R, L, cap, SIZE: tl.const
     tl.store(out + x, total.to(blocks.dtype.element_ty), mask=x < SIZE)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def final_blocks_backward_kernel(
     states, dblocks, dstates, ends, T, N, H, R, L, cap, SIZE: tl.constexpr, E: tl.constexpr, C: tl.constexpr
@@ -89,7 +93,7 @@ def final_blocks(x: Inputs, states: States) -> Tensor:
     """[N, M, H, K, V] float32: what each sequence leaves at the start of its unfinished chunk."""
     y, M = x.layout, x.sizes.cap + 1
     blocks = x.empty(y.sequences, M, x.heads, x.key_dim, x.value_dim)
-    grid = y.sequences * M * x.heads * triton.cdiv(x.state_size, ELEMENTS)
+    grid = y.sequences * M * x.heads * ceil_div(x.state_size, ELEMENTS)
     final_blocks_kernel[(grid,)](states, blocks, y.ends, *x.sizes, SIZE=x.state_size, E=ELEMENTS, C=x.chunk_size)
     return blocks
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from loglinear.fenwick import log2
 from loglinear.kernels.triton.args import SIZES, Planes, Rows, Sizes, Slab
 from loglinear.kernels.triton.compiler import fresh_arange, fresh_zeros
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.levels import (
     by_level,
@@ -27,6 +28,7 @@ from loglinear.kernels.triton.scalar_gate.states import Inputs, Inside
 from loglinear.kernels.triton.tiles import load_rows, part_of, part_of_program, rows_at, scores_at, slab_at, store_rows
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def in_chunk_backward_kernel(
     q,

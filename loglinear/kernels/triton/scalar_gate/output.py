@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loglinear.kernels.triton.args import SIZES, Sizes
 from loglinear.kernels.triton.compiler import prefetched
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.levels import far_classes, load_class_scales, load_scale, near_classes, spread_scales
 from loglinear.kernels.triton.scalar_gate.states import Inputs, States
@@ -17,6 +18,7 @@ from loglinear.kernels.triton.tiles import head_program, load_rows, load_state, 
 from loglinear.kernels.triton.walks import READS, load_log_decays, nearest, path_of, slot_pointer, walk
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def output_kernel(
     q,

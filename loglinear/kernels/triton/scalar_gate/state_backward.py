@@ -15,7 +15,8 @@ import triton.language as tl
 
 from loglinear.kernels.triton.args import SIZES, Chunk, Rows, Sizes
 from loglinear.kernels.triton.compiler import prefetched
-from loglinear.kernels.triton.launches import Launch
+from loglinear.kernels.triton.launcher import launcher
+from loglinear.kernels.triton.launches import Launch, ceil_div
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.scalar_gate.states import ELEMENTS, Inputs, Reads, StateGradients, States
 from loglinear.kernels.triton.tiles import (
@@ -103,6 +104,7 @@ def gather_readers(
     return dstate_KV, dlog
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def state_backward_kernel(
     q,
@@ -194,6 +196,7 @@ def chunk_behind(chunk, C: tl.constexpr):
     return Chunk(chunk.c + 1, chunk.z + 1, chunk.z0, chunk.sequence, chunk.b, chunk.first + C, chunk.n, chunk.end)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def sum_runs_kernel(
     partial,
@@ -235,6 +238,7 @@ def sum_runs_kernel(
         tl.store(dlog_decay + row * sizes.H + h, dlog)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def initial_backward_kernel(
     q,
@@ -336,7 +340,7 @@ def state_backward(x: Inputs, states: States, do: Rows, reads: Reads, launch: La
         state_backward_kernel[(y.runs[0] * levels * H * tiles,)](
             *gathered, partial, dpartial_log, y.table, runs, *x.sizes, x.scale, RUNS=True, LEVELS=levels, **constants
         )
-        sum_runs_kernel[(y.runs[0] * H * triton.cdiv(x.state_size, ELEMENTS),)](
+        sum_runs_kernel[(y.runs[0] * H * ceil_div(x.state_size, ELEMENTS),)](
             partial,
             dpartial_log,
             dstates.slots,

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import triton
 from torch import Tensor
 
 from loglinear.fenwick import log2
 from loglinear.kernels.triton import inputs
 from loglinear.kernels.triton.args import Planes
-from loglinear.kernels.triton.launches import Launch
+from loglinear.kernels.triton.launches import Launch, ceil_div, tile_width
 from loglinear.kernels.triton.layout import Layout
 
 ROWS = 64  # tokens of a chunk that one program takes at most, where it holds all pairs of them
@@ -92,17 +91,17 @@ class Inputs(inputs.Inputs):
     def constants(self, launch: Launch) -> dict[str, Any]:
         """The compile-time constants of every stage on tokens, and the compiler's options."""
         K, V = self.key_dim, self.value_dim
-        BK, BV = max(16, triton.next_power_of_2(K)), self.value_tile(launch)
+        BK, BV = tile_width(K), self.value_tile(launch)
         return dict(K=K, V=V, C=self.chunk_size, BK=BK, BV=BV, MATH=self.math, **launch.options)
 
     def value_tile(self, launch: Launch) -> int:
-        return min(launch.value_tile, max(16, triton.next_power_of_2(self.value_dim)))
+        return min(launch.value_tile, tile_width(self.value_dim))
 
     def value_tiles(self, launch: Launch) -> int:
-        return triton.cdiv(self.value_dim, self.value_tile(launch))
+        return ceil_div(self.value_dim, self.value_tile(launch))
 
     def sweep_parts(self, launch: Launch) -> int:
-        return triton.cdiv(self.state_size, launch.value_tile * SWEEP_STEPS)
+        return ceil_div(self.state_size, launch.value_tile * SWEEP_STEPS)
 
     @property
     def log_chunk(self) -> int:

@@ -29,8 +29,10 @@ from loglinear.kernels.triton.decode import (
     store_part,
     token_at,
 )
+from loglinear.kernels.triton.launcher import launcher
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def step_kernel(
     q,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.args import SIZES, Place, Sizes
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.scalar_gate.states import SWEEP_STEPS, Inputs, StateGradients, States, Totals
 from loglinear.kernels.triton.tiles import RUN, TIER, dot_float32, exponent, head_program, locate_run
@@ -56,6 +57,7 @@ def log_decays(log_total):
     return (total[:, None] - total[None, :]).to(tl.float32)
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def up_sweep_kernel(
     states,
@@ -102,6 +104,7 @@ def up_sweep_kernel(
         tl.store(pointers, block.to(states.slots.dtype.element_ty), mask=mask & (unchanged == 0)[:, None])
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def down_sweep_kernel(
     states,

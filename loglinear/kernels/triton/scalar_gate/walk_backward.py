@@ -12,6 +12,7 @@ import triton.language as tl
 
 from loglinear.kernels.triton.args import SIZES, Planes, Rows, Sizes, Slab
 from loglinear.kernels.triton.compiler import fresh_arange, identity, opaque_zero, prefetched, to_mma_layout
+from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.layout import READS as NUM_READS
 from loglinear.kernels.triton.levels import column_of, load_read_scales, load_scale, scales_product
@@ -28,6 +29,7 @@ from loglinear.kernels.triton.tiles import (
 from loglinear.kernels.triton.walks import READS, load_log_decays, nearest, slot_pointer, walk
 
 
+@launcher
 @triton.jit(do_not_specialize=SIZES)
 def walk_backward_kernel(
     q,
