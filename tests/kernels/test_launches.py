@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 
 from loglinear.kernels.triton import launches  # noqa: E402
 from loglinear.kernels.triton.launches import STAGES, Kind, Launch, Plan, choose, default_plan, table_key  # noqa: E402
@@ -18,15 +18,15 @@ def table(tmp_path, monkeypatch):
     """Writes a user's table and makes the next call read it."""
     path = tmp_path / "tuned.json"
     monkeypatch.setenv("LOGLINEAR_TUNED", str(path))
-    launches._tables.cache_clear()
+    launches.forget_tables()
 
     def write(text):
         path.write_text(text if isinstance(text, str) else json.dumps(text))
-        launches._tables.cache_clear()
+        launches.forget_tables()
 
     yield write
     monkeypatch.undo()
-    launches._tables.cache_clear()
+    launches.forget_tables()
 
 
 KIND = Kind("scalar_gate", "forward", 8, 8, torch.float32)
@@ -82,3 +82,31 @@ def test_candidates_of_a_measurement_are_launches_of_every_stage(operator):
         kind = Kind(operator, direction, 128, 64, torch.bfloat16)
         plans = list(candidates(kind))
         assert len(plans) > 5 and all(set(plan.stages) == set(kind.stages) for plan in plans)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_what_is_kept_for_a_plan_is_not_that_of_another(delta):
+    """Constants are kept for the widths, the products and the plan that they are made of."""
+    from loglinear.kernels.triton.args import Math
+    from loglinear.kernels.triton.delta_rule.tiling import tiling_of
+    from loglinear.kernels.triton.scalar_gate.states import constants
+
+    def made(K=64, V=64, C=64, tile=64, precision="tf32"):
+        launch, math = Launch(tile, num_warps=8), Math(tl.float32, precision)
+        if delta:
+            return tiling_of(K, V, Plan(C, {"output": launch}), math).constants("output")
+        return constants(K, V, C, math, launch)
+
+    base = made()
+    assert made() == base
+    changed = [made(K=128), made(V=32), made(tile=32), made(precision="tf32x3"), made(C=128)]
+    assert [x != base for x in changed] == [True] * 4 + [not delta]  # the delta rule passes C itself
+    assert (changed[0]["K"], changed[1]["V"], changed[2]["BV"]) == (128, 32, 32)
+    assert changed[3]["MATH"].precision == "tf32x3" and base["num_warps"] == 8
+
+
+def test_plans_are_equal_where_their_launches_are():
+    plan = Plan(64, {"output": Launch(32), "up_sweep": Launch()})
+    same = Plan(64, {"up_sweep": Launch(), "output": Launch(32)})
+    assert plan == same and hash(plan) == hash(same)
+    assert len({plan, Plan(32, plan.stages), Plan(64, plan.stages | {"output": Launch(32, num_warps=8)})}) == 3

@@ -38,6 +38,8 @@ class Operands(NamedTuple):
 
     def heads(self, h: slice) -> Operands:
         """Return the operands of some heads, and of the groups that they belong to."""
+        if is_whole(h, self.v.shape[2]):
+            return self
         R = self.v.shape[2] // self.q.shape[2]
         g = slice(h.start // R, (h.stop - 1) // R + 1)
         beta, initial = (None if x is None else x[:, :, h] for x in (self.beta, self.initial))
@@ -73,6 +75,8 @@ class Outgoing(NamedTuple):
     cumulative: Tensor | None = None
 
     def heads(self, h: slice) -> Outgoing:
+        if is_whole(h, self.do.shape[2]):
+            return self
         dblocks = None if self.dblocks is None else self.dblocks[:, :, h]
         inverse, cumulative = (None if x is None else x[:, h] for x in (self.inverse, self.cumulative))
         return Outgoing(self.do[:, :, h], dblocks, inverse, cumulative)
@@ -146,6 +150,11 @@ def in_rows(x: Tensor) -> Tensor:
 def like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor of x's shape whose numbers follow one another."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def is_whole(h: slice, heads: int) -> bool:
+    """Are these all heads? Then no view is made, of which each takes a host's microsecond."""
+    return h.start == 0 and h.stop == heads
 
 
 def slabs(chunks: int, groups: int, heads: int, state_bytes: int, limit: int) -> list[slice]:

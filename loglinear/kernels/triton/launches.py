@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,8 +58,7 @@ STAGES = {
 BUCKETS = (2048, 8192, 32768)  # lengths up to each share a choice, and all that are longer
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """The tile of one program, and the compiler's options.
 
     Args:
@@ -80,7 +79,7 @@ class Launch:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that differ from the defaults."""
-        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
+        return {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,13 @@ class Plan:
 
     chunk_size: int
     stages: dict[str, Launch]
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.chunk_size, tuple(sorted(self.stages.items()))))
 
     def __getitem__(self, stage: str) -> Launch:
         return self.stages[stage]
@@ -133,7 +139,14 @@ def user_table() -> Path:
 
 
 def table_key(kind: Kind, tokens: int) -> str:
-    bucket = next((f"T<={size}" for size in BUCKETS if tokens <= size), f"T>{BUCKETS[-1]}")
+    return _key(kind, _bucket(tokens))
+
+
+def _bucket(tokens: int) -> str:
+    return next((f"T<={size}" for size in BUCKETS if tokens <= size), f"T>{BUCKETS[-1]}")
+
+
+def _key(kind: Kind, bucket: str) -> str:
     dtype = str(kind.dtype).removeprefix("torch.")
     return f"{kind.operator} {kind.direction} K={kind.K} V={kind.V} {dtype} {bucket}"
 
@@ -143,7 +156,12 @@ def choose(kind: Kind, tokens: int, device: torch.device, chunk_size: int | None
 
     Stages that the table does not have, because the measured call had none of them, take their defaults.
     """
-    measured = _tables().get(_device_name(device), {}).get(table_key(kind, tokens))
+    return _choose(kind, _bucket(tokens), device, chunk_size)
+
+
+@lru_cache
+def _choose(kind: Kind, bucket: str, device: torch.device, chunk_size: int | None) -> Plan:
+    measured = _tables().get(_device_name(device), {}).get(_key(kind, bucket))
     if measured is None or chunk_size not in (None, measured.chunk_size):
         return default_plan(kind, chunk_size)
     return replace(measured, stages=default_plan(kind, measured.chunk_size).stages | measured.stages)
@@ -236,9 +254,15 @@ def _delta_rule(kind: Kind, chunk_size: int | None) -> Plan:
         launch = table.get(stage, Launch())
         key_tile = min(launch.key_tile, tile_width(kind.K))
         rows = C // parts_of(stage, C) if stage in PARTS else key_tile
-        return launch if rows > 64 or launch.num_warps == 4 else replace(launch, num_warps=4, registers=None)
+        return launch if rows > 64 or launch.num_warps == 4 else launch._replace(num_warps=4, registers=None)
 
     return Plan(C, {stage: fitted(stage) for stage in kind.stages})
+
+
+def forget_tables() -> None:
+    """Read the tables again, and choose again."""
+    _tables.cache_clear()
+    _choose.cache_clear()
 
 
 @lru_cache

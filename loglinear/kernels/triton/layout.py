@@ -93,18 +93,12 @@ def layout(
 
     starts [N]: the chunk with which each packed sequence begins, for sequences that continue.
     """
+    if cu_seqlens is None:
+        return _dense_layout(rows, tokens, chunk_size, num_levels)
     C, cap = chunk_size, block_cap(num_levels, chunk_size)
-    per_row = -(-tokens // C)
-    if tokens // C >= MAX_CHUNKS:
-        raise ValueError(f"impl='triton' takes sequences below {MAX_CHUNKS * C} tokens at chunk size {C}, got {tokens}")
+    per_row = chunks_per_row(tokens, C)
     run = 1 << TIER
     tiers = -(-(READS if starts is not None else max(1, per_row.bit_length() - 1)) // TIER)
-    if cu_seqlens is None:
-        entries = [per_row >> (TIER * s) for s in range(tiers)]
-        runs = tuple(rows * max(1, -(-n // run)) for n in entries)
-        levels = max(0, (per_row - 1).bit_length() - TIER)
-        no_tables = (None,) * tiers
-        return Layout(C, tokens, per_row, rows * per_row, runs, levels, cap, rows, None, no_tables, None, None)
     N = len(cu_seqlens) - 1
     lengths = cu_seqlens.diff()
     z0 = torch.zeros_like(lengths) if starts is None else starts
@@ -144,6 +138,26 @@ def layout(
         ends,
         first_runs,
     )
+
+
+def chunks_per_row(tokens: int, chunk_size: int) -> int:
+    """Return the chunks of a row; ValueError if a walk cannot read as many."""
+    if tokens // chunk_size >= MAX_CHUNKS:
+        most = MAX_CHUNKS * chunk_size
+        raise ValueError(f"impl='triton' takes sequences below {most} tokens at chunk size {chunk_size}, got {tokens}")
+    return -(-tokens // chunk_size)
+
+
+@functools.lru_cache
+def _dense_layout(rows: int, tokens: int, chunk_size: int, num_levels: int) -> Layout:
+    """The layout of a batch that is not packed has no tables."""
+    cap, per_row = block_cap(num_levels, chunk_size), chunks_per_row(tokens, chunk_size)
+    tiers = -(-max(1, per_row.bit_length() - 1) // TIER)
+    entries = [per_row >> (TIER * s) for s in range(tiers)]
+    runs = tuple(rows * max(1, -(-n // (1 << TIER))) for n in entries)
+    levels = max(0, (per_row - 1).bit_length() - TIER)
+    no_tables = (None,) * tiers
+    return Layout(chunk_size, tokens, per_row, rows * per_row, runs, levels, cap, rows, None, no_tables, None, None)
 
 
 def ragged(counts: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:

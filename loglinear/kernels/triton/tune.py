@@ -13,7 +13,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,7 +114,7 @@ def _delta_rule(kind: Kind) -> Iterator[Plan]:
     yield default
     for tile in DELTA_RULE_TILES:
         for stages in DELTA_RULE_STAGES:
-            launches = {name: replace(x, value_tile=tile, num_stages=stages) for name, x in default.stages.items()}
+            launches = {name: x._replace(value_tile=tile, num_stages=stages) for name, x in default.stages.items()}
             yield Plan(default.chunk_size, launches)
 
 

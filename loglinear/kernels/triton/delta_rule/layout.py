@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from loglinear.fenwick import block_cap
-from loglinear.kernels.triton.layout import MAX_CHUNKS, READS, once_a_batch, ragged
+from loglinear.kernels.triton.layout import READS, chunks_per_row, once_a_batch, ragged
 
 TIER = 3  # levels of one tier: runs of 8 entries
 RUN = 1 << TIER
@@ -76,18 +77,10 @@ def layout(
 
     starts [N]: the chunk with which each packed sequence begins, for sequences that continue. final: the unfinished
     chunk has a place even where it has no tokens; packed sequences always have it."""
-    C, cap = chunk_size, block_cap(num_levels, chunk_size)
-    if tokens // C >= MAX_CHUNKS:
-        raise ValueError(f"impl='triton' takes sequences below {MAX_CHUNKS * C} tokens at chunk size {C}, got {tokens}")
+    chunks_per_row(tokens, chunk_size)
     if cu_seqlens is None:
-        per_row = count_chunks(1, tokens, C, None, final)
-        levels, sizes = (per_row - 1).bit_length(), []
-        for _ in range(max(1, -(-levels // TIER))):
-            runs = -(-per_row // RUN)
-            sizes.append((rows * per_row, rows * runs, per_row))
-            per_row = runs
-        return Layout(cap, rows, _tiers(cap, levels, sizes, [None] * len(sizes), 0), None, None, None)
-
+        return _dense_layout(rows, tokens, chunk_size, num_levels, final)
+    C, cap = chunk_size, block_cap(num_levels, chunk_size)
     N, lengths = len(cu_seqlens) - 1, cu_seqlens.diff()
     z0 = torch.zeros_like(lengths) if starts is None else starts
     z_end = z0 + lengths // C
@@ -118,6 +111,18 @@ def layout(
         first_runs = row if s == 0 else first_runs
     tiers = _tiers(cap, levels, sizes, tables, 0 if starts is None else 1)
     return Layout(cap, N, tiers, table, ends, first_runs)
+
+
+@lru_cache
+def _dense_layout(rows: int, tokens: int, chunk_size: int, num_levels: int, final: bool) -> Layout:
+    """The layout of a batch that is not packed has no tables."""
+    cap, per_row = block_cap(num_levels, chunk_size), count_chunks(1, tokens, chunk_size, None, final)
+    levels, sizes = (per_row - 1).bit_length(), []
+    for _ in range(max(1, -(-levels // TIER))):
+        runs = -(-per_row // RUN)
+        sizes.append((rows * per_row, rows * runs, per_row))
+        per_row = runs
+    return Layout(cap, rows, _tiers(cap, levels, sizes, [None] * len(sizes), 0), None, None, None)
 
 
 def _tiers(

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from loglinear.fenwick import log2
 from loglinear.kernels.triton import args, inputs
-from loglinear.kernels.triton.args import Math
 from loglinear.kernels.triton.delta_rule.layout import Layout, Tier
-from loglinear.kernels.triton.delta_rule.products import math_of
-from loglinear.kernels.triton.delta_rule.tiling import Tiling
+from loglinear.kernels.triton.delta_rule.tiling import Tiling, tiling_of
 
 
 class TierSizes(NamedTuple):
@@ -133,7 +131,7 @@ class Inputs(inputs.Inputs):
 
     @cached_property
     def tiling(self) -> Tiling:
-        return Tiling(self.key_dim, self.value_dim, self.plan)
+        return tiling_of(self.key_dim, self.value_dim, self.plan, self.math)
 
     @property
     def log_chunk(self) -> int:
@@ -143,13 +141,8 @@ class Inputs(inputs.Inputs):
         numbers = tier.slots, tier.columns, int(tier.collapsed), tier.first_level
         return TierSizes(self.heads, tier.per_row, self.sizes.cap, *numbers, places)
 
-    def math_of(self, stage: str) -> Math:
-        return math_of(stage, self.math)
-
     def key_constants(self, stage: str) -> dict[str, Any]:
-        """The compile-time constants of a stage on arrays that are K wide, and the compiler's options."""
-        return dict(K=self.key_dim, MATH=self.math_of(stage), **self.tiling.options(stage))
+        return self.tiling.key_constants(stage)
 
     def constants(self, stage: str, transition: bool = False) -> dict[str, Any]:
-        """The constants of a stage on states, or on transitions."""
-        return self.key_constants(stage) | self.tiling.columns(stage, transition)
+        return self.tiling.constants(stage, transition)

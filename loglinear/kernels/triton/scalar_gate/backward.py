@@ -10,7 +10,17 @@ from torch import Tensor
 
 from loglinear.fenwick import log2
 from loglinear.kernels.triton.args import Planes, Rows, Slab
-from loglinear.kernels.triton.inputs import DOT_TYPES, Operands, Outgoing, Sequences, common_dtype, in_rows, like, slabs
+from loglinear.kernels.triton.inputs import (
+    DOT_TYPES,
+    Operands,
+    Outgoing,
+    Sequences,
+    common_dtype,
+    in_rows,
+    is_whole,
+    like,
+    slabs,
+)
 from loglinear.kernels.triton.launches import Plan, ceil_div
 from loglinear.kernels.triton.layout import READS
 from loglinear.kernels.triton.scalar_gate.chunk_state_backward import chunk_state_backward
@@ -34,7 +44,7 @@ class Slabs(NamedTuple):
     dlevel_scales: Tensor
 
     def heads(self, h: slice) -> Slabs:
-        return Slabs(*(x[:, :, h] for x in self))
+        return self if is_whole(h, self.dv.shape[2]) else Slabs(*(x[:, :, h] for x in self))
 
 
 def backward(x: Inputs, outgoing: Outgoing, slabs: Slabs, *, partial: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from loglinear.fenwick import log2
 from loglinear.kernels.triton import inputs
-from loglinear.kernels.triton.args import Planes
+from loglinear.kernels.triton.args import Math, Planes
 from loglinear.kernels.triton.launches import Launch, ceil_div, tile_width
 from loglinear.kernels.triton.layout import Layout
 
@@ -64,6 +64,17 @@ class Reads(NamedTuple):
     beyond: Tensor  # [chunk, half, H, READS], of the decays: the reads of farther blocks than each
 
 
+def value_tile(V: int, launch: Launch) -> int:
+    """Columns of V of one program."""
+    return min(launch.value_tile, tile_width(V))
+
+
+@lru_cache
+def constants(K: int, V: int, C: int, math: Math, launch: Launch) -> dict[str, Any]:
+    """The compile-time constants of every stage on tokens, and the compiler's options. Do not change it."""
+    return dict(K=K, V=V, C=C, BK=tile_width(K), BV=value_tile(V, launch), MATH=math, **launch.options)
+
+
 @dataclass(frozen=True)
 class Inputs(inputs.Inputs):
     """A call of the scalar gate. Stages on tokens take a long chunk in halves: two tiles on the diagonal, one below."""
@@ -90,15 +101,10 @@ class Inputs(inputs.Inputs):
 
     def constants(self, launch: Launch) -> dict[str, Any]:
         """The compile-time constants of every stage on tokens, and the compiler's options."""
-        K, V = self.key_dim, self.value_dim
-        BK, BV = tile_width(K), self.value_tile(launch)
-        return dict(K=K, V=V, C=self.chunk_size, BK=BK, BV=BV, MATH=self.math, **launch.options)
-
-    def value_tile(self, launch: Launch) -> int:
-        return min(launch.value_tile, tile_width(self.value_dim))
+        return constants(self.key_dim, self.value_dim, self.chunk_size, self.math, launch)
 
     def value_tiles(self, launch: Launch) -> int:
-        return ceil_div(self.value_dim, self.value_tile(launch))
+        return ceil_div(self.value_dim, value_tile(self.value_dim, launch))
 
     def sweep_parts(self, launch: Launch) -> int:
         return ceil_div(self.state_size, launch.value_tile * SWEEP_STEPS)
