@@ -128,16 +128,27 @@ def gradients(x: Operands, sequences: Sequences, outgoing: Outgoing, scale: floa
     # Columns that no walk reads stay 0.
     dv, dlog_decay, dbeta, dlevel_scales = like(x.v), like(x.log_decay), like(x.beta), like(x.level_scales).zero_()
     dinitial = None if x.initial is None else like(x.initial, torch.float32)
-    dq, dk = (like(y) if R == 1 else like(y, torch.float32).zero_() for y in (x.q, x.k))
-    for h in slab_ranges(x, outgoing, chunks, plan.chunk_size):
+    ranges = slab_ranges(x, outgoing, chunks, plan.chunk_size)
+    if R == 1:
+        dq, dk = like(x.q), like(x.k)
+    elif len(ranges) > 1:
+        dq, dk = (like(y, torch.float32).zero_() for y in (x.q, x.k))
+    for h in ranges:
         g = slice(h.start // R, (h.stop - 1) // R + 1)
         call = inputs_of(x.heads(h), sequences, scale, plan)
-        dq_h, dk_h = (y[:, :, g] if R == 1 else call.empty(*y.shape[:2], call.heads, K) for y in (dq, dk))
+        if R == 1:
+            dq_h, dk_h = dq[:, :, g], dk[:, :, g]
+        else:
+            dq_h, dk_h = (call.empty(*x.q.shape[:2], call.heads, K) for _ in range(2))
         views = (y[:, :, h] for y in (dv, dlog_decay, dbeta, dlevel_scales))
         dinitial_h = backward(call, outgoing.heads(h), sequences, Slabs(*map(Slab.of, (dq_h, dk_h, *views))))
         if R > 1:
-            dq[:, :, g] += dq_h.unflatten(2, (g.stop - g.start, -1)).sum(3)
-            dk[:, :, g] += dk_h.unflatten(2, (g.stop - g.start, -1)).sum(3)
+            dq_g, dk_g = (y.unflatten(2, (g.stop - g.start, -1)).sum(3) for y in (dq_h, dk_h))
+            if len(ranges) == 1:
+                dq, dk = dq_g, dk_g
+            else:
+                dq[:, :, g].add_(dq_g)
+                dk[:, :, g].add_(dk_g)
         if dinitial is not None and dinitial_h is not None:
             dinitial[:, :, h] = dinitial_h
     return Operands(dq.to(x.q.dtype), dk.to(x.k.dtype), dv, dlog_decay, dbeta, dlevel_scales, dinitial)
