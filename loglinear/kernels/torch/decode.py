@@ -73,8 +73,11 @@ def columns_between(t: Tensor, s: Tensor, partition: Partition) -> Tensor:
 
 
 def rows_to_merge(full: Tensor) -> Tensor | slice | None:
-    """The rows that are full, None if none is; in a graph, which cannot ask, all rows: `merge_full` looks again."""
-    if in_graph():
+    """The rows that are full, None if none is; all rows in a graph and on a GPU, where `merge_full` looks again.
+
+    A graph cannot ask, and a GPU would wait for the answer.
+    """
+    if in_graph() or full.is_cuda:
         return slice(None)
     rows = full.nonzero()[:, 0]
     if len(rows) == len(full):
@@ -96,7 +99,9 @@ def numbered(num_blocks: int, chunk_size: int, partition: Partition, device: tor
     number, last, radix = torch.arange(num_blocks, device=device), partition.last_digit(chunk_size), partition.radix
     is_open, digit, nearer = number == num_blocks - 1, number, torch.zeros_like(number)
     if last is not None or radix > 2:  # else a step of few operations is fast
-        digit = (number // (radix - 1)).clamp(max=UNREACHED if last is None else last)
+        # A count, not a quotient: torch 2.11's compiler fails on quotients of indices that are moved by one.
+        starts = torch.arange(radix - 1, num_blocks, radix - 1, device=device)
+        digit = (number[:, None] >= starts).sum(1).clamp(max=UNREACHED if last is None else last)
         is_open = is_open if last is None else is_open | (digit == last)
         nearer = number - digit * (radix - 1)
     shift = (digit * log2(radix)).clamp(max=UNREACHED)
@@ -163,4 +168,4 @@ def merge_full(
         merged = merged + torch.cat([torch.zeros_like(moved[:, :1]), moved[:, :-1]], 1)
     joined = joined.unflatten(2, chunk_state.shape[1:]) + chunk_state[:, None]
     merged = merged.addcmul_(joined, (known.number == target).to(blocks.dtype).view(shape))
-    return torch.where(full[:, None, None, None, None], merged, blocks) if in_graph() else merged
+    return torch.where(full[:, None, None, None, None], merged, blocks) if in_graph() or full.is_cuda else merged

@@ -168,8 +168,8 @@ def test_initialise_as_torch_leaves_what_starts_at_zero():
 @pytest.mark.parametrize("model", ["mamba2", "routed_mamba2", "attention"])
 @pytest.mark.parametrize("protocol", ["zoology", "loglinear"])
 def test_recorded_steps_train_as_the_trainer_does(tmp_path, monkeypatch, model, protocol):
-    task = dataclasses.replace(SHORT, protocol=protocol, length=64, pairs=(4, 6))
-    cell = tiny_cell(model=model, task=dataclasses.replace(task, vocab_size=32, good_enough=1.0))
+    task = dataclasses.replace(SHORT, protocol=protocol, length=64, pairs=(4, 6), vocab_size=32, good_enough=1.0)
+    cell = tiny_cell(model=model, task=task)
     recorded = run_cell(cell, tmp_path / "recorded", NEVER)
     monkeypatch.setattr(training.RecallTrainer, "record_graphs", lambda self: None)
     eager = run_cell(cell, tmp_path / "eager", NEVER)
