@@ -100,7 +100,7 @@ def numbered(num_blocks: int, chunk_size: int, partition: Partition, device: tor
     is_open, digit, nearer = number == num_blocks - 1, number, torch.zeros_like(number)
     if last is not None or radix > 2:  # else a step of few operations is fast
         # A count, not a quotient: torch 2.11's compiler fails on quotients of indices that are moved by one.
-        starts = torch.arange(radix - 1, num_blocks, radix - 1, device=device)
+        starts = number[:: radix - 1][1:]
         digit = (number[:, None] >= starts).sum(1).clamp(max=UNREACHED if last is None else last)
         is_open = is_open if last is None else is_open | (digit == last)
         nearer = number - digit * (radix - 1)
