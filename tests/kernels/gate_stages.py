@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loglinear.kernels.torch.chunks import decay_matrix, reverse_cumsum, to_chunks
 from loglinear.kernels.torch.operator import schedule_of
 from loglinear.kernels.torch.scalar_gate import ScalarGateSlab
 from loglinear.kernels.torch.scalar_gate.chunk_state import chunk_state_backward
@@ -19,7 +20,6 @@ from loglinear.kernels.torch.scalar_gate.in_chunk import in_chunk_backward
 from loglinear.kernels.torch.scalar_gate.up_sweep import up_sweep_backward
 from loglinear.kernels.torch.scalar_gate.walk import walk_backward
 from loglinear.kernels.torch.schedule import Schedule
-from loglinear.kernels.torch.tiles import decay_matrix, reverse_cumsum, to_chunks
 from loglinear.partition import FENWICK
 
 LOG2_E = 1.4426950408889634

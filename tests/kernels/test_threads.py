@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from loglinear.kernels.torch import slab, threads, tiles, workspace
+from loglinear.kernels.torch import chunks, slab, threads, workspace
 from loglinear.kernels.torch.schedule import schedule
 from tests.kernels.test_workspace import outcome, same
 from tests.ops.operators import OPERATORS
@@ -22,9 +22,9 @@ HEAD_BYTES = (-(-T // CHUNK) + 1) * CHUNK * WIDTH * 4
 def _two_threads(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    monkeypatch.setattr(tiles, "SMALLEST_SHARE", 1)
+    monkeypatch.setattr(chunks, "SMALLEST_SHARE", 1)
     monkeypatch.setattr(workspace, "SMALLEST", 1)
-    monkeypatch.setitem(tiles.SLAB_BYTES, "cpu", HEAD_BYTES)  # slabs of one head
+    monkeypatch.setitem(chunks.SLAB_BYTES, "cpu", HEAD_BYTES)  # slabs of one head
     yield
     torch.set_num_threads(before)
 
@@ -109,15 +109,15 @@ def test_calls_take_no_more_memory_once_every_thread_has_its_own(monkeypatch):
 @pytest.mark.parametrize("heads, size, at_once, slabs", [(8, 1, 1, 1), (8, 4, 2, 2), (8, 64, 2, 8), (1, 4, 1, 1)])
 def test_the_plan_follows_heads_and_memory(monkeypatch, heads, size, at_once, slabs):
     """Small calls keep to one slab; large ones run at once as long as their memory is bounded."""
-    monkeypatch.setattr(tiles, "SMALLEST_SHARE", 1 << 20)
-    monkeypatch.setitem(tiles.SLAB_BYTES, "cpu", 9 << 19)
+    monkeypatch.setattr(chunks, "SMALLEST_SHARE", 1 << 20)
+    monkeypatch.setitem(chunks.SLAB_BYTES, "cpu", 9 << 19)
     plan = schedule((512 * size - 64,), None, 64, 12, False, torch.device("cpu"))
     q, v = torch.zeros(1, heads, 64), torch.zeros(1, heads, 64)
     with workspace.recycled():
-        ranges, together = tiles.slab_heads(q, v, plan)
+        ranges, together = chunks.slab_heads(q, v, plan)
     assert (together, len(ranges)) == (at_once, slabs)
     assert [h for heads in ranges for h in range(heads.start, heads.stop)] == list(range(heads))
-    assert tiles.slab_heads(q, v, plan)[1] == 1  # a graph of autograd is recorded by its own thread
+    assert chunks.slab_heads(q, v, plan)[1] == 1  # a graph of autograd is recorded by its own thread
 
 
 def test_results_are_added_in_order():

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from loglinear.kernels.torch import tiles, workspace
+from loglinear.kernels.torch import chunks, workspace
 from tests.ops.operators import OPERATORS, gradients, parts
 
 LARGE = (1, workspace.SMALLEST)  # float32: four times the smallest that is recycled
@@ -89,7 +89,7 @@ def same(one, other):
 @pytest.mark.parametrize("slab_bytes", [1, 9 << 20])
 def test_results_are_bit_equal_and_nobody_else_writes_in_them(monkeypatch, operator, slab_bytes):
     monkeypatch.setattr(workspace, "SMALLEST", 1)
-    monkeypatch.setitem(tiles.SLAB_BYTES, "cpu", slab_bytes)
+    monkeypatch.setitem(chunks.SLAB_BYTES, "cpu", slab_bytes)
     inputs = problem(operator)
     expected = plain(monkeypatch, operator, inputs)
     first = outcome(operator, inputs)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loglinear.kernels.torch import tiles
+from loglinear.kernels.torch import chunks
 from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
 
 EXACT = 1e-10
@@ -168,7 +168,7 @@ def test_slabs_of_heads_change_nothing(operator, G, heads_per_slab, monkeypatch)
 
     whole, weights = run()
     bytes_per_head = 9 * 4 * 5 * 8  # chunks with the empty one, places, key width, float64
-    monkeypatch.setattr(tiles, "SLAB_BYTES", {"cpu": heads_per_slab * bytes_per_head})
+    monkeypatch.setattr(chunks, "SLAB_BYTES", {"cpu": heads_per_slab * bytes_per_head})
     for cut, expected in zip(run(weights)[0], whole, strict=True):
         assert torch.allclose(cut, expected, rtol=1e-12, atol=1e-12)
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loglinear.kernels.torch.chunks import from_chunks, level_mask, level_mask_backward, slab_heads, to_chunks
 from loglinear.kernels.torch.schedule import Schedule
 from loglinear.kernels.torch.threads import run
-from loglinear.kernels.torch.tiles import from_chunks, level_mask, level_mask_backward, slab_heads, to_chunks
 
 # q, k [tokens,G,K]; v [tokens,H,V]; log_decay [tokens,H]; beta [tokens,H] (delta rule only); level_scales [tokens,H,L];
 # the states of the blocks before each sequence's first chunk [N,M,H,K,V], or None

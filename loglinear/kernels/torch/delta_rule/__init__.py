@@ -1,7 +1,7 @@
 """S_t = exp(log_decay_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, in chunks; the transition of a block is a
 K x K matrix. Write Z = [P | S] for a block's transition and state: both obey Z <- P_right Z_left + [0 | S_right]."""
 
-from loglinear.kernels.torch.delta_rule.decode_step import append_inverse_row, chunk_inverse, decode_step
 from loglinear.kernels.torch.delta_rule.slab import DeltaRuleSlab
+from loglinear.kernels.torch.delta_rule.step import append_inverse_row, chunk_inverse, decode_step
 
 __all__ = ["DeltaRuleSlab", "append_inverse_row", "chunk_inverse", "decode_step"]

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loglinear.kernels.torch.tiles import decay_matrix, suffix_sums
+from loglinear.kernels.torch.chunks import decay_matrix, suffix_sums
 from loglinear.kernels.torch.workspace import matmul, product
 
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loglinear.kernels.torch.chunks import reverse_cumsum
 from loglinear.kernels.torch.delta_rule.chunk import chunk_backward, chunk_quantities, chunk_state, queries
 from loglinear.kernels.torch.delta_rule.up_sweep import up_sweep, up_sweep_backward
 from loglinear.kernels.torch.delta_rule.walk import walk, walk_backward
 from loglinear.kernels.torch.schedule import Read
 from loglinear.kernels.torch.slab import Slab
-from loglinear.kernels.torch.tiles import reverse_cumsum
 from loglinear.kernels.torch.workspace import empty, product, take, zeros
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from loglinear.kernels.torch.chunks import tall
 from loglinear.kernels.torch.schedule import Read
-from loglinear.kernels.torch.tiles import tall
 from loglinear.kernels.torch.workspace import empty, matmul, take, zeros
 
 

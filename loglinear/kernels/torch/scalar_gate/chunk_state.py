@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loglinear.kernels.torch.tiles import suffix_sums
+from loglinear.kernels.torch.chunks import suffix_sums
 from loglinear.kernels.torch.workspace import matmul, product
 
 

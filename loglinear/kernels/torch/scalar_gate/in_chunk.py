@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from loglinear.kernels.torch.tiles import decay_matrix
+from loglinear.kernels.torch.chunks import decay_matrix
 from loglinear.kernels.torch.workspace import matmul, product
 
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loglinear.kernels.torch.chunks import reverse_cumsum
 from loglinear.kernels.torch.scalar_gate.chunk_state import chunk_state, chunk_state_backward
 from loglinear.kernels.torch.scalar_gate.in_chunk import in_chunk, in_chunk_backward
 from loglinear.kernels.torch.scalar_gate.up_sweep import up_sweep, up_sweep_backward
 from loglinear.kernels.torch.scalar_gate.walk import walk, walk_backward
 from loglinear.kernels.torch.schedule import Read
 from loglinear.kernels.torch.slab import Slab
-from loglinear.kernels.torch.tiles import reverse_cumsum
 from loglinear.kernels.torch.workspace import empty, product, take, zeros
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from loglinear.kernels.torch.chunks import tall
 from loglinear.kernels.torch.schedule import Read
-from loglinear.kernels.torch.tiles import tall
 from loglinear.kernels.torch.workspace import matmul, take
 
 

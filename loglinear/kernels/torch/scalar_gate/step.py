@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from loglinear.kernels.torch.chunks import suffix_sums
 from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales, rows_to_merge, until
-from loglinear.kernels.torch.tiles import suffix_sums
 from loglinear.partition import Partition
 
 
