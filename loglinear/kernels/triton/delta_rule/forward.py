@@ -1,5 +1,8 @@
 """The forward in five stages, those of `kernels.torch.delta_rule` on a tree of its own.
 
+Stages 1 and 2 are the first step of `reference/chunked.py`, here with a matrix as the transition. Stages 3 and 4 are
+its up-sweep. Stage 5 is its inside and its walk.
+
 It saves its inputs, the inverses and the cumulative decays; the backward builds the states again.
 """
 

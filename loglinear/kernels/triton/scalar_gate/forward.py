@@ -1,4 +1,4 @@
-"""The forward in four stages, those of `reference/chunked.py`.
+"""The forward in the four steps of `reference/chunked.py`. One kernel takes the last two.
 
 It keeps nothing but its inputs: the backward builds the states again, which is cheaper than holding T / C of them
 (docs/lab-notes/2026-11-23-scalar-gate-kernels.md).
