@@ -45,8 +45,8 @@ def in_one_row(new: Tensor, state: FenwickState | None, buffer: Tensor | None = 
     new = new.flatten(0, 1)
     if state is None:
         return new
-    held = state.k.shape[0] * state.k.shape[1]
-    front = new.new_zeros(held, *new.shape[1:]) if buffer is None else buffer.flatten(0, 1).to(new.dtype)
+    buffered = state.k.shape[0] * state.k.shape[1]
+    front = new.new_zeros(buffered, *new.shape[1:]) if buffer is None else buffer.flatten(0, 1).to(new.dtype)
     return torch.cat([front, new])
 
 

@@ -69,18 +69,18 @@ def _run_sequence(state: FenwickState, row: int, position: int, tokens: tuple[An
     """Replay the state's unfinished chunk, run the new tokens and cut the state at the last chunk's start."""
     q, k, v, log_decay, beta, scales = tokens
     C, L, partition = state.chunk_size, scales.shape[2], state.partition or FENWICK
-    held = position % C
-    start, end = position - held, position + len(q)
+    num_buffered = position % C
+    start, end = position - num_buffered, position + len(q)
 
     def joined(buffer: Tensor | None, new: Tensor | None) -> Tensor | None:
-        return None if buffer is None or new is None else torch.cat([buffer[row, :held].to(new.dtype), new])
+        return None if buffer is None or new is None else torch.cat([buffer[row, :num_buffered].to(new.dtype), new])
 
     buffered = [joined(old, new) for old, new in zip(state[2:6], (k, v, log_decay, beta), strict=True)]
     raw = FenwickState._make([state.position[row] + len(q), state.blocks[row], *buffered, state.partition])
     R = v.shape[1] // k.shape[1]
     all_k = raw.k.repeat_interleave(R, 1)
-    all_q = torch.cat([torch.zeros_like(all_k[:held]), q.repeat_interleave(R, 1)])
-    all_scales = torch.cat([scales.new_zeros(held, *scales.shape[1:]), scales])
+    all_q = torch.cat([torch.zeros_like(all_k[:num_buffered]), q.repeat_interleave(R, 1)])
+    all_scales = torch.cat([scales.new_zeros(num_buffered, *scales.shape[1:]), scales])
     cut = end // C * C - start  # tokens before the last chunk's start
 
     def piece(states: Tensor, first: int, last: int, at: int) -> tuple[Tensor, Tensor]:
@@ -113,4 +113,4 @@ def _run_sequence(state: FenwickState, row: int, position: int, tokens: tuple[An
         return torch.cat([rest, rest.new_zeros(C - len(rest), *rest.shape[1:])])
 
     final = FenwickState._make([raw.position, blocks, *(buffer(x) for x in raw[2:6]), state.partition])
-    return torch.cat([head, tail])[held:], final
+    return torch.cat([head, tail])[num_buffered:], final

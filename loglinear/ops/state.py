@@ -321,7 +321,7 @@ def _inverse(state: FenwickState) -> Tensor | None:
     """Return `DecodeState.inverse` of a state's unfinished chunk."""
     if state.beta is None:
         return None
-    held = torch.arange(state.chunk_size, device=state.k.device) < (state.position % state.chunk_size)[:, None]
-    log_decay, beta = (torch.where(held[..., None], x, 0.0) for x in (state.log_decay, state.beta))
+    is_buffered = torch.arange(state.chunk_size, device=state.k.device) < (state.position % state.chunk_size)[:, None]
+    log_decay, beta = (torch.where(is_buffered[..., None], x, 0.0) for x in (state.log_decay, state.beta))
     with torch.autocast(state.k.device.type, enabled=False):
         return chunk_inverse(state.k, beta, log_decay).contiguous()

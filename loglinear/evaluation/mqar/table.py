@@ -67,22 +67,22 @@ def rows_of(gathered: dict[str, Any]) -> list[dict[str, Any]]:
     )
 
 
-def _rows(results: Sequence[Result], asked: Sequence[int]) -> list[dict[str, Any]]:
+def _rows(results: Sequence[Result], seeds: Sequence[int]) -> list[dict[str, Any]]:
     order = [*ALL_MODELS]
     groups: dict[tuple[int, int], list[Result]] = {}
     for result in results:
         cell = cell_of(result)
         groups.setdefault((order.index(cell.model), cell.dim), []).append(result)
-    return [_row(group, asked) for _, group in sorted(groups.items())]
+    return [_row(group, seeds) for _, group in sorted(groups.items())]
 
 
-def _row(results: Sequence[Result], asked: Sequence[int]) -> dict[str, Any]:
+def _row(results: Sequence[Result], seeds: Sequence[int]) -> dict[str, Any]:
     rate = best_learning_rate(results)
     chosen = {cell.seed: r for r in results if (cell := cell_of(r)).learning_rate == rate}
     rates = sorted({cell_of(result).learning_rate for result in results})
     tuning = set(cell_of(results[0]).task.how.tuning_seeds or ())  # these choose the rate, so others are reported
     if len(rates) == 1:
-        tuning -= set(asked)
+        tuning -= set(seeds)
     chosen = {seed: result for seed, result in chosen.items() if seed not in tuning}
     accuracies = [result["test_accuracy"] for result in chosen.values()]
     by_pairs = [result["test_accuracy_by_pairs"] for result in chosen.values()]
