@@ -85,6 +85,28 @@ def test_any_length(operator, T):
     compare(operator.inputs(B=2, T=T, G=1, H=2, K=16, V=16, L=9))
 
 
+@pytest.mark.parametrize(("T", "levels"), [(16, 7), (11, 7), (16, 1)])
+def test_rows_of_one_chunk_need_no_sweeps(T, levels, monkeypatch):
+    """The output, the final state and the gradients are those with sweeps, which are not started."""
+    from loglinear.kernels.triton.scalar_gate import sweep
+
+    inputs = OPERATORS[0].inputs(B=3, T=T, G=1, H=2, K=8, V=8, L=levels)
+    x = {name: tensor.detach().float().requires_grad_() for name, tensor in inputs.items()}
+
+    def call():
+        out = OPERATORS[0](x, impl="triton", chunk_size=16, output_final_state=True)
+        results = [out.output, out.final_state.blocks]
+        loss = sum(result.square().sum() for result in results)
+        return [*results, *torch.autograd.grad(loss, list(x.values()))]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "is_merged", lambda call: False)
+        expected = call()
+    monkeypatch.delattr(sweep, "up_sweep_kernel")
+    monkeypatch.delattr(sweep, "down_sweep_kernel")
+    assert all(map(torch.equal, call(), expected))
+
+
 @pytest.mark.parametrize("levels", [1, 2, 5, 6, 7, 20, 40])
 def test_any_number_of_levels(operator, levels):
     compare(operator.inputs(B=1, T=150, G=1, H=1, K=8, V=8, L=levels))

@@ -29,8 +29,7 @@ def inputs_of(x: Operands, sequences: Sequences, scale: float, plan: Plan) -> In
 
 def build_states(x: Inputs) -> States:
     states = chunk_state(x, x.plan["chunk_state"])  # 1. each chunk's own state
-    up_sweep(x, states, x.plan["up_sweep"])  # 2. merged, in place, into the Fenwick array
-    return states
+    return up_sweep(x, states, x.plan["up_sweep"])  # 2. merged, in place, into the Fenwick array
 
 
 def forward(x: Inputs, *, final: bool) -> Results:

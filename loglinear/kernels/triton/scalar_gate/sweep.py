@@ -167,8 +167,15 @@ def down_sweep_kernel(
     tl.store(dtotals.data + tier * dtotals.tier + part * dtotals.part + row, dtotal, mask=e.exist)
 
 
-def up_sweep(x: Inputs, states: States, launch: Launch) -> None:
+def is_merged(x: Inputs) -> bool:
+    """Has every row of a batch one chunk? Then its state is its block, and the sweeps change nothing."""
+    return x.layout.table is None and x.layout.chunks_per_row == 1
+
+
+def up_sweep(x: Inputs, states: States, launch: Launch) -> States:
     """Merge the chunks' states, in place, into the Fenwick array, tier after tier."""
+    if is_merged(x):
+        return states._replace(log_decay=states.totals[0])
     for tier, runs in enumerate(x.layout.runs):
         up_sweep_kernel[(runs * x.heads * x.sweep_parts(launch),)](
             states,
@@ -183,10 +190,13 @@ def up_sweep(x: Inputs, states: States, launch: Launch) -> None:
             MATH=x.math,
             **launch.options,
         )
+    return states
 
 
 def down_sweep(x: Inputs, states: States, dstates: StateGradients, launch: Launch) -> Totals:
     """Turn the gradients of the array's slots, in place, into those of the chunks' states; and those of the totals."""
+    if is_merged(x):
+        return Totals(dstates.log_decay[None, None], 0, 0)
     runs, parts = x.layout.runs, x.sweep_parts(launch)
     dtotals = x.empty(len(runs), parts, x.layout.chunks, x.heads)
     strided = Totals(dtotals, dtotals.stride(0), dtotals.stride(1))
