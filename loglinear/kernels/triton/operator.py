@@ -15,7 +15,6 @@ from loglinear.kernels.torch.gradients import recorded_gradients
 from loglinear.kernels.torch.operator import stages
 from loglinear.kernels.triton import delta_rule, scalar_gate
 from loglinear.kernels.triton.inputs import Operands, Outgoing, Sequences
-from loglinear.kernels.triton.registration import Operator
 from loglinear.partition import FENWICK
 
 
@@ -24,7 +23,7 @@ def _family(beta: Tensor | None) -> Any:
     return scalar_gate if beta is None else delta_rule
 
 
-@Operator
+@torch.library.custom_op("loglinear::chunkwise", mutates_args=())
 def chunkwise(
     q: Tensor,
     k: Tensor,
@@ -70,7 +69,7 @@ def _(q, k, v, log_decay, beta, level_scales, initial, cu_seqlens, starts, scale
     return output, blocks, inverse, cumulative
 
 
-@Operator
+@torch.library.custom_op("loglinear::chunkwise_backward", mutates_args=())
 def chunkwise_backward(
     do: Tensor,
     dblocks: Tensor | None,
@@ -179,4 +178,4 @@ def _backward(ctx: Any, do: Tensor | None, dblocks: Tensor | None, *unused: None
     return *first, dbeta, dlevel_scales, dinitial, None, None, None, None, None
 
 
-chunkwise.register_autograd(_backward, _save)
+chunkwise.register_autograd(_backward, setup_context=_save)
