@@ -44,8 +44,7 @@ def starting_model(recipe: TrainingRecipe, config: LogLinearConfig) -> Any:
     """Return the model that a run trains, in float32 if it has 16 bits, but for an upgraded one with frozen weights.
 
     In 16 bits a step of the optimiser that is small beside its weight rounds to nothing; the new weights of an upgraded
-    model are float32 anyway. The settings of generation are
-    those of the folder, for the folders that the run writes.
+    model are float32 anyway. The settings of generation are those of the folder, for the folders that the run writes.
     """
     if recipe.start is None:
         return LogLinearForCausalLM(config)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import Trainer
 
-from loglinear.models import LogLinearConfig, LogLinearForCausalLM
+from loglinear.models import LogLinearForCausalLM
 from tests.distributed.steps import RANKS, batches, mean_loss, optimizer_of
+from tests.models.tiny_models import tiny_config
 
 ROOT = Path(__file__).parents[2]
 MODELS = {
@@ -23,23 +24,8 @@ TIMEOUT = 150
 
 def _make(name: str) -> LogLinearForCausalLM:
     torch.manual_seed(0)
-    config = LogLinearConfig(
-        vocab_size=40,
-        hidden_size=16,
-        num_hidden_layers=2,
-        intermediate_size=24,
-        num_heads=4,
-        key_dim=6,
-        head_dim=5,
-        num_levels=5,
-        chunk_size=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        attention_head_dim=8,
-        initializer_range=0.2,
-        **{"lambda_form": "softplus", **MODELS[name]},
-    )
-    return LogLinearForCausalLM(config)
+    # One slice of the loss: gradients of several would be added up in another order, and steps this large magnify that.
+    return LogLinearForCausalLM(tiny_config(loss_chunk_size=64, **MODELS[name]))
 
 
 def _processes(folder: Path) -> dict:

@@ -24,6 +24,14 @@ def folder(family, path, **options):
     return path
 
 
+def assert_resumes(recipe, tmp_path):
+    """A copy of the run in whole/ that lost its last checkpoint, of step 4, ends as it did."""
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/checkpoint-4")
+    train(recipe, tmp_path / "resumed", resume=True, progress=False)
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+
 @FAMILIES
 def test_a_run_trains_the_new_parameters_and_resumes(family, data, tmp_path):
     start = folder(family, tmp_path / "start")
@@ -32,10 +40,7 @@ def test_a_run_trains_the_new_parameters_and_resumes(family, data, tmp_path):
     before, after = load_model(start), load_model(tmp_path / "whole")
     changed = {name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))}
     assert changed == {*loglinear.new_parameters(after)}
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed/checkpoint-4")
-    train(recipe, tmp_path / "resumed", resume=True, progress=False)
-    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+    assert_resumes(recipe, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next"])
@@ -43,10 +48,7 @@ def test_a_run_that_trains_all_parameters_resumes(family, data, tmp_path):
     """Experts too, which transformers stores one by one."""
     recipe = tiny_recipe(data, start=str(folder(family, tmp_path / "start", freeze=False)), steps=4, eval_every=2)
     train(recipe, tmp_path / "whole", progress=False)
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed/checkpoint-4")
-    train(recipe, tmp_path / "resumed", resume=True, progress=False)
-    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+    assert_resumes(recipe, tmp_path)
 
 
 def test_all_parameters_of_a_sixteen_bit_folder_take_small_steps(data, tmp_path):
@@ -58,10 +60,7 @@ def test_all_parameters_of_a_sixteen_bit_folder_take_small_steps(data, tmp_path)
     train(recipe, tmp_path / "whole", progress=False)
     after = load_model(tmp_path / "whole")
     assert all((p != after.get_parameter(name)).any() for name, p in model.named_parameters())
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed/checkpoint-4")
-    train(recipe, tmp_path / "resumed", resume=True, progress=False)
-    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+    assert_resumes(recipe, tmp_path)
 
 
 def test_the_command_trains_a_folder(data, tmp_path, capsys):
@@ -111,10 +110,7 @@ def test_a_run_trains_a_converted_model_and_resumes(data, tmp_path, dtype):
     before, after = load_model(tmp_path / "start"), load_model(tmp_path / "whole")
     assert after.config.num_levels == 5 and after.dtype == torch.float32
     assert all((p != after.get_parameter(name)).any() for name, p in before.named_parameters())
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed/checkpoint-4")
-    train(recipe, tmp_path / "resumed", resume=True, progress=False)
-    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+    assert_resumes(recipe, tmp_path)
 
 
 @pytest.mark.parametrize("levels", [dict(num_levels=5), dict(num_levels=8, finest_block=4, radix=4, routing="gram")])
@@ -127,10 +123,7 @@ def test_a_run_trains_the_new_weights_of_a_converted_model_at_random_positions(d
     before, after = load_model(tmp_path / "start"), load_model(tmp_path / "whole")
     changed = {name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))}
     assert changed == {*loglinear.new_parameters(after)}
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed/checkpoint-4")
-    train(recipe, tmp_path / "resumed", resume=True, progress=False)
-    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+    assert_resumes(recipe, tmp_path)
     train(tiny_recipe(data, start=str(tmp_path / "start"), steps=4, eval_every=2, new_only=True), tmp_path / "aligned")
     assert curve(tmp_path / "aligned") != curve(tmp_path / "whole")
 
