@@ -12,11 +12,12 @@ from typing import Annotated, Any
 import typer
 
 from experiments.long_text import Data, run_on_long_text
+from experiments.recipes.comparison import CAPPED_BY
+from experiments.recipes.long_text import long_text
 from experiments.runs import Options, Out, program, with_options
 from loglinear.cli import execute
 from loglinear.recipes import TrainingRecipe
-from loglinear.recipes.comparison import CAPPED_BY, PUBLISHED, choices
-from loglinear.recipes.long_text import long_text
+from loglinear.recipes.choices import PUBLISHED, choices
 
 STEPS, BATCH_TOKENS = 500, 131_072
 DEFAULT = "softplus"  # the published model

@@ -16,13 +16,13 @@ import typer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from experiments.recipes.needle import SEQUENCE, TOKENIZER, VOCABULARY
 from experiments.runs import Kind, Options, Out, kind_recipe, program, train_and_evaluate, with_options
 from loglinear.cli import execute
 from loglinear.data.sources import read_documents
 from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
-from loglinear.recipes.needle import SEQUENCE, TOKENIZER, VOCABULARY
 from loglinear.training import load_tokenizer
 
 LENGTHS = (SEQUENCE // 4, SEQUENCE // 2, SEQUENCE, 2 * SEQUENCE, 4 * SEQUENCE)  # tokens of the examples

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 import typer
 
+from experiments.recipes.comparison import KINDS
+from experiments.recipes.long_text import long_text
+from experiments.recipes.needle import needle
 from experiments.results import require_replaceable, result_file
 from loglinear.cli.console import Interrupted
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
-from loglinear.recipes.comparison import KINDS
-from loglinear.recipes.long_text import long_text
-from loglinear.recipes.needle import needle
 from loglinear.runs.folder import RUN_FILE, read_run, require_folder, run_recipe
 from loglinear.runs.json_files import write_object
 from loglinear.runs.metrics import read_metrics

@@ -16,6 +16,8 @@ import numpy as np
 import typer
 
 from experiments.needle import TokenizerFolder
+from experiments.recipes.comparison import ROUTED
+from experiments.recipes.needle import SEQUENCE, TOKENIZER, needle
 from experiments.results import read_seeds, require_replaceable, result_file
 from experiments.runs import Options, program, train_and_evaluate
 from loglinear.cli import execute
@@ -29,8 +31,6 @@ from loglinear.fenwick import num_levels
 from loglinear.models import LogLinearForCausalLM
 from loglinear.models.size import state_bytes
 from loglinear.recipes import TrainingRecipe
-from loglinear.recipes.comparison import ROUTED
-from loglinear.recipes.needle import SEQUENCE, TOKENIZER, needle
 from loglinear.runs.checkpoints import resolve
 from loglinear.training import load_model, load_tokenizer
 

@@ -37,16 +37,22 @@ ALLOWED = {
 
 
 MODULES = ("fenwick", "partition", "processes", "signals")  # rooms of one file
+CHECKED = ("loglinear.", "benchmarks.", "experiments.", "tests.")
 
 
-def imported_rooms(path: Path) -> set[str]:
+def imported_names(path: Path, packages: set[str]) -> set[str]:
+    """Return the modules of these packages that a file imports."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} if node.module != "loglinear" else {f"loglinear.{a.name}" for a in node.names}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    return {name.split(".")[1] for name in names if name.startswith("loglinear.")}
+    return {name for name in names if name.split(".")[0] in packages}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported_names(path, {"loglinear"}) if "." in name}
 
 
 @pytest.mark.parametrize("room", ALLOWED)
@@ -67,12 +73,19 @@ def test_every_room_has_a_rule():
     assert rooms <= set(ALLOWED)
 
 
+def test_the_package_needs_no_other_folder_of_the_repository():
+    for path in PACKAGE.rglob("*.py"):
+        assert not imported_names(path, {"benchmarks", "docs", "examples", "experiments", "tests"}), path
+
+
 @pytest.mark.parametrize("folder", ["loglinear", "benchmarks", "experiments", "examples", "tests"])
 def test_modules_that_an_import_names_exist(folder):
     """Also inside functions, where nothing else notices a module that has moved: mypy ignores missing ones."""
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("loglinear.", "tests.")):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                ("loglinear.", "benchmarks.", "experiments.", "tests.")
+            ):
                 module = ROOT.joinpath(*node.module.split("."))
                 assert module.is_dir() or module.with_suffix(".py").is_file(), f"{path}: {node.module}"
 

@@ -17,8 +17,8 @@ from experiments.figures.tables import (
     markdown_table,
     title,
 )
+from experiments.recipes.comparison import KINDS
 from experiments.results import Result, read_results
-from loglinear.recipes.comparison import KINDS
 from loglinear.runs.files import write_atomically
 
 REFERENCE = "linear"  # the baseline of all differences

@@ -17,9 +17,9 @@ from experiments.figures.tables import (
     markdown_table,
     title,
 )
+from experiments.recipes.comparison import KINDS
 from experiments.results import SEED, Result, read_seeds, seed_suffix
 from loglinear.evaluation.needle import TASKS
-from loglinear.recipes.comparison import KINDS
 from loglinear.runs.files import write_atomically
 
 LEVELS = re.compile(rf"needle-(log_linear-levels(\d+)){SEED}\.json")  # of `experiments.needle run --levels`

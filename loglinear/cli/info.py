@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from loglinear.cli import console
 from loglinear.models import LogLinearConfig, key_value_cache_bytes, parameter_counts, state_bytes
 from loglinear.ops import IMPLEMENTATIONS, impl_triton
-from loglinear.recipes import RECIPES, get_recipe, needs
+from loglinear.recipes import RECIPES, get_recipe
 from loglinear.runs.loading import load_model
 from loglinear.runs.provenance import versions
 from loglinear.upgrades import new_parameters
@@ -48,8 +48,9 @@ def _installation() -> None:
     recipes = {name: make() for name, make in RECIPES.items()}
     rows = [[name, recipe.summary] for name, recipe in recipes.items()]
     console.print_table("Recipes (--recipe)", ["name", "summary"], rows, text=True)
-    for first, group in groupby(recipes, key=lambda name: needs(recipes[name])):
-        print(f"{_together(list(group))}: {'needs ' + first if first else 'runs as it is'}")
+    for missing, group in groupby(recipes, key=lambda name: recipes[name].missing):
+        needs = " ".join(f"--{name}" for name in missing)
+        print(f"{_together(list(group))}: {'needs ' + needs if needs else 'runs as it is'}")
 
 
 def _together(names: list[str]) -> str:

@@ -2,21 +2,14 @@
 
 from collections.abc import Callable
 from difflib import get_close_matches
-from functools import partial
 
 from loglinear.recipes.bytes import demo, small
-from loglinear.recipes.comparison import KINDS
-from loglinear.recipes.long_text import long_text
-from loglinear.recipes.needle import needle
 from loglinear.recipes.paper import paper_gated_delta_net, paper_mamba2, paper_transformer
-from loglinear.recipes.preparation import needs, require_ready
 from loglinear.recipes.recipe import TrainingRecipe
 
 RECIPES: dict[str, Callable[[], TrainingRecipe]] = {
     function.__name__: function for function in (demo, small, paper_mamba2, paper_gated_delta_net, paper_transformer)
 }
-RECIPES |= {f"long_text_{kind}": partial(long_text, kind) for kind in KINDS}
-RECIPES |= {f"needle_{kind}": partial(needle, kind) for kind in KINDS}
 
 
 def get_recipe(name: str) -> TrainingRecipe:
@@ -27,4 +20,4 @@ def get_recipe(name: str) -> TrainingRecipe:
     return RECIPES[name]()
 
 
-__all__ = ["RECIPES", "TrainingRecipe", "get_recipe", "needs", "require_ready"]
+__all__ = ["RECIPES", "TrainingRecipe", "get_recipe"]

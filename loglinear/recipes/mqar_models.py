@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loglinear.partition import LARGEST_CHUNK
-from loglinear.recipes.comparison import PUBLISHED, choices
+from loglinear.recipes.choices import PUBLISHED, choices
 
 if TYPE_CHECKING:
     from loglinear.models import LogLinearConfig, LogLinearForCausalLM

@@ -90,6 +90,18 @@ class TrainingRecipe:
         """The tokens of one packed row, which is one forward pass."""
         return self.batch_tokens if self.micro_batch_tokens is None else self.micro_batch_tokens
 
+    @property
+    def missing(self) -> list[str]:
+        """The fields without a value that a run needs: `tokenizer`, `data`, both or none."""
+        return [name for name in ("tokenizer", "data") if not getattr(self, name)]
+
+    def require_complete(self) -> None:
+        """Raise ValueError, which names the options to give, if a field is `missing`."""
+        if self.missing:
+            options = {"tokenizer": "--tokenizer (a folder, or 'bytes')", "data": "--data (files, or 'stdlib')"}
+            give = " and ".join(options[name] for name in self.missing)
+            raise ValueError(f"recipe {self.name!r} names no {' and no '.join(self.missing)}: give {give}")
+
     def model_config(self) -> LogLinearConfig:
         """Return the model's configuration. Imports transformers."""
         from loglinear.models import LogLinearConfig

@@ -18,7 +18,7 @@ from loglinear.data.packing import PackedRows
 from loglinear.data.tokenizer import load_tokenizer
 from loglinear.models import LogLinearConfig
 from loglinear.processes import is_main_process, world_size
-from loglinear.recipes import TrainingRecipe, require_ready
+from loglinear.recipes import TrainingRecipe
 from loglinear.runs.checkpoints import last_checkpoint, step_of
 from loglinear.runs.folder import check_same_run, claim, require_empty, write_run
 from loglinear.runs.metrics import METRICS_FILE, rewind_metrics
@@ -61,7 +61,7 @@ def train(
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
-    require_ready(recipe)
+    recipe.require_complete()
     config = starting_config(recipe)
     stop = StopEarly(minutes)
     quiet()

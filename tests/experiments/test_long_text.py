@@ -10,9 +10,9 @@ import pytest
 from experiments import figures, long_text
 from experiments.corpus import LongDocument
 from experiments.prepare import write_documents
+from experiments.recipes.comparison import KINDS
 from experiments.results import read_results
 from loglinear.cli.console import Interrupted
-from loglinear.recipes.comparison import KINDS
 from loglinear.runs.json_files import read_object, write_object
 from tests.training.tiny import tiny_recipe
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from experiments import needle
+from experiments.recipes.needle import VOCABULARY
 from loglinear.cli.console import Interrupted
 from loglinear.data.needle_documents import needle_documents
 from loglinear.data.needles import Needle
 from loglinear.data.tokenizer import load_tokenizer
 from loglinear.evaluation.needle import IN_TEXT, TASKS
 from loglinear.models import ByteTokenizer
-from loglinear.recipes.needle import VOCABULARY
 from loglinear.runs.json_files import read_object
 from tests.data.test_needle_documents import PROSE
 from tests.training.tiny import tiny_recipe

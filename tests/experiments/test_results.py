@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from experiments.ablations import CHOICES, ablation
+from experiments.recipes.comparison import KINDS
 from experiments.runs import kind_recipe
-from loglinear.recipes.comparison import KINDS
 
 OF_A_RUN = ("seed", "compile", "tokenizer")  # what a command says
 LATER = dict.fromkeys(("start", "jitter", "new_only"))  # what no recipe had when they were made

@@ -2,11 +2,8 @@ import json
 
 import pytest
 
-from loglinear.models import LogLinearConfig, parameter_counts
-from loglinear.recipes import RECIPES, TrainingRecipe, get_recipe, needs, require_ready
-from loglinear.recipes.comparison import KINDS, model_of_kind
-from loglinear.recipes.long_text import long_text
-from loglinear.recipes.needle import needle
+from loglinear.models import parameter_counts
+from loglinear.recipes import RECIPES, TrainingRecipe, get_recipe
 
 PARAMETERS = {  # millions
     "demo": (1, 2),
@@ -15,7 +12,10 @@ PARAMETERS = {  # millions
     "paper_gated_delta_net": (700, 825),
     "paper_transformer": (690, 825),
 }
-PARAMETERS |= {f"needle_{kind}": (11.5, 12.5) for kind in KINDS} | {f"long_text_{kind}": (13.1, 13.5) for kind in KINDS}
+
+
+def test_recipes_are_those_of_users():
+    assert set(RECIPES) == set(PARAMETERS)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -50,34 +50,6 @@ def test_overrides_change_only_what_is_given():
     assert (changed.steps, changed.warmup_steps, changed.row_tokens, changed.learning_rate) == (20, 2, 4096, 1e-4)
 
 
-@pytest.mark.parametrize(("layers", "hybrid"), [(1, 1), (8, 1), (10, 2)])
-def test_kinds_of_model_differ_in_their_past_and_not_in_their_size(layers, hybrid):
-    base = {**get_recipe("needle_log_linear").model, "num_hidden_layers": layers}
-    models = {kind: LogLinearConfig(**model_of_kind(kind, base)) for kind in KINDS}
-    totals = {kind: parameter_counts(config).total for kind, config in models.items()}
-    assert max(totals.values()) / min(totals.values()) < 1.03
-    assert totals["log_linear"] == parameter_counts(LogLinearConfig(**base)).total
-    full = {kind: config.layer_types.count("full_attention") for kind, config in models.items()}
-    assert full == {"linear": 0, "log_linear": 0, "capped": 0, "routed": 0, "hybrid": hybrid, "transformer": layers}
-    assert [models[kind].num_levels for kind in ("linear", "capped", "log_linear", "hybrid")] == [1, 11, 13, 13]
-    routed = models["routed"]
-    assert routed.routing == "gram" and routed.num_levels == routed.partition.num_columns(29 * 256)
-
-
-@pytest.mark.parametrize("experiment", [long_text, needle])
-def test_miniatures_are_small_and_of_one_size(experiment):
-    recipes = [experiment(kind, miniature=True) for kind in KINDS]
-    totals = [parameter_counts(recipe.model_config()).total for recipe in recipes]
-    assert min(totals) > 2e5 and max(totals) < 8e5 and max(totals) / min(totals) < 1.03
-    trained = [{**recipe.to_dict(), "name": None, "summary": None, "model": None} for recipe in recipes]
-    assert trained[1:] == trained[:-1] and trained[0]["steps"] == 120
-
-
-def test_needle_documents_are_read_whole():
-    recipe = get_recipe("needle_linear")
-    assert int(recipe.data[0].split(":")[2]) / 3 <= recipe.seq_len  # a token has 3.2 bytes of them
-
-
 def test_unknown_recipe_names_the_nearest():
     with pytest.raises(ValueError, match="unknown recipe 'smal': did you mean 'small'"):
         get_recipe("smal")
@@ -100,19 +72,14 @@ def test_impossible_values_are_named(change, message):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_runs_as_listed_or_says_what_it_needs_first(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_recipe_runs_as_listed_or_says_what_to_give(name):
     recipe = get_recipe(name)
-    first = needs(recipe)
-    assert (first == "") == (name == "demo")
-    if first:
-        with pytest.raises(ValueError) as caught:
-            require_ready(recipe)
-        assert all(part in str(caught.value) for part in first.split(" --"))
-    for path in (recipe.tokenizer, *recipe.data):
-        if path and "/" in path:
-            (tmp_path / path).mkdir(parents=True)
-    require_ready(recipe.override(data=recipe.data or ("stdlib",), tokenizer=recipe.tokenizer or "bytes"))
+    assert recipe.missing == {"demo": [], "small": ["data"]}.get(name, ["tokenizer", "data"])
+    if recipe.missing:
+        with pytest.raises(ValueError, match=f"recipe '{name}' names no .*data: give ") as caught:
+            recipe.require_complete()
+        assert all(f"--{option} (" in str(caught.value) for option in recipe.missing)
+    recipe.override(data=("stdlib",), tokenizer="bytes").require_complete()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Models to compare: six with one size, one variant and one number of parameters, and ablations of the log-linear one.
+"""Models to compare: six with one size, one variant and one number of parameters.
 
-The six differ in the way they read the past (KINDS). `choices` lists the ablations.
+They differ in the way they read the past (KINDS).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from loglinear.recipes.recipe import TrainingRecipe
 
 KINDS = ("linear", "log_linear", "capped", "routed", "hybrid", "transformer")
 ATTENTION_PERIOD, ATTENTION_PLACE = 6, 3  # a hybrid's full attention: the fourth of every six layers
-PUBLISHED = {"lambda_form": "softplus"}  # with all levels, and a lambda for each from single tokens on
 # A routed read of the own 64 tokens, up to 3 blocks of 64, 27 blocks of 256, and one bucket with everything older. A
 # score finds a random key of 64 numbers among 256 in 84 % of trials, among 1,024 in 39 %, so blocks grow no further.
 ROUTED = dict(radix=4, finest_block=64, largest_block=256, routing="gram", num_levels=32)
@@ -38,20 +37,6 @@ MINIATURE_TRAINING = dict(
 )
 CAPPED_BY = 2  # levels: tokens an eighth of a sequence away and farther share the last level
 WIDTH_STEP = 16  # step of the SwiGLU layers' width, which makes the parameters equal
-
-
-def choices(*, capped_levels: int) -> dict[str, dict[str, Any]]:
-    """Return the configurations of log-linear models that differ from the published one in one thing.
-
-    These are the two other forms of lambda, fewer levels, and one lambda for the tokens of a chunk of 64.
-    """
-    changes: dict[str, dict[str, Any]] = {
-        "bounded": {"lambda_form": "bounded"},
-        "unit": {"lambda_form": "unit"},
-        "capped": {"num_levels": capped_levels},
-        "blocks": {"finest_block": 64},
-    }
-    return {name: {**PUBLISHED, **change} for name, change in changes.items()}
 
 
 def recipe_of_kind(

@@ -3,7 +3,7 @@
 `experiments.long_text` prepares the data, trains the models and evaluates them.
 """
 
-from loglinear.recipes.comparison import recipe_of_kind
+from experiments.recipes.comparison import recipe_of_kind
 from loglinear.recipes.recipe import TrainingRecipe
 
 SEQUENCE = 16_384

@@ -1,6 +1,6 @@
 """Retrieval from long text: six models of 12 M parameters, for `loglinear eval needle`."""
 
-from loglinear.recipes.comparison import recipe_of_kind
+from experiments.recipes.comparison import recipe_of_kind
 from loglinear.recipes.recipe import TrainingRecipe
 
 SEQUENCE = 4096  # tokens

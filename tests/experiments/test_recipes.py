@@ -1,0 +1,67 @@
+"""The recipes of long texts and needles: six models of one size, one training, and the folders of earlier runs."""
+
+import json
+
+import pytest
+
+from experiments.recipes.comparison import KINDS, model_of_kind
+from experiments.recipes.long_text import long_text
+from experiments.recipes.needle import needle
+from experiments.runs import kind_recipe, recipe_of_run
+from loglinear.models import LogLinearConfig, parameter_counts
+from loglinear.recipes import TrainingRecipe
+from loglinear.runs.folder import run_recipe, write_run
+from loglinear.training import train
+
+MILLIONS = {needle: (11.5, 12.5), long_text: (13.1, 13.5)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("experiment", MILLIONS)
+def test_a_recipe_has_the_size_that_it_promises_and_survives_json(experiment, kind):
+    recipe = experiment(kind)
+    low, high = MILLIONS[experiment]
+    assert low <= parameter_counts(recipe.model_config()).total / 1e6 <= high
+    assert TrainingRecipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize(("layers", "hybrid"), [(1, 1), (8, 1), (10, 2)])
+def test_kinds_of_model_differ_in_their_past_and_not_in_their_size(layers, hybrid):
+    base = {**needle("log_linear").model, "num_hidden_layers": layers}
+    models = {kind: LogLinearConfig(**model_of_kind(kind, base)) for kind in KINDS}
+    totals = {kind: parameter_counts(config).total for kind, config in models.items()}
+    assert max(totals.values()) / min(totals.values()) < 1.03
+    assert totals["log_linear"] == parameter_counts(LogLinearConfig(**base)).total
+    full = {kind: config.layer_types.count("full_attention") for kind, config in models.items()}
+    assert full == {"linear": 0, "log_linear": 0, "capped": 0, "routed": 0, "hybrid": hybrid, "transformer": layers}
+    assert [models[kind].num_levels for kind in ("linear", "capped", "log_linear", "hybrid")] == [1, 11, 13, 13]
+    routed = models["routed"]
+    assert routed.routing == "gram" and routed.num_levels == routed.partition.num_columns(29 * 256)
+
+
+@pytest.mark.parametrize("experiment", [long_text, needle])
+def test_miniatures_are_small_and_of_one_size(experiment):
+    recipes = [experiment(kind, miniature=True) for kind in KINDS]
+    totals = [parameter_counts(recipe.model_config()).total for recipe in recipes]
+    assert min(totals) > 2e5 and max(totals) < 8e5 and max(totals) / min(totals) < 1.03
+    trained = [{**recipe.to_dict(), "name": None, "summary": None, "model": None} for recipe in recipes]
+    assert trained[1:] == trained[:-1] and trained[0]["steps"] == 120
+
+
+def test_needle_documents_are_read_whole():
+    recipe = needle("linear")
+    assert int(recipe.data[0].split(":")[2]) / 3 <= recipe.seq_len  # a token has 3.2 bytes of them
+
+
+@pytest.mark.parametrize("experiment", ["long_text", "needle"])
+def test_a_folder_of_an_earlier_run_is_read_by_the_name_in_it(experiment, tmp_path, monkeypatch):
+    """run.json holds the whole recipe: no list of names is asked. Without its data the run says which file it wants."""
+    recipe = kind_recipe(experiment, "hybrid", miniature=False)
+    (tmp_path / "run").mkdir()
+    write_run(tmp_path / "run", recipe, {}, parameters=1, model=recipe.model_config())
+    assert run_recipe(tmp_path / "run") == recipe_of_run(recipe, tmp_path / "run") == recipe
+    monkeypatch.chdir(tmp_path)
+    wanted = {"long_text": "data/long_text/train.jsonl.zst", "needle": "data/needle/tokenizer"}
+    with pytest.raises(ValueError, match=wanted[experiment]) as caught:
+        train(recipe, tmp_path / "run", resume=True)
+    assert "\n" not in str(caught.value)
