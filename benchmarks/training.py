@@ -28,7 +28,7 @@ from rich.progress import Progress, TaskID
 from benchmarks.machine import about, announce, check_options, command_line, keep, progress_bar
 from loglinear.cli.console import print_table
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts
-from loglinear.recipes import RECIPES, get_recipe
+from loglinear.recipes import get_recipe
 from loglinear.training.compilation import compile_blocks
 
 LOSS_BUDGET = 2e-2  # difference of two implementations under bf16 autocast, for a loss near log(vocabulary)
@@ -238,8 +238,7 @@ def main(
     check_options(device, out, steps=steps, lengths=lengths)
     if not minutes > 0:
         raise typer.BadParameter(f"--minutes must be positive, got {minutes}")
-    if recipe not in RECIPES:
-        raise typer.BadParameter(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+    get_recipe(recipe)  # a mistake shows before anything is measured
     with progress_bar() as progress:
         described = about("training", device)
         chosen = lengths or list(LENGTHS)

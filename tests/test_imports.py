@@ -14,21 +14,22 @@ ALLOWED = {
     "fenwick": set(),
     "signals": set(),
     "processes": set(),
+    "registry": set(),
     "partition": {"fenwick"},
     "reference": {"partition", "fenwick"},
     "kernels": {"partition", "fenwick"},
     "ops": {"reference", "kernels", "partition", "fenwick"},
-    "variants": {"ops", "fenwick"},
+    "variants": {"ops", "registry", "fenwick"},
     "layers": {"variants", "ops", "partition", "fenwick"},
     "models": {"layers", "variants", "ops", "partition", "fenwick"},
     "autoload": {"upgrades"},  # inside a function, once transformers loads an upgraded checkpoint
     "upgrades": {"autoload", "models", "layers", "variants", "ops", "partition", "fenwick"},
     "data": {"models"},
     "runs": {"autoload", "upgrades", "processes", "recipes", "data", "models", "layers"},
-    "convert": {"autoload", "runs", "data", "models", "variants"},
+    "convert": {"autoload", "runs", "data", "models", "variants", "registry"},
     "training": {"upgrades", "signals", "processes", "runs", "recipes", "data", "models"},
-    "evaluation": {"signals", "training", "runs", "recipes", "data", "models"},
-    "recipes": {"models", "variants", "partition", "fenwick"},
+    "evaluation": {"signals", "training", "runs", "recipes", "data", "models", "registry", "partition"},
+    "recipes": {"models", "registry"},
     "cli": {
         *("signals", "processes", "training", "evaluation", "convert", "runs", "recipes", "data"),
         *("upgrades", "models", "variants", "ops", "kernels", "fenwick"),
@@ -36,7 +37,7 @@ ALLOWED = {
 }
 
 
-MODULES = ("fenwick", "partition", "processes", "signals")  # rooms of one file
+MODULES = ("fenwick", "partition", "processes", "registry", "signals")  # rooms of one file
 CHECKED = ("loglinear.", "benchmarks.", "experiments.", "tests.")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from experiments.figures.recall import draw_recall_by_bytes
 from experiments.figures.tables import MISSING, join_distinct, markdown_table
 from loglinear.evaluation.mqar import markdown, rows_of
-from loglinear.recipes.mqar_models import ABLATIONS, CONTROLS, MODELS
+from loglinear.evaluation.mqar.models import ABLATIONS, CONTROLS, MODELS
 from loglinear.runs.files import write_atomically
 from loglinear.runs.json_files import read_object
 

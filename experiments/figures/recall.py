@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.figures.style import Line, draw
-from loglinear.recipes.mqar_models import CONTROLS
+from loglinear.evaluation.mqar.models import CONTROLS
 
 Row = dict[str, Any]  # of `loglinear.evaluation.mqar.gather`
 

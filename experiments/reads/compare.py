@@ -16,9 +16,9 @@ from experiments.reads.mixer import adapt
 from experiments.reads.read import OPTIONS, SCORES, Read
 from loglinear.cli import execute
 from loglinear.cli.mqar import run as run_cells
+from loglinear.evaluation.mqar.cells import PROTOCOLS
+from loglinear.evaluation.mqar.models import ALL_MODELS, MODELS
 from loglinear.models import LogLinearForCausalLM
-from loglinear.recipes.mqar import PROTOCOLS
-from loglinear.recipes.mqar_models import ALL_MODELS, MODELS
 
 # The candidates that are compared by default: scores, partitions, and one option at a time.
 GRID = (

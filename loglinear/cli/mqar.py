@@ -8,7 +8,7 @@ from typing import Any
 
 from loglinear.cli.console import Interrupted, count
 from loglinear.evaluation.mqar import cores, gather, markdown, read_results, run_table
-from loglinear.recipes.mqar import RecallTable, get_task
+from loglinear.evaluation.mqar.cells import RecallTable, get_task
 from loglinear.runs.folder import RUN_FILE, claim
 from loglinear.runs.json_files import write_object
 

@@ -3,8 +3,7 @@
 A new variant with an existing transition needs one file here and one line in `VARIANTS`.
 """
 
-import difflib
-
+from loglinear.registry import pick
 from loglinear.variants.base import HeadBias, HeadSizes, Operands, Variant
 from loglinear.variants.delta_net import DeltaNet
 from loglinear.variants.gated_delta_net import GatedDeltaNet
@@ -25,11 +24,7 @@ VARIANTS: dict[str, type[Variant]] = {
 
 def get_variant(name: str) -> type[Variant]:
     """Return the class of a variant; ValueError with the nearest name if there is none of that name."""
-    if name in VARIANTS:
-        return VARIANTS[name]
-    nearest = difflib.get_close_matches(str(name), VARIANTS, n=1, cutoff=0.4)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {name!r}{hint}")
+    return pick("variant", VARIANTS, name)
 
 
 __all__ = ["VARIANTS", "HeadBias", "HeadSizes", "Operands", "Variant", "get_variant"]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from loglinear.cli import main
-from loglinear.recipes.mqar import RecallTask
+from loglinear.evaluation.mqar.cells import RecallTask
 from tests.evaluation.mqar.tiny import result_of, tiny_cell
 
 TASK = RecallTask(examples=64, epochs=1, length=8, pairs=(2,))
@@ -37,7 +37,7 @@ def test_one_cell_then_the_table_with_another_that_lies_there(capsys, tmp_path):
     ("arguments", "message"),
     [
         ([], "--out"),
-        (["--model", "mamba"], "unknown model 'mamba': did you mean 'mamba2'?"),
+        (["--model", "mamba"], "unknown model 'mamba': did you mean 'mamba2'? There are mamba2, "),
         (["--dim", "24"], "dim must be a multiple of 16 up to 4096, got 24"),
         (["--lr", "0"], "learning rate must be positive and at most 1, got 0.0"),
         (["--seed", "-1"], "seed must lie between 0 and 4294967295, got -1"),

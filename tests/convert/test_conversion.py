@@ -250,7 +250,7 @@ def test_damaged_and_missing_files_are_named(folder):
     (folder / "config.json").unlink()
     refused(folder, f"no checkpoint at {folder}: expected a folder with config.json")
     refused(folder, "did you mean 'transformers'?", source="tranformers")
-    refused(folder, "the format must be one of transformers, fla, authors, state-spaces, got 'hf'\n", source="hf")
+    refused(folder, "unknown format 'hf': there are transformers, fla, authors, state-spaces\n", source="hf")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from typing import get_args, get_type_hints
 import pytest
 
 from loglinear.cli import app, eval_app
+from loglinear.evaluation.mqar.cells import DIMS, RecallTask
 from loglinear.recipes import get_recipe
-from loglinear.recipes.mqar import DIMS, RecallTask
 from tests.documents.pages import DOCS
 
 SCRIPT = DOCS / "cli_reference.py"

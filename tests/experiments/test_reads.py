@@ -8,10 +8,10 @@ import torch
 
 from experiments.reads import Read, adapt, compare
 from experiments.reads.random_keys import share_found
+from loglinear.evaluation.mqar.cells import RecallCell
+from loglinear.evaluation.mqar.models import ALL_MODELS
 from loglinear.models import LogLinearForCausalLM
 from loglinear.ops.problem import unit_length
-from loglinear.recipes.mqar import RecallCell
-from loglinear.recipes.mqar_models import ALL_MODELS
 from tests.experiments.dense_reads import DenseMixer, absorbed, block_coefficients, linear_coefficients
 
 CANDIDATES = [

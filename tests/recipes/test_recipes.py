@@ -51,7 +51,7 @@ def test_overrides_change_only_what_is_given():
 
 
 def test_unknown_recipe_names_the_nearest():
-    with pytest.raises(ValueError, match="unknown recipe 'smal': did you mean 'small'"):
+    with pytest.raises(ValueError, match="unknown recipe 'smal': did you mean 'small'. There are demo, "):
         get_recipe("smal")
 
 

@@ -15,7 +15,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
 
 def test_unknown_variant_names_the_nearest() -> None:
     with pytest.raises(
-        ValueError, match=r"variant must be one of .*, got 'gated_deltanet'; did you mean 'gated_delta_net'"
+        ValueError, match=r"unknown variant 'gated_deltanet': did you mean 'gated_delta_net'\? There are"
     ):
         get_variant("gated_deltanet")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from loglinear.convert.formats import (
 from loglinear.convert.source import Options, Tensors
 from loglinear.convert.target import Converted
 from loglinear.models import LogLinearConfig
+from loglinear.registry import pick
 from loglinear.runs.foreign import is_upgradable
 
 OURS = (LogLinearConfig.model_type, UpgradeConfig.model_type)
@@ -84,8 +84,4 @@ def _instead(kind: str, options: Options) -> str:
 
 def get_format(name: str) -> Format:
     """Return a format; ValueError with the nearest name if there is none of that name."""
-    if name in FORMATS:
-        return FORMATS[name]
-    nearest = difflib.get_close_matches(str(name), FORMATS, n=1)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {name!r}{hint}")
+    return pick("format", FORMATS, name)

@@ -1,4 +1,4 @@
-"""Multi-query associative recall (MQAR), from examples to the table of `loglinear.recipes.mqar`."""
+"""Multi-query associative recall (MQAR), from examples to the table of `cells`."""
 
 from loglinear.evaluation.mqar.batches import (
     RecallBatch,

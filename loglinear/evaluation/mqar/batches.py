@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loglinear.data.packing import IGNORED
+from loglinear.evaluation.mqar.cells import RecallTask
 from loglinear.evaluation.mqar.examples import Recall, recall_examples
 from loglinear.models import LogLinearForCausalLM
-from loglinear.recipes.mqar import RecallTask
 
 SPLITS = ("train", "validation", "test")
 

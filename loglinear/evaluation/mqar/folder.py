@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from loglinear.recipes.mqar import RecallCell, RecallTask
+from loglinear.evaluation.mqar.cells import RecallCell, RecallTask
 from loglinear.runs.checkpoints import checkpoints, step_of
 from loglinear.runs.json_files import read_object, read_sealed, write_object, write_sealed
 

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from loglinear.evaluation.mqar.cells import RecallCell
 from loglinear.evaluation.mqar.folder import ACCURACIES, COSTS, HOW, Result, cell_of
-from loglinear.recipes.mqar import RecallCell
-from loglinear.recipes.mqar_models import ALL_MODELS
+from loglinear.evaluation.mqar.models import ALL_MODELS
 
 CELL = ("model", "dim", "learning_rate", "seed")
 COLUMNS = ["dim", "model", "decode state", "KV cache", "median", "range", "each seed", "learning rate"]

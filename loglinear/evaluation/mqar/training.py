@@ -23,9 +23,9 @@ from loglinear.evaluation.mqar.batches import (
     recall_loss,
     recall_scores,
 )
+from loglinear.evaluation.mqar.cells import RecallCell, RecallTask, TrainingProtocol
 from loglinear.evaluation.mqar.folder import Result, begin, finish
 from loglinear.models import LogLinearForCausalLM
-from loglinear.recipes.mqar import RecallCell, RecallTask, TrainingProtocol
 from loglinear.runs.checkpoints import last_checkpoint
 from loglinear.runs.provenance import command, versions
 from loglinear.training.graphs import Graphs

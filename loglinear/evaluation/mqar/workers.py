@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from loglinear.evaluation.mqar.cells import RecallCell, RecallTable
 from loglinear.evaluation.mqar.folder import Result, epochs_trained, read_results, require_same_task
 from loglinear.evaluation.mqar.table import best_learning_rate
 from loglinear.evaluation.mqar.training import run_cell
-from loglinear.recipes.mqar import RecallCell, RecallTable
 from loglinear.signals import ENDING, exit_code, ignored
 from loglinear.training.callbacks import StopEarly
 

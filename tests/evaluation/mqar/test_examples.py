@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from loglinear.data.packing import IGNORED
+from loglinear.evaluation.mqar.cells import get_task
 from loglinear.evaluation.mqar.examples import recall_examples
 from loglinear.fenwick import level
-from loglinear.recipes.mqar import get_task
 
 JITTERED = get_task("jittered").override(protocol="zoology")
 PAGE = Path(__file__).parents[3] / "docs/results/recall.md"

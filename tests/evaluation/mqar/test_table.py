@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from loglinear.evaluation.mqar import gather, markdown, read_results, rows_of
+from loglinear.evaluation.mqar.cells import RecallCell
 from loglinear.evaluation.mqar.folder import epochs_trained
+from loglinear.evaluation.mqar.models import ALL_MODELS, MODELS
 from loglinear.evaluation.mqar.table import best_learning_rate
-from loglinear.recipes.mqar import RecallCell
-from loglinear.recipes.mqar_models import ALL_MODELS, MODELS
 from tests.evaluation.mqar.tiny import TASK, result_of, tiny_cell
 
 RESULTS = [

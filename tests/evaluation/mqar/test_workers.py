@@ -7,8 +7,8 @@ import threading
 import torch
 
 from loglinear.evaluation.mqar import Progress, read_results, run_cell, run_table
+from loglinear.evaluation.mqar.cells import RecallTable
 from loglinear.evaluation.mqar.workers import _finished, _missing, sendable
-from loglinear.recipes.mqar import RecallTable
 from tests.evaluation.mqar.tiny import TASK, AfterSteps, result_of, tiny_cell
 
 SHORT = dataclasses.replace(TASK, examples=256, epochs=2)

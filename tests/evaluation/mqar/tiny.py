@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from loglinear.recipes.mqar import RecallCell, RecallTask
+from loglinear.evaluation.mqar.cells import RecallCell, RecallTask
 
 TASK = RecallTask(examples=1280, test_examples=64, length=8, pairs=(1, 2), vocab_size=12, batch_size=64, epochs=4)
 

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loglinear.recipes.mqar_models import MODELS, STATE_DIM, find_model, model_bytes, model_config
+from loglinear.evaluation.mqar.models import MODELS, STATE_DIM, find_model, model_bytes, model_config
 from loglinear.recipes.recipe import LARGEST
+from loglinear.registry import pick
 
 if TYPE_CHECKING:
     from loglinear.models import LogLinearConfig, LogLinearForCausalLM
@@ -89,8 +90,7 @@ class RecallTask:
     jitter: bool = False
 
     def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
+        pick("protocol", PROTOCOLS, self.protocol)
         for name in ("examples", "test_examples", "batch_size", "epochs"):
             if not 1 <= getattr(self, name) <= LARGEST:
                 raise ValueError(f"{name} must lie between 1 and {LARGEST}, got {getattr(self, name)}")
@@ -147,9 +147,7 @@ TASKS = {
 
 def get_task(name: str) -> RecallTask:
     """Return the task called `name`. Raises ValueError if there is none."""
-    if name not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
-    return TASKS[name]
+    return pick("task", TASKS, name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,8 @@ import json
 import pytest
 import torch
 
-from loglinear.fenwick import level
-from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts, state_bytes
-from loglinear.partition import LARGEST_CHUNK
-from loglinear.recipes.mqar import DIMS, PROTOCOLS, RecallCell, RecallTable, RecallTask, get_task
-from loglinear.recipes.mqar_models import (
+from loglinear.evaluation.mqar.cells import DIMS, PROTOCOLS, RecallCell, RecallTable, RecallTask, get_task
+from loglinear.evaluation.mqar.models import (
     ABLATIONS,
     ALL_MODELS,
     CHOICES,
@@ -19,6 +16,9 @@ from loglinear.recipes.mqar_models import (
     MODELS,
     decode_bytes,
 )
+from loglinear.fenwick import level
+from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts, state_bytes
+from loglinear.partition import LARGEST_CHUNK
 from loglinear.variants import HeadSizes
 
 HEADS = {  # heads, query/key groups, key dimension, head dimension
@@ -196,8 +196,11 @@ def test_a_jittered_task_has_the_levels_of_every_start():
         (lambda: cell(dim=24), "dim must be a multiple of 16 up to 4096, got 24"),
         (lambda: cell(learning_rate=0.0), "learning rate must be positive and at most 1, got 0.0"),
         (lambda: cell(seed=-1), "seed must lie between 0 and 4294967295, got -1"),
-        (lambda: RecallTask(protocol="zoo"), "protocol must be one of loglinear, zoology.*, got 'zoo'"),
-        (lambda: get_task("jitter"), "task must be one of standard, jittered, got 'jitter'"),
+        (
+            lambda: RecallTask(protocol="zoo"),
+            "unknown protocol 'zoo': did you mean 'zoology'. There are loglinear, zoology",
+        ),
+        (lambda: get_task("jitter"), "unknown task 'jitter': did you mean 'jittered'. There are standard, jittered"),
         (lambda: RecallTask(epochs=0), "epochs must lie between 1 and 2147483647, got 0"),
         (lambda: RecallTask(pairs=(4, 0)), "pairs must be one or more different positive numbers"),
         (lambda: RecallTask(pairs=(4, 4)), "pairs must be one or more different positive numbers"),

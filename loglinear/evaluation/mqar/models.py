@@ -10,12 +10,12 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loglinear.partition import LARGEST_CHUNK
 from loglinear.recipes.choices import PUBLISHED, choices
+from loglinear.registry import pick
 
 if TYPE_CHECKING:
     from loglinear.models import LogLinearConfig, LogLinearForCausalLM
@@ -102,10 +102,7 @@ ALL_MODELS = MODELS | ROUTED_MODELS | CONTROLS | ABLATIONS
 
 def find_model(name: str) -> Model:
     """Return the model called `name`. Raises ValueError, with the nearest name, if there is none."""
-    if name not in ALL_MODELS:
-        nearest = get_close_matches(name, ALL_MODELS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown model {name!r}: did you mean {nearest!r}? There are {', '.join(ALL_MODELS)}")
-    return ALL_MODELS[name]
+    return pick("model", ALL_MODELS, name)
 
 
 def model_config(name: str, dim: int, *, vocab_size: int, length: int, positions: int) -> LogLinearConfig:
