@@ -20,8 +20,8 @@ KEY_OR_VALUE = re.compile(r" ([a-z]{5}-[a-z]{5}|\d{7})\b(,(?: and)?(?= \d)|\.)?"
 def needle_documents(count: int, length: int, texts: Iterable[str] = ()) -> Iterator[str]:
     """Yield training documents of 200 to `length` bytes. Document i is the same for every `count`.
 
-    Documents of 200 to 400 bytes hold as many bytes in all as those of 400 to 800, and so on: short documents teach
-    what long ones need not. Each has 1 to length / 124 facts, log-uniformly, and some keys have up to 4 values. Facts
+    Lengths are log-uniform. Short documents are many and teach to answer; long ones hold most of the bytes and teach
+    to answer from afar. Each has 1 to length / 124 facts, log-uniformly, and some keys have up to 4 values. Facts
     are repeated until a random share of the document is full. They are hidden in noise or, if there are `texts`, with
     equal probability in their sentences. Questions about 1 to 4 keys each follow, until all keys are used or half of
     the document is full. A document is shorter than its length by less than one sentence.
@@ -58,15 +58,19 @@ def _all_bytes(texts: Sequence[str]) -> list[int]:
 
 
 def _document(rng: Random, longest: int, haystacks: Sequence[Haystack]) -> str:
-    length = round(1 / rng.uniform(1 / longest, 1 / SHORTEST))
+    length = round(_log_uniform(rng, SHORTEST, longest))
     haystack = rng.choice(haystacks)
-    needles = _facts(rng, round(math.exp(rng.uniform(0, math.log(length // 2 // TELLING)))))
+    needles = _facts(rng, round(_log_uniform(rng, 1, length // 2 // TELLING)))
     needles += rng.choices(needles, k=max(1, int(length * rng.random() / TELLING) - len(needles)))
     rng.shuffle(needles)
     room = length - TELLING * len(needles)
     questions = _questions(rng, needles, min(room, length // 2))
     mixed, _ = hide(rng, needles, haystack.take(rng, room - _bytes(questions)))
     return questions.replace(HAY, haystack.separator.join(mixed))
+
+
+def _log_uniform(rng: Random, least: float, most: float) -> float:
+    return math.exp(rng.uniform(math.log(least), math.log(most)))
 
 
 def _facts(rng: Random, count: int) -> list[Needle]:

@@ -41,11 +41,23 @@ def test_every_answer_is_in_the_text_and_no_key_is_asked_twice(documents):
     assert {0, 1, 2, 3} <= set(number_of_questions)
 
 
-def test_every_octave_of_lengths_has_as_many_bytes(documents):
+def test_every_octave_of_lengths_has_as_many_documents(documents):
     sizes = np.array([len(text.encode()) for text in documents])
     assert sizes.max() <= 2000 and sizes.min() > 200 - LONGEST_SENTENCE
-    octaves = [sizes[(low <= sizes) & (sizes < 2 * low)].sum() for low in (250, 500, 1000)]
+    octaves = [np.sum((low <= sizes) & (sizes < 2 * low)) for low in (250, 500, 1000)]
     assert octaves / np.mean(octaves) == pytest.approx([1, 1, 1], abs=0.1)
+
+
+def test_answers_are_asked_for_from_afar(documents):
+    """Half of the bytes are in documents of more than half the longest length, and so are answers from as far back."""
+    sizes = np.array([len(text.encode()) for text in documents])
+    assert sizes[sizes > 1000].sum() > 0.5 * sizes.sum()
+    distances = [
+        question.start() - text.index(f"for {listed(question[1])[0]} is:")
+        for text in documents
+        for question in QUESTION.finditer(text)
+    ]
+    assert np.mean(np.array(distances) > 500) > 0.25 and np.mean(np.array(distances) > 1000) > 0.1
 
 
 def test_needles_are_few_or_many_and_lie_in_noise_or_in_text(documents):
