@@ -1,6 +1,8 @@
 """A log line, written once, with the implementation of an operator and the reason why impl="auto" avoids triton."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -16,4 +18,21 @@ def announce(operator: str, impl: str, reason: str | None) -> None:
     if torch.compiler.is_compiling() or (operator, impl, reason) in _announced:
         return
     _announced.add((operator, impl, reason))
-    logger.info("%s runs with impl=%r%s", operator, impl, "" if reason is None else f": {reason}")
+    logger.info("%s", _line(operator, impl, reason))
+
+
+def _line(operator: str, impl: str, reason: str | None) -> str:
+    return f"{operator} runs with impl={impl!r}{'' if reason is None else f': {reason}'}"
+
+
+@contextmanager
+def announced() -> Iterator[list[str]]:
+    """Collect the lines of the calls in a block, each once, whatever was logged before; the list fills at its end."""
+    global _announced
+    lines: list[str] = []
+    before, _announced = _announced, set()
+    try:
+        yield lines
+    finally:
+        lines += sorted(_line(*call) for call in _announced)
+        _announced |= before

@@ -1,0 +1,121 @@
+"""The benchmark of upgrades, on its tiny models."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import upgrade
+from benchmarks.machine import command_line
+from benchmarks.upgrade_models import FAMILIES, KINDS, build, cache_bytes, new_cache, repeat_rows
+from loglinear import log_linear_attention
+from loglinear.ops.announcement import announced
+
+
+def run(monkeypatch, *options: str) -> int:
+    monkeypatch.setattr("sys.argv", ["benchmarks.upgrade", *options])
+    with pytest.raises(SystemExit) as exit_:
+        command_line(upgrade.main, "upgrade")
+    return exit_.value.code
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    out = tmp_path_factory.mktemp("results") / "upgrade.json"
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, "--lengths", "64", "--lengths", "192", "--steps", "3", "--out", str(out)) == 0
+    found = json.loads(out.read_text())
+    assert found["about"]["versions"].keys() >= {"torch", "transformers"}
+    return {(row["family"], row["model"], row["work"], row["B"], row["T"]): row for row in found["rows"]}
+
+
+def test_every_model_is_measured_at_every_length(rows):
+    works = [("prefill", 1), ("decode", 1), ("decode", 16)]
+    expected = {(family, kind, *work, T) for family in FAMILIES for kind in KINDS for work in works for T in (64, 192)}
+    assert set(rows) == expected
+    for row in rows.values():
+        assert "failed" not in row and row["seconds"] > 0
+        assert row["tokens_per_second"] == pytest.approx(
+            (row["T"] if row["work"] == "prefill" else row["B"]) / row["seconds"]
+        )
+
+
+def test_upgrades_have_the_logits_of_their_original(rows):
+    """Up to bfloat16's rounding; measured 0.003 to 0.005."""
+    for (_, kind, work, *_), row in rows.items():
+        assert ("logits_difference" in row) == (work == "prefill" and kind != "original")
+        assert row.get("logits_difference", 0) < 0.02
+        assert (row["new_parameters"] > 0) == (kind != "original")
+
+
+def test_rows_name_the_code_that_ran(rows):
+    for (family, kind, work, *_), row in rows.items():
+        if kind == "original":  # no package with kernels is installed here
+            module = f"transformers.models.{FAMILIES[family].module}"
+            assert row["ran"] == [f"{name}: {module}" for name in FAMILIES[family].functions[work]]
+        else:
+            operator = {"Mamba-2": "log_linear_attention", "Qwen3.5": "log_linear_delta_rule"}[family]
+            assert f"{operator}{'_step' * (work == 'decode')} runs with impl='torch'" in row["ran"]
+            assert any("bucket_scores" in line for line in row["ran"]) == ("routed" in kind and work == "prefill")
+
+
+def test_the_cache_is_counted_by_its_parts(rows):
+    """A linear layer of the tiny Qwen3.5 keeps, as float32, 2 heads of 16 x 16 and, in bfloat16, 4 tokens of 96."""
+    for (family, kind, work, B, T), row in rows.items():
+        if work == "prefill":
+            assert row["key_value_bytes"] == {"Mamba-2": 0, "Qwen3.5": 2 * 16 * T * 2}[family]
+        if kind == "original" and family == "Qwen3.5":
+            assert row["state_bytes"] == B * 3 * (2 * 16 * 16 * 4 + 4 * 96 * 2)
+        if kind != "original":
+            assert row["state_bytes"] > rows[family, "original", work, B, T]["state_bytes"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_repeated_rows_continue_like_the_one_row(family, kind):
+    model, name = build(FAMILIES[family], kind, 128, "cpu", None), FAMILIES[family].cache_name
+    ids, cache = torch.randint(3, 200, (1, 70), generator=torch.Generator().manual_seed(1)), new_cache(model)
+    model(ids, use_cache=True, **{name: cache})
+    one = cache_bytes(cache)
+    repeat_rows(cache, 3)
+    assert cache_bytes(cache) == {part: 3 * size for part, size in one.items()}
+    logits = model(ids[:, :1].expand(3, 1), use_cache=True, **{name: cache}).logits
+    whole = model(torch.cat([ids, ids[:, :1]], 1), use_cache=False).logits[:, -1:]
+    assert (logits - whole).norm() < 0.02 * whole.norm() * 3**0.5
+
+
+def test_a_row_that_fails_says_why_and_the_others_continue(monkeypatch, tmp_path, capsys):
+    prefill, out = upgrade.Reader.prefill, tmp_path / "upgrade.json"
+
+    def short_of_memory(self, T):
+        if T == 128:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prefill(self, T)
+
+    monkeypatch.setattr(upgrade.Reader, "prefill", short_of_memory)
+    options = ["--family", "Mamba-2", "--model", "original", "--steps", "1", "--out", str(out)]
+    assert run(monkeypatch, *options, "--lengths", "128", "--lengths", "64") == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row.get("failed") for row in rows] == ["out of memory", "no prefill", "no prefill", None, None, None]
+    assert "out of memory" in capsys.readouterr().out
+    assert run(monkeypatch, *options, "--lengths", "64", "--minutes", "1e-9") == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["failed"] for row in rows] == ["out of time", "no prefill", "no prefill"]
+
+
+def test_unknown_names_are_refused_in_one_line(monkeypatch, capsys):
+    assert run(monkeypatch, "--family", "GPT") == 2
+    assert "--family must be one of 'Mamba-2', 'Qwen3.5', got 'GPT'" in capsys.readouterr().err
+    assert run(monkeypatch, "--model", "radix 3") == 2 and run(monkeypatch, "--minutes", "0") == 2
+
+
+def test_announced_lines_are_those_of_the_block():
+    q, v = torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4)
+    for _ in range(2):  # whatever was announced before
+        with announced() as lines:
+            log_linear_attention(q, q, v, None, torch.ones(1, 2, 1, 2))
+        assert lines == ["log_linear_attention runs with impl='torch'"]
+    with announced() as lines:
+        pass
+    assert lines == []
