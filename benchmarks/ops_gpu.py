@@ -90,20 +90,20 @@ def candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[
     """Return name -> (function of leaves, leaves). A peer that cannot be imported is left out."""
     inputs = make_inputs(s, T, num_levels(T))
     ours, scales = operator(s, "triton"), inputs[-1]
-    found: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+    peers: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
         "loglinear": (ours, inputs),
         "loglinear, L = 1": (ours, [*inputs[:-1], scales[..., :1].contiguous()]),
     }
     if not s.with_peers:
-        return found
+        return peers
     if s.delta:
-        return found | delta_rule_peers(inputs)
+        return peers | delta_rule_peers(inputs)
     q, k, v, log_decay, scales = inputs
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
         A = -torch.ones(s.H, device="cuda")
-        found["mamba-ssm SSD (linear)"] = (
+        peers["mamba-ssm SSD (linear)"] = (
             lambda x, dt, B, C: mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256),
             [v, -log_decay, k, q],
         )
@@ -117,17 +117,17 @@ def candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
         attention = [torch.randn(s.B, h, T, s.V, device="cuda", dtype=torch.bfloat16) for h in (s.H, 1, 1)]
-        found["FlashAttention-2"] = (flash, attention)
+        peers["FlashAttention-2"] = (flash, attention)
         try:
             from fla.ops.log_linear_attn import chunk_log_linear_attn
 
             def fla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scales: Tensor) -> Tensor:
                 return chunk_log_linear_attn(q, k, v, g, scales)[0]
 
-            found["fla log-linear"] = (fla, inputs)
+            peers["fla log-linear"] = (fla, inputs)
         except ImportError as error:
             print("fla is left out:", error)
-    return found
+    return peers
 
 
 def delta_rule_peers(inputs: list[Tensor]) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
@@ -185,14 +185,14 @@ def figures(function: Callable[..., Tensor], leaves: list[Tensor], graph: bool) 
     torch.cuda.reset_peak_memory_stats()
     both()
     peak = torch.cuda.max_memory_allocated() - before
-    found = {"forward": forward, "forward+backward": median_ms(both), "peak_gib": peak / 2**30}
+    figures = {"forward": forward, "forward+backward": median_ms(both), "peak_gib": peak / 2**30}
     if graph:
         for name, run in (("forward, graph", lambda: function(*leaves)), ("forward+backward, graph", both)):
             captured = torch.cuda.CUDAGraph()
             with torch.cuda.graph(captured):
                 run()
-            found[name] = median_ms(captured.replay)
-    return found
+            figures[name] = median_ms(captured.replay)
+    return figures
 
 
 def check(s: Shape) -> float:
@@ -228,8 +228,8 @@ def measure(
                     if name.startswith("loglinear"):
                         raise
                     row["figures"][name] = {"failed": f"{type(failure).__name__}: {str(failure)[:200]}"}
-                found = cell(row["figures"][name])
-                progress.console.print(f"{s.name}, T {T:,}, {name}: {found}", highlight=False)
+                text = cell(row["figures"][name])
+                progress.console.print(f"{s.name}, T {T:,}, {name}: {text}", highlight=False)
                 keep(rows)
                 torch.cuda.empty_cache()
             progress.remove_task(task)
@@ -246,13 +246,13 @@ def show(rows: list[dict[str, Any]]) -> None:
         print_table(title, ["", *(f"T {row['T']:,}" for row in mine)], cells)
 
 
-def cell(found: dict[str, Any] | None) -> str:
+def cell(figures: dict[str, Any] | None) -> str:
     """Return the numbers of one candidate at one length."""
-    if found is None:
+    if figures is None:
         return ""
-    if "failed" in found:
+    if "failed" in figures:
         return "cannot"
-    text = f"{found['forward']:.2f} / {found['forward+backward']:.2f}, {found['peak_gib']:.1f}"
-    if "forward, graph" in found:
-        text += f" (graph {found['forward, graph']:.2f} / {found['forward+backward, graph']:.2f})"
+    text = f"{figures['forward']:.2f} / {figures['forward+backward']:.2f}, {figures['peak_gib']:.1f}"
+    if "forward, graph" in figures:
+        text += f" (graph {figures['forward, graph']:.2f} / {figures['forward+backward, graph']:.2f})"
     return text

@@ -232,11 +232,11 @@ def evaluation(
     corpus = read_corpus(data, tokens) if data else None
 
     def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:
-        found: dict[str, Any] = {"state_bytes": state_bytes(model.config, sizes.longest)}
+        measured: dict[str, Any] = {"state_bytes": state_bytes(model.config, sizes.longest)}
         if corpus is not None:
             perplexity = evaluate_perplexity(model, corpus, length=sizes.window, max_tokens=EVAL_TOKENS)
-            found["perplexity"] = perplexity.to_dict()
-        return {**found, "tasks": evaluate_sets(model, tokens, sets)}
+            measured["perplexity"] = perplexity.to_dict()
+        return {**measured, "tasks": evaluate_sets(model, tokens, sets)}
 
     return evaluate
 
@@ -247,17 +247,17 @@ def show(results: Path) -> None:
     Each number is the mean over the seeds, with their standard deviation.
     """
     runs = read_seeds(results, "upgrade", KINDS)
-    lengths = sorted({score["length"] for found in runs.values() for score in _scores(found[0])})
+    lengths = sorted({score["length"] for seeds in runs.values() for score in _scores(seeds[0])})
     columns = ["model", "seeds", *(f"{length:,} tokens" for length in lengths), "bits per byte", "state"]
     rows = []
-    for kind, found in runs.items():
+    for kind, seeds in runs.items():
         recall = [
-            [np.mean([score["accuracy"] for score in _scores(one) if score["length"] == length]) for one in found]
+            [np.mean([score["accuracy"] for score in _scores(one) if score["length"] == length]) for one in seeds]
             for length in lengths
         ]
-        texts = [one["evaluation"]["perplexity"]["bits_per_byte"] for one in found if "perplexity" in one["evaluation"]]
-        size = human_bytes(found[0]["evaluation"]["state_bytes"])
-        rows.append([kind, f"{len(found)}", *(_spread(row, 100, 1) for row in recall), _spread(texts, 1, 4), size])
+        texts = [one["evaluation"]["perplexity"]["bits_per_byte"] for one in seeds if "perplexity" in one["evaluation"]]
+        size = human_bytes(seeds[0]["evaluation"]["state_bytes"])
+        rows.append([kind, f"{len(seeds)}", *(_spread(row, 100, 1) for row in recall), _spread(texts, 1, 4), size])
     print_table("Needles found, in percent", columns, rows)
 
 

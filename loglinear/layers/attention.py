@@ -9,11 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-AT_ONCE = torch.__version__ >= "2.11"  # varlen_attn is causal only with its window, which is new in this version
-WIDTHS = range(8, 129, 8)  # head widths that varlen_attn supports
-PLANNED = 1024  # cuDNN plans each new length for tens of milliseconds, so it gets only multiples, which occur again
-LONG = 4096  # tokens from which cuDNN with a plan is faster than one call for all documents
-CHOOSING = threading.Lock()  # the switch of cuDNN is one for the whole process
+# Note [Packed softmax attention]. Each document of a packed row attends within itself. On a GPU, documents of LONG
+# tokens or more go to cuDNN one by one, which is faster than one call for all. cuDNN plans each new length for tens of
+# milliseconds, so it gets only multiples of PLANNED tokens, which occur again. Neighbours among the other documents
+# share one call of varlen_attn. It supports heads of WIDTHS and is causal only with its window, which torch has from
+# 2.11 on (AT_ONCE). Without it every document has a call of its own. The switch that keeps cuDNN away from other
+# lengths is one for the whole process, so CHOOSING guards it.
+AT_ONCE = torch.__version__ >= "2.11"
+WIDTHS = range(8, 129, 8)
+PLANNED, LONG = 1024, 4096
+CHOOSING = threading.Lock()
 
 Heads = tuple[Tensor, Tensor, Tensor]  # q [B, H, T, K], k and v [B, G, T, K]
 
@@ -114,7 +119,10 @@ class Attention(nn.Module):
 
     @torch._disable_dynamo  # a graph would hold for these lengths alone; torch.compiler.disable imports the compiler
     def _attend_documents(self, heads: Heads, lengths: Tensor) -> Tensor:
-        """Attend within each document: long ones alone, neighbouring short ones in one call."""
+        """Attend within each document: long ones alone, neighbouring short ones in one call.
+
+        See Note [Packed softmax attention].
+        """
         if not (AT_ONCE and self.head_dim in WIDTHS and _has_flash(heads)):
             return torch.cat(self._one_by_one(heads, lengths.tolist()), dim=2)
         runs = [(alone, list(run)) for alone, run in itertools.groupby(lengths.tolist(), key=_is_long)]

@@ -2,6 +2,6 @@
 K x K matrix. Write Z = [P | S] for a block's transition and state: both obey Z <- P_right Z_left + [0 | S_right]."""
 
 from loglinear.kernels.torch.delta_rule.slab import DeltaRuleSlab
-from loglinear.kernels.torch.delta_rule.step import append_inverse_row, chunk_inverse, decode_step
+from loglinear.kernels.torch.delta_rule.step import append_inverse_row, chunk_inverse, delta_rule_step
 
-__all__ = ["DeltaRuleSlab", "append_inverse_row", "chunk_inverse", "decode_step"]
+__all__ = ["DeltaRuleSlab", "append_inverse_row", "chunk_inverse", "delta_rule_step"]

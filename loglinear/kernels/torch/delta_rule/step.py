@@ -33,7 +33,7 @@ def append_inverse_row(inverse: Tensor, k: Tensor, beta: Tensor, log_decay: Tens
     inverse[row, place] = torch.where(earlier, made, identity)
 
 
-def decode_step(
+def delta_rule_step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -46,7 +46,7 @@ def decode_step(
     full: Tensor,
     partition: Partition,
 ) -> Tensor:
-    """As the scalar gate's `decode_step`, with beta [N,C,H] and the chunks' inverses [N,C,H,C], by their rows. The
+    """As `scalar_gate_step`, with beta [N,C,H] and the chunks' inverses [N,C,H,C], by their rows. The
     token's row of the effective attention is e = (q K^T * dec) A diag(b)."""
     C, R, K = k.shape[1], v.shape[2] // k.shape[2], k.shape[3]
     seen, to_place, to_blocks = row_scales(level_scales, position, C, blocks.shape[1], partition)

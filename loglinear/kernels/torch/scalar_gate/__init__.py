@@ -1,6 +1,6 @@
 """S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T, in chunks; the transition of a block is one number per head."""
 
 from loglinear.kernels.torch.scalar_gate.slab import ScalarGateSlab
-from loglinear.kernels.torch.scalar_gate.step import decode_step
+from loglinear.kernels.torch.scalar_gate.step import scalar_gate_step
 
-__all__ = ["ScalarGateSlab", "decode_step"]
+__all__ = ["ScalarGateSlab", "scalar_gate_step"]

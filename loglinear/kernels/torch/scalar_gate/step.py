@@ -10,7 +10,7 @@ from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales, 
 from loglinear.partition import Partition
 
 
-def decode_step(
+def scalar_gate_step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
