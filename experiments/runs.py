@@ -46,6 +46,7 @@ class Options:
     batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens per step; the recipe's need 11 GiB of a GPU.", show_default=RECIPE)
     ] = None
+    learning_rate: Annotated[float | None, typer.Option(help="Peak of the learning rate.", show_default=RECIPE)] = None
     seed: Annotated[
         int | None, typer.Option(help="Seed of the weights and of the data's order.", show_default=RECIPE)
     ] = None

@@ -19,6 +19,12 @@ def test_blocks_are_compiled_where_there_is_a_gpu_and_nothing_else_is_said(tmp_p
     assert recipe_of_run(recipe, out).compile and not recipe_of_run(recipe, out, compile=False).compile
 
 
+def test_a_rate_of_a_search_replaces_the_recipes(tmp_path):
+    recipe = recipe_of_run(tiny_recipe(tmp_path), tmp_path / "run", **Options(learning_rate=3e-4, seed=10).overrides)
+    assert (recipe.learning_rate, recipe.seed) == (3e-4, 10)
+    assert recipe_of_run(tiny_recipe(tmp_path), tmp_path / "run", **Options().overrides) == tiny_recipe(tmp_path)
+
+
 def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
     recipe = tiny_recipe(tmp_path, seed=3)
     write_run(tmp_path, recipe, {}, parameters=1, model=recipe.model_config())
