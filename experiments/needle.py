@@ -1,4 +1,4 @@
-"""Retrieval from long text: six models of one size, trained at 4,096 tokens and tested within and past that length.
+"""Retrieval from long text: six models of one size, trained at 2,048 tokens and tested within and past that length.
 
 python -m experiments.needle prepare
 python -m experiments.needle run --kind log_linear --out runs/needle/log_linear --minutes 9
@@ -8,6 +8,7 @@ python -m experiments.figures
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,9 +24,10 @@ from loglinear.data.sources import read_documents
 from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
+from loglinear.runs.json_files import read_object
 from loglinear.training import load_tokenizer
 
-LENGTHS = (SEQUENCE // 4, SEQUENCE // 2, SEQUENCE, 2 * SEQUENCE, 4 * SEQUENCE)  # tokens of the examples
+LENGTHS = (SEQUENCE // 2, SEQUENCE, 2 * SEQUENCE, 4 * SEQUENCE, 8 * SEQUENCE)  # tokens of the examples
 TOKENIZER_DATA = ("needle:20000:12000", "stdlib")  # training text of the tokenizer
 TIMES = 2000  # repetitions of the digits, more than of most pairs of tokens
 END = "<|endoftext|>"
@@ -113,6 +115,34 @@ def run(
     eval_settings = {"data": data or [], "examples": examples}
     overrides = {"tokenizer": str(tokenizer), "num_levels": recipe.model["num_levels"] if levels is None else levels}
     train_and_evaluate(recipe, out, evaluate, name, options, eval_settings=eval_settings, **overrides)
+
+
+@app.command()
+def rates(
+    folder: Annotated[Path, typer.Argument(help="Folder of the results of a search, one folder per rate.")],
+) -> None:
+    """Print the last validation loss, in bits per byte, of every kind and learning rate: the mean over seeds.
+
+    A search is `run` with --learning-rate, seeds that are not reported, and a folder of results for each rate. The
+    recipe then takes each kind's best rate, so no test example decides it.
+
+    Example:
+
+    python -m experiments.needle rates runs/needle/rates
+    """
+    losses: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for file in sorted(folder.glob("*/needle-*.json")):
+        result = read_object(file)
+        kind = result["recipe"]["name"].removeprefix("needle_")
+        validation = [point for point in result["training"]["curve"] if point["split"] == "validation"]
+        losses[kind][result["recipe"]["learning_rate"]].append(validation[-1]["bits_per_byte"])
+    if not losses:
+        raise ValueError(f"{folder} holds no results of a search: expected RATE/needle-KIND-seedSEED.json")
+    for kind, by_rate in losses.items():
+        means = {rate: sum(bits) / len(bits) for rate, bits in sorted(by_rate.items())}
+        best = min(means, key=lambda rate: means[rate])
+        shown = ", ".join(f"{rate:g}: {bits:.3f}" for rate, bits in means.items())
+        print(f"{kind}: best {best:g} ({shown})")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from loglinear.data.needles import Needle
 from loglinear.data.tokenizer import load_tokenizer
 from loglinear.evaluation.needle import IN_TEXT, TASKS
 from loglinear.models import ByteTokenizer
-from loglinear.runs.json_files import read_object
+from loglinear.runs.json_files import read_object, write_object
 from tests.data.test_needle_documents import PROSE
 from tests.training.tiny import tiny_recipe
 
@@ -116,3 +116,18 @@ def test_prepared_tokenizer_keeps_every_byte_and_cuts_digits_in_threes(tmp_path,
     for text in (*needle_documents(3, 900), " naïve café\t数学 \x00 😀\n"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.tokenize(Needle("a-b", "1234567").sentence)[-6:-1] == [":", "Ġ", "123", "456", "7"]
+
+
+def test_a_search_shows_the_rate_of_least_validation_loss(tmp_path, capsys):
+    for rate, seed, bits in ((1e-3, 10, 0.5), (1e-3, 11, 0.3), (2e-3, 10, 0.2), (2e-3, 11, 0.7)):
+        curve = [{"split": "validation", "bits_per_byte": value} for value in (0.1, bits)]
+        curve.append({"split": "train", "bits_per_byte": 0.0})
+        recipe = {"name": "needle_linear", "learning_rate": rate}
+        (tmp_path / str(rate)).mkdir(exist_ok=True)
+        write_object(
+            tmp_path / str(rate) / f"needle-linear-seed{seed}.json", {"recipe": recipe, "training": {"curve": curve}}
+        )
+    needle.rates(tmp_path)
+    assert capsys.readouterr().out == "linear: best 0.001 (0.001: 0.400, 0.002: 0.450)\n"
+    with pytest.raises(ValueError, match="holds no results of a search"):
+        needle.rates(tmp_path / "none")
