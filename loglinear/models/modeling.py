@@ -63,24 +63,26 @@ class LogLinearBlock(GradientCheckpointingLayer):
             self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, layout: TokenLayout, past_key_values: Any = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, layout: TokenLayout, past_key_values: Any = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the block's output and, if the layout asks for them, its attention weights [B, H, T, S].
 
         Args:
-            x: [B, T, D].
+            hidden_states: [B, T, D].
             layout: The inputs that all blocks share.
             past_key_values: This layer's cache; gradient checkpointing recognises it by this name and drops it.
         """
-        normed, weights = self.mixer_norm(x), None
+        normed, weights = self.mixer_norm(hidden_states), None
         if isinstance(self.mixer, Attention):
             assert layout.attention is not None
             mixed, weights = self.mixer(normed, layout.attention, past_key_values)
-            x = x + mixed
+            hidden_states = hidden_states + mixed
         elif past_key_values is None:
             start = self.mixer.starting_at(layout.initial_position, normed)
-            x = x + self.mixer(normed, layout.packing, start)[0]
+            hidden_states = hidden_states + self.mixer(normed, layout.packing, start)[0]
         elif layout.is_step:
-            x = x + self.mixer.step(normed, past_key_values.state, layout.active)
+            hidden_states = hidden_states + self.mixer.step(normed, past_key_values.state, layout.active)
             past_key_values.advance(1)
         else:
             past = past_key_values.state
@@ -88,9 +90,9 @@ class LogLinearBlock(GradientCheckpointingLayer):
             is_new = past is None or layout.initial_position is not None
             before = self.mixer.starting_at(layout.initial_position, normed) if is_new else past.state()
             mixed, state = self.mixer(normed, layout.packing, before, return_state=True)
-            past_key_values.store(state, x.shape[1])
-            x = x + mixed
-        return (x if self.mlp is None else x + self.mlp(self.mlp_norm(x))), weights
+            past_key_values.store(state, hidden_states.shape[1])
+            hidden_states = hidden_states + mixed
+        return (hidden_states if self.mlp is None else hidden_states + self.mlp(self.mlp_norm(hidden_states))), weights
 
 
 class LogLinearPreTrainedModel(PreTrainedModel):
@@ -198,7 +200,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
                 seq_idx=seq_idx,
             )
         refuse_unknown(kwargs, places)
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache, packed=places.cu_seqlens is not None)
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_weights = self.config.output_attentions if output_attentions is None else output_attentions
@@ -207,13 +209,13 @@ class LogLinearModel(LogLinearPreTrainedModel):
         tokens_first = None
         if places.real is not None and cache is None and torch.compiler.is_compiling():
             tokens_first = TokensFirst.of(places.real)
-            x, places = tokens_first.apply(x), places._replace(real=None)
+            hidden_states, places = tokens_first.apply(hidden_states), places._replace(real=None)
             if position_ids is not None:
                 position_ids = tokens_first.apply(position_ids.expand(places.rows, -1))
         layout = token_layout(
             self.config,
             places,
-            x.device,
+            hidden_states.device,
             position_ids,
             cache,
             with_weights=bool(with_weights),
@@ -222,21 +224,23 @@ class LogLinearModel(LogLinearPreTrainedModel):
         all_hidden_states, all_weights = [], []
         with changing(cache):
             if cache is not None:
-                cache.history.extend(places.rows, places.time, places.real, input_ids, x.device)
+                cache.history.extend(places.rows, places.time, places.real, input_ids, hidden_states.device)
             for i, layer in enumerate(self.layers):
                 if keep_all:
-                    all_hidden_states.append(x)
-                x, weights = layer(x, layout, past_key_values=None if cache is None else cache.layers[i])
+                    all_hidden_states.append(hidden_states)
+                hidden_states, weights = layer(
+                    hidden_states, layout, past_key_values=None if cache is None else cache.layers[i]
+                )
                 if weights is not None:
                     all_weights.append(weights)
-            x = self.norm(x)
+            hidden_states = self.norm(hidden_states)
         if tokens_first is not None:
-            x, *all_hidden_states = (tokens_first.undo(y) for y in (x, *all_hidden_states))
+            hidden_states, *all_hidden_states = (tokens_first.undo(y) for y in (hidden_states, *all_hidden_states))
             all_weights = [tokens_first.undo_weights(weights) for weights in all_weights]
         output = BaseModelOutputWithPast(
-            last_hidden_state=x,
+            last_hidden_state=hidden_states,
             past_key_values=cache,
-            hidden_states=(*all_hidden_states, x) if keep_all else None,
+            hidden_states=(*all_hidden_states, hidden_states) if keep_all else None,
             attentions=tuple(all_weights) if with_weights else None,
         )
         return output if self._returns_dict(return_dict) else output.to_tuple()
