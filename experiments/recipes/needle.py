@@ -1,9 +1,12 @@
-"""Retrieval from long text: six models of 12 M parameters, for `loglinear eval needle`."""
+"""Retrieval from long text: six models of 6 M parameters, small enough for several seeds of each."""
 
 from experiments.recipes.comparison import recipe_of_kind
 from loglinear.recipes.recipe import TrainingRecipe
 
-SEQUENCE = 4096  # tokens
+SEQUENCE = 2048  # tokens
+LONGEST = 3 * SEQUENCE  # bytes of a document with needles, of which a token has 3.2
+WIDTH = 256
+INITIAL = (3 * WIDTH) ** -0.5  # deviation of the first weights; with transformers' 0.02 softmax attention learns late
 VOCABULARY = 4096  # tokens; the long texts have bytes, but a key of eleven bytes is hard to recognise
 TOKENIZER = "data/needle/tokenizer"  # `python -m experiments.needle prepare` makes it
 
@@ -11,21 +14,21 @@ TOKENIZER = "data/needle/tokenizer"  # `python -m experiments.needle prepare` ma
 def needle(kind: str, *, miniature: bool = False) -> TrainingRecipe:
     """Return the recipe of one of `comparison.KINDS` on needles in noise and in Python's standard library.
 
-    The files of the standard library are training text too. Sequences have 4,096 tokens; a run reads 197 M.
+    The files of the standard library are training text too. Sequences have 2,048 tokens; a run reads 98 M.
     """
     return recipe_of_kind(
         "needle",
         kind,
         about=f"needles in haystacks of {SEQUENCE:,} tokens",
-        parameters="0.7 M" if miniature else "12 M",
-        sizes=dict(hidden_size=320, num_hidden_layers=8, intermediate_size=640, num_heads=10),
-        shared=dict(vocab_size=VOCABULARY, rope_theta=10_000.0),
+        parameters="0.7 M" if miniature else "6 M",
+        sizes=dict(hidden_size=WIDTH, num_hidden_layers=6, intermediate_size=512, num_heads=8),
+        shared=dict(vocab_size=VOCABULARY, rope_theta=10_000.0, initializer_range=INITIAL),
         miniature=miniature,
         tokenizer=TOKENIZER,
-        data=(f"needle:{6000 if miniature else 300_000}:12000:stdlib", "stdlib"),
+        data=(f"needle:{6000 if miniature else 60_000}:{LONGEST}:stdlib", "stdlib"),
         seq_len=SEQUENCE,
-        batch_tokens=32_768,
-        micro_batch_tokens=32_768,
+        batch_tokens=16_384,
+        micro_batch_tokens=16_384,
         steps=6000,
         warmup_steps=200,
         eval_every=600,
