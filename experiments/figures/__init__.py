@@ -18,10 +18,19 @@ from experiments.figures.mqar import mqar
 from experiments.figures.needle import needle
 from experiments.figures.pictures import pictures
 from experiments.figures.speed import speed
+from experiments.figures.upgrade import upgrade
 from loglinear.runs.folder import require_folder
 
 # Each draws the figures whose results exist, and returns the files that it wrote.
-FIGURES: tuple[Callable[[Path, Path], list[Path]], ...] = (long_text, ablations, needle, mqar, speed, memory)
+FIGURES: tuple[Callable[[Path, Path], list[Path]], ...] = (
+    long_text,
+    ablations,
+    needle,
+    upgrade,
+    mqar,
+    speed,
+    memory,
+)
 RESULTS, DRAWN = Path("results"), Path("docs/figures")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -39,8 +48,8 @@ def main(
 ) -> None:
     """Draw all figures and write all tables whose results exist.
 
-    Results are long-text-KIND.json and ablation-CHOICE.json of seed 0, needle-KIND.json of all seeds, and mqar.json,
-    which `loglinear eval mqar` writes.
+    Results are long-text-KIND.json and ablation-CHOICE.json of seed 0, needle-KIND.json and upgrade-KIND.json of all
+    seeds, and mqar.json, which `loglinear eval mqar` writes.
 
     Example:
 

@@ -54,7 +54,7 @@ def _panels(models: Models, tasks: Sequence[str], training_length: int) -> Figur
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for task, axes in zip(tasks, panels, strict=False):
         for kind, runs in models.items():
-            _draw_accuracies(axes, line_of(kind), [run[task] for run in runs if task in run])
+            draw_accuracies(axes, line_of(kind), [run[task] for run in runs if task in run])
         axes.axvline(training_length, color=matplotlib.rcParams["text.color"], ls=":", lw=1)
         axes.set_title(TITLES[task], fontsize=10.5, fontweight="normal")
         lengths = sorted({score["length"] for runs in models.values() for run in runs for score in run.get(task, [])})
@@ -90,7 +90,8 @@ def _means(runs: Sequence[Tasks], task: str) -> dict[int, float]:
     return {T: float(np.mean([score["accuracy"] for score in scores if score["length"] == T])) for T in lengths}
 
 
-def _draw_accuracies(axes: Axes, line: Line, runs: Sequence[list[dict[str, Any]]]) -> None:
+def draw_accuracies(axes: Axes, line: Line, runs: Sequence[list[dict[str, Any]]]) -> None:
+    """Draw the mean over seeds as a line, and each seed as points: lists of scores with a length and an accuracy."""
     if not runs:
         return
     lengths = [score["length"] for score in runs[0]]
