@@ -77,11 +77,11 @@ def test_the_table_has_means_and_every_seed(folder):
 
 def test_the_title_names_lengths_at_which_all_seeds_differ(folder):
     assert title(folder).splitlines() == [
-        "routed, all weights trained: below linear at 32 tokens",
-        "routed, all weights trained: above linear at 64 tokens (2 seeds)",
+        "routed, all weights trained: above linear at 64 tokens",
+        "routed, all weights trained: below linear at 32 tokens (2 seeds)",
     ]
     upgrade(folder, folder)
-    assert "above linear at 64 tokens (2 seeds)" in (folder / "upgrade.svg").read_text()
+    assert "below linear at 32 tokens (2 seeds)" in (folder / "upgrade.svg").read_text()
 
 
 def test_the_title_says_if_seeds_overlap_or_there_is_one(folder):
