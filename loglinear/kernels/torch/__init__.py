@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from loglinear.kernels.torch.bucket_energies import add_keys, bucket_energies, energies
-from loglinear.kernels.torch.decode import block_tokens, has_blocks
 from loglinear.kernels.torch.delta_rule import append_inverse_row, chunk_inverse, delta_rule_step
 from loglinear.kernels.torch.operator import fenwick_array, stages
 from loglinear.kernels.torch.recording import is_traced
 from loglinear.kernels.torch.scalar_gate import scalar_gate_step
 from loglinear.kernels.torch.schedule import Schedule, schedule
+from loglinear.kernels.torch.step import block_tokens, has_blocks
 
 __all__ = [
     "Schedule",

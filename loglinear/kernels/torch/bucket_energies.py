@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.torch.chunks import from_chunks, slab_heads, tall, to_chunks
-from loglinear.kernels.torch.decode import merge_full, rows_to_merge
 from loglinear.kernels.torch.gradients import register_gradients
 from loglinear.kernels.torch.operator import schedule_of
 from loglinear.kernels.torch.schedule import Merge, Schedule
+from loglinear.kernels.torch.step import merge_full, rows_to_merge
 from loglinear.kernels.torch.threads import run
 from loglinear.kernels.torch.workspace import empty, matmul, product, recycled, take, zeros
 from loglinear.partition import Partition

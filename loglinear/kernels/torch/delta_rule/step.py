@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.torch.chunks import suffix_sums
-from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales, rows_to_merge, until
 from loglinear.kernels.torch.delta_rule.chunk import chunk_quantities, chunk_state
+from loglinear.kernels.torch.step import merge_full, read_blocks, row_scales, rows_to_merge, until
 from loglinear.partition import Partition
 
 

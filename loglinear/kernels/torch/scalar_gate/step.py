@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from loglinear.kernels.torch.chunks import suffix_sums
-from loglinear.kernels.torch.decode import merge_full, read_blocks, row_scales, rows_to_merge, until
+from loglinear.kernels.torch.step import merge_full, read_blocks, row_scales, rows_to_merge, until
 from loglinear.partition import Partition
 
 

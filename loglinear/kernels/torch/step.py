@@ -1,4 +1,4 @@
-"""The parts of a decode step that do not depend on the family.
+"""The parts of a step that do not depend on the family.
 
 With i the token's place in its chunk, one step is row i of the chunk formulas plus a read of every block state; only
 when the chunk is full are the block states rewritten: transported to its end, and merged.

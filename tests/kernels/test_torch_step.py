@@ -1,35 +1,35 @@
-"""Rows of a decode step: levels and blocks as `Partition` has them; tables are kept where they hold data."""
+"""Rows of a step: levels and blocks as `Partition` has them; tables are kept where they hold data."""
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from loglinear.kernels.torch import decode
+from loglinear.kernels.torch import step
 from loglinear.partition import Partition
 
 PARTITIONS = [Partition(), Partition(radix=4), Partition(radix=4, finest_block=4, largest_block=64)]
 
 
 def kept():
-    return decode._place_tables.cache_info().currsize + decode._kept_numbers.cache_info().currsize
+    return step._place_tables.cache_info().currsize + step._kept_numbers.cache_info().currsize
 
 
 @pytest.fixture(autouse=True)
 def _nothing_kept():
-    decode._place_tables.cache_clear()
-    decode._kept_numbers.cache_clear()
+    step._place_tables.cache_clear()
+    step._kept_numbers.cache_clear()
 
 
 def scales_of(position, C=16, L=7, M=3, partition=PARTITIONS[0]):
     scales = torch.arange(1.0, L + 1, device=position.device).expand(len(position), 2, L)
-    return decode.row_scales(scales, position, C, M, partition)
+    return step.row_scales(scales, position, C, M, partition)
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
 @pytest.mark.parametrize("largest_table", [1, 256])
 @pytest.mark.parametrize("C, L", [(16, 4), (16, 9), (64, 12)])
 def test_row_scales_are_those_of_the_partition(monkeypatch, partition, C, L, largest_table):
-    monkeypatch.setattr(decode, "LARGEST_TABLE", largest_table)
+    monkeypatch.setattr(step, "LARGEST_TABLE", largest_table)
     M = partition.num_blocks(L, C)
     positions = [0, 1, C - 1, C, 5 * C + C // 2, 37 * C, (1 << 40) + 3, (1 << 62) - 1]
     for _ in range(2):  # the second time from what is kept
@@ -48,7 +48,7 @@ def test_a_step_makes_its_tables_once():
         scales_of(torch.zeros(1, dtype=torch.int64))
     made = kept()
     assert made == 2
-    assert not any(table.is_inference() for table in decode._place_tables(16, 7, PARTITIONS[0]))
+    assert not any(table.is_inference() for table in step._place_tables(16, 7, PARTITIONS[0]))
     scales_of(torch.tensor([5, 70]))
     assert kept() == made
 
@@ -66,6 +66,6 @@ def test_tables_without_data_are_not_kept():
 
 
 def test_rows_that_are_all_full_are_not_copied():
-    assert decode.rows_to_merge(torch.tensor([False, False])) is None
-    assert decode.rows_to_merge(torch.tensor([True, True])) == slice(None)
-    assert decode.rows_to_merge(torch.tensor([False, True])).tolist() == [1]
+    assert step.rows_to_merge(torch.tensor([False, False])) is None
+    assert step.rows_to_merge(torch.tensor([True, True])) == slice(None)
+    assert step.rows_to_merge(torch.tensor([False, True])).tolist() == [1]
