@@ -8,8 +8,9 @@ a key, hooks and profilers of launches, versions without a native specialisation
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from triton import knobs
 from triton.compiler.compiler import make_backend
@@ -22,6 +23,23 @@ except ImportError:
     specialize = None
 
 RUN = JITFunction.run  # who replaces it, as benchmarks/resources.py does, sees every launch
+
+
+class _Thread(threading.local):
+    recording: Any = None  # a `recording.Recording` of the call that this thread makes
+
+
+THREAD = _Thread()
+
+
+class Compiled(NamedTuple):
+    """A kernel that Triton has compiled and loaded, and the constants that it was compiled for."""
+
+    kernel: JITFunction
+    run: Any
+    function: Any
+    metadata: Any
+    values: tuple[Any, ...]
 
 
 def launcher(kernel: Any) -> Any:
@@ -38,34 +56,42 @@ class Launcher:
         self.constants = kernel.params[self.num_arguments :]
         if not all(p.is_constexpr for p in self.constants):
             raise TypeError(f"the constants of {kernel.__name__} must be its last parameters")
-        self.launches: dict[Any, tuple[Any, ...]] = {}
+        self.launches: dict[Any, Compiled] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return partial(self.launch, grid)
 
     def launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         """Start the kernel on the current device and stream."""
+        known = None
         # Other arguments by name, or constants by place, would not be in the key as they have to be.
         if len(arguments) != self.num_arguments or self.kernel.pre_run_hooks or is_watched():
             self.kernel.run(*arguments, grid=grid, warmup=False, **constants)
-            return
+        else:
+            known = self.start(grid, arguments, constants)
+        if THREAD.recording is not None:
+            THREAD.recording.launched(known, grid, arguments)
+
+    def start(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> Compiled | None:
+        """Start the kernel that is known for these arguments, else let Triton choose one and remember it."""
         active = driver.active
         device = active.get_current_device()
-        key = launch_key(active, device, arguments, constants)
+        key = launch_key(active, device, arguments, tuple(constants.items()))
         known = self.launches.get(key)
         if known is None:
             kernel = self.kernel.run(*arguments, grid=grid, warmup=False, **constants)
             if getattr(kernel, "function", None) is not None:  # it has been loaded, not only compiled
                 values = tuple(constants.get(p.name, p.default) for p in self.constants)  # in the parameters' order
-                self.launches[key] = kernel.run, kernel.function, kernel.packed_metadata, values
-            return
-        run, function, metadata, values = known
+                known = Compiled(self.kernel, kernel.run, kernel.function, kernel.packed_metadata, values)
+                self.launches[key] = known
+            return known
         x, y, z = (*grid, 1, 1)[:3]
         stream = active.get_current_stream(device)
-        run(x, y, z, stream, function, metadata, None, None, None, *arguments, *values)
+        known.run(x, y, z, stream, known.function, known.metadata, None, None, None, *arguments, *known.values)
+        return known
 
 
-def launch_key(active: Any, device: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+def launch_key(active: Any, device: int, arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> Any:
     """Two launches of a kernel with equal keys take the same compiled one.
 
     Triton chooses by the device, the types of the arguments, the specialisation of those that are not excluded from it,
@@ -74,7 +100,7 @@ def launch_key(active: Any, device: int, arguments: tuple[Any, ...], constants: 
     """
     types_and_values = specialize(_backend(active, device), arguments, False, True, True)
     options = knobs.runtime.debug, getattr(knobs.compilation, "instrumentation_mode", "")
-    return active, device, types_and_values, options, tuple(constants.items())
+    return active, device, types_and_values, options, constants
 
 
 def is_watched() -> bool:

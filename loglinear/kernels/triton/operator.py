@@ -14,13 +14,34 @@ from loglinear.kernels import MIN_LOG_DECAY
 from loglinear.kernels.torch.gradients import recorded_gradients
 from loglinear.kernels.torch.operator import stages
 from loglinear.kernels.triton import delta_rule, scalar_gate
-from loglinear.kernels.triton.inputs import Operands, Outgoing, Sequences
+from loglinear.kernels.triton.inputs import Operands, Outgoing, Results, Sequences
+from loglinear.kernels.triton.launches import Plan
+from loglinear.kernels.triton.replay import Tensors, replayed
 from loglinear.partition import FENWICK
 
 
 def _family(beta: Tensor | None) -> Any:
     """The kernels of one family: both have the same functions."""
     return scalar_gate if beta is None else delta_rule
+
+
+def _forward(x: Operands, sequences: Sequences, scale: float, plan: Plan) -> Results:
+    family = _family(x.beta)
+    return family.forward(family.inputs_of(x, sequences, scale, plan), final=sequences.final)
+
+
+def _gradients(x: Operands, sequences: Sequences, outgoing: Outgoing, scale: float, plan: Plan) -> Operands:
+    return _family(x.beta).gradients(x, sequences, outgoing, scale, plan)
+
+
+@replayed
+def _dense_forward(tensors: Tensors, scale: float, plan: Plan, final: bool) -> Results:
+    return _forward(Operands(*tensors), Sequences(None, None, final), scale, plan)
+
+
+@replayed
+def _dense_gradients(tensors: Tensors, scale: float, plan: Plan, final: bool) -> Operands:
+    return _gradients(Operands(*tensors[:7]), Sequences(None, None, final), Outgoing(*tensors[7:]), scale, plan)
 
 
 @torch.library.custom_op("loglinear::chunkwise", mutates_args=())
@@ -47,9 +68,11 @@ def chunkwise(
     """
     family, operands = _family(beta), Operands(q, k, v, log_decay, beta, level_scales, initial)
     plan = family.plan_of("forward", operands, chunk_size or None)
-    x = family.inputs_of(operands, Sequences(cu_seqlens, starts, final), scale, plan)
-    output, *others = family.forward(x, final=final)
-    blocks, inverse, cumulative = (x.empty(0) if y is None else y for y in others)
+    if cu_seqlens is None:
+        output, *others = _dense_forward(operands, scale, plan, final)
+    else:
+        output, *others = _forward(operands, Sequences(cu_seqlens, starts, final), scale, plan)
+    blocks, inverse, cumulative = (v.new_empty(0, dtype=torch.float32) if x is None else x for x in others)
     return output, blocks, inverse, cumulative
 
 
@@ -92,8 +115,11 @@ def chunkwise_backward(
     family, operands = _family(beta), Operands(q, k, v, log_decay, beta, level_scales, initial)
     saved = (None, None) if beta is None else (inverse, cumulative)
     plan = family.plan_of("backward", operands, chunk_size or None)
-    sequences = Sequences(cu_seqlens, starts, final)
-    grads = family.gradients(operands, sequences, Outgoing(do, dblocks, *saved), scale, plan)
+    outgoing = Outgoing(do, dblocks, *saved)
+    if cu_seqlens is None:
+        grads = _dense_gradients((*operands, *outgoing), scale, plan, final)
+    else:
+        grads = _gradients(operands, Sequences(cu_seqlens, starts, final), outgoing, scale, plan)
     return [grad for grad in grads if grad is not None]
 
 

@@ -23,6 +23,7 @@ def chunk_state_kernel(
     beta,
     saved,
     states,
+    totals,
     table,
     T,
     N,
@@ -38,16 +39,18 @@ def chunk_state_kernel(
     TRANSITION: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """One whole chunk, one head, one tile of columns: S, states [chunk, H, K, V]. TRANSITION: D, where V is K and v
-    is k."""
+    """One whole chunk, one head, one tile of columns: S, states [chunk, H, K, V], and Gam, totals [chunk, H].
+    TRANSITION: D alone, where V is K and v is k."""
     sizes = Sizes(T, N, H, R, L, cap)
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile, h, c = head_program(TILES, sizes.H)
     column = tile * BV
     chunk = locate(c.to(tl.int64), table, sizes, C)
+    row = chunk.c * sizes.H + h
+    if not TRANSITION:
+        tl.store(totals + row, tl.load(saved.cumulative + row * C + C - 1), mask=tile == 0)
     if chunk.n < C:
         return
-    row = chunk.c * sizes.H + h
     k_rows = head_rows(k, chunk, h // sizes.R)
     strength = load_strength(head_rows(beta, chunk, h), C, C)
     G, total = load_decays(saved.cumulative + row * C, C)
@@ -69,7 +72,7 @@ def chunk_state(x: Inputs, saved: Saved) -> Entries:
     """The chunks as entries of tier 0."""
     chunks, H, K = x.layout.chunks, x.heads, x.key_dim
     transitions, states = (x.empty(chunks, H, K, width, dtype=x.dtype) for width in (K, x.value_dim))
-    totals = saved.cumulative[:, :, -1].contiguous()
+    totals = x.empty(chunks, H)
     for v, out, kind in ((x.v, states, False), (x.k, transitions, True)):
         chunk_state_kernel[(chunks * H * x.tiling.tiles("chunk_state", kind),)](
             x.k,
@@ -77,6 +80,7 @@ def chunk_state(x: Inputs, saved: Saved) -> Entries:
             x.beta,
             saved,
             out,
+            totals,
             x.layout.table,
             *x.sizes,
             C=x.chunk_size,
