@@ -22,7 +22,7 @@ from loglinear.kernels.triton.launcher import Compiled, is_watched, launch_key, 
 from loglinear.kernels.triton.recording import Address, Block, Group, Number, Recording, Tensors
 
 ALIGNMENT = 512  # bytes, as of torch's own allocations on a GPU
-MAX_WORKSPACE = 1 << 30  # bytes: a call that needs more takes the device longer than the host, and frees as it goes
+MAX_WORKSPACE = 1 << 30  # bytes: a call that needs more keeps the device busy, and may find no block of this size
 MAX_KEYS = 1024  # of a function; then it forgets all, so that lengths that never return do not fill the memory
 
 Take = Callable[[list[Any]], tuple[Any, ...]]  # some values of a list
