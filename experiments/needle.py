@@ -113,7 +113,10 @@ def run(
 
     name = f"needle-{kind}" if levels is None else f"needle-{kind}-levels{levels}"
     eval_settings = {"data": data or [], "examples": examples}
-    overrides = {"tokenizer": str(tokenizer), "num_levels": recipe.model["num_levels"] if levels is None else levels}
+    overrides: dict[str, Any] = {
+        "tokenizer": str(tokenizer),
+        "num_levels": recipe.model["num_levels"] if levels is None else levels,
+    }
     train_and_evaluate(recipe, out, evaluate, name, options, eval_settings=eval_settings, **overrides)
 
 

@@ -19,6 +19,7 @@ from experiments.recipes.long_text import long_text
 from experiments.recipes.needle import needle
 from experiments.results import require_replaceable, result_file
 from loglinear.cli.console import Interrupted
+from loglinear.data.corpus import Corpus
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
 from loglinear.runs.folder import RUN_FILE, read_run, require_folder, run_recipe
@@ -103,11 +104,13 @@ def train_and_evaluate(
     options: Options,
     *,
     eval_settings: dict[str, Any] | None = None,
+    corpora: tuple[Corpus, Corpus] | None = None,
     **overrides: Any,
 ) -> None:
     """Train or resume a recipe in the folder `out`, evaluate the trained model, and write NAME.json.
 
-    `eval_settings` holds the settings of the evaluation, which the result repeats. `overrides` are further arguments of
+    `eval_settings` holds the settings of the evaluation, which the result repeats. `corpora` are those of
+    the recipe's data, if they are read already. `overrides` are further arguments of
     `TrainingRecipe.override`. A seed other than 0 is part of the file's name. On a GPU the evaluation is in bfloat16,
     as the training is.
 
@@ -122,7 +125,7 @@ def train_and_evaluate(
     result.parent.mkdir(parents=True, exist_ok=True)
     resume = (out / RUN_FILE).exists()
     require_replaceable(result, recipe, eval_settings, read_run(out)["data"] if resume else None)
-    state = train(recipe, out, resume=resume, minutes=options.minutes, label=name)
+    state = train(recipe, out, resume=resume, minutes=options.minutes, label=name, corpora=corpora)
     if state.interrupted:
         text = (
             f"stopped at step {state.step} of {recipe.steps}, checkpoint saved in {out}; continue with the same command"

@@ -2,17 +2,26 @@
 
 python -m experiments.needle prepare
 python -m experiments.upgrade run --out runs/upgrade --minutes 9
+
+Seeds and continuations can run at once, each in a process of its own, once the linear models are trained:
+
+for seed in 0 1 2; do python -m experiments.upgrade run --kind base --seed $seed --out runs/upgrade & done; wait
+python -m experiments.upgrade run --kind linear --kind levels_new --seed 0 --out runs/upgrade
+
+To go on at another machine, take along the results and the folders OUT/seedN/linear-start.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import torch
 import typer
 
 from experiments.needle import TokenizerFolder
@@ -20,13 +29,15 @@ from experiments.recipes.comparison import ROUTED
 from experiments.recipes.needle import SEQUENCE, TOKENIZER, needle
 from experiments.results import read_seeds, require_replaceable, result_file
 from experiments.runs import Options, program, train_and_evaluate
+from experiments.tokens import tokens_of
 from loglinear.cli import execute
 from loglinear.cli.console import Interrupted, human_bytes, print_table
 from loglinear.convert.target import CHOICES, Converted, build, configuration, write
-from loglinear.data.corpus import read_corpus
+from loglinear.data.corpus import Corpus, read_corpus, split
 from loglinear.data.sources import read_documents
+from loglinear.data.tokenizer import BYTES
 from loglinear.evaluation import evaluate_perplexity
-from loglinear.evaluation.needle import evaluate_sets, example_sets
+from loglinear.evaluation.needle import IN_TEXT, evaluate_sets, example_sets
 from loglinear.fenwick import num_levels
 from loglinear.models import LogLinearForCausalLM
 from loglinear.models.size import state_bytes
@@ -37,7 +48,9 @@ from loglinear.training import load_model, load_tokenizer
 SEEDS = (0, 1, 2)
 BASE = "base"
 NEW_RATE, ALL_RATE = 2e-3, 5e-4  # peaks of the learning rate: for new weights alone, and for all
-EVAL_TOKENS = 4_194_304  # of the text whose bits per byte are measured
+EVAL_TOKENS = 1_048_576  # of the text whose bits per byte are measured
+VALIDATION_TOKENS = 262_144  # in the continued training
+TASKS = ("single_2", "multikey_1", "multiquery")
 
 
 class Sizes(NamedTuple):
@@ -124,30 +137,63 @@ def continuation(base: TrainingRecipe, kind: str, sizes: Sizes, start: Path) -> 
         steps=sizes.steps,
         warmup_steps=max(1, sizes.steps // 20),
         learning_rate=NEW_RATE if new_only else ALL_RATE,
-        eval_every=max(1, sizes.steps // 4),
+        eval_every=max(1, sizes.steps // 2),
+        eval_tokens=min(base.eval_tokens, VALIDATION_TOKENS),
         save_every=max(1, sizes.steps // 4),
         jitter=None if form == "linear" else sizes.longest - sizes.window,
         new_only=new_only or None,
     )
 
 
-def upgraded(linear: Path, out: Path, levels: dict[str, Any]) -> None:
-    """Write the linear model of a checkpoint as a log-linear one with the same logits, as an upgrade makes it."""
+def write_upgraded(linear: Path, out: Path, levels: dict[str, Any], dtype: torch.dtype | None = None) -> None:
+    """Write the linear model of a checkpoint as a log-linear one with the same logits, as an upgrade makes it.
+
+    With a `dtype` its weights are rounded to it before.
+    """
     model = load_model(linear)
     fields = {name: value for name, value in model.config.to_dict().items() if name not in (*CHOICES, "routing_tau")}
-    new = build(configuration(fields, levels), Converted(fields, model.state_dict(), []))
-    write(new, linear, out)
+    weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in model.state_dict().items()}
+    write(build(configuration(fields, levels), Converted(fields, weights, [])), linear, out)
 
 
-def start_of(kind: str, folder: Path, sizes: Sizes) -> Path:
-    """Return the folder of the model from which one of CONTINUATIONS starts, made of the trained linear model."""
-    form, linear = CONTINUATIONS[kind].form, resolve(folder / BASE)
-    if form == "linear":
-        return linear
-    start = folder / f"{form}-start"
+def start_folder(kind: str, folder: Path) -> Path:
+    """Return the folder of the model from which one of CONTINUATIONS starts; each has its own, because all can run."""
+    return folder / ("linear-start" if CONTINUATIONS[kind].form == "linear" else f"{kind}-start")
+
+
+def write_linear_start(folder: Path) -> None:
+    """Write the trained linear model of a seed's folder in bfloat16, as models are published, unless it is there."""
+    start = start_folder("linear", folder)
     if not start.exists():  # it appears whole
-        upgraded(linear, start, ROUTED if form == "routed" else {"num_levels": num_levels(sizes.longest)})
-    return start
+        write_upgraded(resolve(folder / BASE), start, {"num_levels": 1}, torch.bfloat16)
+
+
+def write_start(kind: str, folder: Path, sizes: Sizes) -> None:
+    """Make the model from which one of CONTINUATIONS starts of the linear start, unless it is there.
+
+    Raises ValueError if there is no linear start yet.
+    """
+    linear, start, form = start_folder("linear", folder), start_folder(kind, folder), CONTINUATIONS[kind].form
+    if not linear.exists():
+        raise ValueError(f"there is no trained linear model {linear}: run --kind {BASE} of this seed to its end first")
+    if not start.exists():
+        write_upgraded(linear, start, ROUTED if form == "routed" else {"num_levels": num_levels(sizes.longest)})
+
+
+class Texts:
+    """The training texts as tokens, from a folder that all processes share; the last one stays in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.last: tuple[tuple[str, ...], tuple[Corpus, Corpus]] | None = None
+
+    def of(self, recipe: TrainingRecipe) -> tuple[Corpus, Corpus]:
+        """Return the corpora of a recipe, for training and validation."""
+        if self.last is None or self.last[0] != recipe.data:
+            self.last = None  # a text has hundreds of megabytes
+            corpus = tokens_of(recipe.data, recipe.tokenizer or BYTES, self.folder)
+            self.last = recipe.data, split(corpus, recipe.validation_fraction)
+        return self.last[1]
 
 
 @app.command()
@@ -159,7 +205,13 @@ def run(
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples of every task and length.")] = 50,
     tokenizer: TokenizerFolder = Path(TOKENIZER),
-    seed: Annotated[list[int] | None, typer.Option(help="A seed; 0, 1 and 2 without it.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="A seed; repeatable. 0, 1 and 2 without it.")] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(KINDS)}; repeatable. All without it.")
+    ] = None,
+    tokens: Annotated[Path, typer.Option(help="Folder that keeps the training text as tokens, for all seeds.")] = Path(
+        "data/upgrade"
+    ),
     base_steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps of the linear model.", show_default="the recipe's")
     ] = None,
@@ -194,26 +246,37 @@ def run(
         sizes = sizes._replace(steps=steps)
     if not miniature:
         base = base.override(tokenizer=str(tokenizer))
+    for name in kind or ():
+        if name not in KINDS:
+            raise ValueError(f"--kind must be one of {', '.join(KINDS)}, got {name!r}")
     evaluate = evaluation(base, sizes, data or [], examples)
+    texts = Texts(tokens)
     trained = False  # anything in this call, which always goes on by a step
     folder_of_results = results / "miniature" if miniature else results
-    for number in seed or SEEDS:
+    for number, name in itertools.product(seed or SEEDS, [one for one in KINDS if one in (kind or KINDS)]):
         folder = out / f"seed{number}"
-        for kind in KINDS:
-            recipe = base if kind == BASE else continuation(base, kind, sizes, start_of(kind, folder, sizes))
-            settings = {"data": data or [], "examples": examples}
-            file = result_file(folder_of_results, f"upgrade-{kind}", number)
-            if file.exists():
-                require_replaceable(file, recipe, settings)
-                continue
+        file = result_file(folder_of_results, f"upgrade-{name}", number)
+        recipe = base if name == BASE else continuation(base, name, sizes, start_folder(name, folder))
+        settings = {"data": data or [], "examples": examples}
+        if file.exists():
+            require_replaceable(file, recipe, settings)
+        else:
+            if trained and deadline is not None and time.monotonic() > deadline:
+                raise Interrupted(f"stopped before {name} of seed {number}; continue with the same command")
+            if name != BASE:
+                write_start(name, folder, sizes)
+            corpora = texts.of(recipe)
             left = None if deadline is None else max((deadline - time.monotonic()) / 60, 1e-9)
-            if trained and left == 1e-9:
-                raise Interrupted(f"stopped before {kind} of seed {number}; continue with the same command")
             # Nobody has recorded positions in CUDA graphs yet, and a few hundred steps hardly need them.
-            compiled = None if kind == BASE else False
+            compiled = None if name == BASE else False
             options = Options(seed=number, compile=compiled, miniature=miniature, minutes=left, results=results)
-            train_and_evaluate(recipe, folder / kind, evaluate, f"upgrade-{kind}", options, eval_settings=settings)
+            run_name = f"upgrade-{name}"
+            train_and_evaluate(
+                recipe, folder / name, evaluate, run_name, options, eval_settings=settings, corpora=corpora
+            )
             trained = True
+        if name == BASE and (folder / BASE).exists():
+            write_linear_start(folder)
     show(folder_of_results)
 
 
@@ -228,7 +291,8 @@ def evaluation(
         raise ValueError(f"there is no tokenizer {base.tokenizer}: run `python -m experiments.needle prepare` first")
     tokens = load_tokenizer(base.tokenizer or "bytes")
     texts = [document.text for document in read_documents(data)]
-    sets = example_sets(tokens, texts, lengths=sizes.lengths, count=examples)
+    tasks = [task for task in TASKS if texts or task != IN_TEXT]
+    sets = example_sets(tokens, texts, lengths=sizes.lengths, count=examples, tasks=tasks)
     corpus = read_corpus(data, tokens) if data else None
 
     def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:

@@ -132,11 +132,13 @@ def _table(models: Models) -> str:
     evaluations = [run["evaluation"] for run in every]
     examples = join_distinct(evaluations, lambda evaluation: evaluation["examples"])
     haystack = join_distinct(evaluations, lambda evaluation: ", ".join(evaluation["data"]) or "noise")
+    tasks = join_distinct(evaluations, lambda evaluation: ", ".join(evaluation["tasks"]))
+    before = join_distinct(models.get(BASE, []), _steps) or MISSING
     note = (
-        f"Means over the tasks of `loglinear eval needle`, with {examples} examples of every task and length, in "
-        f"{haystack}. Numbers are the mean and each seed. The decode state is that of one sequence of {lengths[-1]:,} "
-        f"tokens. The linear model before was trained for {join_distinct(models.get(BASE, []), _steps) or MISSING} "
-        f"steps, and each other one for {join_distinct(continued, _steps)} steps more. {conditions(continued)}"
+        f"Means over the tasks {tasks} of `loglinear eval needle`, with {examples} examples of each and every length, "
+        f"in {haystack}. Numbers are the mean and each seed. The decode state is that of one sequence of "
+        f"{lengths[-1]:,} tokens. The linear model before was trained for {before} steps, and "
+        f"each other one for {join_distinct(continued, _steps)} steps more. {conditions(continued)}"
     )
     return f"{markdown_table(header, rows)}\n{note}\n\n{prices}"
 

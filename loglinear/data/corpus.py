@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -88,9 +88,12 @@ class Corpus:
 
     def take(self, documents: Iterable[int]) -> Corpus:
         """Return the corpus of these documents only."""
-        places = [(d, self._place(d)) for d in documents]
-        parts = [_Part(self.names[d], self.tokens[p], self.learnt[p], int(self.bytes_D[d])) for d, p in places]
-        return _corpus(parts, self.special)
+        return _corpus([self.part(d) for d in documents], self.special)
+
+    def part(self, d: int) -> _Part:
+        """Return document d with all that is known of it."""
+        place = self._place(d)
+        return _Part(self.names[d], self.tokens[place], self.learnt[place], int(self.bytes_D[d]))
 
 
 class _Part(NamedTuple):
@@ -123,6 +126,13 @@ def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) 
     ]
     special = tuple(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None)
     return _corpus(sorted(parts, key=lambda part: (name_hash(part.name), part.name)), special)
+
+
+def join(corpora: Sequence[Corpus]) -> Corpus:
+    """Return the corpus of all documents of several, which have different names: as if they were tokenised together."""
+    places = [(name_hash(name), name, c, d) for c, corpus in enumerate(corpora) for d, name in enumerate(corpus.names)]
+    parts = [corpora[c].part(d) for *_, c, d in sorted(places)]
+    return _corpus(parts, corpora[0].special)
 
 
 def _size(document: Document) -> int:

@@ -17,8 +17,8 @@ TELLING = len(Needle("tabem-zulor", "1234567").sentence) + 1  # bytes of any nee
 KEY_OR_VALUE = re.compile(r" ([a-z]{5}-[a-z]{5}|\d{7})\b(,(?: and)?(?= \d)|\.)?")
 
 
-def needle_documents(count: int, length: int, texts: Iterable[str] = ()) -> Iterator[str]:
-    """Yield training documents of 200 to `length` bytes. Document i is the same for every `count`.
+def needle_documents(count: int, length: int, texts: Iterable[str] = (), *, first: int = 0) -> Iterator[str]:
+    """Yield training documents of 200 to `length` bytes, from number `first` on. The number alone decides a document.
 
     Lengths are log-uniform. Short documents are many and teach to answer; long ones hold most of the bytes and teach
     to answer from afar. Each has 1 to length / 124 facts, log-uniformly, and some keys have up to 4 values. Facts
@@ -32,7 +32,7 @@ def needle_documents(count: int, length: int, texts: Iterable[str] = ()) -> Iter
         raise ValueError(f"needle documents must be 1 or more of {SHORTEST} bytes or more, got {count} of {length}")
     texts = list(texts)
     haystacks = [Haystack.noise(_all_bytes)] + ([Haystack.of_texts(texts, _all_bytes)] if texts else [])
-    for index in range(count):
+    for index in range(first, first + count):
         yield _document(Random(f"needle document {index}"), length, haystacks)
 
 

@@ -91,7 +91,7 @@ def _read_source(source: str) -> Iterator[Document]:
     elif source.startswith(DATASETS_PREFIX):
         yield from _read_dataset(source)
     elif source.startswith(NEEDLE_PREFIX):
-        yield from _make_needles(source)
+        yield from needles_of(source)
     else:
         yield from _read_paths(source)
 
@@ -230,15 +230,33 @@ def _read_dataset(source: str) -> Iterator[Document]:
         yield Document(f"{name}:{number}", text)
 
 
-def _make_needles(source: str) -> Iterator[Document]:
+def needle_count(source: str) -> int:
+    """Return the number of documents of a source `needle:COUNT:LENGTH[:SOURCE]`; ValueError for any other text."""
+    return _needle_parts(source)[0]
+
+
+def _needle_parts(source: str) -> tuple[int, int, str]:
+    """Return the count, the length and the source of the haystacks, which may be empty."""
     count, length, text = (source.removeprefix(NEEDLE_PREFIX).split(":", 2) + ["", ""])[:3]
-    if not all(number.isascii() and number.isdecimal() and len(number) < 10 for number in (count, length)):
+    numbers = all(number.isascii() and number.isdecimal() and len(number) < 10 for number in (count, length))
+    if not source.startswith(NEEDLE_PREFIX) or not numbers:
         raise ValueError(f"data {source!r} must be {NEEDLE_PREFIX}COUNT:LENGTH or {NEEDLE_PREFIX}COUNT:LENGTH:SOURCE")
+    return int(count), int(length), text
+
+
+def needles_of(source: str, numbers: range | None = None) -> Iterator[Document]:
+    """Yield the documents of a source `needle:COUNT:LENGTH[:SOURCE]`, or those of consecutive `numbers` alone.
+
+    Raises ValueError as `read_documents` does.
+    """
+    count, length, text = _needle_parts(source)
     documents = list(read_documents([text])) if text else []
     training = [document for document in documents if name_hash(document.name) >= NEVER_A_HAYSTACK]
     texts = [document.text for document in training or documents]
-    if int(length) < SHORTEST + END_TOKENS:
+    if length < SHORTEST + END_TOKENS:
         raise ValueError(f"data {source!r} must have a LENGTH of at least {SHORTEST + END_TOKENS}")
-    for number, made in enumerate(needle_documents(int(count), int(length) - END_TOKENS, texts)):
+    numbers = range(count) if numbers is None else numbers
+    made = needle_documents(len(numbers), length - END_TOKENS, texts, first=numbers.start)
+    for number, document in zip(numbers, made, strict=True):
         name = ":".join([f"{NEEDLE_PREFIX}{length}", *([text] if text else []), str(number)])
-        yield Document(name, made, tuple(told_again(made)))
+        yield Document(name, document, tuple(told_again(document)))

@@ -48,13 +48,15 @@ def train(
     tensorboard: bool = False,
     progress: bool = True,
     label: str | None = None,
+    corpora: tuple[Corpus, Corpus] | None = None,
 ) -> TrainingResult:
     """Train `recipe` into the folder `out`, or continue the run in it.
 
     A resumed run gives the loss curve of an uninterrupted one, bit for bit on the CPU. During training SIGINT, SIGTERM
     and SIGHUP save a checkpoint at the end of the current step and stop. So do `minutes`, which include reading the
     data. A signal that this process ignores (nohup) stays ignored. With several processes (torchrun, accelerate
-    launch) every process calls this function. `label` names the progress bar.
+    launch) every process calls this function. `label` names the progress bar. `corpora` are those of
+    the recipe's data, for training and validation, if they are read already.
 
     Raises ValueError for unusable data, an unusable tokenizer or folder, and if the loss stops being finite. Raises
     OSError if a checkpoint or a line of metrics cannot be written.
@@ -73,7 +75,9 @@ def train(
         if recipe.compile:
             require_compiler(arguments.device)
         tokenizer = load_tokenizer(recipe.tokenizer or "bytes", config.vocab_size)
-        corpora = load_corpus(recipe.data, tokenizer, recipe.validation_fraction, progress=progress and main_process)
+        if corpora is None:
+            shown = progress and main_process
+            corpora = load_corpus(recipe.data, tokenizer, recipe.validation_fraction, progress=shown)
         training, validation = _training_rows(recipe, corpora[0]), _validation_rows(recipe, corpora[1])
         set_seed(recipe.seed)
         model = starting_model(recipe, config)

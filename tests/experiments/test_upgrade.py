@@ -1,6 +1,7 @@
 """The upgrade experiment in miniature: every continuation, in pieces as if in one, from the linear model's logits."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def folder(tmp_path_factory):
     """The runs and results of one seed in three calls, and of the same and another seed in one."""
     folder = tmp_path_factory.mktemp("upgrade")
     (folder / "text.txt").write_text(TEXT)
-    shared = dict(data=[str(folder / "text.txt")], examples=1, miniature=True)
+    shared = dict(data=[str(folder / "text.txt")], examples=1, miniature=True, tokens=folder / "tokens")
     pieces = dict(out=folder / "pieces", results=folder / "pieces", seed=[0], **shared)
     stops = [f"stopped at step {step} of 4" for step in (1, 2, 3)]
     for stop in (*stops, "stopped before linear of seed 0", "stopped at step 1 of 2"):
@@ -60,7 +61,9 @@ def test_every_model_answers_the_same_examples_and_has_its_state(folder):
 @pytest.mark.parametrize("form", ["levels", "routed"])
 @torch.no_grad()
 def test_the_upgraded_model_starts_with_the_linear_model_s_logits(folder, form):
-    linear, new = (load_model(folder / f"whole/seed0/{name}").double() for name in ("base", f"{form}-start"))
+    linear, new = (
+        load_model(folder / f"whole/seed0/{name}").double() for name in ("linear-start", f"{form}_all-start")
+    )
     ids = torch.randint(0, 256, (1, 300), generator=torch.Generator().manual_seed(0))
     right = linear(ids).logits
     assert torch.allclose(new(ids).logits, right, rtol=0, atol=1e-10 * right.abs().max().item())
@@ -70,7 +73,7 @@ def test_the_upgraded_model_starts_with_the_linear_model_s_logits(folder, form):
 def test_a_continuation_trains_what_its_name_says(folder, kind):
     form, new_only = upgrade.CONTINUATIONS[kind]
     run = folder / "whole/seed0"
-    before = load_model(upgrade.start_of(kind, run, upgrade.MINIATURE))
+    before = load_model(upgrade.start_folder(kind, run))
     after = load_model(run / kind)
     changed = {name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))}
     new = set() if form == "linear" else {*loglinear.new_parameters(after)}
@@ -95,6 +98,49 @@ def test_the_table_has_a_row_for_each_model(folder, capsys):
     upgrade.show(folder / "whole/miniature")
     lines = capsys.readouterr().out.splitlines()
     assert [kind for kind in upgrade.KINDS for line in lines if f" {kind} " in line] == [*upgrade.KINDS]
+
+
+def test_another_machine_goes_on_from_the_results_and_the_linear_starts(folder):
+    """The kinds run there in calls of their own, and give what one call of everything gives."""
+    moved, kinds = folder / "moved", ("levels_all", "routed_new")
+    shutil.copytree(folder / "whole/seed0/linear-start", moved / "seed0/linear-start")
+    shutil.copytree(folder / "whole/miniature", moved / "miniature")
+    for kind in kinds:
+        (moved / f"miniature/upgrade-{kind}.json").unlink()
+    for kind in kinds:
+        upgrade.run(
+            out=moved,
+            results=moved,
+            seed=[0],
+            kind=[kind],
+            data=[str(folder / "text.txt")],
+            examples=1,
+            miniature=True,
+            tokens=folder / "tokens",
+        )
+        ours, whole = result(moved, kind), result(folder / "whole", kind)
+        assert ours["training"]["curve"] == whole["training"]["curve"] and ours["evaluation"] == whole["evaluation"]
+    assert {path.name for path in (moved / "seed0").iterdir()} == {
+        *("linear-start", "levels_all", "levels_all-start", "routed_new", "routed_new-start")
+    }
+
+
+def test_continuations_start_from_the_linear_model_in_bfloat16(folder):
+    start, base = (load_model(folder / f"whole/seed0/{name}") for name in ("linear-start", "base"))
+    rounded = {name: tensor.bfloat16().float() for name, tensor in base.state_dict().items()}
+    assert {name: tensor.float() for name, tensor in start.state_dict().items()}.keys() == rounded.keys()
+    assert all(torch.equal(tensor.float(), rounded[name]) for name, tensor in start.state_dict().items())
+    size = sum(file.stat().st_size for file in (folder / "whole/seed0/linear-start").glob("*.safetensors"))
+    assert size < 0.6 * 4 * sum(tensor.numel() for tensor in rounded.values())
+
+
+def test_a_continuation_without_its_linear_model_is_refused(tmp_path):
+    options = dict(out=tmp_path / "run", miniature=True, tokens=tmp_path / "tokens", seed=[0])
+    with pytest.raises(ValueError, match="there is no trained linear model .*linear-start: run --kind base"):
+        upgrade.run(**options, kind=["linear"])
+    with pytest.raises(ValueError, match="--kind must be one of base, linear, .* got 'other'"):
+        upgrade.run(**options, kind=["other"])
+    assert not (tmp_path / "tokens").exists() and not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_that_is_missing_is_known_before_training(tmp_path):

@@ -71,7 +71,11 @@ def test_the_table_has_means_and_every_seed(folder):
         ["linear, continued", "0"],
         ["linear, continued", "1"],
     ]
-    assert "4 examples of every task and length, in a.txt" in text and "one sequence of 64 tokens" in text
+    assert (
+        "the tasks single_1, multikey_1 of" in text
+        and "4 examples of each and every length, in a.txt" in text
+        and "one sequence of 64 tokens" in text
+    )
     assert "trained for 6,000 steps, and each other one for 500 steps more" in text and "no GPU: made up" in text
 
 
