@@ -26,7 +26,7 @@ import typer
 
 from experiments.needle import TokenizerFolder
 from experiments.recipes.comparison import ROUTED
-from experiments.recipes.needle import SEQUENCE, TOKENIZER, needle
+from experiments.recipes.needle import LONGEST, SEQUENCE, TOKENIZER, needle
 from experiments.results import read_seeds, require_replaceable, result_file
 from experiments.runs import Options, program, train_and_evaluate
 from experiments.tokens import tokens_of
@@ -67,11 +67,12 @@ class Sizes(NamedTuple):
     steps: int
 
 
+WINDOW = 4 * SEQUENCE
 FULL = Sizes(
-    window=4 * SEQUENCE,
+    window=WINDOW,
     longest=8 * SEQUENCE,
     lengths=(SEQUENCE // 4, SEQUENCE, 4 * SEQUENCE, 8 * SEQUENCE),
-    data=("needle:20000:48000:stdlib", "stdlib"),
+    data=(f"needle:12000:{WINDOW * LONGEST // SEQUENCE}:stdlib", "stdlib"),
     steps=500,
 )
 MINIATURE = Sizes(window=2048, longest=4096, lengths=(1024, 2048), data=("needle:40:3000",), steps=2)

@@ -1,6 +1,7 @@
 """The upgrade experiment in miniature: every continuation, in pieces as if in one, from the linear model's logits."""
 
 import dataclasses
+import math
 import shutil
 
 import pytest
@@ -84,6 +85,10 @@ def test_a_continuation_trains_what_its_name_says(folder, kind):
 def test_the_full_experiment_trains_every_level_of_its_longest_examples():
     sizes = upgrade.FULL
     assert max(sizes.lengths) == sizes.longest
+    count, longest = (int(number) for number in sizes.data[0].split(":")[1:3])
+    read = sizes.steps * upgrade.base_recipe().batch_tokens
+    assert longest <= 3 * sizes.window  # bytes; a token has 3.2, so a window holds every document with its questions
+    assert count * longest / math.log(longest / 200) / 3.2 > read  # lengths are log-uniform: no document is read twice
     base = upgrade.base_recipe()
     for kind, (form, new_only) in upgrade.CONTINUATIONS.items():
         recipe = upgrade.continuation(base, kind, sizes, upgrade.Path("start"))
