@@ -70,6 +70,8 @@ class LogLinearConfig(PreTrainedConfig):
         mixer_norm_eps: Epsilon of the output norms of the mixers. None: rms_norm_eps.
         output_gate: False for output norms of the mixers without a gate, as DeltaNet was published.
         negative_eigenvalues: True for write strengths up to 2 in place of 1; see `Mixer`. It needs the delta rule.
+        initializer_range: Standard deviation of the first weights of linear layers and embeddings.
+        embedding_range: Standard deviation of the first embeddings. None: initializer_range.
         loss_chunk_size: Tokens whose logits exist at the same time while the loss is computed.
         auto_map: The entry of a checkpoint that tells other tools how to load it. None: through `loglinear_auto.py`,
             which every save writes.
@@ -110,6 +112,7 @@ class LogLinearConfig(PreTrainedConfig):
     output_gate: bool = True
     negative_eigenvalues: bool = False
     initializer_range: float = 0.02
+    embedding_range: float | None = None
     tie_word_embeddings: bool = False
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -149,7 +152,7 @@ class LogLinearConfig(PreTrainedConfig):
             raise ValueError(f"chunk_size must be at most {LARGEST_CHUNK}, got {self.chunk_size}")
         if self.chunk_size & (self.chunk_size - 1):
             raise ValueError(f"chunk_size must be a power of two, got {self.chunk_size}")
-        for name in ("rms_norm_eps", "rope_theta", "mixer_norm_eps"):
+        for name in ("rms_norm_eps", "rope_theta", "mixer_norm_eps", "embedding_range"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.impl not in ("auto", *IMPLEMENTATIONS):

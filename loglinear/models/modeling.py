@@ -120,6 +120,8 @@ class LogLinearPreTrainedModel(PreTrainedModel):
         """Initialise linear layers and embeddings as transformers does, all else by a module's `initial_values`."""
         # transformers.initialization leaves loaded weights alone; this method also runs after loading.
         super()._init_weights(module)
+        if isinstance(module, nn.Embedding) and self.config.embedding_range is not None:
+            init.normal_(module.weight, std=self.config.embedding_range)
         initial_values = getattr(module, "initial_values", None)
         if initial_values is not None:
             for name, value in initial_values().items():

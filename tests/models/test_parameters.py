@@ -112,3 +112,21 @@ def test_every_parameter_takes_part_in_one_token(make_model, options: dict) -> N
     model = make_model(torch.float32, **options).train()
     model(tokens(2, 1)).logits.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_start_with_a_deviation_of_their_own_and_loading_keeps_them(tmp_path, tied: bool) -> None:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=2000, initializer_range=0.02, tie_word_embeddings=tied)
+    model = LogLinearForCausalLM(tiny_config(**{**TRANSFORMER, **sizes}, embedding_range=0.3))
+    embeddings, head = model.model.embed_tokens.weight, model.lm_head.weight
+    assert embeddings.std().item() == pytest.approx(0.3, rel=0.03)
+    assert head.std().item() == pytest.approx(0.3 if tied else 0.02, rel=0.03)
+    assert model.model.layers[0].mixer.qkv_proj.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    same = LogLinearForCausalLM(tiny_config(**{**TRANSFORMER, **sizes})).model.embed_tokens.weight
+    assert same.std().item() == pytest.approx(0.02, rel=0.03)
+    model.save_pretrained(tmp_path)
+    loaded = LogLinearForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.model.embed_tokens.weight, embeddings, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="embedding_range must be positive and finite, got 0"):
+        tiny_config(embedding_range=0)
