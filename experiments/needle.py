@@ -81,6 +81,10 @@ def run(
         int | None,
         typer.Option(help="Levels of the log-linear model, as a result of its own.", show_default="the recipe's"),
     ] = None,
+    embedding_range: Annotated[
+        float | None,
+        typer.Option(help="Deviation of the first embeddings, as a result of its own.", show_default="the recipe's"),
+    ] = None,
     *,
     options: Options,
 ) -> None:
@@ -111,13 +115,21 @@ def run(
     def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:
         return {"tasks": evaluate_sets(model, tokens, sets)}
 
-    name = f"needle-{kind}" if levels is None else f"needle-{kind}-levels{levels}"
+    name = f"needle-{kind}"
+    name += "" if levels is None else f"-levels{levels}"
+    name += "" if embedding_range is None else f"-embedding{embedding_range:g}"
     eval_settings = {"data": data or [], "examples": examples}
-    overrides: dict[str, Any] = {
-        "tokenizer": str(tokenizer),
-        "num_levels": recipe.model["num_levels"] if levels is None else levels,
-    }
-    train_and_evaluate(recipe, out, evaluate, name, options, eval_settings=eval_settings, **overrides)
+    train_and_evaluate(
+        recipe,
+        out,
+        evaluate,
+        name,
+        options,
+        eval_settings=eval_settings,
+        tokenizer=str(tokenizer),
+        num_levels=recipe.model["num_levels"] if levels is None else levels,
+        embedding_range=recipe.model.get("embedding_range") if embedding_range is None else embedding_range,
+    )
 
 
 @app.command()

@@ -5,8 +5,7 @@ from loglinear.recipes.recipe import TrainingRecipe
 
 SEQUENCE = 2048  # tokens
 LONGEST = 3 * SEQUENCE  # bytes of a document with needles, of which a token has 3.2
-WIDTH = 256
-INITIAL = (3 * WIDTH) ** -0.5  # deviation of the first weights; with transformers' 0.02 softmax attention learns late
+EMBEDDINGS = 0.08  # deviation of the first ones; with 0.02, as of the other weights, softmax attention learns late
 VOCABULARY = 4096  # tokens; the long texts have bytes, but a key of eleven bytes is hard to recognise
 TOKENIZER = "data/needle/tokenizer"  # `python -m experiments.needle prepare` makes it
 
@@ -21,8 +20,8 @@ def needle(kind: str, *, miniature: bool = False) -> TrainingRecipe:
         kind,
         about=f"needles in haystacks of {SEQUENCE:,} tokens",
         parameters="0.7 M" if miniature else "6 M",
-        sizes=dict(hidden_size=WIDTH, num_hidden_layers=6, intermediate_size=512, num_heads=8),
-        shared=dict(vocab_size=VOCABULARY, rope_theta=10_000.0, initializer_range=INITIAL),
+        sizes=dict(hidden_size=256, num_hidden_layers=6, intermediate_size=512, num_heads=8),
+        shared=dict(vocab_size=VOCABULARY, rope_theta=10_000.0, embedding_range=EMBEDDINGS),
         miniature=miniature,
         tokenizer=TOKENIZER,
         data=(f"needle:{6000 if miniature else 60_000}:{LONGEST}:stdlib", "stdlib"),

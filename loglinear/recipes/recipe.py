@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from loglinear.models import LogLinearConfig
 
 # Fields of `model` that a command line may override. A recipe sets all others.
-MODEL_OVERRIDES = ("variant", "num_levels")
+MODEL_OVERRIDES = ("variant", "num_levels", "embedding_range")
 LARGEST = 2**31 - 1  # of a count: positions of tokens are int32
 
 

@@ -100,6 +100,19 @@ def test_another_number_of_levels_is_a_result_of_its_own(tmp_path, monkeypatch):
         needle.run("linear", tmp_path / "linear", **common)
 
 
+def test_another_start_of_the_embeddings_is_a_result_of_its_own(tmp_path, monkeypatch):
+    ByteTokenizer().save_pretrained(tmp_path / "bytes")
+    recipe = tiny_recipe(Path("needle:20:600"), name="needle_transformer", seq_len=600, batch_tokens=1200, steps=1)
+    recipe = recipe.override(embedding_range=0.05)
+    monkeypatch.setattr(needle, "kind_recipe", lambda *_: recipe)
+    monkeypatch.setattr(needle, "LENGTHS", (900,))
+    common = dict(tokenizer=tmp_path / "bytes", results=tmp_path, examples=1)
+    needle.run("transformer", tmp_path / "run", **common, embedding_range=0.02)
+    assert read_object(tmp_path / "needle-transformer-embedding0.02.json")["recipe"]["model"]["embedding_range"] == 0.02
+    with pytest.raises(ValueError, match="embedding_range"):
+        needle.run("transformer", tmp_path / "run", **common)
+
+
 def test_a_tokenizer_that_is_missing_is_known_before_training(tmp_path):
     with pytest.raises(ValueError, match="there is no tokenizer .*: run `python -m experiments.needle prepare` first"):
         needle.run("linear", tmp_path / "run", tokenizer=tmp_path / "none")
