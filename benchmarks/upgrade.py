@@ -14,8 +14,8 @@ last token of a prefill with the original's.
 
 Most of the first minutes compile kernels. On a slow CPU, compile those of the families at once before:
 
-    python -m benchmarks.upgrade --device cuda --family Mamba-2 --model "radix 2" --layers 1 &
-    python -m benchmarks.upgrade --device cuda --family Qwen3.5 --model "radix 2" --layers 1 & wait
+    python -m benchmarks.upgrade --device cuda --family Mamba-2 --model "radix 2" --layers 4 --steps 1 &
+    python -m benchmarks.upgrade --device cuda --family Qwen3.5 --model "radix 2" --layers 4 --steps 1 & wait
 """
 
 # B batch, T time
@@ -45,6 +45,7 @@ from loglinear.upgrades import new_parameters
 LENGTHS = {"cuda": (2048, 16_384, 131_072), "cpu": (64, 256)}
 BATCHES = (1, 16)
 WARM_UP = 2  # steps
+FEWEST_LAYERS = 4  # of Qwen3.5 the fourth has full attention, whose cache knows the length
 PROFILED = 2  # steps whose kernels are added up
 
 
@@ -283,7 +284,9 @@ def main(
     model: Annotated[list[str] | None, typer.Option(help="A kind of model; repeatable. All without it.")] = None,
     lengths: Annotated[list[int] | None, _lengths] = None,
     steps: Annotated[int, typer.Option(help="Timed steps of decoding.")] = 64,
-    layers: Annotated[int | None, typer.Option(help="Layers of each model.", show_default="as published")] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="Layers of each model, at least 4.", show_default="as published")
+    ] = None,
     minutes: Annotated[float, typer.Option(help="Minutes after which no further row begins.")] = 4.0,
     out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
@@ -291,6 +294,8 @@ def main(
     check_options(device, out, lengths=lengths, steps=steps, layers=layers)
     if not minutes > 0:
         raise typer.BadParameter(f"--minutes must be positive, got {minutes}")
+    if layers is not None and layers < FEWEST_LAYERS:
+        raise typer.BadParameter(f"--layers must be at least {FEWEST_LAYERS}, got {layers}")
     chosen = _known("family", family, FAMILIES), _known("model", model, KINDS)
     end = time.perf_counter() + 60 * minutes
     plan = Plan(device, *chosen, lengths or list(LENGTHS[device]), steps, layers, end)

@@ -104,6 +104,14 @@ def test_a_row_that_fails_says_why_and_the_others_continue(monkeypatch, tmp_path
     assert [row["failed"] for row in rows] == ["out of time", "no prefill", "no prefill"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_few_layers_run(monkeypatch, tmp_path, family):
+    options = ["--family", family, "--model", "radix 2", "--lengths", "64", "--steps", "1"]
+    assert run(monkeypatch, *options, "--layers", "4", "--out", str(tmp_path / "few.json")) == 0
+    assert not any("failed" in row for row in json.loads((tmp_path / "few.json").read_text())["rows"])
+    assert run(monkeypatch, *options, "--layers", "3") == 2
+
+
 def test_unknown_names_are_refused_in_one_line(monkeypatch, capsys):
     assert run(monkeypatch, "--family", "GPT") == 2
     assert "--family must be one of 'Mamba-2', 'Qwen3.5', got 'GPT'" in capsys.readouterr().err
