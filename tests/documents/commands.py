@@ -69,6 +69,9 @@ TESTED = {
     "python -m experiments.figures --results results/miniature": (
         "tests/experiments/test_long_text.py::test_figures_and_table_are_drawn_of_the_results_that_there_are"
     ),
+    "python -m experiments.needle rates runs/needle/rates": (
+        "tests/experiments/test_needle.py::test_a_search_shows_the_rate_of_least_validation_loss"
+    ),
     "python -m experiments.needle prepare": (
         "tests/experiments/test_needle.py::test_prepared_tokenizer_keeps_every_byte_and_cuts_digits_in_threes"
     ),
@@ -100,11 +103,15 @@ READ = {
         "python -m experiments.ablations run --choice unit --out runs/ablations/unit --minutes 9",
         "python -m experiments.long_text run --kind KIND --out runs/long_text/KIND --minutes 9",
         "python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9",
-        "python -m experiments.needle run --kind KIND --out runs/needle/KIND --minutes 9 "
-        "--data data/long_text/validation.jsonl.zst",
         "python -m experiments.needle run --kind log_linear --out runs/needle/log_linear --minutes 9 "
         "--data data/long_text/validation.jsonl.zst",
-        "python -m experiments.needle run --kind log_linear --seed 1 --out runs/needle/seed1-log_linear --minutes 9 "
+        "python -m experiments.needle run --kind linear --seed 10 --learning-rate 1e-3 --steps 2000 --examples 10 "
+        "--out runs/needle/rates/1e-3/linear --results runs/needle/rates/1e-3 "
+        "--data data/long_text/validation.jsonl.zst",
+        "python -m experiments.needle run --kind linear --seed 1 --learning-rate 1e-3 --out runs/needle/linear-1 "
+        "--minutes 8 --results runs/needle/results --data data/long_text/validation.jsonl.zst",
+        "python -m experiments.needle run --kind transformer --embedding-range 0.02 --learning-rate 1e-3 "
+        "--out runs/needle/small --minutes 8 --results runs/needle/results "
         "--data data/long_text/validation.jsonl.zst",
     ],
     "330 MB of Debian packages": [
