@@ -1,4 +1,4 @@
-"""The results of long texts, needles and ablations in results/ are of the recipes here: one line makes any again."""
+"""The results of long texts and ablations in results/ are of the recipes here: one line makes any again."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,6 @@ RESULTS = Path(__file__).parents[2] / "results"
 MEASURED = [kind for kind in KINDS if kind != "routed"]
 RUNS = {
     **{f"long-text-{kind}": kind_recipe("long_text", kind, miniature=False) for kind in MEASURED},
-    **{f"needle-{kind}": kind_recipe("needle", kind, miniature=False) for kind in MEASURED},
     **{f"ablation-{choice}": ablation(choice) for choice in CHOICES},
 }
 
@@ -27,3 +26,12 @@ def test_a_result_is_of_the_recipe_that_its_name_says(name: str) -> None:
     for file in files:
         made = {**LATER, **json.loads(file.read_text())["recipe"]}
         assert {**made, **{of: expected[of] for of in OF_A_RUN}} == expected, file
+
+
+def test_results_of_needles_are_of_one_recipe() -> None:
+    """It is an earlier one, whose revision docs/results/needles.md names."""
+    made = [json.loads(file.read_text())["recipe"] for file in RESULTS.glob("needle-*.json")]
+    of_a_kind = ("name", "summary", "model", *OF_A_RUN)
+    recipes = [{name: value for name, value in recipe.items() if name not in of_a_kind} for recipe in made]
+    assert len(made) >= len(MEASURED)
+    assert all(recipe == recipes[0] for recipe in recipes)
