@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from typing import Any, NamedTuple
@@ -106,20 +107,24 @@ KINDS: dict[str, tuple[Partition, str | None] | None] = {
 """Not upgraded; the published tree, with weights from the token alone; a routed read. Each has a tree and a routing."""
 
 
-def build(family: Family, kind: str, longest: int, device: str, layers: int | None) -> PreTrainedModel:
-    """Return a bfloat16 model with random weights, the same for each kind; on a CPU a tiny one.
-
-    An upgraded one tells `longest` tokens apart.
-    """
+def build(family: Family, device: str, layers: int | None) -> PreTrainedModel:
+    """Return a bfloat16 model with random weights, the same in each call; on a CPU a tiny one."""
     torch.manual_seed(0)
     with torch.device(device):
         config = family.config(device == "cpu", layers)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def of_kind(original: PreTrainedModel, kind: str, longest: int) -> PreTrainedModel:
+    """Return the original, or an upgrade of it that shares its weights and tells `longest` tokens apart."""
     upgrade = KINDS[kind]
-    if upgrade is not None:
-        tree, routing = upgrade
-        columns, radix, finest = tree.num_columns(longest), tree.radix, tree.finest_block
-        loglinear.upgrade(model, num_levels=columns, radix=radix, finest_block=finest, routing=routing)
+    if upgrade is None:
+        return original
+    shared: dict[int, Any] = {id(p): p for p in original.parameters()}
+    model = copy.deepcopy(original, shared)
+    tree, routing = upgrade
+    columns, radix, finest = tree.num_columns(longest), tree.radix, tree.finest_block
+    loglinear.upgrade(model, num_levels=columns, radix=radix, finest_block=finest, routing=routing)
     return model
 
 
