@@ -1,14 +1,21 @@
-"""The one-token steps as torch sees them: one operator that changes the state which it is given."""
+"""The one-token steps as torch sees them: one operator that changes the state which it is given.
+
+A step of a small batch takes as long as the CPU needs to launch it, and torch's dispatcher needs most of that time. So
+a call that nothing records or transforms starts the kernel itself.
+"""
 
 # N rows, C chunk, M blocks, G groups, H heads, K key, V value, L levels
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from loglinear.fenwick import log2
+from loglinear.kernels.torch import is_traced
 from loglinear.kernels.triton import delta_rule, scalar_gate
 from loglinear.kernels.triton.args import DecodeState, Tokens
 from loglinear.kernels.triton.launches import ceil_div, tile_width
@@ -31,10 +38,19 @@ def value_tile(programs: int, V: int) -> int:
 
 
 STATE = ("position", "blocks", "k_buffer", "v_buffer", "decay_buffer", "beta_buffer", "inverse")
+PLAIN = (Tensor, Parameter, NoneType)  # types without a dispatch of their own
 
 
-@torch.library.custom_op("loglinear::step", mutates_args=STATE)
-def step(
+def step(*arguments: Any) -> Tensor:
+    """Return the outputs of `run`, by the operator if anything records or transforms the call."""
+    tensors, state = arguments[:14], arguments[7:14]
+    if is_traced() or not all(type(x) in PLAIN for x in tensors):
+        return operator(*arguments)
+    torch.autograd.graph.increment_version([x for x in state if x is not None])  # as the operator does
+    return run(*arguments)
+
+
+def run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -88,6 +104,9 @@ def step(
     return out
 
 
-@step.register_fake
+operator = torch.library.custom_op("loglinear::step", run, mutates_args=STATE)
+
+
+@operator.register_fake
 def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
     return torch.empty_like(v, memory_format=torch.contiguous_format)

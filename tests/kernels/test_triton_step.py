@@ -1,0 +1,49 @@
+"""A step of impl="triton" starts its kernel by itself, unless something records or transforms the call."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loglinear.ops import DecodeState, log_linear_attention_step, log_linear_delta_rule_step
+from tests.kernels.interpreter import teach_interpreter
+from tests.ops.operators import OPERATORS
+
+
+class Names(TorchDispatchMode):
+    """Collect the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_a_step_is_the_same_with_and_without_the_dispatcher(operator, monkeypatch):
+    """A mode sees an operator. Without a mode none is dispatched, and the state's version numbers move as well."""
+    pytest.importorskip("triton")
+    teach_interpreter(monkeypatch.setattr)
+    step = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
+    inputs = {name: x.detach().float() for name, x in operator.inputs(T=15).items()}
+    final = operator(inputs, chunk_size=16, output_final_state=True, impl="torch").final_state
+    results = []
+    for mode in (contextlib.nullcontext(), Names()):
+        state = DecodeState.of(final)
+        before = [x._version for x in state.fenwick.tensors]
+        with torch.profiler.profile() as profile, mode:
+            tokens = [[inputs[name][:, t] for name in operator.names] for t in (0, 1)]
+            outputs = [step(*token, state, impl="triton") for token in tokens]
+        dispatched = any(event.key == "loglinear::step" for event in profile.key_averages())
+        assert dispatched == isinstance(mode, Names)
+        moved = [x._version - version for x, version in zip(state.fenwick.tensors, before, strict=True)]
+        assert min(moved) > 0
+        results.append([*outputs, *state.fenwick.tensors])
+    assert "loglinear.step.default" in mode.names
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
