@@ -30,6 +30,7 @@ from benchmarks.machine import announce, command_line, progress_bar
 from loglinear.cli.console import print_table
 from loglinear.kernels.triton import chunkwise
 from loglinear.ops.impl_triton import MAX_HEAD_DIM
+from loglinear.partition import FENWICK
 
 CHUNK_SIZES = (16, 32, 64, 128)
 TOKENS, LEVELS = 128 * 70, 20  # enough chunks for every kernel of a dense batch
@@ -99,7 +100,8 @@ def call(K: int, V: int, dtype: torch.dtype, chunk_size: int, delta: bool) -> No
     )
     beta = torch.zeros_like(log_decay, requires_grad=True) if delta else None
     final = chunk_size > 0
-    output, *_ = chunkwise(q, k, v, log_decay, beta, level_scales, None, None, None, 1.0, chunk_size, final)
+    options = (None, None, None, 1.0, chunk_size, final, FENWICK.numbers)
+    output, *_ = chunkwise(q, k, v, log_decay, beta, level_scales, *options)
     output.sum().backward()
 
 

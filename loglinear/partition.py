@@ -199,6 +199,11 @@ class Partition:
         """The arguments that make an equal partition. Without a largest block there are two, otherwise three."""
         return [self.radix, self.finest_block, *([] if self.largest_block is None else [self.largest_block])]
 
+    @classmethod
+    def of(cls, numbers: list[int]) -> Partition:
+        """Return the partition of these `numbers`; symbolic ones of a compiled graph become constants of it."""
+        return cls(*map(int, numbers))
+
     def chunk_near(self, chunk_size: int, most: int) -> int:
         """Return the block size whose ratio to ``chunk_size`` is nearest to 1.
 

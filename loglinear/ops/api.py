@@ -81,8 +81,8 @@ def log_linear_attention(
         chunk_size: Tokens per chunk, a power of two up to 4096. It changes the speed and the layout of a state, but
             no result. Other partitions take the size of block next to it.
         partition: The rule that assigns past tokens to the columns of level_scales. The default is the published one,
-            index(t, s) = bit_length(t XOR s). A state serves the partition that it was made with. triton supports the
-            default alone.
+            index(t, s) = bit_length(t XOR s). A state serves the partition that it was made with. triton supports a
+            radix up to 64 without a largest block, where a block of 16 to 64 tokens can be its chunk.
         impl: "auto", "triton" (the Fenwick-array algorithm on a GPU), "torch" (the same algorithm on any device) or
             "reference" (token by token). "auto" chooses triton on a GPU if it supports the call, and torch otherwise
             or for one token after a state. triton continues states at positions below 65,536 chunks. At later positions

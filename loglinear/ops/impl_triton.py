@@ -81,16 +81,44 @@ def _too_wide(K: int, V: int, is_delta_rule: bool) -> str | None:
     return f"head dims K = {K}, V = {V} need impl='torch': impl='triton' takes up to {MAX_HEAD_DIM} and {widest}"
 
 
-def _not_binary(partition: Partition) -> str | None:
+def _other_partition(partition: Partition, is_delta_rule: bool) -> str | None:
     """Return the reason why the kernels do not read this partition, or None."""
     if partition == FENWICK:
         return None
-    return f"{partition} needs impl='torch': impl='triton' takes radix 2 with no other finest or largest block"
+    if is_delta_rule:
+        return f"{partition} needs impl='torch': impl='triton' takes radix 2 alone for the delta rule"
+    from loglinear.kernels.triton.tree import MAX_RADIX
+
+    if partition.radix > MAX_RADIX or partition.largest_block is not None:
+        return f"{partition} needs impl='torch': impl='triton' takes a radix up to {MAX_RADIX} without a largest block"
+    return None
+
+
+def _largest_chunk(p: Problem) -> int:
+    """Return how many tokens a chunk has at most: shared memory limits them."""
+    from loglinear.kernels.triton.delta_rule.products import products_of
+    from loglinear.kernels.triton.inputs import common_dtype
+
+    # Three tf32 products take eight times the room of one in bfloat16.
+    products = common_dtype if p.beta is None else products_of
+    largest = 128 if products(p.q, p.k, p.v) == torch.bfloat16 else 64
+    largest = largest if max(p.q.shape[3], p.v.shape[3]) <= 128 else largest // 2
+    if p.beta is not None:
+        largest = max(largest, 64)
+    # Chunks of 128 are worked on in halves, between which there is one column.
+    return min(largest, 64) if p.partition.radix > 2 and p.partition.finest_block != 128 else largest
+
+
+def _chunk_size(p: Problem) -> int:
+    """Return the chunk size of a call; 0 leaves the choice to the kernels."""
+    if p.initial_state is not None or p.output_final_state:
+        return p.chunk_size
+    return 0 if p.partition == FENWICK else p.partition.chunk_near(p.chunk_size, most=_largest_chunk(p))
 
 
 def unsupported(p: Problem) -> str | None:
     """Return the reason why these kernels do not support a call and what does; None if they support it."""
-    reason = _unavailable(p.v.device) or _not_binary(p.partition)
+    reason = _unavailable(p.v.device) or _other_partition(p.partition, p.beta is not None)
     if reason is not None:
         return reason
     if _is_interpreted() and torch.bfloat16 in (p.q.dtype, p.k.dtype, p.v.dtype):
@@ -103,21 +131,15 @@ def unsupported(p: Problem) -> str | None:
     reason = _too_wide(K, V, p.beta is not None)
     if reason is not None:
         return reason
-    from loglinear.kernels.triton.delta_rule.products import products_of
-    from loglinear.kernels.triton.inputs import common_dtype
-    from loglinear.kernels.triton.layout import MAX_CHUNKS
+    from loglinear.kernels.triton.tree import MAX_CHUNKS
 
-    has_state = p.initial_state is not None or p.output_final_state
-    # Shared memory limits the chunk: three tf32 products take eight times the room of one in bfloat16.
-    products = common_dtype if p.beta is None else products_of
-    largest = 128 if products(p.q, p.k, p.v) == torch.bfloat16 else 64
-    largest = largest if max(K, V) <= 128 else largest // 2
-    if p.beta is not None:
-        largest = max(largest, 64)
-    if has_state and not 16 <= p.chunk_size <= largest:
-        return f"a state with chunk_size {p.chunk_size} needs impl='torch': impl='triton' takes 16 to {largest} here"
+    largest, chunk_size = _largest_chunk(p), _chunk_size(p)
+    if chunk_size and not 16 <= chunk_size <= largest:
+        has_state = p.initial_state is not None or p.output_final_state
+        chunk = "a state with chunk_size" if has_state else f"{p.partition} with chunks of"
+        return f"{chunk} {chunk_size} needs impl='torch': impl='triton' takes 16 to {largest} here"
     # The scalar gate's plans may choose a chunk half as large.
-    smallest = p.chunk_size if has_state else largest if p.beta is not None else largest // 2
+    smallest = chunk_size or (largest if p.beta is not None else largest // 2)
     limit = (MAX_CHUNKS - 1) * smallest
     if p.initial_state is not None:  # all tokens are packed into one row, after the buffered ones
         limit -= p.num_sequences * p.chunk_size
@@ -131,7 +153,9 @@ def unsupported(p: Problem) -> str | None:
 
 def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
     """Return the reason why the kernels do not support a step, as `unsupported` does for calls."""
-    reason = _unavailable(v.device) or _not_binary(state.fenwick.partition or FENWICK)
+    reason, partition = _unavailable(v.device), state.fenwick.partition
+    if reason is None and partition is not None:
+        reason = f"a step with {partition} needs impl='torch': impl='triton' takes radix 2 without other blocks"
     if reason is not None:
         return reason
     if torch.float64 in (q.dtype, state.fenwick.blocks.dtype):
@@ -154,7 +178,6 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
     if p.cu_seqlens is not None:
         p = replace(p, cu_seqlens=p.cu_seqlens.to(p.v.device, torch.int64, non_blocking=True))
     if p.initial_state is None:
-        chunk_size = p.chunk_size if p.output_final_state else 0
         output, blocks, *_ = chunkwise(
             p.q,
             p.k,
@@ -166,8 +189,9 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
             p.cu_seqlens,
             None,
             p.scale,
-            chunk_size,
+            _chunk_size(p),
             p.output_final_state,
+            p.partition.numbers,
         )
         if not p.output_final_state:
             return output, None
@@ -180,7 +204,8 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
 def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tensor, FenwickState | None]:
     """Run sequences that continue from a state."""
     from loglinear.kernels.triton import chunkwise
-    from loglinear.kernels.triton.layout import MAX_CHUNKS, ragged
+    from loglinear.kernels.triton.layout import ragged
+    from loglinear.kernels.triton.tree import MAX_CHUNKS
 
     N, C, tokens = p.num_sequences, p.chunk_size, p.v.shape[0] * p.v.shape[1]
     apart = places_in_one_row(p, N)
@@ -216,6 +241,7 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
         p.scale,
         C,
         p.output_final_state,
+        p.partition.numbers,
     )
     together = Places(apart.start, apart.end, ends[:-1], ends[:-1] + held)
     owner, number, _ = ragged(lengths, tokens)

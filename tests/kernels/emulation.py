@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loglinear.ops import FenwickState, impl_triton
+from loglinear.partition import FENWICK, Partition
 from tests.kernels.interpreter import teach_haste
 from tests.ops.operators import OPERATORS, Operator, excess, gradients, parts, random_loss, relative_error
 
@@ -246,13 +247,13 @@ def teach_rounding(setattr_=setattr):
     setattr_(builder, "cast_impl", cast_impl)
 
 
-def run_chunks(inputs: dict[str, Tensor], chunk_size: int) -> Tensor:
+def run_chunks(inputs: dict[str, Tensor], chunk_size: int, partition: Partition = FENWICK) -> Tensor:
     """The kernels' output with chunks of that many tokens; 0: as the plans say."""
     from loglinear.kernels.triton import chunkwise
 
     x = {"beta": None} | inputs
     tensors = (x[name] for name in OPERATORS[1].names)
-    return chunkwise(*tensors, None, None, None, 1.0, chunk_size, False)[0]
+    return chunkwise(*tensors, None, None, None, 1.0, chunk_size, False, partition.numbers)[0]
 
 
 def result_names(inputs: dict[str, Tensor]) -> list[str]:
@@ -266,12 +267,14 @@ def differentiate(inputs: dict[str, Tensor], function: Callable[[dict[str, Tenso
     return [output, *torch.autograd.grad(output, list(inputs.values()), weight)], weight
 
 
-def errors(inputs: dict[str, Tensor], chunk_size: int = 0, by_flows: bool = False) -> dict[str, float]:
+def errors(
+    inputs: dict[str, Tensor], chunk_size: int = 0, by_flows: bool = False, partition: Partition = FENWICK
+) -> dict[str, float]:
     """Errors of the output and of every gradient, against float64 from the same inputs; by_flows: the decay's as a
     share of `flows` where that is more than its own size."""
     doubles = {n: x.detach().double().requires_grad_() for n, x in inputs.items()}
-    actual, weight = differentiate(inputs, lambda x: run_chunks(x, chunk_size))
-    exact, _ = differentiate(doubles, lambda x: operator_of(x)(x, impl="torch").output, weight)
+    actual, weight = differentiate(inputs, lambda x: run_chunks(x, chunk_size, partition))
+    exact, _ = differentiate(doubles, lambda x: operator_of(x)(x, impl="torch", partition=partition).output, weight)
     pairs = zip(result_names(inputs), actual, exact, strict=True)
     found = {name: relative_error(a, e) for name, a, e in pairs}
     if by_flows:
@@ -280,16 +283,21 @@ def errors(inputs: dict[str, Tensor], chunk_size: int = 0, by_flows: bool = Fals
     return found
 
 
-def excesses(inputs: dict[str, Tensor], chunk_size: int = 0, clean: dict[str, Tensor] | None = None):
+def excesses(
+    inputs: dict[str, Tensor],
+    chunk_size: int = 0,
+    clean: dict[str, Tensor] | None = None,
+    partition: Partition = FENWICK,
+):
     """`excess` over impl="torch" in the same dtype of the output and of every gradient by name; the decay's as by_flows
     in `errors`. clean: what the others compute with, if not with the same inputs."""
     clean = inputs if clean is None else clean
     doubles = {n: x.detach().double().requires_grad_() for n, x in clean.items()}
 
     def in_torch(x):
-        return operator_of(x)(x, impl="torch", chunk_size=chunk_size or 64).output
+        return operator_of(x)(x, impl="torch", chunk_size=chunk_size or 64, partition=partition).output
 
-    actual, weight = differentiate(inputs, lambda x: run_chunks(x, chunk_size))
+    actual, weight = differentiate(inputs, lambda x: run_chunks(x, chunk_size, partition))
     twin, exact = (differentiate(x, in_torch, weight)[0] for x in (clean, doubles))
     sizes = {"gradient of log_decay": flows(doubles, *exact[1:3])}
     results = zip(result_names(inputs), actual, twin, exact, strict=True)
@@ -304,9 +312,8 @@ def tokens_before(chunk_size: int) -> int:
 def leaf_state(state: FenwickState | None, dtype: torch.dtype = torch.float32) -> FenwickState | None:
     if state is None:
         return None
-    return type(state)(
-        *(x if x is None or x is state.position else x.detach().to(dtype).requires_grad_() for x in state)
-    )
+    leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in parts(state).items()}
+    return state._replace(**leaves)
 
 
 def measure(

@@ -20,7 +20,7 @@ from loglinear.kernels.torch.scalar_gate.in_chunk import in_chunk_backward
 from loglinear.kernels.torch.scalar_gate.up_sweep import up_sweep_backward
 from loglinear.kernels.torch.scalar_gate.walk import walk_backward
 from loglinear.kernels.torch.schedule import Schedule
-from loglinear.partition import FENWICK
+from loglinear.partition import FENWICK, Partition
 
 LOG2_E = 1.4426950408889634
 
@@ -36,6 +36,7 @@ class Case:
     K: int = 16
     V: int = 24
     G: int = 2  # groups of two heads
+    partition: Partition = FENWICK
 
     @property
     def heads(self) -> slice:
@@ -48,6 +49,8 @@ CASES = {
     "packed, with an empty sequence": Case(T=16 * 9, C=16, L=13, ends=(0, 40, 40, 41, 144)),
     "continued": Case(T=16 * 7, C=16, L=13, ends=(0, 50, 112), starts=(3, 6)),
     "halves of a chunk": Case(T=128 * 5 + 70, C=128, L=13),
+    "radix 4": Case(T=16 * 22 + 5, C=16, L=16, V=16, G=1, partition=Partition(4, 4)),
+    "radix 16, two tiers": Case(T=16 * 35 + 5, C=16, L=40, V=16, G=1, partition=Partition(16, 16)),
 }
 
 
@@ -60,7 +63,7 @@ def make(case: Case, device: str = "cpu") -> dict[str, Tensor]:
     x = {name: value.to(case.dtype) for name, value in x.items()}
     x |= dict(log_decay=-torch.rand(1, T, H) * 4 / case.C, level_scales=torch.rand(1, T, H, case.L))
     if case.starts:
-        M = FENWICK.num_blocks(case.L, case.C)
+        M = case.partition.num_blocks(case.L, case.C)
         is_there = torch.tensor([[(z >> m) & 1 for m in range(M)] for z in case.starts])
         x |= dict(initial=torch.randn(2, M, H, case.K, case.V) * is_there[:, :, None, None, None])
     return {name: value.to(device) for name, value in x.items()}
@@ -76,7 +79,7 @@ def schedule(case: Case) -> Schedule:
     ends = None if case.ends is None else torch.tensor(case.ends)
     position = torch.tensor(case.starts) * case.C if case.starts else None
     row = tokens(case, torch.empty(1, case.T, 1))
-    return schedule_of(row, case.L, position, ends, 1, case.C, True, [*FENWICK.numbers])
+    return schedule_of(row, case.L, position, ends, 1, case.C, True, [*case.partition.numbers])
 
 
 def torch_stages(case: Case, x: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -139,7 +142,7 @@ def triton_stages(case: Case, x: dict[str, Tensor]) -> dict[str, Tensor]:
     ends = None if case.ends is None else torch.tensor(case.ends, device=device)
     starts = torch.tensor(case.starts, device=device) if case.starts else None
     operands = Operands(x["q"], x["k"], x["v"], x["log_decay"], None, x["level_scales"], x.get("initial"))
-    call = inputs_of(operands, Sequences(ends, starts), 1.0, forward)
+    call = inputs_of(operands, Sequences(ends, starts, partition=case.partition), 1.0, forward)
 
     def of_chunks(value: Tensor) -> Tensor:
         return value[: plan.num_chunks].transpose(0, 1).double().cpu()
@@ -171,7 +174,8 @@ def triton_stages(case: Case, x: dict[str, Tensor]) -> dict[str, Tensor]:
     dstates = state_backward(call, states, do, reads, backward["state_backward"])
     found |= dict(state_backward=of_chunks(dstates.slots), state_dlog=of_chunks(dstates.log_decay))
     dtotals = down_sweep(call, states, dstates, backward["down_sweep"])
-    found |= dict(down_sweep=of_chunks(dstates.slots), dtotal=of_chunks(across_tiers(case, dtotals.data)))
+    dtotal = across_tiers(case, dtotals.data, call.tree.tier)
+    found |= dict(down_sweep=of_chunks(dstates.slots), dtotal=of_chunks(dtotal))
     launch = backward["chunk_state_backward"]
     dlog_state = state_gifts_backward(call, states, dstates, inside, dk, Slab.of(dv), launch)
     found |= dict(dk=of_tokens(dk.data.sum(0)), dv=of_tokens(dv))
@@ -191,14 +195,14 @@ def join_pairs(pairs: Tensor) -> Tensor:
     return torch.cat([top, torch.cat([pairs[:, :, 1], pairs[:, :, 2]], -1)], -2).transpose(0, 1)
 
 
-def across_tiers(case: Case, dtotals: Tensor) -> Tensor:
+def across_tiers(case: Case, dtotals: Tensor, levels: int) -> Tensor:
     """The gradient of each chunk's own total: those of its entries [tier, part, chunk, H], one of each tier."""
     found, row = [], 0
     lengths = [case.T] if case.ends is None else torch.tensor(case.ends).diff().tolist()
     for z0, length in zip(case.starts or [0] * len(lengths), lengths, strict=True):
         own = -(-length // case.C)
         for z in range(z0, z0 + own):
-            entries = [(((z >> 6 * tier) + 1) << 6 * tier) - 1 for tier in range(len(dtotals))]
+            entries = [(((z >> levels * tier) + 1) << levels * tier) - 1 for tier in range(len(dtotals))]
             whole = [(tier, e) for tier, e in enumerate(entries) if e < z0 + own]
             found.append(sum(dtotals[tier, :, row + e - z0].sum(0) for tier, e in whole))
         row += own

@@ -86,15 +86,15 @@ def test_tables_hold_every_run_of_the_sweeps_and_few_others(lengths, starts, con
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     found = scalar_gate.layout(1, int(ends[-1]), 16, 20, ends, starts if continued else None)
     first = starts if continued else torch.zeros_like(lengths)
-    run = 1 << scalar_gate.TIER
+    run = 1 << found.tree.tier
     for tier, table in enumerate(found.run_tables):
         real = table[table[:, 1] > 0]
         expected = []
         for n, (z0, own) in enumerate(zip(first.tolist(), (-(-lengths // 16)).tolist(), strict=True)):
-            entries = (z0 + own) >> (scalar_gate.TIER * tier)
-            begin = z0 >> (scalar_gate.TIER * (tier + 1))
+            entries = (z0 + own) >> (found.tree.tier * tier)
+            begin = z0 >> (found.tree.tier * (tier + 1))
             expected += [[n, number] for number in range(begin, -(-entries // run)) if own]
         assert real[:, [4, 2]].tolist() == expected
         assert len(table) == found.runs[tier]
         if not continued:
-            assert len(table) <= len(expected) + min(60, found.chunks >> (scalar_gate.TIER * tier))
+            assert len(table) <= len(expected) + min(60, found.chunks >> (found.tree.tier * tier))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loglinear.ops import FenwickState
+from loglinear.partition import FENWICK
 from tests.kernels.emulation import (
     EMULATED,
     differentiate,
@@ -219,7 +220,7 @@ def test_is_one_node_for_torch(operator):
 
     x = operator.inputs(B=1, T=20, G=1, H=1, K=8, V=8, L=6, dtype=torch.float32)
     tensors = [x.get(name) for name in OPERATORS[1].names]
-    torch.library.opcheck(chunkwise, (*tensors, None, None, None, 1.0, 16, True))
+    torch.library.opcheck(chunkwise, (*tensors, None, None, None, 1.0, 16, True, FENWICK.numbers))
     compiled = torch.compile(lambda x: operator(x, impl="triton").output, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), operator(x, impl="triton").output)
 

@@ -13,6 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from loglinear.fenwick import num_levels
+from loglinear.partition import FENWICK
 from tests.kernels.emulation import EMULATED, KEYS, STATES, make, measure, operator_of, repeat_keys, tokens_before
 from tests.ops.operators import OPERATORS
 
@@ -251,7 +252,7 @@ def test_passes_opcheck(delta):
 
     x = make(1, 200, 1, 2, 64, 64, 10, torch.bfloat16, delta=delta)
     tensors = [x.get(name) for name in OPERATORS[1].names]
-    torch.library.opcheck(chunkwise, (*tensors, None, None, None, 1.0, 64, True))
+    torch.library.opcheck(chunkwise, (*tensors, None, None, None, 1.0, 64, True, FENWICK.numbers))
 
 
 @DELTA

@@ -55,7 +55,7 @@ def energies(
     partition: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Return the outputs of `bucket_energies`. With gradients on, autograd records every stage."""
-    C, K = Partition(*partition).finest_block, q.shape[2]
+    C, K = Partition.of(partition).finest_block, q.shape[2]
     plan = schedule_of(q, num_columns, position, cu_seqlens, rows, C, final, partition)
     out = q.new_zeros(*q.shape[:2], num_columns)
     blocks = q.new_zeros(plan.num_sequences, plan.num_blocks, q.shape[1], K, K) if final else q.new_zeros(0)
@@ -131,7 +131,7 @@ def _(q, k, initial, position, cu_seqlens, rows, num_columns, final, partition):
     found = q.new_empty(q.shape[0], q.shape[1], num_columns)
     if not final:
         return found, q.new_empty(0)
-    M = Partition(*partition).num_blocks(num_columns, Partition(*partition).finest_block)
+    M = Partition.of(partition).num_blocks(num_columns, Partition.of(partition).finest_block)
     N = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return found, q.new_empty(N, M, q.shape[1], q.shape[2], q.shape[2])
 
@@ -151,7 +151,7 @@ def bucket_energies_backward(
     partition: list[int],
 ) -> list[Tensor]:
     """Return the gradients of q, k and, if there are any, of the initial blocks."""
-    C = Partition(*partition).finest_block
+    C = Partition.of(partition).finest_block
     plan = schedule_of(q, num_columns, position, cu_seqlens, rows, C, final, partition)
     dq, dk = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     dinitial = None if initial is None else torch.empty_like(initial, memory_format=torch.contiguous_format)

@@ -92,7 +92,7 @@ def schedule_of(
         buffered = 0 if position is None else rows * C
         lengths = ((len(tokens) - buffered) // rows,) * rows
     positions = None if position is None else tuple(position.tolist())
-    return schedule(lengths, positions, C, num_columns, final, tokens.device, Partition(*partition))
+    return schedule(lengths, positions, C, num_columns, final, tokens.device, Partition.of(partition))
 
 
 @fenwick_array.register_fake
@@ -100,7 +100,7 @@ def _(q, k, v, log_decay, beta, level_scales, initial, position, cu_seqlens, row
     output = torch.empty_like(v, memory_format=torch.contiguous_format)
     if not final:
         return output, v.new_empty(0)
-    M = Partition(*partition).num_blocks(level_scales.shape[2], chunk_size)
+    M = Partition.of(partition).num_blocks(level_scales.shape[2], int(chunk_size))
     N = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return output, v.new_empty(N, M, v.shape[1], q.shape[2], v.shape[2])
 

@@ -83,7 +83,7 @@ class Sizes(NamedTuple):
     H: int
     R: int  # heads of a group
     L: int
-    cap: int  # levels between chunks; all that is older is one block
+    cap: int  # the number of the last block of a state, which is all that is older than the others
 
 
 # Arguments of kernels that are never specialised.
@@ -132,7 +132,7 @@ class Part(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run of 64 entries: the row of its sequence's chunk 0, the sequence's chunks, the run's number, z0, sequence."""
+    """A run of entries: the row of its sequence's chunk 0, the sequence's chunks, the run's number, z0, sequence."""
 
     origin: tl.tensor
     count: tl.tensor

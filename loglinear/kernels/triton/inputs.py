@@ -10,9 +10,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.fenwick import block_cap
 from loglinear.kernels.triton.args import Math, Rows, Sizes
 from loglinear.kernels.triton.launches import Plan
+from loglinear.kernels.triton.tree import Tree
+from loglinear.partition import FENWICK, Partition
 
 # The factors of the products, which are also the dtype of states, and their precision. float16 has the mantissa of tf32
 # but not the range that a sum over a long past needs, so its products are single tf32 products of float32 states
@@ -48,12 +49,13 @@ class Operands(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """The ends of packed sequences [N + 1], and the number of the chunk with which each begins [N], for a state; and
-    does each leave its blocks? Then its unfinished chunk has a place even without tokens."""
+    """The ends of packed sequences [N + 1], and the number of the chunk with which each begins [N], for a state; does
+    each leave its blocks? Then its unfinished chunk has a place even without tokens. And the partition of the past."""
 
     cu_seqlens: Tensor | None
     starts: Tensor | None
     final: bool = False
+    partition: Partition = FENWICK
 
 
 class Results(NamedTuple):
@@ -104,7 +106,7 @@ class Inputs:
     def of(cls, x: Operands, layout: Any, scale: float, plan: Plan, products: torch.dtype) -> Any:
         """`products` is one of DOT_TYPES."""
         H, L = x.level_scales.shape[2:]
-        sizes = Sizes(x.q.shape[1], layout.chunks_per_row, H, H // x.q.shape[2], L, block_cap(L, plan.chunk_size))
+        sizes = Sizes(x.q.shape[1], layout.chunks_per_row, H, H // x.q.shape[2], L, layout.cap)
         dtype, math = DOT_TYPES[products]
         q, k, v, level_scales = (Rows.of(in_rows(y)) for y in (x.q, x.k, x.v, x.level_scales))
         log_decay, beta = Rows.of(x.log_decay), None if x.beta is None else Rows.of(x.beta)
@@ -114,6 +116,10 @@ class Inputs:
     @property
     def chunk_size(self) -> int:
         return self.plan.chunk_size
+
+    @property
+    def tree(self) -> Tree:
+        return self.layout.tree
 
     @property
     def heads(self) -> int:

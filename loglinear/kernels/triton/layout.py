@@ -15,12 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import block_cap
-
-TIER = 6  # levels that one sweep builds, where nobody says otherwise
-READS = 16  # levels between chunks that a walk can read
-MAX_CHUNKS = 1 << READS
-
+from loglinear.kernels.triton.tree import LEVELS, MAX_CHUNKS, Tree, candidates
+from loglinear.partition import FENWICK, Partition
 
 Made = TypeVar("Made")
 
@@ -44,7 +40,7 @@ def once_a_batch(make: Callable[..., Made]) -> Callable[..., Made]:
         num_levels: int,
         cu_seqlens: Tensor | None,
         starts: Tensor | None,
-        *rest: bool,
+        *rest: object,
     ) -> Made:
         arguments = (rows, tokens, chunk_size, num_levels, cu_seqlens, starts, *rest)
         layouts = getattr(cu_seqlens, "layouts", None)
@@ -70,9 +66,10 @@ class Layout:
     tokens: int  # per row of the batch
     chunks_per_row: int
     chunks: int  # rows of every per-chunk array
-    runs: tuple[int, ...]  # runs of 2**TIER entries, for each tier of the sweeps
-    run_levels: int  # levels of blocks that as many chunks or more read
+    runs: tuple[int, ...]  # runs of entries, for each tier of the sweeps
+    run_reads: int  # candidates whose blocks are runs or larger
     cap: int
+    tree: Tree
     sequences: int
     table: Tensor | None  # [chunks, 5] int32: chunk number, first token, end of its sequence, first chunk, sequence
     run_tables: tuple[Tensor | None, ...]  # [runs, 5] int32: see `locate_run` in tiles.py
@@ -88,17 +85,18 @@ def layout(
     num_levels: int,
     cu_seqlens: Tensor | None,
     starts: Tensor | None,
+    partition: Partition = FENWICK,
 ) -> Layout:
     """The layout of a [rows, tokens] batch, or of one row that packs the sequences of cu_seqlens [N + 1].
 
     starts [N]: the chunk with which each packed sequence begins, for sequences that continue.
     """
     if cu_seqlens is None:
-        return _dense_layout(rows, tokens, chunk_size, num_levels)
-    C, cap = chunk_size, block_cap(num_levels, chunk_size)
-    per_row = chunks_per_row(tokens, C)
-    run = 1 << TIER
-    tiers = -(-(READS if starts is not None else max(1, per_row.bit_length() - 1)) // TIER)
+        return _dense_layout(rows, tokens, chunk_size, num_levels, partition)
+    C, tree, per_row = chunk_size, Tree.of(partition, chunk_size), chunks_per_row(tokens, chunk_size)
+    cap, tier, run = partition.num_blocks(num_levels, C) - 1, tree.tier, 1 << tree.tier
+    tiers = -(-(LEVELS if starts is not None else max(1, per_row.bit_length() - 1)) // tier)
+    reads = _run_reads(tree, MAX_CHUNKS if starts is not None else per_row)
     N = len(cu_seqlens) - 1
     lengths = cu_seqlens.diff()
     z0 = torch.zeros_like(lengths) if starts is None else starts
@@ -112,17 +110,16 @@ def layout(
     origin, count = own.cumsum(0) - own - z0, own + z0
     run_tables = []
     for s in range(tiers):
-        skipped = z0 >> (TIER * (s + 1))
-        runs_of = (((count >> (TIER * s)) + run - 1) // run - skipped).clamp(min=0)
+        skipped = z0 >> (tier * (s + 1))
+        runs_of = (((count >> (tier * s)) + run - 1) // run - skipped).clamp(min=0)
         runs_of = torch.where(own > 0, runs_of, 0)  # without chunks of its own a sequence only hands its blocks on
         if s == 0:
             first_runs = runs_of.cumsum(0) - runs_of
         # One run more than full ones for each sequence with entries here; two where its first need not be full either.
-        more = min(N, chunks >> (TIER * s)) if starts is None else 2 * N
-        sequence, number, is_real = ragged(runs_of, (chunks >> (TIER * (s + 1))) + more)
+        more = min(N, chunks >> (tier * s)) if starts is None else 2 * N
+        sequence, number, is_real = ragged(runs_of, (chunks >> (tier * (s + 1))) + more)
         columns = [origin[sequence], torch.where(is_real, count[sequence], 0), number + skipped[sequence]]
         run_tables.append(torch.stack([*columns, z0[sequence], sequence], 1).int())
-    levels = READS - TIER if starts is not None else max(0, (per_row - 1).bit_length() - TIER)
     ends = torch.stack([origin, z0 + lengths // C, z0], 1).int()
     return Layout(
         C,
@@ -130,8 +127,9 @@ def layout(
         per_row,
         chunks,
         tuple(map(len, run_tables)),
-        levels,
+        reads,
         cap,
+        tree,
         N,
         table,
         tuple(run_tables),
@@ -149,15 +147,20 @@ def chunks_per_row(tokens: int, chunk_size: int) -> int:
 
 
 @functools.lru_cache
-def _dense_layout(rows: int, tokens: int, chunk_size: int, num_levels: int) -> Layout:
+def _dense_layout(rows: int, tokens: int, chunk_size: int, num_levels: int, partition: Partition) -> Layout:
     """The layout of a batch that is not packed has no tables."""
-    cap, per_row = block_cap(num_levels, chunk_size), chunks_per_row(tokens, chunk_size)
-    tiers = -(-max(1, per_row.bit_length() - 1) // TIER)
-    entries = [per_row >> (TIER * s) for s in range(tiers)]
-    runs = tuple(rows * max(1, -(-n // (1 << TIER))) for n in entries)
-    levels = max(0, (per_row - 1).bit_length() - TIER)
-    no_tables = (None,) * tiers
-    return Layout(chunk_size, tokens, per_row, rows * per_row, runs, levels, cap, rows, None, no_tables, None, None)
+    C, tree, per_row = chunk_size, Tree.of(partition, chunk_size), chunks_per_row(tokens, chunk_size)
+    cap, tier = partition.num_blocks(num_levels, C) - 1, tree.tier
+    tiers = -(-max(1, per_row.bit_length() - 1) // tier)
+    entries = [per_row >> (tier * s) for s in range(tiers)]
+    runs = tuple(rows * max(1, -(-n // (1 << tier))) for n in entries)
+    reads, no_tables = _run_reads(tree, per_row), (None,) * tiers
+    return Layout(C, tokens, per_row, rows * per_row, runs, reads, cap, tree, rows, None, no_tables, None, None)
+
+
+def _run_reads(tree: Tree, chunks: int) -> int:
+    """Return how many candidates of the walks of so many chunks are blocks of a run or larger ones."""
+    return max(0, candidates(tree.radix_log, chunks - 1) - tree.run_read)
 
 
 def ragged(counts: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""lambda and its gradient inside a chunk, where level(i, j) = bit_length(i XOR j), and of the walk's reads."""
+"""lambda and its gradient inside a chunk, and of the walk's reads."""
 
 # i row, j column of a chunk's tile, c class of columns, l candidate read, L levels
 import triton
@@ -6,7 +6,6 @@ import triton.language as tl
 
 from loglinear.kernels.triton.compiler import prefetch, prefetched
 from loglinear.kernels.triton.tiles import dot_float32, exponent
-from loglinear.kernels.triton.walks import READS
 
 
 @triton.jit
@@ -16,10 +15,10 @@ def load_scale(base, stride, n, column, L, i):
 
 
 @triton.jit
-def load_read_scales(base, stride, n, reads, L, i, LOG_C: tl.constexpr):
-    """lambda of each candidate that is read, else 0: [rows, READS], loaded ahead. reads: the candidates' bits."""
-    l = tl.arange(0, READS)
-    columns = tl.minimum(LOG_C + 1 + l, L - 1)[None, :]
+def load_read_scales(base, stride, n, reads, L, i, TREE: tl.constexpr):
+    """lambda of each candidate that is read, else 0: [rows, reads], loaded ahead. reads: the candidates' bits."""
+    l = tl.arange(0, TREE.reads)
+    columns = tl.minimum(TREE.column + l, L - 1)[None, :]
     return prefetch(base + ((i * stride)[:, None] + columns), (i < n)[:, None] & (((reads >> l) & 1) > 0)[None, :])
 
 
@@ -34,24 +33,29 @@ def scales_product(scales, y, DTYPE: tl.constexpr, MATH: tl.constexpr):
 
 
 @triton.jit
-def column_of(x, l):
-    """Column l of a [rows, READS] tile."""
-    return tl.sum(tl.where(tl.arange(0, READS)[None, :] == l, x, 0.0), 1)
+def column_of(x, l, COLUMNS: tl.constexpr):
+    """Column l of a [rows, COLUMNS] tile."""
+    return tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :] == l, x, 0.0), 1)
 
 
-# level(i, j) = bit_length(i XOR j) over a tile would take a comparison and a choice for each level and place. But in a
-# row levels up to 3, inside aligned blocks of 8, depend on j mod 8 alone, and farther ones on j's block of 8. So a row
-# needs 16 classes of columns, 8 near and 8 far ones. Products with their indicators spread a [row, class] tile to all
-# columns, and fold sums over columns into one. In tiles of more than 64 columns that serves each 64 on the diagonal.
+# With radix 2 column(i, j) = max(0, bit_length(i XOR j) - log2 f), which is the level where f is 1. Over
+# a tile it would take a comparison and a choice for each level and place. But in a row levels up to 3, inside aligned
+# blocks of 8, depend on j mod 8 alone, and farther ones on j's block of 8. So a row needs 16 classes of columns, 8 near
+# and 8 far ones. Products with their indicators spread a [row, class] tile to all columns, and fold sums over columns
+# into one. In tiles of more than 64 columns that serves each 64 on the diagonal. With larger radices the columns of a
+# tile are computed, and their lambdas are loaded one by one.
 
 
 @triton.jit
-def class_levels(i):
-    """[i, c]: the level of class c for row i; -1 for the block of 8 that i itself lies in."""
+def class_levels(i, TREE: tl.constexpr):
+    """[i, c]: the column of class c for row i; -1 for the block of 8 that i itself lies in."""
     c = tl.arange(0, 16)[None, :]
     near = tl.maximum(exponent((i % 8)[:, None] ^ c) + 1, 0)
     far = tl.maximum(exponent((i // 8 % 8)[:, None] ^ (c - 8)) + 4, -1)
-    return tl.where(c < 8, near, far)
+    levels = tl.where(c < 8, near, far)
+    if TREE.finest_log > 0:
+        levels = tl.where(levels < 0, levels, tl.maximum(levels - TREE.finest_log, 0))
+    return levels
 
 
 @triton.jit
@@ -80,24 +84,49 @@ def is_near(i, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def load_class_scales(base, stride, n, L, level, i, ONE_LEVEL: tl.constexpr):
-    """lambda of the classes that each row reads, else 0: [i, c], loaded ahead. ONE_LEVEL: all columns are at `level`,
-    [i]."""
+def load_class_scales(base, stride, n, L, level, i, ONE_LEVEL: tl.constexpr, TREE: tl.constexpr):
+    """lambda of the classes that each row reads, else 0: [i, c], loaded ahead. ONE_LEVEL: the whole tile is at column
+    `level`, [i]. With a larger radix the address of all, which `spread_scales` loads."""
     if ONE_LEVEL:
         return load_scale(base, stride, n, level, L, i)
+    elif TREE.radix_log > 1:
+        return base
     else:
-        columns = tl.minimum(tl.maximum(class_levels(i), 0), L - 1)
+        columns = tl.minimum(tl.maximum(class_levels(i, TREE), 0), L - 1)
         return prefetch(base + ((i * stride)[:, None] + columns), (i < n)[:, None] & reads_class(i))
 
 
 @triton.jit
+def columns_between(i, J: tl.constexpr, TREE: tl.constexpr):
+    """[i, j]: the column in which place i of a chunk reads place j of J; any number where j > i."""
+    a, b = (i >> TREE.finest_log)[:, None], (tl.arange(0, J) >> TREE.finest_log)[None, :]
+    digit = tl.maximum(exponent(a ^ b), 0) // TREE.radix_log  # the highest that differs
+    return digit * TREE.others + (a >> digit * TREE.radix_log) - (b >> digit * TREE.radix_log)
+
+
+@triton.jit
 def spread_scales(
-    scales, near_JC, far_JC, i, DTYPE: tl.constexpr, J: tl.constexpr, ONE_LEVEL: tl.constexpr, MATH: tl.constexpr
+    scales,
+    stride,
+    n,
+    L,
+    near_JC,
+    far_JC,
+    i,
+    DTYPE: tl.constexpr,
+    J: tl.constexpr,
+    ONE_LEVEL: tl.constexpr,
+    TREE: tl.constexpr,
+    MATH: tl.constexpr,
 ):
-    """LAM[i, j] = lambda[i, level(i, j)] from scales [i, c] loaded ahead from an array of DTYPE. Whoever takes it
+    """LAM[i, j] = lambda[i, column(i, j)] from scales of `load_class_scales`, whose array has DTYPE. Whoever takes it
     has to leave out j > i."""
     if ONE_LEVEL:
         return prefetched(scales, DTYPE)[:, None]
+    elif TREE.radix_log > 1:
+        columns = tl.minimum(tl.maximum(columns_between(i, J, TREE), 0), L - 1)
+        is_read = (i < n)[:, None] & (tl.arange(0, J)[None, :] <= i[:, None])
+        return tl.load(scales + ((i * stride)[:, None] + columns), mask=is_read, other=0.0).to(tl.float32)
     else:
         near = scales_product(scales, tl.trans(near_JC), DTYPE, MATH)
         far = scales_product(scales, tl.trans(far_JC), DTYPE, MATH)
@@ -113,11 +142,43 @@ def level_sums(x, near_JC, far_JC, i, J: tl.constexpr, MATH: tl.constexpr):
 
 
 @triton.jit
-def by_level(sums, i, L, J: tl.constexpr, LOG_J: tl.constexpr):
-    """[i, level] from sums over classes; levels from the last on are summed into its column."""
-    level_IC, column = class_levels(i), tl.arange(0, 16)[None, :]
+def by_level(sums, i, L, J: tl.constexpr, COLUMNS: tl.constexpr, TREE: tl.constexpr):
+    """[i, column] from sums over classes; columns from the last on are summed into it."""
+    level_IC, column = class_levels(i, TREE), tl.arange(0, 16)[None, :]
     gradients, past = tl.zeros([J, 16], tl.float32), tl.zeros([J], tl.float32)
-    for level in tl.static_range(LOG_J + 1):
+    for level in tl.static_range(COLUMNS):
         past = tl.where(level > L - 1, past, 0.0) + tl.sum(tl.where(level_IC == level, sums, 0.0), 1)
         gradients = tl.where(column == tl.minimum(level, L - 1), past[:, None], gradients)
     return gradients
+
+
+@triton.jit
+def store_column_sums(
+    to,
+    stride,
+    n,
+    L,
+    x,
+    scale,
+    near_JC,
+    far_JC,
+    i,
+    J: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TREE: tl.constexpr,
+    MATH: tl.constexpr,
+):
+    """dlambda of the chunk's own COLUMNS from the gradients x [i, j] of LAM / scale, which are 0 where j > i."""
+    if TREE.radix_log == 1:
+        sums_IC = level_sums(x, near_JC, far_JC, i, J, MATH) * scale
+        column = tl.arange(0, 16)[None, :]
+        tl.store(
+            to + ((i * stride)[:, None] + column),
+            by_level(sums_IC, i, L, J, COLUMNS, TREE).to(to.dtype.element_ty),
+            mask=(i < n)[:, None] & (column < tl.minimum(L, COLUMNS)),
+        )
+    else:
+        columns, past = columns_between(i, J, TREE), tl.zeros([J], tl.float32)
+        for column in range(COLUMNS):
+            past = tl.where(column > L - 1, past, 0.0) + tl.sum(tl.where(columns == column, x, 0.0), 1) * scale
+            tl.store(to + (i * stride + tl.minimum(column, L - 1)), past.to(to.dtype.element_ty), mask=i < n)

@@ -9,14 +9,9 @@ import triton
 import triton.language as tl
 
 from loglinear import kernels
-from loglinear.kernels.triton import layout
 from loglinear.kernels.triton.args import Chunk, Part, Run
 from loglinear.kernels.triton.compiler import fresh_arange
 
-# A tier is six levels of the tree: 64 entries are one tile of the sweeps. Above the cap a tier is one digit of a
-# radix-64 Fenwick tree: its slots hold prefixes inside their run of 64, so a walk reads one slot for each tier.
-TIER = tl.constexpr(layout.TIER)
-RUN = tl.constexpr(1 << layout.TIER)
 MIN_LOG_DECAY = tl.constexpr(kernels.MIN_LOG_DECAY)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -62,14 +57,15 @@ def part_of_program(table, sizes, C: tl.constexpr, HALVES: tl.constexpr, SPLIT: 
 
 
 @triton.jit
-def locate_run(run, table, sizes, tier):
-    """One run of 64 entries of a tier. table: [runs, 5] int32 of packed sequences, None for a dense batch."""
+def locate_run(run, table, sizes, tier, TREE: tl.constexpr):
+    """One run of 2**TREE.tier entries of a tier. table: [runs, 5] int32 of packed sequences, None for a dense batch."""
+    RUN: tl.constexpr = 1 << TREE.tier
     if table is not None:
         row = table + run * 5
         origin, count, number = tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2)
         z0, sequence = tl.load(row + 3), tl.load(row + 4)
     else:
-        runs = tl.maximum(((sizes.N >> (TIER * tier)) + RUN - 1) // RUN, 1)
+        runs = tl.maximum(((sizes.N >> (TREE.tier * tier)) + RUN - 1) // RUN, 1)
         origin, count, number = (run // runs).to(tl.int64) * sizes.N, sizes.N, run % runs
         z0, sequence = tl.full([], 0, tl.int32), run // runs
     return Run(origin, count, number, z0, sequence)

@@ -4,56 +4,97 @@
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton import layout
-from loglinear.kernels.triton.tiles import TIER, exponent
-
-READS = tl.constexpr(layout.READS)  # candidate reads of a walk: levels between chunks
+from loglinear.kernels.triton.tiles import exponent
 
 
 @triton.jit
-def walk(place, cap):
-    """The reads of a chunk as vectors over READS candidates: is it read, exclusive end of the block, is it initial.
+def height_of(l, TREE: tl.constexpr):
+    """log2 of the chunks in the block of candidate l."""
+    return tl.minimum(l // TREE.others * TREE.radix_log, 31)
 
-    Below the cap candidate l is the block of 2**l chunks, read where bit l of z is set. The older past is one slot for
-    each tier: candidate max(cap, TIER s) stands for the rest of tier s. Blocks that end at or before z0, where a
-    continued sequence begins, come from the initial state, the oldest with the whole prefix in it.
+
+@triton.jit
+def end_of(z, l, TREE: tl.constexpr):
+    """The exclusive end of the block that candidate l of chunk z is."""
+    if TREE.radix_log == 1:
+        return (z >> l) << l
+    else:
+        height = height_of(l, TREE)
+        return ((z >> height) - l % TREE.others) << height
+
+
+@triton.jit
+def initial_number(place, l, cap, TREE: tl.constexpr):
+    """The number among the initial blocks of the block that candidate l is: its candidate as seen from chunk z0."""
+    if TREE.radix_log == 1:
+        return tl.minimum(l, cap)
+    else:
+        height = height_of(l, TREE)
+        return tl.minimum(l - (place.z >> height) + (place.z0 >> height), cap)
+
+
+@triton.jit
+def prefix_end(z0, cap, TREE: tl.constexpr):
+    """The exclusive end of the oldest initial block, block cap, which has the whole prefix in it."""
+    if TREE.radix_log == 1:
+        oldest = tl.minimum(cap, 31)
+        return (z0 >> oldest) << oldest
+    else:
+        height = height_of(cap, TREE)
+        blocks = z0 >> height
+        return (blocks - tl.minimum(blocks & TREE.others, cap % TREE.others)) << height
+
+
+@triton.jit
+def walk(place, cap, TREE: tl.constexpr):
+    """The reads of a chunk as vectors over its candidates: is it read, exclusive end of the block, is it initial.
+
+    With radix 2 the past older than the cap is one slot for each tier: candidate max(cap, TIER s) stands for the rest
+    of tier s. Blocks that end at or before z0, where a continued sequence begins, come from the initial state, the
+    oldest with the whole prefix in it.
     """
-    l, oldest = tl.arange(0, READS), tl.minimum(cap, 31)
-    digit = tl.where(l < cap, 1, (1 << ((l // TIER + 1) * TIER - l)) - 1) & (place.z >> l)
-    is_first = (l <= cap) | (l % TIER == 0)
-    end = (place.z >> l) << l
-    is_initial = end <= place.z0
-    is_there = (end > place.z0) | (l < cap) | (end == (place.z0 >> oldest) << oldest)
-    return is_first & (digit > 0) & is_there, end, is_initial
+    l = tl.arange(0, TREE.reads)
+    end = end_of(place.z, l, TREE)
+    is_there = (end > place.z0) | (initial_number(place, l, cap, TREE) < cap) | (end == prefix_end(place.z0, cap, TREE))
+    if TREE.radix_log == 1:
+        rest = (1 << ((l // TREE.tier + 1) * TREE.tier - l)) - 1
+        digit = tl.where(l < cap, 1, rest) & (place.z >> l)
+        is_read = ((l <= cap) | (l % TREE.tier == 0)) & (digit > 0)
+    else:
+        is_read = ((place.z >> height_of(l, TREE)) & TREE.others) > l % TREE.others
+    return is_read & is_there, end, end <= place.z0
+
+
+# The reads of a walk one by one, nearest first. Where a walk stands is the set of the candidates that it has yet to
+# read, as bits; with a larger radix, whose candidates are too many, it is the exclusive end of the next block.
 
 
 @triton.jit
-def reader_level(e, cap):
-    """The candidate through which the readers of the slot of chunk e see it; they are the 2**l chunks behind it."""
-    t = exponent((e + 1) & -(e + 1))
-    return tl.where(t < cap, t, tl.maximum(cap, t // TIER * TIER))
+def start_of_walk(read, place, TREE: tl.constexpr):
+    if TREE.radix_log == 1:
+        return tl.sum(tl.where(read, 1 << tl.arange(0, TREE.reads), 0), 0)
+    else:
+        return place.z
 
 
 @triton.jit
-def load_log_decays(log_decay, place, sizes, h):
-    """log2 of the decay of each block that a chunk reads, 0 for those that it does not read and for initial ones."""
-    read, end, _ = walk(place, sizes.cap)
-    row = (place.c - place.z).to(tl.int64) + end - 1
-    return tl.load(log_decay + row * sizes.H + h, mask=read & (end > place.z0), other=0.0)
+def candidate_at(stand, place, TREE: tl.constexpr):
+    """The candidate that a walk reads next; any number behind the last one."""
+    if TREE.radix_log == 1:
+        return nearest(stand)
+    else:
+        digit = tl.maximum(exponent(stand & -stand), 0) // TREE.radix_log
+        height = digit * TREE.radix_log
+        return digit * TREE.others + (place.z >> height) - (stand >> height)
 
 
 @triton.jit
-def paths(log_decay, place, sizes, h):
-    """For each candidate: is it read, and its path, log2 of the decay from the block's end to the chunk."""
-    read, _, _ = walk(place, sizes.cap)
-    log_block = load_log_decays(log_decay, place, sizes, h)
-    return read, tl.cumsum(log_block, 0) - log_block
-
-
-@triton.jit
-def path_of(l, log_block):
-    """The path of one candidate: log2 of the decay over the nearer blocks."""
-    return tl.sum(tl.where(tl.arange(0, READS) < l, log_block, 0.0), 0)
+def after(stand, TREE: tl.constexpr):
+    """Where a walk stands after its next read."""
+    if TREE.radix_log == 1:
+        return stand & (stand - 1)
+    else:
+        return stand - (1 << tl.maximum(exponent(stand & -stand), 0) // TREE.radix_log * TREE.radix_log)
 
 
 @triton.jit
@@ -62,19 +103,72 @@ def nearest(remaining):
     return tl.maximum(exponent(remaining & -remaining), 0)
 
 
-@triton.jit
-def initial_row(place, l, sizes, h):
-    """The row in the initial state [N, M, H] of the block that candidate l stands for."""
-    m = tl.minimum(l, sizes.cap)
-    return (place.sequence.to(tl.int64) * (sizes.cap + 1) + m) * sizes.H + h
+# The readers of a slot are the chunks behind it in the block of the next size: one block for each candidate.
 
 
 @triton.jit
-def slot_pointer(states, place, l, sizes, h, SIZE: tl.constexpr):
+def first_reader(e, cap, TREE: tl.constexpr):
+    """The candidate through which the chunk behind chunk e reads the slot of chunk e."""
+    t = exponent((e + 1) & -(e + 1))
+    if TREE.radix_log == 1:
+        return tl.where(t < cap, t, tl.maximum(cap, t // TREE.tier * TREE.tier))
+    else:
+        return t // TREE.radix_log * TREE.others
+
+
+@triton.jit
+def count_readers(end, l, TREE: tl.constexpr):
+    """How many chunks from `end` on read the slot that ends there, the first of them through candidate l."""
+    if TREE.radix_log == 1:
+        return 1 << l
+    else:
+        height = height_of(l, TREE)
+        return (TREE.others + 1 - ((end >> height) & TREE.others)) << height
+
+
+@triton.jit
+def reader_at(distance, l, TREE: tl.constexpr):
+    """The candidate through which a slot is read so many chunks behind its first reader, which reads it through l."""
+    if TREE.radix_log == 1:
+        return l
+    else:
+        return l + (distance >> height_of(l, TREE))
+
+
+@triton.jit
+def load_log_decays(log_decay, place, sizes, h, TREE: tl.constexpr):
+    """log2 of the decay of each block that a chunk reads, 0 for those that it does not read and for initial ones."""
+    read, end, _ = walk(place, sizes.cap, TREE)
+    row = (place.c - place.z).to(tl.int64) + end - 1
+    return tl.load(log_decay + row * sizes.H + h, mask=read & (end > place.z0), other=0.0)
+
+
+@triton.jit
+def paths(log_decay, place, sizes, h, TREE: tl.constexpr):
+    """For each candidate: is it read, and its path, log2 of the decay from the block's end to the chunk."""
+    read, _, _ = walk(place, sizes.cap, TREE)
+    log_block = load_log_decays(log_decay, place, sizes, h, TREE)
+    return read, tl.cumsum(log_block, 0) - log_block
+
+
+@triton.jit
+def path_of(l, log_block, TREE: tl.constexpr):
+    """The path of one candidate: log2 of the decay over the nearer blocks."""
+    return tl.sum(tl.where(tl.arange(0, TREE.reads) < l, log_block, 0.0), 0)
+
+
+@triton.jit
+def block_row(sequence, number, sizes, h):
+    """The row of a block in the states of sequences [N, M, H]."""
+    return (sequence.to(tl.int64) * (sizes.cap + 1) + number) * sizes.H + h
+
+
+@triton.jit
+def slot_pointer(states, place, l, sizes, h, SIZE: tl.constexpr, TREE: tl.constexpr):
     """The address of the state that candidate l of a chunk's walk reads."""
-    end = (place.z >> l) << l
+    end = end_of(place.z, l, TREE)
     pointer = states.slots + (((place.c - place.z).to(tl.int64) + end - 1) * sizes.H + h) * SIZE
     if states.initial is not None:
-        initial = states.initial + initial_row(place, l, sizes, h) * SIZE
-        pointer = tl.where(end <= place.z0, initial, pointer)
+        row = block_row(place.sequence, initial_number(place, l, sizes.cap, TREE), sizes, h)
+        pointer = tl.where(end <= place.z0, states.initial + row * SIZE, pointer)
     return pointer

@@ -17,12 +17,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import block_cap
-from loglinear.kernels.triton.layout import READS, chunks_per_row, once_a_batch, ragged
+from loglinear.kernels.triton.layout import chunks_per_row, once_a_batch, ragged
+from loglinear.kernels.triton.tree import LEVELS, Tree
+from loglinear.partition import FENWICK, Partition
 
 TIER = 3  # levels of one tier: runs of 8 entries
 RUN = 1 << TIER
-TIERS = -(-READS // TIER)  # of the longest sequence
+TIERS = -(-LEVELS // TIER)  # of the longest sequence
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Tier:
 @dataclass(frozen=True)
 class Layout:
     cap: int
+    tree: Tree
     sequences: int
     tiers: tuple[Tier, ...]
     table: Tensor | None  # [chunks, 5] int32: chunk number, first token, end of its sequence, first chunk, sequence
@@ -72,6 +74,7 @@ def layout(
     cu_seqlens: Tensor | None,
     starts: Tensor | None,
     final: bool,
+    partition: Partition = FENWICK,
 ) -> Layout:
     """The layout of a [rows, tokens] batch, or of one row that packs the sequences of cu_seqlens [N + 1].
 
@@ -79,8 +82,8 @@ def layout(
     chunk has a place even where it has no tokens; packed sequences always have it."""
     chunks_per_row(tokens, chunk_size)
     if cu_seqlens is None:
-        return _dense_layout(rows, tokens, chunk_size, num_levels, final)
-    C, cap = chunk_size, block_cap(num_levels, chunk_size)
+        return _dense_layout(rows, tokens, chunk_size, num_levels, final, partition)
+    C, cap, tree = chunk_size, partition.num_blocks(num_levels, chunk_size) - 1, Tree.of(partition, chunk_size)
     N, lengths = len(cu_seqlens) - 1, cu_seqlens.diff()
     z0 = torch.zeros_like(lengths) if starts is None else starts
     z_end = z0 + lengths // C
@@ -110,19 +113,22 @@ def layout(
         row, entries, first, last = runs_of.cumsum(0) - runs_of, runs, first >> TIER, last >> TIER
         first_runs = row if s == 0 else first_runs
     tiers = _tiers(cap, levels, sizes, tables, 0 if starts is None else 1)
-    return Layout(cap, N, tiers, table, ends, first_runs)
+    return Layout(cap, tree, N, tiers, table, ends, first_runs)
 
 
 @lru_cache
-def _dense_layout(rows: int, tokens: int, chunk_size: int, num_levels: int, final: bool) -> Layout:
+def _dense_layout(
+    rows: int, tokens: int, chunk_size: int, num_levels: int, final: bool, partition: Partition
+) -> Layout:
     """The layout of a batch that is not packed has no tables."""
-    cap, per_row = block_cap(num_levels, chunk_size), count_chunks(1, tokens, chunk_size, None, final)
+    cap, tree = partition.num_blocks(num_levels, chunk_size) - 1, Tree.of(partition, chunk_size)
+    per_row = count_chunks(1, tokens, chunk_size, None, final)
     levels, sizes = (per_row - 1).bit_length(), []
     for _ in range(max(1, -(-levels // TIER))):
         runs = -(-per_row // RUN)
         sizes.append((rows * per_row, rows * runs, per_row))
         per_row = runs
-    return Layout(cap, rows, _tiers(cap, levels, sizes, [None] * len(sizes), 0), None, None, None)
+    return Layout(cap, tree, rows, _tiers(cap, levels, sizes, [None] * len(sizes), 0), None, None, None)
 
 
 def _tiers(

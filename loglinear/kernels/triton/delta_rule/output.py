@@ -97,11 +97,11 @@ def output_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
-    LOG_C: tl.constexpr,
     J: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
     LINEAR: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """One half of a chunk, one head, one tile of V."""
@@ -132,7 +132,7 @@ def output_kernel(
         x = x + (load_rows(q_rows.data, q_rows.t, n, t, J, K, TK),)
     from_start, weights_JJ = tl.exp2(G), (effective_JJ * tl.exp2(G)[None, :]).to(MATH.dot)
     x = minus_keys(x, from_start[:, None] * scale, weights_JJ, k_rows, n, K, J, TK, MATH)
-    effective_JJ *= chunk_scales(scales, n, L, i, DTYPE, J, LINEAR, MATH)
+    effective_JJ *= chunk_scales(scales, n, L, i, DTYPE, J, LINEAR, TREE, MATH)
     v_rows = head_rows(v, chunk, h)
     v_JV = load_rows(v_rows.data, v_rows.t, n, tile * BV, J, V, BV).to(MATH.dot)
     out_JV = tl.dot(effective_JJ.to(MATH.dot), v_JV, input_precision=MATH.precision)
@@ -147,7 +147,7 @@ def output_kernel(
         inverse_JJ = load_tile(inverse_at(saved, chunk, h, C), 0, 0, C, J)
         effective_JJ = tl.dot(scores_JJ, inverse_JJ, input_precision=MATH.precision)
         effective_JJ *= load_strength(rows_from(strengths, -J), J, J)[None, :]
-        weight = prefetched(load_scale(scales.data, scales.t, n, LOG_C, L, i), DTYPE)
+        weight = prefetched(load_scale(scales.data, scales.t, n, TREE.column - 1, L, i), DTYPE)
         v_first = rows_from(v_rows, -J)
         v_JV = load_rows(v_first.data, v_first.t, J, tile * BV, J, V, BV).to(MATH.dot)
         out_JV = tl.dot((effective_JJ * weight[:, None]).to(MATH.dot), v_JV, out_JV, input_precision=MATH.precision)
@@ -160,7 +160,7 @@ def output_kernel(
     for _ in range(count_bits(reads)):
         slot = nearest(reads)
         reads &= reads - 1
-        weight = prefetched(load_scale(scales.data, scales.t, n, slot + (LOG_C + 1), L, i), DTYPE)
+        weight = prefetched(load_scale(scales.data, scales.t, n, slot + (TREE.column), L, i), DTYPE)
         out_JV += weight[:, None] * through_state(x, kept + slot.to(tl.int64) * H * (K * V), tile, K, V, TK, BV, MATH)
     reads = columns_read(place.number, columns, past.initial)
     if (reads > 0) & (place.i > place.start):
@@ -169,7 +169,7 @@ def output_kernel(
     for _ in range(count_bits(reads)):
         column = nearest(reads)
         reads &= reads - 1
-        weight = prefetched(load_scale(scales.data, scales.t, n, column + (LOG_C + 1 + BITS), L, i), DTYPE)
+        weight = prefetched(load_scale(scales.data, scales.t, n, column + (TREE.column + BITS), L, i), DTYPE)
         state = carried + column.to(tl.int64) * H * (K * V)
         out_JV += weight[:, None] * through_state(x, state, tile, K, V, TK, BV, MATH)
     rows = out + ((chunk.b * sizes.T + chunk.first) * H + h) * V
@@ -196,9 +196,9 @@ def output(x: Inputs, saved: Saved, past: Past) -> Tensor:
         y.tiers[0].slots,
         y.tiers[0].columns,
         C=x.chunk_size,
-        LOG_C=x.log_chunk,
         J=x.chunk_size // parts,
         LINEAR=x.sizes.L == 1,
+        TREE=x.tree,
         **x.constants("output"),
     )
     return out

@@ -15,10 +15,11 @@ from loglinear.kernels.triton.args import Chunk
 from loglinear.kernels.triton.delta_rule import layout
 from loglinear.kernels.triton.levels import far_classes, load_class_scales, near_classes, spread_scales
 from loglinear.kernels.triton.tiles import exponent, head_program, load_block, load_rows, locate, rows_at
-from loglinear.kernels.triton.walks import READS
+from loglinear.kernels.triton.tree import LEVELS
 
 BITS = tl.constexpr(layout.TIER)
 RUN = tl.constexpr(layout.RUN)
+MOST_BITS = tl.constexpr(LEVELS)
 
 
 class HeadRows(NamedTuple):
@@ -115,11 +116,21 @@ def multiply_rows(x, y, x_n, y_n, WIDTH: tl.constexpr, J: tl.constexpr, COLUMNS:
 
 
 @triton.jit
-def chunk_scales(scales, n, L, i, DTYPE: tl.constexpr, C: tl.constexpr, LINEAR: tl.constexpr, MATH: tl.constexpr):
+def chunk_scales(
+    scales,
+    n,
+    L,
+    i,
+    DTYPE: tl.constexpr,
+    C: tl.constexpr,
+    LINEAR: tl.constexpr,
+    TREE: tl.constexpr,
+    MATH: tl.constexpr,
+):
     """LAM of the rows i of one chunk and head, its lower triangle; scales: of the chunk's first token, which has n."""
-    lambdas = load_class_scales(scales.data, scales.t, n, L, 0, i, LINEAR)
+    lambdas = load_class_scales(scales.data, scales.t, n, L, 0, i, LINEAR, TREE)
     near_JC, far_JC = near_classes(C).to(tl.float32).to(MATH.dot), far_classes(C).to(tl.float32).to(MATH.dot)
-    scales_IC = spread_scales(lambdas, near_JC, far_JC, i, DTYPE, C, LINEAR, MATH)
+    scales_IC = spread_scales(lambdas, scales.t, n, L, near_JC, far_JC, i, DTYPE, C, LINEAR, TREE, MATH)
     return tl.where(i[:, None] >= tl.arange(0, C)[None, :], scales_IC, 0.0)
 
 
@@ -215,4 +226,4 @@ def older_column(place, tier):
 @triton.jit
 def count_bits(x):
     """The number of bits of x < 2**16 that are set."""
-    return tl.sum((x >> tl.arange(0, READS)) & 1, 0)
+    return tl.sum((x >> tl.arange(0, MOST_BITS)) & 1, 0)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import log2
 from loglinear.kernels.triton.args import Planes, Rows, Slab
 from loglinear.kernels.triton.inputs import (
     DOT_TYPES,
@@ -22,7 +21,6 @@ from loglinear.kernels.triton.inputs import (
     slabs,
 )
 from loglinear.kernels.triton.launches import Plan, ceil_div
-from loglinear.kernels.triton.layout import READS
 from loglinear.kernels.triton.scalar_gate.chunk_state_backward import chunk_state_backward
 from loglinear.kernels.triton.scalar_gate.decay_backward import decay_backward
 from loglinear.kernels.triton.scalar_gate.final_blocks import final_blocks_backward
@@ -32,6 +30,7 @@ from loglinear.kernels.triton.scalar_gate.state_backward import state_backward
 from loglinear.kernels.triton.scalar_gate.states import Inputs
 from loglinear.kernels.triton.scalar_gate.sweep import down_sweep
 from loglinear.kernels.triton.scalar_gate.walk_backward import walk_backward
+from loglinear.kernels.triton.tree import Tree
 
 SLAB_BYTES = 1 << 30  # of the states that a backward builds at once; their gradients take as much again
 
@@ -81,9 +80,9 @@ def gradients(x: Operands, sequences: Sequences, outgoing: Outgoing, scale: floa
     state_bytes = K * V * DOT_TYPES[common_dtype(x.q, x.k, x.v)][0].itemsize
     outgoing = outgoing._replace(do=in_rows(outgoing.do))
 
-    # Columns that no walk could read stay 0.
-    dlevel_scales = like(x.level_scales)
-    if x.level_scales.shape[3] > log2(C) + 1 + READS:
+    # Columns that no walk reads stay 0.
+    dlevel_scales, tree = like(x.level_scales), Tree.of(sequences.partition, C)
+    if x.level_scales.shape[3] > tree.column + tree.reads or tree.radix_log > 1:
         dlevel_scales.zero_()
     views = Slabs(like(x.v), like(x.log_decay), dlevel_scales)
     dinitial = None if x.initial is None else like(x.initial, torch.float32)

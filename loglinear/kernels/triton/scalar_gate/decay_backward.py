@@ -15,7 +15,7 @@ from torch import Tensor
 from loglinear.kernels.triton.args import SIZES, Sizes, Slab
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.scalar_gate.states import Inputs, Inside, Reads, Totals
-from loglinear.kernels.triton.tiles import MIN_LOG_DECAY, TIER, locate, rows_at, slab_at
+from loglinear.kernels.triton.tiles import MIN_LOG_DECAY, locate, rows_at, slab_at
 
 
 @launcher
@@ -38,6 +38,7 @@ def decay_backward_kernel(
     TIERS: tl.constexpr,
     PARTS: tl.constexpr,
     PARTS_2: tl.constexpr,
+    TREE: tl.constexpr,
 ):
     """One chunk, one head."""
     sizes = Sizes(T, N, H, R, L, cap)
@@ -59,7 +60,7 @@ def decay_backward_kernel(
     part = tl.arange(0, PARTS_2)
     across = tl.zeros([PARTS_2], tl.float32)
     for tier in tl.static_range(TIERS):
-        entry = (((chunk.z >> (TIER * tier)) + 1) << (TIER * tier)) - 1
+        entry = (((chunk.z >> (TREE.tier * tier)) + 1) << (TREE.tier * tier)) - 1
         source = dtotals.data + tier * dtotals.tier + part * dtotals.part + (chunk.c - chunk.z + entry) * H + h
         across += tl.load(source, mask=part < tl.where(entry < count, PARTS, 0), other=0.0)
     dg += tl.sum(across, 0)
@@ -87,5 +88,6 @@ def decay_backward(
         TIERS=tiers,
         PARTS=parts,
         PARTS_2=1 << (parts - 1).bit_length(),
+        TREE=x.tree,
         num_warps=1,
     )

@@ -13,7 +13,7 @@ from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.launches import ceil_div
 from loglinear.kernels.triton.scalar_gate.states import ELEMENTS, Inputs, StateGradients, States
 from loglinear.kernels.triton.tiles import head_program
-from loglinear.kernels.triton.walks import READS, initial_row, paths, slot_pointer
+from loglinear.kernels.triton.walks import block_row, end_of, initial_number, paths, slot_pointer
 
 
 @triton.jit
@@ -29,46 +29,74 @@ def place_of_end(sequence, ends, sizes, C: tl.constexpr):
 
 @launcher
 @triton.jit(do_not_specialize=SIZES)
-def final_blocks_kernel(states, blocks, ends, T, N, H, R, L, cap, SIZE: tl.constexpr, E: tl.constexpr, C: tl.constexpr):
+def final_blocks_kernel(
+    states,
+    blocks,
+    ends,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    SIZE: tl.constexpr,
+    E: tl.constexpr,
+    C: tl.constexpr,
+    TREE: tl.constexpr,
+):
     """One tile of one block of one sequence and head: blocks [sequence, cap + 1, H, SIZE]."""
     sizes = Sizes(T, N, H, R, L, cap)
     TILES: tl.constexpr = (SIZE + E - 1) // E
     tile, h, block = head_program(TILES, sizes.H)
     m = block % (cap + 1)
     place = place_of_end(block // (cap + 1), ends, sizes, C)
-    read, path = paths(states.log_decay, place, sizes, h)
-    x, l_R = tile * E + tl.arange(0, E), tl.arange(0, READS)
+    read, path = paths(states.log_decay, place, sizes, h, TREE)
+    x, l_R = tile * E + tl.arange(0, E), tl.arange(0, TREE.reads)
     total = tl.zeros([E], tl.float32)
-    for l in range(m, tl.where(m == cap, READS, m + 1)):
+    for l in range(m, tl.where(m == cap, TREE.reads, m + 1)):
         decay = tl.sum(tl.where(read & (l_R == l), tl.exp2(path), 0.0), 0)
         if decay > 0:
-            state = slot_pointer(states, place, l, sizes, h, SIZE)
+            state = slot_pointer(states, place, l, sizes, h, SIZE, TREE)
             total += decay * tl.load(state + x, mask=x < SIZE, other=0.0).to(tl.float32)
-    out = blocks + initial_row(place, m, sizes, h) * SIZE
+    out = blocks + block_row(place.sequence, m, sizes, h) * SIZE
     tl.store(out + x, total.to(blocks.dtype.element_ty), mask=x < SIZE)
 
 
 @launcher
 @triton.jit(do_not_specialize=SIZES)
 def final_blocks_backward_kernel(
-    states, dblocks, dstates, ends, T, N, H, R, L, cap, SIZE: tl.constexpr, E: tl.constexpr, C: tl.constexpr
+    states,
+    dblocks,
+    dstates,
+    ends,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    SIZE: tl.constexpr,
+    E: tl.constexpr,
+    C: tl.constexpr,
+    TREE: tl.constexpr,
 ):
     """One sequence and head: adds to the gradients of the states that it left, and of the log decays of blocks."""
     sizes = Sizes(T, N, H, R, L, cap)
     pid = tl.program_id(0)
     h = pid % sizes.H
     place = place_of_end(pid // sizes.H, ends, sizes, C)
-    read, path = paths(states.log_decay, place, sizes, h)
-    l_R = tl.arange(0, READS)
-    dlog_R = tl.zeros([READS], tl.float32)
-    for l in range(READS):
+    read, path = paths(states.log_decay, place, sizes, h, TREE)
+    l_R = tl.arange(0, TREE.reads)
+    dlog_R = tl.zeros_like(path)
+    for l in range(TREE.reads):
         decay = tl.sum(tl.where(read & (l_R == l), tl.exp2(path), 0.0), 0)
         if decay > 0:
-            row = initial_row(place, l, sizes, h)
-            block = dblocks + row * SIZE
-            state = slot_pointer(states, place, l, sizes, h, SIZE)
-            slot = place.c - place.z + ((place.z >> l) << l) - 1
-            is_initial = ((place.z >> l) << l) <= place.z0
+            block = dblocks + block_row(place.sequence, tl.minimum(l, cap), sizes, h) * SIZE
+            row = block_row(place.sequence, initial_number(place, l, cap, TREE), sizes, h)
+            state = slot_pointer(states, place, l, sizes, h, SIZE, TREE)
+            end = end_of(place.z, l, TREE)
+            slot = place.c - place.z + end - 1
+            is_initial = end <= place.z0
             for first in range(0, SIZE, E):
                 x = first + tl.arange(0, E)
                 pulled = decay * tl.load(block + x, mask=x < SIZE, other=0.0).to(tl.float32)
@@ -83,7 +111,7 @@ def final_blocks_backward_kernel(
                 pulled += tl.load(to_slot, mask=mask, other=0.0).to(tl.float32)
                 tl.store(to_slot, pulled.to(dstates.slots.dtype.element_ty), mask=mask)
     beyond = tl.cumsum(dlog_R, 0, reverse=True) - dlog_R
-    end = (place.z >> l_R) << l_R
+    end = end_of(place.z, l_R, TREE)
     to = dstates.log_decay + (place.c - place.z + end - 1) * sizes.H + h
     mask = read & (end > place.z0)
     tl.store(to, tl.load(to, mask=mask, other=0.0) + beyond, mask=mask)
@@ -94,12 +122,22 @@ def final_blocks(x: Inputs, states: States) -> Tensor:
     y, M = x.layout, x.sizes.cap + 1
     blocks = x.empty(y.sequences, M, x.heads, x.key_dim, x.value_dim)
     grid = y.sequences * M * x.heads * ceil_div(x.state_size, ELEMENTS)
-    final_blocks_kernel[(grid,)](states, blocks, y.ends, *x.sizes, SIZE=x.state_size, E=ELEMENTS, C=x.chunk_size)
+    final_blocks_kernel[(grid,)](
+        states, blocks, y.ends, *x.sizes, SIZE=x.state_size, E=ELEMENTS, C=x.chunk_size, TREE=x.tree
+    )
     return blocks
 
 
 def final_blocks_backward(x: Inputs, states: States, dblocks: Tensor, dstates: StateGradients) -> None:
     """Add to the gradients of the array's slots."""
     final_blocks_backward_kernel[(x.layout.sequences * x.heads,)](
-        states, dblocks.contiguous(), dstates, x.layout.ends, *x.sizes, SIZE=x.state_size, E=ELEMENTS, C=x.chunk_size
+        states,
+        dblocks.contiguous(),
+        dstates,
+        x.layout.ends,
+        *x.sizes,
+        SIZE=x.state_size,
+        E=ELEMENTS,
+        C=x.chunk_size,
+        TREE=x.tree,
     )

@@ -23,7 +23,8 @@ def plan_of(direction: str, x: Operands, chunk_size: int | None) -> Plan:
 
 
 def inputs_of(x: Operands, sequences: Sequences, scale: float, plan: Plan) -> Inputs:
-    y = layout(*x.q.shape[:2], plan.chunk_size, x.level_scales.shape[3], sequences.cu_seqlens, sequences.starts)
+    cu_seqlens, starts, _, partition = sequences
+    y = layout(*x.q.shape[:2], plan.chunk_size, x.level_scales.shape[3], cu_seqlens, starts, partition)
     return Inputs.of(x, y, scale, plan, common_dtype(x.q, x.k, x.v))
 
 

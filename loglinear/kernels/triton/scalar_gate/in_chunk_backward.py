@@ -11,18 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.fenwick import log2
 from loglinear.kernels.triton.args import SIZES, Planes, Rows, Sizes, Slab
 from loglinear.kernels.triton.compiler import fresh_arange, fresh_zeros
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.levels import (
-    by_level,
     far_classes,
-    level_sums,
     load_class_scales,
     near_classes,
     spread_scales,
+    store_column_sums,
 )
 from loglinear.kernels.triton.scalar_gate.states import Inputs, Inside
 from loglinear.kernels.triton.tiles import load_rows, part_of, part_of_program, rows_at, scores_at, slab_at, store_rows
@@ -52,17 +50,18 @@ def in_chunk_backward_kernel(
     V: tl.constexpr,
     C: tl.constexpr,
     J: tl.constexpr,
-    LOG_J: tl.constexpr,
+    COLUMNS: tl.constexpr,
     CROSS: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     SPLIT: tl.constexpr,
-    LINEAR: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """J tokens of a chunk, its only or one of its two halves, as queries and as keys; R / SPLIT heads of one group.
 
-    Writes dv, and of `inside` dlog_row, dlog_column and dscores; and the columns of dlevel_scales up to LOG_J.
+    Writes dv, and of `inside` dlog_row, dlog_column and dscores; and the first COLUMNS of dlevel_scales, the only one
+    where all reads have one column.
     CROSS: the second half as queries, the first as keys. Adds to dv and dlog_column, and writes dscores and, for the
     walk to go on with, dcross_scales, the dlambda of these reads."""
     sizes = Sizes(T, N, H, R, L, cap)
@@ -70,6 +69,7 @@ def in_chunk_backward_kernel(
     TILES: tl.constexpr = (V + BV - 1) // BV
     HALVES: tl.constexpr = C // J
     AHEAD: tl.constexpr = 1 if CROSS else 0  # of the keys are the queries, in halves
+    LINEAR: tl.constexpr = COLUMNS == 1
     ONE_LEVEL: tl.constexpr = LINEAR or CROSS
     part = part_of_program(table, sizes, C, 1 if CROSS else HALVES, SPLIT)
     keys = part.chunk
@@ -84,13 +84,13 @@ def in_chunk_backward_kernel(
     dscores_IJ = tl.zeros([J, J], tl.float32)
     # Vectors are loaded one head ahead: nothing else would hide their latency.
     row, l_t = keys.c * H * C + part.half * J, level_scales.t
-    level = LOG_J + 1 if CROSS else 0
-    lambdas_h = load_class_scales(rows_at(level_scales, queries, part.head), l_t, n, L, level, i, ONE_LEVEL)
+    level = TREE.column - 1 if CROSS else 0
+    lambdas_h = load_class_scales(rows_at(level_scales, queries, part.head), l_t, n, L, level, i, ONE_LEVEL, TREE)
     G_h = tl.load(cumulative + row + part.head * C + AHEAD * J + i)
     for h in range(part.head, part.head + part.heads):
         lambdas, G_i = lambdas_h, G_h
         ahead, rows = tl.minimum(h + 1, part.head + part.heads - 1), fresh_arange(h, 0, J)
-        lambdas_h = load_class_scales(rows_at(level_scales, queries, ahead), l_t, n, L, level, rows, ONE_LEVEL)
+        lambdas_h = load_class_scales(rows_at(level_scales, queries, ahead), l_t, n, L, level, rows, ONE_LEVEL, TREE)
         G_h = tl.load(cumulative + row + ahead * C + AHEAD * J + rows)
 
         v_rows, do_rows, dv_rows = rows_at(v, keys, h), rows_at(do, queries, h), slab_at(dv, keys, sizes, h, V)
@@ -99,7 +99,7 @@ def in_chunk_backward_kernel(
             v_JV = load_rows(v_rows, v.t, keys.n, tile * BV, J, V, BV, h).to(MATH.dot)
             do_IV = load_rows(do_rows, do.t, n, tile * BV, J, V, BV, h).to(MATH.dot)
             pulled_IJ = tl.dot(do_IV, tl.trans(v_JV), pulled_IJ, input_precision=MATH.precision)
-        scales_IJ = spread_scales(lambdas, near_JC, far_JC, rows, DTYPE, J, ONE_LEVEL, MATH) * scale
+        scales_IJ = spread_scales(lambdas, l_t, n, L, near_JC, far_JC, rows, DTYPE, J, ONE_LEVEL, TREE, MATH) * scale
         G_j = tl.load(cumulative + row + h * C + fresh_arange(h, 2, J))
         decay_IJ = tl.exp2(G_i[:, None] - G_j[None, :])
         if not CROSS:
@@ -130,12 +130,20 @@ def in_chunk_backward_kernel(
                 total = tl.sum(pulled_IJ, 1) * scale
                 tl.store(dscales + again * dlevel_scales.t, total.to(dtype), mask=again < n)
             else:
-                sums_IC = level_sums(pulled_IJ, near_JC, far_JC, again, J, MATH) * scale
-                column = tl.arange(0, 16)[None, :]
-                tl.store(
-                    dscales + ((again * dlevel_scales.t)[:, None] + column),
-                    by_level(sums_IC, again, L, J, LOG_J).to(dtype),
-                    mask=(again < n)[:, None] & (column < tl.minimum(L, LOG_J + 1)),
+                store_column_sums(
+                    dscales,
+                    dlevel_scales.t,
+                    n,
+                    L,
+                    pulled_IJ,
+                    scale,
+                    near_JC,
+                    far_JC,
+                    again,
+                    J,
+                    COLUMNS,
+                    TREE,
+                    MATH,
                 )
     tile_IJ = scores_at(inside.dscores, part, H // sizes.R, AHEAD + part.half, part.half, HALVES, J)
     tl.store(tile_IJ + (i[:, None] * J + j[None, :]), dscores_IJ.to(inside.dscores.data.dtype.element_ty))
@@ -167,10 +175,10 @@ def in_chunk_backward(x: Inputs, cumulative: Tensor, do: Rows, dv: Slab, dlevel_
             *x.sizes,
             x.scale,
             J=rows,
-            LOG_J=log2(rows),
+            COLUMNS=1 if x.is_one_level else x.columns,
             CROSS=cross == 1,
             SPLIT=x.splits,
-            LINEAR=x.sizes.L == 1,
+            TREE=x.tree,
             **x.constants(launch),
         )
     return inside

@@ -15,7 +15,15 @@ from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.levels import far_classes, load_class_scales, load_scale, near_classes, spread_scales
 from loglinear.kernels.triton.scalar_gate.states import Inputs, States
 from loglinear.kernels.triton.tiles import head_program, load_rows, load_state, locate, part_of, rows_at, store_rows
-from loglinear.kernels.triton.walks import READS, load_log_decays, nearest, path_of, slot_pointer, walk
+from loglinear.kernels.triton.walks import (
+    after,
+    candidate_at,
+    load_log_decays,
+    path_of,
+    slot_pointer,
+    start_of_walk,
+    walk,
+)
 
 
 @launcher
@@ -38,11 +46,11 @@ def output_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
-    LOG_C: tl.constexpr,
     HALVES: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    LINEAR: tl.constexpr,
+    ONE_LEVEL: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """One half of a chunk, one head, one tile of V; heads are the fastest axis, so that neighbours share keys."""
@@ -63,15 +71,16 @@ def output_kernel(
     k_CK = load_rows(k_rows, k.t, n, 0, ROWS, K, BK).to(MATH.dot)
     v_CV = load_rows(v_rows, v.t, n, tile * BV, ROWS, V, BV).to(MATH.dot)
     G = tl.load(states.cumulative + row + i)
-    lambdas = load_class_scales(scales, level_scales.t, n, L, 0, i, LINEAR)
-    read, end_of_blocks, are_initial = walk(chunk, sizes.cap)
-    log_block = load_log_decays(states.log_decay, chunk, sizes, h)
-    remaining = tl.sum(tl.where(read, 1 << tl.arange(0, READS), 0), 0)
+    lambdas = load_class_scales(scales, level_scales.t, n, L, 0, i, ONE_LEVEL, TREE)
+    read, end_of_blocks, are_initial = walk(chunk, sizes.cap, TREE)
+    log_block = load_log_decays(states.log_decay, chunk, sizes, h, TREE)
+    stand = start_of_walk(read, chunk, TREE)
     # lambda of a block is loaded one read ahead.
-    ahead = load_scale(scales, level_scales.t, n, LOG_C + 1 + nearest(remaining), L, i)
+    ahead = load_scale(scales, level_scales.t, n, TREE.column + candidate_at(stand, chunk, TREE), L, i)
 
     near_JC, far_JC = near_classes(ROWS).to(tl.float32).to(MATH.dot), far_classes(ROWS).to(tl.float32).to(MATH.dot)
-    weights_CC = spread_scales(lambdas, near_JC, far_JC, i, DTYPE, ROWS, LINEAR, MATH) * scale
+    weights_CC = spread_scales(lambdas, level_scales.t, n, L, near_JC, far_JC, i, DTYPE, ROWS, ONE_LEVEL, TREE, MATH)
+    weights_CC *= scale
     weights_CC = weights_CC * tl.where(i[:, None] >= i[None, :], tl.exp2(G[:, None] - G[None, :]), 0.0)
     weights_CC *= tl.dot(q_CK, tl.trans(k_CK), input_precision=MATH.precision)
     out_CV = tl.dot(weights_CC.to(MATH.dot), v_CV, input_precision=MATH.precision)
@@ -79,7 +88,8 @@ def output_kernel(
         # The second half reads all of the first at one level; exp(G_i - G_j) through the end of the first.
         before = states.cumulative + row - ROWS
         between = tl.load(before + ROWS - 1)
-        weight = prefetched(load_scale(scales, level_scales.t, n, LOG_C, L, i), DTYPE) * scale * tl.exp2(G - between)
+        weight = prefetched(load_scale(scales, level_scales.t, n, TREE.column - 1, L, i), DTYPE)
+        weight = weight * scale * tl.exp2(G - between)
         to_end = tl.exp2(between - tl.load(before + i))
         k_before = load_rows(k_rows - ROWS * k.t, k.t, ROWS, 0, ROWS, K, BK).to(MATH.dot)
         v_before = load_rows(v_rows - ROWS * v.t, v.t, ROWS, tile * BV, ROWS, V, BV).to(MATH.dot)
@@ -88,11 +98,11 @@ def output_kernel(
         out_CV = tl.dot(scores_CC.to(MATH.dot), v_before, out_CV, input_precision=MATH.precision)
 
     for _ in range(tl.sum(read.to(tl.int32), 0)):
-        l = nearest(remaining)
-        remaining &= remaining - 1
-        weight = prefetched(ahead, DTYPE) * scale * tl.exp2(G + path_of(l, log_block))
-        ahead = load_scale(scales, level_scales.t, n, LOG_C + 1 + nearest(remaining), L, i)
-        state_KV = load_state(slot_pointer(states, chunk, l, sizes, h, K * V), tile * BV, K, V, BK, BV)
+        l = candidate_at(stand, chunk, TREE)
+        stand = after(stand, TREE)
+        weight = prefetched(ahead, DTYPE) * scale * tl.exp2(G + path_of(l, log_block, TREE))
+        ahead = load_scale(scales, level_scales.t, n, TREE.column + candidate_at(stand, chunk, TREE), L, i)
+        state_KV = load_state(slot_pointer(states, chunk, l, sizes, h, K * V, TREE), tile * BV, K, V, BK, BV)
         out_CV += weight[:, None] * tl.dot(q_CK, state_KV, input_precision=MATH.precision)
     rows = out + ((chunk.b * sizes.T + chunk.first) * H + h) * V
     store_rows(rows, H * V, n, tile * BV, out_CV, ROWS, V, BV)
@@ -113,9 +123,9 @@ def output(x: Inputs, states: States, launch: Launch) -> Tensor:
         x.layout.table,
         *x.sizes,
         x.scale,
-        LOG_C=x.log_chunk,
         HALVES=x.halves,
-        LINEAR=x.sizes.L == 1,
+        ONE_LEVEL=x.is_one_level,
+        TREE=x.tree,
         **x.constants(launch),
     )
     return out

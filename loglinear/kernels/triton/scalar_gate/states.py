@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from loglinear.fenwick import log2
 from loglinear.kernels.triton import inputs
 from loglinear.kernels.triton.args import Math, Planes
 from loglinear.kernels.triton.launches import Launch, ceil_div, tile_width
@@ -110,5 +109,11 @@ class Inputs(inputs.Inputs):
         return ceil_div(self.state_size, launch.value_tile * SWEEP_STEPS)
 
     @property
-    def log_chunk(self) -> int:
-        return log2(self.chunk_size)
+    def columns(self) -> int:
+        """The columns of a half; the second half reads all of the first in the next one, or in the only one."""
+        return max(1, self.tree.column - self.halves + 1)
+
+    @property
+    def is_one_level(self) -> bool:
+        """Do all reads inside a half have one column?"""
+        return self.columns == 1 or self.sizes.L == 1

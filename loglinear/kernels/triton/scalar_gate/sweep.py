@@ -4,7 +4,9 @@ Up:    Y_e = sum over the entries s of e's block of exp(log decay from s to e) X
 Down:  dX = W^T dY, and the gradient of every log decay.
 
 An entry of tier s is a chunk e with e + 1 a multiple of 64**s; it stands for the 64**s chunks that end there. Entry
-number j (from 1) of a run covers its last lowbit(j) entries; from the cap on, all entries since the run's start.
+number j (from 1) of a run covers its last lowbit(j) entries; from the cap on, all entries since the run's start. With a
+larger radix r it covers the largest power of r up to lowbit(j), whatever the cap, and a tier is whole digits: 16
+entries with radix 16.
 """
 
 # H heads, E numbers of a state in one tile
@@ -13,12 +15,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from loglinear.kernels.triton.args import SIZES, Place, Sizes
+from loglinear.kernels.triton.args import SIZES, Sizes
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.scalar_gate.states import SWEEP_STEPS, Inputs, StateGradients, States, Totals
-from loglinear.kernels.triton.tiles import RUN, TIER, dot_float32, exponent, head_program, locate_run
-from loglinear.kernels.triton.walks import initial_row
+from loglinear.kernels.triton.tiles import dot_float32, exponent, head_program, locate_run
+from loglinear.kernels.triton.walks import block_row, prefix_end
 
 
 class Entries(NamedTuple):
@@ -33,21 +35,46 @@ class Entries(NamedTuple):
 
 
 @triton.jit
-def run_entries(run, sizes, tier, h):
-    z = ((run.number * RUN + tl.arange(0, RUN) + 1) << (TIER * tier)) - 1
-    m = tl.minimum(exponent((z + 1) & -(z + 1)), sizes.cap)
-    are_initial = (z < run.z0) & (((run.z0 >> m) << m) == z + 1)
-    rows = initial_row(Place(run.origin, z, run.z0, run.sequence), m, sizes, h)
-    return Entries(run.origin + z, z, (z < run.count) & (z >= run.z0), are_initial, rows)
+def run_entries(run, sizes, tier, h, TREE: tl.constexpr):
+    RUN: tl.constexpr = 1 << TREE.tier
+    z = ((run.number * RUN + tl.arange(0, RUN) + 1) << (TREE.tier * tier)) - 1
+    end = z + 1
+    t, z0, cap = exponent(end & -end), run.z0, sizes.cap
+    if TREE.radix_log == 1:
+        m = tl.minimum(t, cap)
+        are_ends = ((z0 >> m) << m) == end
+    else:
+        digit = t // TREE.radix_log
+        height = digit * TREE.radix_log
+        next_height = tl.minimum(height + TREE.radix_log, 31)
+        m = tl.minimum(digit * TREE.others + (z0 >> height) - (end >> height), cap)
+        are_ends = (z0 >> next_height == end >> next_height) & ((m < cap) | (end == prefix_end(z0, cap, TREE)))
+    rows = block_row(run.sequence, m, sizes, h)
+    return Entries(run.origin + z, z, (z < run.count) & (z >= z0), (z < z0) & are_ends, rows)
 
 
 @triton.jit
-def covers(entry, other, cap, tier):
+def covers(entry, other, cap, tier, TREE: tl.constexpr):
     """Does the slot of `entry` hold the part of `other`? Both number the entries of a run from 1."""
-    rel = tl.maximum(cap - TIER * tier, 0)
     low = entry & -entry
-    size = tl.where(exponent(low) < rel, low, entry)
+    if TREE.radix_log == 1:
+        rel = tl.maximum(cap - TREE.tier * tier, 0)
+        size = tl.where(exponent(low) < rel, low, entry)
+    else:
+        size = 1 << exponent(low) // TREE.radix_log * TREE.radix_log
     return (other <= entry) & (other > entry - size)
+
+
+@triton.jit
+def parent_of(entry, cap, tier, TREE: tl.constexpr):
+    """The entry whose slot is the next larger one to hold `entry`; behind the run where there is none in it."""
+    low = entry & -entry
+    if TREE.radix_log == 1:
+        rel = tl.maximum(cap - TREE.tier * tier, 0)
+        return entry + tl.where(exponent(low) < rel, low, 1 << tl.minimum(rel, TREE.tier))
+    else:
+        next_height = (exponent(low) // TREE.radix_log + 1) * TREE.radix_log
+        return ((entry >> next_height) + 1) << next_height
 
 
 @triton.jit
@@ -74,17 +101,19 @@ def up_sweep_kernel(
     SIZE: tl.constexpr,
     E: tl.constexpr,
     STEPS: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """One run, one head, STEPS tiles of the states. Slots in place; totals -> log decays of blocks, and next_totals at
     run ends."""
     sizes = Sizes(T, N, H, R, L, cap)
+    RUN: tl.constexpr = 1 << TREE.tier
     PARTS: tl.constexpr = (SIZE + E * STEPS - 1) // (E * STEPS)
     part, h, run = head_program(PARTS, sizes.H)
-    e = run_entries(locate_run(run, table, sizes, tier), sizes, tier, h)
+    e = run_entries(locate_run(run, table, sizes, tier, TREE), sizes, tier, h, TREE)
     j, row = tl.arange(0, RUN) + 1, e.rows * sizes.H + h
     log_total = tl.load(totals + row, mask=e.exist, other=0.0)
-    inside = covers(j[:, None], j[None, :], sizes.cap, tier)
+    inside = covers(j[:, None], j[None, :], sizes.cap, tier, TREE)
     weights = tl.where(inside, tl.exp2(log_decays(log_total)), 0.0)
     if part == 0:
         block = tl.sum(tl.where(inside, log_total[None, :], 0.0), 1)
@@ -123,17 +152,19 @@ def down_sweep_kernel(
     SIZE: tl.constexpr,
     E: tl.constexpr,
     STEPS: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """The adjoint, in place: dstates.slots comes in as dY, leaves as dX. dtotals gets, at the tier's entries, this
     part's share of the gradient of the entry's total."""
     sizes = Sizes(T, N, H, R, L, cap)
+    RUN: tl.constexpr = 1 << TREE.tier
     PARTS: tl.constexpr = (SIZE + E * STEPS - 1) // (E * STEPS)
     part, h, run = head_program(PARTS, sizes.H)
-    e = run_entries(locate_run(run, table, sizes, tier), sizes, tier, h)
+    e = run_entries(locate_run(run, table, sizes, tier, TREE), sizes, tier, h, TREE)
     j, row = tl.arange(0, RUN) + 1, e.rows * sizes.H + h
     log_total = tl.load(totals + row, mask=e.exist, other=0.0)
-    inside = covers(j[None, :], j[:, None], sizes.cap, tier)  # [s, e]
+    inside = covers(j[None, :], j[:, None], sizes.cap, tier, TREE)  # [s, e]
     beyond = inside & (j[:, None] != j[None, :])
     weights = tl.where(beyond, tl.exp2(-log_decays(log_total)), 0.0)
     dlog_entry = tl.zeros([RUN], tl.float32)
@@ -155,9 +186,7 @@ def down_sweep_kernel(
         dslot = (dblock.to(tl.float32) + through).to(dstates.slots.dtype.element_ty)
         tl.store(dstates.slots + offsets, dslot, mask=mask)
     # What leaves entry j goes to its parent, and crosses the entries in between: every one after j up to the parent.
-    rel = tl.maximum(sizes.cap - TIER * tier, 0)
-    low = j & -j
-    parent = j + tl.where(exponent(low) < rel, low, 1 << tl.minimum(rel, TIER))
+    parent = parent_of(j, sizes.cap, tier, TREE)
     crossed = (j[None, :] > j[:, None]) & (j[None, :] <= parent[:, None])  # [from, crossed]
     dtotal = tl.sum(tl.where(crossed, dlog_entry[:, None], 0.0), 0)
     if part == 0:
@@ -187,6 +216,7 @@ def up_sweep(x: Inputs, states: States, launch: Launch) -> States:
             SIZE=x.state_size,
             E=launch.value_tile,
             STEPS=SWEEP_STEPS,
+            TREE=x.tree,
             MATH=x.math,
             **launch.options,
         )
@@ -214,6 +244,7 @@ def down_sweep(x: Inputs, states: States, dstates: StateGradients, launch: Launc
             SIZE=x.state_size,
             E=launch.value_tile,
             STEPS=SWEEP_STEPS,
+            TREE=x.tree,
             MATH=x.math,
             **launch.options,
         )

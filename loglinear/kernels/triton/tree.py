@@ -1,0 +1,49 @@
+"""The partition of the past as the kernels take it.
+
+The candidates of a chunk's walk have numbers, those of their columns from the nearest chunk's on. Candidate
+l = p (r - 1) + d is the block of r**p chunks behind d others of its size. With radix 2 it is the block of 2**l chunks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from loglinear.fenwick import log2
+from loglinear.partition import Partition
+
+LEVELS = 16  # binary levels between chunks that a walk can read
+MAX_CHUNKS = 1 << LEVELS
+SWEEP_LEVELS = 6  # binary levels that one sweep builds at most: 64 entries are one tile
+MAX_RADIX = 1 << SWEEP_LEVELS  # a sweep builds whole digits
+
+
+class Tree(NamedTuple):
+    """A partition at one chunk size: a compile-time constant."""
+
+    radix_log: int
+    others: int  # blocks of one size before they join, less one: r - 1
+    finest_log: int  # of the tokens in a finest block
+    column: int  # of the nearest chunk; the columns of the chunk itself are before it
+    tier: int  # binary levels that one sweep builds: as many digits as fit
+    run_read: int  # the first candidate whose block is at least a whole run of a sweep's entries
+    reads: int  # the width of the arrays of candidates, a power of two
+
+    @classmethod
+    def of(cls, partition: Partition, chunk_size: int) -> Tree:
+        m = log2(partition.radix)
+        digits = SWEEP_LEVELS // m
+        reads = 1 << (candidates(m, MAX_CHUNKS - 1) - 1).bit_length()
+        column = partition.first_column(chunk_size)
+        others = partition.radix - 1
+        return cls(m, others, log2(partition.finest_block), column, digits * m, digits * others, reads)
+
+
+def candidates(radix_log: int, z: int) -> int:
+    """Return how many candidates the walks of the chunks up to chunk z have.
+
+    Examples:
+        >>> [candidates(1, z) for z in (0, 1, 2, 13)], [candidates(2, z) for z in (0, 1, 3, 4, 13)]
+        ([0, 1, 2, 4], [0, 1, 3, 4, 6])
+    """
+    digit = max(0, z.bit_length() - 1) // radix_log
+    return digit * ((1 << radix_log) - 1) + (z >> digit * radix_log)
