@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from loglinear.fenwick import log2
@@ -202,7 +203,7 @@ class Partition:
     @classmethod
     def of(cls, numbers: list[int]) -> Partition:
         """Return the partition of these `numbers`; symbolic ones of a compiled graph become constants of it."""
-        return cls(*map(int, numbers))
+        return _partition(*map(int, numbers))
 
     def chunk_near(self, chunk_size: int, most: int) -> int:
         """Return the block size whose ratio to ``chunk_size`` is nearest to 1.
@@ -291,6 +292,8 @@ def _power_of_two(name: str, value: object, least: int) -> int:
         raise ValueError(f"{name} must be a power of two of at least {least}, got {value!r}")
     return int(value)  # type: ignore[call-overload]
 
+
+_partition = lru_cache(Partition)
 
 FENWICK = Partition()
 """Radix 2 without a finest or a largest block: the published partition, index(t, s) = bit_length(t XOR s)."""

@@ -6,6 +6,7 @@ l = p (r - 1) + d is the block of r**p chunks behind d others of its size. With 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from loglinear.fenwick import log2
@@ -29,6 +30,7 @@ class Tree(NamedTuple):
     reads: int  # the width of the arrays of candidates, a power of two
 
     @classmethod
+    @lru_cache
     def of(cls, partition: Partition, chunk_size: int) -> Tree:
         m = log2(partition.radix)
         digits = SWEEP_LEVELS // m

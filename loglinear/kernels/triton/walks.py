@@ -90,7 +90,7 @@ def candidate_at(stand, place, TREE: tl.constexpr):
 
 @triton.jit
 def after(stand, TREE: tl.constexpr):
-    """Where a walk stands after its next read."""
+    """The place of a walk after its next read."""
     if TREE.radix_log == 1:
         return stand & (stand - 1)
     else:
@@ -118,7 +118,7 @@ def first_reader(e, cap, TREE: tl.constexpr):
 
 @triton.jit
 def count_readers(end, l, TREE: tl.constexpr):
-    """How many chunks from `end` on read the slot that ends there, the first of them through candidate l."""
+    """The number of chunks from `end` on that read the slot which ends there, the first of them through candidate l."""
     if TREE.radix_log == 1:
         return 1 << l
     else:

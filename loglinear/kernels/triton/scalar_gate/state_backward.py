@@ -20,14 +20,7 @@ from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.launches import Launch, ceil_div
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.scalar_gate.states import ELEMENTS, Inputs, Reads, StateGradients, States
-from loglinear.kernels.triton.tiles import (
-    head_program,
-    load_rows,
-    load_state,
-    locate,
-    locate_run,
-    store_state,
-)
+from loglinear.kernels.triton.tiles import head_program, load_rows, load_state, locate, locate_run, store_state
 from loglinear.kernels.triton.walks import (
     block_row,
     count_readers,
