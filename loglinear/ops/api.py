@@ -158,8 +158,7 @@ def log_linear_delta_rule(
             sequence has its own tree.
         chunk_size: Tokens per chunk, a power of two up to 4096. It changes the speed and the layout of a state, but
             no result. Other partitions take the size of block next to it.
-        partition: The rule that assigns past tokens to the columns of level_scales, as in `log_linear_attention`. Here
-            triton supports the default alone.
+        partition: The rule that assigns past tokens to the columns of level_scales, as in `log_linear_attention`.
         impl: "auto", "triton", "torch" or "reference", as in `log_linear_attention`.
 
     Returns:

@@ -81,12 +81,10 @@ def _too_wide(K: int, V: int, is_delta_rule: bool) -> str | None:
     return f"head dims K = {K}, V = {V} need impl='torch': impl='triton' takes up to {MAX_HEAD_DIM} and {widest}"
 
 
-def _other_partition(partition: Partition, is_delta_rule: bool) -> str | None:
+def _other_partition(partition: Partition) -> str | None:
     """Return the reason why the kernels do not read this partition, or None."""
     if partition == FENWICK:
         return None
-    if is_delta_rule:
-        return f"{partition} needs impl='torch': impl='triton' takes radix 2 alone for the delta rule"
     from loglinear.kernels.triton.tree import MAX_RADIX
 
     if partition.radix > MAX_RADIX or partition.largest_block is not None:
@@ -118,7 +116,7 @@ def _chunk_size(p: Problem) -> int:
 
 def unsupported(p: Problem) -> str | None:
     """Return the reason why these kernels do not support a call and what does; None if they support it."""
-    reason = _unavailable(p.v.device) or _other_partition(p.partition, p.beta is not None)
+    reason = _unavailable(p.v.device) or _other_partition(p.partition)
     if reason is not None:
         return reason
     if _is_interpreted() and torch.bfloat16 in (p.q.dtype, p.k.dtype, p.v.dtype):

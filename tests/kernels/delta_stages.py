@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loglinear.fenwick import num_blocks
 from loglinear.kernels.triton.args import Rows, Slab
 from loglinear.kernels.triton.delta_rule.backward import (
     carry_in_backward,
@@ -50,6 +49,7 @@ from loglinear.kernels.triton.delta_rule.states import (
 )
 from loglinear.kernels.triton.inputs import Operands, Sequences
 from loglinear.kernels.triton.launches import Kind, Plan, default_plan
+from loglinear.partition import Partition
 from tests.kernels.delta_twin import SCALE, Twin, lengths_of, to_chunks
 from tests.kernels.gate_stages import LOG2_E, Case
 
@@ -62,6 +62,14 @@ CASES = {
     "continued, a cap inside the first tier": Case(T=16 * 4, C=16, L=8, ends=(0, 50, 64), starts=(3, 6), G=1),
     "halves of a chunk": Case(T=128 * 9 + 70, C=128, L=13, G=1),
     "several tiles": Case(T=64 * 9 + 70, C=64, L=13, K=80, V=72, G=1),
+    "radix 4": Case(T=16 * 18 + 5, C=16, L=16, V=16, G=1, partition=Partition(4, 4)),
+    "radix 4, a cap among blocks of one size": Case(T=16 * 21, C=16, L=9, V=16, G=1, partition=Partition(4, 4)),
+    "radix 4, continued": Case(T=16 * 9, C=16, L=9, ends=(0, 90, 144), starts=(7, 30), G=1, partition=Partition(4, 16)),
+    "radix 16": Case(T=16 * 17 + 5, C=16, L=40, V=16, G=1, partition=Partition(16, 16)),
+    "radix 16, continued": Case(
+        T=16 * 6, C=16, L=9, ends=(0, 50, 96), starts=(14, 40), G=1, partition=Partition(16, 16)
+    ),
+    "halves of a finest block": Case(T=128 * 5 + 70, C=128, L=13, G=1, partition=Partition(4, 128)),
 }
 
 
@@ -73,10 +81,11 @@ def make(case: Case, device: str = "cpu") -> dict[str, Tensor]:
     x |= dict(v=torch.randn(1, T, H, case.V), do=torch.randn(1, T, H, case.V), beta=1.8 * torch.rand(1, T, H))
     x = {name: value.to(case.dtype) for name, value in x.items()}
     x |= dict(log_decay=-torch.rand(1, T, H) / case.C, level_scales=torch.rand(1, T, H, case.L))
-    blocks = (sequences, num_blocks(case.L, case.C), H, case.K, case.V)
+    M = case.partition.num_blocks(case.L, case.C)
+    blocks = (sequences, M, H, case.K, case.V)
     x |= dict(dblocks=torch.randn(blocks))
     if case.starts:
-        is_there = torch.tensor([[(z >> m) & 1 for m in range(blocks[1])] for z in case.starts])
+        is_there = torch.tensor([[case.partition.has_block(z, m, M, case.C) for m in range(M)] for z in case.starts])
         x |= dict(initial=torch.randn(blocks) * is_there[:, :, None, None, None])
     return {name: value.to(device) for name, value in x.items()}
 
@@ -106,7 +115,7 @@ class Stages:
         ends = None if case.ends is None else torch.tensor(case.ends, device=self.device)
         starts = torch.tensor(case.starts, device=self.device) if case.starts else None
         names = ("q", "k", "v", "log_decay", "beta", "level_scales", "initial")
-        self.call = inputs_of(Operands(*map(x.get, names)), Sequences(ends, starts, True), SCALE, plan)
+        self.call = inputs_of(Operands(*map(x.get, names)), Sequences(ends, starts, True, case.partition), SCALE, plan)
         self.parts = self.call.tiling.parts("scores_backward")
 
     def twin(self, dtype: torch.dtype, factors: torch.dtype | None = None) -> dict[str, Tensor]:

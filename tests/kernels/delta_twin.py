@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import block_cap, log2
 from loglinear.reference.dense import index_matrix_TT
 from tests.kernels.gate_stages import Case
 
-RUN = 8  # entries of a tier that are one entry of the next
 SCALE = 0.25
 
 
@@ -60,16 +58,26 @@ def starts_of(case: Case) -> list[int]:
     return [*(case.starts or [0] * len(lengths_of(case)))]
 
 
+def entries_of_a_run(case: Case) -> int:
+    """How many entries of a tier are one entry of the next: three levels with radix 2, else one digit."""
+    return 8 if case.partition.radix == 2 else case.partition.radix
+
+
+def blocks_of_a_run(case: Case) -> int:
+    """How many blocks the past of an entry has in its run at most."""
+    return 3 if case.partition.radix == 2 else case.partition.radix - 1
+
+
 def runs_of(case: Case, tier: int) -> list[Run]:
-    """The runs of a tier, whose entries are 8**tier chunks; the unfinished chunk is the last of its sequence."""
+    """The runs of a tier, whose entries are entries**tier chunks; the unfinished chunk is the last of its sequence."""
     found: list[Run] = []
-    base = 0
+    base, entries = 0, entries_of_a_run(case)
     for sequence, (z0, length) in enumerate(zip(starts_of(case), lengths_of(case), strict=True)):
-        first, last = (z >> 3 * tier for z in (z0, z0 + length // case.C))
-        for number in range(first // RUN, last // RUN + 1):
-            start, stop = max(first - RUN * number, 0), min(last + 1 - RUN * number, RUN)
-            row = base + RUN * number - first
-            found.append(Run(len(found), row, start, stop, number, sequence, number < last // RUN))
+        first, last = (z // entries**tier for z in (z0, z0 + length // case.C))
+        for number in range(first // entries, last // entries + 1):
+            start, stop = max(first - entries * number, 0), min(last + 1 - entries * number, entries)
+            row = base + entries * number - first
+            found.append(Run(len(found), row, start, stop, number, sequence, number < last // entries))
         base += last - first + 1
     return found
 
@@ -80,12 +88,15 @@ def entries_of(case: Case, tier: int) -> Iterator[tuple[Run, int]]:
             yield run, i
 
 
-def members(number: int, bit: int, count: int) -> range:
+def members(case: Case, number: int, block: int, count: int) -> range:
     """The entries that make up one block of the past of `number` entries; the last block of `count` is all the rest."""
-    end = number >> bit << bit
-    if bit == count - 1:
+    radix = case.partition.radix
+    size, nearer = radix ** (block // (radix - 1)), block % (radix - 1)
+    blocks = number // size
+    end = (blocks - min(nearer, blocks % radix)) * size
+    if block == count - 1:
         return range(end)
-    return range(end - (1 << bit), end) if number >> bit & 1 else range(0)
+    return range(end - size, end) if blocks % radix > nearer else range(0)
 
 
 def to_chunks(case: Case, tokens: Tensor) -> Tensor:
@@ -114,7 +125,7 @@ class Twin:
     def __init__(self, case: Case, tiers: Any, x: dict[str, Tensor], dtype: torch.dtype, factors: torch.dtype):
         self.case, self.tiers, self.factors = case, tiers, factors
         self.values: dict[str, Tensor] = {}
-        self.cap = block_cap(case.L, case.C)
+        self.cap = case.partition.num_blocks(case.L, case.C) - 1
         x = {name: value.to("cpu", dtype) for name, value in x.items()}
         heads = {name: value[0].repeat_interleave(2, 1) if name in "qk" else value[0] for name, value in x.items()}
         chunks = {name: to_chunks(case, heads[name]) for name in ("q", "k", "v", "log_decay", "beta", "level_scales")}
@@ -168,7 +179,7 @@ class Twin:
         inverse = use("inverse", inverse)
         scores = use("scores", product(q, k.mT) * decay("scores"))
         effective = use("effective", product(scores, inverse))
-        index = index_matrix_TT(case.C, case.L).expand_as(effective)
+        index = index_matrix_TT(case.C, case.L, case.partition).expand_as(effective)
         weights = use("weights", effective * use("inside scales", level_scales).gather(-1, index).tril())
         keys = -use("written keys", k) * use("written decay", G).exp()[..., None]
         erased, written = (use(f"{name} beta", beta)[..., None] * y for name, y in (("key", keys), ("value", v)))
@@ -194,7 +205,7 @@ class Twin:
             past, columns, found = self.past_of(s + 1, "carry"), self.tiers[s].columns, {}
             for row, (run, i) in enumerate(entries_of(case, s + 1)):
                 for column in range(columns):
-                    if self.is_carried(s, i + RUN * run.number, column):
+                    if self.is_carried(s, i + entries_of_a_run(case) * run.number, column):
                         found[row, column] = self.read(s + 1, past, run, i, column)
             self.use(f"carried {s}", fill(found, (len(runs_of(case, s)), columns), like))
 
@@ -208,7 +219,7 @@ class Twin:
             """The state at the start of entry `at` of what the entries `by` and the initial blocks there wrote."""
             state = torch.zeros_like(states[0])
             for j in range(tier.slots):
-                own, m = members(run.start, j, tier.slots), tier.first_level + j
+                own, m = members(case, run.start, j, tier.slots), tier.first_block + j
                 if self.initial is not None and own and m < self.cap and {*own} <= {*by}:
                     state = state + self.initial[run.sequence, m]
             for i in range(run.start, at):
@@ -225,9 +236,9 @@ class Twin:
                 if i + 1 < run.stop:
                     prefixes[run.base + i + 1,], prefix_totals[run.base + i + 1,] = own, log_decay
             if run.has_end:
-                ends[run.row,] = own, log_decay, written(run, range(RUN), RUN)
+                ends[run.row,] = own, log_decay, written(run, range(run.stop), run.stop)
             for i in range(run.start, run.stop):
-                blocks = {j: members(i, j, tier.slots) for j in range(tier.slots)}
+                blocks = {j: members(case, i, j, tier.slots) for j in range(tier.slots)}
                 kept |= {(run.base + i, j): written(run, by, i) for j, by in blocks.items() if by}
         self.use(f"kept {s}", fill(kept, (len(states), tier.slots), states[0]))
         self.use(f"prefixes {s}", fill(prefixes, (len(states),), transitions[0]))
@@ -248,13 +259,13 @@ class Twin:
         """Does a run of the tier read this column? The last one may be the initial state's prefix."""
         columns = self.tiers[s].columns
         has_prefix = self.initial is not None and column == columns - 1
-        return column < columns and (has_prefix or len(members(number, column, columns)) > 0)
+        return column < columns and (has_prefix or len(members(self.case, number, column, columns)) > 0)
 
     def read(self, s: int, past: tuple[Tensor, ...], run: Run, i: int, place: int) -> Tensor | None:
         """The block at a place of an entry's past: first come the slots, then the older columns."""
         tier, (kept, prefixes, carried) = self.tiers[s], past
         older, row, found = place - tier.slots + tier.collapsed, run.base + i, None
-        if place < tier.slots and members(i, place, tier.slots):
+        if place < tier.slots and members(self.case, i, place, tier.slots):
             found = kept[row, place]
         if older >= 0 and self.is_carried(s, run.number, older):
             state = carried[run.row, older]
@@ -265,7 +276,8 @@ class Twin:
     def reads(self, x: Tensor, level_scales: Tensor) -> Tensor:
         """O = sum over a chunk's blocks of diag(lambda) X Y, and of diag(lambda) X' R with X' = X F."""
         case, tier, (kept, prefixes, carried) = self.case, self.tiers[0], self.past_of(0, "read")
-        scales, first = self.use("walk scales", level_scales), log2(case.C) + 1
+        scales, first = self.use("walk scales", level_scales), case.partition.first_column(case.C)
+        in_run = blocks_of_a_run(case)
         places, at_run, out = list(entries_of(case, 0)), {}, []
         columns = [[c for c in range(tier.columns) if self.is_carried(0, run.number, c)] for run, _ in places]
         for z, (run, i) in enumerate(places):
@@ -273,8 +285,8 @@ class Twin:
                 at_run[z,] = x[z] if i == run.start else self.product(x[z], prefixes[z])
         q_run = self.use("q_run", fill(at_run, (len(places),), x[0]))
         for z, (run, i) in enumerate(places):
-            found = [(x, kept[z, j], j) for j in range(tier.slots) if members(i, j, tier.slots)]
-            found += [(q_run, carried[run.row, c], c + 3) for c in columns[z]]
+            found = [(x, kept[z, j], j) for j in range(tier.slots) if members(case, i, j, tier.slots)]
+            found += [(q_run, carried[run.row, c], c + in_run) for c in columns[z]]
             y = torch.zeros(2 * case.G, case.C, case.V, dtype=x.dtype)
             for queries, state, level in found:
                 y = y + scales[z, :, :, min(first + level, case.L - 1), None] * self.product(queries[z], state)

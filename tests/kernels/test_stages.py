@@ -82,12 +82,14 @@ def test_the_twin_is_the_delta_rule(case):
             delta_rule=True,
             position=position,
             dtype=torch.float64,
+            partition=of.partition,
         )._replace(blocks=x["initial"])
     out = log_linear_delta_rule(
         *(x[name] for name in names),
         scale=SCALE,
         impl="torch",
         chunk_size=of.C,
+        partition=of.partition,
         initial_state=state,
         output_final_state=True,
         cu_seqlens=None if of.ends is None else torch.tensor(of.ends),

@@ -33,7 +33,7 @@ def _interpreter(monkeypatch):
     teach_interpreter(monkeypatch.setattr)
 
 
-@pytest.fixture(params=OPERATORS[:1], ids=lambda operator: operator.name)
+@pytest.fixture(params=OPERATORS, ids=lambda operator: operator.name)
 def operator(request):
     return request.param
 

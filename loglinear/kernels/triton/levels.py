@@ -105,6 +105,14 @@ def columns_between(i, J: tl.constexpr, TREE: tl.constexpr):
 
 
 @triton.jit
+def gather_scales(base, stride, n, L, i, J: tl.constexpr, TREE: tl.constexpr):
+    """LAM[i, j] = lambda[i, column(i, j)], 0 where j > i, loaded one by one."""
+    columns = tl.minimum(tl.maximum(columns_between(i, J, TREE), 0), L - 1)
+    is_read = (i < n)[:, None] & (tl.arange(0, J)[None, :] <= i[:, None])
+    return tl.load(base + ((i * stride)[:, None] + columns), mask=is_read, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def spread_scales(
     scales,
     stride,
@@ -124,9 +132,7 @@ def spread_scales(
     if ONE_LEVEL:
         return prefetched(scales, DTYPE)[:, None]
     elif TREE.radix_log > 1:
-        columns = tl.minimum(tl.maximum(columns_between(i, J, TREE), 0), L - 1)
-        is_read = (i < n)[:, None] & (tl.arange(0, J)[None, :] <= i[:, None])
-        return tl.load(scales + ((i * stride)[:, None] + columns), mask=is_read, other=0.0).to(tl.float32)
+        return gather_scales(scales, stride, n, L, i, J, TREE)
     else:
         near = scales_product(scales, tl.trans(near_JC), DTYPE, MATH)
         far = scales_product(scales, tl.trans(far_JC), DTYPE, MATH)
@@ -150,6 +156,29 @@ def by_level(sums, i, L, J: tl.constexpr, COLUMNS: tl.constexpr, TREE: tl.conste
         past = tl.where(level > L - 1, past, 0.0) + tl.sum(tl.where(level_IC == level, sums, 0.0), 1)
         gradients = tl.where(column == tl.minimum(level, L - 1), past[:, None], gradients)
     return gradients
+
+
+@triton.jit
+def store_sums(
+    to,
+    stride,
+    n,
+    L,
+    x,
+    scale,
+    given,
+    i,
+    J: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TREE: tl.constexpr,
+):
+    """Sums of x [i, j] over each of the chunk's own COLUMNS, times scale. given: to add to the last one, or None."""
+    columns, past = columns_between(i, J, TREE), tl.zeros([J], tl.float32)
+    for column in range(COLUMNS):
+        past = tl.where(column > L - 1, past, 0.0) + tl.sum(tl.where(columns == column, x, 0.0), 1) * scale
+        if given is not None:
+            past += tl.where(column == tl.minimum(L, COLUMNS) - 1, given, 0.0)
+        tl.store(to + (i * stride + tl.minimum(column, L - 1)), past.to(to.dtype.element_ty), mask=i < n)
 
 
 @triton.jit
@@ -178,7 +207,4 @@ def store_column_sums(
             mask=(i < n)[:, None] & (column < tl.minimum(L, COLUMNS)),
         )
     else:
-        columns, past = columns_between(i, J, TREE), tl.zeros([J], tl.float32)
-        for column in range(COLUMNS):
-            past = tl.where(column > L - 1, past, 0.0) + tl.sum(tl.where(columns == column, x, 0.0), 1) * scale
-            tl.store(to + (i * stride + tl.minimum(column, L - 1)), past.to(to.dtype.element_ty), mask=i < n)
+        store_sums(to, stride, n, L, x, scale, None, i, J, COLUMNS, TREE)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+from torch import Tensor
+
 from loglinear.fenwick import log2
 from loglinear.partition import Partition
 
@@ -25,19 +27,24 @@ class Tree(NamedTuple):
     others: int  # blocks of one size before they join, less one: r - 1
     finest_log: int  # of the tokens in a finest block
     column: int  # of the nearest chunk; the columns of the chunk itself are before it
-    tier: int  # binary levels that one sweep builds: as many digits as fit
-    run_read: int  # the first candidate whose block is at least a whole run of a sweep's entries
+    tier: int  # binary levels of a tier, 2**tier entries of which are a run: as many digits as fit
+    run_read: int  # the first candidate whose block is at least a whole run
     reads: int  # the width of the arrays of candidates, a power of two
 
     @classmethod
     @lru_cache
-    def of(cls, partition: Partition, chunk_size: int) -> Tree:
+    def of(cls, partition: Partition, chunk_size: int, levels: int = SWEEP_LEVELS) -> Tree:
+        """A tier has at most so many levels, but at least one digit."""
         m = log2(partition.radix)
-        digits = SWEEP_LEVELS // m
+        digits = max(1, levels // m)
         reads = 1 << (candidates(m, MAX_CHUNKS - 1) - 1).bit_length()
         column = partition.first_column(chunk_size)
         others = partition.radix - 1
         return cls(m, others, log2(partition.finest_block), column, digits * m, digits * others, reads)
+
+    def has_prefix(self, z: Tensor, cap: int) -> Tensor:
+        """Does the last block of a state, number cap, have chunks before chunk z? [N] bool."""
+        return z >> min(cap // self.others * self.radix_log, 31) > cap % self.others
 
 
 def candidates(radix_log: int, z: int) -> int:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loglinear.fenwick import block_cap
 from loglinear.kernels.triton.args import Rows, Slab
 from loglinear.kernels.triton.delta_rule.carry_in_backward import carry_in_backward
 from loglinear.kernels.triton.delta_rule.decay_backward import decay_backward
@@ -16,6 +15,7 @@ from loglinear.kernels.triton.delta_rule.final_blocks import final_blocks_backwa
 from loglinear.kernels.triton.delta_rule.forward import build_tree, inputs_of
 from loglinear.kernels.triton.delta_rule.in_chunk import in_chunk
 from loglinear.kernels.triton.delta_rule.keys_backward import keys_backward
+from loglinear.kernels.triton.delta_rule.layout import tree_of
 from loglinear.kernels.triton.delta_rule.lower_backward import lower_backward
 from loglinear.kernels.triton.delta_rule.products import state_dtype
 from loglinear.kernels.triton.delta_rule.run_scan_backward import run_scan_backward
@@ -34,6 +34,7 @@ from loglinear.kernels.triton.delta_rule.walk_backward import walk_backward
 from loglinear.kernels.triton.delta_rule.writes_backward import writes_backward
 from loglinear.kernels.triton.inputs import Operands, Outgoing, Sequences, in_rows, like, slabs
 from loglinear.kernels.triton.launches import Plan
+from loglinear.partition import Partition
 
 SLAB_BYTES = 2 << 30  # of the arrays of chunks that a backward holds at once, at least; for long inputs 1.5 times them
 
@@ -76,7 +77,7 @@ def tree_backward(
     dinitial = None
     if x.initial is not None and starts is not None:
         dinitial = torch.zeros_like(x.initial, dtype=torch.float32)
-        has_prefix = (starts >> min(x.sizes.cap, 31)) > 0
+        has_prefix = x.tree.has_prefix(starts, x.sizes.cap)
         dinitial[:, -1] = torch.where(has_prefix[:, None, None, None], dpast.carried[:, 0], 0.0)
     dentries = None
     for states, (dreads, dpast) in zip(reversed(tree), reversed(tiers), strict=True):
@@ -110,10 +111,10 @@ def backward(x: Inputs, outgoing: Outgoing, sequences: Sequences, slabs: Slabs) 
     return dinitial
 
 
-def slab_ranges(x: Operands, outgoing: Outgoing, chunks: int, C: int) -> list[slice]:
+def slab_ranges(x: Operands, outgoing: Outgoing, chunks: int, C: int, partition: Partition) -> list[slice]:
     """Ranges of heads, so that the arrays of chunks that a backward holds stay small."""
     (G, K), (H, V) = x.q.shape[2:], x.v.shape[2:]
-    slots = min(3, block_cap(x.level_scales.shape[3], C) + 1)
+    slots = min(tree_of(partition, C).run_read, partition.num_blocks(x.level_scales.shape[3], C))
     numbers = 4 * K * K + 2 * (slots + 1) * K * V + 5 * C * K + 4 * C * C
     limit = max(SLAB_BYTES, 3 * sum(y.numel() * y.element_size() for y in (x.q, x.k, x.v, outgoing.do)) // 2)
     return slabs(chunks, G, H, numbers * state_dtype(x.q, x.k, x.v).itemsize, limit)
@@ -128,7 +129,7 @@ def gradients(x: Operands, sequences: Sequences, outgoing: Outgoing, scale: floa
     # Columns that no walk reads stay 0.
     dv, dlog_decay, dbeta, dlevel_scales = like(x.v), like(x.log_decay), like(x.beta), like(x.level_scales).zero_()
     dinitial = None if x.initial is None else like(x.initial, torch.float32)
-    ranges = slab_ranges(x, outgoing, chunks, plan.chunk_size)
+    ranges = slab_ranges(x, outgoing, chunks, plan.chunk_size, sequences.partition)
     if R == 1:
         dq, dk = like(x.q), like(x.k)
     elif len(ranges) > 1:

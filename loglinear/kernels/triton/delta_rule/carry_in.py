@@ -13,17 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.kernels.triton.delta_rule.layout import RUN as NUM_ENTRIES
 from loglinear.kernels.triton.delta_rule.layout import Tier
+from loglinear.kernels.triton.delta_rule.reads import is_column_read, is_slot_read, older_column
 from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, Past, TierSizes
-from loglinear.kernels.triton.delta_rule.tiles import (
-    RUN,
-    EntryPlace,
-    columns_read,
-    locate_entries,
-    older_column,
-    slots_read,
-)
+from loglinear.kernels.triton.delta_rule.tiles import EntryPlace, locate_entries
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 
@@ -69,14 +62,15 @@ def store_read(
     V: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """out = what an entry (an `EntryPlace`) reads in column `place`, one tile of V."""
     SIZE: tl.constexpr = K * V
     row, older = entry.row * tier.H + h, older_column(place, tier)
-    is_kept = (slots_read(entry.i, tier.num_slots) >> tl.minimum(place, 31)) & 1
-    reads = columns_read(entry.number, tier.columns, past.initial)
-    is_carried = (older >= 0) & (((reads >> tl.maximum(older, 0)) & 1) > 0)
+    is_kept = is_slot_read(entry.i, place, tier.num_slots, TREE)
+    is_carried = is_column_read(entry.number, tl.maximum(older, 0), tier.columns, past.initial, TREE)
+    is_carried = (older >= 0) & (is_carried > 0)
     for a in range(0, K, TK):
         state_TV = tl.zeros([TK, BV], tl.float32)
         if is_kept:
@@ -114,33 +108,35 @@ def carry_in_kernel(
     num_slots,
     columns,
     collapsed,
-    first_level,
+    first_block,
     places,
     K: tl.constexpr,
     V: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """One entry of a run, one column of what it is carried, one head, one tile of V: out [entry, place, H, K, V]."""
-    tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_level, places)
+    tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_block, places)
+    RUN: tl.constexpr = 1 << TREE.tier
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile, h, part = head_program(TILES, tier.H)
     place, i, number = part % places, part // places % RUN, part // places // RUN
-    run = locate_entries(number, table, tier.per_row)
+    run = locate_entries(number, table, tier.per_row, TREE)
     if (i < run.start) | (i >= run.stop):
         return
     row = run.base + i
     entry = EntryPlace(row, i, run.start, run.row, run.number)
     out += ((row * places + place) * tier.H + h) * (K * V)
-    store_read(past, out, entry, place, h, tile * BV, tier, K, V, TK, BV, MATH)
+    store_read(past, out, entry, place, h, tile * BV, tier, K, V, TK, BV, TREE, MATH)
 
 
 def carry_in(x: Inputs, tier: Tier, past: Past, below: Tier) -> Tensor:
     """The past carried to the runs of the tier below, which are the entries of this one: [run, column, H, K, V]."""
     places = below.columns
     carried = x.empty(tier.entries, places, x.heads, x.key_dim, x.value_dim, dtype=x.dtype)
-    carry_in_kernel[(tier.runs * NUM_ENTRIES * places * x.heads * x.tiling.tiles("carry_in"),)](
-        past, carried, tier.table, *x.tier_sizes(tier, places), **x.constants("carry_in")
+    carry_in_kernel[((tier.runs << x.tree.tier) * places * x.heads * x.tiling.tiles("carry_in"),)](
+        past, carried, tier.table, *x.tier_sizes(tier, places), TREE=x.tree, **x.constants("carry_in")
     )
     return carried

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.kernels.triton.delta_rule.layout import RUN as NUM_ENTRIES
 from loglinear.kernels.triton.delta_rule.layout import Tier
+from loglinear.kernels.triton.delta_rule.reads import columns_read, count_reads, first_column, is_column_read
 from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, Past, PastGradients, TierSizes
-from loglinear.kernels.triton.delta_rule.tiles import RUN, columns_read, count_bits, locate_entries
+from loglinear.kernels.triton.delta_rule.tiles import locate_entries
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
-from loglinear.kernels.triton.walks import nearest
+from loglinear.kernels.triton.walks import after
 
 
 @triton.jit
@@ -78,12 +78,13 @@ def add_outer(
     V: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """total + the sum of dR R'^T over the carried columns that are read, one [TK, TK] tile."""
-    for _ in range(count_bits(reads)):
-        older = nearest(reads).to(tl.int64)
-        reads &= reads - 1
+    for _ in range(count_reads(reads, TREE)):
+        older = first_column(reads, tier.columns, TREE).to(tl.int64)
+        reads = after(reads, TREE)
         dstate = dreads + (older + tier.num_slots - tier.collapsed) * tier.H * (K * V)
         state = carried + older * tier.H * (K * V)
         for x in range(0, V, BV):
@@ -106,23 +107,24 @@ def carry_in_states_backward_kernel(
     num_slots,
     columns,
     collapsed,
-    first_level,
+    first_block,
     places,
     K: tl.constexpr,
     V: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """One column of what a run was carried, one head, one [TK, BV] tile: dcarried [run, column, H, K, V] from dreads
     [entry, place, H, K, V]."""
-    tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_level, places)
+    tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_block, places)
     ROWS: tl.constexpr = (K + TK - 1) // TK
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile, h, part = head_program(ROWS * TILES, tier.H)
     older = part % columns
-    run = locate_entries(part // columns, table, tier.per_row)
-    if (run.stop <= run.start) | ((columns_read(run.number, columns, past.initial) >> older) & 1 == 0):
+    run = locate_entries(part // columns, table, tier.per_row, TREE)
+    if (run.stop <= run.start) | (is_column_read(run.number, older, columns, past.initial, TREE) == 0):
         return
     row, column = tile // TILES * TK, tile % TILES * BV
     total = tl.zeros([TK, BV], tl.float32)
@@ -150,19 +152,21 @@ def carry_in_prefixes_backward_kernel(
     num_slots,
     columns,
     collapsed,
-    first_level,
+    first_block,
     places,
     K: tl.constexpr,
     V: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """One entry of a run but the first, one head, one [TK, TK] tile: dprefixes [entry, H, K, K]."""
-    tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_level, places)
+    tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_block, places)
+    RUN: tl.constexpr = 1 << TREE.tier
     TILES: tl.constexpr = (K + TK - 1) // TK
     tile, h, part = head_program(TILES * TILES, tier.H)
-    run = locate_entries(part // RUN, table, tier.per_row)
+    run = locate_entries(part // RUN, table, tier.per_row, TREE)
     i = part % RUN
     if (i <= run.start) | (i >= run.stop):
         return
@@ -171,7 +175,7 @@ def carry_in_prefixes_backward_kernel(
         tl.zeros([TK, TK], tl.float32),
         dreads + ((run.base + i) * places * tier.H + h) * (K * V),
         past.carried + (run.row * columns.to(tl.int64) * tier.H + h) * (K * V),
-        columns_read(run.number, columns, past.initial),
+        columns_read(run.number, columns, past.initial, TREE),
         row,
         column,
         tier,
@@ -179,6 +183,7 @@ def carry_in_prefixes_backward_kernel(
         V,
         TK,
         BV,
+        TREE,
         MATH,
     )
     store_block(dprefixes + ((run.base + i) * tier.H + h) * (K * K), row, column, dprefix_TT, K, K, TK, TK)
@@ -192,10 +197,10 @@ def carry_in_backward(x: Inputs, tier: Tier, past: Past, dreads: Tensor) -> Past
     if tier.columns > 0:
         grid = tier.runs * tier.columns * x.heads * x.tiling.all_tiles("carry_in_states_backward")
         carry_in_states_backward_kernel[(grid,)](
-            past, dreads, dpast.carried, *sizes, **x.constants("carry_in_states_backward")
+            past, dreads, dpast.carried, *sizes, TREE=x.tree, **x.constants("carry_in_states_backward")
         )
-    grid = tier.runs * NUM_ENTRIES * x.heads * x.tiling.square_tiles("carry_in_prefixes_backward")
+    grid = (tier.runs << x.tree.tier) * x.heads * x.tiling.square_tiles("carry_in_prefixes_backward")
     carry_in_prefixes_backward_kernel[(grid,)](
-        past, dreads, dpast.prefixes, *sizes, **x.constants("carry_in_prefixes_backward")
+        past, dreads, dpast.prefixes, *sizes, TREE=x.tree, **x.constants("carry_in_prefixes_backward")
     )
     return dpast

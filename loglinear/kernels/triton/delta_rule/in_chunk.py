@@ -29,7 +29,7 @@ from loglinear.kernels.triton.delta_rule.tiles import (
     rows_from,
 )
 from loglinear.kernels.triton.launcher import launcher
-from loglinear.kernels.triton.levels import load_scale
+from loglinear.kernels.triton.levels import gather_scales, load_scale
 from loglinear.kernels.triton.tiles import load_rows, store_block
 
 
@@ -50,9 +50,11 @@ class InChunk(NamedTuple):
 
 
 @triton.jit
-def is_level(i, level: tl.constexpr, J: tl.constexpr):
-    """[i, j]: is level(i, j) = level, of a part's own tokens?"""
+def is_level(i, level: tl.constexpr, J: tl.constexpr, TREE: tl.constexpr):
+    """[i, j]: is level(i, j) = level, of a part's own tokens? With radix 2 alone."""
     i, j = i[:, None], tl.arange(0, J)[None, :]
+    if TREE.finest_log > 0:
+        i, j = i >> TREE.finest_log, j >> TREE.finest_log
     if level == 0:
         return i == j
     else:
@@ -60,16 +62,29 @@ def is_level(i, level: tl.constexpr, J: tl.constexpr):
 
 
 @triton.jit
-def own_scales(scales, n, L, J: tl.constexpr, LOG_J: tl.constexpr, LINEAR: tl.constexpr, DTYPE: tl.constexpr):
-    """LAM of a part's own J tokens; scales: of the first of them. Whoever takes it has to leave out j > i."""
+def own_scales(
+    scales,
+    n,
+    L,
+    J: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LINEAR: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TREE: tl.constexpr,
+):
+    """LAM of a part's own J tokens, in so many columns; scales: of the first of them. Whoever takes it has to leave out
+    j > i."""
     i = tl.arange(0, J)
-    level_0 = load_scale(scales.data, scales.t, n, 0 if LINEAR else LOG_J, L, i)
-    scales_JJ = prefetched(level_0, DTYPE)[:, None]
-    if not LINEAR:
-        for level in tl.static_range(LOG_J):
-            scale = prefetched(load_scale(scales.data, scales.t, n, level, L, i), DTYPE)
-            scales_JJ = tl.where(is_level(i, level, J), scale[:, None], scales_JJ)
-    return scales_JJ
+    if TREE.radix_log > 1 and not LINEAR:
+        return gather_scales(scales.data, scales.t, n, L, i, J, TREE)
+    else:
+        last = load_scale(scales.data, scales.t, n, 0 if LINEAR else COLUMNS - 1, L, i)
+        scales_JJ = prefetched(last, DTYPE)[:, None]
+        if not LINEAR:
+            for level in tl.static_range(COLUMNS - 1):
+                scale = prefetched(load_scale(scales.data, scales.t, n, level, L, i), DTYPE)
+                scales_JJ = tl.where(is_level(i, level, J, TREE), scale[:, None], scales_JJ)
+        return scales_JJ
 
 
 @triton.jit
@@ -80,14 +95,15 @@ def in_chunk_part(
     K: tl.constexpr,
     C: tl.constexpr,
     J: tl.constexpr,
-    LOG_C: tl.constexpr,
     TK: tl.constexpr,
     EARLIER: tl.constexpr,
     LINEAR: tl.constexpr,
     DTYPE: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """The rows of one part, an `InChunk`. EARLIER: there is one before it."""
+    """The rows of one part, an `InChunk`. EARLIER: there is one before it, which it reads in the last column."""
+    COLUMNS: tl.constexpr = TREE.column - EARLIER if TREE.column > 1 else 1
     own: tl.constexpr = J if EARLIER else 0
     k_own, n = rows_from(x.k, own), x.n
     G_own, inverse_own = load_tokens(x.G, own, J), load_tile(x.inverse, own, own, C, J)
@@ -95,7 +111,7 @@ def in_chunk_part(
     scores_own = (scores_own * (decay(G_own, G_own, tl.arange(0, J), J) * scale)).to(MATH.dot)
     effective_own = tl.dot(scores_own, inverse_own, input_precision=MATH.precision)
     store_block(x.effective, own, own, effective_own, C, C, J, J)
-    scales_own = own_scales(x.scales, n, L, J, LOG_C - EARLIER, LINEAR, DTYPE)
+    scales_own = own_scales(x.scales, n, L, J, COLUMNS, LINEAR, DTYPE, TREE)
     is_read = tl.arange(0, J)[:, None] >= tl.arange(0, J)[None, :]
     store_block(x.weights, own, own, tl.where(is_read, effective_own * scales_own, 0.0), C, C, J, J)
     weight_own = load_strength(rows_from(x.beta, own), n, J) * tl.exp2(G_own)
@@ -109,7 +125,7 @@ def in_chunk_part(
         inverse_across = load_tile(x.inverse, own, 0, C, J)
         effective_first = tl.dot(scores_own, inverse_across, effective_first, input_precision=MATH.precision)
         store_block(x.effective, own, 0, effective_first, C, C, J, J)
-        scale_first = prefetched(load_scale(x.scales.data, x.scales.t, n, LOG_C, L, tl.arange(0, J)), DTYPE)
+        scale_first = prefetched(load_scale(x.scales.data, x.scales.t, n, TREE.column - 1, L, tl.arange(0, J)), DTYPE)
         store_block(x.weights, own, 0, effective_first * scale_first[:, None], C, C, J, J)
         weight_first = load_strength(x.beta, n_first, J) * tl.exp2(G_first)
         effective_first = (effective_first * -weight_first[None, :]).to(MATH.dot)
@@ -143,10 +159,10 @@ def in_chunk_kernel(
     scale,
     K: tl.constexpr,
     C: tl.constexpr,
-    LOG_C: tl.constexpr,
     PARTS: tl.constexpr,
     TK: tl.constexpr,
     LINEAR: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """C / PARTS rows of one chunk, one head: T and T * LAM, and X, q_in [chunk, H, C, K]."""
@@ -172,9 +188,9 @@ def in_chunk_kernel(
         q_in + row * (C * K),
     )
     if part.first == 0:
-        in_chunk_part(x, L, scale, K, C, J, LOG_C, TK, False, LINEAR, DTYPE, MATH)
+        in_chunk_part(x, L, scale, K, C, J, TK, False, LINEAR, DTYPE, TREE, MATH)
     elif PARTS > 1:
-        in_chunk_part(x, L, scale, K, C, J, LOG_C, TK, True, LINEAR, DTYPE, MATH)
+        in_chunk_part(x, L, scale, K, C, J, TK, True, LINEAR, DTYPE, TREE, MATH)
 
 
 def in_chunk(x: Inputs, saved: Saved) -> tuple[Inside, Tensor]:
@@ -194,9 +210,9 @@ def in_chunk(x: Inputs, saved: Saved) -> tuple[Inside, Tensor]:
         *x.sizes,
         x.scale,
         C=C,
-        LOG_C=x.log_chunk,
         PARTS=parts,
         LINEAR=x.sizes.L == 1,
+        TREE=x.tree,
         **x.key_constants("in_chunk"),
     )
     return inside, q_in

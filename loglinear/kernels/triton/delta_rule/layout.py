@@ -1,10 +1,10 @@
-"""The tree over a sequence's chunks, eight children to a node: where its entries lie, on the host and for packed
-batches in small tables on the device.
+"""The tree over a sequence's chunks: where its entries lie, on the host and for packed batches in small tables on the
+device.
 
-An entry of tier s stands for 8**s chunks, the entries of tier 0 are the chunks; 8 entries are a run, and a run is
-an entry of the next tier. A sequence has the entries that hold its chunks from the first one (chunk z0 where it
-continues a state) to the unfinished one. Each entry reads at most one state for each of three levels of its run
-(`slots`). It reads the past before the run through states that are carried to the run's start (`columns`, one a level).
+The entries of tier 0 are the chunks. r entries are a run, with radix 2 eight, and a run is an entry of the next tier. A
+sequence has the entries that hold its chunks from the first one (chunk z0 where it continues a state) to the unfinished
+one. An entry reads states of its run, r - 1 at most, with radix 2 one for each of three levels (`slots`). It reads the
+past before the run through states that are carried to the run's start (`columns`, one for each column of lambda).
 """
 
 # N sequences, C chunk
@@ -18,12 +18,10 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.triton.layout import chunks_per_row, once_a_batch, ragged
-from loglinear.kernels.triton.tree import LEVELS, Tree
+from loglinear.kernels.triton.tree import LEVELS, Tree, candidates
 from loglinear.partition import FENWICK, Partition
 
-TIER = 3  # levels of one tier: runs of 8 entries
-RUN = 1 << TIER
-TIERS = -(-LEVELS // TIER)  # of the longest sequence
+TIER_LEVELS = 3  # of a tier with radix 2; with a larger radix a tier is one digit
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,10 @@ class Tier:
     entries: int  # rows of every array of entries
     runs: int
     per_row: int  # entries of one sequence of a dense batch
-    first_level: int  # the level, counted from blocks of one chunk, of the smallest blocks here
+    first_block: int  # the number of the block in the first slot, as a state numbers its blocks
     slots: int
     columns: int
-    collapsed: bool  # is what lies before the run at the level of the last slot?
+    collapsed: bool  # is what lies before the run in one block with the last slot?
     table: Tensor | None  # [runs, 6] int32: row of entry 0, first and behind the last entry, run's number,
     # sequence, is there a later run?
 
@@ -56,6 +54,10 @@ class Layout:
     @property
     def chunks_per_row(self) -> int:
         return self.tiers[0].per_row
+
+
+def tree_of(partition: Partition, chunk_size: int) -> Tree:
+    return Tree.of(partition, chunk_size, TIER_LEVELS)
 
 
 def count_chunks(rows: int, tokens: int, chunk_size: int, sequences: int | None, final: bool) -> int:
@@ -83,7 +85,9 @@ def layout(
     chunks_per_row(tokens, chunk_size)
     if cu_seqlens is None:
         return _dense_layout(rows, tokens, chunk_size, num_levels, final, partition)
-    C, cap, tree = chunk_size, partition.num_blocks(num_levels, chunk_size) - 1, Tree.of(partition, chunk_size)
+    C, cap = chunk_size, partition.num_blocks(num_levels, chunk_size) - 1
+    tree = tree_of(partition, C)
+    tier, run = tree.tier, 1 << tree.tier
     N, lengths = len(cu_seqlens) - 1, cu_seqlens.diff()
     z0 = torch.zeros_like(lengths) if starts is None else starts
     z_end = z0 + lengths // C
@@ -96,24 +100,25 @@ def layout(
     row = own.cumsum(0) - own
     ends = torch.stack([row + own - 1, z_end, z0], 1).int()
 
-    levels = TIERS * TIER if starts is not None else (tokens // C).bit_length()
+    tiers = max(1, -(-(LEVELS if starts is not None else (tokens // C).bit_length()) // tier))
+    reads = tiers * tree.run_read if starts is not None else candidates(tree.radix_log, tokens // C)
     sizes, tables, first_runs = [], [], None
     entries, first, last = chunks, z0, z_end
-    for s in range(max(1, -(-levels // TIER))):
-        runs_of = (last >> TIER) - (first >> TIER) + 1
-        runs = (tokens // C >> (TIER * (s + 1))) + (N if starts is None else 2 * N)
+    for s in range(tiers):
+        runs_of = (last >> tier) - (first >> tier) + 1
+        runs = (tokens // C >> (tier * (s + 1))) + (N if starts is None else 2 * N)
         sequence, number, is_real = ragged(runs_of, runs)
         is_last = number + 1 >= runs_of[sequence]
-        number = number + (first >> TIER)[sequence]
-        begin = number * RUN
-        start, stop = (first[sequence] - begin).clamp(min=0), (last[sequence] + 1 - begin).clamp(max=RUN)
+        number = number + (first >> tier)[sequence]
+        begin = number * run
+        start, stop = (first[sequence] - begin).clamp(min=0), (last[sequence] + 1 - begin).clamp(max=run)
         columns = [(row - first)[sequence] + begin, start, torch.where(is_real, stop, 0), number, sequence, ~is_last]
         tables.append(torch.stack(columns, 1).int())
         sizes.append((entries, runs, 0))
-        row, entries, first, last = runs_of.cumsum(0) - runs_of, runs, first >> TIER, last >> TIER
+        row, entries, first, last = runs_of.cumsum(0) - runs_of, runs, first >> tier, last >> tier
         first_runs = row if s == 0 else first_runs
-    tiers = _tiers(cap, levels, sizes, tables, 0 if starts is None else 1)
-    return Layout(cap, tree, N, tiers, table, ends, first_runs)
+    found = _tiers(cap, tree, reads, sizes, tables, 0 if starts is None else 1)
+    return Layout(cap, tree, N, found, table, ends, first_runs)
 
 
 @lru_cache
@@ -121,25 +126,30 @@ def _dense_layout(
     rows: int, tokens: int, chunk_size: int, num_levels: int, final: bool, partition: Partition
 ) -> Layout:
     """The layout of a batch that is not packed has no tables."""
-    cap, tree = partition.num_blocks(num_levels, chunk_size) - 1, Tree.of(partition, chunk_size)
+    cap, tree = partition.num_blocks(num_levels, chunk_size) - 1, tree_of(partition, chunk_size)
     per_row = count_chunks(1, tokens, chunk_size, None, final)
-    levels, sizes = (per_row - 1).bit_length(), []
-    for _ in range(max(1, -(-levels // TIER))):
-        runs = -(-per_row // RUN)
+    levels, reads, sizes = (per_row - 1).bit_length(), candidates(tree.radix_log, per_row - 1), []
+    for _ in range(max(1, -(-levels // tree.tier))):
+        runs = -(-per_row >> tree.tier)
         sizes.append((rows * per_row, rows * runs, per_row))
         per_row = runs
-    return Layout(cap, tree, rows, _tiers(cap, levels, sizes, [None] * len(sizes), 0), None, None, None)
+    return Layout(cap, tree, rows, _tiers(cap, tree, reads, sizes, [None] * len(sizes), 0), None, None, None)
 
 
 def _tiers(
-    cap: int, levels: int, sizes: list[tuple[int, int, int]], tables: Sequence[Tensor | None], columns: int
+    cap: int,
+    tree: Tree,
+    reads: int,
+    sizes: list[tuple[int, int, int]],
+    tables: Sequence[Tensor | None],
+    columns: int,
 ) -> tuple[Tier, ...]:
-    """From the last, to whose runs so many columns are carried, to the first."""
+    """From the last, to whose runs so many columns are carried, to the first. reads: the candidates of all walks."""
     tiers: list[Tier] = []
     for s in reversed(range(len(sizes))):
-        first_level = TIER * s
-        own, here = max(0, cap - first_level), min(TIER, max(1, levels - first_level))
-        slots, collapsed = min(own + 1, here), own < TIER
-        tiers.append(Tier(*sizes[s], first_level, slots, columns, collapsed, tables[s]))
+        first_block = tree.run_read * s
+        own, here = max(0, cap - first_block), min(tree.run_read, max(1, reads - first_block))
+        slots, collapsed = min(own + 1, here), own < tree.run_read
+        tiers.append(Tier(*sizes[s], first_block, slots, columns, collapsed, tables[s]))
         columns = slots + columns - (min(columns, 1) if collapsed else 0)
     return tuple(reversed(tiers))

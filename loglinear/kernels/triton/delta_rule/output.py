@@ -15,12 +15,10 @@ from torch import Tensor
 
 from loglinear.kernels.triton.args import Sizes
 from loglinear.kernels.triton.compiler import prefetched
+from loglinear.kernels.triton.delta_rule.reads import columns_read, count_reads, first_column, first_slot, slots_read
 from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, Past, Saved
 from loglinear.kernels.triton.delta_rule.tiles import (
-    BITS,
     chunk_scales,
-    columns_read,
-    count_bits,
     decay,
     head_rows,
     inverse_at,
@@ -30,12 +28,11 @@ from loglinear.kernels.triton.delta_rule.tiles import (
     place_in_run,
     row_products,
     rows_from,
-    slots_read,
 )
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.tiles import head_program, load_block, load_rows, locate, part_of, store_rows
-from loglinear.kernels.triton.walks import nearest
+from loglinear.kernels.triton.walks import after
 
 
 @triton.jit
@@ -154,22 +151,22 @@ def output_kernel(
         weights_JJ = (effective_JJ * tl.exp2(G)[None, :]).to(MATH.dot)
         x = minus_keys(x, tl.exp2(total), weights_JJ, k_first, J, K, J, TK, MATH)
 
-    place = place_in_run(chunk, first_runs, N)
-    reads = slots_read(place.i, num_slots)
+    place = place_in_run(chunk, first_runs, N, TREE)
+    reads = slots_read(place.i, num_slots, TREE)
     kept = past.kept + (chunk.c * num_slots * H + h) * (K * V)
-    for _ in range(count_bits(reads)):
-        slot = nearest(reads)
-        reads &= reads - 1
-        weight = prefetched(load_scale(scales.data, scales.t, n, slot + (TREE.column), L, i), DTYPE)
+    for _ in range(count_reads(reads, TREE)):
+        slot = first_slot(reads, TREE)
+        reads = after(reads, TREE)
+        weight = prefetched(load_scale(scales.data, scales.t, n, slot + TREE.column, L, i), DTYPE)
         out_JV += weight[:, None] * through_state(x, kept + slot.to(tl.int64) * H * (K * V), tile, K, V, TK, BV, MATH)
-    reads = columns_read(place.number, columns, past.initial)
+    reads = columns_read(place.number, columns, past.initial, TREE)
     if (reads > 0) & (place.i > place.start):
         x = through_prefix(x, past.prefixes + row * (K * K), tl.load(past.prefix_totals + row), K, TK, MATH)
     carried = past.carried + (place.run * columns * H + h) * (K * V)
-    for _ in range(count_bits(reads)):
-        column = nearest(reads)
-        reads &= reads - 1
-        weight = prefetched(load_scale(scales.data, scales.t, n, column + (TREE.column + BITS), L, i), DTYPE)
+    for _ in range(count_reads(reads, TREE)):
+        column = first_column(reads, columns, TREE)
+        reads = after(reads, TREE)
+        weight = prefetched(load_scale(scales.data, scales.t, n, column + (TREE.column + TREE.run_read), L, i), DTYPE)
         state = carried + column.to(tl.int64) * H * (K * V)
         out_JV += weight[:, None] * through_state(x, state, tile, K, V, TK, BV, MATH)
     rows = out + ((chunk.b * sizes.T + chunk.first) * H + h) * V

@@ -18,20 +18,39 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.delta_rule.layout import Tier
+from loglinear.kernels.triton.delta_rule.reads import (
+    count_moves,
+    count_reads,
+    first_move,
+    first_slot,
+    slots_read,
+    step_of,
+)
 from loglinear.kernels.triton.delta_rule.states import SIZES, Entries, Inputs, Past, TierSizes
-from loglinear.kernels.triton.delta_rule.tiles import RUN, count_bits, locate_entries, slot_of_next, slots_read
+from loglinear.kernels.triton.delta_rule.tiles import locate_entries
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
-from loglinear.kernels.triton.walks import nearest
+from loglinear.kernels.triton.walks import after, block_row
 
 
 @triton.jit
-def sum_of_slots(states, members, row, column, H, K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr):
-    """A [TK, BV] tile of the sum of an entry's states [slot, H, K, V] that are members, given as bits."""
+def sum_of_slots(
+    states,
+    members,
+    row,
+    column,
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    TREE: tl.constexpr,
+):
+    """A [TK, BV] tile of the sum of an entry's states [slot, H, K, V] that are members."""
     total = tl.zeros([TK, BV], tl.float32)
-    for _ in range(count_bits(members)):
-        total += load_block(states + nearest(members).to(tl.int64) * H * (K * V), row, column, K, V, TK, BV)
-        members &= members - 1
+    for _ in range(count_reads(members, TREE)):
+        total += load_block(states + first_slot(members, TREE).to(tl.int64) * H * (K * V), row, column, K, V, TK, BV)
+        members = after(members, TREE)
     return total
 
 
@@ -49,11 +68,12 @@ def add_moved(
     V: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """total + P times the sum of the members, one [TK, BV] tile."""
     for s in range(0, K, TK):
-        sum_TV = sum_of_slots(states, members, s, column, H, K, V, TK, BV)
+        sum_TV = sum_of_slots(states, members, s, column, H, K, V, TK, BV, TREE)
         total += tl.where(s == row, decay, 0.0) * sum_TV
         transition_TT = load_block(transition, row, s, K, K, TK, TK)
         total = tl.dot(transition_TT, sum_TV.to(transition_TT.dtype), total, input_precision=MATH.precision)
@@ -61,19 +81,30 @@ def add_moved(
 
 
 @triton.jit
-def store_initial(past, run, h, column, tier, K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr):
+def store_initial(
+    past,
+    run,
+    h,
+    column,
+    tier,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    TREE: tl.constexpr,
+):
     """The blocks of the initial state are the past of a continued sequence's first entry, one tile of V."""
     SIZE: tl.constexpr = K * V
     H, num_slots = tier.H, tier.num_slots
-    reads = tl.where(run.start < run.stop, slots_read(run.start, num_slots), 0)
-    for _ in range(count_bits(reads)):
-        j = nearest(reads)
-        reads &= reads - 1
-        m = tl.minimum(tier.first_level + j, tier.cap)
-        block = past.initial + ((run.sequence.to(tl.int64) * (tier.cap + 1) + m) * H + h) * SIZE
+    reads = tl.where(run.start < run.stop, slots_read(run.start, num_slots, TREE), 0)
+    for _ in range(count_reads(reads, TREE)):
+        j = first_slot(reads, TREE)
+        reads = after(reads, TREE)
+        m = tl.minimum(tier.first_block + j, tier.cap)
+        block = past.initial + block_row(run.sequence, m, tier, h) * SIZE
         target = past.kept + (((run.base + run.start) * num_slots + j) * H + h) * SIZE
         # The prefix is carried.
-        is_block = (tier.first_level + j < tier.cap).to(tl.float32)
+        is_block = (tier.first_block + j < tier.cap).to(tl.float32)
         for a in range(0, K, TK):
             state_TV = load_block(block, a, column, K, V, TK, BV) * is_block
             store_block(target, a, column, state_TV, K, V, TK, BV)
@@ -92,42 +123,55 @@ def scan_states(
     V: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """One tile of V: Y, and the run's S."""
     SIZE: tl.constexpr = K * V
     H, num_slots = tier.H, tier.num_slots
     if past.initial is not None:
-        store_initial(past, run, h, column, tier, K, V, TK, BV)
+        store_initial(past, run, h, column, tier, K, V, TK, BV, TREE)
     for i in range(run.start, run.stop - 1 + run.has_end.to(tl.int32)):
         row = run.base + i
         entry, kept_here = row * H + h, past.kept + (row * num_slots * H + h) * SIZE
         decay, transition = tl.exp2(tl.load(entries.totals + entry)), entries.transitions + entry * (K * K)
-        t, reads = slot_of_next(i, num_slots), slots_read(i, num_slots)
-        merged = reads & ((2 << t) - 1)
-        reads -= merged
+        t, merged, moved = step_of(i, num_slots, TREE)
         target = past.kept + (((row + 1) * num_slots + t) * H + h) * SIZE
         if ends is not None:
-            target = tl.where(i == RUN - 1, ends.states + (run.row.to(tl.int64) * H + h) * SIZE, target)
+            target = tl.where(i == (1 << TREE.tier) - 1, ends.states + (run.row.to(tl.int64) * H + h) * SIZE, target)
         tl.debug_barrier()  # what this program wrote for entry i is seen
         for a in range(0, K, TK):
             state_TV = load_block(entries.states + entry * SIZE, a, column, K, V, TK, BV).to(tl.float32)
             if merged > 0:
-                state_TV = add_moved(state_TV, kept_here, merged, transition, decay, a, column, H, K, V, TK, BV, MATH)
+                state_TV = add_moved(
+                    state_TV, kept_here, merged, transition, decay, a, column, H, K, V, TK, BV, TREE, MATH
+                )
             store_block(target, a, column, state_TV, K, V, TK, BV)
-        for _ in range(count_bits(reads)):
-            j = nearest(reads)
-            reads &= reads - 1
+        for _ in range(count_moves(moved, num_slots, TREE)):
+            members, j, moved = first_move(moved, num_slots, TREE)
             target = past.kept + (((row + 1) * num_slots + j) * H + h) * SIZE
             for a in range(0, K, TK):
                 state_TV = tl.zeros([TK, BV], tl.float32)
-                state_TV = add_moved(state_TV, kept_here, 1 << j, transition, decay, a, column, H, K, V, TK, BV, MATH)
+                state_TV = add_moved(
+                    state_TV, kept_here, members, transition, decay, a, column, H, K, V, TK, BV, TREE, MATH
+                )
                 store_block(target, a, column, state_TV, K, V, TK, BV)
 
 
 @triton.jit
 def scan_transitions(
-    entries, past, ends, run, h, column, tier, K: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr, MATH: tl.constexpr
+    entries,
+    past,
+    ends,
+    run,
+    h,
+    column,
+    tier,
+    K: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    TREE: tl.constexpr,
+    MATH: tl.constexpr,
 ):
     """One tile of columns of F, kept in registers: its D and log decay, and the run's P.
     With P = g I + D, F = f I + E:  P F = g f I + g E + D E + f D."""
@@ -143,8 +187,8 @@ def scan_transitions(
         target, target_total = past.prefixes + (entry + H) * SIZE, past.prefix_totals + entry + H
         if ends is not None:
             end = run.row.to(tl.int64) * H + h
-            target = tl.where(i == RUN - 1, ends.transitions + end * SIZE, target)
-            target_total = tl.where(i == RUN - 1, ends.totals + end, target_total)
+            target = tl.where(i == (1 << TREE.tier) - 1, ends.transitions + end * SIZE, target)
+            target_total = tl.where(i == (1 << TREE.tier) - 1, ends.totals + end, target_total)
         new = ()
         for a in tl.static_range(COUNT):
             path_TV = load_block(transition, a * TK, column, K, K, TK, BV).to(tl.float32) * tl.exp2(log_decay)
@@ -172,25 +216,26 @@ def run_scan_kernel(
     num_slots,
     columns,
     collapsed,
-    first_level,
+    first_block,
     places,
     K: tl.constexpr,
     V: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """One run, one head, BV columns of states or of transitions: the past of its entries; and, where the runs are
     entries of a next tier, `ends`, the run as one of them."""
-    tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_level, places)
+    tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_block, places)
     VALUES: tl.constexpr = (V + BV - 1) // BV
     KEYS: tl.constexpr = (K + BV - 1) // BV
     tile, h, number = head_program(VALUES + KEYS, tier.H)
-    run = locate_entries(number, table, tier.per_row)
+    run = locate_entries(number, table, tier.per_row, TREE)
     if tile < VALUES:
-        scan_states(entries, past, ends, run, h, tile * BV, tier, K, V, TK, BV, MATH)
+        scan_states(entries, past, ends, run, h, tile * BV, tier, K, V, TK, BV, TREE, MATH)
     else:
-        scan_transitions(entries, past, ends, run, h, (tile - VALUES) * BV, tier, K, TK, BV, MATH)
+        scan_transitions(entries, past, ends, run, h, (tile - VALUES) * BV, tier, K, TK, BV, TREE, MATH)
 
 
 def run_scan(x: Inputs, tier: Tier, entries: Entries) -> tuple[Past, Entries | None]:
@@ -208,6 +253,6 @@ def run_scan(x: Inputs, tier: Tier, entries: Entries) -> tuple[Past, Entries | N
         transitions, states = (x.empty(tier.runs, H, K, width, dtype=x.dtype) for width in (K, V))
         ends = Entries(transitions, x.empty(tier.runs, H), states)
     run_scan_kernel[(tier.runs * H * x.tiling.column_tiles("run_scan"),)](
-        entries, past, ends, tier.table, *x.tier_sizes(tier), **x.constants("run_scan")
+        entries, past, ends, tier.table, *x.tier_sizes(tier), TREE=x.tree, **x.constants("run_scan")
     )
     return past, ends

@@ -14,7 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from loglinear.kernels.triton.delta_rule.carry_in_backward import moved_back
-from loglinear.kernels.triton.delta_rule.layout import RUN as NUM_ENTRIES
+from loglinear.kernels.triton.delta_rule.reads import (
+    count_moves,
+    count_reads,
+    first_move,
+    first_slot,
+    slots_read,
+    step_of,
+)
 from loglinear.kernels.triton.delta_rule.run_scan import sum_of_slots
 from loglinear.kernels.triton.delta_rule.states import (
     SIZES,
@@ -24,10 +31,10 @@ from loglinear.kernels.triton.delta_rule.states import (
     TierSizes,
     TierStates,
 )
-from loglinear.kernels.triton.delta_rule.tiles import RUN, count_bits, locate_entries, slot_of_next, slots_read
+from loglinear.kernels.triton.delta_rule.tiles import locate_entries
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
-from loglinear.kernels.triton.walks import nearest
+from loglinear.kernels.triton.walks import after, block_row
 
 
 @triton.jit
@@ -45,35 +52,46 @@ def add_moved_back(
     V: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """dkept = dreads + P^T dstate of the members, given as bits, which all moved into dstate's block."""
+    """dkept = dreads + P^T dstate of the members, which all moved into dstate's block."""
     for a in range(0, K, TK):
         moved_TV = tl.zeros([TK, BV], tl.float32)
         if has_next:
             moved_TV = moved_back(transition, decay, dstate, a, column, K, V, TK, BV, MATH)
         remaining = members
-        for _ in range(count_bits(members)):
-            place = nearest(remaining).to(tl.int64) * H * (K * V)
-            remaining &= remaining - 1
+        for _ in range(count_reads(members, TREE)):
+            place = first_slot(remaining, TREE).to(tl.int64) * H * (K * V)
+            remaining = after(remaining, TREE)
             total_TV = moved_TV + load_block(dreads + place, a, column, K, V, TK, BV).to(tl.float32)
             store_block(dkept + place, a, column, total_TV, K, V, TK, BV)
 
 
 @triton.jit
 def store_initial_gradients(
-    dkept, dinitial, run, h, column, tier, K: tl.constexpr, V: tl.constexpr, TK: tl.constexpr, BV: tl.constexpr
+    dkept,
+    dinitial,
+    run,
+    h,
+    column,
+    tier,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+    TREE: tl.constexpr,
 ):
     """The adjoint of `store_initial`, one tile of V. The prefix has its gradient from the last tier's dR."""
     SIZE: tl.constexpr = K * V
-    reads = tl.where(run.start < run.stop, slots_read(run.start, tier.num_slots), 0)
+    reads = tl.where(run.start < run.stop, slots_read(run.start, tier.num_slots, TREE), 0)
     tl.debug_barrier()
-    for _ in range(count_bits(reads)):
-        j = nearest(reads)
-        reads &= reads - 1
-        m = tier.first_level + j
+    for _ in range(count_reads(reads, TREE)):
+        j = first_slot(reads, TREE)
+        reads = after(reads, TREE)
+        m = tier.first_block + j
         if m < tier.cap:
-            block = dinitial + ((run.sequence.to(tl.int64) * (tier.cap + 1) + m) * tier.H + h) * SIZE
+            block = dinitial + block_row(run.sequence, m, tier, h) * SIZE
             source = dkept + (((run.base + run.start) * tier.num_slots + j) * tier.H + h) * SIZE
             for a in range(0, K, TK):
                 store_block(block, a, column, load_block(source, a, column, K, V, TK, BV), K, V, TK, BV)
@@ -95,6 +113,7 @@ def scan_states_backward(
     V: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """One tile of V."""
@@ -105,13 +124,11 @@ def scan_states_backward(
         row = run.base + i
         entry = row * H + h
         transition, decay = entries.transitions + entry * (K * K), tl.exp2(tl.load(entries.totals + entry))
-        t, reads = slot_of_next(i, num_slots), slots_read(i, num_slots)
-        merged = reads & ((2 << t) - 1)
-        reads -= merged
+        t, merged, moved = step_of(i, num_slots, TREE)
         next_kept, has_next = dkept + ((row + 1) * num_slots * H + h) * SIZE, i + 1 < run.stop
         dstate = next_kept + t.to(tl.int64) * H * SIZE
         if dends is not None:
-            dstate = tl.where(i == RUN - 1, dends.states + (run.row.to(tl.int64) * H + h) * SIZE, dstate)
+            dstate = tl.where(i == (1 << TREE.tier) - 1, dends.states + (run.row.to(tl.int64) * H + h) * SIZE, dstate)
             has_next = has_next | run.has_end
         dreads_here, dkept_here = dreads + (row * tier.places * H + h) * SIZE, dkept + (row * num_slots * H + h) * SIZE
         tl.debug_barrier()  # what this program wrote for entry i + 1 is seen
@@ -122,17 +139,44 @@ def scan_states_backward(
             store_block(dentries.states + entry * SIZE, a, column, own_TV, K, V, TK, BV)
         if merged > 0:
             add_moved_back(
-                transition, decay, dstate, has_next, merged, dreads_here, dkept_here, column, H, K, V, TK, BV, MATH
+                transition,
+                decay,
+                dstate,
+                has_next,
+                merged,
+                dreads_here,
+                dkept_here,
+                column,
+                H,
+                K,
+                V,
+                TK,
+                BV,
+                TREE,
+                MATH,
             )
-        for _ in range(count_bits(reads)):
-            j = nearest(reads)
-            reads &= reads - 1
+        for _ in range(count_moves(moved, num_slots, TREE)):
+            members, j, moved = first_move(moved, num_slots, TREE)
             dstate = next_kept + j.to(tl.int64) * H * SIZE
             add_moved_back(
-                transition, decay, dstate, has_next, 1 << j, dreads_here, dkept_here, column, H, K, V, TK, BV, MATH
+                transition,
+                decay,
+                dstate,
+                has_next,
+                members,
+                dreads_here,
+                dkept_here,
+                column,
+                H,
+                K,
+                V,
+                TK,
+                BV,
+                TREE,
+                MATH,
             )
     if dinitial is not None:
-        store_initial_gradients(dkept, dinitial, run, h, column, tier, K, V, TK, BV)
+        store_initial_gradients(dkept, dinitial, run, h, column, tier, K, V, TK, BV, TREE)
 
 
 @triton.jit
@@ -194,25 +238,26 @@ def run_scan_backward_kernel(
     num_slots,
     columns,
     collapsed,
-    first_level,
+    first_block,
     places,
     K: tl.constexpr,
     V: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """One run, one head, BV columns of states or of transitions. dreads [entry, place, H, K, V], the reads' own
     gradients, of which the first places are the slots', become dY (which may be the same array) and the entries' dS; dF
     changes in place, but for a run's first entry. dends are the next tier's entries."""
-    tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_level, places)
+    tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_block, places)
     VALUES: tl.constexpr = (V + BV - 1) // BV
     KEYS: tl.constexpr = (K + BV - 1) // BV
     tile, h, number = head_program(VALUES + KEYS, tier.H)
-    run = locate_entries(number, table, tier.per_row)
+    run = locate_entries(number, table, tier.per_row, TREE)
     if tile < VALUES:
         scan_states_backward(
-            entries, dreads, dpast.kept, dends, dentries, dinitial, run, h, tile * BV, tier, K, V, TK, BV, MATH
+            entries, dreads, dpast.kept, dends, dentries, dinitial, run, h, tile * BV, tier, K, V, TK, BV, TREE, MATH
         )
     else:
         column = (tile - VALUES) * BV
@@ -233,45 +278,46 @@ def transition_backward_kernel(
     num_slots,
     columns,
     collapsed,
-    first_level,
+    first_block,
     places,
     K: tl.constexpr,
     V: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """One entry of a run, one head, one [TK, TK] tile: dP, 0 of the last one."""
-    tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_level, places)
+    tier = TierSizes(H, per_row, cap, num_slots, columns, collapsed, first_block, places)
+    RUN: tl.constexpr = 1 << TREE.tier
     TILES: tl.constexpr = (K + TK - 1) // TK
     tile, h, part = head_program(TILES * TILES, tier.H)
     i = part % RUN
-    run = locate_entries(part // RUN, table, tier.per_row)
+    run = locate_entries(part // RUN, table, tier.per_row, TREE)
     if (i < run.start) | (i >= run.stop):
         return
     a, column = tile // TILES * TK, tile % TILES * TK
     row = run.base + i
     entry, end = row * H + h, run.row.to(tl.int64) * H + h
     total = tl.zeros([TK, TK], tl.float32)
-    t, reads = slot_of_next(i, num_slots), slots_read(i, num_slots)
-    merged = reads & ((2 << t) - 1)
-    later = reads - merged
+    t, merged, moved = step_of(i, num_slots, TREE)
     kept_here = past.kept + (row * num_slots * H + h) * (K * V)
     next_kept, has_next = dpast.kept + ((row + 1) * num_slots * H + h) * (K * V), i + 1 < run.stop
     dstate, dprefix = next_kept + t.to(tl.int64) * H * (K * V), dpast.prefixes + (entry + H) * (K * K)
     if dends is not None:
-        dstate = tl.where(i == RUN - 1, dends.states + end * (K * V), dstate)
-        dprefix = tl.where(i == RUN - 1, dends.transitions + end * (K * K), dprefix)
+        dstate = tl.where(i == (1 << TREE.tier) - 1, dends.states + end * (K * V), dstate)
+        dprefix = tl.where(i == (1 << TREE.tier) - 1, dends.transitions + end * (K * K), dprefix)
         has_next = has_next | run.has_end
     if has_next:
-        for _ in range(count_bits(later) + (merged > 0).to(tl.int32)):
-            members = tl.where(merged > 0, merged, later & -later)
-            source = tl.where(merged > 0, dstate, next_kept + nearest(later).to(tl.int64) * H * (K * V))
-            later = tl.where(merged > 0, later, later & (later - 1))
+        for _ in range(count_moves(moved, num_slots, TREE) + (merged > 0).to(tl.int32)):
+            members, j, others = first_move(moved, num_slots, TREE)
+            members = tl.where(merged > 0, merged, members)
+            source = tl.where(merged > 0, dstate, next_kept + j.to(tl.int64) * H * (K * V))
+            moved = tl.where(merged > 0, moved, others)
             merged = merged - merged
             for x in range(0, V, BV):
                 dstate_TV = load_block(source, a, x, K, V, TK, BV).to(MATH.dot)
-                sum_TV = sum_of_slots(kept_here, members, column, x, H, K, V, TK, BV)
+                sum_TV = sum_of_slots(kept_here, members, column, x, H, K, V, TK, BV, TREE)
                 total = tl.dot(dstate_TV, tl.trans(sum_TV.to(MATH.dot)), total, input_precision=MATH.precision)
         log_decay = tl.load(past.prefix_totals + entry, mask=i > run.start, other=0.0)
         total += load_block(dprefix, a, column, K, K, TK, TK).to(tl.float32) * tl.exp2(log_decay)
@@ -298,9 +344,9 @@ def run_scan_backward(
     dentries = EntryGradients(dstates, torch.empty_like(entries.transitions))
     sizes = (tier.table, *x.tier_sizes(tier, dreads.shape[1]))
     run_scan_backward_kernel[(tier.runs * H * x.tiling.column_tiles("run_scan_backward"),)](
-        entries, dreads, dpast, dends, dentries, dinitial, *sizes, **x.constants("run_scan_backward")
+        entries, dreads, dpast, dends, dentries, dinitial, *sizes, TREE=x.tree, **x.constants("run_scan_backward")
     )
-    transition_backward_kernel[(tier.runs * NUM_ENTRIES * H * x.tiling.square_tiles("transition_backward"),)](
-        past, dpast, dends, dentries, *sizes, **x.constants("transition_backward")
+    transition_backward_kernel[((tier.runs << x.tree.tier) * H * x.tiling.square_tiles("transition_backward"),)](
+        past, dpast, dends, dentries, *sizes, TREE=x.tree, **x.constants("transition_backward")
     )
     return dentries

@@ -32,7 +32,7 @@ from loglinear.kernels.triton.delta_rule.tiles import (
     rows_from,
 )
 from loglinear.kernels.triton.launcher import launcher
-from loglinear.kernels.triton.levels import load_scale
+from loglinear.kernels.triton.levels import load_scale, store_sums
 from loglinear.kernels.triton.tiles import load_rows, slab_at, store_block, store_rows
 
 
@@ -60,14 +60,42 @@ class Scores(NamedTuple):
 
 
 @triton.jit
-def sums_by_level(x_JJ, last, J: tl.constexpr, LOG_J: tl.constexpr):
+def sums_by_level(x_JJ, last, J: tl.constexpr, COLUMNS: tl.constexpr, TREE: tl.constexpr):
     """Sums of x over the columns of each level [J, level], those from the last on in its column. (A choice for each
     level and place: triton 3.6 makes wrong code of products with indicators of the levels where registers are few.)"""
     column, sums_JL = tl.arange(0, 16)[None, :], tl.zeros([J, 16], tl.float32)
-    for level in tl.static_range(LOG_J + 1):
-        total = tl.sum(tl.where(is_level(tl.arange(0, J), level, J), x_JJ, 0.0), 1)
+    for level in tl.static_range(COLUMNS):
+        total = tl.sum(tl.where(is_level(tl.arange(0, J), level, J, TREE), x_JJ, 0.0), 1)
         sums_JL += tl.where(column == tl.minimum(level, last), total[:, None], 0.0)
     return sums_JL
+
+
+@triton.jit
+def store_dscales(
+    x,
+    dscales_JJ,
+    across,
+    L,
+    J: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LINEAR: tl.constexpr,
+    TREE: tl.constexpr,
+):
+    """dlambda of the chunk's own columns, of which the last one takes `across`. The walk has stored what it gives to a
+    last column that the chunk shares."""
+    last, i = L - 1, tl.arange(0, J)
+    LAST: tl.constexpr = TREE.column - 1
+    if TREE.radix_log > 1 and not LINEAR:
+        to, stride = x.dscales.data, x.dscales.t
+        given = across + tl.load(to + (i * stride + last), mask=(i < x.n) & (last <= LAST), other=0.0).to(tl.float32)
+        store_sums(to, stride, x.n, L, dscales_JJ, 1.0, given, i, J, COLUMNS, TREE)
+    else:
+        column, inside = tl.arange(0, 1 if LINEAR else 16)[None, :], (i < x.n)[:, None]
+        to = x.dscales.data + (i * x.dscales.t)[:, None] + column
+        sums_JL = tl.sum(dscales_JJ, 1)[:, None] if LINEAR else sums_by_level(dscales_JJ, last, J, COLUMNS, TREE)
+        sums_JL += tl.where(column == tl.minimum(last, LAST), across[:, None], 0.0)
+        sums_JL += tl.load(to, mask=inside & (column == last) & (last <= LAST), other=0.0).to(tl.float32)
+        tl.store(to, sums_JL.to(to.dtype.element_ty), mask=inside & (column <= tl.minimum(last, LAST)))
 
 
 @triton.jit
@@ -79,17 +107,18 @@ def scores_part(
     V: tl.constexpr,
     C: tl.constexpr,
     J: tl.constexpr,
-    LOG_C: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
     EARLIER: tl.constexpr,
     LINEAR: tl.constexpr,
     DTYPE: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """The rows of one part, `Scores`. EARLIER: there is one before it."""
+    """The rows of one part, `Scores`. EARLIER: there is one before it, which it reads in the last column."""
+    COLUMNS: tl.constexpr = TREE.column - EARLIER if TREE.column > 1 else 1
     own: tl.constexpr = J if EARLIER else 0
-    i, last, n = tl.arange(0, J), L - 1, x.n
+    i, n = tl.arange(0, J), x.n
     k_own, v_own = rows_from(x.k, own), rows_from(x.v, own)
     G_own, n_first = load_tokens(x.G, own, J), tl.minimum(x.n_keys, J)
     across, dlog_row = tl.zeros([J], tl.float32), tl.zeros([J], tl.float32)
@@ -99,7 +128,7 @@ def scores_part(
         pulled_JJ = multiply_rows(x.do, x.v, n, n_first, V, J, BV, MATH)
         pulled_JJ *= strength[None, :]
         across = tl.sum(pulled_JJ * load_tile(x.effective, own, 0, C, J).to(tl.float32), 1)
-        pulled_JJ *= prefetched(load_scale(x.scales.data, x.scales.t, n, LOG_C, L, i), DTYPE)[:, None]
+        pulled_JJ *= prefetched(load_scale(x.scales.data, x.scales.t, n, TREE.column - 1, L, i), DTYPE)[:, None]
         read_JJ = multiply_rows(x.dq_in, x.k, n, n_first, K, J, TK, MATH)
         deffective_JJ = (pulled_JJ - read_JJ * (strength * tl.exp2(G_first))[None, :]).to(MATH.dot)
         inverse_JJ = tl.trans(load_tile(x.inverse, own, 0, C, J))
@@ -115,15 +144,9 @@ def scores_part(
     strength = load_strength(rows_from(x.beta, own), n, J)
     pulled_JJ = multiply_rows(x.do, v_own, n, n, V, J, BV, MATH) * strength[None, :]
     dscales_JJ = pulled_JJ * load_tile(x.effective, own, own, C, J).to(tl.float32)
-    # The walk has stored what it gives to a last column that the chunk shares.
-    column, inside = tl.arange(0, 1 if LINEAR else 16)[None, :], (i < n)[:, None]
-    to = x.dscales.data + (i * x.dscales.t)[:, None] + column
-    sums_JL = tl.sum(dscales_JJ, 1)[:, None] if LINEAR else sums_by_level(dscales_JJ, last, J, LOG_C - EARLIER)
-    sums_JL += tl.where(column == tl.minimum(last, LOG_C), across[:, None], 0.0)
-    sums_JL += tl.load(to, mask=inside & (column == last) & (last <= LOG_C), other=0.0).to(tl.float32)
-    tl.store(to, sums_JL.to(to.dtype.element_ty), mask=inside & (column <= tl.minimum(last, LOG_C)))
+    store_dscales(x, dscales_JJ, across, L, J, COLUMNS, LINEAR, TREE)
     # Columns j > i of dT are not 0 here; dS takes no part of them to j <= i.
-    pulled_JJ *= own_scales(x.scales, n, L, J, LOG_C - EARLIER, LINEAR, DTYPE)
+    pulled_JJ *= own_scales(x.scales, n, L, J, COLUMNS, LINEAR, DTYPE, TREE)
     pulled_JJ = tl.where(i[:, None] >= i[None, :], pulled_JJ, 0.0)
     read_JJ = multiply_rows(x.dq_in, k_own, n, n, K, J, TK, MATH)
     deffective_JJ = (pulled_JJ - read_JJ * (strength * tl.exp2(G_own))[None, :]).to(MATH.dot)
@@ -178,14 +201,14 @@ def scores_backward_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
-    LOG_C: tl.constexpr,
     PARTS: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
     LINEAR: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """C / PARTS rows of one chunk, one head: dq [B, T, H, K]; dS; the columns of dlevel_scales up to LOG_C, adding to
+    """C / PARTS rows of one chunk, one head: dq [B, T, H, K]; dS; the chunk's own columns of dlevel_scales, adding to
     the last one where the walk shares it; and of the decays' gradient the rows' share, and the columns' of S."""
     sizes = Sizes(T, N, H, R, L, cap)
     DTYPE: tl.constexpr = level_scales.data.dtype.element_ty
@@ -215,9 +238,9 @@ def scores_backward_kernel(
         dinside.dlog_column + (row * (2 * PARTS) + part.part) * C,
     )
     if part.first == 0:
-        scores_part(x, L, scale, K, V, C, J, LOG_C, TK, BV, False, LINEAR, DTYPE, MATH)
+        scores_part(x, L, scale, K, V, C, J, TK, BV, False, LINEAR, DTYPE, TREE, MATH)
     elif PARTS > 1:
-        scores_part(x, L, scale, K, V, C, J, LOG_C, TK, BV, True, LINEAR, DTYPE, MATH)
+        scores_part(x, L, scale, K, V, C, J, TK, BV, True, LINEAR, DTYPE, TREE, MATH)
 
 
 def scores_backward(
@@ -243,9 +266,9 @@ def scores_backward(
         *x.sizes,
         x.scale,
         C=C,
-        LOG_C=x.log_chunk,
         PARTS=parts,
         LINEAR=x.sizes.L == 1,
+        TREE=x.tree,
         **x.constants("scores_backward"),
     )
     return dinside

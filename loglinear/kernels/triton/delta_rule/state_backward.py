@@ -12,21 +12,13 @@ from torch import Tensor
 
 from loglinear.kernels.triton.args import Rows, Sizes
 from loglinear.kernels.triton.compiler import prefetched
+from loglinear.kernels.triton.delta_rule.reads import columns_read, count_reads, first_slot, is_column_read, slots_read
 from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, Past, PastGradients, Queries
-from loglinear.kernels.triton.delta_rule.tiles import (
-    BITS,
-    RUN,
-    columns_read,
-    count_bits,
-    head_rows,
-    locate_entries,
-    place_in_run,
-    slots_read,
-)
+from loglinear.kernels.triton.delta_rule.tiles import head_rows, locate_entries, place_in_run
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.tiles import head_program, load_rows, locate, store_block
-from loglinear.kernels.triton.walks import nearest
+from loglinear.kernels.triton.walks import after
 
 
 @triton.jit
@@ -58,9 +50,9 @@ def state_backward_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
-    LOG_C: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """One chunk, one head, one [TK, BV] tile of dY, which is 0 of a chunk without tokens."""
@@ -70,13 +62,13 @@ def state_backward_kernel(
     tile, h, c = head_program(ROWS * TILES, sizes.H)
     row, column = tile // TILES * TK, tile % TILES * BV
     chunk = locate(c.to(tl.int64), table, sizes, C)
-    reads = slots_read(chunk.z & (RUN - 1), num_slots)
+    reads = slots_read(chunk.z & ((1 << TREE.tier) - 1), num_slots, TREE)
     x_CT = load_rows(q_in + (chunk.c * sizes.H + h) * (C * K), K, chunk.n, row, C, K, TK)
     scales, do_rows = head_rows(level_scales, chunk, h), head_rows(do, chunk, h)
-    for _ in range(count_bits(reads)):
-        slot = nearest(reads)
-        reads &= reads - 1
-        do_CV = load_weighted(scales, do_rows, chunk.n, slot + (LOG_C + 1), L, column, V, C, BV, MATH)
+    for _ in range(count_reads(reads, TREE)):
+        slot = first_slot(reads, TREE)
+        reads = after(reads, TREE)
+        do_CV = load_weighted(scales, do_rows, chunk.n, slot + TREE.column, L, column, V, C, BV, MATH)
         dstate_TV = tl.dot(tl.trans(x_CT), do_CV, input_precision=MATH.precision)
         out = dkept + ((chunk.c * num_slots + slot) * sizes.H + h) * (K * V)
         store_block(out, row, column, dstate_TV, K, V, TK, BV)
@@ -101,6 +93,7 @@ def prefix_backward_kernel(
     K: tl.constexpr,
     C: tl.constexpr,
     TK: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """One chunk, one head, one [TK, TK] tile of dF, which is 0 where nothing came through F."""
@@ -108,11 +101,11 @@ def prefix_backward_kernel(
     TILES: tl.constexpr = (K + TK - 1) // TK
     tile, h, c = head_program(TILES * TILES, sizes.H)
     chunk = locate(c.to(tl.int64), table, sizes, C)
-    place = place_in_run(chunk, first_runs, N)
+    place = place_in_run(chunk, first_runs, N, TREE)
     if place.i <= place.start:
         return
     row, column = tile // TILES * TK, tile % TILES * TK
-    n = tl.where(columns_read(place.number, columns, past.initial) > 0, chunk.n, 0)
+    n = tl.where(columns_read(place.number, columns, past.initial, TREE) > 0, chunk.n, 0)
     matrix = chunk.c * sizes.H + h
     x_CT = load_rows(q_in + matrix * (C * K), K, n, row, C, K, TK)
     dx_CT = load_rows(dq_run + matrix * (C * K), K, n, column, C, K, TK)
@@ -140,9 +133,9 @@ def carried_backward_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
-    LOG_C: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """One column of what one run was carried, one head, one [TK, BV] tile of dR."""
@@ -151,8 +144,8 @@ def carried_backward_kernel(
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile, h, part = head_program(ROWS * TILES, sizes.H)
     place = part % columns
-    run = locate_entries(part // columns, runs, N)
-    if (run.stop <= run.start) | ((columns_read(run.number, columns, past.initial) >> place) & 1 == 0):
+    run = locate_entries(part // columns, runs, N, TREE)
+    if (run.stop <= run.start) | (is_column_read(run.number, place, columns, past.initial, TREE) == 0):
         return
     row, column = tile // TILES * TK, tile % TILES * BV
     total = tl.zeros([TK, BV], tl.float32)
@@ -163,7 +156,7 @@ def carried_backward_kernel(
             head_rows(level_scales, chunk, h),
             head_rows(do, chunk, h),
             chunk.n,
-            place + (LOG_C + 1 + BITS),
+            place + (TREE.column + TREE.run_read),
             L,
             column,
             V,
@@ -189,7 +182,7 @@ def past_backward(x: Inputs, q_in: Tensor, queries: Queries, past: Past, do: Row
         *x.sizes,
         tier.slots,
         C=C,
-        LOG_C=x.log_chunk,
+        TREE=x.tree,
         **x.constants("state_backward"),
     )
     prefix_backward_kernel[(y.chunks * x.heads * tiling.square_tiles("prefix_backward"),)](
@@ -202,6 +195,7 @@ def past_backward(x: Inputs, q_in: Tensor, queries: Queries, past: Past, do: Row
         *x.sizes,
         tier.columns,
         C=C,
+        TREE=x.tree,
         **x.key_constants("prefix_backward"),
     )
     if tier.columns > 0:
@@ -216,7 +210,7 @@ def past_backward(x: Inputs, q_in: Tensor, queries: Queries, past: Past, do: Row
             *x.sizes,
             tier.columns,
             C=C,
-            LOG_C=x.log_chunk,
+            TREE=x.tree,
             **x.constants("carried_backward"),
         )
     return dpast

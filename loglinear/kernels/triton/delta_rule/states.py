@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from loglinear.fenwick import log2
 from loglinear.kernels.triton import args, inputs
 from loglinear.kernels.triton.delta_rule.layout import Layout, Tier
 from loglinear.kernels.triton.delta_rule.tiling import Tiling, tiling_of
@@ -23,8 +22,8 @@ class TierSizes(NamedTuple):
     cap: int
     num_slots: int
     columns: int
-    collapsed: int  # is the older past at the level of the last slot?
-    first_level: int
+    collapsed: int  # is the older past in one block with the last slot?
+    first_block: int  # the number of the block in the first slot
     places: int  # columns of the tier below, or blocks of a final state: the entries' slots, then older columns
 
 
@@ -133,12 +132,8 @@ class Inputs(inputs.Inputs):
     def tiling(self) -> Tiling:
         return tiling_of(self.key_dim, self.value_dim, self.plan, self.math)
 
-    @property
-    def log_chunk(self) -> int:
-        return log2(self.chunk_size)
-
     def tier_sizes(self, tier: Tier, places: int = 0) -> TierSizes:
-        numbers = tier.slots, tier.columns, int(tier.collapsed), tier.first_level
+        numbers = tier.slots, tier.columns, int(tier.collapsed), tier.first_block
         return TierSizes(self.heads, tier.per_row, self.sizes.cap, *numbers, places)
 
     def key_constants(self, stage: str) -> dict[str, Any]:

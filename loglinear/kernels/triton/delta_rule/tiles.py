@@ -1,4 +1,4 @@
-"""The parts that the delta rule's stages share on the device: a chunk's own matrices, entries and their reads.
+"""The parts that the delta rule's stages share on the device: a chunk's own matrices, and the places of entries.
 
 A transition is P = exp(Gam) I + D, of which D [K, K] is kept, and log2 of exp(Gam) in float32: where keys come again
 P is close to I, and D is rounded to 16 bits as what it is, small. Matrices wider than TK are taken in tiles of TK
@@ -12,14 +12,8 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.args import Chunk
-from loglinear.kernels.triton.delta_rule import layout
 from loglinear.kernels.triton.levels import far_classes, load_class_scales, near_classes, spread_scales
-from loglinear.kernels.triton.tiles import exponent, head_program, load_block, load_rows, locate, rows_at
-from loglinear.kernels.triton.tree import LEVELS
-
-BITS = tl.constexpr(layout.TIER)
-RUN = tl.constexpr(layout.RUN)
-MOST_BITS = tl.constexpr(LEVELS)
+from loglinear.kernels.triton.tiles import head_program, load_block, load_rows, locate, rows_at
 
 
 class HeadRows(NamedTuple):
@@ -168,8 +162,9 @@ def load_tile(matrix, i, j, C: tl.constexpr, J: tl.constexpr, turn=0):
 
 
 @triton.jit
-def locate_entries(run, table, per_row):
+def locate_entries(run, table, per_row, TREE: tl.constexpr):
     """One run of a tier. table: [runs, 6] int32 of packed sequences, None for a dense batch."""
+    RUN: tl.constexpr = 1 << TREE.tier
     if table is not None:
         row = table + run * 6
         base, start, stop = tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2)
@@ -183,8 +178,10 @@ def locate_entries(run, table, per_row):
 
 
 @triton.jit
-def place_in_run(chunk, first_runs, N):
+def place_in_run(chunk, first_runs, N, TREE: tl.constexpr):
     """The place of a chunk (or `Place`) as an entry of tier 0. first_runs: [N] int64 of packed sequences, or None."""
+    BITS: tl.constexpr = TREE.tier
+    RUN: tl.constexpr = 1 << BITS
     z, z0 = chunk.z, chunk.z0
     start = tl.where(z0 >> BITS == z >> BITS, z0 & (RUN - 1), 0)
     if first_runs is not None:
@@ -192,38 +189,3 @@ def place_in_run(chunk, first_runs, N):
     else:
         run = chunk.sequence.to(tl.int64) * ((N + RUN - 1) // RUN) + (z >> BITS)
     return EntryPlace(chunk.c, z & (RUN - 1), start, run, z >> BITS)
-
-
-@triton.jit
-def slots_read(i, num_slots):
-    """The slots that entry i of a run reads, as bits: one for each bit of i, the last for all bits from it on."""
-    last = num_slots - 1
-    return (i & ((1 << last) - 1)) | ((i >> last) > 0).to(tl.int32) << last
-
-
-@triton.jit
-def slot_of_next(i, num_slots):
-    """The slot of entry i + 1 that entry i is in, with all that entry i has in slots up to it."""
-    after = i + tl.full([], 1, tl.int32)
-    return tl.minimum(exponent(after & -after), num_slots - 1)
-
-
-@triton.jit
-def columns_read(number, columns, initial):
-    """The carried states that a run reads, as bits. The prefix of an initial state, if any, may be in the last one."""
-    last = columns - 1
-    bits = (number & ((1 << last) - 1)) | (((number >> last) > 0) | (initial is not None)).to(tl.int32) << last
-    return tl.where(columns > 0, bits, 0)
-
-
-@triton.jit
-def older_column(place, tier):
-    """The carried column that is brought on into a place, or -1."""
-    older = place - tier.num_slots + tier.collapsed
-    return tl.where(older < tier.columns, older, -1)
-
-
-@triton.jit
-def count_bits(x):
-    """The number of bits of x < 2**16 that are set."""
-    return tl.sum((x >> tl.arange(0, MOST_BITS)) & 1, 0)

@@ -15,20 +15,13 @@ from torch import Tensor
 from loglinear.kernels.triton.args import Rows, Sizes, Slab
 from loglinear.kernels.triton.compiler import prefetched
 from loglinear.kernels.triton.delta_rule.output import through_prefix
+from loglinear.kernels.triton.delta_rule.reads import columns_read, count_reads, first_column, first_slot, slots_read
 from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, Past, Queries
-from loglinear.kernels.triton.delta_rule.tiles import (
-    BITS,
-    columns_read,
-    count_bits,
-    head_rows,
-    part_of_head,
-    place_in_run,
-    slots_read,
-)
+from loglinear.kernels.triton.delta_rule.tiles import head_rows, part_of_head, place_in_run
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.tiles import load_block, load_rows, slab_at, store_block
-from loglinear.kernels.triton.walks import nearest
+from loglinear.kernels.triton.walks import after
 
 
 @triton.jit
@@ -109,10 +102,10 @@ def walk_backward_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
-    LOG_C: tl.constexpr,
     PARTS: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
+    TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
     """C / PARTS rows of one chunk, one head. From q_in, X [chunk, H, C, K], `queries`: dX and, where something is
@@ -132,12 +125,12 @@ def walk_backward_kernel(
     to = slab_at(dlevel_scales, own, sizes, h, L) + i * dlevel_scales.t
     dtype = dlevel_scales.data.dtype.element_ty
     shared = tl.zeros([I], tl.float32)  # of the last column
-    place = place_in_run(chunk, first_runs, N)
+    place = place_in_run(chunk, first_runs, N, TREE)
 
     dx = ()
     for _t in tl.static_range((K + TK - 1) // TK):
         dx = dx + (tl.zeros([I, TK], tl.float32),)
-    reads = columns_read(place.number, columns, past.initial)
+    reads = columns_read(place.number, columns, past.initial, TREE)
     if reads > 0:
         prefix, through = past.prefixes + row * (K * K), place.i > place.start
         log_decay = tl.load(past.prefix_totals + row, mask=through, other=0.0)
@@ -146,10 +139,10 @@ def walk_backward_kernel(
             x = through_prefix(x, prefix, log_decay, K, TK, MATH)
         store_tiles(queries.q_run + tile, x, K, I, TK)
         carried = past.carried + (place.run * columns * sizes.H + h) * (K * V)
-        for _ in range(count_bits(reads)):
-            column = nearest(reads)
-            reads &= reads - 1
-            at = tl.minimum(column + (LOG_C + 1 + BITS), last)
+        for _ in range(count_reads(reads, TREE)):
+            column = first_column(reads, columns, TREE)
+            reads = after(reads, TREE)
+            at = tl.minimum(column + (TREE.column + TREE.run_read), last)
             weight = prefetched(load_scale(scales.data, scales.t, n, at, L, i), DTYPE)
             state = carried + column.to(tl.int64) * sizes.H * (K * V)
             dx, dscale = pull_state(x, dx, weight, do_rows, n, state, K, V, I, TK, BV, MATH)
@@ -158,12 +151,12 @@ def walk_backward_kernel(
         store_tiles(queries.dq_run + tile, dx, K, I, TK)
         if through:
             dx = back_through_prefix(dx, prefix, log_decay, K, TK, MATH)
-    x, reads = load_tiles(q_in + tile, K, I, TK), slots_read(place.i, num_slots)
+    x, reads = load_tiles(q_in + tile, K, I, TK), slots_read(place.i, num_slots, TREE)
     kept = past.kept + (chunk.c * num_slots * sizes.H + h) * (K * V)
-    for _ in range(count_bits(reads)):
-        slot = nearest(reads)
-        reads &= reads - 1
-        at = tl.minimum(slot + (LOG_C + 1), last)
+    for _ in range(count_reads(reads, TREE)):
+        slot = first_slot(reads, TREE)
+        reads = after(reads, TREE)
+        at = tl.minimum(slot + TREE.column, last)
         weight = prefetched(load_scale(scales.data, scales.t, n, at, L, i), DTYPE)
         state = kept + slot.to(tl.int64) * sizes.H * (K * V)
         dx, dscale = pull_state(x, dx, weight, do_rows, n, state, K, V, I, TK, BV, MATH)
@@ -190,8 +183,8 @@ def walk_backward(x: Inputs, q_in: Tensor, past: Past, do: Rows, dlevel_scales: 
         y.tiers[0].slots,
         y.tiers[0].columns,
         C=x.chunk_size,
-        LOG_C=x.log_chunk,
         PARTS=parts,
+        TREE=x.tree,
         **x.constants("walk_backward"),
     )
     return queries
