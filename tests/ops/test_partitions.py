@@ -274,12 +274,11 @@ def test_a_partition_that_no_operator_takes(partition, text):
 @pytest.mark.parametrize("partition", [Partition(4), Partition(2, 4), Partition(2, 1, 64)], ids=str)
 @every_operator
 def test_the_kernels_refuse_other_partitions_in_one_line(operator, partition):
-    """The scalar gate takes all without a largest block; steps and the delta rule take radix 2 alone."""
+    """They take all without a largest block; steps take radix 2 alone."""
     pytest.importorskip("triton")
     inputs = operator.inputs(T=9, dtype=torch.float32)
-    if operator.delta or partition.largest_block:
-        takes = "radix 2 alone for the delta rule" if operator.delta else "a radix up to 64 without a largest block"
-        text = f"{partition} needs impl='torch': impl='triton' takes {takes}"
+    if partition.largest_block:
+        text = f"{partition} needs impl='torch': impl='triton' takes a radix up to 64 without a largest block"
         with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
             operator(inputs, partition=partition, impl="triton")
     text = f"a step with {partition} needs impl='torch': impl='triton' takes radix 2 without other blocks"

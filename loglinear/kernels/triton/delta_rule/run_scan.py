@@ -8,6 +8,10 @@ of the entries themselves, and Y_i the states that entry i reads,
     Y_{i+1}[j] = P_i Y_i[j],  j > t
     F_{i+1} = P_i F_i                                               from the run's start
 
+With a larger radix Y_i[j] is entry i - 1 - j alone, in the last slot with all before it, until the run is whole:
+
+    Y_{i+1}[0] = S_i,   Y_{i+1}[j + 1] = P_i Y_i[j],   the last slot: P_i times the sum of the last two
+
 which behind the last entry is the run as one entry of the next tier. Each of these states is read by one entry: its
 gradient needs no gathering, and what keys that come again have erased of it is no longer in it to be rounded.
 """
