@@ -59,12 +59,12 @@ def starts_of(case: Case) -> list[int]:
 
 
 def entries_of_a_run(case: Case) -> int:
-    """How many entries of a tier are one entry of the next: three levels with radix 2, else one digit."""
+    """The entries of a tier that are one entry of the next: three levels with radix 2, else one digit."""
     return 8 if case.partition.radix == 2 else case.partition.radix
 
 
 def blocks_of_a_run(case: Case) -> int:
-    """How many blocks the past of an entry has in its run at most."""
+    """The most blocks that the past of an entry has in its run."""
     return 3 if case.partition.radix == 2 else case.partition.radix - 1
 
 

@@ -32,7 +32,7 @@ RADICES = [2, 4, 8, 16, 64]
 
 @triton.jit
 def columns_kernel(times, among, number, columns, initial, TREE: tl.constexpr):
-    """How many times a run reads each column, and whether it is among those that are read."""
+    """Count how many times a run reads each column, and whether it is among those that are read."""
     reads = columns_read(number, columns, initial, TREE)
     for _ in range(count_reads(reads, TREE)):
         column = first_column(reads, columns, TREE)
@@ -64,14 +64,14 @@ def slots_kernel(times, among, moved_to, i, num_slots, TREE: tl.constexpr):
 
 
 def blocks_of(partition, number, count):
-    """Which of `count` blocks the past of `number` entries has: the last one is all that is older."""
+    """For each of `count` blocks, does the past of `number` entries have it? The last one is all that is older."""
     return [int(partition.has_block(number, m, count, partition.finest_block)) for m in range(count)]
 
 
 @pytest.mark.parametrize("radix", RADICES)
 @pytest.mark.parametrize("has_prefix", [False, True])
 def test_columns(radix, has_prefix, monkeypatch):
-    """Of all columns each that the past has is read once, and with an initial state the last one."""
+    """Each that the past has is read once, and with an initial state the last one."""
     teach_interpreter(monkeypatch.setattr)
     partition, generator = Partition(radix, 16), torch.Generator().manual_seed(radix)
     initial = torch.zeros(1) if has_prefix else None

@@ -117,7 +117,7 @@ def count_moves(moved, num_slots, TREE: tl.constexpr):
 
 @triton.jit
 def first_move(moved, num_slots, TREE: tl.constexpr):
-    """Of the `moved` the first set that comes into one slot, this slot, and those that are left."""
+    """The first of the `moved` that come into one slot, this slot, and those that are left."""
     if TREE.radix_log == 1:
         j = nearest(moved)
         return moved & -moved, j, moved & (moved - 1)
