@@ -16,6 +16,7 @@ from triton.runtime import driver
 from loglinear.kernels.triton import replay
 from loglinear.kernels.triton.launcher import Compiled, Launcher
 from loglinear.kernels.triton.operator import chunkwise
+from loglinear.partition import FENWICK, Partition
 from tests.kernels.launches_without_device import Driver, Pair, copy_kernel
 
 ASKED = [0]  # launches that a launcher was asked for
@@ -145,6 +146,7 @@ CALLS = {
     "many levels": lambda delta: operands(L=30, delta=delta),
     "one level": lambda delta: operands(L=1, delta=delta),
     "final": lambda delta: operands(delta=delta),
+    "final, radix 4": lambda delta: operands(delta=delta),
     "views of one": views_of_one,
     "one tensor twice": one_tensor_twice,
     "unaligned": unaligned,
@@ -153,13 +155,15 @@ CALLS = {
 RUN_AS_THEY_ARE = {"columns"}
 
 
-def call_of(x, final):
+def call_of(name, delta):
     """Forward and backward of a call, and the tensors that come from outside."""
+    x, final = CALLS[name](delta), name.startswith("final")
+    partition = Partition(4, 16) if name.endswith("radix 4") else FENWICK
     leaves = {id(y): y.requires_grad_() if y.is_leaf else y for y in x if y is not None}
     do = torch.zeros_like(x[2], memory_format=torch.contiguous_format)
 
     def call():
-        output, *others = chunkwise(*x, None, None, None, 0.7, 64 if final else 0, final)
+        output, *others = chunkwise(*x, None, None, None, 0.7, 64 if final else 0, final, partition.numbers)
         grads = torch.autograd.grad(output, list(leaves.values()), do)
         return [output, *others, *grads]
 
@@ -169,7 +173,7 @@ def call_of(x, final):
 def repeated(name, delta):
     """Does each of four calls start what an ordinary one does, the last with other tensors? How many asked a launcher
     in the third and the fourth?"""
-    (call, tensors), (other, other_tensors) = (call_of(CALLS[name](delta), name == "final") for _ in range(2))
+    (call, tensors), (other, other_tensors) = (call_of(name, delta) for _ in range(2))
     with watched():
         ordinary, ordinary_other = starts_of(call), starts_of(other)
     differences = [compared(ordinary, starts_of(call), tensors) for _ in range(2)]

@@ -1,0 +1,89 @@
+"""The Triton kernels with other partitions than radix 2, on a GPU: every family against float64, with all gradients."""
+
+import pytest
+import torch
+
+from loglinear.partition import Partition
+from tests.kernels.emulation import STATES, make
+from tests.kernels.test_triton_gpu import DELTA, check
+from tests.ops.operators import OPERATORS
+
+pytestmark = pytest.mark.gpu
+
+# Chunks of 64, 16 and 128; the largest one is in halves.
+PARTITIONS = [
+    Partition(4, 16),
+    Partition(4),
+    Partition(16, 16),
+    Partition(16, 64),
+    Partition(2, 16),
+    Partition(4, 128),
+    Partition(64, 16),
+]
+every_partition = pytest.mark.parametrize("partition", PARTITIONS, ids=str)
+
+
+@DELTA
+@every_partition
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("heads", [(1, 4, 128, 64), (2, 4, 64, 64), (1, 2, 80, 48)], ids=str)
+def test_error_of_every_partition(delta, heads, dtype, partition):
+    if partition.finest_block > 64 and dtype != torch.bfloat16:
+        partition = Partition(partition.radix, 64)  # the largest chunk of these products
+    G, H, K, V = heads
+    check(make(2, 1111, G, H, K, V, 20, dtype, delta=delta), dtype, scale=0.7, partition=partition)
+
+
+@DELTA
+@every_partition
+@pytest.mark.parametrize("columns", [1, 3, 9, 20, 60])
+@pytest.mark.parametrize("T", [1, 127, 4097, 16384])
+def test_error_of_every_partition_at_every_length(delta, T, columns, partition):
+    inputs = make(1, T, 1, 2, 128, 64, columns, torch.bfloat16, delta=delta)
+    check(inputs, torch.bfloat16, partition=partition)
+
+
+@DELTA
+@every_partition
+@pytest.mark.parametrize("columns", [7, 40])
+@pytest.mark.parametrize("tokens", [389, 20000])
+def test_error_of_every_partition_after_a_state(delta, tokens, columns, partition):
+    """With the final state; the initial one has many blocks, or few of them that are a prefix."""
+    options = dict(partition=partition, chunk_size=partition.chunk_near(64, most=64))
+    first = make(2, tokens, 1, 2, 64, 64, columns, torch.bfloat16, seed=1, delta=delta)
+    state = OPERATORS[delta](first, impl="triton", output_final_state=True, **options).final_state
+    inputs = make(2, 700, 1, 2, 64, 64, columns, torch.bfloat16, delta=delta)
+    emulated = STATES[options["chunk_size"]] if delta else None
+    check(inputs, torch.bfloat16, emulated=emulated, initial_state=state, final=True, **options)
+
+
+@DELTA
+@every_partition
+@pytest.mark.parametrize("columns", [5, 40])
+def test_packed_sequences_of_every_partition(delta, columns, partition):
+    cu_seqlens = torch.tensor([0, 1, 640, 640, 5001, 9000], device="cuda")
+    inputs = make(1, 9000, 1, 2, 128, 64, columns, torch.bfloat16, delta=delta)
+    check(inputs, torch.bfloat16, partition=partition, cu_seqlens=cu_seqlens)
+
+
+@DELTA
+def test_a_partition_compiles_as_one_graph_and_never_waits(delta):
+    inputs, partition = make(1, 2000, 1, 2, 64, 64, 12, torch.bfloat16, delta=delta), Partition(4, 16)
+    options = dict(impl="triton", partition=partition, output_final_state=True)
+
+    def run(function):
+        out = function(inputs)
+        more = OPERATORS[delta](inputs, initial_state=out.final_state, **options)
+        return [out.output, *torch.autograd.grad(more.output.sum(), list(inputs.values()))]
+
+    def operator(x):
+        return OPERATORS[delta](x, **options)
+
+    expected = run(operator)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(operator)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    compiled = run(torch.compile(operator, fullgraph=True))
+    assert all(torch.equal(a, b) for a, b in zip(compiled, expected, strict=True))
