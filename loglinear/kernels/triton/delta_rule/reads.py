@@ -149,7 +149,7 @@ def columns_read(number, columns, initial, TREE: tl.constexpr):
 
 @triton.jit
 def is_column_read(number, column, columns, initial, TREE: tl.constexpr):
-    """Is a column among the `columns_read`? Of none of them, none is."""
+    """Is a column among the `columns_read`?"""
     if TREE.radix_log == 1:
         return (columns_read(number, columns, initial, TREE) >> column) & 1
     else:
