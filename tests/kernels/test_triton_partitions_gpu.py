@@ -68,16 +68,16 @@ def test_packed_sequences_of_every_partition(delta, columns, partition):
 
 @DELTA
 def test_a_partition_compiles_as_one_graph_and_never_waits(delta):
-    inputs, partition = make(1, 2000, 1, 2, 64, 64, 12, torch.bfloat16, delta=delta), Partition(4, 16)
-    options = dict(impl="triton", partition=partition, output_final_state=True)
+    inputs = make(1, 2000, 1, 2, 64, 64, 12, torch.bfloat16, delta=delta)
+    family, options = OPERATORS[delta], dict(impl="triton", partition=Partition(4, 16), output_final_state=True)
 
     def run(function):
         out = function(inputs)
-        more = OPERATORS[delta](inputs, initial_state=out.final_state, **options)
+        more = family(inputs, initial_state=out.final_state, **options)
         return [out.output, *torch.autograd.grad(more.output.sum(), list(inputs.values()))]
 
     def operator(x):
-        return OPERATORS[delta](x, **options)
+        return family(x, **options)
 
     expected = run(operator)
     torch.cuda.set_sync_debug_mode("error")
