@@ -22,9 +22,11 @@ from benchmarks.machine import announce
 from loglinear.cli.console import print_table
 from loglinear.fenwick import num_levels
 from loglinear.ops import log_linear_attention, log_linear_delta_rule
+from loglinear.partition import FENWICK, Partition
 
 SECONDS = 0.25  # of device time for one number, with at least MIN_RUNS runs
 MIN_RUNS = 5
+PARTITIONS = (Partition(4, 64), Partition(8, 64), Partition(16, 64))  # beside radix 2
 BF16_BUDGET = {False: 3.5e-3, True: 7e-3}  # of the scalar gate, of the delta rule
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -79,11 +81,11 @@ def make_inputs(s: Shape, T: int, levels: int, dtype: torch.dtype = torch.bfloat
     return [q, k, v.to(dtype), A * dt, scales]
 
 
-def operator(s: Shape, impl: str) -> Callable[..., Tensor]:
+def operator(s: Shape, impl: str, partition: Partition = FENWICK) -> Callable[..., Tensor]:
     """Return the operator of a shape as a function of its inputs."""
     function = log_linear_delta_rule if s.delta else log_linear_attention
     scale = s.K**-0.5 if s.delta else 1.0
-    return lambda *leaves: function(*leaves, scale=scale, impl=impl).output
+    return lambda *leaves: function(*leaves, scale=scale, impl=impl, partition=partition).output
 
 
 def candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
@@ -96,6 +98,10 @@ def candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[
     }
     if not s.with_peers:
         return peers
+    for partition in PARTITIONS:
+        name = f"loglinear, radix {partition.radix}, blocks of {partition.finest_block}"
+        columns = make_inputs(s, T, partition.num_columns(T))[-1]
+        peers[name] = (operator(s, "triton", partition), [*inputs[:-1], columns])
     if s.delta:
         return peers | delta_rule_peers(inputs)
     q, k, v, log_decay, scales = inputs

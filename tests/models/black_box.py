@@ -8,7 +8,7 @@ def replace_kernels(monkeypatch) -> None:
     monkeypatch.setitem(operator.chunkwise_backward._backend_fns, None, backward)
 
 
-def forward(q, k, v, log_decay, beta, level_scales, initial, cu_seqlens, starts, scale, chunk_size, final):
+def forward(q, k, v, log_decay, beta, level_scales, initial, cu_seqlens, starts, scale, chunk_size, final, partition):
     """Some function of all operands in the operator's shapes."""
     reads = scale * (q * k).sum(-1).repeat_interleave(v.shape[2] // q.shape[2], dim=2)
     gates = log_decay + level_scales.square().sum(-1) + (0.0 if beta is None else beta)
