@@ -207,14 +207,14 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
 
     N, C, tokens = p.num_sequences, p.chunk_size, p.v.shape[0] * p.v.shape[1]
     apart = places_in_one_row(p, N)
-    held, lengths = state.position % C, apart.end - apart.start
+    buffered, lengths = state.position % C, apart.end - apart.start
     torch._assert_async(
         (apart.end < MAX_CHUNKS * C).all(),
         f"impl='triton' needs positions below {MAX_CHUNKS * C} at chunk size {C}: use impl='torch'",
     )
-    ends = torch.nn.functional.pad((held + lengths).cumsum(0), (1, 0))
-    sequence, offset, real = ragged(held + lengths, N * C + tokens)
-    position = offset + (state.position - held)[sequence]
+    ends = torch.nn.functional.pad((buffered + lengths).cumsum(0), (1, 0))
+    sequence, offset, real = ragged(buffered + lengths, N * C + tokens)
+    position = offset + (state.position - buffered)[sequence]
     source = torch.where(real, Places(*(x[sequence] for x in apart)).of(position, C), 0)
 
     def packed(new: Tensor, buffer: Tensor | None = None) -> Tensor:
@@ -241,7 +241,7 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
         p.output_final_state,
         p.partition.numbers,
     )
-    together = Places(apart.start, apart.end, ends[:-1], ends[:-1] + held)
+    together = Places(apart.start, apart.end, ends[:-1], ends[:-1] + buffered)
     owner, number, _ = ragged(lengths, tokens)
     output = output[0].index_select(0, together.first[owner] + number).view(p.v.shape)
     return output, final_state(p, blocks, written, together) if p.output_final_state else None

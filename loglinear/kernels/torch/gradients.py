@@ -22,8 +22,8 @@ def register_gradients(
 
     @backward.register_fake
     def _(dout, dblocks, *arguments):  # type: ignore[no-untyped-def]
-        given = (x for x in arguments[:differentiable] if x is not None)
-        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
+        tensors = (x for x in arguments[:differentiable] if x is not None)
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, rows, size, final, partition = inputs
@@ -38,8 +38,8 @@ def register_gradients(
         if torch.is_grad_enabled():  # create_graph=True
             grads = recorded_gradients(lambda *x: stages(*x, *where, *options), tensors, (dout, dblocks))
         else:
-            given = iter(backward(dout, dblocks, *saved, *options))
-            grads = [None if x is None else next(given) for x in tensors]
+            dtensors = iter(backward(dout, dblocks, *saved, *options))
+            grads = [None if x is None else next(dtensors) for x in tensors]
         return *grads, *[None] * (len(where) + len(options))
 
     node.register_autograd(give, setup_context=save)
@@ -57,5 +57,5 @@ def recorded_gradients(function: Any, inputs: tuple[Tensor | None, ...], douts: 
     pairs = [(y, dy) for y, dy in zip(outputs, douts, strict=True) if dy is not None and y.requires_grad]
     wanted = [x for x in apart if x is not None and x.requires_grad]
     ys, dys = [y for y, _ in pairs], [dy for _, dy in pairs]
-    given = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True))
-    return [next(given) if x is not None and x.requires_grad else None for x in apart]
+    grads = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True))
+    return [next(grads) if x is not None and x.requires_grad else None for x in apart]

@@ -129,8 +129,8 @@ def merged_into(z, M: tl.constexpr):
 def load_buffer(rows, stride, place, new_T, first_column, WIDTH: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):
     """A [C, COLUMNS] tile of the chunk's rows of WIDTH numbers with the new token's among them, 0 behind it."""
     i, j = tl.arange(0, C)[:, None], first_column + tl.arange(0, COLUMNS)[None, :]
-    held = tl.load(rows + (i * stride + j), mask=(i < place) & (j < WIDTH), other=0.0)
-    return tl.where(i == place, new_T[None, :], held)
+    old_IJ = tl.load(rows + (i * stride + j), mask=(i < place) & (j < WIDTH), other=0.0)
+    return tl.where(i == place, new_T[None, :], old_IJ)
 
 
 @triton.jit

@@ -166,18 +166,18 @@ def store_sums(
     L,
     x,
     scale,
-    given,
+    to_last,
     i,
     J: tl.constexpr,
     COLUMNS: tl.constexpr,
     TREE: tl.constexpr,
 ):
-    """Sums of x [i, j] over each of the chunk's own COLUMNS, times scale. given: to add to the last one, or None."""
+    """Sums of x [i, j] over each of the chunk's own COLUMNS, times scale. to_last: to add to the last one, or None."""
     columns, past = columns_between(i, J, TREE), tl.zeros([J], tl.float32)
     for column in range(COLUMNS):
         past = tl.where(column > L - 1, past, 0.0) + tl.sum(tl.where(columns == column, x, 0.0), 1) * scale
-        if given is not None:
-            past += tl.where(column == tl.minimum(L, COLUMNS) - 1, given, 0.0)
+        if to_last is not None:
+            past += tl.where(column == tl.minimum(L, COLUMNS) - 1, to_last, 0.0)
         tl.store(to + (i * stride + tl.minimum(column, L - 1)), past.to(to.dtype.element_ty), mask=i < n)
 
 

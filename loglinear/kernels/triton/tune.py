@@ -187,8 +187,8 @@ def check(kind: Kind, shape: Shape, plan: Plan) -> None:
     actual = run(kind, call, plan)
     names = [name for name, x in zip(Operands._fields, call.operands, strict=True) if x is not None]
     leaves = [x[0].double().requires_grad_() for x in call.operands if x is not None]
-    given = dict(zip(names, leaves, strict=True))
-    tensors = [given.get(name) for name in Operands._fields]
+    by_name = dict(zip(names, leaves, strict=True))
+    tensors = [by_name.get(name) for name in Operands._fields]
     exact, _ = fenwick_array(*tensors, None, None, 1, 64, False, FENWICK.numbers)
     expected = [exact] if call.outgoing is None else list(torch.autograd.grad(exact, leaves, torch.ones_like(exact)))
     for name, a, e in zip(names, actual, expected, strict=False):

@@ -87,8 +87,8 @@ def store_dscales(
     LAST: tl.constexpr = TREE.column - 1
     if TREE.radix_log > 1 and not LINEAR:
         to, stride = x.dscales.data, x.dscales.t
-        given = across + tl.load(to + (i * stride + last), mask=(i < x.n) & (last <= LAST), other=0.0).to(tl.float32)
-        store_sums(to, stride, x.n, L, dscales_JJ, 1.0, given, i, J, COLUMNS, TREE)
+        to_last = across + tl.load(to + (i * stride + last), mask=(i < x.n) & (last <= LAST), other=0.0).to(tl.float32)
+        store_sums(to, stride, x.n, L, dscales_JJ, 1.0, to_last, i, J, COLUMNS, TREE)
     else:
         column, inside = tl.arange(0, 1 if LINEAR else 16)[None, :], (i < x.n)[:, None]
         to = x.dscales.data + (i * x.dscales.t)[:, None] + column

@@ -100,8 +100,8 @@ def final_blocks_backward_kernel(
             for first in range(0, SIZE, E):
                 x = first + tl.arange(0, E)
                 pulled = decay * tl.load(block + x, mask=x < SIZE, other=0.0).to(tl.float32)
-                held = tl.load(state + x, mask=x < SIZE, other=0.0).to(tl.float32)
-                dlog_R += tl.where(l_R == l, tl.sum(pulled * held, 0), 0.0)
+                kept = tl.load(state + x, mask=x < SIZE, other=0.0).to(tl.float32)
+                dlog_R += tl.where(l_R == l, tl.sum(pulled * kept, 0), 0.0)
                 if states.initial is not None:
                     to_initial = dstates.initial + row * SIZE + x
                     mask = x < tl.where(is_initial, SIZE, 0)

@@ -117,12 +117,12 @@ def in_chunk_backward_kernel(
             store_rows(dv_rows, dv.t, keys.n, tile * BV, dv_JV, J, V, BV, h)
         dlog_IJ = pulled_IJ * scales_IJ
         again, to_column = fresh_arange(h, 1, J), inside.dlog_column + row + h * C + fresh_arange(h, 2, J)
-        given = tl.sum(dlog_IJ, 0)
+        dlog_J = tl.sum(dlog_IJ, 0)
         if CROSS:
-            tl.store(to_column, given + tl.load(to_column))
+            tl.store(to_column, dlog_J + tl.load(to_column))
             tl.store(inside.dcross_scales + (keys.c * H + h) * J + again, tl.sum(pulled_IJ, 1) * scale)
         else:
-            tl.store(to_column, given)
+            tl.store(to_column, dlog_J)
             tl.store(inside.dlog_row + row + h * C + again, tl.sum(dlog_IJ, 1))
             dscales = slab_at(dlevel_scales, keys, sizes, h, L)
             dtype = dlevel_scales.data.dtype.element_ty
