@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from loglinear.kernels.torch import kept as kept_module
 from loglinear.kernels.torch import step
 from loglinear.partition import Partition
 
@@ -11,13 +12,12 @@ PARTITIONS = [Partition(), Partition(radix=4), Partition(radix=4, finest_block=4
 
 
 def kept():
-    return step._place_tables.cache_info().currsize + step._kept_numbers.cache_info().currsize
+    return len(kept_module._results)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_kept():
-    step._place_tables.cache_clear()
-    step._kept_numbers.cache_clear()
+    kept_module._results.clear()
 
 
 def scales_of(position, C=16, L=7, M=3, partition=PARTITIONS[0]):
@@ -48,7 +48,7 @@ def test_a_step_makes_its_tables_once():
         scales_of(torch.zeros(1, dtype=torch.int64))
     made = kept()
     assert made == 2
-    assert not any(table.is_inference() for table in step._place_tables(16, 7, PARTITIONS[0]))
+    assert not any(table.is_inference() for tables in kept_module._results.values() for table in tables)
     scales_of(torch.tensor([5, 70]))
     assert kept() == made
 
@@ -63,6 +63,37 @@ def test_tables_without_data_are_not_kept():
     torch.func.vmap(lambda scale: scales_of(position)[1] * scale)(torch.ones(2))
     torch.func.grad(lambda scale: (scales_of(position)[1] * scale).sum())(torch.ones(()))
     assert kept() == 0
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_a_captured_graph_reads_what_was_kept_before_and_keeps_nothing_of_its_own(monkeypatch, partition):
+    M = partition.num_blocks(7, 16)
+    blocks, state, full = torch.randn(1, M, 1, 2, 2), torch.randn(1, 1, 2, 2), torch.tensor([True])
+
+    def merged():
+        return step.merge_full(blocks, blocks, state, torch.tensor([4]), full, 16, partition)
+
+    def made(*choices):
+        raise AssertionError(f"made again: {choices}")
+
+    is_captured = kept_module._is_captured
+    monkeypatch.setattr(kept_module, "_is_captured", lambda device: True)
+    expected = merged()
+    assert kept() == 0
+    monkeypatch.setattr(kept_module, "_is_captured", is_captured)
+    assert torch.equal(merged(), expected) and kept() == 2
+    monkeypatch.setattr(kept_module, "_is_captured", lambda device: True)
+    monkeypatch.setattr(torch, "arange", made)
+    assert torch.equal(merged(), expected)
+
+
+def test_the_number_of_kept_results_has_a_bound(monkeypatch):
+    monkeypatch.setattr(kept_module, "MOST", 3)
+    for L in range(4, 14):
+        expected = scales_of(torch.tensor([21]), L=L)
+        assert kept() <= 3
+        for actual, other in zip(scales_of(torch.tensor([21]), L=L), expected, strict=True):
+            assert torch.equal(actual, other)
 
 
 def test_rows_that_are_all_full_are_not_copied():

@@ -7,24 +7,18 @@ when the chunk is full are the block states rewritten: transported to its end, a
 # N sequences, C chunk, M blocks, H heads, G groups, K key, V value, L levels
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loglinear.fenwick import log2
-from loglinear.kernels.torch.recording import in_graph, is_traced
+from loglinear.kernels.torch.kept import kept
+from loglinear.kernels.torch.recording import in_graph
 from loglinear.partition import Partition
 
 UNREACHED = 62  # the binary digit of 2**62, to which no position comes
-LARGEST_TABLE = 256  # places of a chunk whose columns are kept: 512 KiB
-
-
-def outlasts(x: Tensor) -> bool:
-    """True if what is made on this tensor's device may be kept for later steps: only on a CPU, because a CUDA graph
-    owns its tensors; not where it is traced."""
-    return type(x) is Tensor and x.device.type == "cpu" and not is_traced()
+LARGEST_TABLE = 256  # places of a chunk whose columns are kept: 576 KiB
 
 
 def until(seen: Tensor, gates: Tensor) -> Tensor:
@@ -39,8 +33,9 @@ def row_scales(
     row's blocks [N, H, M], 0 for blocks that its past does not have."""
     N, H, L = level_scales.shape
     place, chunks = position % chunk_size, position // chunk_size
-    if chunk_size <= LARGEST_TABLE and outlasts(position):
-        columns, seen = (table[place] for table in _place_tables(chunk_size, L, partition))
+    tables = kept(_place_tables, position, chunk_size, L, partition) if chunk_size <= LARGEST_TABLE else None
+    if tables is not None:
+        columns, seen = (table[place] for table in tables)
     else:
         places, end = torch.arange(chunk_size, device=place.device), place[:, None]
         columns, seen = columns_between(end, places, partition).clamp(0, L - 1), places <= end
@@ -51,11 +46,11 @@ def row_scales(
     return seen, to_place, torch.where(has_block, of_blocks, 0.0)
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
-def _place_tables(chunk_size: int, num_levels: int, partition: Partition) -> tuple[Tensor, Tensor]:
+def _place_tables(
+    chunk_size: int, num_levels: int, partition: Partition, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """[C, C] each: the columns of all places, seen from each, and whether they are seen."""
-    places = torch.arange(chunk_size, device="cpu")
+    places = torch.arange(chunk_size, device=device)
     end = places[:, None]
     return columns_between(end, places, partition).clamp(0, num_levels - 1), places <= end
 
@@ -95,7 +90,13 @@ class Blocks(NamedTuple):
     modulus: Tensor  # [M] radix, or no bound where the block reaches, or its size counts, beyond the digit
 
 
-def numbered(num_blocks: int, chunk_size: int, partition: Partition, device: torch.device) -> Blocks:
+def numbered(like: Tensor, num_blocks: int, chunk_size: int, partition: Partition) -> Blocks:
+    """The numbers on a tensor's device."""
+    choices = num_blocks, chunk_size, partition
+    return kept(_numbered, like, *choices) or _numbered(*choices, like.device)
+
+
+def _numbered(num_blocks: int, chunk_size: int, partition: Partition, device: torch.device) -> Blocks:
     number, last, radix = torch.arange(num_blocks, device=device), partition.last_digit(chunk_size), partition.radix
     is_open, digit, nearer = number == num_blocks - 1, number, torch.zeros_like(number)
     if last is not None or radix > 2:  # else a step of few operations is fast
@@ -108,20 +109,15 @@ def numbered(num_blocks: int, chunk_size: int, partition: Partition, device: tor
     return Blocks(number, digit, shift, nearer, torch.where(is_open, 1 << UNREACHED, radix))
 
 
-_kept_numbers = lru_cache(maxsize=32)(torch.inference_mode(False)(numbered))
-
-
 def has_blocks(chunks: Tensor, num_blocks: int, chunk_size: int, partition: Partition) -> Tensor:
     """[N, M]: `loglinear.partition.Partition.has_block` of each row's past."""
-    number = _kept_numbers if outlasts(chunks) else numbered
-    blocks = number(num_blocks, chunk_size, partition, chunks.device)
+    blocks = numbered(chunks, num_blocks, chunk_size, partition)
     return (chunks[:, None] >> blocks.shift) % blocks.modulus > blocks.nearer
 
 
 def block_tokens(chunks: Tensor, num_blocks: int, chunk_size: int, partition: Partition) -> Tensor:
     """[N, M]: the tokens of each block of each row's past, 0 for a block that it does not have."""
-    number = _kept_numbers if outlasts(chunks) else numbered
-    blocks = number(num_blocks, chunk_size, partition, chunks.device)
+    blocks = numbered(chunks, num_blocks, chunk_size, partition)
     sizes = chunk_size << blocks.shift
     tokens = torch.where(has_blocks(chunks, num_blocks, chunk_size, partition), sizes, 0)
     others = tokens[:, :-1]
@@ -132,6 +128,12 @@ def read_blocks(queries: Tensor, blocks: Tensor, weights: Tensor) -> Tensor:
     """sum over m of weights[m] * q^T S_m; queries [N,H,K], blocks [N,M,H,K,V], weights [N,H,M] -> [N,H,V]."""
     reads = (queries[:, None, :, None, :] @ blocks)[:, :, :, 0]
     return (weights.transpose(1, 2)[..., None] * reads).sum(1)
+
+
+def _joined_sizes(num_blocks: int, radix: int, device: torch.device) -> Tensor:
+    """The chunks of a block, from the second size on."""
+    digits = torch.arange(1, (num_blocks - 1) // (radix - 1) + 2, device=device)
+    return 1 << (digits * log2(radix)).clamp(max=UNREACHED)
 
 
 def merge_full(
@@ -149,10 +151,10 @@ def merge_full(
     nearest block of r**p chunks. It pushes the others of this size one number up; the last block takes all in.
     """
     M, radix = blocks.shape[1], partition.radix
-    known = numbered(M, chunk_size, partition, blocks.device)
+    known = numbered(blocks, M, chunk_size, partition)
     last = partition.last_digit(chunk_size)
-    digits = torch.arange(1, (M - 1) // (radix - 1) + 2, device=blocks.device)
-    sizes = 1 << (digits * log2(radix)).clamp(max=UNREACHED)
+    sizes = kept(_joined_sizes, blocks, M, radix)
+    sizes = _joined_sizes(M, radix, blocks.device) if sizes is None else sizes
     height = (chunks[:, None] % sizes == 0).sum(1, keepdim=True)
     if last is not None:
         height = height.clamp(max=last)
