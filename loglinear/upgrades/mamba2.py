@@ -1,6 +1,7 @@
 # B batch, T time, G groups, H heads, K state size, V head size
 """The base of upgraded Mamba-2 mixers."""
 
+import math
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torch.nn import functional as F
 from loglinear.upgrades.mixer import UpgradedMixer
 from loglinear.variants import HeadSizes
 from loglinear.variants.base import at_least_float32
+
+NO_LIMIT = (0.0, math.inf)  # of a softplus, the usual one
 
 
 class UpgradedMamba2(UpgradedMixer):
@@ -59,12 +62,14 @@ class UpgradedMamba2(UpgradedMixer):
         v, k, q = qkv.split([self.intermediate_size, state_width, state_width], dim=-1)
         q, k = (t.unflatten(-1, (self.heads.num_groups, self.heads.key_dim)) for t in (q, k))
         v = v.unflatten(-1, (self.heads.num_heads, self.heads.head_dim))
-        dt = F.softplus(at_least_float32(source) + self.dt_bias).clamp(*self.time_step_limit)
+        dt = F.softplus(at_least_float32(source) + self.dt_bias)
+        if tuple(self.time_step_limit) != NO_LIMIT:
+            dt = dt.clamp(*self.time_step_limit)
         log_decay = -at_least_float32(self.A_log).exp() * dt
         return [q, k, (v * dt.unsqueeze(-1)).to(v.dtype), log_decay], v
 
     def _output(self, y: Tensor, v: Tensor, z: Tensor) -> Tensor:
-        skipped = at_least_float32(y) + at_least_float32(self.D).unsqueeze(-1) * v
+        skipped = y + at_least_float32(self.D).unsqueeze(-1) * v  # the sum has the wider dtype
         return self.out_proj(self._gated(skipped.flatten(-2), z).to(y.dtype))
 
     def _projections(self, x: Tensor) -> Tensor:

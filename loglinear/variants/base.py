@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+WIDE = (torch.float32, torch.float64)
+
 
 class Operands(NamedTuple):
     """The operands of an operator of `loglinear.ops`; gates are float32 (float64 for a float64 model)."""
@@ -149,4 +151,4 @@ class Variant(nn.Module):
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Return x in float32, or in float64 if it already is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in WIDE else x.float()  # torch.promote_types takes as long as an operation
