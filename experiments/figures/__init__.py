@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from experiments.figures.ablations import ablations
+from experiments.figures.equal_bytes import equal_bytes
 from experiments.figures.long_text import long_text
 from experiments.figures.memory import memory
 from experiments.figures.mqar import mqar
@@ -28,6 +29,7 @@ FIGURES: tuple[Callable[[Path, Path], list[Path]], ...] = (
     needle,
     upgrade,
     mqar,
+    equal_bytes,
     speed,
     memory,
 )
@@ -49,7 +51,7 @@ def main(
     """Draw all figures and write all tables whose results exist.
 
     Results are long-text-KIND.json and ablation-CHOICE.json of seed 0, needle-KIND.json and upgrade-KIND.json of all
-    seeds, and mqar.json, which `loglinear eval mqar` writes.
+    seeds, mqar.json, which `loglinear eval mqar` writes, and the cells of `experiments.reads.compare`.
 
     Example:
 
