@@ -342,7 +342,7 @@ def main(
     family: Annotated[list[str] | None, typer.Option(help="A family; repeatable. All without it.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="A kind of model; repeatable. All without it.")] = None,
     lengths: Annotated[list[int] | None, _lengths] = None,
-    steps: Annotated[int, typer.Option(help="Timed steps of decoding.")] = 16,
+    steps: Annotated[int, typer.Option(help="Timed steps of decoding.")] = 8,
     layers: Annotated[
         int | None, typer.Option(help="Layers of each model, at least 4.", show_default="as published")
     ] = None,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from loglinear.layers import Packing
@@ -78,10 +78,10 @@ class Placement:
             added["use_cache"] = False
         elif cache is None and self._uses_cache(decoder, given.get("use_cache")):
             cache = added[self.cache_name] = DynamicCache(config=decoder.config)
-        places = self._places(tokens, cache, given.get("attention_mask"), named)
+        seen = None if cache is None else SeenColumns(cache, self.indices)
+        places = self._places(tokens, seen, given.get("attention_mask"), named)
         check_positions(positions, places)
-        if cache is not None:
-            seen = SeenColumns(cache, self.indices)
+        if seen is not None:
             seen.extend(places.rows, places.time, places.real, given.get("input_ids"), tokens.device)
         unplaced = given.get("position_ids") is None and "position_ids" in self.names
         if unplaced and (places.cu_seqlens is not None or places.past > 0):
@@ -96,7 +96,7 @@ class Placement:
         """Note, as the decoder's forward hook, that all layers have seen the new tokens."""
         cache = {**dict(zip(self.names, args, strict=False)), **kwargs}.get(self.cache_name)
         if cache is not None:
-            SeenColumns(cache, self.indices).finish()
+            SeenColumns(cache, self.indices[:1]).finish()
 
     def _uses_cache(self, decoder: Any, use_cache: bool | None) -> bool:
         """Return True if transformers would make a cache for this call."""
@@ -106,12 +106,11 @@ class Placement:
             return False
         return bool(decoder.config.use_cache if use_cache is None else use_cache)
 
-    def _places(self, tokens: Tensor, cache: Cache | None, mask: Any, named: dict[str, Tensor]) -> TokenPlaces:
+    def _places(self, tokens: Tensor, seen: SeenColumns | None, mask: Any, named: dict[str, Tensor]) -> TokenPlaces:
         if isinstance(mask, dict):  # `generate` makes the masks of a static cache by itself
             mask = mask.get("linear_attention")
         if mask is not None and mask.dim() == 4:
             raise ValueError("attention_mask [B, 1, T, S] says nothing to linear layers: pass it as [B, T]")
-        seen = None if cache is None else SeenColumns(cache, self.indices)
         return TokenPlaces.of(tokens, seen, attention_mask=mask, **named)
 
     def _layout(self, places: TokenPlaces) -> TokenLayout:
