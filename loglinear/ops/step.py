@@ -194,28 +194,14 @@ def _step(operator: str, token: Token, impl: str) -> Tensor:
             return run(token)  # turning it off takes as long as an operation
         with torch.autocast(token.v.device.type, enabled=False):
             return run(token)
-    from loglinear.kernels.triton import step
+    from loglinear.kernels.triton.args import DecodeState as Arrays
+    from loglinear.kernels.triton.step import Operands, step
 
     q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active = token
+    assert log_decay is not None
     s = state.fenwick
-    return step(
-        q,
-        k,
-        v,
-        log_decay,
-        beta,
-        level_scales,
-        active,
-        s.position,
-        s.blocks,
-        s.k,
-        s.v,
-        s.log_decay,
-        s.beta,
-        state.inverse,
-        scale,
-        l2_normalize,
-    )
+    arrays = Arrays(s.position, s.blocks, s.k, s.v, s.log_decay, s.beta, state.inverse)
+    return step(Operands(q, k, v, log_decay, beta, level_scales, active), arrays, scale, l2_normalize)
 
 
 def _reference_step(token: Token) -> Tensor:

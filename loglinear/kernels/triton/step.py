@@ -8,7 +8,7 @@ a call that nothing records or transforms starts the kernel itself.
 from __future__ import annotations
 
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,16 +41,29 @@ STATE = ("position", "blocks", "k_buffer", "v_buffer", "decay_buffer", "beta_buf
 PLAIN = (Tensor, Parameter, NoneType)  # types without a dispatch of their own
 
 
-def step(*arguments: Any) -> Tensor:
-    """Return the outputs of `run`, by the operator if anything records or transforms the call."""
-    tensors, state = arguments[:14], arguments[7:14]
-    if is_traced() or not all(type(x) in PLAIN for x in tensors):
-        return operator(*arguments)
-    torch.autograd.graph.increment_version([x for x in state if x is not None])  # as the operator does
-    return run(*arguments)
+class Operands(NamedTuple):
+    """A token of every row that is active; None: all rows are."""
+
+    q: Tensor  # [N, G, K]
+    k: Tensor
+    v: Tensor  # [N, H, V]
+    log_decay: Tensor  # [N, H]
+    beta: Tensor | None  # [N, H]: the delta rule's
+    level_scales: Tensor  # [N, H, L]
+    active: Tensor | None  # [N]
 
 
-def run(
+def step(x: Operands, state: DecodeState, scale: float, l2_normalize: bool) -> Tensor:
+    """Return the outputs of `operator`, through it only if something records or transforms the call."""
+    tensors = (*x, *state)
+    if is_traced() or not all(type(y) in PLAIN for y in tensors):
+        return operator(*x, *state, scale, l2_normalize)
+    torch.autograd.graph.increment_version([y for y in state if y is not None])  # as the operator does
+    return _run(x, state, scale, l2_normalize)
+
+
+@torch.library.custom_op("loglinear::step", mutates_args=STATE)
+def operator(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -71,15 +84,26 @@ def run(
     """Outputs [N,H,V] of one token for each row that is active [N] (None: all are), 0 for others, and the state after
     it. q, k [N,G,K], v [N,H,V], log_decay, beta [N,H], level_scales [N,H,L]; the state's parts as in `FenwickState`.
     The delta rule with beta, else the scalar gate."""
-    q, k, v, level_scales = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, level_scales))
-    active = None if active is None else active.contiguous()  # a mask's column has a stride
-    (N, H, V), (G, K), L = v.shape, k.shape[1:], level_scales.shape[2]
-    C, M, BV = k_buffer.shape[1], blocks.shape[1], value_tile(N * H, V)
-    out = torch.empty((N, H, V), dtype=v.dtype, device=v.device)
+    x = Operands(q, k, v, log_decay, beta, level_scales, active)
     state = DecodeState(position, blocks, k_buffer, v_buffer, decay_buffer, beta_buffer, inverse)
-    inputs = [q, k, v, log_decay, *([] if beta is None else [beta]), level_scales]
+    return _run(x, state, scale, l2_normalize)
+
+
+@operator.register_fake
+def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+def _run(x: Operands, state: DecodeState, scale: float, l2_normalize: bool) -> Tensor:
+    """Start the kernel of the token's family."""
+    q, k, v, level_scales = (y if y.stride(-1) == 1 else y.contiguous() for y in (x.q, x.k, x.v, x.level_scales))
+    active = None if x.active is None else x.active.contiguous()  # a mask's column has a stride
+    (N, H, V), (G, K), L = v.shape, k.shape[1:], level_scales.shape[2]
+    C, M, BV = state.k.shape[1], state.blocks.shape[1], value_tile(N * H, V)
+    out = torch.empty((N, H, V), dtype=v.dtype, device=v.device)
+    inputs = [q, k, v, x.log_decay, *([] if x.beta is None else [x.beta]), level_scales]
     kernel, options = scalar_gate.step_kernel, dict(SCALAR_GATE)
-    if beta is not None:
+    if x.beta is not None:
         kernel, options = delta_rule.step_kernel, dict(DELTA_RULE, UNIT=l2_normalize)
     options["TK"] = min(options["TK"], tile_width(K))
     kernel[(N * H * ceil_div(V, BV),)](
@@ -102,11 +126,3 @@ def run(
         **options,
     )
     return out
-
-
-operator = torch.library.custom_op("loglinear::step", run, mutates_args=STATE)
-
-
-@operator.register_fake
-def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
-    return torch.empty_like(v, memory_format=torch.contiguous_format)
