@@ -1,5 +1,7 @@
 """The Triton kernels with other partitions than radix 2, under the interpreter: against float64, with all gradients."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -24,6 +26,7 @@ PARTITIONS = [
     Partition(32),
     Partition(64, 16),
 ]
+BACKWARDS = ("scalar_gate.backward", "delta_rule.backward")
 every_partition = pytest.mark.parametrize("partition", PARTITIONS, ids=str)
 few_partitions = pytest.mark.parametrize("partition", [Partition(4, 4), Partition(16, 16)], ids=str)
 
@@ -227,3 +230,37 @@ def test_radix_2_is_the_default(operator):
     inputs = operator.inputs(B=1, T=70, G=1, H=1, K=8, V=8, L=8, dtype=torch.float32)
     outputs = [operator(inputs, impl="triton", **x).output for x in ({}, dict(partition=FENWICK))]
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("lengths", [None, [40, 0, 110]], ids=str)
+def test_slabs_of_heads_give_the_same_bits(operator, lengths, monkeypatch):
+    """A large radix keeps many states a chunk, so both directions may take some heads after the others."""
+    from loglinear.kernels.triton.inputs import Results
+
+    inputs = operator.inputs(B=1, T=150, G=2, H=4, K=16, V=16, L=20)
+    inputs = {name: x.detach().float().requires_grad_() for name, x in inputs.items()}
+    cu_seqlens = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+    options = dict(partition=Partition(16, 16), impl="triton", output_final_state=True, chunk_size=16)
+    parts = []
+    monkeypatch.setattr(Results, "joined", _counting(Results.joined, parts))
+
+    def run():
+        out = operator(inputs, cu_seqlens=cu_seqlens, **options)
+        loss = out.output.sin().sum() + out.final_state.blocks.cos().sum()
+        return [out.output, out.final_state.blocks, *torch.autograd.grad(loss, list(inputs.values()))]
+
+    together = run()
+    for module, name in (("delta_rule.forward", "PAST_BYTES"), *((x, "SLAB_BYTES") for x in BACKWARDS)):
+        monkeypatch.setattr(importlib.import_module(f"loglinear.kernels.triton.{module}"), name, 1)
+    apart = run()
+    assert parts == [1, 4 if operator.delta else 1]
+    for x, y in zip(together, apart, strict=True):
+        assert relative_error(y, x.double()) < 1e-6
+
+
+def _counting(joined, counts):
+    def count(parts):
+        counts.append(len(parts))
+        return joined(parts)
+
+    return staticmethod(count)

@@ -67,6 +67,18 @@ class Results(NamedTuple):
     inverse: Tensor | None = None
     cumulative: Tensor | None = None
 
+    @classmethod
+    def joined(cls, parts: list[Results]) -> Results:
+        """One call's results from those of ranges of its heads."""
+        if len(parts) == 1:
+            return parts[0]
+        output, *others = (
+            None if x[0] is None else torch.cat(x, axis_of_heads)
+            for x, axis_of_heads in zip(zip(*parts, strict=True), (2, 2, 1, 1), strict=True)
+        )
+        assert output is not None
+        return cls(output, *others)
+
 
 class Outgoing(NamedTuple):
     """The gradients of a call's output and of its blocks, if any; and what its forward saved."""

@@ -26,7 +26,11 @@ def _family(beta: Tensor | None) -> Any:
 
 def _forward(x: Operands, sequences: Sequences, scale: float, plan: Plan) -> Results:
     family = _family(x.beta)
-    return family.forward(family.inputs_of(x, sequences, scale, plan), final=sequences.final)
+    parts = [
+        family.forward(family.inputs_of(x.heads(h), sequences, scale, plan), final=sequences.final)
+        for h in family.forward_slabs(x, sequences, plan)
+    ]
+    return Results.joined(parts)
 
 
 def _gradients(x: Operands, sequences: Sequences, outgoing: Outgoing, scale: float, plan: Plan) -> Operands:

@@ -8,7 +8,7 @@ step.py:     one token.
 """
 
 from loglinear.kernels.triton.delta_rule.backward import gradients
-from loglinear.kernels.triton.delta_rule.forward import forward, inputs_of, plan_of
+from loglinear.kernels.triton.delta_rule.forward import forward, forward_slabs, inputs_of, plan_of
 from loglinear.kernels.triton.delta_rule.layout import count_chunks
 from loglinear.kernels.triton.delta_rule.products import choose_chunk_size, products_of, state_dtype
 from loglinear.kernels.triton.delta_rule.step import step_kernel
@@ -17,6 +17,7 @@ __all__ = [
     "choose_chunk_size",
     "count_chunks",
     "forward",
+    "forward_slabs",
     "gradients",
     "inputs_of",
     "plan_of",

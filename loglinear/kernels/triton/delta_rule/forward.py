@@ -12,19 +12,38 @@ from loglinear.kernels.triton.delta_rule.carry_in import carry_in
 from loglinear.kernels.triton.delta_rule.chunk_inverse import chunk_inverse
 from loglinear.kernels.triton.delta_rule.chunk_state import chunk_state
 from loglinear.kernels.triton.delta_rule.final_blocks import final_blocks
-from loglinear.kernels.triton.delta_rule.layout import layout
+from loglinear.kernels.triton.delta_rule.layout import count_chunks, layout, tree_of
 from loglinear.kernels.triton.delta_rule.output import output
-from loglinear.kernels.triton.delta_rule.products import choose_chunk_size, products_of
+from loglinear.kernels.triton.delta_rule.products import choose_chunk_size, products_of, state_dtype
 from loglinear.kernels.triton.delta_rule.run_scan import run_scan
 from loglinear.kernels.triton.delta_rule.states import Entries, Inputs, Saved, TierStates
-from loglinear.kernels.triton.inputs import Operands, Results, Sequences
+from loglinear.kernels.triton.inputs import Operands, Results, Sequences, slabs
 from loglinear.kernels.triton.launches import Kind, Plan, choose
+
+PAST_BYTES = 2 << 30  # of the states that a forward keeps at once, at least; for long inputs 1.5 times them
 
 
 def plan_of(direction: str, x: Operands, chunk_size: int | None) -> Plan:
     """The plan of a call; a state prescribes its chunk size, else the dtype of the products."""
     kind = Kind("delta_rule", direction, x.q.shape[3], x.v.shape[3], products_of(x.q, x.k, x.v))
     return choose(kind, x.q.shape[1], x.v.device, choose_chunk_size(x.q, x.k, x.v, chunk_size or 0))
+
+
+def forward_slabs(x: Operands, sequences: Sequences, plan: Plan) -> list[slice]:
+    """Ranges of heads, so that the past of the chunks stays small. It is up to r - 1 states a chunk with radix r.
+
+    Radix 2 has at most three, and all heads at once.
+    """
+    rows, tokens, G, K = x.q.shape
+    (H, V), C, partition = x.v.shape[2:], plan.chunk_size, sequences.partition
+    if partition.radix == 2:
+        return [slice(0, H)]
+    packed = None if sequences.cu_seqlens is None else len(sequences.cu_seqlens) - 1
+    chunks = count_chunks(rows, tokens, C, packed, sequences.final)
+    slots = min(tree_of(partition, C).run_read, partition.num_blocks(x.level_scales.shape[3], C))
+    numbers = K * K + (slots + 2) * K * V
+    limit = max(PAST_BYTES, 3 * sum(y.numel() * y.element_size() for y in (x.q, x.k, x.v)) // 2)
+    return slabs(chunks, G, H, numbers * state_dtype(x.q, x.k, x.v).itemsize, limit)
 
 
 def inputs_of(x: Operands, sequences: Sequences, scale: float, plan: Plan) -> Inputs:

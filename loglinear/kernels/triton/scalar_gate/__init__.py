@@ -6,7 +6,7 @@ step.py:     one token.
 """
 
 from loglinear.kernels.triton.scalar_gate.backward import gradients
-from loglinear.kernels.triton.scalar_gate.forward import forward, inputs_of, plan_of
+from loglinear.kernels.triton.scalar_gate.forward import forward, forward_slabs, inputs_of, plan_of
 from loglinear.kernels.triton.scalar_gate.step import step_kernel
 
-__all__ = ["forward", "gradients", "inputs_of", "plan_of", "step_kernel"]
+__all__ = ["forward", "forward_slabs", "gradients", "inputs_of", "plan_of", "step_kernel"]

@@ -86,6 +86,9 @@ def gradients(x: Operands, sequences: Sequences, outgoing: Outgoing, scale: floa
         dlevel_scales.zero_()
     views = Slabs(like(x.v), like(x.log_decay), dlevel_scales)
     dinitial = None if x.initial is None else like(x.initial, torch.float32)
+    if tree.radix_log > 1:  # a run has a sum for each of up to r - 1 blocks a digit
+        y = inputs_of(x, sequences, scale, plan).layout
+        state_bytes += -(-y.runs[0] * max(1, y.run_reads) * K * V * torch.float32.itemsize // chunks)
     parts = slabs(chunks, G, H, state_bytes, SLAB_BYTES)
     partial = parts[0].stop - parts[0].start < R
     if len(parts) > 1:

@@ -22,6 +22,11 @@ def plan_of(direction: str, x: Operands, chunk_size: int | None) -> Plan:
     return choose(kind, x.q.shape[1], x.v.device, chunk_size)
 
 
+def forward_slabs(x: Operands, sequences: Sequences, plan: Plan) -> list[slice]:
+    """All heads at once: a chunk has one state."""
+    return [slice(0, x.v.shape[2])]
+
+
 def inputs_of(x: Operands, sequences: Sequences, scale: float, plan: Plan) -> Inputs:
     cu_seqlens, starts, _, partition = sequences
     y = layout(*x.q.shape[:2], plan.chunk_size, x.level_scales.shape[3], cu_seqlens, starts, partition)
