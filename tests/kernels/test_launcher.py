@@ -1,27 +1,19 @@
 """A launcher starts the kernel that Triton would start, and asks Triton only when it has to."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from tests.kernels.launches_without_device import CASES  # noqa: E402
+from tests.kernels.without_device import report_of  # noqa: E402
 
 KNOWN = {"the same", "aligned again", "other stream"}  # these start a kernel that an earlier case has started
 
 
 @pytest.fixture(scope="module")
 def report():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.launches_without_device"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return report_of("launches_without_device")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,24 +1,16 @@
 """A repeated call starts the kernels that the call itself would start, with the same values, in arrays of its own."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
 pytest.importorskip("triton")
 
 from tests.kernels.replays_without_device import CALLS, CHANGES, REFUSED, RUN_AS_THEY_ARE  # noqa: E402
+from tests.kernels.without_device import report_of  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def report():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.replays_without_device"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return report_of("replays_without_device")
 
 
 @pytest.mark.parametrize("delta", [False, True], ids=["scalar_gate", "delta_rule"])

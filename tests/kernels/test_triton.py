@@ -76,11 +76,6 @@ def _interpreter(monkeypatch):
     teach_interpreter(monkeypatch.setattr)
 
 
-@pytest.fixture(params=OPERATORS, ids=lambda operator: operator.name)
-def operator(request):
-    return request.param
-
-
 @pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 65])
 def test_any_length(operator, T):
     compare(operator.inputs(B=2, T=T, G=1, H=2, K=16, V=16, L=9))

@@ -36,11 +36,6 @@ def _interpreter(monkeypatch):
     teach_interpreter(monkeypatch.setattr)
 
 
-@pytest.fixture(params=OPERATORS, ids=lambda operator: operator.name)
-def operator(request):
-    return request.param
-
-
 def state_at(operator, partition, position, columns, **sizes):
     """A state of `position` tokens, detached."""
     sizes = dict(G=1, H=1, K=8, V=8) | sizes

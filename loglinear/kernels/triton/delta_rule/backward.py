@@ -12,12 +12,10 @@ from loglinear.kernels.triton.args import Rows, Slab
 from loglinear.kernels.triton.delta_rule.carry_in_backward import carry_in_backward
 from loglinear.kernels.triton.delta_rule.decay_backward import decay_backward
 from loglinear.kernels.triton.delta_rule.final_blocks import final_blocks_backward
-from loglinear.kernels.triton.delta_rule.forward import build_tree, inputs_of
+from loglinear.kernels.triton.delta_rule.forward import build_tree, count_slots, head_slabs, inputs_of, limit_of
 from loglinear.kernels.triton.delta_rule.in_chunk import in_chunk
 from loglinear.kernels.triton.delta_rule.keys_backward import keys_backward
-from loglinear.kernels.triton.delta_rule.layout import tree_of
 from loglinear.kernels.triton.delta_rule.lower_backward import lower_backward
-from loglinear.kernels.triton.delta_rule.products import state_dtype
 from loglinear.kernels.triton.delta_rule.run_scan_backward import run_scan_backward
 from loglinear.kernels.triton.delta_rule.scores_backward import scores_backward
 from loglinear.kernels.triton.delta_rule.state_backward import past_backward
@@ -32,7 +30,7 @@ from loglinear.kernels.triton.delta_rule.states import (
 )
 from loglinear.kernels.triton.delta_rule.walk_backward import walk_backward
 from loglinear.kernels.triton.delta_rule.writes_backward import writes_backward
-from loglinear.kernels.triton.inputs import Operands, Outgoing, Sequences, in_rows, like, slabs
+from loglinear.kernels.triton.inputs import Operands, Outgoing, Sequences, in_rows, like
 from loglinear.kernels.triton.launches import Plan
 from loglinear.partition import Partition
 
@@ -113,11 +111,9 @@ def backward(x: Inputs, outgoing: Outgoing, sequences: Sequences, slabs: Slabs) 
 
 def slab_ranges(x: Operands, outgoing: Outgoing, chunks: int, C: int, partition: Partition) -> list[slice]:
     """Ranges of heads, so that the arrays of chunks that a backward holds stay small."""
-    (G, K), (H, V) = x.q.shape[2:], x.v.shape[2:]
-    slots = min(tree_of(partition, C).run_read, partition.num_blocks(x.level_scales.shape[3], C))
-    numbers = 4 * K * K + 2 * (slots + 1) * K * V + 5 * C * K + 4 * C * C
-    limit = max(SLAB_BYTES, 3 * sum(y.numel() * y.element_size() for y in (x.q, x.k, x.v, outgoing.do)) // 2)
-    return slabs(chunks, G, H, numbers * state_dtype(x.q, x.k, x.v).itemsize, limit)
+    K, V = x.q.shape[3], x.v.shape[3]
+    numbers = 4 * K * K + 2 * (count_slots(x, C, partition) + 1) * K * V + 5 * C * K + 4 * C * C
+    return head_slabs(x, chunks, numbers, limit_of(SLAB_BYTES, x.q, x.k, x.v, outgoing.do))
 
 
 def gradients(x: Operands, sequences: Sequences, outgoing: Outgoing, scale: float, plan: Plan) -> Operands:

@@ -8,6 +8,8 @@ It saves its inputs, the inverses and the cumulative decays; the backward builds
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from loglinear.kernels.triton.delta_rule.carry_in import carry_in
 from loglinear.kernels.triton.delta_rule.chunk_inverse import chunk_inverse
 from loglinear.kernels.triton.delta_rule.chunk_state import chunk_state
@@ -19,6 +21,7 @@ from loglinear.kernels.triton.delta_rule.run_scan import run_scan
 from loglinear.kernels.triton.delta_rule.states import Entries, Inputs, Saved, TierStates
 from loglinear.kernels.triton.inputs import Operands, Results, Sequences, slabs
 from loglinear.kernels.triton.launches import Kind, Plan, choose
+from loglinear.partition import Partition
 
 PAST_BYTES = 2 << 30  # of the states that a forward keeps at once, at least; for long inputs 1.5 times them
 
@@ -34,16 +37,29 @@ def forward_slabs(x: Operands, sequences: Sequences, plan: Plan) -> list[slice]:
 
     Radix 2 has at most three, and all heads at once.
     """
-    rows, tokens, G, K = x.q.shape
+    rows, tokens, _, K = x.q.shape
     (H, V), C, partition = x.v.shape[2:], plan.chunk_size, sequences.partition
     if partition.radix == 2:
         return [slice(0, H)]
     packed = None if sequences.cu_seqlens is None else len(sequences.cu_seqlens) - 1
     chunks = count_chunks(rows, tokens, C, packed, sequences.final)
-    slots = min(tree_of(partition, C).run_read, partition.num_blocks(x.level_scales.shape[3], C))
-    numbers = K * K + (slots + 2) * K * V
-    limit = max(PAST_BYTES, 3 * sum(y.numel() * y.element_size() for y in (x.q, x.k, x.v)) // 2)
-    return slabs(chunks, G, H, numbers * state_dtype(x.q, x.k, x.v).itemsize, limit)
+    numbers = K * K + (count_slots(x, C, partition) + 2) * K * V
+    return head_slabs(x, chunks, numbers, limit_of(PAST_BYTES, x.q, x.k, x.v))
+
+
+def count_slots(x: Operands, chunk_size: int, partition: Partition) -> int:
+    """The most blocks of its past that a chunk reads inside its run."""
+    return min(tree_of(partition, chunk_size).run_read, partition.num_blocks(x.level_scales.shape[3], chunk_size))
+
+
+def limit_of(least: int, *inputs: Tensor) -> int:
+    """Bytes that a call may hold at once: 1.5 times its inputs, at least so many."""
+    return max(least, 3 * sum(y.numel() * y.element_size() for y in inputs) // 2)
+
+
+def head_slabs(x: Operands, chunks: int, numbers: int, limit: int) -> list[slice]:
+    """Ranges of heads of which the arrays of chunks, so many numbers each, stay below the limit."""
+    return slabs(chunks, x.q.shape[2], x.v.shape[2], numbers * state_dtype(x.q, x.k, x.v).itemsize, limit)
 
 
 def inputs_of(x: Operands, sequences: Sequences, scale: float, plan: Plan) -> Inputs:
