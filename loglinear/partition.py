@@ -128,6 +128,28 @@ class Partition:
             raise ValueError(f"length must be at least 1, got {length}")
         return self.index(length - 1, 0) + 1
 
+    def buckets(self, t: int, num_columns: int) -> list[range]:
+        """Return the positions that position ``t`` reads in each of ``num_columns`` columns.
+
+        Examples:
+            >>> Partition(radix=4, finest_block=4).buckets(t=22, num_columns=6)
+            [range(20, 23), range(16, 20), range(0, 0), range(0, 0), range(0, 16), range(0, 0)]
+            >>> Partition().buckets(t=13, num_columns=3)
+            [range(13, 14), range(12, 13), range(0, 12)]
+
+        Raises:
+            ValueError: ``t`` is negative, or there are fewer than 1 column.
+        """
+        for name, value, least in (("t", t, 0), ("num_columns", num_columns, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        f, found = self.finest_block, [range(0)] * num_columns
+        own = Block(end=t // f + 1, size=1, column=0)
+        for block in (own, *self.walk(t // f, chunk_size=f)):
+            column, start = min(block.column, num_columns - 1), (block.end - block.size) * f
+            found[column] = range(start, found[column].stop or min(block.end * f, t + 1))
+        return found
+
     def next_columns(self, t: int, num_columns: int) -> list[int]:
         """Return for every column at position ``t - 1`` the column of the same tokens at position ``t``.
 

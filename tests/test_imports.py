@@ -21,6 +21,7 @@ ALLOWED = {
     "ops": {"reference", "kernels", "partition", "fenwick"},
     "variants": {"ops", "registry", "fenwick"},
     "layers": {"variants", "ops", "partition", "fenwick"},
+    "inspection": {"layers", "partition"},
     "models": {"layers", "variants", "ops", "partition", "fenwick"},
     "autoload": {"upgrades"},  # inside a function, once transformers loads an upgraded checkpoint
     "upgrades": {"autoload", "models", "layers", "variants", "ops", "partition", "fenwick"},
@@ -37,7 +38,7 @@ ALLOWED = {
 }
 
 
-MODULES = ("fenwick", "partition", "processes", "registry", "signals")  # rooms of one file
+MODULES = ("fenwick", "inspection", "partition", "processes", "registry", "signals")  # rooms of one file
 CHECKED = ("loglinear.", "benchmarks.", "experiments.", "tests.")
 
 

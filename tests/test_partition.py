@@ -47,6 +47,23 @@ def test_buckets_are_whole_blocks_that_grow_with_age(partition):
 
 
 @every_partition
+def test_a_bucket_holds_the_positions_of_its_column(partition):
+    for t in (0, 1, 3, 4, 15, 16, 63, 64, 65, 257):
+        for L in (1, 2, 5, partition.num_columns(t + 1), 90):
+            held = [[s for s in range(t + 1) if min(partition.index(t, s), L - 1) == column] for column in range(L)]
+            assert [list(bucket) for bucket in partition.buckets(t, L)] == held
+
+
+def test_buckets_of_no_position_are_refused():
+    for arguments, text in (
+        ((-1, 3), "t must be at least 0, got -1"),
+        ((3, 0), "num_columns must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+            FENWICK.buckets(*arguments)
+
+
+@every_partition
 def test_the_walk_of_a_chunk_has_the_columns_of_its_tokens(partition):
     f, r = partition.finest_block, partition.radix
     for C in {f, partition.chunk_near(f * r, most=4096)}:
