@@ -57,11 +57,12 @@ IN_NOISE, IN_TEXT = "single_1", "single_2"  # they differ only in the haystack
 
 
 class Example(NamedTuple):
-    """A text with a question, the pieces of the answer (value, separator, value ...) and the depths of the values."""
+    """A text with a question, the pieces of the answer (value, separator, value ...), and where each value is told."""
 
     prompt: str
     answer: list[str]
-    depths: list[float]  # 0 to 1
+    depths: list[float]  # 0 to 1, of each value
+    sentences: list[str]  # the needle of each value
 
 
 def token_counter(tokenizer: PreTrainedTokenizerBase) -> Sizes:
@@ -105,9 +106,10 @@ def _example(task: str, length: int, haystack: Haystack, tokenizer: PreTrainedTo
         enough = length - room + LONGEST_SENTENCE  # bytes: at least as many as tokens
         raise ValueError(f"length must leave room for a sentence in {task}: {enough} tokens are enough, got {length}")
     mixed, depths = hide(rng, needles, sentences)
-    depth_of = {needle.value: depth for needle, depth in zip(needles, depths, strict=True)}
+    told = {needle.value: (depth, needle.sentence) for needle, depth in zip(needles, depths, strict=True)}
+    asked = [told[value] for value in question.values]
     prompt = begin + haystack.separator.join(mixed) + end
-    return Example(prompt, question.answer, [depth_of[value] for value in question.values])
+    return Example(prompt, question.answer, [depth for depth, _ in asked], [sentence for _, sentence in asked])
 
 
 ExampleSets = dict[tuple[str, int], list[Example]]  # by task and length

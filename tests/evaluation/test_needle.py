@@ -52,6 +52,8 @@ def test_examples_have_their_needles_answer_and_length(task, haystack):
             assert len(listed(ASKED.search(example.prompt)[1])) == sizes.asked
             assert len(example.depths) == len(example.answer[::2]) == sizes.asked * sizes.values
             assert "".join(example.answer) == looked_up(example.prompt)
+            for piece, told in zip(example.answer[::2], example.sentences, strict=True):
+                assert told.endswith(f" is:{piece}.") and example.prompt.count(told) == 1
             tokens = 1 + sum(SIZES([example.prompt, "".join(example.answer)]))
             assert length - sentence - 2 <= tokens <= length
 
@@ -146,15 +148,14 @@ def test_the_score_is_that_of_greedy_decoding(model):
     written = [bytes(greedy(model, prompt, 7).tolist()).decode() for prompt in prompts]
     assert all(text.isdigit() for text in written) and len(set(written)) > 1
     cut = [[text[:3], text[3:5], text[5:]] for text in written]  # value, separator, value
-    right = [Example(prompt, answer, [0.5, 0.5]) for prompt, answer in zip(prompts, cut, strict=True)]
+    right = [Example(prompt, answer, [0.5, 0.5], []) for prompt, answer in zip(prompts, cut, strict=True)]
     scores = evaluate_needle(model, TOKENIZER, right, row_tokens=1500, label=None)
     assert scores.exact_N.all() and scores.found_NV.all()
     for piece in range(3):
         digit = [text[piece][-1] for text in cut]
         other = [text[piece][:-1] + str((int(d) + 1) % 10) for text, d in zip(cut, digit, strict=True)]
         wrong = [
-            Example(e.prompt, [*e.answer[:piece], o, *e.answer[piece + 1 :]], e.depths)
-            for e, o in zip(right, other, strict=True)
+            e._replace(answer=[*e.answer[:piece], o, *e.answer[piece + 1 :]]) for e, o in zip(right, other, strict=True)
         ]
         scores = evaluate_needle(model, TOKENIZER, wrong, label=None)
         assert not scores.exact_N.any()
