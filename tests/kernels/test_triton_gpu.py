@@ -42,7 +42,8 @@ def check(inputs, dtype, *, emulated=None, **options):
     measured = measure(inputs, before=poison, **options)
     report(dtype, measured)
     limits = {name: limit_of(name, dtype, operator_of(inputs), emulated) for name in measured}
-    assert all(error <= limits[name] for name, error in measured.items()), (measured, limits)
+    exceeded = [f"{name}: {error:.3g} > {limits[name]:.3g}" for name, error in measured.items() if error > limits[name]]
+    assert not exceeded, "\n".join(exceeded)
 
 
 def report(dtype, measured):

@@ -45,11 +45,11 @@ def test_gpu_output_error(operator, dtype):
     assert error < 1.02 * relative_error(exact.to(dtype), exact) + 6e-7
 
 
-def test_auto_says_that_another_partition_runs_in_torch(operator, caplog, monkeypatch):
+def test_auto_runs_another_partition_in_the_kernels(operator, caplog, monkeypatch):
     monkeypatch.setattr(announcement, "_announced", set())
     with caplog.at_level("INFO", logger=announcement.__name__):
         operator(on("cuda", operator.inputs(T=100), torch.float32), partition=Partition(4))
-    assert "runs with impl='torch': Partition(radix=4, " in caplog.text
+    assert "runs with impl='triton'" in caplog.text
 
 
 def test_a_compiled_call_of_another_partition(operator):

@@ -225,3 +225,10 @@ def test_another_partition_compiles_for_every_length(operator):
     for T in (13, 45):
         tensors = [x.detach() for x in operator.inputs(**SIZES | dict(T=T)).values()]
         assert torch.equal(compiled(*tensors), run(*tensors))
+
+
+@pytest.mark.parametrize("name", ["fenwick_array", "bucket_energies"])
+def test_plain_torch_stays_outside_of_cuda_graphs(name):
+    """It reads lengths on the host, and its schedule would be kept in memory that every replay writes again."""
+    for operator in (name, f"{name}_backward"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.loglinear, operator).default.tags

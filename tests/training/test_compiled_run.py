@@ -73,13 +73,22 @@ def test_a_compiled_run_is_recorded_resumes_exactly_and_keeps_names(tmp_path, co
     assert_same_run(stopped, whole)
 
 
+LAYERS = {
+    "mamba2": dict(variant="mamba2"),
+    "gated_delta_net": dict(variant="gated_delta_net"),
+    "full_attention": dict(layer_types=["full_attention"]),
+    "torch": dict(variant="gated_delta_net", impl="torch"),
+    "routed": dict(variant="mamba2", radix=4, finest_block=16, num_levels=8, routing="gram"),
+}
+PARTS = {"full_attention": 2, "torch": 2, "routed": 2}  # before and behind what no graph takes
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("layers", ["mamba2", "gated_delta_net", "full_attention"])
+@pytest.mark.parametrize("layers", LAYERS)
 def test_cuda_graphs_train_as_eager_mode_does_and_resume_exactly(tmp_path, monkeypatch, layers):
     text = write_short_texts(write_text(tmp_path / "text"))  # some rows have 8 documents, others 30
     recipe = tiny_recipe(text, steps=12, batch_tokens=1024, micro_batch_tokens=512)
-    own = dict(layer_types=[layers]) if layers == "full_attention" else dict(variant=layers)
-    recipe = replace(recipe, model={**recipe.model, **own})
+    recipe = replace(recipe, model={**recipe.model, **LAYERS[layers]})
     trees = importlib.import_module("torch._inductor.cudagraph_trees").CUDAGraphTreeManager
     record, recorded = trees.record_function, []
     monkeypatch.setattr(trees, "record_function", lambda *args: recorded.append(args) or record(*args))
@@ -91,8 +100,9 @@ def test_cuda_graphs_train_as_eager_mode_does_and_resume_exactly(tmp_path, monke
         runs[name] = losses(tmp_path / name)
     np.testing.assert_allclose(runs["graphs"], runs["eager"], rtol=5e-3)
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
-    parts = 2 if layers == "full_attention" else 1  # before and behind what no graph takes
-    assert 0 < len(recorded) <= 3 * 3 * parts  # forward, backward and validation for rows of 8, 16 and 32, and no pairs
+    assert (
+        0 < len(recorded) <= 3 * 3 * PARTS.get(layers, 1)
+    )  # forward, backward and validation for rows of 8, 16 and 32, and no pairs
     if layers == "full_attention":
         return  # the gradients of flash attention are sums in no fixed order
     train_in_two_pieces(recipe.override(compile=True), tmp_path / "stopped", monkeypatch)

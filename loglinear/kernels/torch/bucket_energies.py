@@ -14,6 +14,7 @@ from torch import Tensor
 from loglinear.kernels.torch.chunks import from_chunks, slab_heads, tall, to_chunks
 from loglinear.kernels.torch.gradients import register_gradients
 from loglinear.kernels.torch.operator import schedule_of
+from loglinear.kernels.torch.recording import RUNS_BETWEEN_GRAPHS
 from loglinear.kernels.torch.schedule import Merge, Schedule
 from loglinear.kernels.torch.step import merge_full, rows_to_merge
 from loglinear.kernels.torch.threads import run
@@ -21,7 +22,7 @@ from loglinear.kernels.torch.workspace import empty, matmul, product, recycled, 
 from loglinear.partition import Partition
 
 
-@torch.library.custom_op("loglinear::bucket_energies", mutates_args=())
+@torch.library.custom_op("loglinear::bucket_energies", mutates_args=(), tags=RUNS_BETWEEN_GRAPHS)
 def bucket_energies(
     q: Tensor,
     k: Tensor,
@@ -136,7 +137,7 @@ def _(q, k, initial, position, cu_seqlens, rows, num_columns, final, partition):
     return found, q.new_empty(N, M, q.shape[1], q.shape[2], q.shape[2])
 
 
-@torch.library.custom_op("loglinear::bucket_energies_backward", mutates_args=())
+@torch.library.custom_op("loglinear::bucket_energies_backward", mutates_args=(), tags=RUNS_BETWEEN_GRAPHS)
 def bucket_energies_backward(
     dfound: Tensor | None,
     dblocks: Tensor | None,

@@ -13,13 +13,14 @@ from torch import Tensor
 from loglinear.kernels.torch import slab
 from loglinear.kernels.torch.delta_rule import DeltaRuleSlab
 from loglinear.kernels.torch.gradients import register_gradients
+from loglinear.kernels.torch.recording import RUNS_BETWEEN_GRAPHS
 from loglinear.kernels.torch.scalar_gate import ScalarGateSlab
 from loglinear.kernels.torch.schedule import Schedule, schedule
 from loglinear.kernels.torch.workspace import recycled
 from loglinear.partition import Partition
 
 
-@torch.library.custom_op("loglinear::fenwick_array", mutates_args=())
+@torch.library.custom_op("loglinear::fenwick_array", mutates_args=(), tags=RUNS_BETWEEN_GRAPHS)
 def fenwick_array(
     q: Tensor,
     k: Tensor,
@@ -105,7 +106,7 @@ def _(q, k, v, log_decay, beta, level_scales, initial, position, cu_seqlens, row
     return output, v.new_empty(N, M, v.shape[1], q.shape[2], v.shape[2])
 
 
-@torch.library.custom_op("loglinear::fenwick_array_backward", mutates_args=())
+@torch.library.custom_op("loglinear::fenwick_array_backward", mutates_args=(), tags=RUNS_BETWEEN_GRAPHS)
 def fenwick_array_backward(
     dout: Tensor | None,
     dblocks: Tensor | None,

@@ -9,6 +9,9 @@ import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
+# The operators here read sizes on the host, and keep schedules. A replay of a CUDA graph writes over its memory.
+RUNS_BETWEEN_GRAPHS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
 
 def in_graph() -> bool:
     """True while operations are recorded in a graph rather than run."""
