@@ -37,6 +37,8 @@ MODELS = {
     "log_linear": Line("log-linear Mamba-2", "#d55e00", "o"),
     "capped": Line("log-linear Mamba-2, two levels fewer", "#cc79a7", "D"),
     "linear": Line("linear Mamba-2", "#0f80c1", "s"),
+    "linear_states4": Line("linear Mamba-2, four times the state", "#56b4e9", "X"),
+    "routed": Line("routed Mamba-2", "#e69f00", "P"),
     "hybrid": Line("hybrid (some softmax layers)", "#009e73", "^"),
     "transformer": Line("Transformer", "#8c8c8c", "v"),
 }

@@ -1,4 +1,4 @@
-"""Models to compare: six with one size, one variant and one number of parameters.
+"""Models to compare: seven with one size, one variant and one number of parameters.
 
 They differ in the way they read the past (KINDS).
 """
@@ -12,7 +12,7 @@ from loglinear.fenwick import num_levels
 from loglinear.recipes.bytes import byte_model
 from loglinear.recipes.recipe import TrainingRecipe
 
-KINDS = ("linear", "log_linear", "capped", "routed", "hybrid", "transformer")
+KINDS = ("linear", "linear_states4", "log_linear", "capped", "routed", "hybrid", "transformer")
 ATTENTION_PERIOD, ATTENTION_PLACE = 6, 3  # a hybrid's full attention: the fourth of every six layers
 # A routed read of the own 64 tokens, up to 3 blocks of 64, 27 blocks of 256, and one bucket with everything older. A
 # score finds a random key of 64 numbers among 256 in 84 % of trials, among 1,024 in 39 %, so blocks grow no further.
@@ -35,6 +35,7 @@ MINIATURE_TRAINING = dict(
     eval_tokens=16_384,
     save_every=60,
 )
+STATES = 4  # times the keys of a linear model: nearly the bytes of the log-linear one
 CAPPED_BY = 2  # levels: tokens an eighth of a sequence away and farther share the last level
 WIDTH_STEP = 16  # step of the SwiGLU layers' width, which makes the parameters equal
 
@@ -72,17 +73,18 @@ def recipe_of_kind(
 def model_of_kind(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments of LogLinearConfig for one of KINDS.
 
-    `base` is the log-linear model with all levels of its training sequences. It must name num_levels, hidden_size,
-    num_hidden_layers and intermediate_size. `linear` has one level, `capped` CAPPED_BY fewer levels, and `routed` the
-    routed read ROUTED. `hybrid` has full attention in one layer of six, and at least in one; `transformer` has it in
-    all. The width of the SwiGLU layers, in steps of WIDTH_STEP, brings each model to the number of parameters of
-    `base`.
+    `base` is the log-linear model with all levels of its training sequences. It must name num_levels, key_dim,
+    hidden_size, num_hidden_layers and intermediate_size. `linear` has one level, `linear_states4` also keys STATES
+    times as wide, `capped` CAPPED_BY fewer levels, and `routed` the routed read ROUTED. `hybrid` has full attention in
+    one layer of six, and at least in one; `transformer` has it in all. The width of the SwiGLU layers, in steps of
+    WIDTH_STEP, brings each model to the number of parameters of `base`.
     """
     layers = base["num_hidden_layers"]
     place = min(ATTENTION_PLACE, layers - 1)
     hybrid = ["full_attention" if i % ATTENTION_PERIOD == place else "linear_attention" for i in range(layers)]
     changes: dict[str, dict[str, Any]] = {
         "linear": {"num_levels": 1},
+        "linear_states4": {"num_levels": 1, "key_dim": STATES * base["key_dim"]},
         "log_linear": {},
         "capped": {"num_levels": base["num_levels"] - CAPPED_BY},
         "routed": ROUTED,

@@ -1,4 +1,4 @@
-"""Language modelling of long texts at the byte level: six models of 13.3 M parameters.
+"""Language modelling of long texts at the byte level: seven models of 13.3 M parameters.
 
 `experiments.long_text` prepares the data, trains the models and evaluates them.
 """

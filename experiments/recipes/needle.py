@@ -1,4 +1,4 @@
-"""Retrieval from long text: six models of 6 M parameters, small enough for several seeds of each."""
+"""Retrieval from long text: seven models of 6 M parameters, small enough for several seeds of each."""
 
 from experiments.recipes.comparison import recipe_of_kind
 from loglinear.recipes.recipe import TrainingRecipe

@@ -1,4 +1,4 @@
-"""The recipes of long texts and needles: six models of one size, one training, and the folders of earlier runs."""
+"""The recipes of long texts and needles: seven models of one size, one training, and the folders of earlier runs."""
 
 import json
 
@@ -10,6 +10,7 @@ from experiments.recipes.long_text import long_text
 from experiments.recipes.needle import needle
 from experiments.runs import kind_recipe, recipe_of_run
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts
+from loglinear.models.size import state_bytes
 from loglinear.recipes import TrainingRecipe
 from loglinear.runs.folder import run_recipe, write_run
 from loglinear.training import train
@@ -34,7 +35,9 @@ def test_kinds_of_model_differ_in_their_past_and_not_in_their_size(layers, hybri
     assert max(totals.values()) / min(totals.values()) < 1.03
     assert totals["log_linear"] == parameter_counts(LogLinearConfig(**base)).total
     full = {kind: config.layer_types.count("full_attention") for kind, config in models.items()}
-    assert full == {"linear": 0, "log_linear": 0, "capped": 0, "routed": 0, "hybrid": hybrid, "transformer": layers}
+    assert full == {**dict.fromkeys(KINDS, 0), "hybrid": hybrid, "transformer": layers}
+    linear, wide, published = (state_bytes(models[k], 10_000) for k in ("linear", "linear_states4", "log_linear"))
+    assert 2 * linear < wide < published  # a chunk's keys and values are part of the state
     assert [models[kind].num_levels for kind in ("linear", "capped", "log_linear", "hybrid")] == [1, 10, 12, 12]
     routed = models["routed"]
     assert routed.routing == "gram" and routed.num_levels == routed.partition.num_columns(29 * 256)

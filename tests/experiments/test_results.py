@@ -12,7 +12,7 @@ from experiments.runs import kind_recipe
 OF_A_RUN = ("seed", "compile", "tokenizer")  # what a command says
 LATER = dict.fromkeys(("start", "jitter", "new_only"))  # what no recipe had when they were made
 RESULTS = Path(__file__).parents[2] / "results"
-MEASURED = [kind for kind in KINDS if kind != "routed"]
+MEASURED = [kind for kind in KINDS if kind not in ("routed", "linear_states4")]
 RUNS = {
     **{f"long-text-{kind}": kind_recipe("long_text", kind, miniature=False) for kind in MEASURED},
     **{f"ablation-{choice}": ablation(choice) for choice in CHOICES},
