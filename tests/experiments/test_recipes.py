@@ -40,7 +40,7 @@ def test_kinds_of_model_differ_in_their_past_and_not_in_their_size(layers, hybri
     assert 2 * linear < wide < published  # a chunk's keys and values are part of the state
     assert [models[kind].num_levels for kind in ("linear", "capped", "log_linear", "hybrid")] == [1, 10, 12, 12]
     routed = models["routed"]
-    assert routed.routing == "gram" and routed.num_levels == routed.partition.num_columns(29 * 256)
+    assert routed.routing == "gram" and routed.num_levels == routed.partition.num_columns(8 * 2048)
 
 
 @pytest.mark.parametrize("experiment", [long_text, needle])
