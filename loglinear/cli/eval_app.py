@@ -49,6 +49,10 @@ def needle(
     data: Annotated[list[str] | None, option("noise", f"Text of the haystacks: {SOURCES}")] = None,
     more_data: MoreData = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the examples.")] = 0,
+    decode_top_k: Annotated[
+        int | None,
+        option("all, in one pass", "Decode the answers; a step reads so many buckets of a routed model.", min=1),
+    ] = None,
 ) -> None:
     """Measure retrieval with five of RULER's needle-in-a-haystack tasks.
 
@@ -56,13 +60,25 @@ def needle(
     without it, except for single_2, which needs text. Accuracy is the share of values whose every token is the
     likeliest one.
 
+    --decode-top-k is for models with a routed read. Every head then reads its own block and the buckets with the
+    largest weights. The prompt reads all buckets. With at least the number of buckets nothing is left out.
+
     Example:
 
     `loglinear eval needle --model runs/needle --length 4096 --length 16384 --data ~/books --out runs/needle/eval`
     """
     from loglinear.cli.needle import run
 
-    run(model, all_data(data, more_data) or (), out, length or [1024, 2048, 4096], task, examples, seed)
+    run(
+        model,
+        all_data(data, more_data) or (),
+        out,
+        lengths=length or [1024, 2048, 4096],
+        tasks=task,
+        count=examples,
+        seed=seed,
+        decode_top_k=decode_top_k,
+    )
 
 
 @app.command()

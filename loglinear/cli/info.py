@@ -64,7 +64,7 @@ def _describe(name: str, config: LogLinearConfig) -> None:
         ["variant", config.variant if "linear_attention" in (config.layer_types or []) else "full attention"],
         ["levels", str(config.num_levels)],
         ["partition", _partition(config)],
-        ["routing", config.routing or "none"],
+        ["routing", _routing(config)],
         ["parameters", f"{counts.total:,}"],
         ["of which embeddings", f"{counts.embeddings:,}"],
         ["of which lambda", f"{counts.level_scales:,} ({counts.lambda_share:.2%})"],
@@ -92,7 +92,7 @@ def _describe_upgraded(name: str, model: PreTrainedModel) -> None:
         ["model", f"{type(model).__name__} of transformers, upgraded"],
         ["levels", str(choices.num_levels)],
         ["partition", _partition(choices)],
-        ["routing", choices.routing or "none"],
+        ["routing", _routing(choices)],
         ["parameters", f"{total:,}"],
         ["of which new", f"{new:,} ({new / total:.2%})"],
         ["state of a sequence while decoding", console.human_bytes(_decoding_bytes(model))],
@@ -113,6 +113,13 @@ def _partition(config: LogLinearConfig) -> str:
     """Return the partition of the past in a few words."""
     largest = "" if config.largest_block is None else f", largest {config.largest_block:,}"
     return f"radix {config.radix}, finest block {config.finest_block:,}{largest}"
+
+
+def _routing(config: LogLinearConfig) -> str:
+    """Return the routing, and how many buckets a decode step reads if it does not read all."""
+    if config.routing is None or config.decode_top_k is None:
+        return config.routing or "none"
+    return f"{config.routing}, a step reads its own block and {console.count(config.decode_top_k, 'other bucket')}"
 
 
 def _with_full_levels(config: LogLinearConfig, tokens: int) -> LogLinearConfig:

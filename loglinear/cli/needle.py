@@ -11,6 +11,7 @@ from loglinear.cli import console
 from loglinear.data.sources import read_documents
 from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.evaluation.plots import plot_needle
+from loglinear.models import set_decode_top_k
 from loglinear.runs.folder import require_folder
 from loglinear.runs.json_files import write_object
 from loglinear.runs.loading import load_checkpoint
@@ -18,16 +19,28 @@ from loglinear.runs.provenance import command, versions
 
 
 def run(
-    path: Path, data: tuple[str, ...], out: Path, lengths: list[int], tasks: list[str] | None, count: int, seed: int
+    path: Path,
+    data: tuple[str, ...],
+    out: Path,
+    *,
+    lengths: list[int],
+    tasks: list[str] | None,
+    count: int,
+    seed: int,
+    decode_top_k: int | None,
 ) -> None:
-    """Score every task at every length; write needle.json and needle.png."""
+    """Score every task at every length; write needle.json and needle.png. With decode_top_k answers are decoded."""
     require_folder(out, "--out")
     texts = [document.text for document in read_documents(data)]
     model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
+    if decode_top_k is not None:
+        set_decode_top_k(model, decode_top_k)
+    else:
+        decode_top_k = getattr(model.config, "decode_top_k", None)  # as the model's own configuration says
     sets = example_sets(tokenizer, texts, lengths=lengths, count=count, tasks=tasks, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
-    results = evaluate_sets(model, tokenizer, sets)
-    summary = {"model": str(path), "data": list(data), "seed": seed, "tasks": results}
+    results = evaluate_sets(model, tokenizer, sets, decode=decode_top_k is not None)
+    summary = {"model": str(path), "data": list(data), "seed": seed, "decode_top_k": decode_top_k, "tasks": results}
     write_object(out / "needle.json", {**summary, "versions": versions(), "command": command()})
     plot_needle(out / "needle.png", results)
     rows = [[task, *(_accuracy(result) for result in results[task])] for task in results]

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from loglinear.data.needles import LONGEST_SENTENCE, Haystack, Needle, Question, Sizes, draw_key, draw_value, hide
 from loglinear.data.tokenizer import encode_documents, first_tokens
 from loglinear.evaluation.packed import LOGIT_ROWS, logits_of, read, rows
+from loglinear.evaluation.stepped import stepped_hits
 
 ROW_TOKENS = 65_536  # tokens of one forward pass, or one example where that is longer
 DEPTH_BINS = 10
@@ -208,18 +209,21 @@ def evaluate_needle(
     examples: Sequence[Example],
     *,
     row_tokens: int = ROW_TOKENS,
+    decode: bool = False,
     label: str | None = "needles",
 ) -> NeedleScores:
     """Return the scores of a model on examples.
 
-    A packed forward pass reads as many examples as fit into `row_tokens`. Logits exist only for the answers. `label`
-    names the progress bar; None means no bar.
+    A packed forward pass reads as many examples as fit into `row_tokens`. Logits exist only for the answers. With
+    `decode` a forward pass reads the prompts, and decode steps read the answers, as `generate` does: a routed model
+    then reads the buckets of its decode_top_k. `label` names the progress bar; None means no bar.
     """
+    find = stepped_hits if decode else answer_hits
     found_NV, exact_N = [], []
     encoded = _encode(tokenizer, examples)
     with tqdm(total=len(examples), desc=label, unit=" examples", disable=label is None, leave=False) as bar:
         for row in rows(encoded, _Encoded.size, row_tokens):
-            hits = answer_hits(model, [(example.prompt, example.answer) for example in row])
+            hits = find(model, [(example.prompt, example.answer) for example in row])
             for example, hit in zip(row, hits, strict=True):
                 pieces = np.logical_and.reduceat(hit, example.starts)
                 found_NV.append(pieces[::2])  # every other piece is a separator
@@ -229,11 +233,13 @@ def evaluate_needle(
     return NeedleScores(np.array(found_NV), np.array(exact_N), depths_NV)
 
 
-def evaluate_sets(model: Any, tokenizer: PreTrainedTokenizerBase, sets: ExampleSets) -> dict[str, list[dict[str, Any]]]:
-    """Return, by task, `NeedleScores.to_dict` with its length for every length in order."""
+def evaluate_sets(
+    model: Any, tokenizer: PreTrainedTokenizerBase, sets: ExampleSets, *, decode: bool = False
+) -> dict[str, list[dict[str, Any]]]:
+    """Return, by task, `NeedleScores.to_dict` with its length for every length in order; see `evaluate_needle`."""
     results: dict[str, list[dict[str, Any]]] = {task: [] for task, _ in sets}
     for (task, length), examples in sets.items():
-        scores = evaluate_needle(model, tokenizer, examples, label=f"{task}, {length:,} tokens")
+        scores = evaluate_needle(model, tokenizer, examples, decode=decode, label=f"{task}, {length:,} tokens")
         results[task].append({"length": length, **scores.to_dict()})
     return results
 

@@ -17,13 +17,15 @@ SHARPNESS = 4.0  # factor of tau, which then learns as fast as with a learning r
 class Routing(NamedTuple):
     """The choices of a routed read.
 
-    `checked` raises ValueError for an unknown score, or for a tau that is not finite.
+    `checked` raises ValueError for an unknown score, for a tau that is not finite, or for a top_k below 1.
     """
 
     score: str = "gram"
     """The score of a bucket; "gram" is that of `loglinear.ops.bucket_scores`."""
     tau: float = 1.0
     """The value of tau, the factor of the score, at the start. 0: the model starts as the linear model."""
+    top_k: int | None = None
+    """The buckets that a decode step reads in each head, besides the token's own; see `keep_largest`. None: all."""
 
     def checked(self) -> "Routing":
         """Return the same choices; ValueError if one is not allowed."""
@@ -32,7 +34,27 @@ class Routing(NamedTuple):
         tau: Any = self.tau
         if isinstance(tau, bool) or not isinstance(tau, int | float) or not math.isfinite(tau):
             raise ValueError(f"routing_tau must be a finite number, got {tau!r}")
+        check_top_k(self.top_k)
         return self
+
+
+def check_top_k(top_k: Any) -> None:
+    """Raise ValueError unless `top_k` is None or an integer of at least 1."""
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"decode_top_k must be an integer of at least 1 or None, got {top_k!r}")
+
+
+def keep_largest(weights: Tensor, top_k: int | None) -> Tensor:
+    """Return the weights [..., L] with 0 in place of all but column 0 and the `top_k` largest others.
+
+    Column 0 is the token's own finest block. Its tokens lie in a step's buffer, so it costs no read of a state. The
+    nearer bucket wins a tie. The weights that stay are not scaled up, so the output lacks the other buckets' reads and
+    nothing else changes. With top_k >= L - 1, or None, it is bit for bit the full read.
+    """
+    if top_k is None or top_k >= weights.shape[-1] - 1:
+        return weights
+    by_weight = weights[..., 1:].argsort(dim=-1, descending=True, stable=True)
+    return weights.scatter(-1, by_weight[..., top_k:] + 1, 0.0)
 
 
 class ScoreBias(HeadBias):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from loglinear.layers.level_scales import LevelScales
 from loglinear.layers.mixer_state import MixerDecodeState, MixerState, check_sums
 from loglinear.layers.packing import Packing
-from loglinear.layers.routing import BucketWeights
+from loglinear.layers.routing import BucketWeights, check_top_k, keep_largest
 from loglinear.layers.short_convolution import ShortConvolution
 from loglinear.ops import (
     FenwickState,
@@ -57,6 +57,8 @@ class TokenMixer(nn.Module):
     conv: ShortConvolution
     level_scales: LevelScales | None
     bucket_weights: BucketWeights | None
+    decode_top_k: int | None = None
+    """The buckets that a step of a routed read weights in each head, besides the token's own. None: all."""
 
     def mix(
         self,
@@ -76,9 +78,14 @@ class TokenMixer(nn.Module):
             active: [B] bool, with a `MixerDecodeState` alone. Inactive rows keep their state. None: all are active.
 
         Raises:
-            ValueError: A `MixerDecodeState` with packing or more than one token per row, `active` without one, or a
-                state of other sizes.
+            ValueError: A `MixerDecodeState` with packing or more than one token per row, `active` without one, a state
+                of other sizes, or decode_top_k in training.
         """
+        if self.decode_top_k is not None and self.training:
+            raise ValueError(
+                f"decode_top_k must be None in training, which reads all buckets, got {self.decode_top_k}: "
+                "call model.eval() to decode"
+            )
         if isinstance(state, MixerDecodeState):
             if packing is not None or x.shape[1] != 1:
                 raise ValueError(
@@ -153,6 +160,16 @@ class TokenMixer(nn.Module):
         sums = None if self.bucket_weights is None else zero_sums(S, num_columns=self.num_levels, **shared)
         return MixerState(x.new_zeros(S, self.conv.kernel - 1, self.conv.channels), fenwick, sums)
 
+    def set_decode_top_k(self, top_k: int | None) -> None:
+        """Choose how many buckets a step reads, as `Routing.top_k`.
+
+        ValueError for a number below 1, or for any number without a routed read.
+        """
+        check_top_k(top_k)
+        if top_k is not None and self.bucket_weights is None:
+            raise ValueError(f"decode_top_k needs a routed read, got {top_k} without routing")
+        self.decode_top_k = top_k
+
     @torch.no_grad()
     def _step(self, x: Tensor, state: MixerDecodeState, active: Tensor | None) -> Tensor:
         """Run one token per row."""
@@ -166,7 +183,7 @@ class TokenMixer(nn.Module):
             weights = self._level_scales(x)
         else:
             scores, counts = read_scores(q, state.sums, num_columns=self.num_levels)
-            weights = self.bucket_weights(x, scores[:, None], counts[:, None])
+            weights = keep_largest(self.bucket_weights(x, scores[:, None], counts[:, None]), self.decode_top_k)
         # The operator goes first: if it raises, no part of the state has changed.
         y = self.operator_step(*tokens, weights[:, 0], state.decode, active=active, **self._options)
         if state.sums is not None:

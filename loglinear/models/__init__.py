@@ -3,6 +3,7 @@
 from loglinear.models.auto import register
 from loglinear.models.cache import LogLinearCache
 from loglinear.models.configuration import LogLinearConfig
+from loglinear.models.generation import set_decode_top_k
 from loglinear.models.heads import (
     LogLinearForQuestionAnswering,
     LogLinearForSequenceClassification,
@@ -28,5 +29,6 @@ __all__ = [
     "ParameterCounts",
     "key_value_cache_bytes",
     "parameter_counts",
+    "set_decode_top_k",
     "state_bytes",
 ]

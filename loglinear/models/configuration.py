@@ -53,6 +53,9 @@ class LogLinearConfig(PreTrainedConfig):
             lambda_form has no meaning. None: lambda depends on the token alone, as published.
         routing_tau: The factor of the score in the weights of the routed read at the start. 0: the model starts as the
             linear model.
+        decode_top_k: The buckets that a decode step of the routed read weights in each head, besides the token's own
+            finest block; see `loglinear.layers.routing.keep_largest`. Prompts and other forward passes read all, and
+            training refuses it. None: all.
         num_heads: H, the value heads.
         num_groups: G, the query/key groups. None: 1 for variants that share one group, such as Mamba-2, otherwise H.
         key_dim: K, the width of a query or key.
@@ -95,6 +98,7 @@ class LogLinearConfig(PreTrainedConfig):
     largest_block: int | None = None
     routing: str | None = None
     routing_tau: float = 1.0
+    decode_top_k: int | None = None
     num_heads: int = 8
     num_groups: int | None = None
     key_dim: int = 64
@@ -167,8 +171,10 @@ class LogLinearConfig(PreTrainedConfig):
         if self.num_levels > 1:
             check_finest_block(self.shared_block, self.num_levels)
         if self.routing is None:
+            if self.decode_top_k is not None:
+                raise ValueError(f"decode_top_k needs routing, got {self.decode_top_k!r} with routing=None")
             return
-        Routing(self.routing, self.routing_tau).checked()
+        Routing(self.routing, self.routing_tau, self.decode_top_k).checked()
         if self.num_levels < 2:
             raise ValueError(f"routing needs num_levels of at least 2, got {self.num_levels}")
         if self.impl == "triton":
@@ -214,7 +220,7 @@ class LogLinearConfig(PreTrainedConfig):
     @property
     def routing_choices(self) -> Routing | None:
         """The choices of the routed read; None without routing."""
-        return None if self.routing is None else Routing(self.routing, self.routing_tau)
+        return None if self.routing is None else Routing(self.routing, self.routing_tau, self.decode_top_k)
 
     @property
     def heads(self) -> HeadSizes:

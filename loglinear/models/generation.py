@@ -7,10 +7,11 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.generation import StoppingCriteriaList
 
+from loglinear.layers.token_mixer import TokenMixer
 from loglinear.models.cache import LogLinearCache
 from loglinear.models.history import Seen
 
@@ -159,3 +160,28 @@ def check_continuation(cache: Seen, input_ids: Tensor, generation_config: Any, m
         raise ValueError(f"attention_mask must have {given} or {seen + given} columns, got {width}")
     past = input_ids.new_ones(rows, seen, dtype=torch.bool) if mask is None else mask[:, :seen] == 1
     cache.check_past(past, input_ids[:, :seen] if embeds is None and width == given else None)
+
+
+def set_decode_top_k(model: nn.Module, top_k: int | None) -> None:
+    """Let every decode step of a routed model read only `top_k` buckets in each head, besides the token's own.
+
+        w'[t, b] = w[t, b] for b = 0 and for the top_k largest others;  w'[t, b] = 0 for the rest
+
+    The weights that stay are those of the full read. Prompts and other forward passes of several tokens read all
+    buckets, and training is refused. A step in plain torch on a CPU copies and reads the chosen states alone, if they
+    are at most a third of large states. Compiled steps and steps on a GPU still read all states. The scores read the
+    sums of keys of every bucket in any case.
+
+    Args:
+        model: A `LogLinearForCausalLM`, or an upgraded model of transformers. It changes in place. A save does not
+            write the number; `LogLinearConfig.decode_top_k` is saved.
+        top_k: At least 1. None: all buckets.
+
+    Raises:
+        ValueError: The model has no routed layer, or top_k is below 1.
+    """
+    mixers = [part for part in model.modules() if isinstance(part, TokenMixer) and part.bucket_weights is not None]
+    if not mixers:
+        raise ValueError(f"decode_top_k needs a model with routing, {type(model).__name__} has no routed layer")
+    for mixer in mixers:
+        mixer.set_decode_top_k(top_k)

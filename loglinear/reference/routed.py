@@ -9,6 +9,9 @@
 For random keys of length 1 the mean of (q . k)^2 is 1 / K. So a bucket scores about 0 if its keys are unrelated to the
 query, however many there are. Each key that equals the query adds about 1. Column 0, the token's own finest block, has
 the score 0. If all a are equal, every weight is 1: this is the linear model.
+
+A decode step may read few buckets. With top_k = k it sets the weights of all but the k largest to 0, besides column 0,
+and keeps the others as they are.
 """
 
 # T time, G groups, H heads, K key, V value, L columns; one sequence, heads first.
@@ -56,6 +59,20 @@ def dense_routed_weights(logits: Tensor, scores: Tensor, sharpness: Tensor, part
     return a.masked_fill(~live, -torch.inf).softmax(-1) * live.sum(-1, keepdim=True)
 
 
+def dense_top_k(weights: Tensor, top_k: int) -> Tensor:
+    """Return the weights [..., L] with 0 in all but column 0 and the top_k largest others. The nearer wins a tie.
+
+    Examples:
+        >>> dense_top_k(torch.tensor([[0.1, 2.0, 0.5, 1.0, 2.0], [3.0, 1.0, 0.0, 1.0, 1.0]]), 2).tolist()
+        [[0.10000000149011612, 2.0, 0.0, 0.0, 2.0], [3.0, 1.0, 0.0, 1.0, 0.0]]
+    """
+    kept = []
+    for row in weights.flatten(0, -2).tolist():
+        by_weight = sorted(range(1, len(row)), key=lambda b: -row[b])  # stable: equal ones stay in their order
+        kept.append([b in (0, *by_weight[:top_k]) for b in range(len(row))])
+    return torch.where(torch.tensor(kept, device=weights.device).view_as(weights), weights, 0.0)
+
+
 def dense_routed_read(
     q: Tensor,
     k: Tensor,
@@ -65,15 +82,18 @@ def dense_routed_read(
     logits: Tensor,
     sharpness: Tensor,
     partition: Partition = FENWICK,
+    top_k: int | None = None,
 ) -> Tensor:
     """Return the outputs [H, T, V] of the routed read: by the delta rule with beta, by a scalar gate if beta is None.
 
     The shapes are those of `dense_delta_rule`, with logits [H, T, L] and sharpness [H]. The scores scale q and k to
-    length 1, x / sqrt(|x|^2 + 1e-6). The read takes q and k as they are.
+    length 1, x / sqrt(|x|^2 + 1e-6). The read takes q and k as they are. With top_k every token reads as a decode step.
     """
     unit_q, unit_k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
     scores = dense_bucket_scores(unit_q, unit_k, logits.shape[2], partition)
     weights = dense_routed_weights(logits, scores, sharpness, partition)
+    if top_k is not None:
+        weights = dense_top_k(weights, top_k)
     if beta is None:
         return dense_scalar_gate(q, k, v, log_decay, weights, partition)
     return dense_delta_rule(q, k, v, log_decay, beta, weights, partition)

@@ -70,11 +70,12 @@ class UpgradedMixer(TokenMixer):
         theirs.operator, theirs.operator_step = OPERATORS[cls.transition]
         theirs.heads, theirs.num_levels, theirs.partition = heads, choices.num_levels, choices.partition
         theirs.chunk_size, theirs.impl = choices.chunk_size, choices.impl
-        theirs.level_scales = theirs.bucket_weights = None
+        theirs.level_scales = theirs.bucket_weights = theirs.decode_top_k = None
         width, routing = theirs.hidden_size, choices.routing_choices
         with torch.inference_mode(False), theirs.conv1d.weight.device:  # whatever the caller's contexts say
             if routing is not None:
                 theirs.bucket_weights = BucketWeights(width, heads.num_heads, choices.num_levels, routing.tau)
+                theirs.set_decode_top_k(routing.top_k)
             else:
                 theirs.level_scales = LevelScales(
                     width, heads.num_heads, choices.num_levels, choices.lambda_form, choices.shared_block

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from loglinear.cli.console import count
+from loglinear.models import ByteTokenizer, LogLinearConfig, LogLinearForCausalLM
 from loglinear.recipes import RECIPES
 from loglinear.variants import VARIANTS
 from tests.cli.command_line import FAST, assert_one_line, in_process
+from tests.training.tiny import tiny_recipe
 
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
@@ -177,6 +179,41 @@ def test_eval_needle_writes_figure_and_numbers(capsys, tmp_path, run, text):
     assert sum(part["values"] for part in result["tasks"]["multiquery"][0]["by_depth"]) == 12
     assert (tmp_path / "eval" / "needle.png").read_bytes().startswith(b"\x89PNG")
     assert "multivalue" in out and "0.000 ± 0.000" in out
+
+
+def test_eval_needle_decodes_with_few_buckets(capsys, tmp_path):
+    """A routed model reads the number of buckets that the option names, or its own; other models refuse the option."""
+    sizes = {**tiny_recipe(tmp_path).model, "routing": "gram", "finest_block": 16}
+    found = {}
+    for name, own, arguments in (
+        ("pass", None, []),
+        ("few", None, ["--decode-top-k", "1"]),
+        ("own", 1, []),
+        ("all", 1, ["--decode-top-k", "99"]),
+    ):
+        torch.manual_seed(0)
+        model = LogLinearForCausalLM(LogLinearConfig(**sizes, decode_top_k=own))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        model.save_pretrained(tmp_path / name)
+        ByteTokenizer().save_pretrained(tmp_path / name)
+        words = [
+            "--model",
+            tmp_path / name,
+            "--length",
+            "800",
+            "--examples",
+            "2",
+            "--out",
+            tmp_path / "eval",
+            *arguments,
+        ]
+        assert in_process(capsys, "eval", "needle", *words)[0] == 0
+        found[name] = json.loads((tmp_path / "eval" / "needle.json").read_text())
+    assert [result["decode_top_k"] for result in found.values()] == [None, 1, 1, 99]
+    assert found["few"]["tasks"] == found["own"]["tasks"] and found["pass"]["tasks"] == found["all"]["tasks"]
+    code, out, _ = in_process(capsys, "info", "--model", tmp_path / "own")
+    assert code == 0 and "gram, a step reads its own block and 1 other bucket" in out
 
 
 def test_info_lists_everything_there_is(capsys):

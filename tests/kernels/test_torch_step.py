@@ -100,3 +100,33 @@ def test_rows_that_are_all_full_are_not_copied():
     assert step.rows_to_merge(torch.tensor([False, False])) is None
     assert step.rows_to_merge(torch.tensor([True, True])) == slice(None)
     assert step.rows_to_merge(torch.tensor([False, True])).tolist() == [1]
+
+
+@pytest.mark.parametrize("N, M, most", [(1, 9, 1), (3, 7, 2), (2, 40, 13)])
+def test_a_large_state_is_read_where_weights_are(monkeypatch, N, M, most):
+    """Blocks without a weight hold NaN here: they are not read. The sum is that of the other blocks."""
+    H, K, V = 4, 5, 3
+    queries, blocks = (torch.randn(*shape, dtype=torch.float64) for shape in ((N, H, K), (N, M, H, K, V)))
+    weights = torch.rand(N, H, M, dtype=torch.float64)
+    chosen = weights.argsort(dim=-1)[..., : M - most]
+    weights.scatter_(-1, chosen, 0.0)
+    weights[0, 0] = 0.0  # a head that reads nothing
+    expected = step.read_blocks(queries, blocks, weights)
+    reads = [
+        [sum(weights[n, h, m] * queries[n, h] @ blocks[n, m, h] for m in range(M)) for h in range(H)] for n in range(N)
+    ]
+    torch.testing.assert_close(expected, torch.stack([torch.stack(row) for row in reads]), rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(step, "SMALL_STATE", 0)
+    torch.testing.assert_close(step.read_blocks(queries, blocks, weights), expected, rtol=1e-12, atol=1e-12)
+    unread = (weights == 0).transpose(1, 2).clone()
+    unread[0, :, 0] = False  # this head reads as many blocks as the others, with weights of 0
+    holed = blocks.masked_fill(unread[..., None, None], torch.nan)
+    torch.testing.assert_close(step.read_blocks(queries, holed, weights), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_state_whose_blocks_are_mostly_read_is_not_copied(monkeypatch):
+    monkeypatch.setattr(step, "SMALL_STATE", 0)
+    blocks, weights = torch.randn(2, 9, 4, 5, 3), torch.ones(2, 4, 9)
+    assert step._most_read(blocks, weights.index_fill(2, torch.arange(3, 9), 0.0)) is None
+    assert step._most_read(blocks, weights.index_fill(2, torch.arange(2, 9), 0.0)) == 2
+    torch.compile(step.read_blocks, backend="eager", fullgraph=True)(torch.randn(2, 4, 5), blocks, 0 * weights)

@@ -7,10 +7,16 @@ import torch
 from torch import Tensor
 
 from loglinear.layers import BucketWeights, Mixer, MixerDecodeState, MixerState, Packing, Routing
-from loglinear.layers.routing import SHARPNESS
+from loglinear.layers.routing import SHARPNESS, keep_largest
 from loglinear.ops.problem import unit_length
 from loglinear.partition import Partition
-from loglinear.reference import dense_bucket_scores, dense_delta_rule, dense_routed_weights, dense_scalar_gate
+from loglinear.reference import (
+    dense_bucket_scores,
+    dense_delta_rule,
+    dense_routed_weights,
+    dense_scalar_gate,
+    dense_top_k,
+)
 from loglinear.variants import HeadSizes
 
 HIDDEN, HEADS = 12, HeadSizes(num_heads=4, num_groups=2, key_dim=5, head_dim=3)
@@ -42,8 +48,11 @@ def check_equal(mixer: Mixer, x: Tensor, actual: Tensor, expected: Tensor) -> No
         torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def dense_output(mixer: Mixer, x: Tensor) -> Tensor:
-    """The mixer's output for one sequence, with the definition in place of the scores and of the operator."""
+def dense_output(mixer: Mixer, x: Tensor, top_k: int | None = None) -> Tensor:
+    """The mixer's output for one sequence, with the definition in place of the scores and of the operator.
+
+    With top_k every token reads as a decode step does.
+    """
     z, qkv, _ = mixer._project(x)
     qkv, _ = mixer.conv(qkv, None, None)
     tensors, v = mixer._operands(x, qkv)
@@ -52,6 +61,8 @@ def dense_output(mixer: Mixer, x: Tensor) -> Tensor:
     R, layer = HEADS.num_heads // HEADS.num_groups, mixer.bucket_weights
     logits, sharpness = layer.proj(x)[0].unflatten(-1, layer.shape).transpose(0, 1), SHARPNESS * layer.score_bias.tau
     weights = dense_routed_weights(logits, scores, sharpness, mixer.partition)
+    if top_k is not None:
+        weights = dense_top_k(weights, top_k)
     if mixer.variant.l2_normalize:
         q, k = unit_length(q), unit_length(k)
     q, k = (t.repeat_interleave(R, 0) for t in (mixer.variant.scale * q, k))
@@ -157,6 +168,45 @@ def test_steps_are_the_whole(variant: str, partition: Partition, prompt: int) ->
 
 
 @both_families
+@every_partition
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_steps_read_the_buckets_of_the_largest_weights(variant: str, partition: Partition, top_k: int) -> None:
+    """The prompt reads all buckets, every step those of the definition."""
+    mixer, x = routed(variant, partition, 9, routing=Routing(top_k=top_k)).eval(), hidden(120).detach()
+    few, full = dense_output(mixer, x, top_k), dense_output(mixer, x)
+    for prompt in (1, 37):
+        y, state = mixer(x[:, :prompt], return_state=True)
+        torch.testing.assert_close(y, full[:, :prompt], rtol=1e-9, atol=1e-10)
+        state = MixerDecodeState.of(state)
+        for t in range(prompt, 120):
+            torch.testing.assert_close(mixer.step(x[:, t : t + 1], state)[:, 0], few[:, t], rtol=1e-9, atol=1e-10)
+    assert top_k > 2 or not torch.allclose(few, full)
+
+
+@both_families
+def test_a_step_that_may_read_every_bucket_is_bit_for_bit_the_full_one(variant: str) -> None:
+    mixer, x = routed(variant, Partition(4, 4), 9).eval(), hidden(100, B=2).detach()
+    states = [MixerDecodeState.of(mixer(x[:, :5], return_state=True)[1]) for _ in range(3)]
+    for t in range(5, 100):
+        outputs = []
+        for top_k, state in zip((None, 8, 100), states, strict=True):
+            mixer.set_decode_top_k(top_k)
+            outputs.append(mixer.step(x[:, t : t + 1], state))
+        assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5, 6, 7])
+def test_the_largest_weights_stay_as_they_are(top_k: int) -> None:
+    weights = torch.rand(3, 1, 4, 7)
+    ties = torch.randint(0, 3, (20, 1, 4, 7)).double()
+    for w in (weights, ties, torch.ones(1, 1, 1, 7)):
+        assert torch.equal(keep_largest(w, top_k), dense_top_k(w, top_k))
+    assert keep_largest(weights, 6) is keep_largest(weights, None) is weights
+    compiled = torch.compile(keep_largest, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(weights, top_k), keep_largest(weights, top_k))
+
+
+@both_families
 def test_a_sequence_starts_anywhere_in_the_tree(variant: str) -> None:
     """As after tokens that write nothing, which count in the buckets that they lie in."""
     mixer, x = routed(variant, Partition(4, 4)), hidden(30, B=2)
@@ -190,6 +240,22 @@ def test_mistakes_are_one_line() -> None:
             lambda: routed("mamba2", Partition(4), routing=Routing("keys")),
         ),
         ("routing_tau must be a finite number, got nan", lambda: Routing(tau=float("nan")).checked()),
+        (
+            "decode_top_k must be an integer of at least 1 or None, got 0",
+            lambda: routed("mamba2", Partition(4), routing=Routing(top_k=0)),
+        ),
+        (
+            "decode_top_k must be an integer of at least 1 or None, got True",
+            lambda: Routing(top_k=True).checked(),
+        ),
+        (
+            "decode_top_k needs a routed read, got 2 without routing",
+            lambda: plain.set_decode_top_k(2),
+        ),
+        (
+            "decode_top_k must be None in training, which reads all buckets, got 2: call model.eval() to decode",
+            lambda: routed("mamba2", Partition(4, 4), routing=Routing(top_k=2))(x),
+        ),
         ("num_columns must be at least 2 (with one bucket its weight is 1), got 1", lambda: BucketWeights(6, 2, 1)),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):

@@ -8,7 +8,13 @@ import torch
 from tiny_models import HYBRID, ROUTED, ROUTED_DELTA, tiny_config, tokens
 
 from loglinear.layers import BucketWeights
-from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts, state_bytes
+from loglinear.models import (
+    LogLinearConfig,
+    LogLinearForCausalLM,
+    parameter_counts,
+    set_decode_top_k,
+    state_bytes,
+)
 from loglinear.ops import Partition
 from loglinear.runs.loading import load_model
 from loglinear.runs.metrics import read_metrics
@@ -25,6 +31,8 @@ MISTAKES = [
     (dict(routing="keys"), "routing must be one of gram or None, got 'keys'"),
     (dict(routing="gram", num_levels=1), "routing needs num_levels of at least 2, got 1"),
     (dict(routing="gram", routing_tau=float("inf")), "routing_tau must be a finite number, got inf"),
+    (dict(routing="gram", decode_top_k=0), "decode_top_k must be an integer of at least 1 or None, got 0"),
+    (dict(decode_top_k=2), "decode_top_k needs routing, got 2 with routing=None"),
     (dict(routing="gram", impl="triton"), "routing needs impl 'auto', 'torch' or 'reference', got 'triton'"),
     (
         dict(radix=16, finest_block=8192),
@@ -138,7 +146,44 @@ def test_a_compiled_block_gives_the_same_gradients(make_model) -> None:
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [ROUTED, ROUTED_DELTA, HYBRID | ROUTED], ids=["mamba2", "delta", "hybrid"])
+def test_decoding_may_read_few_buckets(make_model, tmp_path, options: dict) -> None:
+    """A saved model keeps the number, and a loaded one takes another. It changes steps alone."""
+    model, ids = make_model(**options, decode_top_k=1), tokens(2, 90)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    few = LogLinearForCausalLM.from_pretrained(tmp_path).double().eval()
+    every = LogLinearForCausalLM.from_pretrained(tmp_path, decode_top_k=None).double().eval()
+    assert (few.config.decode_top_k, every.config.decode_top_k) == (1, None)
+    with torch.no_grad():
+        assert torch.equal(few(ids).logits, every(ids).logits)  # a prompt reads every bucket
+        caches = [loaded(ids[:, :79]).past_key_values for loaded in (few, every)]
+        steps = [
+            loaded(ids[:, 79:80], past_key_values=c).logits for loaded, c in zip((few, every), caches, strict=True)
+        ]
+        assert not torch.allclose(*steps)
+    expected = every.generate(ids[:, :50], max_new_tokens=9, do_sample=False)
+    set_decode_top_k(few, few.config.num_levels - 1)
+    assert torch.equal(few.generate(ids[:, :50], max_new_tokens=9, do_sample=False), expected)
+    set_decode_top_k(few, 1)
+    with pytest.raises(ValueError, match="^decode_top_k must be None in training, which reads all buckets, got 1: "):
+        few.train()(ids, labels=ids)
+    set_decode_top_k(few, None)
+    few(ids, labels=ids).loss.backward()
+
+
+def test_models_without_routing_read_what_lambda_says(make_model) -> None:
+    text = "decode_top_k needs a model with routing, LogLinearForCausalLM has no routed layer"
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        set_decode_top_k(make_model(), 2)
+
+
 def test_older_configurations_have_no_routing() -> None:
-    old = {name: value for name, value in tiny_config().to_dict().items() if "rout" not in name and name != "radix"}
+    old = {
+        name: value
+        for name, value in tiny_config().to_dict().items()
+        if "rout" not in name and name not in ("radix", "decode_top_k")
+    }
     config = LogLinearConfig(**old)
     assert (config.radix, config.largest_block, config.routing, config.partition) == (2, None, None, Partition())

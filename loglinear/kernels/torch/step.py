@@ -19,6 +19,7 @@ from loglinear.partition import Partition
 
 UNREACHED = 62  # the binary digit of 2**62, to which no position comes
 LARGEST_TABLE = 256  # places of a chunk whose columns are kept: 576 KiB
+SMALL_STATE = 1 << 19  # numbers of block states that are read faster than the few among them are found
 
 
 def until(seen: Tensor, gates: Tensor) -> Tensor:
@@ -125,9 +126,32 @@ def block_tokens(chunks: Tensor, num_blocks: int, chunk_size: int, partition: Pa
 
 
 def read_blocks(queries: Tensor, blocks: Tensor, weights: Tensor) -> Tensor:
-    """sum over m of weights[m] * q^T S_m; queries [N,H,K], blocks [N,M,H,K,V], weights [N,H,M] -> [N,H,V]."""
-    reads = (queries[:, None, :, None, :] @ blocks)[:, :, :, 0]
-    return (weights.transpose(1, 2)[..., None] * reads).sum(1)
+    """sum over m of weights[m] * q^T S_m; queries [N,H,K], blocks [N,M,H,K,V], weights [N,H,M] -> [N,H,V].
+
+    Where few weights of each head are not 0, only so many blocks are read.
+    """
+    most = _most_read(blocks, weights)
+    if most is None:
+        reads = (queries[:, None, :, None, :] @ blocks)[:, :, :, 0]
+        return (weights.transpose(1, 2)[..., None] * reads).sum(1)
+    N, M, H, K, V = blocks.shape
+    number = (weights == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]  # [N, H, most], nearest first
+    row, head = (torch.arange(n, device=blocks.device) for n in (N, H))
+    places = (row[:, None, None] * M + number) * H + head[:, None]
+    chosen = blocks.flatten(0, 2).index_select(0, places.flatten()).view(N, H, most, K, V)
+    reads = (queries[:, :, None, None, :] @ chosen)[:, :, :, 0]
+    return (weights.gather(2, number)[..., None] * reads).sum(2)
+
+
+def _most_read(blocks: Tensor, weights: Tensor) -> int | None:
+    """The most blocks that a head of a row reads, if a copy of so many is faster than a read of all; else None.
+
+    A copy is read, written and read again. A graph cannot ask for the number, and a GPU would wait for the answer.
+    """
+    if blocks.numel() < SMALL_STATE or blocks.is_cuda or in_graph():
+        return None
+    most = int(weights.count_nonzero(2).max())
+    return most if 3 * most < blocks.shape[1] else None
 
 
 def _joined_sizes(num_blocks: int, radix: int, device: torch.device) -> Tensor:
