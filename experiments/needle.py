@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerFast
 
 from experiments.recipes.needle import SEQUENCE, TOKENIZER, VOCABULARY
 from experiments.runs import Kind, Options, Out, kind_recipe, program, train_and_evaluate, with_options
+from experiments.tokens import tokens_of
 from loglinear.cli import execute
+from loglinear.data.corpus import split
 from loglinear.data.sources import read_documents
 from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.models import LogLinearForCausalLM
@@ -91,7 +93,8 @@ def run(
     """Train or resume one model, evaluate it at the end of the training, and write needle-KIND.json.
 
     Training can stop at any time: the next call resumes it from the last checkpoint. The evaluation takes further
-    minutes, which --minutes does not include. An interrupted evaluation starts again. All models of all seeds answer
+    minutes, which --minutes does not include. An interrupted evaluation starts again. The first run makes the tokens
+    of the training text, which stay in the folder `tokens` beside the tokenizer. All models of all seeds answer
     the same examples. --data should not be training text, which is Python's standard library. The validation text of
     `experiments.long_text` is suitable.
 
@@ -111,6 +114,7 @@ def run(
             raise ValueError(f"there is no {name}: run `python -m experiments.long_text prepare` first")
     texts = [document.text for document in read_documents(data or ())]
     sets = example_sets(tokens, texts, lengths=LENGTHS, count=examples)  # mistakes show before the training
+    corpus = tokens_of(recipe.data, str(tokenizer), tokenizer.parent / "tokens")
 
     def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:
         return {"tasks": evaluate_sets(model, tokens, sets)}
@@ -126,6 +130,7 @@ def run(
         name,
         options,
         eval_settings=eval_settings,
+        corpora=split(corpus, recipe.validation_fraction),
         tokenizer=str(tokenizer),
         num_levels=recipe.model["num_levels"] if levels is None else levels,
         embedding_range=recipe.model.get("embedding_range") if embedding_range is None else embedding_range,
