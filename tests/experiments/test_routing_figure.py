@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import loglinear
 from experiments.figures import routing
 from experiments.figures.routing import Reading, conclusion, draw_reading, reading
 from loglinear import cli
@@ -19,6 +20,7 @@ from loglinear.models import ByteTokenizer, LogLinearForCausalLM
 from loglinear.runs.loading import load_model
 from loglinear.training.train import train
 from tests.training.tiny import tiny_recipe, write_text
+from tests.upgrades import tiny
 
 TOKENIZER = ByteTokenizer()
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -67,6 +69,15 @@ def test_a_reading_is_of_the_last_token_before_the_digits(tmp_path, options, tas
     for layer, weights in zip(layers, read.layers.values(), strict=True):
         shown = {bucket: layer.weights[0, -1, :, column] for column, bucket in enumerate(layer.buckets(read.position))}
         assert all(np.allclose(weights[:, n], shown[bucket].numpy()) for n, bucket in enumerate(read.buckets))
+
+
+def test_upgraded_models_are_read_too():
+    torch.manual_seed(0)
+    model = tiny.mamba2(vocab_size=264).eval()
+    loglinear.upgrade(model, num_levels=10, finest_block=4, radix=4, routing="gram", chunk_size=4)
+    read = reading(model, TOKENIZER, example_of())
+    assert list(read.layers) == [0, 1, 2] and conclusion(read).startswith("No layer gives the needle's bucket")
+    assert all((weights == 1).all() for weights in read.layers.values())  # an upgrade starts neutral
 
 
 @every_kind

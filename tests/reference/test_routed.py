@@ -13,6 +13,7 @@ from loglinear.reference import (
     dense_routed_weights,
     dense_scalar_gate,
     dense_tokens_TL,
+    dense_top_k,
 )
 
 PARTITIONS = [Partition(2, 16), Partition(4), Partition(16, 4), Partition(4, 4, 16)]
@@ -83,3 +84,27 @@ def test_the_read_is_the_operator_with_these_weights(partition):
     expected = dense_scalar_gate(1e3 * q, 1e3 * k, v, log_decay, weights, partition)
     actual = dense_routed_read(1e3 * q, 1e3 * k, v, log_decay, None, logits, sharpness, partition)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-3)  # of 1e6; the epsilon of length 1 is small here
+
+
+@every_partition
+@pytest.mark.parametrize("delta_rule", [False, True], ids=["scalar_gate", "delta_rule"])
+def test_few_buckets_are_the_others_with_weight_zero(partition, delta_rule):
+    """The output lacks exactly the reads of the buckets that are left out."""
+    T, L = 37, 6
+    q, k, v = unit(2, T, 3), unit(2, T, 3), torch.randn(2, T, 2, dtype=torch.float64)
+    log_decay = -0.3 * torch.rand(2, T, dtype=torch.float64)
+    beta = 1.8 * torch.rand(2, T, dtype=torch.float64) if delta_rule else None
+    logits, sharpness = torch.randn(2, T, L, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    full = dense_routed_read(q, k, v, log_decay, beta, logits, sharpness, partition)
+    assert torch.equal(dense_routed_read(q, k, v, log_decay, beta, logits, sharpness, partition, top_k=L - 1), full)
+    weights = dense_routed_weights(logits, dense_bucket_scores(q, k, L, partition), sharpness, partition)
+    for top_k in (1, 2):
+        kept = dense_top_k(weights, top_k)
+        assert ((kept == weights) | (kept == 0)).all() and torch.equal(kept[..., 0], weights[..., 0])
+        assert ((kept[..., 1:] > 0).sum(-1) == (weights[..., 1:] > 0).sum(-1).clamp(max=top_k)).all()
+        assert (kept[..., 1:].amin(-1) == 0).all() and torch.equal(kept[..., 1:].amax(-1), weights[..., 1:].amax(-1))
+        few = dense_routed_read(q, k, v, log_decay, beta, logits, sharpness, partition, top_k)
+        dense = dense_scalar_gate if beta is None else dense_delta_rule
+        gates = (log_decay,) if beta is None else (log_decay, beta)
+        left_out = dense(q, k, v, *gates, weights - kept, partition)
+        torch.testing.assert_close(few + left_out, full, rtol=1e-5, atol=1e-5)  # q, k of length 1 up to 1e-6

@@ -19,7 +19,7 @@ from loglinear.partition import Partition
 
 UNREACHED = 62  # the binary digit of 2**62, to which no position comes
 LARGEST_TABLE = 256  # places of a chunk whose columns are kept: 576 KiB
-SMALL_STATE = 1 << 19  # numbers of block states that are read faster than the few among them are found
+SMALL_STATE = 1 << 21  # numbers of block states that are read faster than the few among them are found
 
 
 def until(seen: Tensor, gates: Tensor) -> Tensor:
