@@ -151,9 +151,7 @@ def unsupported(p: Problem) -> str | None:
 
 def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
     """Return the reason why the kernels do not support a step, as `unsupported` does for calls."""
-    reason, partition = _unavailable(v.device), state.fenwick.partition
-    if reason is None and partition is not None:
-        reason = f"a step with {partition} needs impl='torch': impl='triton' takes radix 2 without other blocks"
+    reason = _unavailable(v.device)
     if reason is not None:
         return reason
     if torch.float64 in (q.dtype, state.fenwick.blocks.dtype):

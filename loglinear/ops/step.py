@@ -201,7 +201,8 @@ def _step(operator: str, token: Token, impl: str) -> Tensor:
     assert log_decay is not None
     s = state.fenwick
     arrays = Arrays(s.position, s.blocks, s.k, s.v, s.log_decay, s.beta, state.inverse)
-    return step(Operands(q, k, v, log_decay, beta, level_scales, active), arrays, scale, l2_normalize)
+    operands = Operands(q, k, v, log_decay, beta, level_scales, active)
+    return step(operands, arrays, scale, l2_normalize, s.partition or FENWICK)
 
 
 def _reference_step(token: Token) -> Tensor:

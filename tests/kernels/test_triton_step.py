@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loglinear.ops import DecodeState, log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.partition import FENWICK, Partition
 from tests.kernels.interpreter import teach_interpreter
-from tests.ops.operators import OPERATORS
 
 
 class Names(TorchDispatchMode):
@@ -24,14 +24,15 @@ class Names(TorchDispatchMode):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
-def test_a_step_is_the_same_with_and_without_the_dispatcher(operator, monkeypatch):
+@pytest.mark.parametrize("partition", [FENWICK, Partition(4, 16)], ids=str)
+def test_a_step_is_the_same_with_and_without_the_dispatcher(operator, partition, monkeypatch):
     """A mode sees an operator. Without a mode none is dispatched, and the state's version numbers move as well."""
     pytest.importorskip("triton")
     teach_interpreter(monkeypatch.setattr)
     step = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
     inputs = {name: x.detach().float() for name, x in operator.inputs(T=15).items()}
-    final = operator(inputs, chunk_size=16, output_final_state=True, impl="torch").final_state
+    options = dict(chunk_size=16, output_final_state=True, partition=partition)
+    final = operator(inputs, impl="torch", **options).final_state
     results = []
     for mode in (contextlib.nullcontext(), Names()):
         state = DecodeState.of(final)

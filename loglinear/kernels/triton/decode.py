@@ -8,6 +8,7 @@ heads or tiles share, the buffers, gets the new token from one of them, and all 
 import triton
 import triton.language as tl
 
+from loglinear.kernels.triton.levels import digit_column
 from loglinear.kernels.triton.tiles import LOG2_E, MIN_LOG_DECAY, exponent
 
 ONE_DONE = tl.constexpr(1 << 40)  # above the bits of a position the programs count that are done with their row
@@ -73,17 +74,31 @@ def load_decay(log_decay):
 
 
 @triton.jit
-def place_scales(scales, place, L, C: tl.constexpr):
+def place_scales(scales, place, L, C: tl.constexpr, TREE: tl.constexpr):
     """lambda of the chunk's tokens as the new one sees them, 0 behind it."""
     i = tl.arange(0, C)
-    level = tl.maximum(exponent(place ^ i) + 1, 0)
-    return tl.load(scales + tl.minimum(level, L - 1), mask=i <= place, other=0.0).to(tl.float32)
+    column = tl.maximum(digit_column(place >> TREE.finest_log, i >> TREE.finest_log, TREE), 0)
+    return tl.load(scales + tl.minimum(column, L - 1), mask=i <= place, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def is_block(z, m, M: tl.constexpr):
-    """Is block m there after z chunks? The last one is, as soon as anything is that old."""
-    return ((z >> m) > 0) & ((((z >> m) & 1) > 0) | (m == M - 1))
+def digit_of(m, TREE: tl.constexpr):
+    """p of block m, which has radix**p chunks."""
+    digit = m // TREE.others
+    if TREE.last < TREE.blocks:
+        digit = tl.minimum(digit, TREE.last)
+    return digit
+
+
+@triton.jit
+def is_block(z, m, TREE: tl.constexpr):
+    """Is block m there after z chunks? `Partition.has_block` of the kernels."""
+    digit = digit_of(m, TREE)
+    count, nearer = z >> digit * TREE.radix_log, m - digit * TREE.others
+    is_open = m == TREE.blocks - 1  # its count goes beyond the digit, as that of the largest blocks does
+    if TREE.last < TREE.blocks:
+        is_open |= digit == TREE.last
+    return (count > nearer) & (((count & TREE.others) > nearer) | is_open)
 
 
 @triton.jit
@@ -99,30 +114,36 @@ def read_blocks(
     first_column,
     K: tl.constexpr,
     V: tl.constexpr,
-    LOG_C: tl.constexpr,
-    M: tl.constexpr,
+    TREE: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     """read + sum_m lambda_m diag(x) S_m, over the blocks that are there, of rows of K: their sum is the output. No sum
     over threads in the loop, so that the loads of UNROLL blocks are under way together."""
-    for first in range(0, M, UNROLL):
+    for first in range(0, TREE.blocks, UNROLL):
         for u in tl.static_range(UNROLL):
             m = first + u
-            there = (m < M) & is_block(z, m, M)
-            scale = tl.load(scales + tl.minimum(m + (LOG_C + 1), L - 1), mask=there, other=0.0).to(tl.float32)
+            there = (m < TREE.blocks) & is_block(z, m, TREE)
+            scale = tl.load(scales + tl.minimum(m + TREE.column, L - 1), mask=there, other=0.0).to(tl.float32)
             state_TV = load_part(blocks + m * step, first_row, first_column, there, K, V, TK, BV)
             read_TV += (scale * x_T)[:, None] * state_TV
     return read_TV
 
 
 @triton.jit
-def merged_into(z, M: tl.constexpr):
+def merged_into(z, TREE: tl.constexpr):
     """The block that takes the smaller ones and the chunk that is now full, the z-th."""
     z = z + 1
-    x = z | (1 << (M - 1))
-    return exponent(x & -x)
+    x = z | (1 << TREE.largest_log)
+    digit = exponent(x & -x) // TREE.radix_log
+    return tl.minimum(digit * TREE.others, TREE.blocks - 1)
+
+
+@triton.jit
+def is_pushed(m, target, TREE: tl.constexpr):
+    """Does block m get one number more when `target` becomes the nearest of its size? The last one takes all in."""
+    return (m >= target) & (m < TREE.blocks - 1) & (digit_of(m, TREE) == digit_of(target, TREE))
 
 
 @triton.jit

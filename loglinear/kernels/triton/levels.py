@@ -99,9 +99,17 @@ def load_class_scales(base, stride, n, L, level, i, ONE_LEVEL: tl.constexpr, TRE
 @triton.jit
 def columns_between(i, J: tl.constexpr, TREE: tl.constexpr):
     """[i, j]: the column in which place i of a chunk reads place j of J; any number where j > i."""
-    a, b = (i >> TREE.finest_log)[:, None], (tl.arange(0, J) >> TREE.finest_log)[None, :]
-    digit = tl.maximum(exponent(a ^ b), 0) // TREE.radix_log  # the highest that differs
-    return digit * TREE.others + (a >> digit * TREE.radix_log) - (b >> digit * TREE.radix_log)
+    return digit_column((i >> TREE.finest_log)[:, None], (tl.arange(0, J) >> TREE.finest_log)[None, :], TREE)
+
+
+@triton.jit
+def digit_column(a, b, TREE: tl.constexpr):
+    """The column in which finest block a reads finest block b of its chunk; any number where b > a."""
+    if TREE.radix_log == 1:
+        return exponent(a ^ b) + 1
+    else:
+        digit = tl.maximum(exponent(a ^ b), 0) // TREE.radix_log  # the highest that differs
+        return digit * TREE.others + (a >> digit * TREE.radix_log) - (b >> digit * TREE.radix_log)
 
 
 @triton.jit

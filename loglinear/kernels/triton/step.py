@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from loglinear.fenwick import log2
 from loglinear.kernels.torch import is_traced
 from loglinear.kernels.triton import delta_rule, scalar_gate
 from loglinear.kernels.triton.args import DecodeState, Tokens
 from loglinear.kernels.triton.launches import ceil_div, tile_width
+from loglinear.kernels.triton.tree import StateTree
+from loglinear.partition import Partition
 
 # Measured on an H100 (docs/lab-notes/2026-11-26-decoding.md). With eight warps triton 3.6 compiles the delta rule's
 # step wrongly: it makes an illegal access, where the interpreter, which checks every access, finds none.
@@ -53,13 +54,13 @@ class Operands(NamedTuple):
     active: Tensor | None  # [N]
 
 
-def step(x: Operands, state: DecodeState, scale: float, l2_normalize: bool) -> Tensor:
+def step(x: Operands, state: DecodeState, scale: float, l2_normalize: bool, partition: Partition) -> Tensor:
     """Return the outputs of `operator`, through it only if something records or transforms the call."""
     tensors = (*x, *state)
     if is_traced() or not all(type(y) in PLAIN for y in tensors):
-        return operator(*x, *state, scale, l2_normalize)
+        return operator(*x, *state, scale, l2_normalize, partition.numbers)
     torch.autograd.graph.increment_version([y for y in state if y is not None])  # as the operator does
-    return _run(x, state, scale, l2_normalize)
+    return _run(x, state, scale, l2_normalize, partition)
 
 
 @torch.library.custom_op("loglinear::step", mutates_args=STATE)
@@ -80,13 +81,14 @@ def operator(
     inverse: Tensor | None,
     scale: float,
     l2_normalize: bool,
+    partition: list[int],
 ) -> Tensor:
     """Outputs [N,H,V] of one token for each row that is active [N] (None: all are), 0 for others, and the state after
     it. q, k [N,G,K], v [N,H,V], log_decay, beta [N,H], level_scales [N,H,L]; the state's parts as in `FenwickState`.
-    The delta rule with beta, else the scalar gate."""
+    The delta rule with beta, else the scalar gate. `partition` holds the numbers of a `Partition`."""
     x = Operands(q, k, v, log_decay, beta, level_scales, active)
     state = DecodeState(position, blocks, k_buffer, v_buffer, decay_buffer, beta_buffer, inverse)
-    return _run(x, state, scale, l2_normalize)
+    return _run(x, state, scale, l2_normalize, Partition.of(partition))
 
 
 @operator.register_fake
@@ -94,12 +96,12 @@ def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
-def _run(x: Operands, state: DecodeState, scale: float, l2_normalize: bool) -> Tensor:
+def _run(x: Operands, state: DecodeState, scale: float, l2_normalize: bool, partition: Partition) -> Tensor:
     """Start the kernel of the token's family."""
     q, k, v, level_scales = (y if y.stride(-1) == 1 else y.contiguous() for y in (x.q, x.k, x.v, x.level_scales))
     active = None if x.active is None else x.active.contiguous()  # a mask's column has a stride
     (N, H, V), (G, K), L = v.shape, k.shape[1:], level_scales.shape[2]
-    C, M, BV = state.k.shape[1], state.blocks.shape[1], value_tile(N * H, V)
+    C, BV = state.k.shape[1], value_tile(N * H, V)
     out = torch.empty((N, H, V), dtype=v.dtype, device=v.device)
     inputs = [q, k, v, x.log_decay, *([] if x.beta is None else [x.beta]), level_scales]
     kernel, options = scalar_gate.step_kernel, dict(SCALAR_GATE)
@@ -118,8 +120,7 @@ def _run(x: Operands, state: DecodeState, scale: float, l2_normalize: bool) -> T
         K=K,
         V=V,
         C=C,
-        LOG_C=log2(C),
-        M=M,
+        TREE=StateTree.of(partition, C, state.blocks.shape[1]),
         BV=BV,
         UNROLL=BLOCKS // BV,
         num_stages=1,

@@ -47,6 +47,30 @@ class Tree(NamedTuple):
         return z >> min(cap // self.others * self.radix_log, 31) > cap % self.others
 
 
+class StateTree(NamedTuple):
+    """The blocks of a decoding state: a compile-time constant of its steps."""
+
+    radix_log: int
+    others: int  # as in `Tree`, and so are the next two
+    finest_log: int
+    column: int
+    blocks: int  # M
+    last: int  # the digit that counts the largest blocks; beyond all digits where blocks grow without limit
+    largest_log: int  # log2 of the chunks of the largest block that others join
+    is_queue: bool  # can there be several blocks of one size?
+
+    @classmethod
+    @lru_cache
+    def of(cls, partition: Partition, chunk_size: int, blocks: int) -> StateTree:
+        """`blocks` is M; the last one is everything older."""
+        m, others, last = log2(partition.radix), partition.radix - 1, partition.last_digit(chunk_size)
+        last = blocks if last is None else min(last, blocks)
+        largest_log = min(m * min(last, -(-(blocks - 1) // others)), 62)  # positions are below 2**62
+        column = partition.first_column(chunk_size)
+        is_queue = others > 1 or last < blocks
+        return cls(m, others, log2(partition.finest_block), column, blocks, last, largest_log, is_queue)
+
+
 def candidates(radix_log: int, z: int) -> int:
     """Return how many candidates the walks of the chunks up to chunk z have.
 

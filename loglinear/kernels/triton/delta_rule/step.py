@@ -25,6 +25,7 @@ from loglinear.kernels.triton.decode import (
     end,
     is_block,
     is_idle,
+    is_pushed,
     load_buffer,
     load_decay,
     load_part,
@@ -51,7 +52,7 @@ def load_joined(
     first_row,
     first_column,
     H,
-    M: tl.constexpr,
+    TREE: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     TK: tl.constexpr,
@@ -60,9 +61,22 @@ def load_joined(
     """A tile of the sum of the blocks first .. last that are there."""
     state_TV = tl.zeros([TK, BV], tl.float32)
     for m in range(first, last + 1):
-        there = is_block(z, m, M)
+        there = is_block(z, m, TREE)
         state_TV += load_part(blocks + m * H * (K * V), first_row, first_column, there, K, V, TK, BV)
     return state_TV
+
+
+@triton.jit
+def sources(turn, target, TREE: tl.constexpr):
+    """The block m of a turn, and the first and the last one of those that become it: all smaller ones of `target`."""
+    m = turn
+    if TREE.is_queue:  # from the oldest on, so that a block is written after its older neighbour has taken it
+        m = TREE.blocks - 1 + target - turn
+    first, last = tl.where(m == target, 0, m), m
+    if TREE.is_queue:
+        first -= is_pushed(m - 1, target, TREE).to(tl.int32)
+        last -= is_pushed(m, target, TREE).to(tl.int32)
+    return m, first, last
 
 
 @launcher
@@ -84,8 +98,7 @@ def step_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
-    LOG_C: tl.constexpr,
-    M: tl.constexpr,
+    TREE: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -110,7 +123,7 @@ def step_kernel(
     decay_buffer = state.decay + n * C * H + h
     beta_buffer = state.beta + n * C * H + h
     inverse = state.inverse + (n * C * H + h) * C
-    scales, blocks = token_at(level_scales, n, h), state.blocks + (n * M * H + h) * (K * V)
+    scales, blocks = token_at(level_scales, n, h), state.blocks + (n * TREE.blocks * H + h) * (K * V)
 
     q_scale, k_scale = scale, 1.0
     if UNIT:
@@ -153,7 +166,7 @@ def step_kernel(
         tl.store(decay_buffer + place * H, g)
         tl.store(beta_buffer + place * H, strength)
         tl.store(inverse + place * (H * C) + i, row_C)
-    weights = effective * place_scales(scales, place, L, C)
+    weights = effective * place_scales(scales, place, L, C, TREE)
     v_CV = load_buffer(v_buffer, H * V, place, v_V, tile * BV, V, C, BV)
     o_V = tl.sum(weights[:, None] * v_CV, 0)
     read_TV = tl.zeros([TK, BV], tl.float32)
@@ -163,37 +176,40 @@ def step_kernel(
         x_T = load_token(q_row, j, j < K) * (tl.exp2(total) * q_scale)
         x_T -= tl.sum((effective * from_start)[:, None] * k_CT, 0)
         read_TV = read_blocks(
-            read_TV, x_T, scales, z, L, blocks, H * (K * V), kt, tile * BV, K, V, LOG_C, M, TK, BV, UNROLL
+            read_TV, x_T, scales, z, L, blocks, H * (K * V), kt, tile * BV, K, V, TREE, TK, BV, UNROLL
         )
     o_V += tl.sum(read_TV, 0)
     tl.store(out + columns, o_V.to(out.dtype.element_ty), mask=inside)
 
     if place == C - 1:
-        height = merged_into(z, M)
+        target = merged_into(z, TREE)
         whole_CC = tl.where(i_C1 == place, row_C[None, :], inverse_CC) * strengths[None, :]
         v_CV = load_buffer(v_buffer, H * V, place, v_V, tile * BV, V, C, BV)
         own_CV = tl.dot(whole_CC, v_CV, input_precision="tf32x3")
-        for size in range(height, M):
-            if (size == height) | is_block(z, size, M):
-                first = tl.where(size == height, 0, size)
-                new_CV = tl.where(size == height, own_CV, 0.0)
+        for turn in range(target, TREE.blocks):
+            m, first, last = sources(turn, target, TREE)
+            if (m == target) | is_block(z, first, TREE) | is_block(z, last, TREE):
+                new_CV = tl.where(m == target, own_CV, 0.0)
                 for row in range(0, K, TK):
                     j = row + tl.arange(0, TK)
                     k_T = load_token(k_row, j, j < K) * k_scale
                     k_CT = load_buffer(k_buffer, G * K, place, k_T, row, K, C, TK) * from_start[:, None]
                     seen_CT = tl.dot(whole_CC, k_CT, input_precision="tf32x3")
-                    state_TV = load_joined(blocks, z, first, size, row, tile * BV, H, M, K, V, TK, BV)
+                    state_TV = load_joined(blocks, z, first, last, row, tile * BV, H, TREE, K, V, TK, BV)
                     new_CV -= tl.dot(seen_CT, state_TV, input_precision="tf32x3")
                 for row in range(0, K, TK):
                     j = row + tl.arange(0, TK)
                     k_T = load_token(k_row, j, j < K) * k_scale
                     k_CT = load_buffer(k_buffer, G * K, place, k_T, row, K, C, TK) * tl.exp2(behind)[:, None]
-                    state_TV = load_joined(blocks, z, first, size, row, tile * BV, H, M, K, V, TK, BV) * tl.exp2(total)
+                    state_TV = load_joined(blocks, z, first, last, row, tile * BV, H, TREE, K, V, TK, BV)
+                    state_TV *= tl.exp2(total)
                     state_TV += tl.dot(tl.trans(k_CT), new_CV, input_precision="tf32x3")
-                    store_part(blocks + size * H * (K * V), row, tile * BV, state_TV, True, K, V, TK, BV)
+                    store_part(blocks + m * H * (K * V), row, tile * BV, state_TV, True, K, V, TK, BV)
+                if TREE.is_queue:
+                    tl.debug_barrier()  # the next one writes what this one has read
         tl.debug_barrier()  # they have been read
-        for size in range(0, height):
+        for m in range(0, target):
             for row in range(0, K, TK):
                 empty_TV = tl.zeros([TK, BV], tl.float32)
-                store_part(blocks + size * H * (K * V), row, tile * BV, empty_TV, True, K, V, TK, BV)
+                store_part(blocks + m * H * (K * V), row, tile * BV, empty_TV, True, K, V, TK, BV)
     end(state.position, n, t, H * TILES)

@@ -18,6 +18,7 @@ from loglinear.kernels.triton.decode import (
     end,
     is_block,
     is_idle,
+    is_pushed,
     load_buffer,
     load_decay,
     load_part,
@@ -50,8 +51,7 @@ def step_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
-    LOG_C: tl.constexpr,
-    M: tl.constexpr,
+    TREE: tl.constexpr,
     TK: tl.constexpr,
     BV: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -71,7 +71,7 @@ def step_kernel(
     k_buffer = state.k + (n * C * G + group) * K
     v_buffer = state.v + (n * C * H + h) * V
     decay_buffer = state.decay + n * C * H + h
-    scales, blocks = token_at(level_scales, n, h), state.blocks + (n * M * H + h) * (K * V)
+    scales, blocks = token_at(level_scales, n, h), state.blocks + (n * TREE.blocks * H + h) * (K * V)
 
     g = load_decay(token_at(log_decay, n, h))
     behind, total = decays(decay_buffer, H, g, place, C)
@@ -87,7 +87,7 @@ def step_kernel(
     tl.store(v_buffer + place * (H * V) + columns, v_V, mask=inside)
     if tile == 0:
         tl.store(decay_buffer + place * H, g)
-    weights = scores * place_scales(scales, place, L, C) * tl.exp2(behind)
+    weights = scores * place_scales(scales, place, L, C, TREE) * tl.exp2(behind)
     v_CV = load_buffer(v_buffer, H * V, place, v_V, tile * BV, V, C, BV)
     o_V = tl.sum(weights[:, None] * v_CV, 0)
     read_TV = tl.zeros([TK, BV], tl.float32)
@@ -95,23 +95,29 @@ def step_kernel(
         j = kt + tl.arange(0, TK)
         q_T = load_token(q_row, j, j < K)
         read_TV = read_blocks(
-            read_TV, q_T, scales, z, L, blocks, H * (K * V), kt, tile * BV, K, V, LOG_C, M, TK, BV, UNROLL
+            read_TV, q_T, scales, z, L, blocks, H * (K * V), kt, tile * BV, K, V, TREE, TK, BV, UNROLL
         )
     o_V = (o_V + tl.sum(read_TV, 0) * tl.exp2(total)) * scale
     tl.store(out + columns, o_V.to(out.dtype.element_ty), mask=inside)
 
     if place == C - 1:
-        height = merged_into(z, M)
+        target = merged_into(z, TREE)
         v_CV = load_buffer(v_buffer, H * V, place, v_V, tile * BV, V, C, BV)
         for kt in range(0, K, TK):
             j = kt + tl.arange(0, TK)
             k_CT = load_buffer(k_buffer, G * K, place, load_token(k_row, j, j < K), kt, K, C, TK)
             k_CT *= tl.exp2(behind)[:, None]
             joined_TV = tl.dot(tl.trans(k_CT), v_CV, input_precision="tf32x3")
-            for m in range(M):
-                there, block = is_block(z, m, M), blocks + m * H * (K * V)
+            pushed_TV = tl.zeros([TK, BV], tl.float32)
+            for m in range(TREE.blocks):
+                there, block = is_block(z, m, TREE), blocks + m * H * (K * V)
                 state_TV = load_part(block, kt, tile * BV, there, K, V, TK, BV) * tl.exp2(total)
-                joined_TV += tl.where(m <= height, state_TV, 0.0)
-                state_TV = tl.where(m == height, joined_TV, tl.where(m < height, 0.0, state_TV))
-                store_part(block, kt, tile * BV, state_TV, there | (m == height), K, V, TK, BV)
+                if TREE.is_queue:
+                    leaves, arrived_TV = is_pushed(m, target, TREE), pushed_TV
+                    pushed_TV = tl.where(leaves, state_TV, 0.0)
+                    state_TV = tl.where(leaves, 0.0, state_TV) + arrived_TV
+                    there |= is_block(z + 1, m, TREE)
+                joined_TV += tl.where(m <= target, state_TV, 0.0)
+                state_TV = tl.where(m == target, joined_TV, tl.where(m < target, 0.0, state_TV))
+                store_part(block, kt, tile * BV, state_TV, there | (m == target), K, V, TK, BV)
     end(state.position, n, t, H * TILES)
