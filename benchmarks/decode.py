@@ -1,7 +1,8 @@
-"""Cost of one token: a layer's step, and whole models by context, compared with a key/value cache.
+"""Cost of one token: a layer's step by partition, and whole models by context, compared with a key/value cache.
 
     python -m benchmarks.decode --device cuda --out results/decode-h100.json
-    python -m benchmarks.decode --out results/decode-cpu.json          # the demo's size, at 200 and at 20,000 tokens
+    python -m benchmarks.decode --device cuda --no-models             # the layers alone, a minute
+    python -m benchmarks.decode --out results/decode-cpu.json         # the demo's size, at 200 and at 20,000 tokens
 
 GPU times are those of replayed CUDA graphs: one step of a model, or 64 steps of a layer. A layer runs over the 1,024
 tokens up to its context, merges of blocks included; `step_bytes` gives the bytes that its steps must read and write.
@@ -12,6 +13,7 @@ work (`ContextLayer`).
 # N rows, B batch, T context, C chunk, M blocks, G groups, H heads, K key, V value, L levels
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -25,9 +27,9 @@ from rich.progress import Progress
 from benchmarks.decoding_models import MODELS, build, cache_at
 from benchmarks.machine import about, announce, check_options, command_line, keep, progress_bar
 from loglinear.cli.console import print_table
-from loglinear.fenwick import num_levels
 from loglinear.models import LogLinearCache, LogLinearConfig, LogLinearForCausalLM
 from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.partition import FENWICK, Partition
 from loglinear.recipes import get_recipe
 
 LAYERS = {  # G, H, K, V
@@ -35,23 +37,25 @@ LAYERS = {  # G, H, K, V
     "delta rule, the paper's Gated DeltaNet": (6, 6, 192, 384),
 }
 LAYER_CONTEXT, LAYER_STEPS, CHUNK = 65_536, 1024, 64
+PARTITIONS = (FENWICK, Partition(4, CHUNK), Partition(16, CHUNK))
 CONTEXTS, BATCHES = (1024, 16_384, 131_072), (1, 64)
 MODEL_STEPS = 50
 
 
-def step_bytes(position: int, G: int, H: int, K: int, V: int, blocks: int, delta: bool) -> int:
+def step_bytes(position: int, state: FenwickState) -> int:
     """Return the bytes of one row's step: its blocks, the rows of its chunk, and at a chunk's end the merged blocks."""
+    (M, H, K, V), G, delta = state.blocks.shape[1:], state.k.shape[2], state.beta is not None
+    partition = state.partition or FENWICK
     place, chunks = position % CHUNK, position // CHUNK
-    state = 4 * H * K * V
+    block = 4 * H * K * V
 
     def active(chunks: int) -> int:
-        low = chunks & ((1 << (blocks - 1)) - 1)
-        return low.bit_count() + (chunks >> (blocks - 1) > 0)
+        return sum(partition.has_block(chunks, number, M, CHUNK) for number in range(M))
 
     row = 4 * (G * K + H * V + H * (2 if delta else 1))
     chunk = (place + 1) * row + (4 * H * (place * place + CHUNK) if delta else 0)
-    end = (active(chunks) + active(chunks + 1)) * state if place == CHUNK - 1 else 0
-    return active(chunks) * state + chunk + end
+    end = (active(chunks) + active(chunks + 1)) * block if place == CHUNK - 1 else 0
+    return active(chunks) * block + chunk + end
 
 
 def copy_bandwidth() -> float:
@@ -87,13 +91,12 @@ def captured(run: Callable[[], Any], steps: int = 1) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def layer_row(name: str, N: int, bandwidth: float) -> dict[str, Any]:
+def layer_row(name: str, partition: Partition, N: int, bandwidth: float) -> dict[str, Any]:
     """Return the time, the bytes and the share of the bandwidth of a layer's step with N rows."""
     G, H, K, V = LAYERS[name]
-    L, delta = num_levels(LAYER_CONTEXT), name.startswith("delta")
-    state = FenwickState.zeros(
-        N, num_levels=L, chunk_size=CHUNK, groups=G, heads=H, key_dim=K, value_dim=V, delta_rule=delta, device="cuda"
-    )
+    L, delta = partition.num_columns(LAYER_CONTEXT), name.startswith("delta")
+    sizes = dict(num_levels=L, chunk_size=CHUNK, groups=G, heads=H, key_dim=K, value_dim=V, delta_rule=delta)
+    state = FenwickState.zeros(N, device="cuda", partition=partition, **sizes)  # type: ignore[arg-type]
     state.blocks.normal_(std=0.1)
     decode, start = DecodeState.of(state), LAYER_CONTEXT - LAYER_STEPS
     q, k = (torch.randn(N, G, K, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -102,17 +105,16 @@ def layer_row(name: str, N: int, bandwidth: float) -> dict[str, Any]:
 
     def step() -> None:
         if delta:
-            log_linear_delta_rule_step(q, k, v, -gates[0], gates[1], scales, decode, l2_normalize=True)
+            log_linear_delta_rule_step(q, k, v, -gates[0], gates[1], scales, decode, l2_normalize=True, impl="triton")
         else:
-            log_linear_attention_step(q, k, v, -gates[0], scales, decode)
+            log_linear_attention_step(q, k, v, -gates[0], scales, decode, impl="triton")
 
     graph = captured(step, CHUNK)
     decode.fenwick.position.fill_(start - CHUNK)  # one replay warms up
     seconds = sum(times(graph.replay, LAYER_STEPS // CHUNK)) / 1e3 / LAYER_STEPS
-    M = state.blocks.shape[1]
-    moved = N * sum(step_bytes(start + t, G, H, K, V, M, delta) for t in range(LAYER_STEPS)) / LAYER_STEPS
+    moved = N * sum(step_bytes(start + t, state) for t in range(LAYER_STEPS)) / LAYER_STEPS
     return {
-        "layer": name,
+        "layer": name if partition == FENWICK else f"{name}, radix {partition.radix}, blocks of {CHUNK}",
         "N": N,
         "T": LAYER_CONTEXT,
         "us": seconds * 1e6,
@@ -143,17 +145,16 @@ def model_row(name: str, model: LogLinearForCausalLM, B: int, T: int, compiled: 
     return row
 
 
-def on_gpu(progress: Progress, keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
-    """Return the rows of all layers and models. `keep` is called after every model's row."""
+def on_gpu(progress: Progress, keep: Callable[[list[dict[str, Any]]], None], models: bool) -> list[dict[str, Any]]:
+    """Return the rows of all layers and, if `models`, of all models. `keep` is called after every model's row."""
     bandwidth = copy_bandwidth()
     rows: list[dict[str, Any]] = [{"copy_gb_per_second": bandwidth / 1e9}]
-    task = progress.add_task("layers", total=len(LAYERS) * 2 + len(MODELS))
-    for name in LAYERS:
-        for N in BATCHES:
-            rows.append(layer_row(name, N, bandwidth))
-            progress.advance(task)
+    task = progress.add_task("layers", total=len(LAYERS) * len(PARTITIONS) * len(BATCHES) + len(MODELS) * models)
+    for name, N, partition in itertools.product(LAYERS, BATCHES, PARTITIONS):
+        rows.append(layer_row(name, partition, N, bandwidth))
+        progress.advance(task)
     keep(rows)
-    for name in MODELS:
+    for name in MODELS if models else ():
         announce(progress, task, name)
         model = build(name, "cuda", torch.bfloat16)
         for T in CONTEXTS:
@@ -214,6 +215,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         named = [[row["layer"], str(row["N"]), *cells] for row, cells in zip(layers, numbers, strict=True)]
         print_table(f"Step of one layer at T {LAYER_CONTEXT:,}", columns, named)
     models = {(row["model"], row["B"], row["T"]): row for row in rows if "model" in row}
+    if not models:
+        return
     places = list(dict.fromkeys((B, T) for _, B, T in models))
     table = []
     for name in dict.fromkeys(name for name, _, _ in models):
@@ -225,17 +228,22 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     steps: Annotated[int, typer.Option(help="Timed steps on a CPU, of which the median counts.")] = 100,
+    models: Annotated[bool, typer.Option(help="Time whole models too; a CPU times nothing else.")] = True,
     out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
     """Time the steps of decoding.
 
-    cpu: models of the demo's size. cuda: one layer, and the paper's models by context and batch.
+    cpu: models of the demo's size. cuda: one layer by partition, and the paper's models by context and batch.
     """
+    if device == "cpu" and not models:
+        raise typer.BadParameter("--no-models leaves nothing to time with --device cpu")
     check_options(device, out, steps=steps)
     described = about("decode", device)
     with progress_bar() as progress:
         rows = (
-            on_gpu(progress, lambda rows: keep(out, described, rows)) if device == "cuda" else on_cpu(progress, steps)
+            on_gpu(progress, lambda rows: keep(out, described, rows), models)
+            if device == "cuda"
+            else on_cpu(progress, steps)
         )
     show(rows)
     keep(out, described, rows)

@@ -9,7 +9,8 @@ the rows of the chunk's formulas (`chunk_inverse`, `output`) are
     x   = exp(G_i) q - sum_j T_j beta_j exp(G_j) k_j
 
 Blocks S_m are only read, until the chunk is full: then all of them go through its transition, and the smaller ones
-join it. With W = A diag(beta exp(G)) K, U = A diag(beta) V and Kd = diag(dec) K,
+join it. The others of its new size become one number older. With W = A diag(beta exp(G)) K, U = A diag(beta) V and
+Kd = diag(dec) K,
 
     S_m -> exp(G) S_m - Kd^T W S_m,    the chunk's own state Kd^T U
 """

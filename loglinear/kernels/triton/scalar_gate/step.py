@@ -4,7 +4,8 @@ With i the token's place in its chunk, G the sum of the chunk's decays up to it 
 
     o = sum_j lambda[level(i, j)] exp(G_j) (q^T k_j) v_j + sum_m lambda_m exp(G) q^T S_m
 
-Blocks S_m are only read, until the chunk is full: then all of them move to its end, and the smaller ones join it.
+Blocks S_m are only read, until the chunk is full: then all of them move to its end, and the smaller ones join it. The
+others of its new size become one number older.
 """
 
 # C chunk, M blocks, H heads, R heads of a group, K key, V value, L levels
