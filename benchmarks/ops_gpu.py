@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ from torch import Tensor
 from benchmarks.machine import announce
 from loglinear.cli.console import print_table
 from loglinear.fenwick import num_levels
-from loglinear.ops import log_linear_attention, log_linear_delta_rule
+from loglinear.layers.routing import normalized
+from loglinear.ops import bucket_scores, log_linear_attention, log_linear_delta_rule
 from loglinear.partition import FENWICK, Partition
 
 SECONDS = 0.25  # of device time for one number, with at least MIN_RUNS runs
 MIN_RUNS = 5
 PARTITIONS = (Partition(4, 64), Partition(8, 64), Partition(16, 64))  # beside radix 2
+ROUTED = (Partition(2, 64), *PARTITIONS)
 BF16_BUDGET = {False: 3.5e-3, True: 7e-3}  # of the scalar gate, of the delta rule
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -44,6 +47,8 @@ class Shape:
     lengths: tuple[int, ...]
     with_peers: bool = True
     delta: bool = False
+    routed: bool = False
+    """The scores of buckets and the routed read, by radix and implementation, in the place of the operator."""
 
 
 SHAPES = [
@@ -53,6 +58,9 @@ SHAPES = [
     Shape("delta rule", 2, 16, 16, 128, 128, LENGTHS, delta=True),
     Shape("delta rule, the paper's heads", 2, 6, 6, 192, 384, LENGTHS, delta=True),
     Shape("delta rule, one sequence", 1, 8, 8, 128, 128, (131072,), delta=True),
+    Shape("routed", 1, 48, 1, 128, 64, (16384, 131072), routed=True),
+    Shape("routed, one group per head", 1, 24, 24, 128, 64, (16384, 131072), routed=True),
+    Shape("routed delta rule", 1, 24, 24, 128, 64, (16384, 131072), routed=True, delta=True),
 ]
 
 
@@ -90,6 +98,8 @@ def operator(s: Shape, impl: str, partition: Partition = FENWICK) -> Callable[..
 
 def candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
     """Return name -> (function of leaves, leaves). A peer that cannot be imported is left out."""
+    if s.routed:
+        return routed_candidates(s, T)
     inputs = make_inputs(s, T, num_levels(T))
     ours, scales = operator(s, "triton"), inputs[-1]
     peers: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
@@ -134,6 +144,35 @@ def candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[
         except ImportError as error:
             print("fla is left out:", error)
     return peers
+
+
+def routed_candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    """Return the scores, and the read with them (scores, weights, operator), by both implementations of the scores.
+
+    The operator alone, with the same columns, is in between. All operators are kernels.
+    """
+    found: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {}
+    for p in ROUTED:
+        inputs = make_inputs(s, T, p.num_columns(T))
+        name = f"radix {p.radix}"
+        found[f"loglinear, {name}: operator"] = operator(s, "triton", p), inputs
+        for impl, owner in (("triton", "loglinear"), ("torch", "scores in torch")):
+            found[f"{owner}, {name}: scores"] = partial(scores, p, inputs[-1].shape[3], impl), inputs[:2]
+            found[f"{owner}, {name}: routed read"] = partial(routed_read, s, p, impl), inputs
+    return found
+
+
+def scores(p: Partition, num_columns: int, impl: str, q: Tensor, k: Tensor) -> Tensor:
+    """Return the scores of buckets."""
+    return bucket_scores(q, k, num_columns=num_columns, partition=p, impl=impl).scores
+
+
+def routed_read(s: Shape, p: Partition, impl: str, *leaves: Tensor) -> Tensor:
+    """Return the output of the routed read, with the last of `leaves` as logits and a sharpness of 4."""
+    *rest, logits = leaves
+    found = bucket_scores(*rest[:2], num_columns=logits.shape[3], partition=p, impl=impl)
+    a = logits.float() + 4 * found.scores.repeat_interleave(s.H // s.G, 2)
+    return operator(s, "triton", p)(*rest, normalized(a, found.tokens))
 
 
 def delta_rule_peers(inputs: list[Tensor]) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
@@ -202,11 +241,18 @@ def figures(function: Callable[..., Tensor], leaves: list[Tensor], graph: bool) 
 
 
 def check(s: Shape) -> float:
-    """Return ||output - float64|| / ||float64|| at T 2,048 with at most four heads and groups. Exits if it is large."""
-    few = Shape(s.name, 1, min(4, s.H), min(4, s.G), s.K, s.V, (), delta=s.delta)
+    """Return ||output - float64|| / ||float64|| at T 2,048 with at most four heads and groups. Exits if it is large.
+
+    With `routed` the output is the scores.
+    """
+    few = Shape(s.name, 1, min(4, s.H), min(4, s.G), s.K, s.V, (), delta=s.delta, routed=s.routed)
     inputs = make_inputs(few, 2048, 12)
-    exact = operator(s, "torch")(*(x.double() for x in inputs))
-    error = float((operator(s, "triton")(*inputs).double() - exact).norm() / exact.norm())
+    kernels, torch_ = operator(s, "triton"), operator(s, "torch")
+    if s.routed:
+        inputs = inputs[:2]
+        kernels, torch_ = (partial(scores, ROUTED[1], 12, impl) for impl in ("triton", "torch"))
+    exact = torch_(*(x.double() for x in inputs))
+    error = float((kernels(*inputs).double() - exact).norm() / exact.norm())
     if not error < BF16_BUDGET[s.delta]:
         raise SystemExit(f"{s.name} is wrong: relative error {error:.1e}; nothing was timed")
     return error

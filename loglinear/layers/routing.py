@@ -110,8 +110,13 @@ class BucketWeights(nn.Module):
             tokens: [B or 1, T, L], the tokens of the buckets.
         """
         a = at_least_float32(self.proj(x)).unflatten(-1, self.shape) + self.score_bias(scores)
-        live = (tokens > 0).unsqueeze(2)
-        a = a.masked_fill(~live, -torch.inf)
-        weights = (a - a.amax(-1, keepdim=True).detach()).exp()
-        # A softmax times n would round 1 / n, and equal numbers must give exactly 1.
-        return weights * (live.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True))
+        return normalized(a, tokens)
+
+
+def normalized(a: Tensor, tokens: Tensor) -> Tensor:
+    """Return n_t softmax_b a[t, b] over the n_t buckets that hold a token: a [B, T, H, L], tokens [B or 1, T, L]."""
+    live = (tokens > 0).unsqueeze(2)
+    a = a.masked_fill(~live, -torch.inf)
+    weights = (a - a.amax(-1, keepdim=True).detach()).exp()
+    # A softmax times n would round 1 / n, and equal numbers must give exactly 1.
+    return weights * (live.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True))

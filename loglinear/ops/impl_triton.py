@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata, util
 
 import torch
@@ -114,6 +114,11 @@ def _chunk_size(p: Problem) -> int:
     return 0 if p.partition == FENWICK else p.partition.chunk_near(p.chunk_size, most=_largest_chunk(p))
 
 
+def block_size(p: Problem) -> int:
+    """Return the chunk size of a call, chosen here."""
+    return _chunk_size(p) or min(p.chunk_size, _largest_chunk(p))
+
+
 def unsupported(p: Problem) -> str | None:
     """Return the reason why these kernels do not support a call and what does; None if they support it."""
     reason = _unavailable(p.v.device) or _other_partition(p.partition)
@@ -197,49 +202,71 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
     return _continue(p, p.initial_state, log_decay)
 
 
+@dataclass(frozen=True)
+class Continued:
+    """The tokens of sequences that continue from a state: buffered and new ones in one row, without gaps."""
+
+    state: FenwickState
+    ends: Tensor  # [N + 1], the boundaries of the sequences in this row
+    places: Places  # of the tokens in this row
+    apart: Tensor  # the place of each token of the row among all buffered tokens and then all new ones
+    real: Tensor  # False for the row's padding
+    output: Tensor  # [B T], the place of each new token
+
+    @classmethod
+    def of(cls, p: Problem, state: FenwickState) -> Continued:
+        """Return the row of a call; the device asserts that no position is too large for a walk."""
+        from loglinear.kernels.triton.layout import ragged
+        from loglinear.kernels.triton.tree import MAX_CHUNKS
+
+        N, C, tokens = p.num_sequences, p.chunk_size, p.v.shape[0] * p.v.shape[1]
+        apart = places_in_one_row(p, N)
+        buffered, lengths = state.position % C, apart.end - apart.start
+        torch._assert_async(
+            (apart.end < MAX_CHUNKS * C).all(),
+            f"impl='triton' needs positions below {MAX_CHUNKS * C} at chunk size {C}: use impl='torch'",
+        )
+        ends = torch.nn.functional.pad((buffered + lengths).cumsum(0), (1, 0))
+        sequence, offset, real = ragged(buffered + lengths, N * C + tokens)
+        position = offset + (state.position - buffered)[sequence]
+        source = torch.where(real, Places(*(x[sequence] for x in apart)).of(position, C), 0)
+        together = Places(apart.start, apart.end, ends[:-1], ends[:-1] + buffered)
+        owner, number, _ = ragged(lengths, tokens)
+        return cls(state, ends, together, source, real, together.first[owner] + number)
+
+    def packed(self, new: Tensor, buffer: Tensor | None = None) -> Tensor:
+        """Return buffered and new tokens as the row."""
+        return take(in_one_row(new, self.state, buffer), self.apart, self.real)
+
+    def unpacked(self, output: Tensor) -> Tensor:
+        """Return the new tokens' part [B T, ...] of a row [1, tokens, ...]."""
+        return output[0].index_select(0, self.output)
+
+
 def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tensor, FenwickState | None]:
     """Run sequences that continue from a state."""
     from loglinear.kernels.triton import chunkwise
-    from loglinear.kernels.triton.layout import ragged
-    from loglinear.kernels.triton.tree import MAX_CHUNKS
 
-    N, C, tokens = p.num_sequences, p.chunk_size, p.v.shape[0] * p.v.shape[1]
-    apart = places_in_one_row(p, N)
-    buffered, lengths = state.position % C, apart.end - apart.start
-    torch._assert_async(
-        (apart.end < MAX_CHUNKS * C).all(),
-        f"impl='triton' needs positions below {MAX_CHUNKS * C} at chunk size {C}: use impl='torch'",
-    )
-    ends = torch.nn.functional.pad((buffered + lengths).cumsum(0), (1, 0))
-    sequence, offset, real = ragged(buffered + lengths, N * C + tokens)
-    position = offset + (state.position - buffered)[sequence]
-    source = torch.where(real, Places(*(x[sequence] for x in apart)).of(position, C), 0)
-
-    def packed(new: Tensor, buffer: Tensor | None = None) -> Tensor:
-        """Return buffered and new tokens without gaps between them."""
-        return take(in_one_row(new, state, buffer), source, real)
-
+    row, C = Continued.of(p, state), p.chunk_size
     log_decay = log_decay.clamp(min=MIN_LOG_DECAY)
     beta, blocks = None, state.blocks
     if p.beta is not None:
-        beta = packed(p.beta, state.beta)
+        beta = row.packed(p.beta, state.beta)
         # The first entry of the delta rule's tree reads the prefix even if there is none, so it must be zero.
         is_past = has_blocks(state.position // C, blocks.shape[1], C, p.partition)
         blocks = torch.where(is_past[..., None, None, None], blocks, 0.0)
-    written = [packed(p.k, state.k), packed(p.v, state.v), packed(log_decay, state.log_decay), beta]
+    written = [row.packed(p.k, state.k), row.packed(p.v, state.v), row.packed(log_decay, state.log_decay), beta]
     output, blocks, *_ = chunkwise(
-        packed(p.q)[None],
+        row.packed(p.q)[None],
         *(None if x is None else x[None] for x in written),
-        packed(p.level_scales)[None],
+        row.packed(p.level_scales)[None],
         blocks,
-        ends,
+        row.ends,
         state.position // C,
         p.scale,
         C,
         p.output_final_state,
         p.partition.numbers,
     )
-    together = Places(apart.start, apart.end, ends[:-1], ends[:-1] + buffered)
-    owner, number, _ = ragged(lengths, tokens)
-    output = output[0].index_select(0, together.first[owner] + number).view(p.v.shape)
-    return output, final_state(p, blocks, written, together) if p.output_final_state else None
+    output = row.unpacked(output).view(p.v.shape)
+    return output, final_state(p, blocks, written, row.places) if p.output_final_state else None

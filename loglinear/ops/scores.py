@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels import torch as kernels
-from loglinear.ops import impl_reference
+from loglinear.ops import impl_reference, scores_triton
 from loglinear.ops.announcement import announce
 from loglinear.ops.continuation import final_state, in_one_row, places_in_one_row
 from loglinear.ops.impl_torch import records_stages
@@ -43,7 +43,7 @@ from loglinear.ops.validation import (
 )
 from loglinear.partition import FENWICK, Partition
 
-SCORES = ("auto", "torch", "reference")
+SCORES = ("auto", "triton", "torch", "reference")
 
 
 class BucketScores(NamedTuple):
@@ -82,27 +82,41 @@ def bucket_scores(
         initial_state: The final_state to continue from, one row for each sequence; None starts new sequences.
         output_final_state: True to also return the sums after the last token.
         cu_seqlens: [N + 1], the boundaries of packed sequences (B = 1), as in the operators.
-        impl: "auto", "torch" or "reference" (the recurrence). "auto" chooses torch.
+        impl: "auto", "triton" (kernels for a GPU), "torch" (any device) or "reference" (the recurrence). "auto" chooses
+            triton on a GPU if it supports the call, and torch otherwise. A log line says which one, and why not triton.
 
     Returns:
         `BucketScores(scores, tokens, final_state)`: scores is [B, T, G, L] and has gradients, tokens is
-            [B or 1, T, L]. 16-bit inputs are computed in float32.
+            [B or 1, T, L]. 16-bit inputs are computed in float32, by triton with 16-bit products.
 
     Raises:
-        ValueError: A shape, dtype, state or cu_seqlens does not fit. The message names the argument.
+        ValueError: A shape, dtype, state or cu_seqlens does not fit, or impl="triton" does not support the call. The
+            message names the argument.
 
     Source: this library; see docs/learn/routed-reads.md.
     """
     one_of("impl of bucket_scores", impl, SCORES)
     L = whole_number("num_columns", num_columns)
     problem = _problem(q, k, L, partition, initial_state, output_final_state, cu_seqlens)
-    chosen = "torch" if impl == "auto" else impl
-    announce("bucket_scores", chosen, None)
+    chosen, reason = _automatic(problem) if impl == "auto" else (impl, None)
+    announce("bucket_scores", chosen, reason)
     with torch.autocast(q.device.type, enabled=False):
-        found, final = (_torch if chosen == "torch" else _reference)(problem, L)
         tokens = bucket_tokens(_positions(problem), num_columns=L, partition=partition)
-        scores = _without_own(found) - (_without_own(tokens).to(found.dtype) / q.shape[3])[:, :, None]
+        if chosen == "triton":
+            scores, final = scores_triton.run(scores_triton.prepared(problem), L)
+        else:
+            found, final = (_torch if chosen == "torch" else _reference)(_of_length_1(problem), L)
+            scores = _without_own(found) - (_without_own(tokens).to(found.dtype) / q.shape[3])[:, :, None]
     return BucketScores(scores, tokens, final)
+
+
+def _automatic(problem: Problem) -> tuple[str, str | None]:
+    """Return the implementation that "auto" chooses, and the reason why it is not triton on a GPU."""
+    is_step = problem.initial_state is not None and problem.v.shape[1] == 1
+    if problem.v.device.type != "cuda" or is_step:
+        return "torch", None
+    reason = scores_triton.unsupported(scores_triton.prepared(problem))
+    return ("triton", None) if reason is None else ("torch", reason)
 
 
 def bucket_tokens(position: Tensor, *, num_columns: int, partition: Partition) -> Tensor:
@@ -236,16 +250,21 @@ def _problem(
     final: bool,
     cu_seqlens: Tensor | None,
 ) -> Problem:
-    """Return the checked call of the operator that has the keys as values, with q and k of length 1."""
+    """Return the checked call of the operator that has the keys as values."""
     check_partition("partition", partition)
     sizes: Sizes = {}
     check_tensor("q", q, "BTGK", sizes)
     check_tensor("k", k, "BTGK", sizes, q.device)
-    dtype = working_dtype([q, k])
-    q, k = unit_length(q.to(dtype)), unit_length(k.to(dtype))
     nothing = q.new_zeros(1).expand(*q.shape[:3], L)
     call = Problem(q, k, k, None, None, nothing, 1.0, state, final, cu_seqlens, partition.finest_block, partition)
     return call.checked(delta_rule=False)
+
+
+def _of_length_1(problem: Problem) -> Problem:
+    """Return the call with q and k of length 1."""
+    dtype = working_dtype(problem.operands)
+    q, k = unit_length(problem.q.to(dtype)), unit_length(problem.k.to(dtype))
+    return replace(problem, q=q, k=k, v=k, level_scales=problem.level_scales.to(dtype))
 
 
 def _torch(problem: Problem, L: int) -> tuple[Tensor, FenwickState | None]:

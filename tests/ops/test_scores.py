@@ -214,7 +214,10 @@ def test_tokens_of_far_positions():
         (dict(q=None), "q must be a tensor, got NoneType"),
         (dict(num_columns=0), "num_columns must be an integer of at least 1, got 0"),
         (dict(partition=16), "partition must be a Partition, got 16"),
-        (dict(impl="triton"), "impl of bucket_scores must be one of ['auto', 'torch', 'reference'], got 'triton'"),
+        (
+            dict(impl="cuda"),
+            "impl of bucket_scores must be one of ['auto', 'triton', 'torch', 'reference'], got 'cuda'",
+        ),
         (dict(cu_seqlens=torch.tensor([0, 37])), "cu_seqlens needs a packed batch with B = 1, got B = 2"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -1,0 +1,74 @@
+"""The scores of buckets by impl="triton": the kernels read raw q and k, and those of a call that continues at length 1.
+
+The kernels' sums M_b lack their mean for random keys, n_b / K I. It comes off the initial blocks and goes on the last.
+"""
+
+# B batch, T time, G groups, K key, L columns, N sequences, M blocks, C chunk
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from loglinear.kernels.torch import block_tokens
+from loglinear.ops import impl_triton
+from loglinear.ops.continuation import final_state, in_one_row, places_in_one_row
+from loglinear.ops.problem import Problem, unit_length
+from loglinear.ops.state import FenwickState
+
+CHUNK_SIZE = 64  # where no state prescribes it, the size of a block near it
+
+
+def prepared(p: Problem) -> Problem:
+    """Return the call as the kernels take it: with a state q and k have length 1, in float32 as the state's keys."""
+    if p.initial_state is not None:
+        q, k = unit_length(p.q.to(p.initial_state.k.dtype)), unit_length(p.k.to(p.initial_state.k.dtype))
+        return replace(p, q=q, k=k, v=k)
+    return p if p.output_final_state else replace(p, chunk_size=CHUNK_SIZE)
+
+
+def unsupported(p: Problem) -> str | None:
+    """Return the reason why the kernels do not support a `prepared` call; None if they support it."""
+    return impl_triton.unsupported(p)
+
+
+def run(p: Problem, num_columns: int) -> tuple[Tensor, FenwickState | None]:
+    """Return the scores [B, T, G, L] of a `prepared` call, and if it asks for it the final state."""
+    reason = unsupported(p)
+    if reason is not None:
+        raise ValueError(reason)
+    from loglinear.kernels.triton import bucket_scores
+
+    if p.cu_seqlens is not None:
+        p = replace(p, cu_seqlens=p.cu_seqlens.to(p.q.device, torch.int64, non_blocking=True))
+    state, options = p.initial_state, (p.output_final_state, p.partition.numbers)
+    if state is None:
+        scores, blocks = bucket_scores(
+            p.q, p.k, None, p.cu_seqlens, None, num_columns, impl_triton.block_size(p), *options
+        )
+        k, places = in_one_row(p.k, None), places_in_one_row(p, p.num_sequences)
+    else:
+        row, C = impl_triton.Continued.of(p, state), p.chunk_size
+        starts, k = state.position // C, row.packed(p.k, state.k)
+        initial = (state.blocks + state.blocks.mT) / 2
+        initial = initial - _means(starts, initial, p)
+        packed = row.packed(p.q)[None], k[None], initial, row.ends, starts
+        scores, blocks = bucket_scores(*packed, num_columns, C, *options)
+        scores, places = row.unpacked(scores).view(*p.q.shape[:3], num_columns), row.places
+    if not p.output_final_state:
+        return scores, None
+    blocks = blocks + _means(places.end // p.chunk_size, blocks, p)
+    no_decay = k.new_zeros(k.shape[:2])
+    final = final_state(p, blocks, [k, k, no_decay, None], places)
+    if state is None:
+        unit = unit_length(final.k)
+        final = final._replace(k=unit, v=unit)
+    return scores, final
+
+
+def _means(chunks: Tensor, blocks: Tensor, p: Problem) -> Tensor:
+    """Return n_b / K I for the blocks [N, M, G, K, K] before these chunks [N]."""
+    M, K = blocks.shape[1], blocks.shape[4]
+    tokens = block_tokens(chunks, M, p.chunk_size, p.partition).to(blocks.dtype)
+    return (tokens / K)[:, :, None, None, None] * torch.eye(K, dtype=blocks.dtype, device=blocks.device)

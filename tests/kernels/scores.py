@@ -1,0 +1,96 @@
+"""Calls of `bucket_scores` for the tests of its kernels: results and every gradient, by name, beside float64.
+
+TRITON_INTERPRET=1 python -m tests.kernels.scores          (some minutes; prints the table below)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+
+from loglinear.ops import FenwickState, bucket_scores, impl_triton
+from loglinear.partition import Partition
+from tests.kernels.emulation import leaf_state, teach_rounding
+from tests.kernels.interpreter import teach_haste
+from tests.ops.operators import gradients, random_loss, relative_error
+
+# The largest errors over these heads and partitions and two seeds, T = 1,111, 12 columns.
+EMULATED = {
+    torch.bfloat16: {
+        "scores": 2.1e-3,
+        "blocks": 9.77e-4,
+        "gradient of q": 3.41e-3,
+        "gradient of k": 3.34e-3,
+    },
+    torch.float16: {},
+}
+HEADS = [(1, 128), (2, 64), (1, 80)]
+EMULATED_PARTITIONS = [Partition(2, 64), Partition(16, 16), Partition(4, 4)]
+PARTS = ("blocks", "k")  # v of a state is k, and it has no decay
+
+
+def make(B, T, G, K, dtype, *, seed=0, device="cuda"):
+    """Queries and keys of several lengths; a tenth of the queries are near a key."""
+    generator = torch.Generator(device).manual_seed(seed)
+    q, k = (torch.randn(B, T, G, K, generator=generator, device=device) for _ in range(2))
+    near = torch.arange(0, T, 10, device=device)
+    q[:, near] = k[:, near // 2] + 0.5 * q[:, near]
+    factor = 10 ** (2 * torch.rand(2, B, T, G, 1, generator=generator, device=device) - 1)
+    return {name: (x * f).to(dtype).requires_grad_() for name, x, f in zip("qk", (q, k), factor, strict=True)}
+
+
+def results_of(inputs, impl, dtype, *, initial_state=None, weights=None, final=False, **options):
+    """Scores, parts of the final state and every gradient by name; and the weights of the loss."""
+    x = {name: t.detach().to(dtype).requires_grad_() for name, t in inputs.items()}
+    wide = torch.promote_types(dtype, torch.float32)
+    state = leaf_state(initial_state, wide)
+    out = bucket_scores(**x, impl=impl, initial_state=state, output_final_state=final, **options)
+    found = {"scores": out.scores} | ({name: getattr(out.final_state, name) for name in PARTS} if final else {})
+    weights = weights or random_loss(*found.values())
+    leaves = x | ({} if state is None else {f"state's {name}": getattr(state, name) for name in PARTS})
+    grads = gradients(list(found.values()), tuple(w.to(wide) for w in weights), list(leaves.values()))
+    found |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {name: t.detach() for name, t in found.items()}, weights
+
+
+def errors(
+    inputs: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    *,
+    before: Callable[[], None] = lambda: None,
+    initial_state: FenwickState | None = None,
+    **options,
+) -> dict[str, float]:
+    """The errors of impl="triton" against float64 from the same inputs. before: runs before the call."""
+    exact, weights = results_of(inputs, "torch", torch.float64, initial_state=initial_state, **options)
+    before()
+    actual, _ = results_of(inputs, "triton", dtype, initial_state=initial_state, weights=weights, **options)
+    return {name: relative_error(actual[name], e) for name, e in exact.items()}
+
+
+def state_at(position, columns, partition, *, B=2, G=1, K=4, device="cuda"):
+    """A state of `position` tokens in float32, detached."""
+    inputs = make(B, position, G, K, torch.float32, seed=7, device=device)
+    options = dict(num_columns=columns, partition=partition, impl="torch", output_final_state=True)
+    return bucket_scores(**inputs, **options).final_state.detach()
+
+
+def emulate() -> None:
+    """Print the table above."""
+    teach_rounding()
+    teach_haste()
+    impl_triton.unsupported = lambda problem: None  # bfloat16, now that the interpreter can multiply it
+    for dtype in EMULATED:
+        found = []
+        for (G, K), partition, seed in itertools.product(HEADS, EMULATED_PARTITIONS, range(2)):
+            torch.manual_seed(seed)
+            inputs = make(1, 1111, G, K, dtype, seed=seed, device="cpu")
+            found.append(errors(inputs, dtype, num_columns=12, partition=partition, final=partition.finest_block >= 16))
+            print(dtype, G, K, partition, found[-1], flush=True)
+        print(dtype, {name: max(one.get(name, 0.0) for one in found) for name in found[0]}, flush=True)
+
+
+if __name__ == "__main__":
+    emulate()

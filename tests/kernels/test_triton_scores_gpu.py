@@ -1,0 +1,143 @@
+"""The kernels of the scores of buckets on a GPU: every configuration that can be launched, against float64."""
+
+import pytest
+import torch
+
+from loglinear.ops import bucket_scores
+from loglinear.partition import FENWICK, Partition
+from tests.kernels.scores import EMULATED, errors, make, state_at
+from tests.kernels.test_triton_gpu import THREE_TF32, poison, report
+
+pytestmark = pytest.mark.gpu
+
+# Chunks of 64 with and without columns of their own, of 16, and of 128 in halves.
+PARTITIONS = [
+    FENWICK,
+    Partition(2, 64),
+    Partition(4, 16),
+    Partition(4, 64),
+    Partition(8, 64),
+    Partition(16, 16),
+    Partition(16, 64),
+    Partition(64, 16),
+    Partition(4, 128),
+]
+WITH_STATES = [Partition(2, 16), Partition(4, 64), Partition(16, 16), Partition(8, 32)]
+HEADS = [(2, 128), (3, 64), (1, 80), (1, 5), (2, 192), (1, 256)]
+every_partition = pytest.mark.parametrize("partition", PARTITIONS, ids=str)
+every_state = pytest.mark.parametrize("partition", WITH_STATES, ids=str)
+
+
+def check(inputs, dtype, products=None, **options):
+    """The limit is 1.3 times the emulated rounding of the products, which are those of `dtype` if not given."""
+    found = errors(inputs, dtype, before=poison, **options)
+    report(dtype, found)
+    emulated = EMULATED.get(products or dtype, {})
+    limits = {name: 1.3 * emulated[name] if name in emulated else THREE_TF32 for name in found}
+    assert all(error <= limits[name] for name, error in found.items()), (found, limits)
+
+
+def fitting(partition, K, dtype):
+    """The same radix in the largest finest block that these products take."""
+    largest = (128 if dtype == torch.bfloat16 else 64) // (2 if K > 128 else 1)
+    return Partition(partition.radix, min(partition.finest_block, largest))
+
+
+@every_partition
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_error_of_every_plan(heads, dtype, partition):
+    G, K = heads
+    check(make(2, 1111, G, K, dtype), dtype, num_columns=20, partition=fitting(partition, K, dtype))
+
+
+@every_partition
+@pytest.mark.parametrize("columns", [2, 3, 9, 20, 60])
+@pytest.mark.parametrize("T", [1, 127, 129, 4097, 16384])
+def test_error_at_every_length(T, columns, partition):
+    if T == 1 or partition.num_columns(T) == 1:
+        scores = bucket_scores(
+            **make(1, T, 2, 128, torch.bfloat16), num_columns=columns, partition=partition, impl="triton"
+        ).scores
+        assert not scores.any()
+        return
+    check(make(1, T, 2, 128, torch.bfloat16), torch.bfloat16, num_columns=columns, partition=partition)
+
+
+@pytest.mark.parametrize("partition", [Partition(2, 64), Partition(4, 64), Partition(16, 64)], ids=str)
+def test_error_of_a_long_sequence(partition):
+    T = 131072
+    columns = partition.num_columns(T)
+    check(make(1, T, 1, 128, torch.bfloat16), torch.bfloat16, num_columns=columns, partition=partition)
+
+
+@every_partition
+@pytest.mark.parametrize("columns", [5, 40])
+def test_error_of_packed_sequences(columns, partition):
+    cu_seqlens = torch.tensor([0, 1, 640, 640, 5001, 9000], device="cuda")
+    options = dict(num_columns=columns, partition=partition, cu_seqlens=cu_seqlens)
+    check(make(1, 9000, 2, 128, torch.bfloat16), torch.bfloat16, **options)
+
+
+@every_state
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [1, 7, 40])
+def test_error_of_the_state_after_a_call(dtype, columns, partition):
+    check(make(2, 1111, 2, 64, dtype), dtype, num_columns=columns, partition=partition, final=True)
+
+
+@every_state
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("tokens", "columns"), [(389, 7), (20000, 7), (20000, 40)])
+def test_error_after_a_state(dtype, tokens, columns, partition):
+    """Calls that continue are computed in float32."""
+    state = state_at(tokens, columns, partition, G=2, K=64, device="cuda")
+    options = dict(num_columns=columns, partition=partition, initial_state=state, final=True)
+    check(make(2, 700, 2, 64, dtype), dtype, products=torch.float32, **options)
+
+
+def test_a_call_compiles_as_one_graph_and_never_waits():
+    inputs = make(1, 2000, 2, 64, torch.bfloat16)
+    options = dict(num_columns=12, partition=Partition(4, 16), output_final_state=True)
+
+    def operator(q, k):
+        return bucket_scores(q, k, **options)
+
+    def run(function):
+        out = function(**inputs)
+        more = bucket_scores(**inputs, initial_state=out.final_state, **options)
+        return [out.scores, *torch.autograd.grad(more.scores.sum() + out.scores.sin().sum(), list(inputs.values()))]
+
+    expected = run(operator)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(operator)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    compiled = run(torch.compile(operator, fullgraph=True))
+    for a, b in zip(compiled, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_two_runs_give_the_same_bits():
+    inputs = make(2, 3000, 3, 128, torch.bfloat16)
+
+    def run():
+        poison()
+        scores = bucket_scores(**inputs, num_columns=20, partition=Partition(8, 64), impl="triton").scores
+        return [scores, *torch.autograd.grad(scores.square().sum(), list(inputs.values()))]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_auto_takes_the_kernels_and_says_why_not():
+    from loglinear.ops.announcement import announced
+
+    inputs = make(1, 100, 1, 16, torch.bfloat16)
+    with announced() as lines:
+        bucket_scores(**inputs, num_columns=5, partition=Partition(4, 16))
+        bucket_scores(**inputs, num_columns=5, partition=Partition(4, 1, 64))
+    assert lines[1] == "bucket_scores runs with impl='triton'"
+    assert lines[0].startswith(
+        "bucket_scores runs with impl='torch': Partition(radix=4, finest_block=1, largest_block=64)"
+    )
