@@ -64,10 +64,8 @@ def inputs_of(
 def plan_of(K: int, products: torch.dtype, chunk_size: int) -> Plan:
     """The launches of all stages; those that the scalar gate shares are its defaults."""
     shared = default_plan(Kind("scalar_gate", "backward", K, K, products), chunk_size).stages
-    own = dict.fromkeys(("read", "read_backward", "keys_backward"), shared["state_backward"])
-    if products == torch.bfloat16 and K > 128:
-        own["read"] = Launch(num_warps=8, num_stages=2)
-    elif products == torch.bfloat16:  # all columns are one tile
+    own = dict.fromkeys(("read", "read_backward", "keys_backward"), shared["state_backward"]._replace(num_warps=8))
+    if products == torch.bfloat16 and K <= 128:  # all columns are one tile
         own = dict(
             read=Launch(128, num_stages=2),
             read_backward=Launch(128, num_warps=8, num_stages=2),
