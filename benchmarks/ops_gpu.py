@@ -275,7 +275,9 @@ def measure(
             for name, (function, leaves) in candidates(s, T).items():
                 announce(progress, task, f"{s.name}, T {T:,}, {name}")
                 try:
-                    row["figures"][name] = figures(function, leaves, graph=T == 2048 and name.startswith("loglinear"))
+                    row["figures"][name] = figures(
+                        function, leaves, graph=(s.routed or T == 2048) and name.startswith("loglinear")
+                    )
                 except Exception as failure:  # a peer that cannot run this shape is part of the result
                     if name.startswith("loglinear"):
                         raise

@@ -28,11 +28,13 @@ every_partition = pytest.mark.parametrize("partition", PARTITIONS, ids=str)
 every_state = pytest.mark.parametrize("partition", WITH_STATES, ids=str)
 
 
-def check(inputs, dtype, products=None, **options):
-    """The limit is 1.3 times the emulated rounding of the products, which are those of `dtype` if not given."""
+def check(inputs, dtype, **options):
+    """The limit is 1.3 times the emulated rounding. Calls that continue are in float32; their gradients are rounded."""
     found = errors(inputs, dtype, before=poison, **options)
     report(dtype, found)
-    emulated = EMULATED.get(products or dtype, {})
+    emulated = EMULATED.get(dtype, {})
+    if "initial_state" in options:
+        emulated = {name: error for name, error in emulated.items() if name.startswith("gradient")}
     limits = {name: 1.3 * emulated[name] if name in emulated else THREE_TF32 for name in found}
     assert all(error <= limits[name] for name, error in found.items()), (found, limits)
 
@@ -53,7 +55,7 @@ def test_error_of_every_plan(heads, dtype, partition):
 
 @every_partition
 @pytest.mark.parametrize("columns", [2, 3, 9, 20, 60])
-@pytest.mark.parametrize("T", [1, 127, 129, 4097, 16384])
+@pytest.mark.parametrize("T", [1, 127, 193, 4097, 16384])
 def test_error_at_every_length(T, columns, partition):
     if T == 1 or partition.num_columns(T) == 1:
         scores = bucket_scores(
@@ -90,10 +92,9 @@ def test_error_of_the_state_after_a_call(dtype, columns, partition):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("tokens", "columns"), [(389, 7), (20000, 7), (20000, 40)])
 def test_error_after_a_state(dtype, tokens, columns, partition):
-    """Calls that continue are computed in float32."""
     state = state_at(tokens, columns, partition, G=2, K=64, device="cuda")
     options = dict(num_columns=columns, partition=partition, initial_state=state, final=True)
-    check(make(2, 700, 2, 64, dtype), dtype, products=torch.float32, **options)
+    check(make(2, 700, 2, 64, dtype), dtype, **options)
 
 
 def test_a_call_compiles_as_one_graph_and_never_waits():

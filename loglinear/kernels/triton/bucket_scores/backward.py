@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.triton.bucket_scores.forward import build_sums
-from loglinear.kernels.triton.bucket_scores.inputs import Inputs, inputs_of, slabs_of
+from loglinear.kernels.triton.bucket_scores.inputs import Inputs, inputs_of, partial_bytes, slabs_of
 from loglinear.kernels.triton.bucket_scores.keys_backward import keys_backward
 from loglinear.kernels.triton.bucket_scores.read_backward import read_backward
 from loglinear.kernels.triton.inputs import Sequences, in_rows, like
@@ -40,7 +40,7 @@ def gradients(
         dq.zero_()
         dk.zero_()
     dinitial = None if initial is None else like(initial, torch.float32)
-    for g in slabs_of(q, k, sequences, C, dscores.shape[3]):
+    for g in slabs_of(q, k, sequences, C, partial_bytes(q, sequences, C, dscores.shape[3])):
         own = None if initial is None else initial[:, :, g]
         x = inputs_of(q[:, :, g], k[:, :, g], own, dscores[:, :, g], sequences, C)
         dinitial_g = backward(x, None if dblocks is None else dblocks[:, :, g], dq[:, :, g], dk[:, :, g])

@@ -29,7 +29,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The scores [B,T,G,L], and where the sequences leave blocks these [N,M,G,K,K]: slab after slab of groups."""
     scores, blocks = q.new_zeros(*q.shape[:3], num_columns, dtype=torch.float32), []
-    for g in slabs_of(q, k, sequences, chunk_size, num_columns):
+    for g in slabs_of(q, k, sequences, chunk_size):
         own = None if initial is None else initial[:, :, g]
         x = inputs_of(q[:, :, g], k[:, :, g], own, scores[:, :, g], sequences, chunk_size)
         states = build_sums(x)

@@ -74,19 +74,24 @@ def plan_of(K: int, products: torch.dtype, chunk_size: int) -> Plan:
     return Plan(chunk_size, shared | own | dict(chunk_sums=shared["chunk_state"]))
 
 
-def slabs_of(q: Tensor, k: Tensor, sequences: Sequences, chunk_size: int, num_columns: int) -> list[slice]:
-    """Ranges of groups whose sums fit the memory."""
-    B, T, G, K = q.shape
-    cu_seqlens, starts, _, partition = sequences
-    chunks = B * ceil_div(T, chunk_size) + (0 if cu_seqlens is None else len(cu_seqlens))
-    sum_bytes = K * K * DOT_TYPES[common_dtype(q, k)][0].itemsize
-    return slabs(chunks, G, G, sum_bytes + partial_bytes(q, sequences, chunk_size, num_columns, chunks), SLAB_BYTES)
+def slabs_of(q: Tensor, k: Tensor, sequences: Sequences, chunk_size: int, more_bytes: int = 0) -> list[slice]:
+    """Ranges of groups whose sums fit the memory. more_bytes: of a chunk and group, beside its sum."""
+    chunks = chunks_of(q, sequences, chunk_size)
+    sum_bytes = q.shape[3] ** 2 * DOT_TYPES[common_dtype(q, k)][0].itemsize
+    return slabs(chunks, q.shape[2], q.shape[2], sum_bytes + more_bytes, SLAB_BYTES)
 
 
-def partial_bytes(q: Tensor, sequences: Sequences, chunk_size: int, num_columns: int, chunks: int) -> int:
+def chunks_of(q: Tensor, sequences: Sequences, chunk_size: int) -> int:
+    """At least as many chunks as the sequences have."""
+    ends = sequences.cu_seqlens
+    return q.shape[0] * ceil_div(q.shape[1], chunk_size) + (0 if ends is None else len(ends))
+
+
+def partial_bytes(q: Tensor, sequences: Sequences, chunk_size: int, num_columns: int) -> int:
     """A chunk's share of the sums that a backward gathers for each run of chunks and block of a large digit."""
     cu_seqlens, starts, _, partition = sequences
     if partition.radix == 2:
         return 0
     y = layout(*q.shape[:2], chunk_size, num_columns, cu_seqlens, starts, partition)
-    return ceil_div(y.runs[0] * max(1, y.run_reads) * q.shape[3] ** 2 * 4, chunks)
+    sums = y.runs[0] * max(1, y.run_reads) * q.shape[3] ** 2
+    return ceil_div(sums * torch.float32.itemsize, chunks_of(q, sequences, chunk_size))
