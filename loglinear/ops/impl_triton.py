@@ -24,6 +24,7 @@ from loglinear.partition import FENWICK, Partition
 
 OLDEST_TRITON = "3.4"  # 3.3 refuses `prefetch`, whose branches return different types; torch 2.8 brings 3.4
 MAX_HEAD_DIM = 256
+MAX_NUMBERS = 1 << 31  # in a row's blocks; a step counts them in 32 bits
 
 
 def _triton_version() -> str | None:
@@ -163,6 +164,11 @@ def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
         return "float64 needs impl='torch'"
     if not 16 <= state.fenwick.chunk_size <= 128:
         return f"a state with chunk_size {state.fenwick.chunk_size} needs impl='torch': impl='triton' takes 16 to 128"
+    blocks = state.fenwick.blocks
+    if (held := blocks.numel() // blocks.shape[0]) >= MAX_NUMBERS:
+        return (
+            f"a row with {held} numbers in its blocks needs impl='torch': impl='triton' takes less than {MAX_NUMBERS}"
+        )
     return _too_wide(q.shape[2], v.shape[2], state.fenwick.beta is not None)
 
 
