@@ -1,6 +1,6 @@
 """Calls of `bucket_scores` for the tests of its kernels: results and every gradient, by name, beside float64.
 
-TRITON_INTERPRET=1 python -m tests.kernels.scores          (some minutes; prints the table below)
+TRITON_INTERPRET=1 python -m tests.kernels.scores          (half an hour; prints the table below)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from loglinear.ops import FenwickState, bucket_scores, impl_triton
-from loglinear.partition import Partition
+from loglinear.partition import FENWICK, Partition
 from tests.kernels.emulation import leaf_state, teach_rounding
 from tests.kernels.interpreter import teach_haste
 from tests.ops.operators import gradients, random_loss, relative_error
@@ -19,20 +19,20 @@ from tests.ops.operators import gradients, random_loss, relative_error
 # The largest errors over these heads and partitions and two seeds, T = 1,111, 12 columns.
 EMULATED = {
     torch.bfloat16: {
-        "scores": 2.1e-3,
+        "scores": 2.97e-3,
         "blocks": 9.77e-4,
-        "gradient of q": 3.41e-3,
-        "gradient of k": 3.34e-3,
+        "gradient of q": 3.45e-3,
+        "gradient of k": 3.66e-3,
     },
     torch.float16: {
         "scores": 7.23e-4,
         "blocks": 1.39e-4,
-        "gradient of q": 7.59e-4,
-        "gradient of k": 1.03e-3,
+        "gradient of q": 7.78e-4,
+        "gradient of k": 1.1e-3,
     },
 }
-HEADS = [(1, 128), (2, 64), (1, 80)]
-EMULATED_PARTITIONS = [Partition(2, 64), Partition(16, 16), Partition(4, 4)]
+HEADS = [(1, 128), (2, 64), (1, 80), (2, 5), (1, 256)]
+EMULATED_PARTITIONS = [Partition(2, 32), Partition(2, 64), Partition(16, 16), Partition(4, 4), FENWICK]
 PARTS = ("blocks", "k")  # v of a state is k, and it has no decay
 
 
