@@ -1,7 +1,8 @@
 """Training text as tokens in a folder: made once, by all cores, and shared by all seeds and continued runs.
 
 A text is a list of sources of `loglinear.data.sources` that are the same on every machine with one Python: `stdlib`,
-and needles in it or in noise. Tokenising 300,000 documents of needles takes minutes on one core.
+and needles in it or in noise. Other code in `loglinear.data`, or another file of the tokenizer, makes another text.
+Tokenising 300,000 documents of needles takes minutes on one core.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +23,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import loglinear.data
 from loglinear.data.corpus import Corpus, join, tokenize
 from loglinear.data.sources import NEEDLE_PREFIX, STDLIB, needle_count, needles_of, read_documents
 from loglinear.data.tokenizer import BYTES, load_tokenizer
 
 ARRAYS = ("tokens", "offsets_D", "bytes_D", "learnt")
 DESCRIPTION = "description.json"
+CODE = sorted(Path(loglinear.data.__file__).parent.glob("*.py"))
+TOKENIZER_FILES = (".json", ".model", ".txt")
 SHARE = 2000  # documents that a process makes at a time
 
 
@@ -50,7 +54,12 @@ def tokens_of(sources: Sequence[str], tokenizer: str, folder: Path, *, processes
         text = source.split(":", 3)[3:] if source.startswith(NEEDLE_PREFIX) else [source]
         if text not in ([], [STDLIB]):
             raise ValueError(f"data {source!r} must be {STDLIB} or {NEEDLE_PREFIX}COUNT:LENGTH[:{STDLIB}] to be kept")
-    described = {"sources": list(sources), "tokenizer": _fingerprint(tokenizer), "python": platform.python_version()}
+    described = {
+        "sources": list(sources),
+        "tokenizer": tokenizer if tokenizer == BYTES else _fingerprint(_tokenizer_files(tokenizer)),
+        "code": _fingerprint(CODE),
+        "python": platform.python_version(),
+    }
     name = hashlib.blake2b(json.dumps(described).encode(), digest_size=8).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder / f".{name}.lock"):
@@ -59,10 +68,17 @@ def tokens_of(sources: Sequence[str], tokenizer: str, folder: Path, *, processes
     return _load(folder / name)
 
 
-def _fingerprint(tokenizer: str) -> str:
-    if tokenizer == BYTES:
-        return BYTES
-    return hashlib.blake2b((Path(tokenizer) / "tokenizer.json").read_bytes(), digest_size=16).hexdigest()
+def _fingerprint(files: Iterable[Path]) -> str:
+    """Return a hash of the names and contents of files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _tokenizer_files(folder: str) -> list[Path]:
+    return sorted(file for file in Path(folder).iterdir() if file.suffix in TOKENIZER_FILES and file.is_file())
 
 
 @contextmanager

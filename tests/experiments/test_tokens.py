@@ -1,5 +1,6 @@
 """Training text that a folder keeps as tokens is that of `read_corpus`, and is made once."""
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import tokens
+from experiments.needle import byte_pair_tokenizer
 from experiments.tokens import ARRAYS, tokens_of
 from loglinear.data.corpus import join, read_corpus, split
 from loglinear.data.sources import needles_of, read_documents
@@ -35,6 +37,28 @@ def test_kept_tokens_are_those_of_the_sources(tmp_path, monkeypatch, processes):
 def test_another_text_is_kept_beside_the_first(tmp_path):
     one, other = (tokens_of([source], "bytes", tmp_path) for source in SOURCES)
     assert not equal(one, other) and equal(one, tokens_of(SOURCES[:1], "bytes", tmp_path))
+
+
+def test_the_files_of_a_tokenizer_decide_its_tokens(tmp_path):
+    """`tokenizer.json` names no token for the beginning of a document."""
+    folder = tmp_path / "tokenizer"
+    byte_pair_tokenizer(["one two", "three"], 300).save_pretrained(folder)
+    source = ["needle:3:500"]
+    first = tokens_of(source, str(folder), tmp_path / "tokens", processes=1)
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "bos_token": None}))
+    second = tokens_of(source, str(folder), tmp_path / "tokens", processes=1)
+    assert not equal(first, second) and equal(second, read_corpus(source, load_tokenizer(folder)))
+
+
+def test_tokens_of_other_code_are_made_again(tmp_path, monkeypatch):
+    made, calls = tokens._made, []
+    monkeypatch.setattr(tokens, "_made", lambda *arguments: calls.append(arguments) or made(*arguments))
+    for text in ("# a rule", "# a rule", "# another rule"):
+        (tmp_path / "needles.py").write_text(text)
+        monkeypatch.setattr(tokens, "CODE", [*tokens.CODE[:1], tmp_path / "needles.py"])
+        tokens_of(SOURCES[:1], "bytes", tmp_path / "tokens", processes=1)
+    assert len(calls) == 2
 
 
 def test_programs_that_start_at_once_make_it_once(tmp_path, monkeypatch):
