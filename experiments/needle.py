@@ -21,7 +21,7 @@ from experiments.recipes.needle import SEQUENCE, TOKENIZER, VOCABULARY
 from experiments.runs import Kind, Options, Out, kind_recipe, program, train_and_evaluate, with_options
 from experiments.tokens import tokens_of
 from loglinear.cli import execute
-from loglinear.data.corpus import split
+from loglinear.data.corpus import Corpus, split
 from loglinear.data.sources import read_documents
 from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.models import LogLinearForCausalLM
@@ -114,7 +114,10 @@ def run(
             raise ValueError(f"there is no {name}: run `python -m experiments.long_text prepare` first")
     texts = [document.text for document in read_documents(data or ())]
     sets = example_sets(tokens, texts, lengths=LENGTHS, count=examples)  # mistakes show before the training
-    corpus = tokens_of(recipe.data, str(tokenizer), tokenizer.parent / "tokens")
+
+    def corpora(recipe: TrainingRecipe) -> tuple[Corpus, Corpus]:
+        corpus = tokens_of(recipe.data, str(tokenizer), tokenizer.parent / "tokens")
+        return split(corpus, recipe.validation_fraction)
 
     def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:
         return {"tasks": evaluate_sets(model, tokens, sets)}
@@ -130,7 +133,7 @@ def run(
         name,
         options,
         eval_settings=eval_settings,
-        corpora=split(corpus, recipe.validation_fraction),
+        corpora=corpora,
         tokenizer=str(tokenizer),
         num_levels=recipe.model["num_levels"] if levels is None else levels,
         embedding_range=recipe.model.get("embedding_range") if embedding_range is None else embedding_range,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -104,15 +105,15 @@ def train_and_evaluate(
     options: Options,
     *,
     eval_settings: dict[str, Any] | None = None,
-    corpora: tuple[Corpus, Corpus] | None = None,
+    corpora: Callable[[TrainingRecipe], tuple[Corpus, Corpus]] | None = None,
     **overrides: Any,
 ) -> None:
     """Train or resume a recipe in the folder `out`, evaluate the trained model, and write NAME.json.
 
-    `eval_settings` holds the settings of the evaluation, which the result repeats. `corpora` are those of
-    the recipe's data, if they are read already. `overrides` are further arguments of
-    `TrainingRecipe.override`. A seed other than 0 is part of the file's name. On a GPU the evaluation is in bfloat16,
-    as the training is.
+    `eval_settings` holds the settings of the evaluation, which the result repeats. `corpora` returns the data of the
+    run's recipe, for training and validation; None: the training reads them. The minutes of the training include it.
+    `overrides` are further arguments of `TrainingRecipe.override`. A seed other than 0 is part of the file's name. On a
+    GPU the evaluation is in bfloat16, as the training is.
 
     Raises Interrupted if a signal or the minutes stopped the training before its end: call it again. Raises ValueError
     if `out` holds a run of another recipe, or NAME.json a result of another recipe, evaluation or training data.
@@ -125,7 +126,11 @@ def train_and_evaluate(
     result.parent.mkdir(parents=True, exist_ok=True)
     resume = (out / RUN_FILE).exists()
     require_replaceable(result, recipe, eval_settings, read_run(out)["data"] if resume else None)
-    state = train(recipe, out, resume=resume, minutes=options.minutes, label=name, corpora=corpora)
+    started, minutes = time.monotonic(), options.minutes
+    data = None if corpora is None else corpora(recipe)
+    if minutes is not None:
+        minutes = max(minutes - (time.monotonic() - started) / 60, 1e-9)
+    state = train(recipe, out, resume=resume, minutes=minutes, label=name, corpora=data)
     if state.interrupted:
         text = (
             f"stopped at step {state.step} of {recipe.steps}, checkpoint saved in {out}; continue with the same command"

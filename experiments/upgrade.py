@@ -266,14 +266,13 @@ def run(
                 raise Interrupted(f"stopped before {name} of seed {number}; continue with the same command")
             if name != BASE:
                 write_start(name, folder, sizes)
-            corpora = texts.of(recipe)
             left = None if deadline is None else max((deadline - time.monotonic()) / 60, 1e-9)
             # Nobody has recorded positions in CUDA graphs yet, and a few hundred steps hardly need them.
             compiled = None if name == BASE else False
             options = Options(seed=number, compile=compiled, miniature=miniature, minutes=left, results=results)
             run_name = f"upgrade-{name}"
             train_and_evaluate(
-                recipe, folder / name, evaluate, run_name, options, eval_settings=settings, corpora=corpora
+                recipe, folder / name, evaluate, run_name, options, eval_settings=settings, corpora=texts.of
             )
             trained = True
         if name == BASE and (folder / BASE).exists():

@@ -1,5 +1,6 @@
 """The needle experiment on a tiny model: trained in pieces as if in one, evaluated once."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,31 @@ def test_a_text_that_is_missing_is_known_before_training(tmp_path):
     with pytest.raises(ValueError, match="neither a file, a folder nor a glob"):
         needle.run("linear", tmp_path / "run", data=[str(tmp_path / "none.txt")], tokenizer=tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_are_known_before_the_text_is_read(tmp_path, monkeypatch):
+    ByteTokenizer().save_pretrained(tmp_path / "bytes")
+    recipe = tiny_recipe(Path("needle:20:600"), name="needle_linear", seq_len=600, batch_tokens=1200, steps=1)
+    monkeypatch.setattr(needle, "kind_recipe", lambda *_: recipe)
+    monkeypatch.setattr(needle, "LENGTHS", (900,))
+    monkeypatch.setattr(needle, "tokens_of", lambda *_: pytest.fail("the text was read"))
+    (tmp_path / "file").write_text("")
+    for options in (dict(results=tmp_path / "file"), dict(results=tmp_path, seq_len=1)):
+        with pytest.raises(ValueError, match="--results must be a folder|seq_len must be at least 2"):
+            needle.run("linear", tmp_path / "run", tokenizer=tmp_path / "bytes", examples=1, **options)
+
+
+def test_a_run_keeps_its_own_text(tmp_path, monkeypatch):
+    """The sources of a recipe may change while a run of it is stopped."""
+    ByteTokenizer().save_pretrained(tmp_path / "bytes")
+    monkeypatch.setattr(needle, "LENGTHS", (900,))
+    common = dict(tokenizer=tmp_path / "bytes", results=tmp_path / "results", examples=1)
+    for source, minutes in (("needle:20:600", 1e-9), ("needle:30:600", None)):
+        recipe = tiny_recipe(Path(source), name="needle_linear", seq_len=600, batch_tokens=1200, steps=2)
+        monkeypatch.setattr(needle, "kind_recipe", lambda *_, recipe=recipe: recipe)
+        with contextlib.suppress(Interrupted):
+            needle.run("linear", tmp_path / "run", **common, minutes=minutes)
+    assert read_object(tmp_path / "results" / "needle-linear.json")["recipe"]["data"] == ["needle:20:600"]
 
 
 def test_another_number_of_levels_is_a_result_of_its_own(tmp_path, monkeypatch):
