@@ -27,6 +27,7 @@ import loglinear.data
 from loglinear.data.corpus import Corpus, join, tokenize
 from loglinear.data.sources import NEEDLE_PREFIX, STDLIB, needle_count, needles_of, read_documents
 from loglinear.data.tokenizer import BYTES, load_tokenizer
+from loglinear.processes import follow_parent
 
 ARRAYS = ("tokens", "offsets_D", "bytes_D", "learnt")
 DESCRIPTION = "description.json"
@@ -102,11 +103,12 @@ def _made(sources: Sequence[str], tokenizer: str, processes: int | None) -> Corp
     if workers == 1:
         return join([_tokenized(share, tokenizer) for share in shares])
     spawn = multiprocessing.get_context("spawn")  # a fork would share the tokenizer's threads
-    with ProcessPoolExecutor(workers, spawn, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, spawn, initializer=_begin_work) as pool:
         return join(list(pool.map(_tokenized, shares, [tokenizer] * len(shares))))
 
 
-def _one_thread() -> None:
+def _begin_work() -> None:
+    follow_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -17,7 +17,7 @@ ALLOWED = {
     "registry": set(),
     "partition": {"fenwick"},
     "reference": {"partition", "fenwick"},
-    "kernels": {"partition", "fenwick"},
+    "kernels": {"processes", "partition", "fenwick"},
     "ops": {"reference", "kernels", "partition", "fenwick"},
     "variants": {"ops", "registry", "fenwick"},
     "layers": {"variants", "ops", "partition", "fenwick"},
@@ -29,7 +29,7 @@ ALLOWED = {
     "runs": {"autoload", "upgrades", "processes", "recipes", "data", "models", "layers"},
     "convert": {"autoload", "runs", "data", "models", "variants", "registry"},
     "training": {"upgrades", "signals", "processes", "runs", "recipes", "data", "models"},
-    "evaluation": {"signals", "training", "runs", "recipes", "data", "models", "registry", "partition"},
+    "evaluation": {"signals", "processes", "training", "runs", "recipes", "data", "models", "registry", "partition"},
     "recipes": {"models", "registry"},
     "cli": {
         *("signals", "processes", "training", "evaluation", "convert", "runs", "recipes", "data"),

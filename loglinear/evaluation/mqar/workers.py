@@ -23,7 +23,8 @@ from loglinear.evaluation.mqar.cells import RecallCell, RecallTable
 from loglinear.evaluation.mqar.folder import Result, epochs_trained, read_results, require_same_task
 from loglinear.evaluation.mqar.table import best_learning_rate
 from loglinear.evaluation.mqar.training import run_cell
-from loglinear.signals import ENDING, exit_code, ignored
+from loglinear.processes import follow_parent
+from loglinear.signals import exit_code, ignored
 from loglinear.training.callbacks import StopEarly
 
 POLL_SECONDS = 0.5  # delay until a signal or the end of the minutes is noticed
@@ -151,18 +152,8 @@ def _share(stop: Event | threading.Event) -> None:
 def _start_process(stop: Event, threads: int) -> None:
     _share(stop)
     torch.set_num_threads(threads)
-    for number in ENDING:  # those of a terminal reach all its processes, and the parent decides
-        signal.signal(number, signal.SIG_IGN)
+    follow_parent()  # a worker of a killed parent would write into the next run's files
     signal.signal(signal.SIGTERM, _this.terminate)  # a broken pool also ends its workers with it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this process with its parent. A worker of a killed parent would write into the next run's files."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 class _Worker:

@@ -28,6 +28,7 @@ from loglinear.kernels.triton import delta_rule, scalar_gate
 from loglinear.kernels.triton.inputs import Operands, Outgoing, Sequences
 from loglinear.kernels.triton.launches import Kind, Launch, Plan, default_plan, table_key
 from loglinear.partition import FENWICK
+from loglinear.processes import follow_parent
 
 FAMILIES = {"scalar_gate": scalar_gate, "delta_rule": delta_rule}
 DENSE = Sequences(None, None)
@@ -153,7 +154,7 @@ def compile_candidates(direction: str, shape: Shape) -> None:
     kind = shape.kind(direction)
     plans = list(candidates(kind))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(len(plans), os.cpu_count() or 1), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(len(plans), os.cpu_count() or 1), context, follow_parent) as pool:
         for future in [pool.submit(_compile, kind, shape, plan) for plan in plans]:
             future.result()
 
