@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from loglinear import models
 from loglinear.cli import console
 from loglinear.data.sources import read_documents
 from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.evaluation.plots import plot_needle
-from loglinear.models import set_decode_top_k
 from loglinear.runs.folder import require_folder
 from loglinear.runs.json_files import write_object
 from loglinear.runs.loading import load_checkpoint
@@ -34,9 +34,9 @@ def run(
     texts = [document.text for document in read_documents(data)]
     model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
     if decode_top_k is not None:
-        set_decode_top_k(model, decode_top_k)
+        models.set_decode_top_k(model, decode_top_k)
     else:
-        decode_top_k = getattr(model.config, "decode_top_k", None)  # as the model's own configuration says
+        decode_top_k = models.decode_top_k(model)
     sets = example_sets(tokenizer, texts, lengths=lengths, count=count, tasks=tasks, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
     results = evaluate_sets(model, tokenizer, sets, decode=decode_top_k is not None)

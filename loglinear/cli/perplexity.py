@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from loglinear.cli import console
 from loglinear.data.corpus import read_corpus
 from loglinear.evaluation import evaluate_perplexity
 from loglinear.evaluation.plots import plot_positions
+from loglinear.models import decode_top_k
 from loglinear.runs.folder import require_folder
 from loglinear.runs.json_files import write_object
 from loglinear.runs.loading import load_checkpoint
@@ -19,6 +21,9 @@ def run(path: Path, data: tuple[str, ...], out: Path, *, length: int, max_tokens
     """Score all of the data; write perplexity.json and per_position.png."""
     require_folder(out, "--out")
     model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
+    top_k = decode_top_k(model)
+    if top_k is not None:
+        print(f"note: perplexity reads all buckets; decode_top_k = {top_k} is for decode steps", file=sys.stderr)
     corpus = read_corpus(data, tokenizer, progress=True)
     out.mkdir(parents=True, exist_ok=True)
     result = evaluate_perplexity(model, corpus, length=length, max_tokens=max_tokens)

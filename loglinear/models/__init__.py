@@ -3,7 +3,7 @@
 from loglinear.models.auto import register
 from loglinear.models.cache import LogLinearCache
 from loglinear.models.configuration import LogLinearConfig
-from loglinear.models.generation import set_decode_top_k
+from loglinear.models.generation import decode_top_k, set_decode_top_k
 from loglinear.models.heads import (
     LogLinearForQuestionAnswering,
     LogLinearForSequenceClassification,
@@ -29,6 +29,7 @@ __all__ = [
     "ParameterCounts",
     "key_value_cache_bytes",
     "parameter_counts",
+    "decode_top_k",
     "set_decode_top_k",
     "state_bytes",
 ]

@@ -162,6 +162,12 @@ def check_continuation(cache: Seen, input_ids: Tensor, generation_config: Any, m
     cache.check_past(past, input_ids[:, :seen] if embeds is None and width == given else None)
 
 
+def decode_top_k(model: nn.Module) -> int | None:
+    """Return the number of `set_decode_top_k`, or of the configuration. None: steps read all buckets."""
+    numbers = [part.decode_top_k for part in model.modules() if isinstance(part, TokenMixer)]
+    return next((number for number in numbers if number is not None), None)
+
+
 def set_decode_top_k(model: nn.Module, top_k: int | None) -> None:
     """Let every decode step of a routed model read only `top_k` buckets in each head, besides the token's own.
 

@@ -22,8 +22,18 @@ def starting_config(recipe: TrainingRecipe) -> LogLinearConfig:
     """Return the configuration of the recipe's model, or of the folder's; of an upgraded one, the levels.
 
     Raises ValueError if the recipe starts from a folder that holds no such model, or has an option that an upgraded one
-    does not take.
+    does not take. Raises it also for a decode_top_k.
     """
+    config = _config(recipe)
+    if config.decode_top_k is not None:
+        raise ValueError(
+            "decode_top_k must be null in the configuration of a model that is trained, which reads all buckets, "
+            f"got {config.decode_top_k}"
+        )
+    return config
+
+
+def _config(recipe: TrainingRecipe) -> LogLinearConfig:
     if recipe.start is None:
         return recipe.model_config()
     checkpoint = resolve(recipe.start)

@@ -216,6 +216,17 @@ def test_eval_needle_decodes_with_few_buckets(capsys, tmp_path):
     assert code == 0 and "gram, a step reads its own block and 1 other bucket" in out
 
 
+def test_perplexity_says_that_it_reads_all_buckets(capsys, tmp_path, text):
+    sizes = {**tiny_recipe(tmp_path).model, "routing": "gram", "finest_block": 16}
+    for own, note in ((2, "note: perplexity reads all buckets; decode_top_k = 2 is for decode steps\n"), (None, "")):
+        torch.manual_seed(0)
+        LogLinearForCausalLM(LogLinearConfig(**sizes, decode_top_k=own)).save_pretrained(tmp_path / "model")
+        ByteTokenizer().save_pretrained(tmp_path / "model")
+        words = ["--model", tmp_path / "model", "--data", text, "--out", tmp_path / "eval"]
+        code, _, errors = in_process(capsys, "eval", "perplexity", *words)
+        assert code == 0 and "".join(line for line in errors.splitlines(True) if "note" in line) == note
+
+
 def test_info_lists_everything_there_is(capsys):
     code, out, _ = in_process(capsys, "info")
     assert code == 0

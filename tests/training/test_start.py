@@ -1,5 +1,7 @@
 """A run that starts from an upgraded model: it trains the new parameters, and resumes bit for bit."""
 
+import dataclasses
+import json
 import shutil
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 import loglinear
 from loglinear.convert import convert
-from loglinear.models import ByteTokenizer
+from loglinear.models import ByteTokenizer, LogLinearConfig, LogLinearForCausalLM
 from loglinear.runs.folder import read_run, run_recipe
 from loglinear.runs.loading import load_model
 from loglinear.training.train import train
@@ -61,6 +63,24 @@ def test_all_parameters_of_a_sixteen_bit_folder_take_small_steps(data, tmp_path)
     after = load_model(tmp_path / "whole")
     assert all((p != after.get_parameter(name)).any() for name, p in model.named_parameters())
     assert_resumes(recipe, tmp_path)
+
+
+def test_a_model_that_decodes_with_few_buckets_is_refused_before_the_data_is_read(tmp_path):
+    """In the recipe or in a folder, also in one of an upgraded model."""
+    recipe = tiny_recipe(tmp_path / "none")
+    few = {**recipe.model, "routing": "gram", "finest_block": 16, "decode_top_k": 2}
+    LogLinearForCausalLM(LogLinearConfig(**few)).save_pretrained(tmp_path / "own")
+    upgraded(original("mamba2", torch.float32, vocab_size=264), routing="gram").save_pretrained(tmp_path / "upgraded")
+    file = tmp_path / "upgraded" / "config.json"
+    config = json.loads(file.read_text())
+    config["loglinear_upgrade"]["decode_top_k"] = 2
+    file.write_text(json.dumps(config))
+    starts = [tiny_recipe(tmp_path / "none", start=str(tmp_path / name)) for name in ("own", "upgraded")]
+    text = "decode_top_k must be null in the configuration of a model that is trained, which reads all buckets, got 2"
+    for bad in (dataclasses.replace(recipe, model=few), *starts):
+        with pytest.raises(ValueError, match=f"^{text}$"):
+            train(bad, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_trains_a_folder(data, tmp_path, capsys):
