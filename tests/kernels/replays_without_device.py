@@ -14,8 +14,9 @@ from triton import knobs
 from triton.runtime import driver
 
 from loglinear.kernels.triton import replay
-from loglinear.kernels.triton.launcher import Compiled, Launcher
+from loglinear.kernels.triton.launcher import THREAD, Compiled, Launcher
 from loglinear.kernels.triton.operator import chunkwise
+from loglinear.kernels.triton.recording import Recording
 from loglinear.partition import FENWICK, Partition
 from tests.kernels.launches_without_device import Driver, Pair, copy_kernel
 
@@ -342,6 +343,35 @@ def small_calls():
     return dict(difference=compared(ordinary, again, [x]), runs=count[0], is_right=is_right)
 
 
+def nested(known):
+    """The differences of four calls that make another repeated call, which has run `known` times before."""
+    inner, _ = counted(lambda x, scale: Found(copied(x)))
+
+    @replay.replayed
+    def outer(tensors, scale):
+        return inner((copied(*tensors),), scale)
+
+    x = torch.zeros(128)
+    for _ in range(known):
+        inner((x,), 0.5)
+    call = functools.partial(outer, (x,), 0.5)
+    with watched():
+        ordinary = starts_of(call)
+    return [compared(ordinary, starts_of(call), [x]) for _ in range(4)]
+
+
+def outer_recordings():
+    """Does a recording come back when one inside it ends, also by an error?"""
+    found = []
+    with Recording(()) as outer:
+        for error in (None, ValueError):
+            with contextlib.suppress(ValueError), Recording(()):
+                if error is not None:
+                    raise error
+            found.append(THREAD.recording is outer)
+    return [*found, THREAD.recording is None]
+
+
 def main():
     driver.set_active(Driver())
     Launcher.start = start
@@ -351,6 +381,8 @@ def main():
         changes={name: runs_after(**change) for name, change in CHANGES.items()},
         hook=runs_with_a_hook(),
         small=small_calls(),
+        nested=[nested(known) for known in (0, 1, 3)],
+        outer=outer_recordings(),
     )
     print(json.dumps(report))
 

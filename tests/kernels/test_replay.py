@@ -26,6 +26,11 @@ def test_views_zeros_and_sums_are_repeated(report):
     assert report["small"] == dict(difference=None, runs=3, is_right=True)
 
 
+def test_a_call_inside_a_call_is_a_part_of_it(report):
+    assert report["nested"] == [[None] * 4] * 3
+    assert report["outer"] == [True] * 3
+
+
 @pytest.mark.parametrize("function", REFUSED)
 def test_what_does_more_than_to_launch_runs_each_time(report, function):
     assert report["refused"][function.__name__] == 4

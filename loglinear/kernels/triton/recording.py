@@ -79,6 +79,7 @@ class Recording(TorchFunctionMode):
     def __init__(self, tensors: Tensors) -> None:
         super().__init__()
         self.is_complete = True
+        self.outer: Recording | None = None
         self.tensors = {id(x): i for i, x in enumerate(tensors) if x is not None}
         self.blocks: dict[int, Block] = {}  # by address: the latest, because the memory of one may become another's
         self.values: dict[Number | Address | Group, Any] = {}  # a group comes after its members
@@ -87,12 +88,12 @@ class Recording(TorchFunctionMode):
         self.endings: list[Ending] = []
 
     def __enter__(self) -> Recording:
-        THREAD.recording = self
+        self.outer, THREAD.recording = THREAD.recording, self
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        THREAD.recording = None
+        THREAD.recording = self.outer
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

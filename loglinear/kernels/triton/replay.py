@@ -18,7 +18,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from loglinear.kernels.triton.launcher import Compiled, is_watched, launch_key, specialize
+from loglinear.kernels.triton.launcher import THREAD, Compiled, is_watched, launch_key, specialize
 from loglinear.kernels.triton.recording import Address, Block, Group, Number, Recording, Tensors
 
 ALIGNMENT = 512  # bytes, as of torch's own allocations on a GPU
@@ -127,7 +127,8 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Its launches may depend on nothing but its arguments' key, see `call_key`. The second call with a key is recorded,
     because a recording takes some milliseconds and many lengths never return. A call that cannot be repeated runs as
-    it is each time; so do all while somebody watches launches, and where no kernel has a launcher.
+    it is each time; so do all while somebody watches launches, inside of another recording, and where no kernel has a
+    launcher.
     """
     if specialize is None or knobs.runtime.interpret:
         return function
@@ -136,7 +137,7 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(tensors: Tensors, scale: float, *options: Any) -> Any:
-        if is_watched():
+        if is_watched() or THREAD.recording is not None:  # an outer recording sees launches of a launcher alone
             return function(tensors, scale, *options)
         active = driver.active
         device = active.get_current_device()
