@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.machine import announce, command_line, progress_bar
 from loglinear.cli.console import print_table
 from loglinear.kernels.triton import chunkwise
-from loglinear.ops.impl_triton import MAX_HEAD_DIM
+from loglinear.kernels.triton.limits import MAX_HEAD_DIM, widest_value
 from loglinear.partition import FENWICK
 
 CHUNK_SIZES = (16, 32, 64, 128)
@@ -115,7 +115,7 @@ def main(
     """Print the registers, stack and shared memory of the default plans' kernels."""
     if dtype not in ("bfloat16", "float16", "float32"):
         raise typer.BadParameter(f"--dtype must be bfloat16, float16 or float32, got {dtype!r}")
-    widest = 2 * MAX_HEAD_DIM if delta else MAX_HEAD_DIM
+    widest = widest_value(delta)
     if not (1 <= key_dim <= MAX_HEAD_DIM and 1 <= value_dim <= widest):
         got = f"{key_dim} and {value_dim}"
         raise typer.BadParameter(f"--key-dim must be 1 to {MAX_HEAD_DIM}, --value-dim to {widest}, got {got}")

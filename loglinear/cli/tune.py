@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 
-from loglinear.ops.impl_triton import MAX_HEAD_DIM
-
 
 class Heads(NamedTuple):
     """The heads of one call, the number of its sequences, and its operator."""
@@ -31,21 +29,22 @@ def run(of: Heads, lengths: list[int], out: Path | None) -> None:
     """
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     heads, groups, key_dim, value_dim, dtype, batch, operator = of
-    widest = MAX_HEAD_DIM if operator == "scalar_gate" else 2 * MAX_HEAD_DIM
     if dtype not in dtypes:
         raise ValueError(f"--dtype must be one of {list(dtypes)}, got {dtype!r}")
     if min(heads, groups) < 1 or heads % groups:
         raise ValueError(f"--heads {heads} must be a multiple of --groups {groups}, both at least 1")
-    if not (1 <= key_dim <= MAX_HEAD_DIM and 1 <= value_dim <= widest):
-        got = f"{key_dim} and {value_dim}"
-        raise ValueError(f"--key-dim must be 1 to {MAX_HEAD_DIM}, --value-dim 1 to {widest}, got {got}")
     if min(*lengths, batch) < 1:
         raise ValueError(f"--length and --batch must be at least 1, got {lengths} and {batch}")
     if not torch.cuda.is_available():
         raise ValueError("tune needs a CUDA GPU, and this machine has none")
     from loglinear.kernels.triton.launches import STAGES, user_table
+    from loglinear.kernels.triton.limits import MAX_HEAD_DIM, widest_value
     from loglinear.kernels.triton.tune import Shape, compile_candidates, tune, write
 
+    widest = widest_value(operator == "delta_rule")
+    if not (1 <= key_dim <= MAX_HEAD_DIM and 1 <= value_dim <= widest):
+        got = f"{key_dim} and {value_dim}"
+        raise ValueError(f"--key-dim must be 1 to {MAX_HEAD_DIM}, --value-dim 1 to {widest}, got {got}")
     console = Console()
     path = out or user_table()
     for direction in STAGES[operator]:

@@ -20,11 +20,9 @@ from loglinear.kernels.torch import has_blocks
 from loglinear.ops.continuation import Places, final_state, in_one_row, places_in_one_row, take
 from loglinear.ops.problem import MIN_LOG_DECAY, Problem, is_transformed
 from loglinear.ops.state import DecodeState, FenwickState
-from loglinear.partition import FENWICK, Partition
+from loglinear.partition import FENWICK
 
 OLDEST_TRITON = "3.4"  # 3.3 refuses `prefetch`, whose branches return different types; torch 2.8 brings 3.4
-MAX_HEAD_DIM = 256
-MAX_NUMBERS = 1 << 31  # in a row's blocks; a step counts them in 32 bits
 
 
 def _triton_version() -> str | None:
@@ -74,38 +72,10 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _too_wide(K: int, V: int, is_delta_rule: bool) -> str | None:
-    """Return the reason why heads of these widths do not fit the kernels, or None."""
-    widest = 2 * MAX_HEAD_DIM if is_delta_rule else MAX_HEAD_DIM  # the delta rule's kernels split V
-    if K <= MAX_HEAD_DIM and widest >= V:
-        return None
-    return f"head dims K = {K}, V = {V} need impl='torch': impl='triton' takes up to {MAX_HEAD_DIM} and {widest}"
-
-
-def _other_partition(partition: Partition) -> str | None:
-    """Return the reason why the kernels do not read this partition, or None."""
-    if partition == FENWICK:
-        return None
-    from loglinear.kernels.triton.tree import MAX_RADIX
-
-    if partition.radix > MAX_RADIX or partition.largest_block is not None:
-        return f"{partition} needs impl='torch': impl='triton' takes a radix up to {MAX_RADIX} without a largest block"
-    return None
-
-
 def _largest_chunk(p: Problem) -> int:
-    """Return how many tokens a chunk has at most: shared memory limits them."""
-    from loglinear.kernels.triton.delta_rule.products import products_of
-    from loglinear.kernels.triton.inputs import common_dtype
+    from loglinear.kernels.triton import limits
 
-    # Three tf32 products take eight times the room of one in bfloat16.
-    products = common_dtype if p.beta is None else products_of
-    largest = 128 if products(p.q, p.k, p.v) == torch.bfloat16 else 64
-    largest = largest if max(p.q.shape[3], p.v.shape[3]) <= 128 else largest // 2
-    if p.beta is not None:
-        largest = max(largest, 64)
-    # Chunks of 128 are worked on in halves, between which there is one column.
-    return min(largest, 64) if p.partition.radix > 2 and p.partition.finest_block != 128 else largest
+    return limits.largest_chunk(p.q, p.k, p.v, p.partition, p.beta is not None)
 
 
 def _chunk_size(p: Problem) -> int:
@@ -122,7 +92,12 @@ def block_size(p: Problem) -> int:
 
 def unsupported(p: Problem) -> str | None:
     """Return the reason why these kernels do not support a call and what does; None if they support it."""
-    reason = _unavailable(p.v.device) or _other_partition(p.partition)
+    reason = _unavailable(p.v.device)
+    if reason is not None:
+        return reason
+    from loglinear.kernels.triton import limits
+
+    reason = limits.of_partition(p.partition)
     if reason is not None:
         return reason
     if _is_interpreted() and torch.bfloat16 in (p.q.dtype, p.k.dtype, p.v.dtype):
@@ -131,28 +106,27 @@ def unsupported(p: Problem) -> str | None:
         return "float64 needs impl='torch'"
     if is_transformed():
         return "torch.func transforms and forward-mode derivatives need impl='torch'"
-    K, V = p.q.shape[3], p.v.shape[3]
-    reason = _too_wide(K, V, p.beta is not None)
-    if reason is not None:
-        return reason
-    from loglinear.kernels.triton.tree import MAX_CHUNKS
+    return limits.of_heads(p.q.shape[3], p.v.shape[3], p.beta is not None) or _too_long(p)
+
+
+def _too_long(p: Problem) -> str | None:
+    """Return the reason why the kernels do not take a call's chunks or so many tokens, or None."""
+    from loglinear.kernels.triton import limits
 
     largest, chunk_size = _largest_chunk(p), _chunk_size(p)
-    if chunk_size and not 16 <= chunk_size <= largest:
+    if chunk_size:
         has_state = p.initial_state is not None or p.output_final_state
-        chunk = "a state with chunk_size" if has_state else f"{p.partition} with chunks of"
-        return f"{chunk} {chunk_size} needs impl='torch': impl='triton' takes 16 to {largest} here"
+        name = "a state with chunk_size" if has_state else f"{p.partition} with chunks of"
+        reason = limits.of_chunk(name, chunk_size, largest)
+        if reason is not None:
+            return reason
     # The scalar gate's plans may choose a chunk half as large.
     smallest = chunk_size or (largest if p.beta is not None else largest // 2)
-    limit = (MAX_CHUNKS - 1) * smallest
-    if p.initial_state is not None:  # all tokens are packed into one row, after the buffered ones
-        limit -= p.num_sequences * p.chunk_size
-        tokens = p.v.shape[0] * p.v.shape[1]
-        if tokens >= limit:
-            return f"B T = {tokens} tokens need impl='torch': impl='triton' continues less than {limit} at a time here"
-    elif p.v.shape[1] >= limit:
-        return f"T = {p.v.shape[1]} needs impl='torch': impl='triton' takes less than {limit} tokens here"
-    return None
+    rows, tokens = p.v.shape[:2]
+    if p.initial_state is None:
+        return limits.of_tokens(tokens, smallest, None)
+    # All tokens are packed into one row, after the buffered ones.
+    return limits.of_tokens(rows * tokens, smallest, p.num_sequences * p.chunk_size)
 
 
 def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
@@ -162,14 +136,9 @@ def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
         return reason
     if torch.float64 in (q.dtype, state.fenwick.blocks.dtype):
         return "float64 needs impl='torch'"
-    if not 16 <= state.fenwick.chunk_size <= 128:
-        return f"a state with chunk_size {state.fenwick.chunk_size} needs impl='torch': impl='triton' takes 16 to 128"
-    blocks = state.fenwick.blocks
-    if (held := blocks.numel() // blocks.shape[0]) >= MAX_NUMBERS:
-        return (
-            f"a row with {held} numbers in its blocks needs impl='torch': impl='triton' takes less than {MAX_NUMBERS}"
-        )
-    return _too_wide(q.shape[2], v.shape[2], state.fenwick.beta is not None)
+    from loglinear.kernels.triton import limits
+
+    return limits.of_step(state.fenwick.blocks, state.fenwick.chunk_size, state.fenwick.beta is not None)
 
 
 def run(p: Problem) -> tuple[Tensor, FenwickState | None]:

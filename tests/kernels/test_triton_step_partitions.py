@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from loglinear.ops import DecodeState, impl_triton
+from loglinear.ops import DecodeState
 from loglinear.partition import FENWICK, Partition
 from tests.kernels.interpreter import teach_interpreter
 from tests.kernels.stepping import blocks_error, decoding, full_state, step_of, tokens_for
@@ -162,12 +162,14 @@ def test_a_chunk_that_the_kernels_do_not_take_is_named(operator, partition, C):
 
 
 def test_a_row_of_more_blocks_than_the_kernels_count_is_named(operator, monkeypatch):
+    from loglinear.kernels.triton import limits
+
     state = decoding(full_state(operator, Partition(4, 16), [5], 6, 16), torch.float32)
     token = [x.float() for x in tokens_for(operator, state.fenwick, 1, 6)[0].values()]
-    monkeypatch.setattr(impl_triton, "MAX_NUMBERS", 5 * 6 * 3)  # M = 5, K = 6, V = 3
+    monkeypatch.setattr(limits, "MAX_NUMBERS", 5 * 6 * 3)  # M = 5, K = 6, V = 3
     text = "a row with 90 numbers in its blocks needs impl='torch': impl='triton' takes less than 90"
     with pytest.raises(ValueError, match=f"^{text}$"):
         step_of(operator)(*token, state, impl="triton")
-    monkeypatch.setattr(impl_triton, "MAX_NUMBERS", 91)
+    monkeypatch.setattr(limits, "MAX_NUMBERS", 91)
     step_of(operator)(*token, state, impl="triton")
     assert state.fenwick.position.tolist() == [6]

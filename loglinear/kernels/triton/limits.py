@@ -1,0 +1,81 @@
+"""The limits of the kernels. A function `of_...` returns the reason why they do not take a call, or None."""
+
+# C chunk, K key, V value, N sequences, M blocks, H heads
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loglinear.kernels.triton.delta_rule.products import products_of
+from loglinear.kernels.triton.inputs import common_dtype
+from loglinear.kernels.triton.tree import MAX_CHUNKS, MAX_RADIX
+from loglinear.partition import FENWICK, Partition
+
+MAX_HEAD_DIM = 256
+SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
+MAX_NUMBERS = 1 << 31  # in a row's blocks; a step counts them in 32 bits
+
+
+def widest_value(is_delta_rule: bool) -> int:
+    """Return the largest V: the delta rule's kernels split it."""
+    return 2 * MAX_HEAD_DIM if is_delta_rule else MAX_HEAD_DIM
+
+
+def of_heads(K: int, V: int, is_delta_rule: bool) -> str | None:
+    """Heads of these widths."""
+    widest = widest_value(is_delta_rule)
+    if K <= MAX_HEAD_DIM and widest >= V:
+        return None
+    return f"head dims K = {K}, V = {V} need impl='torch': impl='triton' takes up to {MAX_HEAD_DIM} and {widest}"
+
+
+def of_partition(partition: Partition) -> str | None:
+    """A partition."""
+    if partition == FENWICK or (partition.radix <= MAX_RADIX and partition.largest_block is None):
+        return None
+    return f"{partition} needs impl='torch': impl='triton' takes a radix up to {MAX_RADIX} without a largest block"
+
+
+def largest_chunk(q: Tensor, k: Tensor, v: Tensor, partition: Partition, is_delta_rule: bool) -> int:
+    """Return how many tokens a chunk has at most: shared memory limits them."""
+    # Three tf32 products take eight times the room of one in bfloat16.
+    products = products_of if is_delta_rule else common_dtype
+    largest = LARGEST_CHUNK if products(q, k, v) == torch.bfloat16 else 64
+    largest = largest if max(q.shape[3], v.shape[3]) <= 128 else largest // 2
+    if is_delta_rule:
+        largest = max(largest, 64)
+    # Chunks of 128 are worked on in halves, between which there is one column.
+    return min(largest, 64) if partition.radix > 2 and partition.finest_block != LARGEST_CHUNK else largest
+
+
+def of_chunk(name: str, chunk_size: int, largest: int) -> str | None:
+    """A chunk whose size something prescribes, which the name says."""
+    if SMALLEST_CHUNK <= chunk_size <= largest:
+        return None
+    return f"{name} {chunk_size} needs impl='torch': impl='triton' takes {SMALLEST_CHUNK} to {largest} here"
+
+
+def of_tokens(tokens: int, chunk_size: int, buffered: int | None) -> str | None:
+    """A sequence of so many tokens in chunks of at least this size.
+
+    In a call that continues, the tokens of all rows and up to `buffered` earlier ones are one sequence.
+    """
+    limit = (MAX_CHUNKS - 1) * chunk_size - (buffered or 0)
+    if tokens < limit:
+        return None
+    if buffered is None:
+        return f"T = {tokens} needs impl='torch': impl='triton' takes less than {limit} tokens here"
+    return f"B T = {tokens} tokens need impl='torch': impl='triton' continues less than {limit} at a time here"
+
+
+def of_step(blocks: Tensor, chunk_size: int, is_delta_rule: bool) -> str | None:
+    """One token more of a state with blocks [N, M, H, K, V]."""
+    N, _, _, K, V = blocks.shape
+    if not SMALLEST_CHUNK <= chunk_size <= LARGEST_CHUNK:
+        takes = f"impl='triton' takes {SMALLEST_CHUNK} to {LARGEST_CHUNK}"
+        return f"a state with chunk_size {chunk_size} needs impl='torch': {takes}"
+    if (held := blocks.numel() // N) >= MAX_NUMBERS:
+        return (
+            f"a row with {held} numbers in its blocks needs impl='torch': impl='triton' takes less than {MAX_NUMBERS}"
+        )
+    return of_heads(K, V, is_delta_rule)
