@@ -11,6 +11,7 @@ from loglinear.layers.packing import of_any_length
 from loglinear.models.cache import LogLinearCache
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.places import TokenPlaces, has_shape
+from loglinear.ops.continuation import sequence_of
 from loglinear.ops.validation import INDICES, check_tensor, check_tree_positions
 
 
@@ -180,17 +181,12 @@ def _attention_context(
     return AttentionContext(cos, sin, mask, lengths, with_weights)
 
 
-def _document_of(column_T: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Return the number [T] of each column's packed document."""
-    return torch.bucketize(column_T, cu_seqlens[1:].to(column_T.dtype), right=True)
-
-
 def _positions(column_T: Tensor, cu_seqlens: Tensor | None, columns_BS: Tensor | None) -> Tensor:
     """Return each token's position in its document or row, [1 or B, T]; padding does not count."""
     if columns_BS is not None:
         return (columns_BS.long().cumsum(1) - 1).clamp(min=0).index_select(1, column_T)
     if cu_seqlens is not None:
-        column_T = column_T - cu_seqlens.to(column_T.dtype)[_document_of(column_T, cu_seqlens)]
+        column_T = column_T - cu_seqlens.to(column_T.dtype)[sequence_of(column_T, cu_seqlens)]
     return column_T.unsqueeze(0)
 
 
@@ -208,7 +204,7 @@ def _attention_mask(columns_BS: Tensor | None, column_T: Tensor, places: TokenPl
     key_S = torch.arange(keys, device=column_T.device)
     causal_TS = key_S <= query_T
     if places.cu_seqlens is not None:
-        document_T = _document_of(column_T, places.cu_seqlens)
+        document_T = sequence_of(column_T, places.cu_seqlens)
         causal_TS = causal_TS & (document_T == document_T.unsqueeze(1))
     if columns_BS is None:
         return causal_TS[None, None]

@@ -30,6 +30,14 @@ class Places(NamedTuple):
         return torch.where(position < self.start, self.buffer + position % C, self.first + position - self.start)
 
 
+def sequence_of(place: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return the number of the packed sequence that holds each place, as int64.
+
+    All boundaries are searched: torch.compile of torch 2.11 loses the offset of a slice of them on a GPU.
+    """
+    return torch.bucketize(place, cu_seqlens.to(place.dtype), right=True) - 1
+
+
 def sequence_ends(p: Problem | WorkingProblem, N: int) -> Tensor:
     """Return the boundaries of the N sequences in the new tokens [B T], as int64 [N + 1]."""
     if p.cu_seqlens is None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from loglinear.kernels import torch as kernels
 from loglinear.ops import impl_reference, scores_triton
 from loglinear.ops.announcement import announce
-from loglinear.ops.continuation import final_state, in_one_row, places_in_one_row
+from loglinear.ops.continuation import final_state, in_one_row, places_in_one_row, sequence_of
 from loglinear.ops.impl_torch import records_stages
 from loglinear.ops.problem import Problem, is_transformed, unit_length
 from loglinear.ops.state import DecodeState, FenwickState
@@ -313,9 +313,8 @@ def _positions(problem: Problem) -> Tensor:
     if ends is None:
         return token[None] if state is None else state.position[:, None] + token
     ends = ends.to(token.device, torch.int64)
-    sequence = torch.bucketize(token, ends[1:], right=True)
     start = ends[:-1] if state is None else ends[:-1] - state.position
-    return (token - start[sequence])[None]
+    return (token - start[sequence_of(token, ends)])[None]
 
 
 def _without_own(x: Tensor) -> Tensor:

@@ -232,3 +232,24 @@ def test_plain_torch_stays_outside_of_cuda_graphs(name):
     """It reads lengths on the host, and its schedule would be kept in memory that every replay writes again."""
     for operator in (name, f"{name}_backward"):
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.loglinear, operator).default.tags
+
+
+def test_a_graph_searches_whole_boundaries():
+    """On a GPU torch.compile of torch 2.11 searches a slice from the beginning of the tensor that it is a part of."""
+    from loglinear.ops import bucket_scores
+
+    graphs = []
+    ends, q = torch.tensor([0, 3, 3, 9]), torch.randn(1, 9, 1, 4)
+
+    def scores(q, k, ends):
+        return bucket_scores(q, k, num_columns=3, partition=Partition(2, 2), cu_seqlens=ends).scores
+
+    compiled = torch.compile(scores, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    assert torch.equal(compiled(q, q, ends), scores(q, q, ends))
+    searches = [node for node in graphs[0].graph.nodes if node.target is torch.bucketize]
+    assert searches
+    for node in searches:
+        boundaries = node.args[1] if len(node.args) > 1 else node.kwargs["boundaries"]
+        while boundaries.op == "call_method":  # a conversion
+            boundaries = boundaries.args[0]
+        assert boundaries.op == "placeholder"
