@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 import loglinear
 from loglinear.cli import execute
+from loglinear.runs.json_files import write_object
 
 LARGEST = 2**31 - 1
 
@@ -59,9 +59,7 @@ def announce(progress: Progress, task: TaskID, text: str) -> None:
 def keep(out: Path | None, described: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write the rows so far atomically, so that an interrupted run loses nothing."""
     if out is not None:
-        temporary = out.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"about": described, "rows": rows}, indent=1) + "\n")
-        temporary.replace(out)
+        write_object(out, {"about": described, "rows": rows})
 
 
 def about(script: str, device: str) -> dict[str, Any]:
