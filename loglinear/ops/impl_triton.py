@@ -138,7 +138,8 @@ def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
         return "float64 needs impl='torch'"
     from loglinear.kernels.triton import limits
 
-    return limits.of_step(state.fenwick.blocks, state.fenwick.chunk_size, state.fenwick.beta is not None)
+    s = state.fenwick
+    return limits.of_step(s.blocks, s.chunk_size, s.partition or FENWICK, s.beta is not None)
 
 
 def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
