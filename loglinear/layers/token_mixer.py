@@ -145,11 +145,15 @@ class TokenMixer(nn.Module):
         """
         if position is None or self.num_levels == 1:
             return None
-        heads, S = self.heads, len(position)
+        return self.empty_state(len(position), x, position)
+
+    def empty_state(self, rows: int, x: Tensor, position: Tensor | None = None) -> MixerState:
+        """Return the state of sequences without a token, for inputs like `x`; without a position they start at 0."""
+        heads = self.heads
         shared: dict[str, Any] = dict(groups=heads.num_groups, key_dim=heads.key_dim, partition=self.partition)
         shared |= dict(position=position, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         fenwick = FenwickState.zeros(
-            S,
+            rows,
             num_levels=self.num_levels,
             chunk_size=self.chunk_size,
             heads=heads.num_heads,
@@ -157,8 +161,8 @@ class TokenMixer(nn.Module):
             delta_rule=self.transition == "delta_rule",
             **shared,
         )
-        sums = None if self.bucket_weights is None else zero_sums(S, num_columns=self.num_levels, **shared)
-        return MixerState(x.new_zeros(S, self.conv.kernel - 1, self.conv.channels), fenwick, sums)
+        sums = None if self.bucket_weights is None else zero_sums(rows, num_columns=self.num_levels, **shared)
+        return MixerState(x.new_zeros(rows, self.conv.kernel - 1, self.conv.channels), fenwick, sums)
 
     def set_decode_top_k(self, top_k: int | None) -> None:
         """Choose how many buckets a step reads, as `Routing.top_k`.

@@ -1,15 +1,12 @@
 """The sizes of a model from its configuration alone: numbers of parameters, and bytes of its states."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from loglinear.layers import BucketWeights, LevelScales
+from loglinear.layers import BucketWeights, LevelScales, Mixer
 from loglinear.models.configuration import LogLinearConfig
-from loglinear.models.modeling import LogLinearForCausalLM
-from loglinear.ops import FenwickState
-from loglinear.ops.scores import zero_sums
-from loglinear.variants import get_variant
+from loglinear.models.modeling import LogLinearBlock, LogLinearForCausalLM
 
 
 class ParameterCounts(NamedTuple):
@@ -49,24 +46,19 @@ def state_bytes(config: LogLinearConfig, tokens: int, dtype: torch.dtype = torch
     values in `dtype`.
     """
     assert config.layer_types is not None
-    heads = config.heads
-    shared: dict[str, Any] = dict(groups=heads.num_groups, key_dim=heads.key_dim, partition=config.partition)
-    shared |= dict(dtype=torch.promote_types(dtype, torch.float32), device="meta")
-    state = FenwickState.zeros(
-        1,
-        num_levels=config.num_levels,
-        chunk_size=config.chunk_size,
-        heads=heads.num_heads,
-        value_dim=heads.head_dim,
-        delta_rule=get_variant(config.variant).transition == "delta_rule",
-        **shared,
-    )
-    inverse = 0 if state.beta is None else state.beta.nbytes * state.chunk_size  # DecodeState.inverse
-    sums = 0 if config.routing is None else zero_sums(1, num_columns=config.num_levels, **shared).nbytes
-    channels = 2 * heads.num_groups * heads.key_dim + heads.num_heads * heads.head_dim
-    linear = state.nbytes + inverse + sums + channels * (config.conv_kernel - 1) * dtype.itemsize
     full_layers = config.layer_types.count("full_attention")
-    return (config.num_hidden_layers - full_layers) * linear + full_layers * _key_value_bytes(config, tokens, dtype)
+    linear_layers = len(config.layer_types) - full_layers
+    return linear_layers * _state_bytes(config, dtype) + full_layers * _key_value_bytes(config, tokens, dtype)
+
+
+def _state_bytes(config: LogLinearConfig, dtype: torch.dtype) -> int:
+    """Return the bytes of the state of one linear layer."""
+    with torch.device("meta"):
+        mixer = LogLinearBlock(config, "linear_attention").mixer
+        assert isinstance(mixer, Mixer)
+        conv, fenwick, sums = mixer.empty_state(1, torch.empty(1, 1, config.hidden_size, dtype=dtype))
+    inverse = 0 if fenwick.beta is None else fenwick.beta.nbytes * fenwick.chunk_size  # DecodeState.inverse
+    return conv.nbytes + fenwick.nbytes + inverse + (0 if sums is None else sums.nbytes)
 
 
 def key_value_cache_bytes(config: LogLinearConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
