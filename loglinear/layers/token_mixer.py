@@ -84,7 +84,7 @@ class TokenMixer(nn.Module):
         if self.decode_top_k is not None and self.training:
             raise ValueError(
                 f"decode_top_k must be None in training, which reads all buckets, got {self.decode_top_k}: "
-                "call model.eval() to decode"
+                "call model.eval() to decode, or loglinear.models.set_decode_top_k(model, None) to train"
             )
         if isinstance(state, MixerDecodeState):
             if packing is not None or x.shape[1] != 1:

@@ -253,7 +253,8 @@ def test_mistakes_are_one_line() -> None:
             lambda: plain.set_decode_top_k(2),
         ),
         (
-            "decode_top_k must be None in training, which reads all buckets, got 2: call model.eval() to decode",
+            "decode_top_k must be None in training, which reads all buckets, got 2: call model.eval() to decode, or "
+            "loglinear.models.set_decode_top_k(model, None) to train",
             lambda: routed("mamba2", Partition(4, 4), routing=Routing(top_k=2))(x),
         ),
         ("num_columns must be at least 2 (with one bucket its weight is 1), got 1", lambda: BucketWeights(6, 2, 1)),
