@@ -18,7 +18,7 @@ from experiments.figures.tables import (
     title,
 )
 from experiments.recipes.comparison import KINDS
-from experiments.results import SEED, Result, read_seeds, seed_suffix
+from experiments.results import SEED, Result, read_seeds
 from loglinear.evaluation.needle import TASKS
 from loglinear.runs.files import write_atomically
 
@@ -28,7 +28,7 @@ LEVELS = re.compile(rf"needle-(log_linear-levels(\d+)){SEED}\.json")  # of `expe
 def needle(results: Path, out: Path) -> list[Path]:
     """Draw needle.svg with a panel for each task, recall.svg with two of them, and needle-KIND.svg; write needle.md.
 
-    needle-KIND.svg has a map of lengths and depths for each seed. Another number of levels is a kind of its own.
+    needle-KIND.svg has a map of lengths and depths, the mean over seeds. Another number of levels is a kind of its own.
     """
     others = {match[1]: int(match[2]) for file in results.iterdir() if (match := LEVELS.fullmatch(file.name))}
     runs_by_kind = read_seeds(results, "needle", (*KINDS, *sorted(others, key=lambda name: others[name])))
@@ -40,12 +40,9 @@ def needle(results: Path, out: Path) -> list[Path]:
     write_atomically(table, _table(runs_by_kind))
     written = [table, *draw_retrieval(out / "needle.svg", models, training_length=length)]
     written += draw_recall(out / "recall.svg", models, training_length=length)
-    for kind, runs in runs_by_kind.items():
-        for run in runs:
-            label = f"{line_of(kind).label}, seed {run['seed']}"
-            written += draw_depths(
-                out / f"needle-{kind}{seed_suffix(run['seed'])}.svg", label, run["evaluation"]["tasks"]
-            )
+    for kind, runs in models.items():
+        label = f"{line_of(kind).label}, {len(runs)} {'seeds' if len(runs) > 1 else 'seed'}"
+        written += draw_depths(out / f"needle-{kind}.svg", label, runs)
     return written
 
 

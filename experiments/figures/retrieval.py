@@ -73,14 +73,22 @@ def _panels(models: Models, tasks: Sequence[str], training_length: int) -> Figur
     return figure
 
 
-def _conclusion(models: Models, task: str = "single_2") -> str:
-    """Log-linear compared with linear on one needle in text, if the means over seeds agree at all lengths."""
-    ours, linear = (_means(models.get(kind, []), task) for kind in ("log_linear", "linear"))
-    lengths = ours.keys() & linear.keys()
-    if not lengths or any(ours[length] <= linear[length] for length in lengths):
-        return "Values found by length"
-    seeds = ", but seeds differ widely" if len(models["linear"]) > 1 else " (one seed)"
-    return f"Log-linear finds more needles in text than linear{seeds}"
+def _conclusion(models: Models) -> str:
+    """Log-linear compared with its linear twin, and with a larger linear state, on one needle in text."""
+    more = _finds_more(models, "log_linear", "linear")
+    fewer = _finds_more(models, "linear_states4", "log_linear")
+    text = "Log-linear finds more needles in text than its linear twin" if more else ""
+    if fewer:
+        text += "\nand fewer" if more else "Log-linear finds fewer needles in text"
+        text += " than a linear model of four times the state"
+    return text or "Values found by length"
+
+
+def _finds_more(models: Models, kind: str, other: str, task: str = "single_2") -> bool:
+    """Do the means over seeds agree that `kind` finds more, at no length fewer?"""
+    ours, theirs = (_means(models.get(one, []), task) for one in (kind, other))
+    gains = [ours[length] - theirs[length] for length in ours.keys() & theirs.keys()]
+    return bool(gains) and min(gains) >= 0 < max(gains)
 
 
 def _means(runs: Sequence[Tasks], task: str) -> dict[int, float]:
@@ -102,22 +110,26 @@ def draw_accuracies(axes: Axes, line: Line, runs: Sequence[list[dict[str, Any]]]
         axes.plot(lengths, percent_L, line.marker, color=line.colour, ms=4.5, alpha=0.8)
 
 
-def draw_depths(file: Path, label: str, tasks: Tasks) -> list[Path]:
-    """Draw maps of one run: accuracy by the length of the text and the depth of the needle."""
-    return draw(file, lambda theme: _maps(label, tasks, theme))
+def draw_depths(file: Path, label: str, runs: Sequence[Tasks]) -> list[Path]:
+    """Draw maps of one model, the means over its seeds: accuracy by the text's length and the needle's depth."""
+    return draw(file, lambda theme: _maps(label, runs, theme))
 
 
-def _maps(label: str, tasks: Tasks, theme: Theme) -> Figure:
+def _maps(label: str, runs: Sequence[Tasks], theme: Theme) -> Figure:
+    tasks = {task: [run[task] for run in runs if task in run] for run in runs for task in run}
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(7.5, 0.9 + 2.3 * rows))
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for (task, results), axes in zip(tasks.items(), panels, strict=False):
-        depths = sorted({part["depth"] for result in results for part in result["by_depth"]})
-        table = np.full((len(depths), len(results)), np.nan)
-        for column, result in enumerate(results):
-            for part in result["by_depth"]:
-                table[depths.index(part["depth"]), column] = 100 * part["accuracy"]
+    for (task, seeds), axes in zip(tasks.items(), panels, strict=False):
+        results = seeds[0]
+        depths = sorted({part["depth"] for results in seeds for result in results for part in result["by_depth"]})
+        table_RDL = np.full((len(seeds), len(depths), len(results)), np.nan)
+        for run, of_lengths in enumerate(seeds):
+            for column, result in enumerate(of_lengths):
+                for part in result["by_depth"]:
+                    table_RDL[run, depths.index(part["depth"]), column] = 100 * part["accuracy"]
+        table = table_RDL.mean(0)
         colours = matplotlib.colormaps["viridis"].with_extremes(bad=theme.paper)
         image = axes.pcolormesh(table, vmin=0, vmax=100, cmap=colours)
         axes.invert_yaxis()

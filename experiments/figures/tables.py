@@ -6,14 +6,16 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from experiments.results import Result
+from loglinear.models import LogLinearConfig
+from loglinear.models.size import state_bytes
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 MISSING = "-"
-COST_COLUMNS = ("parameters", "M tokens", "tokens/s", "minutes", "peak GiB")
+COST_COLUMNS = ("parameters", "M tokens", "tokens/s", "minutes", "peak GiB", "decode state, MiB")
 
 
 def costs(result: Result) -> list[str]:
-    """Return the cells of COST_COLUMNS. Minutes and tokens are those of training."""
+    """Return the cells of COST_COLUMNS. Minutes and tokens are of training, the state is that after a window."""
     training, peak = result["training"], result["training"]["peak_bytes"]
     return [
         f"{result['parameters']:,}",
@@ -21,7 +23,14 @@ def costs(result: Result) -> list[str]:
         f"{training['tokens_per_second']:,.0f}",
         f"{training['minutes']:.1f}",
         MISSING if peak is None else f"{peak / GIB:.1f}",
+        _state(result["recipe"]),
     ]
+
+
+def _state(recipe: dict[str, Any]) -> str:
+    if not recipe.get("model"):  # a training that began with a model's folder
+        return MISSING
+    return f"{state_bytes(LogLinearConfig(**recipe['model']), recipe['seq_len']) / MIB:.2f}"
 
 
 def title(name: str) -> str:

@@ -109,11 +109,10 @@ READ = {
         "python -m experiments.needle run --kind linear --seed 10 --learning-rate 1e-3 --steps 2000 --examples 10 "
         "--out runs/needle/rates/1e-3/linear --results runs/needle/rates/1e-3 "
         "--data data/long_text/validation.jsonl.zst",
-        "python -m experiments.needle run --kind linear --seed 1 --learning-rate 1e-3 --out runs/needle/linear-1 "
-        "--minutes 8 --results runs/needle/results --data data/long_text/validation.jsonl.zst",
+        "python -m experiments.needle run --kind linear --seed 1 --learning-rate 2e-3 --out runs/needle/linear-1 "
+        "--minutes 8 --data data/long_text/validation.jsonl.zst",
         "python -m experiments.needle run --kind transformer --embedding-range 0.02 --learning-rate 1e-3 "
-        "--out runs/needle/small --minutes 8 --results runs/needle/results "
-        "--data data/long_text/validation.jsonl.zst",
+        "--out runs/needle/small --minutes 8 --data data/long_text/validation.jsonl.zst",
     ],
     "330 MB of Debian packages": [
         "python -m experiments.long_text prepare",

@@ -75,7 +75,7 @@ def test_ablations_are_compared_with_the_published_choice_document_by_document(t
     assert softplus[:6] == ["softplus", "2.5000", "2.0000", "-", "-", "1,000"]
     error = f"{np.std([0.5, 0.25, 0], ddof=1) / math.sqrt(3):.4f}"
     assert unit[:5] == ["unit", "2.2500", "1.7500", *[f"-0.2500 ± {error}"] * 2]
-    assert (softplus[6], unit[6], unit[-1]) == ("5.0", "6.0", "3.0")  # M tokens, GiB
+    assert (softplus[6], unit[6], unit[9]) == ("5.0", "6.0", "3.0")  # M tokens, GiB
     assert "3 validation documents, the first 256 tokens" in text and "a GPU" in text
     write_object(tmp_path / "ablation-blocks.json", result(perplexity(1.5, 2.5)))
     with pytest.raises(ValueError, match="different validation texts"):
@@ -97,9 +97,9 @@ def drawn(folder):
     return {path.name for path in folder.glob("*.svg")}
 
 
-def pictures(*runs):
-    """The figures of needles: all runs together, two tasks of them, and a map of each run; each for two themes."""
-    names = ("needle", "recall", *(f"needle-{run}" for run in runs))
+def pictures(*kinds):
+    """The figures of needles: all runs together, two tasks of them, and a map of each kind; each for two themes."""
+    names = ("needle", "recall", *(f"needle-{kind}" for kind in kinds))
     return {f"{name}{theme}.svg" for name in names for theme in ("", "-dark")}
 
 
@@ -134,7 +134,8 @@ def test_needle_table_and_figures_have_every_seed(tmp_path):
         *(["linear", seed] for seed in ["0", "2", "10"]),
         ["log-linear-levels9", "1"],
     ]
-    assert drawn(tmp_path) == pictures("linear", "linear-seed2", "linear-seed10", "log_linear-levels9-seed1")
+    assert drawn(tmp_path) == pictures("linear", "log_linear-levels9")
+    assert "linear Mamba-2, 3 seeds: values found by depth" in (tmp_path / "needle-linear.svg").read_text()
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_how_a_seed_was_run_does_not_matter(tmp_path):
     write_object(tmp_path / "needle-linear.json", {**one, "recipe": {"seq_len": 64, "compile": True}})
     write_object(tmp_path / "needle-linear-seed1.json", {**one, "seed": 1})
     needle(tmp_path, tmp_path)
-    assert (tmp_path / "needle-linear-seed1.svg").exists()
+    assert "linear Mamba-2, 2 seeds" in (tmp_path / "needle-linear.svg").read_text()
 
 
 def test_figures_are_the_same_bytes_each_time(tmp_path):
@@ -234,3 +235,28 @@ def test_the_title_of_the_recall_figure_says_whose_seeds_are_above(linear, equal
         found |= {("mamba2", 32): (0.1, 0.9), ("log_linear_mamba2", 32): (0.2, 0.3)}
     rows = [{"model": m, "dim": dim, "accuracies": list(seeds)} for (m, dim), seeds in found.items() if seeds]
     assert conclusion(rows) == title
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (dict(linear=(1, 0), log_linear=(4, 2)), "Log-linear finds more needles in text than its linear twin"),
+        (
+            dict(linear=(1, 0), log_linear=(2, 1), linear_states4=(2, 2)),
+            "and fewer than a linear model of four times the state",
+        ),
+        (
+            dict(log_linear=(2, 1), linear_states4=(4, 1)),
+            "Log-linear finds fewer needles in text than a linear model of",
+        ),
+        (dict(linear=(1, 2), log_linear=(4, 1)), "Values found by length"),
+        (dict(linear=(1, 1), log_linear=(1, 1)), "Values found by length"),
+    ],
+)
+def test_the_conclusion_of_needles_holds_at_every_length(tmp_path, found, expected):
+    for kind, counts in found.items():
+        scores = needles(counts)
+        scores["tasks"] = {"single_2": scores["tasks"]["single_1"]}
+        write_object(tmp_path / f"needle-{kind}.json", result(scores))
+    needle(tmp_path, tmp_path)
+    assert expected in (tmp_path / "recall.svg").read_text()

@@ -1,18 +1,20 @@
 """The results of long texts and ablations in results/ are of the recipes here: one line makes any again."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from experiments.ablations import CHOICES, ablation
 from experiments.recipes.comparison import KINDS
+from experiments.results import SEED
 from experiments.runs import kind_recipe
 
 OF_A_RUN = ("seed", "compile", "tokenizer")  # what a command says
 LATER = dict.fromkeys(("start", "jitter", "new_only"))  # what no recipe had when they were made
 RESULTS = Path(__file__).parents[2] / "results"
-MEASURED = [kind for kind in KINDS if kind not in ("routed", "linear_states4")]
+MEASURED = [kind for kind in KINDS if kind not in ("routed", "linear_states4")]  # on long texts
 RUNS = {
     **{f"long-text-{kind}": kind_recipe("long_text", kind, miniature=False) for kind in MEASURED},
     **{f"ablation-{choice}": ablation(choice) for choice in CHOICES},
@@ -28,10 +30,16 @@ def test_a_result_is_of_the_recipe_that_its_name_says(name: str) -> None:
         assert {**made, **{of: expected[of] for of in OF_A_RUN}} == expected, file
 
 
-def test_results_of_needles_are_of_one_recipe() -> None:
-    """It is an earlier one, whose revision docs/results/needles.md names."""
-    made = [json.loads(file.read_text())["recipe"] for file in RESULTS.glob("needle-*.json")]
-    of_a_kind = ("name", "summary", "model", *OF_A_RUN)
-    recipes = [{name: value for name, value in recipe.items() if name not in of_a_kind} for recipe in made]
-    assert len(made) >= len(MEASURED)
-    assert all(recipe == recipes[0] for recipe in recipes)
+def test_results_of_needles_are_of_the_recipe_and_of_three_seeds() -> None:
+    """The learning rate is that of a search. Results without a kind are missing, never of another recipe."""
+    files = sorted(RESULTS.glob("needle-*.json"))
+    for kind in KINDS:
+        own = [file for file in files if re.fullmatch(rf"needle-{kind}{SEED}", file.stem)]
+        expected = json.loads(json.dumps(kind_recipe("needle", kind, miniature=False).to_dict()))
+        made = [json.loads(file.read_text())["recipe"] for file in own]
+        assert sorted(recipe["seed"] for recipe in made) in ([], [0, 1, 2])
+        assert len({recipe["learning_rate"] for recipe in made}) <= 1
+        for recipe in made:
+            assert {**recipe, **{of: expected[of] for of in (*OF_A_RUN, "learning_rate")}} == expected
+        files = [file for file in files if file not in own]
+    assert not files
