@@ -109,9 +109,9 @@ READ = {
         "python -m experiments.needle run --kind linear --seed 10 --learning-rate 1e-3 --steps 2000 --examples 10 "
         "--out runs/needle/rates/1e-3/linear --results runs/needle/rates/1e-3 "
         "--data data/long_text/validation.jsonl.zst",
-        "python -m experiments.needle run --kind linear --seed 1 --learning-rate 2e-3 --out runs/needle/linear-1 "
+        "python -m experiments.needle run --kind linear --seed 1 --out runs/needle/linear-1 "
         "--minutes 8 --data data/long_text/validation.jsonl.zst",
-        "python -m experiments.needle run --kind transformer --embedding-range 0.02 --learning-rate 1e-3 "
+        "python -m experiments.needle run --kind transformer --embedding-range 0.02 "
         "--out runs/needle/small --minutes 8 --data data/long_text/validation.jsonl.zst",
     ],
     "330 MB of Debian packages": [

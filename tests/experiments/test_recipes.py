@@ -48,7 +48,8 @@ def test_miniatures_are_small_and_of_one_size(experiment):
     recipes = [experiment(kind, miniature=True) for kind in KINDS]
     totals = [parameter_counts(recipe.model_config()).total for recipe in recipes]
     assert min(totals) > 2e5 and max(totals) < 8e5 and max(totals) / min(totals) < 1.03
-    trained = [{**recipe.to_dict(), "name": None, "summary": None, "model": None} for recipe in recipes]
+    own = dict.fromkeys(("name", "summary", "model", "learning_rate"))
+    trained = [{**recipe.to_dict(), **own} for recipe in recipes]
     assert trained[1:] == trained[:-1] and trained[0]["steps"] == 120
 
 

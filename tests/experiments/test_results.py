@@ -31,15 +31,14 @@ def test_a_result_is_of_the_recipe_that_its_name_says(name: str) -> None:
 
 
 def test_results_of_needles_are_of_the_recipe_and_of_three_seeds() -> None:
-    """The learning rate is that of a search. Results without a kind are missing, never of another recipe."""
+    """Results of a kind may be missing. None is of another recipe."""
     files = sorted(RESULTS.glob("needle-*.json"))
     for kind in KINDS:
         own = [file for file in files if re.fullmatch(rf"needle-{kind}{SEED}", file.stem)]
         expected = json.loads(json.dumps(kind_recipe("needle", kind, miniature=False).to_dict()))
         made = [json.loads(file.read_text())["recipe"] for file in own]
         assert sorted(recipe["seed"] for recipe in made) in ([], [0, 1, 2])
-        assert len({recipe["learning_rate"] for recipe in made}) <= 1
         for recipe in made:
-            assert {**recipe, **{of: expected[of] for of in (*OF_A_RUN, "learning_rate")}} == expected
+            assert {**recipe, **{of: expected[of] for of in OF_A_RUN}} == expected
         files = [file for file in files if file not in own]
     assert not files
