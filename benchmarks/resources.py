@@ -69,15 +69,18 @@ def compiled_only(found: dict[str, Any], on_launch: Any = lambda name: None) -> 
         JITFunction.run = run
 
 
-def resources(kernel: Any) -> tuple[int, int, int]:
-    """Return registers a thread, bytes of stack a thread and bytes of shared memory."""
+def dump(kernel: Any, what: str) -> str:
+    """Return what cuobjdump says of a kernel: "resource-usage" or "sass", its machine code."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        report = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run([tool, f"--dump-{what}", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(kernel: Any) -> tuple[int, int, int]:
+    """Return registers a thread, bytes of stack a thread and bytes of shared memory."""
+    report = dump(kernel, "resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", report)
     assert found is not None, report
     return int(found[1]), int(found[2]), kernel.metadata.shared

@@ -68,7 +68,7 @@ def log_linear_attention_step(
         active: [N] bool. An inactive row gets output 0 and keeps its state. None: all rows are active.
         impl: "auto", "triton" (one launch), "torch" or "reference" (the recurrence). "auto" chooses triton on a GPU if
             it supports the step, and torch otherwise. triton supports chunks of 16 to 128 tokens, and radix 2 without
-            a largest block. With other partitions its compiled kernel gives wrong results, so it refuses them.
+            a largest block. With other partitions its compiled kernel gave wrong results, so it refuses them.
 
     Returns:
         [N, H, V] in v's dtype.

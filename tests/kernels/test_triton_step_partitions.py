@@ -36,7 +36,7 @@ every_case = pytest.mark.parametrize("partition, C, columns", CASES, ids=str)
 
 @pytest.fixture(autouse=True)
 def _interpreter(monkeypatch):
-    """Every kernel is right here, those too that are wrong as compiled ones."""
+    """Every kernel runs, those too that are refused where they are compiled."""
     from loglinear.kernels.triton import limits
 
     teach_interpreter(monkeypatch.setattr)
@@ -180,7 +180,7 @@ def test_the_scalar_gate_refuses_several_blocks_of_one_size(operator, partition,
         return
     text = (
         f"a step of the scalar gate with {partition} needs impl='torch': "
-        "impl='triton' gives wrong results in the compiled kernel, see docs/learn/routed-reads.md"
+        "the compiled kernel of impl='triton' gave wrong results, see docs/learn/routed-reads.md"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         step_of(operator)(*token, state, impl="triton")

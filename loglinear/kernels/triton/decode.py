@@ -11,6 +11,9 @@ import triton.language as tl
 from loglinear.kernels.triton.levels import digit_column
 from loglinear.kernels.triton.tiles import LOG2_E, MIN_LOG_DECAY, exponent
 
+# For compute capability 9.0 and later, ptxas 12.8 compiles `min(x, c) == c` of 16-bit numbers as `x <= c`. Numbers get
+# 16 bits where the compiler knows that they are small. So blocks' numbers are compared with <, <=, > and >= where a
+# minimum is one of them, and tests/kernels/test_compiled_steps.py reads what ptxas makes of that.
 ONE_DONE = tl.constexpr(1 << 40)  # above the bits of a position the programs count that are done with their row
 SIZES = ["H", "R", "L"]
 
@@ -97,7 +100,7 @@ def is_block(z, m, TREE: tl.constexpr):
     count, nearer = z >> digit * TREE.radix_log, m - digit * TREE.others
     is_open = m == TREE.blocks - 1  # its count goes beyond the digit, as that of the largest blocks does
     if TREE.last < TREE.blocks:
-        is_open |= digit == TREE.last
+        is_open |= m >= TREE.last * TREE.others
     return (count > nearer) & (((count & TREE.others) > nearer) | is_open)
 
 
@@ -143,7 +146,10 @@ def merged_into(z, TREE: tl.constexpr):
 @triton.jit
 def is_pushed(m, target, TREE: tl.constexpr):
     """Does block m get one number more when `target` becomes the nearest of its size? The last one takes all in."""
-    return (m >= target) & (m < TREE.blocks - 1) & (digit_of(m, TREE) == digit_of(target, TREE))
+    larger = target + TREE.others
+    if TREE.last < TREE.blocks:
+        larger = tl.where(target < TREE.last * TREE.others, larger, TREE.blocks)
+    return (m >= target) & (m < larger) & (m < TREE.blocks - 1)
 
 
 @triton.jit

@@ -14,8 +14,9 @@ from loglinear.partition import FENWICK, Partition
 MAX_HEAD_DIM = 256
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
 MAX_NUMBERS = 1 << 31  # in a row's blocks; a step counts them in 32 bits
-# Compiled by triton 3.6 for an H200, the scalar gate's step gives wrong results where several blocks have one size. The
-# interpreter and the delta rule's step are right. tests/kernels/test_triton_step_gpu.py tells when this can be True.
+# Compiled by triton 3.6 for an H200, the scalar gate's step gave wrong results where several blocks have one size:
+# loglinear/kernels/triton/decode.py has the reason. It was corrected, but no GPU has run it since. This can be True
+# when tests/kernels/test_triton_step_gpu.py passes with it.
 GATE_STEPS_TAKE_QUEUES = False
 
 
@@ -76,7 +77,7 @@ def of_step_partition(partition: Partition, is_delta_rule: bool) -> str | None:
     is_queue = partition.radix > 2 or partition.largest_block is not None
     if is_delta_rule or GATE_STEPS_TAKE_QUEUES or not is_queue:
         return None
-    wrong = "impl='triton' gives wrong results in the compiled kernel, see docs/learn/routed-reads.md"
+    wrong = "the compiled kernel of impl='triton' gave wrong results, see docs/learn/routed-reads.md"
     return f"a step of the scalar gate with {partition} needs impl='torch': {wrong}"
 
 

@@ -73,7 +73,7 @@ def sources(turn, target, TREE: tl.constexpr):
     m = turn
     if TREE.is_queue:  # from the oldest on, so that a block is written after its older neighbour has taken it
         m = TREE.blocks - 1 + target - turn
-    first, last = tl.where(m == target, 0, m), m
+    first, last = tl.where(m > target, m, 0), m
     if TREE.is_queue:
         first -= is_pushed(m - 1, target, TREE).to(tl.int32)
         last -= is_pushed(m, target, TREE).to(tl.int32)
@@ -189,8 +189,8 @@ def step_kernel(
         own_CV = tl.dot(whole_CC, v_CV, input_precision="tf32x3")
         for turn in range(target, TREE.blocks):
             m, first, last = sources(turn, target, TREE)
-            if (m == target) | is_block(z, first, TREE) | is_block(z, last, TREE):
-                new_CV = tl.where(m == target, own_CV, 0.0)
+            if (m <= target) | is_block(z, first, TREE) | is_block(z, last, TREE):
+                new_CV = tl.where(m > target, 0.0, own_CV)
                 for row in range(0, K, TK):
                     j = row + tl.arange(0, TK)
                     k_T = load_token(k_row, j, j < K) * k_scale

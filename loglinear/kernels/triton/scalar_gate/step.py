@@ -118,7 +118,8 @@ def step_kernel(
                     pushed_TV = tl.where(leaves, state_TV, 0.0)
                     state_TV = tl.where(leaves, 0.0, state_TV) + arrived_TV
                     there |= is_block(z + 1, m, TREE)
-                joined_TV += tl.where(m <= target, state_TV, 0.0)
-                state_TV = tl.where(m == target, joined_TV, tl.where(m < target, 0.0, state_TV))
-                store_part(block, kt, tile * BV, state_TV, there | (m == target), K, V, TK, BV)
+                is_older = m > target  # the others are all there
+                joined_TV += tl.where(is_older, 0.0, state_TV)
+                state_TV = tl.where(is_older, state_TV, tl.where(m < target, 0.0, joined_TV))
+                store_part(block, kt, tile * BV, state_TV, there | (m <= target), K, V, TK, BV)
     end(state.position, n, t, H * TILES)
