@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from loglinear.signals import exit_code
 
@@ -35,10 +36,19 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         table.add_column(column, justify="left" if index == 0 or text else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console = Console(width=None if narrow else WIDE, markup=False, emoji=False, highlight=False)
+    console = _console()
     console.print(title, style="bold")
     console.print(table)
+
+
+def print_text(text: Text) -> None:
+    """Print coloured text. The terminal wraps its lines; a file or a pipe gets them whole and without colours."""
+    _console().print(text, soft_wrap=True)
+
+
+def _console() -> Console:
+    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if narrow else WIDE, markup=False, emoji=False, highlight=False)
 
 
 def count(number: int, thing: str) -> str:

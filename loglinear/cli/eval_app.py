@@ -82,6 +82,44 @@ def needle(
 
 
 @app.command()
+def entropy(
+    model: Model,
+    prompt: Annotated[str | None, option("standard input", "Text to continue.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST, help="Most tokens to write.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, max=100.0, help="Sampling temperature; 0 takes the likeliest token.")
+    ] = 1.0,
+    quantile: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the tokens that are marked as forking tokens.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.")] = 0,
+    out: Annotated[
+        Path | None, option("the terminal alone", "Folder for entropy.json, entropy.html and entropy.png.")
+    ] = None,
+) -> None:
+    """Show a sampled answer with each token coloured by the entropy of its distribution.
+
+    The entropy is that of the model's distribution at temperature 1, whatever --temperature is. The forking tokens are
+    those of the highest entropy: they are underlined and listed. Tokens of equal entropy are marked together.
+
+    Example:
+
+    `loglinear eval entropy --model runs/demo/log_linear --prompt "def main(" --out runs/demo/entropy`
+    """
+    from loglinear.cli.entropy import run
+
+    run(
+        model,
+        prompt,
+        out,
+        quantile=quantile,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+
+
+@app.command()
 def mqar(
     out: Annotated[Path, typer.Option(help="Folder for the results of cells, their checkpoints and mqar.json.")],
     model: Annotated[list[str] | None, option("five models", "Model to train; repeatable.")] = None,

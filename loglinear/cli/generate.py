@@ -21,7 +21,7 @@ def run(path: Path, prompt: str | None, **sampling: Any) -> None:
     check_sampling(**sampling)
     logging.set_verbosity_error()
     model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
-    text = _text(prompt)
+    text = prompt_text(prompt)
     sys.stdout.write(text)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     result = sample(model, tokenizer, text, streamer=streamer, **sampling)
@@ -29,7 +29,8 @@ def run(path: Path, prompt: str | None, **sampling: Any) -> None:
     print(f"{count(result.tokens, 'token')} in {result.seconds:.1f} s, {rate:.1f} tokens/s", file=sys.stderr)
 
 
-def _text(prompt: str | None) -> str:
+def prompt_text(prompt: str | None) -> str:
+    """Return the prompt, or standard input without one. Raises ValueError if it is not UTF-8 text."""
     try:
         text = sys.stdin.read() if prompt is None else prompt
         text.encode()

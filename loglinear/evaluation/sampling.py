@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, set_seed
 
 from loglinear.data.tokenizer import encode_prompt
 
@@ -22,6 +22,7 @@ class Sample:
     """A prompt and its continuation."""
 
     text: str  # prompt and continuation
+    ids: tuple[int, ...]  # of prompt and continuation
     tokens: int  # of the continuation
     seconds: float
     state_bytes: int  # size of the cache after the last token
@@ -39,11 +40,12 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
     streamer: Any = None,
+    observer: LogitsProcessor | None = None,
 ) -> Sample:
     """Return a continuation of `prompt` up to the end-of-sequence token or `max_new_tokens` tokens.
 
     A temperature below 1e-6 is greedy. The prompt begins like a document of the training, with the
-    beginning-of-sequence token if there is one.
+    beginning-of-sequence token if there is one. `observer` sees the logits of every step before the temperature.
 
     Raises ValueError, which names the argument, for a value that cannot work. Raises it also for an empty prompt if the
     tokenizer has no beginning-of-sequence token.
@@ -65,11 +67,13 @@ def sample(
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         return_dict_in_generate=True,
         streamer=streamer,
+        logits_processor=None if observer is None else LogitsProcessorList([observer]),
         use_cache=True,  # the Trainer of transformers writes False into the configuration that it trains
     )
     seconds = time.perf_counter() - began
     return Sample(
         text=str(tokenizer.decode(output.sequences[0], skip_special_tokens=True)),
+        ids=tuple(output.sequences[0].tolist()),
         tokens=output.sequences.shape[1] - prompt_tokens,
         seconds=seconds,
         state_bytes=cache_bytes(output.past_key_values),

@@ -21,6 +21,7 @@ CALLS = {  # that work; {out} is a folder that is not there
     "generate": "generate --model {run} --prompt a --max-new-tokens 1",
     "perplexity": "eval perplexity --model {run} --data {text} --out {out} --length 64",
     "needle": "eval needle --model {run} --out {out} --length 800 --examples 1 --task single_1",
+    "entropy": "eval entropy --model {run} --prompt a --max-new-tokens 1 --out {out}",
     "mqar": "eval mqar --model attention --dim 16 --lr 1e-2 --seed 0 --examples 64 --epochs 1 --length 8 --pairs 2 "
     "--processes 1 --minutes 1e-9 --out {out}",
     "info": "info",

@@ -89,10 +89,11 @@ def test_generate_and_serve_need_no_end_of_sequence(capsys, trained, tmp_path):
     arguments = ["--model", tmp_path, "--prompt", "a b", "--temperature", 0, "--max-new-tokens", 5]
     code, out, errors = in_process(capsys, "generate", *arguments)
     assert code == 0 and out.startswith("a b") and "5 tokens" in errors, errors
-    empty = in_process(capsys, "generate", "--model", tmp_path, "--prompt", "")
-    assert_one_line(
-        last_line(empty), "the prompt is empty, and this tokenizer has no token to begin with: give a text (--"
-    )
+    for command in (["generate"], ["eval", "entropy"]):
+        empty = in_process(capsys, *command, "--model", tmp_path, "--prompt", "")
+        assert_one_line(
+            last_line(empty), "the prompt is empty, and this tokenizer has no token to begin with: give a text (--"
+        )
     model, tokenizer = load_checkpoint(tmp_path)
     prepare(model, tokenizer)
     with TestClient(application("tiny", model, tokenizer, Limits(tokens=32, prompt_tokens=99, seconds=60))) as client:

@@ -31,6 +31,7 @@ EXECUTED = {
     "loglinear eval needle --model runs/books --data ~/letters --length 4096 --length 16384 --out runs/books/needle": (
         "--examples 1 --task single_2"
     ),
+    'loglinear eval entropy --model runs/books --prompt "Once" --out runs/books/entropy': "--max-new-tokens 5",
     "python -m experiments.figures.routing --model runs/books --out runs/books/routing.svg": "",
     f"{MQAR_IN_SECONDS} --out runs/mqar": "--examples 50 --epochs 1",
     f"{MQAR_IN_SECONDS} --out runs/miniature/mqar": "--examples 50 --epochs 1",

@@ -31,6 +31,7 @@ def test_every_command_is_on_the_page():
         "demo",
         "tune",
         "eval perplexity",
+        "eval entropy",
         "eval mqar",
         "bench ops",
     ):
