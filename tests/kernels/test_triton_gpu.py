@@ -50,7 +50,7 @@ def report(dtype, measured):
     """ERROR_LOG=errors.jsonl pytest -m gpu ... collects what was measured, for docs/learn/numerics.md."""
     path = os.environ.get("ERROR_LOG")
     if path:
-        test = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].split(" ")[0]
+        test = os.environ["PYTEST_CURRENT_TEST"].split("::", 1)[1].rsplit(" ", 1)[0]
         with open(path, "a") as file:
             file.write(json.dumps({"test": test, "dtype": str(dtype), "errors": measured}) + "\n")
 

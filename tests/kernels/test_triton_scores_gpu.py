@@ -5,7 +5,7 @@ import torch
 
 from loglinear.ops import bucket_scores
 from loglinear.partition import FENWICK, Partition
-from tests.kernels.scores import EMULATED, errors, make, state_at
+from tests.kernels.scores import EMULATED, NARROW, SMALL_BLOCK_PARTITIONS, SMALL_BLOCKS, errors, make, state_at
 from tests.kernels.test_triton_gpu import THREE_TF32, poison, report
 
 pytestmark = pytest.mark.gpu
@@ -28,15 +28,17 @@ every_partition = pytest.mark.parametrize("partition", PARTITIONS, ids=str)
 every_state = pytest.mark.parametrize("partition", WITH_STATES, ids=str)
 
 
-def check(inputs, dtype, **options):
-    """The limit is 1.3 times the emulated rounding. Calls that continue are in float32; their gradients are rounded."""
+def check(inputs, dtype, *, harder=None, **options):
+    """The limit is 1.3 times the emulated rounding. Calls that continue are in float32; their gradients are rounded.
+    harder: the emulated rounding of calls with larger errors than most."""
     found = errors(inputs, dtype, before=poison, **options)
     report(dtype, found)
-    emulated = EMULATED.get(dtype, {})
+    emulated = EMULATED.get(dtype, {}) | (harder or {}).get(dtype, {})
     if "initial_state" in options:
         emulated = {name: error for name, error in emulated.items() if name.startswith("gradient")}
     limits = {name: 1.3 * emulated[name] if name in emulated else THREE_TF32 for name in found}
-    assert all(error <= limits[name] for name, error in found.items()), (found, limits)
+    exceeded = [f"{name}: {error:.3g} > {limits[name]:.3g}" for name, error in found.items() if error > limits[name]]
+    assert not exceeded, "\n".join(exceeded)
 
 
 def fitting(partition, K, dtype):
@@ -50,7 +52,8 @@ def fitting(partition, K, dtype):
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_error_of_every_plan(heads, dtype, partition):
     G, K = heads
-    check(make(2, 1111, G, K, dtype), dtype, num_columns=20, partition=fitting(partition, K, dtype))
+    options = dict(num_columns=20, partition=fitting(partition, K, dtype))
+    check(make(2, 1111, G, K, dtype), dtype, harder=NARROW if K == 5 else None, **options)
 
 
 @every_partition
@@ -85,7 +88,9 @@ def test_error_of_packed_sequences(columns, partition):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("columns", [1, 7, 40])
 def test_error_of_the_state_after_a_call(dtype, columns, partition):
-    check(make(2, 1111, 2, 64, dtype), dtype, num_columns=columns, partition=partition, final=True)
+    harder = SMALL_BLOCKS if columns == 40 and partition in SMALL_BLOCK_PARTITIONS else None
+    options = dict(num_columns=columns, partition=partition, final=True)
+    check(make(2, 1111, 2, 64, dtype), dtype, harder=harder, **options)
 
 
 @every_state
