@@ -56,6 +56,13 @@ def count(number: int, thing: str) -> str:
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
+def note_all_buckets(evaluation: str, decode_top_k: int | None) -> None:
+    """Say on standard error that an evaluation reads all buckets, if decode steps of its model read fewer."""
+    if decode_top_k is not None:
+        text = f"note: {evaluation} reads all buckets; decode_top_k = {decode_top_k} is for decode steps"
+        print(text, file=sys.stderr)
+
+
 def human_bytes(count: int) -> str:
     """Return a size with its binary unit: 1536 gives '1.5 KiB'."""
     size = float(count)

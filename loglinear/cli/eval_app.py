@@ -120,6 +120,46 @@ def entropy(
 
 
 @app.command()
+def membership(
+    model: Model,
+    members: Annotated[list[str], typer.Option(help=f"Documents that the model was trained on: {SOURCES}")],
+    others: Annotated[list[str], typer.Option(help=f"Documents that it was not trained on: {SOURCES}")],
+    reference: Annotated[
+        Path | None, option("none", "Folder of a second model, with the same tokens, whose loss is subtracted.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, max=LARGEST, help="Tokens to read of each document, from its beginning.")
+    ] = 2048,
+    min_k: Annotated[int, typer.Option(min=1, max=100, help="Share of tokens in the Min-K % score, in percent.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the bootstrap.")] = 0,
+    out: Annotated[Path | None, option("the terminal alone", "Folder for membership.json and membership.png.")] = None,
+) -> None:
+    """Measure how well a model tells documents of its training from others.
+
+    A document is a whole file, or a line of a .jsonl file with a "text". The scores are the loss, its ratio to the
+    size under zlib, the loss of the least likely tokens (Min-K %), and with --reference the difference to another
+    model's loss. Low scores speak for membership. The table has the area under each ROC curve (AUC) with a bootstrap
+    interval, the best F1 with its threshold, and the true positives at 1 % false positives.
+
+    Example:
+
+    `loglinear eval membership --model runs/books --members ~/books --others ~/letters --out runs/books/membership`
+    """
+    from loglinear.cli.membership import run
+
+    run(
+        model,
+        tuple(members),
+        tuple(others),
+        out,
+        reference=reference,
+        max_tokens=max_tokens,
+        min_k=min_k,
+        seed=seed,
+    )
+
+
+@app.command()
 def mqar(
     out: Annotated[Path, typer.Option(help="Folder for the results of cells, their checkpoints and mqar.json.")],
     model: Annotated[list[str] | None, option("five models", "Model to train; repeatable.")] = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -21,9 +20,7 @@ def run(path: Path, data: tuple[str, ...], out: Path, *, length: int, max_tokens
     """Score all of the data; write perplexity.json and per_position.png."""
     require_folder(out, "--out")
     model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
-    top_k = decode_top_k(model)
-    if top_k is not None:
-        print(f"note: perplexity reads all buckets; decode_top_k = {top_k} is for decode steps", file=sys.stderr)
+    console.note_all_buckets("perplexity", decode_top_k(model))
     corpus = read_corpus(data, tokenizer, progress=True)
     out.mkdir(parents=True, exist_ok=True)
     result = evaluate_perplexity(model, corpus, length=length, max_tokens=max_tokens)

@@ -118,7 +118,7 @@ def _corpus(parts: list[_Part], special: tuple[int, ...]) -> Corpus:
 
 def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Corpus:
     """Return documents as tokens in memory: 2 bytes for each byte of text with the byte tokenizer."""
-    measured, texts = itertools.tee((document, _size(document)) for document in documents)
+    measured, texts = itertools.tee((document, len(document.encode())) for document in documents)
     encoded = encode_documents(tokenizer, ((document.text, document.learnt) for document, _ in texts))
     parts = [
         _Part(document.name, tokens, learnt, size)
@@ -133,14 +133,6 @@ def join(corpora: Sequence[Corpus]) -> Corpus:
     places = [(name_hash(name), name, c, d) for c, corpus in enumerate(corpora) for d, name in enumerate(corpus.names)]
     parts = [corpora[c].part(d) for *_, c, d in sorted(places)]
     return _corpus(parts, corpora[0].special)
-
-
-def _size(document: Document) -> int:
-    """Return the number of UTF-8 bytes of a document."""
-    try:
-        return len(document.text.encode())
-    except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
-        raise ValueError(f"document {document.name} is not text: character {error.start} is a lone surrogate") from None
 
 
 def split(corpus: Corpus, validation_fraction: float) -> tuple[Corpus, Corpus]:

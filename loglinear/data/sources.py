@@ -49,6 +49,13 @@ class Document(NamedTuple):
     text: str
     learnt: tuple[tuple[int, int], ...] | None = None  # ranges of characters that count in the loss; None: all
 
+    def encode(self) -> bytes:
+        """Return the text in UTF-8. Raises ValueError, which names the document, for half of a surrogate pair."""
+        try:
+            return self.text.encode()
+        except UnicodeEncodeError as error:  # JSON can hold one
+            raise ValueError(f"document {self.name} is not text: character {error.start} is a lone surrogate") from None
+
 
 def read_documents(sources: Iterable[str]) -> Iterator[Document]:
     """Yield all documents of all sources, in the same order on every machine.

@@ -1,4 +1,4 @@
-"""Figures of a run: loss by step and by position, needles by length and depth."""
+"""Figures of a run: loss by step and by position, needles by length and depth, membership."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+
+from loglinear.evaluation.roc import RocCurve
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
@@ -114,3 +116,15 @@ def _draw_depths(axes: Axes, results: list[dict[str, Any]]) -> AxesImage:
     axes.set_xticks(range(len(results)), [str(result["length"]) for result in results], rotation=90)
     axes.set_yticks(range(len(depths)), [f"{depth:.2f}" for depth in depths])
     return axes.imshow(table, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+
+
+def plot_membership(path: Path, curves: Mapping[str, RocCurve]) -> None:
+    """Draw the curve of each named score, and the diagonal of a score that knows nothing."""
+    figure, axes = _axes("Members told from others", "false positive rate", "true positive rate")
+    for index, (name, curve) in enumerate(curves.items()):
+        false, true = ([0.0, *rate_S] for rate_S in (curve.false_positive_rate_S, curve.true_positive_rate_S))
+        axes.plot(false, true, f"C{index}", label=f"{name}, AUC {curve.auc:.3f}")
+    axes.plot([0, 1], [0, 1], color="grey", ls=":", label="chance, AUC 0.5")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)

@@ -58,6 +58,7 @@ def test_ctrl_c_elsewhere_is_one_line(capsys, monkeypatch):
         ["generate"],
         ["eval", "perplexity"],
         ["eval", "needle"],
+        ["eval", "membership"],
         ["eval", "mqar"],
         ["info"],
         ["demo"],
@@ -216,14 +217,37 @@ def test_eval_needle_decodes_with_few_buckets(capsys, tmp_path):
     assert code == 0 and "gram, a step reads its own block and 1 other bucket" in out
 
 
-def test_perplexity_says_that_it_reads_all_buckets(capsys, tmp_path, text):
+def test_eval_membership_writes_figure_and_numbers(capsys, tmp_path, run, text):
+    rows = [json.dumps({"text": f"another text, number {number * number}"}) for number in range(4)]
+    (tmp_path / "others.jsonl").write_text("\n".join(rows))
+    arguments = ["--model", run, "--members", text, "--others", tmp_path / "others.jsonl", "--max-tokens", 40]
+    code, printed, errors = in_process(capsys, "eval", "membership", *arguments)
+    assert code == 0 and "8 members, 4 others" in printed and "reference" not in printed, errors
+    more = ["--reference", run, "--min-k", 50, "--seed", 3, "--out", tmp_path / "eval"]
+    code, out, errors = in_process(capsys, "eval", "membership", *arguments, *more)
+    assert code == 0, errors
+    result = json.loads((tmp_path / "eval" / "membership.json").read_text())
+    assert (tmp_path / "eval" / "membership.png").read_bytes().startswith(b"\x89PNG")
+    assert list(result["scores"]) == ["loss", "zlib_ratio", "min_k", "reference"]
+    assert result["members"] == [str(text)] and (result["max_tokens"], result["min_k"]) == (40, 50)
+    assert result["bootstrap"]["seed"] == 3 and result["versions"]["torch"] == torch.__version__
+    assert [document["name"] for document in result["documents"]][7:9] == ["7.txt", "others.jsonl:1"]
+    assert result["scores"]["reference"]["auc"] == 0.5  # the model is its own reference
+    assert f"{result['scores']['loss']['auc']:.3f}" in out and str(tmp_path / "eval") in out
+
+
+@pytest.mark.parametrize("evaluation", ["perplexity", "membership"])
+def test_evaluations_say_that_they_read_all_buckets(capsys, tmp_path, text, evaluation):
     sizes = {**tiny_recipe(tmp_path).model, "routing": "gram", "finest_block": 16}
-    for own, note in ((2, "note: perplexity reads all buckets; decode_top_k = 2 is for decode steps\n"), (None, "")):
+    (tmp_path / "other.txt").write_text("other text")
+    data = {"perplexity": ["--data", text], "membership": ["--members", text, "--others", tmp_path / "other.txt"]}
+    told = f"note: {evaluation} reads all buckets; decode_top_k = 2 is for decode steps\n"
+    for own, note in ((2, told), (None, "")):
         torch.manual_seed(0)
         LogLinearForCausalLM(LogLinearConfig(**sizes, decode_top_k=own)).save_pretrained(tmp_path / "model")
         ByteTokenizer().save_pretrained(tmp_path / "model")
-        words = ["--model", tmp_path / "model", "--data", text, "--out", tmp_path / "eval"]
-        code, _, errors = in_process(capsys, "eval", "perplexity", *words)
+        words = ["--model", tmp_path / "model", *data[evaluation], "--out", tmp_path / "eval"]
+        code, _, errors = in_process(capsys, "eval", evaluation, *words)
         assert code == 0 and "".join(line for line in errors.splitlines(True) if "note" in line) == note
 
 

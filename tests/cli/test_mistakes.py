@@ -18,6 +18,7 @@ from tests.training.tiny import tiny_recipe
 # there, {bad} the folder of `bad` below.
 TRAIN, GENERATE = "train --recipe demo --data {text} --out {out}", "generate --prompt a --model"
 NEEDLE = "eval needle --model {run} --out {out}"
+MEMBERSHIP = "eval membership --model {run} --members {text}"
 MISTAKES = {
     "train --recipe demo --data {bad}/image.txt --out {out}": "is binary, expected UTF-8 text",
     "train --recipe demo --data {bad}/empty.txt --out {out}": "holds no text",
@@ -88,6 +89,13 @@ MISTAKES = {
     "eval entropy --model {run} --prompt a --quantile nan": "--quantile",
     "eval entropy --model {run} --prompt a --temperature -1": "--temperature",
     "eval entropy --model {run} --prompt a --out=": "--out must not be empty",
+    "eval membership --model {bad}/nothing --members {text} --others {bad}/short.txt": "no checkpoint at",
+    f"{MEMBERSHIP} --others {{bad}}/short.txt --reference {{bad}}/nothing": "no checkpoint at",
+    f"{MEMBERSHIP} --others {{bad}}/short.txt --out {{bad}}/image.txt": "--out must be a folder, got the file",
+    f"{MEMBERSHIP} --others {{bad}}/nothing": "is neither a file",
+    f"{MEMBERSHIP} --others {{bad}}/empty.txt": "holds no text",
+    f"{MEMBERSHIP} --others {{bad}}/image.txt": "is binary, expected UTF-8 text",
+    f"{MEMBERSHIP} --others {{text}}/3.txt": "1 of the others, as far as they are read, are members too: 3.txt is",
     f"{NEEDLE} --task single_2": "task single_2 hides its needle in text: give --data",
     f"{NEEDLE} --task single_4": "task must be one of single_1, single_2, multikey_1, multivalue, multiquery, got",
     f"{NEEDLE} --task multiquery --length 512": "tokens are enough, got 512",

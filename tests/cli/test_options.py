@@ -22,6 +22,7 @@ CALLS = {  # that work; {out} is a folder that is not there
     "perplexity": "eval perplexity --model {run} --data {text} --out {out} --length 64",
     "needle": "eval needle --model {run} --out {out} --length 800 --examples 1 --task single_1",
     "entropy": "eval entropy --model {run} --prompt a --max-new-tokens 1 --out {out}",
+    "membership": "eval membership --model {run} --members {text} --others {others} --max-tokens 32 --out {out}",
     "mqar": "eval mqar --model attention --dim 16 --lr 1e-2 --seed 0 --examples 64 --epochs 1 --length 8 --pairs 2 "
     "--processes 1 --minutes 1e-9 --out {out}",
     "info": "info",
@@ -61,7 +62,9 @@ def places(tmp_path, run, text, monkeypatch):
     (tmp_path / "folder").mkdir()
     mamba2(tmp_path / "foreign", n_groups=1)
     original("qwen3_5").save_pretrained(tmp_path / "pretrained")
-    names = ("out", "file", "folder", "foreign", "pretrained")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "text.txt").write_text("other text")
+    names = ("out", "file", "folder", "foreign", "pretrained", "others")
     return {"run": run, "text": text, **{name: tmp_path / name for name in names}}
 
 

@@ -84,6 +84,10 @@ def test_a_signal_while_a_command_starts_is_one_line(tmp_path, command, module, 
         ("loglinear.training.train.load_corpus", "demo --steps 2 --out {out}"),
         ("loglinear.training.start.LogLinearForCausalLM", "train --recipe demo --data {text} --out {out}"),
         ("loglinear.cli.perplexity.evaluate_perplexity", "eval perplexity --model {run} --data {text} --out {out}"),
+        (
+            "loglinear.cli.membership.evaluate_membership",
+            "eval membership --model {run} --members {text} --others {text}",
+        ),
         ("loglinear.cli.generate.sample", "generate --model {run} --prompt a"),
     ],
 )

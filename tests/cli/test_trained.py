@@ -67,7 +67,7 @@ def test_the_server_uses_a_cache(trained):
     assert lengths[0] == 7 and set(lengths[1:]) == {1}  # <bos> and six bytes, then one token after another
 
 
-def test_info_and_perplexity_take_it(capsys, caplog, trained, tmp_path):
+def test_info_perplexity_and_membership_take_it(capsys, caplog, trained, tmp_path):
     folder = trained[1]
     (tmp_path / "text.txt").write_text(TEXT)
     code, out, errors = in_process(capsys, "info", "--model", folder)
@@ -76,6 +76,10 @@ def test_info_and_perplexity_take_it(capsys, caplog, trained, tmp_path):
     data = ["--data", tmp_path / "text.txt", "--out", tmp_path / "eval", "--length", 64]
     code, out, errors = in_process(capsys, "eval", "perplexity", "--model", folder, *data)
     assert code == 0 and "bits per byte" in out, errors
+    (tmp_path / "other.txt").write_text(TEXT[1:])
+    data = ["--members", tmp_path / "text.txt", "--others", tmp_path / "other.txt", "--max-tokens", 64]
+    code, out, errors = in_process(capsys, "eval", "membership", "--model", folder, *data)
+    assert code == 0 and "1 member, 1 other" in out, errors
 
 
 def test_generate_and_serve_need_no_end_of_sequence(capsys, trained, tmp_path):

@@ -32,6 +32,9 @@ EXECUTED = {
         "--examples 1 --task single_2"
     ),
     'loglinear eval entropy --model runs/books --prompt "Once" --out runs/books/entropy': "--max-new-tokens 5",
+    "loglinear eval membership --model runs/books --members ~/books --others ~/letters --out runs/books/membership": (
+        "--max-tokens 64"
+    ),
     "python -m experiments.figures.routing --model runs/books --out runs/books/routing.svg": "",
     f"{MQAR_IN_SECONDS} --out runs/mqar": "--examples 50 --epochs 1",
     f"{MQAR_IN_SECONDS} --out runs/miniature/mqar": "--examples 50 --epochs 1",

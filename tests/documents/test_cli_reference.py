@@ -7,6 +7,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from loglinear.cli import app, eval_app
+from loglinear.evaluation.membership import MAX_TOKENS, MIN_K
 from loglinear.evaluation.mqar.cells import DIMS, RecallTask
 from loglinear.recipes import get_recipe
 from tests.documents.pages import DOCS
@@ -32,6 +33,7 @@ def test_every_command_is_on_the_page():
         "tune",
         "eval perplexity",
         "eval entropy",
+        "eval membership",
         "eval mqar",
         "bench ops",
     ):
@@ -53,3 +55,8 @@ def test_defaults_that_a_function_decides_are_the_ones_shown(command, defaults):
     for name, value in defaults.items():
         assert signature(command).parameters[name].default is None
         assert get_args(hints[name])[1].show_default == str(value), name
+
+
+def test_defaults_of_membership_are_those_of_its_function():
+    defaults = {name: parameter.default for name, parameter in signature(eval_app.membership).parameters.items()}
+    assert (defaults["max_tokens"], defaults["min_k"]) == (MAX_TOKENS, MIN_K)
