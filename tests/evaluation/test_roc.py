@@ -42,7 +42,8 @@ def test_every_number_is_that_of_counting(name):
 def test_area_is_that_under_the_curve_with_straight_lines():
     for members, others in SETS.values():
         curve = roc_curve(members, others)
-        area = np.trapezoid([0, *curve.true_positive_rate_S], [0, *curve.false_positive_rate_S])
+        heights, widths = np.array([0, *curve.true_positive_rate_S]), np.diff([0, *curve.false_positive_rate_S])
+        area = widths @ (heights[1:] + heights[:-1]) / 2
         assert curve.auc == pytest.approx(area, abs=1e-12)
 
 
