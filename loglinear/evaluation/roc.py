@@ -4,7 +4,7 @@ A threshold c calls every document with a score of at most c a member: low score
 positive rate is the share of members that are called members, the false positive rate the share of others that are.
 Documents of one score are called members together, so a curve has one point for each distinct score.
 
-# M members, N others, S distinct scores
+# M members, N others, D documents of either, S distinct scores
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class RocCurve:
         Source: Efron, Bootstrap methods: another look at the jackknife, 1979.
         """
         rng = np.random.default_rng(seed)
-        areas = [_auc(_resampled(self.members_S, rng), _resampled(self.others_S, rng)) for _ in range(SAMPLES)]
+        scores = len(self.thresholds_S)
+        places = [np.repeat(np.arange(scores), counts_S) for counts_S in (self.members_S, self.others_S)]
+        areas = [_auc(*(_resampled(places_D, rng, scores) for places_D in places)) for _ in range(SAMPLES)]
         low, high = np.quantile(areas, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return float(low), float(high)
 
@@ -92,8 +94,6 @@ def _auc(members_S: np.ndarray, others_S: np.ndarray) -> float:
     return float(members_S @ above_S / (members_S.sum() * total))
 
 
-def _resampled(counts_S: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the counts of as many documents, drawn with replacement."""
-    ends_S = np.cumsum(counts_S)
-    drawn = np.searchsorted(ends_S, rng.integers(ends_S[-1], size=ends_S[-1]), side="right")
-    return np.bincount(drawn, minlength=len(counts_S))
+def _resampled(places_D: np.ndarray, rng: np.random.Generator, scores: int) -> np.ndarray:
+    """Return the documents with each score among as many documents, drawn with replacement."""
+    return np.bincount(places_D[rng.integers(len(places_D), size=len(places_D))], minlength=scores)
