@@ -63,8 +63,12 @@ def read_results(results: Path, experiment: str, names: Iterable[str]) -> dict[s
     return {name: _read_result(file) for name, file in files.items() if file.is_file()}
 
 
-def read_seeds(results: Path, experiment: str, names: Iterable[str]) -> dict[str, list[Result]]:
+def read_seeds(
+    results: Path, experiment: str, names: Iterable[str], *, data_of_seed: bool = False
+) -> dict[str, list[Result]]:
     """Return the existing results of each name with all its seeds in order, from EXPERIMENT-NAME[-seedSEED].json.
+
+    With `data_of_seed` each seed has training data of its own, of which only the sizes must be equal.
 
     Raises ValueError, which names the files, if two differ in more than the seed, or have the same seed.
     """
@@ -74,7 +78,7 @@ def read_seeds(results: Path, experiment: str, names: Iterable[str]) -> dict[str
         files = sorted(file for file in results.glob(f"{stem}*.json") if re.fullmatch(SEED, file.stem[len(stem) :]))
         runs = [_read_result(file) for file in files]
         for file, run in zip(files[1:], runs[1:], strict=True):
-            ours, theirs = _conditions(run), _conditions(runs[0])
+            ours, theirs = (_conditions(one, data_of_seed) for one in (run, runs[0]))
             if differing := _differing(ours, theirs, ours | theirs):
                 raise ValueError(f"{files[0]} and {file} differ in more than the seed: in {', '.join(differing)}")
         if len({run["seed"] for run in runs}) < len(runs):
@@ -92,13 +96,16 @@ def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if name not in OF_A_RUN}
 
 
-def _conditions(result: Result) -> dict[str, Any]:
+def _conditions(result: Result, data_of_seed: bool = False) -> dict[str, Any]:
     """Return everything that must be the same in two results of one model with different seeds."""
+    data = result.get("data")
+    if data_of_seed and data is not None:
+        data = {part: {**facts, "fingerprint": None} for part, facts in data.items()}
     evaluation = result["evaluation"]
     lengths = {task: [score["length"] for score in scores] for task, scores in evaluation.get("tasks", {}).items()}
     return {
         **_decisive(result["recipe"]),
-        TRAINING_DATA: result.get("data"),
+        TRAINING_DATA: data,
         **_eval_settings(evaluation),
         "tasks": lengths,
     }

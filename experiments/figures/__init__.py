@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from experiments.figures.ablations import ablations
+from experiments.figures.capacity import capacity
 from experiments.figures.equal_bytes import equal_bytes
 from experiments.figures.long_text import long_text
 from experiments.figures.memory import memory
@@ -28,6 +29,7 @@ FIGURES: tuple[Callable[[Path, Path], list[Path]], ...] = (
     ablations,
     needle,
     upgrade,
+    capacity,
     mqar,
     equal_bytes,
     speed,
@@ -50,8 +52,9 @@ def main(
 ) -> None:
     """Draw all figures and write all tables whose results exist.
 
-    Results are long-text-KIND.json and ablation-CHOICE.json of seed 0, needle-KIND.json and upgrade-KIND.json of all
-    seeds, mqar.json, which `loglinear eval mqar` writes, and the cells of `experiments.reads.compare`.
+    Results are long-text-KIND.json and ablation-CHOICE.json of seed 0, needle-KIND.json, upgrade-KIND.json and
+    capacity-KIND-SIZE-LOAD.json of all seeds, mqar.json, which `loglinear eval mqar` writes, and the cells of
+    `experiments.reads.compare`.
 
     Example:
 

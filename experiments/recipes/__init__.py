@@ -1,1 +1,1 @@
-"""The training of the experiments' models: recipes of long texts and of needles, each for one of `comparison.KINDS`."""
+"""The training of the experiments' models: recipes of long texts, of needles and of memorised random tokens."""

@@ -91,17 +91,18 @@ def model_of_kind(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
         "hybrid": {"layer_types": hybrid},
         "transformer": {"layer_types": ["full_attention"] * layers},
     }
-    return _widened({**base, **changes[kind]}, _parameters(base)) if changes[kind] else dict(base)
+    return widened({**base, **changes[kind]}, parameters_of(base)) if changes[kind] else dict(base)
 
 
-def _widened(model: dict[str, Any], wanted: int) -> dict[str, Any]:
+def widened(model: Mapping[str, Any], wanted: int) -> dict[str, Any]:
     """Return the model with the width of SwiGLU layers that brings it nearest to `wanted` parameters."""
     step = 3 * model["hidden_size"] * model["num_hidden_layers"] * WIDTH_STEP  # parameters: gate, up and down
-    wider = WIDTH_STEP * round((wanted - _parameters(model)) / step)
+    wider = WIDTH_STEP * round((wanted - parameters_of(model)) / step)
     return {**model, "intermediate_size": model["intermediate_size"] + wider}
 
 
-def _parameters(model: Mapping[str, Any]) -> int:
+def parameters_of(model: Mapping[str, Any]) -> int:
+    """Return the number of parameters of a model with these arguments of LogLinearConfig, tied embeddings once."""
     from loglinear.models import LogLinearConfig, parameter_counts
 
     return parameter_counts(LogLinearConfig(**model)).total

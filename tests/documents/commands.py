@@ -55,6 +55,8 @@ START = "tests/training/test_start.py::test_the_command_trains_a_folder"
 UPGRADED = "tests/cli/test_upgrade.py::test_the_commands_take_an_upgraded_folder"
 NEEDLE = "tests/experiments/test_needle.py::test_pieces_give_what_one_call_gives"
 LONG_TEXT = "tests/experiments/test_long_text.py::test_both_lengths_are_evaluated_on_the_same_text"
+CAPACITY = "tests/experiments/test_capacity.py::test_a_miniature_memorises_and_pieces_give_what_one_call_gives"
+CAPACITIES = "tests/experiments/test_capacity.py::test_the_tables_have_means_ranges_and_marks"
 MINIATURE = "tests/experiments/test_corpus.py::test_the_miniature_is_made_of_the_standard_library_without_a_download"
 TESTED = {
     "loglinear demo --seed 1 --out runs/demo-seed1": DEMO,
@@ -81,6 +83,11 @@ TESTED = {
         "tests/experiments/test_needle.py::test_prepared_tokenizer_keeps_every_byte_and_cuts_digits_in_threes"
     ),
     "python -m experiments.needle run --kind log_linear --out runs/miniature/needle --miniature --examples 4": NEEDLE,
+    "python -m experiments.capacity run --kind linear --size 100k --load 1 --out runs/miniature/capacity --miniature": (
+        CAPACITY
+    ),
+    "python -m experiments.capacity show": CAPACITIES,
+    "python -m experiments.capacity show --results results/miniature": CAPACITIES,
     "python -m experiments.long_text prepare --miniature": MINIATURE,
     "python -m experiments.long_text run --kind log_linear --out runs/miniature/log_linear --miniature": LONG_TEXT,
     "python -m experiments.ablations run --choice unit --out runs/miniature/unit --miniature": LONG_TEXT,
@@ -106,6 +113,8 @@ READ = {
         "loglinear eval mqar --task jittered --protocol zoology --model mamba2_equal_bytes --out runs/jittered",
         "python -m experiments.ablations run --choice CHOICE --out runs/ablations/CHOICE --minutes 9",
         "python -m experiments.ablations run --choice unit --out runs/ablations/unit --minutes 9",
+        "python -m experiments.capacity run --kind transformer --size 100k --load 1 --seed 0 "
+        "--out runs/capacity/transformer-100k-1-0 --minutes 9",
         "python -m experiments.long_text run --kind KIND --out runs/long_text/KIND --minutes 9",
         "python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9",
         "python -m experiments.needle run --kind log_linear --out runs/needle/log_linear --minutes 9 "
