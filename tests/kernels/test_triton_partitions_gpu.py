@@ -31,6 +31,10 @@ SMALL_CHUNKS = {
     "gradient of beta": 1.09e-2,
     "gradient of level_scales": 8.61e-3,
 }
+# The decay's gradient in two calls of the delta rule, emulated with an H200's random numbers: the loss decides how far
+# the flows cancel whose difference it is, from 1.25e-2 to 1.75e-2 in the three packed sequences. By partition, tokens
+# and columns; of the 16,384 tokens, the first 1,100.
+DECAYS = {(Partition(16, 16), 9000, 40): 1.49e-2, (Partition(64, 16), 16384, 9): 1.15e-2}
 RAW_TOKENS = {"gradient of state's log_decay": 3.87e-3, "gradient of state's beta": 1.67e-2}
 every_partition = pytest.mark.parametrize("partition", PARTITIONS, ids=str)
 
@@ -38,6 +42,15 @@ every_partition = pytest.mark.parametrize("partition", PARTITIONS, ids=str)
 def emulated_errors(delta, T, partition):
     """The delta rule's where the partition makes chunks of 16 tokens and there are many of them."""
     return SMALL_CHUNKS if delta and T > 4096 and partition.chunk_near(64, most=64) == 16 else None
+
+
+def check_case(delta, T, columns, partition, **options):
+    """One sequence of T tokens, or several that are packed."""
+    inputs = make(1, T, 1, 2, 128, 64, columns, torch.bfloat16, delta=delta)
+    decay = DECAYS.get((partition, T, columns)) if delta else None
+    same_case = None if decay is None else {"gradient of log_decay": decay}
+    options |= dict(emulated=emulated_errors(delta, T, partition), same_case=same_case, partition=partition)
+    check(inputs, torch.bfloat16, **options)
 
 
 @DELTA
@@ -56,8 +69,7 @@ def test_error_of_every_partition(delta, heads, dtype, partition):
 @pytest.mark.parametrize("columns", [1, 3, 9, 20, 60])
 @pytest.mark.parametrize("T", [1, 127, 4097, 16384])
 def test_error_of_every_partition_at_every_length(delta, T, columns, partition):
-    inputs = make(1, T, 1, 2, 128, 64, columns, torch.bfloat16, delta=delta)
-    check(inputs, torch.bfloat16, emulated=emulated_errors(delta, T, partition), partition=partition)
+    check_case(delta, T, columns, partition)
 
 
 @DELTA
@@ -79,9 +91,7 @@ def test_error_of_every_partition_after_a_state(delta, tokens, columns, partitio
 @pytest.mark.parametrize("columns", [5, 40])
 def test_packed_sequences_of_every_partition(delta, columns, partition):
     cu_seqlens = torch.tensor([0, 1, 640, 640, 5001, 9000], device="cuda")
-    inputs = make(1, 9000, 1, 2, 128, 64, columns, torch.bfloat16, delta=delta)
-    emulated = emulated_errors(delta, 4097, partition)
-    check(inputs, torch.bfloat16, emulated=emulated, partition=partition, cu_seqlens=cu_seqlens)
+    check_case(delta, 9000, columns, partition, cu_seqlens=cu_seqlens)
 
 
 @DELTA
