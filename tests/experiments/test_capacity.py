@@ -142,10 +142,16 @@ def test_an_unknown_kind_size_or_load_is_named():
         recipes.capacity("linear", "100k", 3)
 
 
-def run(folder, **given):
+def test_a_token_of_the_routed_read_sees_seven_buckets_at_most():
+    partition = recipes.capacity("routed", "100k", 1.0).model_config().partition
+    buckets = [len({partition.index(t, s) for s in range(t + 1)}) for t in range(65)]
+    assert max(buckets) == 7 and partition.index(63, 0) == 6 and buckets[64] == 2
+
+
+def run(folder, kind="linear", **given):
     options = capacity.Options(**{"miniature": True, "results": folder, "steps": 25, **given})
-    capacity.run("linear", "100k", 0.5, folder / "run", **vars(options))
-    return read_object(result_file(folder / "miniature", "capacity-linear-100k-0.5", options.seed or 0))
+    capacity.run(kind, "100k", 0.5, folder / "run", **vars(options))
+    return read_object(result_file(folder / "miniature", f"capacity-{kind}-100k-0.5", options.seed or 0))
 
 
 def test_a_miniature_memorises_and_pieces_give_what_one_call_gives(tmp_path):
@@ -158,6 +164,15 @@ def test_a_miniature_memorises_and_pieces_give_what_one_call_gives(tmp_path):
     assert evaluation["memorised_bits"] == evaluation["dataset_bits"] - evaluation["code_bits"]
     assert 0.1 * evaluation["dataset_bits"] < evaluation["memorised_bits"] < evaluation["dataset_bits"]
     assert evaluation["held_out_bits_per_token"] > math.log2(264)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in recipes.KINDS if kind != "linear"])
+def test_every_kind_is_trained_and_measured(kind, tmp_path):
+    result = run(tmp_path, kind, steps=2)
+    assert result["recipe"]["name"] == f"capacity_{kind}_100k_0.5_miniature" and result["training"]["steps"] == 2
+    last = result["training"]["curve"][-2]["bits_per_byte"]  # before the last step
+    evaluation = result["evaluation"]
+    assert evaluation["code_bits"] == pytest.approx(last * evaluation["sequences"] * 16, rel=0.05)
 
 
 def made_up(size, seed, load, memorised, *, parameters, gained=0.0):
