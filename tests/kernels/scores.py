@@ -27,8 +27,8 @@ EMULATED = {
     },
     torch.float16: {
         "scores": 7.23e-4,
-        "gradient of q": 7.59e-4,
-        "gradient of k": 1.08e-3,
+        "gradient of q": 7.58e-4,
+        "gradient of k": 1.07e-3,
     },
 }
 # Of heads of 5 numbers: their sums have few terms, over which the errors do not even out.
@@ -45,7 +45,7 @@ NARROW = {
     },
 }
 # Where no block has most of the tokens: a smaller part of each is its mean for random keys, which has no error.
-SMALL_BLOCKS = {torch.bfloat16: {"blocks": 1.3e-3}}
+SMALL_BLOCKS = {torch.bfloat16: {"blocks": 1.31e-3}}
 
 
 class Grid(NamedTuple):
