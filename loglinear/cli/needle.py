@@ -45,7 +45,9 @@ def run(
     plot_needle(out / "needle.png", results)
     rows = [[task, *(_accuracy(result) for result in results[task])] for task in results]
     columns = [f"{length:,}" for length in sorted(set(lengths))]
-    console.print_table(f"{path}: share of values found, {console.count(count, 'example')}", ["tokens", *columns], rows)
+    read = "" if decode_top_k is None else f", decode steps of {console.count(decode_top_k, 'bucket')}"
+    title = f"{path}: share of values found, {console.count(count, 'example')}{read}"
+    console.print_table(title, ["tokens", *columns], rows)
     print(f"Figure and results: {out}")
 
 

@@ -63,7 +63,8 @@ def run(p: Problem, num_columns: int) -> tuple[Tensor, FenwickState | None]:
     final = final_state(p, blocks, [k, k, no_decay, None], places)
     if state is None:
         unit = unit_length(final.k)
-        final = final._replace(k=unit, v=unit)
+        # A state made by `_replace` came out of a graph of torch 2.11 without its last fields.
+        final = FenwickState(final.position, final.blocks, unit, unit, final.log_decay, None, final.partition)
     return scores, final
 
 

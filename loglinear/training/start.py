@@ -28,7 +28,7 @@ def starting_config(recipe: TrainingRecipe) -> LogLinearConfig:
     if config.decode_top_k is not None:
         raise ValueError(
             "decode_top_k must be null in the configuration of a model that is trained, which reads all buckets, "
-            f"got {config.decode_top_k}"
+            f"got {config.decode_top_k}: change it in config.json"
         )
     return config
 

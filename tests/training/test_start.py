@@ -76,7 +76,10 @@ def test_a_model_that_decodes_with_few_buckets_is_refused_before_the_data_is_rea
     config["loglinear_upgrade"]["decode_top_k"] = 2
     file.write_text(json.dumps(config))
     starts = [tiny_recipe(tmp_path / "none", start=str(tmp_path / name)) for name in ("own", "upgraded")]
-    text = "decode_top_k must be null in the configuration of a model that is trained, which reads all buckets, got 2"
+    text = (
+        "decode_top_k must be null in the configuration of a model that is trained, which reads all buckets, got 2: "
+        "change it in config.json"
+    )
     for bad in (dataclasses.replace(recipe, model=few), *starts):
         with pytest.raises(ValueError, match=f"^{text}$"):
             train(bad, tmp_path / "run", progress=False)
