@@ -107,7 +107,7 @@ def measure(model: Any, recipe: TrainingRecipe) -> dict[str, Any]:
 
 
 def code_bits(model: Any, corpus: Corpus, row_tokens: int) -> float:
-    """Return the bits that code a corpus under a model: the sum of -log2 p of every token but each document's first.
+    """Return the bits that code a corpus under a model: the sum of -log2 p of all tokens except each document's first.
 
     The model computes in the dtype of its weights, also where the caller's context has a smaller one.
     """
@@ -122,8 +122,9 @@ def code_bits(model: Any, corpus: Corpus, row_tokens: int) -> float:
 def second_half(recipe: TrainingRecipe, metrics: Iterable[dict[str, Any]]) -> float:
     """Return the bits of the dataset that the second half of the steps gained, from the losses of the training.
 
-    They are the mean loss of a twentieth of the steps before the middle minus that before the end, times the tokens of
-    the dataset. The end alone would say little: the learning rate, on its cosine, is nearly 0 there.
+    The mean loss over a twentieth of the steps is taken before the middle and before the end. The gain is the
+    difference of both, times the tokens of the dataset. The end alone would say little: the learning rate, on its
+    cosine, is nearly 0 there.
     """
     losses = [record["bits_per_byte"] for record in metrics if record["split"] == "train"]
     width, middle = math.ceil(len(losses) / 20), math.ceil(len(losses) / 2)
@@ -163,7 +164,7 @@ class Memory(NamedTuple):
 
 
 def read_memories(results: Path) -> dict[str, list[Memory]]:
-    """Return what was measured of each kind, by size and seed, from capacity-KIND-SIZE-LOAD[-seedSEED].json.
+    """Return the measurements of each kind, by size and seed, from capacity-KIND-SIZE-LOAD[-seedSEED].json.
 
     Raises ValueError, which names the files, if seeds differ in more than the seed.
     """

@@ -1,4 +1,4 @@
-"""Documents of uniformly random tokens: text about which nothing can be learnt but the text itself."""
+"""Documents of uniformly random tokens: a model can learn nothing about them except the tokens."""
 
 from __future__ import annotations
 

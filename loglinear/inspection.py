@@ -13,7 +13,7 @@ from loglinear.partition import Partition
 
 
 class LayerWeights(NamedTuple):
-    """The weights of one layer, of `bucket_weights`."""
+    """The weights of one layer, as `bucket_weights` returns them."""
 
     name: str
     """The layer's name among the model's modules."""
@@ -43,7 +43,7 @@ def bucket_weights(model: nn.Module, input_ids: Tensor, *, cu_seqlens: Tensor | 
         model: A `LogLinearForCausalLM`, or an upgraded model of transformers. Layers of softmax attention and layers
             with one level have no weights.
         input_ids: [B, T], the tokens, on the model's device. Each row is one sequence from position 0 on.
-        cu_seqlens: [n + 1], the boundaries of packed sequences (B = 1). Positions then count in each sequence.
+        cu_seqlens: [n + 1], the boundaries of packed sequences (B = 1). Positions then start at 0 in each sequence.
 
     Returns:
         One `LayerWeights(name, weights, partition)` for each layer; weights is [B, T, H, L].

@@ -48,9 +48,9 @@ KINDS = tuple(model_changes(LENGTH + 1, LAYERS))
 def capacity(kind: str, size: str, load: float, *, miniature: bool = False) -> TrainingRecipe:
     """Return the recipe of one of KINDS, SIZES and LOADS; the dataset has LOAD times the predicted bits.
 
-    All kinds of one size read equally many sequences, and have as many parameters as steps of the SwiGLU layers' width
-    allow. The miniature has one layer of half the width, sequences of 16 tokens and the least vocabulary that the byte
-    tokenizer of every run allows. Raises ValueError for any other kind, size or load.
+    All kinds of one size read equally many sequences. They have equally many parameters, as far as the steps of the
+    SwiGLU layers' width allow. The miniature has one layer of half the width, sequences of 16 tokens and the least
+    vocabulary that the byte tokenizer of every run allows. Raises ValueError for any other kind, size or load.
     """
     for name, value, allowed in (("kind", kind, KINDS), ("size", size, SIZES), ("load", load, LOADS)):
         if value not in allowed:  # type: ignore[operator]

@@ -63,7 +63,7 @@ class SampledAnswer:
 
     @property
     def is_forking(self) -> np.ndarray:
-        """The mask [N] of tokens with at least the threshold's entropy. Equal entropies may make it more than asked."""
+        """The mask [N] of tokens with at least the threshold's entropy. Equal entropies may exceed the quantile."""
         return self.entropies >= self.threshold
 
     @property
@@ -105,11 +105,11 @@ def sample_with_entropy(
 
         H_t = - sum_v p(v | x_<t) log p(v | x_<t),    p(. | x_<t) = softmax(logits_t)
 
-    H_t is in nats and in float32. It is of the temperature-1 distribution, whatever the temperature of the sampling,
-    so that answers of all temperatures can be compared. The source defines p with the decoding temperature: at the
-    default, 1, both agree, and the token was drawn from this very distribution. The logits are those of the steps that
-    drew the tokens, so a model with decode_top_k is measured as it decodes. An end-of-sequence token is a token of the
-    answer.
+    H_t is in nats and in float32. It describes the distribution at temperature 1, whatever the temperature of the
+    sampling, so that answers of all temperatures can be compared. The source defines p with the decoding temperature.
+    At the default, 1, both agree, and the token was drawn from this very distribution. The logits are those of the
+    steps that drew the tokens, so a model with decode_top_k is measured as it decodes. An end-of-sequence token is a
+    token of the answer.
 
     The tokens whose H_t is at least the (1 - quantile)-quantile of the answer are its forking tokens. Source: "Beyond
     the 80/20 Rule: High-Entropy Minority Tokens Drive Effective Reinforcement Learning for LLM Reasoning",
@@ -166,7 +166,7 @@ class _Steps(LogitsProcessor):
         return torch.stack(self._entropies).tolist()
 
     def log_probabilities(self, last: int) -> list[float]:
-        """Return them for all steps; `last` is the token of the last step."""
+        """Return the log probabilities of all steps; `last` is the token of the last step."""
         assert self._last is not None
         return torch.stack([*self._drawn, self._last[last]]).tolist()
 
@@ -188,7 +188,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: 
 
 
 def visible_lines(text: str) -> list[str]:
-    """Return the text of a token as it is shown, cut behind its line ends. Nothing in it is invisible or a control.
+    """Return the text of a token as it is shown, cut after its line ends. Every character of it is visible.
 
     A line end is shown as U+23CE, a control character as its picture, and the empty text of a character's later
     tokens as a middle dot.

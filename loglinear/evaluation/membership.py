@@ -1,6 +1,6 @@
 """Membership inference: documents that a model was trained on, told from others of the same distribution.
 
-Each document has up to four scores. All are made of the nats l_t = -ln p(x_t | x_<t) of its n predicted tokens, and a
+Each document has up to four scores. All are made of the nats l_t = -ln p(x_t | x_<t) of its n predicted tokens. A
 low score speaks for membership. The first token of a document has no token before it and is not predicted, except after
 a beginning-of-sequence token.
 
@@ -41,7 +41,8 @@ def zlib_ratio(nats: np.ndarray, text: bytes) -> float:
     """Return the bits of a document under the model over its bits under zlib: sum_t l_t / ln 2 / (8 |zlib(text)|).
 
     A repetitive text, which every model predicts well, is short under zlib too. The source divides the loss per token
-    of documents of equally many tokens. This ratio orders those equally, and does not depend on the number of tokens.
+    of documents of equally many tokens. This ratio gives them the same order, and does not depend on the number of
+    tokens.
 
     Source: Carlini et al., Extracting Training Data from Large Language Models, 2021, arXiv 2012.07805.
     """
@@ -95,9 +96,9 @@ class Membership:
         return {name: roc_curve(score_D[member], score_D[~member]) for name, score_D in self.scores.items()}
 
     def summary(self, seed: int = 0) -> dict[str, dict[str, Any]]:
-        """Return, for each score, its area with the bootstrap interval of a seed, its best F1 and a rate of few errors.
+        """Return for each score its area, the area's bootstrap interval, its best F1 and a true positive rate.
 
-        "true_positive_rate" is that at a false positive rate of at most 1 %. "threshold" is that of "best_f1".
+        "true_positive_rate" is taken at a false positive rate of at most 1 %. "threshold" is that of "best_f1".
         """
         found = {}
         for name, curve in self.curves.items():
@@ -148,9 +149,9 @@ def evaluate_membership(
     `max_tokens` tokens of each document are read, from its beginning; zlib compresses the text of these tokens.
     `reference` is a second model with its tokenizer. `min_k` is a percentage.
 
-    Raises ValueError if there are no members or no others, or if they share a document, as far as it is read. Raises
-    it also for a document shorter than two tokens, for a reference with other tokens, for a loss that is not finite,
-    and for arguments out of range.
+    Raises ValueError if there are no members or no others, or if they share a document, as far as it is read. It is
+    also raised for a document shorter than two tokens, for a reference with other tokens, for a loss that is not
+    finite, and for arguments out of range.
     """
     _check_percent(min_k)  # before minutes of forward passes
     for name, part in (("members", members), ("others", others)):

@@ -26,8 +26,8 @@ def padded_losses(
 ) -> list[np.ndarray]:
     """Return the nats -ln p(x_t | x_<t) of every token but the first of each sequence, as float64.
 
-    The softmax is in at least float32. `batch_tokens` bounds a forward pass; the result does not depend on it. `label`
-    names the progress bar; None means no bar.
+    The softmax is in at least float32. `batch_tokens` bounds a forward pass, and the result does not depend on it.
+    `label` names the progress bar; None means no bar.
     """
     losses: dict[int, np.ndarray] = {}
     total = sum(map(len, sequences))

@@ -1,7 +1,7 @@
 """Curves of a score that separates members from others, and the numbers that summarise them.
 
 A threshold c calls every document with a score of at most c a member: low scores speak for membership. The true
-positive rate is the share of members that are called members, the false positive rate the share of others that are.
+positive rate is the share of members that are called members. The false positive rate is the share of others that are.
 Documents of one score are called members together, so a curve has one point for each distinct score.
 
 # M members, N others, D documents of either, S distinct scores
@@ -56,8 +56,8 @@ class RocCurve:
     def best_f1(self) -> tuple[float, float]:
         """Return the largest F1 = 2 TP / (2 TP + FP + FN) over all thresholds, and the lowest threshold with it.
 
-        The threshold is chosen on the documents that it is scored on. To call all documents members has an F1 of
-        2 M / (2 M + N), which is 2/3 for equally many members and others.
+        The threshold is chosen on the documents that it is scored on. A threshold that calls all documents members
+        has an F1 of 2 M / (2 M + N), which is 2/3 for equally many members and others.
         """
         found_S = np.cumsum(self.members_S)
         f1_S = 2 * found_S / (found_S + np.cumsum(self.others_S) + self.members_S.sum())
@@ -95,5 +95,5 @@ def _auc(members_S: np.ndarray, others_S: np.ndarray) -> float:
 
 
 def _resampled(places_D: np.ndarray, rng: np.random.Generator, scores: int) -> np.ndarray:
-    """Return the documents with each score among as many documents, drawn with replacement."""
+    """Return how many documents have each score in a sample of equal size, drawn with replacement."""
     return np.bincount(places_D[rng.integers(len(places_D), size=len(places_D))], minlength=scores)

@@ -19,7 +19,7 @@ from loglinear.evaluation.packed import logits_of
 def stepped_hits(model: Any, examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
     """Return, for each (prompt, answer) of token ids, a mask of the tokens of the answer that are the likeliest.
 
-    As `answer_hits`, but in decode steps: the prompts without their last tokens are one padded forward pass, then every
+    As `answer_hits`, but in decode steps. The prompts without their last tokens are one padded forward pass. Then every
     row reads the last token of its prompt and the true tokens of its answer one by one. So each token of an answer is
     predicted by a step, with the decode_top_k of the model. A prompt has at least 2 tokens.
     """

@@ -4,7 +4,7 @@
 
 q and k are scaled to length 1. The score is the sum of (q_t . k_s)^2, minus 1 / K for each token. The mean of
 (q . k)^2 for a random key is 1 / K. Column 0, the token's own finest block, has the score 0. Decay and write strength
-do not enter.
+do not enter the score.
 
 The sums M_b of earlier blocks are a state of `log_linear_attention` with keys as values and without decay. A chunk is
 one finest block. So sequences continue, and steps work, as they do for the operators.

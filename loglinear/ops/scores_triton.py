@@ -1,6 +1,7 @@
-"""The scores of buckets by impl="triton": the kernels read raw q and k, and those of a call that continues at length 1.
+"""The scores of buckets by impl="triton": the kernels read raw q and k, or of length 1 in a call that continues.
 
-The kernels' sums M_b lack their mean for random keys, n_b / K I. It comes off the initial blocks and goes on the last.
+The kernels' sums M_b lack their mean for random keys, n_b / K I. It is subtracted from the initial blocks and added to
+the final ones.
 """
 
 # B batch, T time, G groups, K key, L columns, N sequences, M blocks, C chunk
@@ -34,7 +35,7 @@ def unsupported(p: Problem) -> str | None:
 
 
 def run(p: Problem, num_columns: int) -> tuple[Tensor, FenwickState | None]:
-    """Return the scores [B, T, G, L] of a `prepared` call, and if it asks for it the final state."""
+    """Return the scores [B, T, G, L] of a `prepared` call, and the final state if the call asks for it."""
     reason = unsupported(p)
     if reason is not None:
         raise ValueError(reason)

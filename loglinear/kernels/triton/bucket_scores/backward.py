@@ -1,4 +1,4 @@
-"""The backward: each stage is the adjoint of a forward's stage, in the opposite order."""
+"""The backward: each stage is the adjoint of one forward stage, in the opposite order."""
 
 # B batch, T time, G groups, K key, L columns, N sequences, M blocks
 from __future__ import annotations
@@ -34,7 +34,7 @@ def backward(x: Inputs, dblocks: Tensor | None, dq: Tensor, dk: Tensor) -> Tenso
 def gradients(
     dscores: Tensor, dblocks: Tensor | None, q: Tensor, k: Tensor, initial: Tensor | None, sequences: Sequences, C: int
 ) -> list[Tensor]:
-    """The gradients of q, k and, if there are any, of the initial blocks: slab after slab of groups."""
+    """Return the gradients of q, k and, if there are any, of the initial blocks, one slab of groups at a time."""
     dq, dk, dscores = like(q), like(k), in_rows(dscores)
     if sequences.cu_seqlens is not None:  # a packed row may end in padding
         dq.zero_()

@@ -16,7 +16,7 @@ from loglinear.kernels.triton.scalar_gate.sweep import up_sweep
 
 
 def build_sums(x: Inputs) -> States:
-    """The Fenwick array; without decay all logarithms are 0."""
+    """Return the Fenwick array. Without decay all logarithms are 0."""
     y, H = x.layout, x.groups
     slots = chunk_sums(x, x.plan["chunk_sums"])
     nothing = slots.new_zeros(len(y.runs) + 2, y.chunks, H, dtype=torch.float32)
@@ -27,7 +27,7 @@ def build_sums(x: Inputs) -> States:
 def forward(
     q: Tensor, k: Tensor, initial: Tensor | None, sequences: Sequences, num_columns: int, chunk_size: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The scores [B,T,G,L], and where the sequences leave blocks these [N,M,G,K,K]: slab after slab of groups."""
+    """Return the scores [B,T,G,L], and if the call asks for them the blocks [N,M,G,K,K], slab by slab of groups."""
     scores, blocks = q.new_zeros(*q.shape[:3], num_columns, dtype=torch.float32), []
     for g in slabs_of(q, k, sequences, chunk_size):
         own = None if initial is None else initial[:, :, g]

@@ -35,7 +35,10 @@ class Inputs(states.Inputs):
 def inputs_of(
     q: Tensor, k: Tensor, initial: Tensor | None, weights: Tensor, sequences: Sequences, chunk_size: int
 ) -> Inputs:
-    """q, k [B,T,G,K] and weights [B,T,G,L]; initial [N,M,G,K,K]. Sequences that continue have unit q and k."""
+    """Return the call as its stages take it. q, k [B,T,G,K]; weights [B,T,G,L]; initial [N,M,G,K,K].
+
+    Sequences that continue have unit q and k.
+    """
     cu_seqlens, starts, _, partition = sequences
     B, T, G, K = q.shape
     y = layout(B, T, chunk_size, weights.shape[3], cu_seqlens, starts, partition)
@@ -75,20 +78,20 @@ def plan_of(K: int, products: torch.dtype, chunk_size: int) -> Plan:
 
 
 def slabs_of(q: Tensor, k: Tensor, sequences: Sequences, chunk_size: int, more_bytes: int = 0) -> list[slice]:
-    """Ranges of groups whose sums fit the memory. more_bytes: of a chunk and group, beside its sum."""
+    """Return ranges of groups whose sums fit the memory. more_bytes: of a chunk and group, in addition to its sum."""
     chunks = chunks_of(q, sequences, chunk_size)
     sum_bytes = q.shape[3] ** 2 * DOT_TYPES[common_dtype(q, k)][0].itemsize
     return slabs(chunks, q.shape[2], q.shape[2], sum_bytes + more_bytes, SLAB_BYTES)
 
 
 def chunks_of(q: Tensor, sequences: Sequences, chunk_size: int) -> int:
-    """At least as many chunks as the sequences have."""
+    """Return an upper bound of the number of the sequences' chunks."""
     ends = sequences.cu_seqlens
     return q.shape[0] * ceil_div(q.shape[1], chunk_size) + (0 if ends is None else len(ends))
 
 
 def partial_bytes(q: Tensor, sequences: Sequences, chunk_size: int, num_columns: int) -> int:
-    """A chunk's share of the sums that a backward gathers for each run of chunks and block of a large digit."""
+    """Return a chunk's share of the sums that a backward gathers for each run of chunks and block of a large digit."""
     cu_seqlens, starts, _, partition = sequences
     if partition.radix == 2:
         return 0

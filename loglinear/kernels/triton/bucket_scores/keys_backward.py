@@ -2,7 +2,8 @@
 
     dK = 2 / |k|^2 (B - k (k . B) / |k|^2)        B = K dM_z + (W * Q K^T / |q|^2)^T Q
 
-dM_z, of the chunk's own sum, is symmetric; W are the gradients of the scores inside the chunk, as in `read_backward`.
+dM_z is the gradient of the chunk's own sum, and symmetric. W are the gradients of the scores inside the chunk, as in
+`read_backward`.
 """
 
 # C chunk, G groups, K key, L columns

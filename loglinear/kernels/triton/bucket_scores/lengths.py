@@ -8,7 +8,7 @@ EPSILON = tl.constexpr(1e-6)  # that of `loglinear.ops.problem.unit_length`
 
 @triton.jit
 def inverse_squares(x, UNIT: tl.constexpr):
-    """The square of the factor that gives each row its length 1. UNIT: the rows have it."""
+    """The square of the factor that gives each row its length 1. UNIT: the rows have this length already."""
     x = x.to(tl.float32)
     squares = tl.sum(x * x, 1)
     if UNIT:

@@ -29,11 +29,11 @@ def bucket_scores(
     final: bool,
     partition: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """Scores [B,T,G,L] in float32; with `final`, each sequence's sums of blocks at the start of its unfinished chunk
-    [N,M,G,K,K] float32, else an empty tensor.
+    """Return the scores [B,T,G,L] in float32, and with `final` each sequence's sums of blocks, else an empty tensor.
 
-    q, k [B,T,G,K], of any length. initial [N,M,G,K,K], starts [N]: the sums of each packed sequence's initial blocks,
-    and its first chunk's number; then q and k have length 1. `partition` holds the numbers of a `Partition`, of which
+    The sums are [N,M,G,K,K] in float32, at the start of the sequence's unfinished chunk. q, k [B,T,G,K], of any length.
+    initial [N,M,G,K,K], starts [N]: the sums of each packed sequence's initial blocks, and its first chunk's number.
+    With them q and k have length 1. `partition` holds the numbers of a `Partition`, of which
     chunk_size is a block. Both sums are symmetric and lack their mean for random keys, n / K I.
     """
     sequences = Sequences(cu_seqlens, starts, final, Partition.of(partition))
@@ -75,7 +75,7 @@ def bucket_scores_backward(
 def stages(
     q: Tensor, k: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    """The outputs of `bucket_scores` by kernels.torch in float32, but for constants. Autograd can record it."""
+    """Return the outputs of `bucket_scores` by kernels.torch in float32, except for constants. Autograd records it."""
     num_columns, chunk_size, final, partition = options
     rows, K = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, q.shape[3]
     buffered = 0 if starts is None else rows * chunk_size

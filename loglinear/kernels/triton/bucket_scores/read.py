@@ -3,7 +3,8 @@
     score(t, l) = (q_t^T M_l q_t) / |q_t|^2
     score(t, c) = sum over the keys s of column c of ((q_t . k_s)^2 / (|q_t| |k_s|)^2 - 1 / K)
 
-M_l is stored without n_l / K I. So a query of length 0 misses n_l / K, which `shortfalls` takes off.
+M_l is stored without n_l / K I, which fits queries of length 1. For shorter queries `shortfalls` gives the rest that is
+taken off: all of n_l / K for a query of length 0.
 """
 
 # C chunk, G groups, K key, L columns

@@ -61,8 +61,8 @@ def read_backward_kernel(
     TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """One half of a chunk, one group. Writes dq, and as states.cumulative log2(1 / |q|^2), the factor of `dscores` in
-    the gradients of the sums. With several tiles A is computed twice: first for q . A."""
+    """One half of a chunk, one group. Writes dq, and log2(1 / |q|^2) as states.cumulative. With several tiles A is
+    computed twice: first for q . A. 1 / |q|^2 is the factor of `dscores` in the gradients of the sums."""
     sizes = Sizes(T, N, H, R, L, cap)
     TILES: tl.constexpr = (K + BV - 1) // BV
     TURNS: tl.constexpr = 1 if TILES == 1 else 2 * TILES
