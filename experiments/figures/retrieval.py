@@ -77,7 +77,7 @@ def _conclusion(models: Models) -> str:
     """Log-linear compared with its linear twin, and with a larger linear state, on one needle in text."""
     more = _finds_more(models, "log_linear", "linear")
     fewer = _finds_more(models, "linear_states4", "log_linear")
-    text = "On average log-linear finds more needles in text than its linear twin" if more else ""
+    text = "On average log-linear finds more needles in text than linear Mamba-2" if more else ""
     if fewer:
         text += "\nand fewer" if more else "On average log-linear finds fewer needles in text"
         text += " than a linear model of four times the state"

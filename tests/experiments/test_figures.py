@@ -242,7 +242,7 @@ def test_the_title_of_the_recall_figure_says_whose_seeds_are_above(linear, equal
     [
         (
             dict(linear=(1, 0), log_linear=(4, 2)),
-            "On average log-linear finds more needles in text than its linear twin",
+            "On average log-linear finds more needles in text than linear Mamba-2",
         ),
         (
             dict(linear=(1, 0), log_linear=(2, 1), linear_states4=(2, 2)),
