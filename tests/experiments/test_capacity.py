@@ -236,7 +236,8 @@ def test_seeds_of_other_sizes_are_not_mixed(tmp_path):
         capacity.read_memories(tmp_path)
 
 
-def test_the_tables_have_means_ranges_and_marks(tmp_path, capsys):
+def test_the_tables_have_means_ranges_and_marks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(ValueError, match="has no result of `python -m experiments.capacity run`"):
         capacity.show(tmp_path)
     write(tmp_path, "transformer", 3.0)
