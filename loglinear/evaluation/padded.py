@@ -14,11 +14,23 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from loglinear.evaluation.packed import LOGIT_ROWS
 
 BATCH_TOKENS = 8192  # of one forward pass with its padding, or one sequence where that is longer
+
+
+def padded(sequences: Sequence[np.ndarray], device: Any, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Return sequences as rows of token ids, with padding behind the tokens or to their left, and its mask, 1 or 0."""
+    longest = max(map(len, sequences))
+    ids_BT = np.zeros((len(sequences), longest), dtype=np.int64)  # any token may stand where the mask is zero
+    mask_BT = np.zeros_like(ids_BT)
+    for row, sequence in enumerate(sequences):
+        place = slice(longest - len(sequence), longest) if left else slice(0, len(sequence))
+        ids_BT[row, place], mask_BT[row, place] = sequence, 1
+    return torch.from_numpy(ids_BT).to(device), torch.from_numpy(mask_BT).to(device)
 
 
 def padded_losses(
@@ -54,13 +66,7 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 @torch.no_grad()
 def _batch_losses(model: Any, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Return the nats of every token but the first of each sequence, from one forward pass."""
-    longest = max(map(len, sequences))
-    ids_BT = np.zeros((len(sequences), longest), dtype=np.int64)  # any token may stand where the mask is zero
-    mask_BT = np.zeros_like(ids_BT)
-    for row, sequence in enumerate(sequences):
-        ids_BT[row, : len(sequence)] = sequence
-        mask_BT[row, : len(sequence)] = 1
-    ids, mask = (torch.from_numpy(array).to(model.device) for array in (ids_BT, mask_BT))
+    ids, mask = padded(sequences, model.device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
     losses = []

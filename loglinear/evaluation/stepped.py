@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from loglinear.evaluation.packed import logits_of
+from loglinear.evaluation.padded import padded
 
 
 @torch.no_grad()
@@ -25,10 +25,10 @@ def stepped_hits(model: Any, examples: Sequence[tuple[np.ndarray, np.ndarray]]) 
     """
     prompts, answers = zip(*examples, strict=True)
     last_tokens = [prompt[-1:] for prompt in prompts]
-    read, is_read = _padded([prompt[:-1] for prompt in prompts], model.device, left=True)
+    read, is_read = padded([prompt[:-1] for prompt in prompts], model.device, left=True)
     steps = [np.concatenate([last, answer[:-1]]) for last, answer in zip(last_tokens, answers, strict=True)]
-    tokens, is_token = _padded(steps, model.device)
-    targets, _ = _padded(list(answers), model.device)
+    tokens, is_token = padded(steps, model.device)
+    targets, _ = padded(list(answers), model.device)
     decoder, mask = model.base_model, is_read
     cache = _cache_of(decoder(input_ids=read, attention_mask=mask, use_cache=True))
     hits = []
@@ -43,14 +43,3 @@ def stepped_hits(model: Any, examples: Sequence[tuple[np.ndarray, np.ndarray]]) 
 def _cache_of(output: Any) -> Any:
     """Return the cache of a decoder's output, by one of transformers' names."""
     return output.get("past_key_values", output.get("cache_params"))
-
-
-def _padded(rows: Sequence[np.ndarray], device: Any, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Return rows of token ids as one tensor, with token 0 as padding, and the mask of the tokens, 1 or 0."""
-    width = max(map(len, rows))
-    ids = np.zeros((len(rows), width), np.int64)
-    mask = np.zeros_like(ids)
-    for number, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[number, place], mask[number, place] = row, 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
