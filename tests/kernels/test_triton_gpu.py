@@ -38,12 +38,10 @@ def limit_of(name, dtype, operator, emulated=None):
     return 1.3 * own if own > asked else min(1.3 * own, asked)
 
 
-def check(inputs, dtype, *, emulated=None, same_case=None, **options):
-    """same_case: errors emulated with the numbers of this call. Their limit is 1.3 times them, whatever is asked."""
+def check(inputs, dtype, *, emulated=None, **options):
     measured = measure(inputs, before=poison, **options)
     report(dtype, measured)
     limits = {name: limit_of(name, dtype, operator_of(inputs), emulated) for name in measured}
-    limits |= {name: 1.3 * error for name, error in (same_case or {}).items()}
     exceeded = [f"{name}: {error:.3g} > {limits[name]:.3g}" for name, error in measured.items() if error > limits[name]]
     assert not exceeded, "\n".join(exceeded)
 

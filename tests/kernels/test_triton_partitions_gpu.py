@@ -33,23 +33,25 @@ SMALL_CHUNKS = {
 }
 # The decay's gradient in two calls of the delta rule, emulated with an H200's random numbers: the loss decides how far
 # the flows cancel whose difference it is, from 1.25e-2 to 1.75e-2 in the three packed sequences. By partition, tokens
-# and columns; of the 16,384 tokens, the first 1,100.
+# and columns; of the 16,384 tokens, the first 1,100. The packed call had 1.56e-2 on an H200, above
+# the 1.5e-2 that is asked: it still fails.
 DECAYS = {(Partition(16, 16), 9000, 40): 1.49e-2, (Partition(64, 16), 16384, 9): 1.15e-2}
 RAW_TOKENS = {"gradient of state's log_decay": 3.87e-3, "gradient of state's beta": 1.67e-2}
 every_partition = pytest.mark.parametrize("partition", PARTITIONS, ids=str)
 
 
-def emulated_errors(delta, T, partition):
+def emulated_errors(delta, T, columns, partition):
     """The delta rule's where the partition makes chunks of 16 tokens and there are many of them."""
-    return SMALL_CHUNKS if delta and T > 4096 and partition.chunk_near(64, most=64) == 16 else None
+    if not delta or T <= 4096 or partition.chunk_near(64, most=64) != 16:
+        return None
+    decay = DECAYS.get((partition, T, columns), SMALL_CHUNKS["gradient of log_decay"])
+    return SMALL_CHUNKS | {"gradient of log_decay": decay}
 
 
 def check_case(delta, T, columns, partition, **options):
     """One sequence of T tokens, or several that are packed."""
     inputs = make(1, T, 1, 2, 128, 64, columns, torch.bfloat16, delta=delta)
-    decay = DECAYS.get((partition, T, columns)) if delta else None
-    same_case = None if decay is None else {"gradient of log_decay": decay}
-    options |= dict(emulated=emulated_errors(delta, T, partition), same_case=same_case, partition=partition)
+    options |= dict(emulated=emulated_errors(delta, T, columns, partition), partition=partition)
     check(inputs, torch.bfloat16, **options)
 
 
