@@ -139,7 +139,7 @@ def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
     from loglinear.kernels.triton import limits
 
     s = state.fenwick
-    return limits.of_step(s.blocks, s.chunk_size, s.partition or FENWICK, s.beta is not None)
+    return limits.of_step(s.blocks, s.chunk_size, s.beta is not None)
 
 
 def run(p: Problem) -> tuple[Tensor, FenwickState | None]:

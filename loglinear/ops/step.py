@@ -67,8 +67,7 @@ def log_linear_attention_step(
         scale: The factor of q.
         active: [N] bool. An inactive row gets output 0 and keeps its state. None: all rows are active.
         impl: "auto", "triton" (one launch), "torch" or "reference" (the recurrence). "auto" chooses triton on a GPU if
-            it supports the step, and torch otherwise. triton supports chunks of 16 to 128 tokens, and radix 2 without
-            a largest block. With other partitions its compiled kernel gave wrong results, so it refuses them.
+            it supports the step, and torch otherwise. triton supports every partition, with chunks of 16 to 128 tokens.
 
     Returns:
         [N, H, V] in v's dtype.
@@ -113,8 +112,7 @@ def log_linear_delta_rule_step(
         scale: The factor of q.
         l2_normalize: True to first scale q and k to length 1, x / sqrt(|x|^2 + 1e-6).
         active: [N] bool. An inactive row gets output 0 and keeps its state. None: all rows are active.
-        impl: "auto", "triton", "torch" or "reference", as in `log_linear_attention_step`. Here triton supports every
-            partition, with chunks of 16 to 128 tokens.
+        impl: "auto", "triton", "torch" or "reference", as in `log_linear_attention_step`.
 
     Returns:
         [N, H, V] in v's dtype.

@@ -28,10 +28,7 @@ class Names(TorchDispatchMode):
 def test_a_step_is_the_same_with_and_without_the_dispatcher(operator, partition, monkeypatch):
     """A mode sees an operator. Without a mode none is dispatched, and the state's version numbers move as well."""
     pytest.importorskip("triton")
-    from loglinear.kernels.triton import limits
-
     teach_interpreter(monkeypatch.setattr)
-    monkeypatch.setattr(limits, "GATE_STEPS_TAKE_QUEUES", True)
     step = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
     inputs = {name: x.detach().float() for name, x in operator.inputs(T=15).items()}
     options = dict(chunk_size=16, output_final_state=True, partition=partition)

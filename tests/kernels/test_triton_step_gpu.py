@@ -1,17 +1,9 @@
-"""The one-token kernels with every partition, on a GPU, against float64.
-
-The scalar gate refuses some partitions until `limits.GATE_STEPS_TAKE_QUEUES` is True. Until then these tests check the
-refusal in their place.
-"""
-
-import re
+"""The one-token kernels with every partition, on a GPU, against float64."""
 
 import pytest
 import torch
 
-from loglinear.kernels.triton import limits
 from loglinear.ops import DecodeState, FenwickState
-from loglinear.ops.announcement import announced
 from loglinear.partition import FENWICK, Partition
 from tests.kernels.stepping import blocks_error, decoding, full_state, step_of, tokens_for
 from tests.ops.operators import relative_error
@@ -77,9 +69,6 @@ def check_steps(operator, state, columns, dtype):
     """Three steps: outputs and blocks against impl="torch" in float64 with the same rounded tokens; two runs."""
     runs = []
     tokens = [[x.to(dtype) for x in token.values()] for token in tokens_for(operator, state, 3, columns)]
-    if limits.of_step_partition(state.partition or FENWICK, operator.delta) is not None:
-        check_refusal(operator, state, tokens[0])
-        return
     exact = decoding(state)
     expected = [step_of(operator)(*(x.double() for x in token), exact, impl="torch") for token in tokens]
     for _ in range(2):
@@ -90,20 +79,6 @@ def check_steps(operator, state, columns, dtype):
         assert max(relative_error(y, e) for y, e in zip(output, right, strict=True)) < OUTPUT[dtype]
     assert blocks_error(actual, exact) < FLOAT32
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-def check_refusal(operator, state, token):
-    """impl="auto" is impl="torch" and says why; impl="triton" gives the same reason."""
-    reason = limits.of_step_partition(state.partition, operator.delta)
-    states = [decoding(state, torch.float32) for _ in range(3)]
-    with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
-        step_of(operator)(*token, states[0], impl="triton")
-    assert torch.equal(states[0].fenwick.position, state.position)
-    with announced() as lines:
-        found = step_of(operator)(*token, states[1])
-    assert lines == [f"{step_of(operator).__name__} runs with impl='torch': {reason}"]
-    assert torch.equal(found, step_of(operator)(*token, states[2], impl="torch"))
-    assert all(torch.equal(*pair) for pair in zip(states[1].fenwick.tensors, states[2].fenwick.tensors, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -122,9 +97,6 @@ def test_seventy_thousand_steps(operator, partition, columns, dtype):
     inputs = {name: x.detach().to("cuda", dtype) for name, x in inputs.items()}
     state = DecodeState.zeros(3, **sizes, **start)
     token = [x[:, 0].clone() for x in inputs.values()]
-    if limits.of_step_partition(partition, operator.delta) is not None:
-        check_refusal(operator, state.fenwick, token)
-        return
     step_of(operator)(*token, state, impl="triton")  # compiles
     state.copy_(FenwickState.zeros(3, **sizes, **start))
     graph = torch.cuda.CUDAGraph()

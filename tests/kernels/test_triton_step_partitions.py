@@ -1,7 +1,5 @@
 """The one-token kernels with every partition, under the interpreter, against the recurrence in float64."""
 
-import re
-
 import pytest
 import torch
 
@@ -36,11 +34,7 @@ every_case = pytest.mark.parametrize("partition, C, columns", CASES, ids=str)
 
 @pytest.fixture(autouse=True)
 def _interpreter(monkeypatch):
-    """Every kernel runs, those too that are refused where they are compiled."""
-    from loglinear.kernels.triton import limits
-
     teach_interpreter(monkeypatch.setattr)
-    monkeypatch.setattr(limits, "GATE_STEPS_TAKE_QUEUES", True)
 
 
 def compare(operator, states, token, impl="reference", **options):
@@ -163,26 +157,6 @@ def test_a_chunk_that_the_kernels_do_not_take_is_named(operator, partition, C):
     token = [x.float() for x in tokens_for(operator, state.fenwick, 1, 6)[0].values()]
     text = f"a state with chunk_size {C} needs impl='torch': impl='triton' takes 16 to 128"
     with pytest.raises(ValueError, match=f"^{text}$"):
-        step_of(operator)(*token, state, impl="triton")
-    assert state.fenwick.position.tolist() == [5]
-
-
-@pytest.mark.parametrize("partition", [FENWICK, Partition(2, 16), Partition(4, 16), Partition(2, 1, 64)], ids=str)
-def test_the_scalar_gate_refuses_several_blocks_of_one_size(operator, partition, monkeypatch):
-    from loglinear.kernels.triton import limits
-
-    monkeypatch.setattr(limits, "GATE_STEPS_TAKE_QUEUES", False)
-    state = decoding(full_state(operator, partition, [5], 9, 16), torch.float32)
-    token = [x.float() for x in tokens_for(operator, state.fenwick, 1, 9)[0].values()]
-    if operator.delta or (partition.radix == 2 and partition.largest_block is None):
-        step_of(operator)(*token, state, impl="triton")
-        assert state.fenwick.position.tolist() == [6]
-        return
-    text = (
-        f"a step of the scalar gate with {partition} needs impl='torch': "
-        "the compiled kernel of impl='triton' gave wrong results, see docs/learn/routed-reads.md"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         step_of(operator)(*token, state, impl="triton")
     assert state.fenwick.position.tolist() == [5]
 

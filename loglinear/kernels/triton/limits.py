@@ -14,10 +14,6 @@ from loglinear.partition import FENWICK, Partition
 MAX_HEAD_DIM = 256
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
 MAX_NUMBERS = 1 << 31  # in a row's blocks; a step counts them in 32 bits
-# Compiled by triton 3.6 for an H200, the scalar gate's step gave wrong results where several blocks have one size:
-# loglinear/kernels/triton/decode.py has the reason. It was corrected, but no GPU has run it since. This can be True
-# when tests/kernels/test_triton_step_gpu.py passes with it.
-GATE_STEPS_TAKE_QUEUES = False
 
 
 def widest_value(is_delta_rule: bool) -> int:
@@ -72,19 +68,8 @@ def of_tokens(tokens: int, chunk_size: int, buffered: int | None) -> str | None:
     return f"B T = {tokens} tokens need impl='torch': impl='triton' continues less than {limit} at a time here"
 
 
-def of_step_partition(partition: Partition, is_delta_rule: bool) -> str | None:
-    """A partition of a state that gets one token more."""
-    is_queue = partition.radix > 2 or partition.largest_block is not None
-    if is_delta_rule or GATE_STEPS_TAKE_QUEUES or not is_queue:
-        return None
-    wrong = "the compiled kernel of impl='triton' gave wrong results, see docs/learn/routed-reads.md"
-    return f"a step of the scalar gate with {partition} needs impl='torch': {wrong}"
-
-
-def of_step(blocks: Tensor, chunk_size: int, partition: Partition, is_delta_rule: bool) -> str | None:
+def of_step(blocks: Tensor, chunk_size: int, is_delta_rule: bool) -> str | None:
     """One token more of a state with blocks [N, M, H, K, V]."""
-    if (reason := of_step_partition(partition, is_delta_rule)) is not None:
-        return reason
     N, _, _, K, V = blocks.shape
     if not SMALLEST_CHUNK <= chunk_size <= LARGEST_CHUNK:
         takes = f"impl='triton' takes {SMALLEST_CHUNK} to {LARGEST_CHUNK}"
