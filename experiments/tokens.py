@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -46,8 +47,8 @@ class Share(NamedTuple):
 def tokens_of(sources: Sequence[str], tokenizer: str, folder: Path, *, processes: int | None = None) -> Corpus:
     """Return the corpus of `read_corpus(sources, load_tokenizer(tokenizer))`, from `folder` if it holds it.
 
-    Otherwise this many processes (default: one for each core) make it, and the folder keeps it. Programs that want the
-    same text at once wait for the first one.
+    Otherwise this many processes (default: one for each core) make it, and the folder keeps it. A line on stderr says
+    if the folder held it. Programs that want the same text at once wait for the first one.
 
     Raises ValueError for a source that is a file, because files change.
     """
@@ -64,7 +65,9 @@ def tokens_of(sources: Sequence[str], tokenizer: str, folder: Path, *, processes
     name = hashlib.blake2b(json.dumps(described).encode(), digest_size=8).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder / f".{name}.lock"):
-        if not (folder / name).exists():
+        if (folder / name).exists():
+            print(f"training text: the tokens in {folder / name}, made before", file=sys.stderr)
+        else:
             _save(_made(sources, tokenizer, processes), described, folder / name)
     return _load(folder / name)
 

@@ -23,12 +23,15 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_kept_tokens_are_those_of_the_sources(tmp_path, monkeypatch, processes):
+def test_kept_tokens_are_those_of_the_sources(tmp_path, monkeypatch, capsys, processes):
     monkeypatch.setattr(tokens, "SHARE", 3)
     right = read_corpus(SOURCES, load_tokenizer("bytes"))
     assert equal(tokens_of(SOURCES, "bytes", tmp_path, processes=processes), right)
+    assert capsys.readouterr().err == ""
     monkeypatch.setattr(tokens, "_made", None)  # the second time nothing is made
     kept = tokens_of(SOURCES, "bytes", tmp_path)
+    (folder,) = tmp_path.glob("[0-9a-f]*")
+    assert capsys.readouterr().err == f"training text: the tokens in {folder}, made before\n"
     assert equal(kept, right)
     for ours, theirs in zip(split(kept, 0.3), split(right, 0.3), strict=True):
         assert equal(ours, theirs)
