@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.long_text import Data, run_on_long_text
+from experiments.long_text import Data, evaluate, run_on_long_text
 from experiments.recipes.comparison import CAPPED_BY
-from experiments.recipes.long_text import long_text
+from experiments.recipes.long_text import long_text_16k
 from experiments.runs import Options, Out, program, with_options
 from loglinear.cli import execute
 from loglinear.recipes import TrainingRecipe
@@ -30,14 +30,14 @@ def changes(recipe: TrainingRecipe) -> dict[str, dict[str, Any]]:
     return {DEFAULT: PUBLISHED, **choices(capped_levels=recipe.model["num_levels"] - CAPPED_BY)}
 
 
-CHOICES = tuple(changes(long_text("log_linear")))
+CHOICES = tuple(changes(long_text_16k("log_linear")))
 
 
 def ablation(choice: str, *, miniature: bool = False) -> TrainingRecipe:
     """Return the recipe long_text_log_linear with one of CHOICES, for STEPS steps. Raises ValueError for others."""
     if choice not in CHOICES:
         raise ValueError(f"choice must be one of {', '.join(CHOICES)}, got {choice!r}")
-    recipe = long_text("log_linear", miniature=miniature)
+    recipe = long_text_16k("log_linear", miniature=miniature)
     model = {**recipe.model, **changes(recipe)[choice]}
     size = {} if miniature else dict(steps=STEPS, batch_tokens=BATCH_TOKENS, eval_every=150, save_every=150)
     name = recipe.name.replace("long_text_log_linear", f"ablation_{choice}")
@@ -62,7 +62,7 @@ def run(
 
     python -m experiments.ablations run --choice unit --out runs/ablations/unit --minutes 9
     """
-    run_on_long_text(ablation(choice, miniature=options.miniature), out, data, f"ablation-{choice}", options)
+    run_on_long_text(ablation(choice, miniature=options.miniature), out, data, f"ablation-{choice}", options, evaluate)
 
 
 if __name__ == "__main__":

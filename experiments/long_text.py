@@ -1,4 +1,4 @@
-"""Language modelling of long texts: the data, seven models of one size, and their loss within and past their length.
+"""Language modelling of long texts: the data, seven models of one size, and their loss with far text and without it.
 
 python -m experiments.long_text prepare
 python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9
@@ -7,11 +7,13 @@ python -m experiments.figures
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from experiments.contexts import evaluate_contexts
 from experiments.prepare import prepare as prepare_corpus
 from experiments.prepare import prepare_miniature
 from experiments.runs import Kind, Options, Out, kind_recipe, program, train_and_evaluate, with_options
@@ -23,8 +25,10 @@ from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
 from loglinear.training import load_tokenizer
 
-LENGTHS = (1, 4)  # of the evaluated windows, in training lengths
-BINS = 4  # per training length, in the curves of each document
+CONTEXTS = (1 / 8, 1 / 4, 1 / 2, 1, 2)  # tokens that a target may be predicted from, in training lengths
+LENGTHS = (1, 4)  # of the windows of the earlier round, in training lengths
+BINS = 4  # per training length, in its curves of each document
+EARLIER = "16k"
 
 app = program(__doc__)
 FOLDER, MINIATURE_FOLDER = Path("data/long_text"), Path("data/long_text_miniature")
@@ -65,22 +69,38 @@ def run(
     kind: Kind,
     out: Out,
     data: Data = None,
+    windows: Annotated[
+        str, typer.Option(help=f"Length of the training windows: 8k, or {EARLIER} for the earlier round.")
+    ] = "8k",
     *,
     options: Options,
 ) -> None:
-    """Train or resume one model, evaluate it at the end of the training, and write long-text-KIND.json.
+    """Train or resume one model, evaluate it at the end of the training, and write long-text-8k-KIND.json.
 
     Training can stop at any time: the next call resumes it from the last checkpoint. The evaluation takes further
-    minutes, which --minutes does not include. An interrupted evaluation starts again.
+    seconds, which --minutes does not include. An interrupted evaluation starts again. The earlier round has models of
+    13.3 M parameters. It writes long-text-KIND.json, and its evaluation takes minutes.
 
     Example, to repeat until it exits with 0:
 
     python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9
     """
-    run_on_long_text(kind_recipe("long_text", kind, options.miniature), out, data, f"long-text-{kind}", options)
+    if windows not in ("8k", EARLIER):
+        raise ValueError(f"--windows must be 8k or {EARLIER}, got {windows!r}")
+    if windows == EARLIER:
+        recipe, measure, name = kind_recipe("long_text", kind, options.miniature), evaluate, f"long-text-{kind}"
+    else:
+        recipe = kind_recipe("long_text_8k", kind, options.miniature)
+        measure, name = evaluate_far_text, f"long-text-8k-{kind}"
+    run_on_long_text(recipe, out, data, name, options, measure)
 
 
-def run_on_long_text(recipe: TrainingRecipe, out: Path, data: Path | None, name: str, options: Options) -> None:
+Measure = Callable[[LogLinearForCausalLM, TrainingRecipe, Path], dict[str, Any]]  # the path is the validation text
+
+
+def run_on_long_text(
+    recipe: TrainingRecipe, out: Path, data: Path | None, name: str, options: Options, measure: Measure
+) -> None:
     """Run `train_and_evaluate` on the two texts in the folder `data`. Raises ValueError if one of them is missing."""
     data = data or (MINIATURE_FOLDER if options.miniature else FOLDER)
     if data.is_file():
@@ -93,11 +113,18 @@ def run_on_long_text(recipe: TrainingRecipe, out: Path, data: Path | None, name:
     train_and_evaluate(
         recipe,
         out,
-        lambda model, recipe: evaluate(model, recipe, validation),
+        lambda model, recipe: measure(model, recipe, validation),
         name,
         options,
         data=(str(training),),
     )
+
+
+def evaluate_far_text(model: LogLinearForCausalLM, recipe: TrainingRecipe, validation: Path) -> dict[str, Any]:
+    """Return the loss of a model on the same text for each of CONTEXTS (`experiments.contexts`)."""
+    contexts = [int(times * recipe.seq_len) for times in CONTEXTS]
+    corpus = _validation_text(recipe, validation, max(contexts))
+    return {"fingerprint": corpus.fingerprint, **evaluate_contexts(model, corpus, contexts)}
 
 
 def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe, validation: Path) -> dict[str, Any]:
@@ -106,7 +133,7 @@ def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe, validation: Pa
     The windows of every length cover the same text: as many tokens of each document as the longest window has.
     """
     longest = max(LENGTHS) * recipe.seq_len
-    corpus = _longer_than(longest, read_corpus([str(validation)], load_tokenizer(recipe.tokenizer or "bytes")))
+    corpus = _validation_text(recipe, validation, longest)
     evaluation = {"documents": len(corpus.names), "fingerprint": corpus.fingerprint}
     for length in (times * recipe.seq_len for times in LENGTHS):
         result = evaluate_perplexity(model, corpus, length=length, max_tokens=longest * len(corpus.names))
@@ -114,7 +141,9 @@ def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe, validation: Pa
     return evaluation
 
 
-def _longer_than(tokens: int, corpus: Corpus) -> Corpus:
+def _validation_text(recipe: TrainingRecipe, validation: Path, tokens: int) -> Corpus:
+    """Return the documents of at least so many tokens. Raises ValueError if there is none."""
+    corpus = read_corpus([str(validation)], load_tokenizer(recipe.tokenizer or "bytes"))
     long = [d for d in range(len(corpus.names)) if len(corpus.document(d)) >= tokens]
     if not long:
         raise ValueError(f"the validation text has no document of {tokens:,} tokens")

@@ -16,7 +16,7 @@ import torch
 import typer
 
 from experiments.recipes.comparison import KINDS
-from experiments.recipes.long_text import long_text
+from experiments.recipes.long_text import long_text, long_text_16k
 from experiments.recipes.needle import needle
 from experiments.results import require_replaceable, result_file
 from loglinear.cli.console import Interrupted
@@ -29,7 +29,7 @@ from loglinear.runs.metrics import read_metrics
 from loglinear.runs.provenance import command, versions
 from loglinear.training import load_model, train
 
-EXPERIMENTS = {"long_text": long_text, "needle": needle}
+EXPERIMENTS = {"long_text_8k": long_text, "long_text": long_text_16k, "needle": needle}  # by the names of recipes
 CURVE_POINTS = 100  # of the training loss in a result
 
 RECIPE = "the recipe's"

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.random_tokens import RandomTokens
-from experiments.recipes.comparison import parameters_of, widened
-from experiments.recipes.needle import EMBEDDINGS
+from experiments.recipes.comparison import EMBEDDINGS, parameters_of, widened
 from loglinear.fenwick import num_levels
 from loglinear.partition import Partition
 from loglinear.recipes.bytes import BYTE_VOCABULARY, byte_model

@@ -4,7 +4,7 @@ import pytest
 
 from experiments import ablations
 from experiments.ablations import CHOICES, DEFAULT, ablation
-from experiments.recipes.long_text import long_text
+from experiments.recipes.long_text import long_text_16k
 
 
 @pytest.mark.parametrize("miniature", [False, True])
@@ -23,7 +23,7 @@ def test_a_choice_changes_one_thing_of_the_model_and_nothing_of_its_training(cho
 def test_the_default_choice_is_the_published_model():
     config = ablation(DEFAULT).model_config()
     assert (config.lambda_form, config.finest_block, config.num_levels) == ("softplus", 1, 15)
-    longer = long_text("log_linear")
+    longer = long_text_16k("log_linear")
     assert (ablation(DEFAULT).seq_len, ablation(DEFAULT).data) == (longer.seq_len, longer.data)
 
 

@@ -32,20 +32,47 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory, data):
-    """The files of `run` for a tiny model that it trained in three calls."""
-    folder = tmp_path_factory.mktemp("runs")
-    call = {"kind": "capped", "out": folder / "run", "data": data, "results": folder / "results"}
+def in_pieces(folder, data, windows):
+    """Run a tiny model in three calls. Return the names of its files."""
+    call = {"kind": "capped", "out": folder / "run", "data": data, "results": folder / "results", "windows": windows}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(long_text, "kind_recipe", lambda name, kind, miniature: tiny_recipe(data, name=f"{name}_{kind}"))
         for step in (1, 2):
             with pytest.raises(Interrupted, match=f"stopped at step {step} of 8"):
                 long_text.run(**call, minutes=1e-9)
         long_text.run(**call)
-    with pytest.raises(ValueError, match="holds a run of long_text_capped, expected long_text_linear"):
+    with pytest.raises(ValueError, match="holds a run of long_text.*_capped, expected long_text.*_linear"):
         long_text.run(**{**call, "kind": "linear"})
+    return [path.name for path in (folder / "results").iterdir()]
+
+
+@pytest.fixture(scope="module")
+def far(tmp_path_factory, data):
+    """The result of `run`."""
+    folder = tmp_path_factory.mktemp("far")
+    assert in_pieces(folder, data, "8k") == ["long-text-8k-capped.json"]
+    return read_object(folder / "results" / "long-text-8k-capped.json")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory, data):
+    """The result of `run` in the earlier round."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert in_pieces(folder, data, "16k") == ["long-text-capped.json"]
     return read_object(folder / "results" / "long-text-capped.json")
+
+
+def test_the_same_text_is_predicted_from_all_contexts(far):
+    evaluation = far["evaluation"]
+    assert len(evaluation["documents"]) == 5  # of 128 tokens or more, <bos> and <eos> included
+    assert list(evaluation["contexts"]) == ["8", "16", "32", "64", "128"] and evaluation["targets"] == 5 * 2 * 64
+    assert all(0 < bits["bits_per_byte"] < 12 for bits in evaluation["contexts"].values())
+    assert len(json.dumps(far)) < 10_000
+
+
+def test_other_windows_are_refused(tmp_path, data):
+    with pytest.raises(ValueError, match="--windows must be 8k or 16k, got '4k'"):
+        long_text.run("linear", tmp_path / "run", data, "4k")
 
 
 def test_missing_data_says_how_to_make_it(tmp_path):

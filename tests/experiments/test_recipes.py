@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from experiments.recipes.comparison import KINDS, model_of_kind
-from experiments.recipes.long_text import long_text
+from experiments.recipes.long_text import long_text, long_text_16k
 from experiments.recipes.needle import needle
-from experiments.runs import kind_recipe, recipe_of_run
+from experiments.runs import EXPERIMENTS, kind_recipe, recipe_of_run
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts
 from loglinear.models.size import state_bytes
 from loglinear.recipes import TrainingRecipe
 from loglinear.runs.folder import run_recipe, write_run
 from loglinear.training import train
 
-MILLIONS = {needle: (6.0, 6.3), long_text: (13.1, 13.5)}
+MILLIONS = {needle: (6.0, 6.3), long_text: (5.1, 5.3), long_text_16k: (13.1, 13.5)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,7 +43,7 @@ def test_kinds_of_model_differ_in_their_past_and_not_in_their_size(layers, hybri
     assert routed.routing == "gram" and routed.num_levels == routed.partition.num_columns(8 * 2048)
 
 
-@pytest.mark.parametrize("experiment", [long_text, needle])
+@pytest.mark.parametrize("experiment", [long_text, long_text_16k, needle])
 def test_miniatures_are_small_and_of_one_size(experiment):
     recipes = [experiment(kind, miniature=True) for kind in KINDS]
     totals = [parameter_counts(recipe.model_config()).total for recipe in recipes]
@@ -62,12 +62,21 @@ def test_the_first_block_of_the_transformer_adds_less_than_its_embeddings():
     assert (states[1] - states[0]).norm() < 0.5 * states[0].norm()
 
 
+def test_small_models_of_long_texts_are_trained_as_those_of_needles_and_read_no_text_twice():
+    for kind in KINDS:
+        texts, needles = (experiment(kind).to_dict() for experiment in (long_text, needle))
+        same = ("learning_rate", "batch_tokens", "micro_batch_tokens", "warmup_steps", "weight_decay")
+        assert [texts[name] for name in same] == [needles[name] for name in same]
+        assert texts["model"]["embedding_range"] == needles["model"]["embedding_range"] == 0.08
+        assert 50e6 < texts["steps"] * texts["batch_tokens"] < 193e6  # bytes of the training text
+
+
 def test_needle_documents_are_read_whole():
     recipe = needle("linear")
     assert int(recipe.data[0].split(":")[2]) / 3 <= recipe.seq_len  # a token has 3.2 bytes of them
 
 
-@pytest.mark.parametrize("experiment", ["long_text", "needle"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_a_folder_of_an_earlier_run_is_read_by_the_name_in_it(experiment, tmp_path, monkeypatch):
     """run.json holds the whole recipe: no list of names is asked. Without its data the run says which file it wants."""
     recipe = kind_recipe(experiment, "hybrid", miniature=False)
@@ -75,7 +84,7 @@ def test_a_folder_of_an_earlier_run_is_read_by_the_name_in_it(experiment, tmp_pa
     write_run(tmp_path / "run", recipe, {}, parameters=1, model=recipe.model_config())
     assert run_recipe(tmp_path / "run") == recipe_of_run(recipe, tmp_path / "run") == recipe
     monkeypatch.chdir(tmp_path)
-    wanted = {"long_text": "data/long_text/train.jsonl.zst", "needle": "data/needle/tokenizer"}
-    with pytest.raises(ValueError, match=wanted[experiment]) as caught:
+    wanted = "data/needle/tokenizer" if experiment == "needle" else "data/long_text/train.jsonl.zst"
+    with pytest.raises(ValueError, match=wanted) as caught:
         train(recipe, tmp_path / "run", resume=True)
     assert "\n" not in str(caught.value)

@@ -14,7 +14,7 @@ from experiments.runs import kind_recipe
 OF_A_RUN = ("seed", "compile", "tokenizer")  # what a command says
 LATER = dict.fromkeys(("start", "jitter", "new_only"))  # what no recipe had when they were made
 RESULTS = Path(__file__).parents[2] / "results"
-MEASURED = [kind for kind in KINDS if kind not in ("routed", "linear_states4")]  # on long texts
+MEASURED = [kind for kind in KINDS if kind not in ("routed", "linear_states4")]  # on long texts, in the earlier round
 RUNS = {
     **{f"long-text-{kind}": kind_recipe("long_text", kind, miniature=False) for kind in MEASURED},
     **{f"ablation-{choice}": ablation(choice) for choice in CHOICES},
@@ -30,12 +30,14 @@ def test_a_result_is_of_the_recipe_that_its_name_says(name: str) -> None:
         assert {**made, **{of: expected[of] for of in OF_A_RUN}} == expected, file
 
 
-def test_results_of_needles_are_of_the_recipe_and_of_three_seeds() -> None:
+@pytest.mark.parametrize("experiment", ["needle", "long_text_8k"])
+def test_results_of_small_models_are_of_the_recipe_and_of_three_seeds(experiment: str) -> None:
     """Results of a kind may be missing. None is of another recipe."""
-    files = sorted(RESULTS.glob("needle-*.json"))
+    stem = experiment.replace("_", "-")
+    files = sorted(RESULTS.glob(f"{stem}-*.json"))
     for kind in KINDS:
-        own = [file for file in files if re.fullmatch(rf"needle-{kind}{SEED}", file.stem)]
-        expected = json.loads(json.dumps(kind_recipe("needle", kind, miniature=False).to_dict()))
+        own = [file for file in files if re.fullmatch(rf"{stem}-{kind}{SEED}", file.stem)]
+        expected = json.loads(json.dumps(kind_recipe(experiment, kind, miniature=False).to_dict()))
         made = [json.loads(file.read_text())["recipe"] for file in own]
         assert sorted(recipe["seed"] for recipe in made) in ([], [0, 1, 2])
         for recipe in made:
