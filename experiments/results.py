@@ -6,9 +6,8 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from loglinear.recipes import TrainingRecipe
 from loglinear.runs.json_files import read_object
 
 SEED = r"(-seed\d+)?"  # after a name
@@ -22,7 +21,14 @@ OF_A_RUN = (
 )  # fields of a recipe that do not decide a result: words, seed, machine, folders
 TRAINING_DATA = "training data"  # the name in errors of a result's "data", with its fingerprints
 NEEDED = ("seed", "parameters", "versions", "recipe", "training", "evaluation")
-Result = dict[str, Any]  # written by `experiments.runs.train_and_evaluate`
+Result = dict[str, Any]  # written by `experiments.runs.train_and_evaluate` and `experiments.rl`
+
+
+class Recipe(Protocol):
+    """Everything that decides a result, as a TrainingRecipe."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
 
 
 def result_file(results: Path, name: str, seed: int) -> Path:
@@ -36,7 +42,7 @@ def seed_suffix(seed: int) -> str:
 
 
 def require_replaceable(
-    file: Path, recipe: TrainingRecipe, eval_settings: dict[str, Any], training_data: dict[str, Any] | None = None
+    file: Path, recipe: Recipe, eval_settings: dict[str, Any], training_data: dict[str, Any] | None = None
 ) -> None:
     """Raise ValueError, which names the difference, if the file holds a result of another recipe or evaluation.
 

@@ -59,29 +59,15 @@ def _only_item(items: list[Any], prepare: Callable[[Any], Any] | None = None) ->
     return item if prepare is None else prepare(item)
 
 
-class LogLinearTrainer(Trainer):
-    """The Trainer of transformers for data whose items are batches, with checkpoints that appear whole.
+class WholeCheckpoints(Trainer):
+    """A Trainer whose checkpoints appear whole, beside any other class of trainers.
 
-    The loader applies `prepare` to every item. `run_files` are the growing files of the run: a checkpoint records how
-    long they are when it is saved, and training resumes only with that part intact.
+    `run_files` are the growing files of the run: a checkpoint records how long they are when it is saved, and training
+    resumes only with that part intact.
     """
 
+    run_files: Sequence[Path] = ()
     _staging: Path | None = None
-
-    def __init__(
-        self, *, prepare: Callable[[Any], Any] | None = None, run_files: Sequence[Path] = (), **options: Any
-    ) -> None:
-        super().__init__(data_collator=partial(_only_item, prepare=prepare), **options)
-        self.run_files = run_files
-        self.remove_callback(PrinterCallback)
-
-    def prediction_step(
-        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Any, Any, Any]:
-        """Skip the logits of a row if only its loss is needed."""
-        if prediction_loss_only and isinstance(self.model, LogLinearForCausalLM):
-            inputs = {**inputs, "skip_logits": True}
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -133,6 +119,25 @@ class LogLinearTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _loading(checkpoint, "state of random numbers"):
             super()._load_rng_state(checkpoint)
+
+
+class LogLinearTrainer(WholeCheckpoints):
+    """The Trainer of transformers for data whose items are batches; the loader applies `prepare` to every item."""
+
+    def __init__(
+        self, *, prepare: Callable[[Any], Any] | None = None, run_files: Sequence[Path] = (), **options: Any
+    ) -> None:
+        super().__init__(data_collator=partial(_only_item, prepare=prepare), **options)
+        self.run_files = run_files
+        self.remove_callback(PrinterCallback)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Skip the logits of a row if only its loss is needed."""
+        if prediction_loss_only and isinstance(self.model, LogLinearForCausalLM):
+            inputs = {**inputs, "skip_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
 
 @contextmanager

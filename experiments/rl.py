@@ -1,0 +1,268 @@
+"""Reinforcement learning on forking tokens: countdown with all tokens, those of highest entropy, or the others.
+
+python -m experiments.rl pretrain --kind log_linear --out runs/rl/log_linear --minutes 9
+python -m experiments.rl run --kind log_linear --tokens top20 --base runs/rl/log_linear --out runs/rl/log_linear-top20
+python -m experiments.rl show
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import typer
+
+from experiments.countdown import Countdown, Problem
+from experiments.recipes.rl import ALL, KINDS, LOWEST, TOKENS, TOP, Reinforcement, base_recipe, reinforcement
+from experiments.results import Result, read_seeds, require_replaceable, result_file
+from experiments.runs import Options, Out, program, train_and_evaluate, with_options
+from loglinear.cli import execute
+from loglinear.cli.console import Interrupted, print_table
+from loglinear.data.corpus import Corpus
+from loglinear.data.tokenizer import encode_prompt, load_tokenizer
+from loglinear.evaluation.padded import padded
+from loglinear.models import LogLinearForCausalLM
+from loglinear.recipes import TrainingRecipe
+from loglinear.runs.checkpoints import resolve
+from loglinear.runs.folder import require_folder
+from loglinear.runs.json_files import write_object
+from loglinear.runs.metrics import read_metrics
+from loglinear.runs.provenance import command, versions
+from loglinear.training import load_model
+
+ROWS = 1024  # answers that are written at once
+NAMES = {TOP: "top 20 %", ALL: "all", LOWEST: "lowest 80 %"}
+
+app = program(__doc__)
+KindOfModel = Annotated[str, typer.Option(help=f"One of {', '.join(KINDS)}.")]
+
+
+@app.command()
+@with_options
+def pretrain(kind: KindOfModel, out: Out, *, options: Options) -> None:
+    """Train or resume the model that reinforcement learning starts from, test it, and write rl-base-KIND.json.
+
+    The model reads answers to countdown. Training can stop at any time: the next call resumes it from the last
+    checkpoint.
+
+    Example, to repeat until it exits with 0:
+
+    python -m experiments.rl pretrain --kind log_linear --out runs/rl/log_linear --minutes 9
+    """
+    rounds = reinforcement(kind, ALL, "", miniature=options.miniature)
+
+    def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:
+        with torch.autocast(model.device.type, enabled=False):  # as in the rounds
+            return measure(model, rounds)
+
+    recipe = base_recipe(kind, miniature=options.miniature)
+    settings = {"examples": rounds.held_out}
+    train_and_evaluate(recipe, out, evaluate, f"rl-base-{kind}", options, eval_settings=settings, corpora=corpora)
+
+
+def corpora(recipe: TrainingRecipe) -> tuple[Corpus, Corpus]:
+    """Return the answers of a recipe and its seed, and those that validate."""
+    return Countdown.from_source(recipe.data[0]).corpora(recipe.seed)
+
+
+class Answer(NamedTuple):
+    """An answer that a model wrote."""
+
+    text: str
+    tokens: int
+    """Its end included."""
+    ended: bool
+    """False if it was cut off."""
+
+
+@torch.no_grad()
+def write_answers(model: Any, problems: Sequence[Problem], longest: int, *, sampled: bool) -> list[Answer]:
+    """Return a model's answer to each problem, of at most `longest` tokens: the likeliest tokens, or sampled ones."""
+    tokenizer = load_tokenizer("bytes")
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    answers = []
+    for start in range(0, len(problems), ROWS):
+        prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems[start : start + ROWS]]
+        ids, is_token = padded(prompts, model.device, left=True)
+        choice = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {"do_sample": False}
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=is_token.long(),
+            max_new_tokens=longest,
+            eos_token_id=end,
+            pad_token_id=pad,
+            use_cache=True,
+            **choice,
+        )
+        for row in written[:, ids.shape[1] :].tolist():
+            ended = end in row
+            body = row[: row.index(end)] if ended else row
+            answers.append(Answer(str(tokenizer.decode(body)), len(body) + ended, ended))
+    return answers
+
+
+def measure(model: Any, recipe: Reinforcement) -> dict[str, float]:
+    """Return a model's scores on the held-out problems of a recipe, the same for all models and seeds.
+
+    `accuracy` is the share of right answers among all sampled ones, `greedy` that of the likeliest answers, `any` the
+    share of problems with a right answer among the sampled ones. `length` and `ended` are of the sampled answers: their
+    mean number of tokens, and the share of those with an end. The random numbers of the caller stay as they were.
+    """
+    problems = Countdown.from_source(recipe.task).problems("test", held_out=True)
+    asked = list(itertools.islice(problems, recipe.held_out))
+    repeated = [problem for problem in asked for _ in range(recipe.samples)]
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sampled = write_answers(model, repeated, recipe.longest, sampled=True)
+    likeliest = write_answers(model, asked, recipe.longest, sampled=False)
+    model.train(was_training)
+    right_PS = np.reshape([_right(*pair) for pair in zip(repeated, sampled, strict=True)], (-1, recipe.samples))
+    return {
+        "accuracy": float(right_PS.mean()),
+        "greedy": float(np.mean([_right(*pair) for pair in zip(asked, likeliest, strict=True)])),
+        "any": float(right_PS.any(1).mean()),
+        "length": float(np.mean([answer.tokens for answer in sampled])),
+        "ended": float(np.mean([answer.ended for answer in sampled])),
+    }
+
+
+def _right(problem: Problem, answer: Answer) -> bool:
+    return answer.ended and problem.is_solved_by(answer.text)
+
+
+@app.command()
+def run(
+    kind: KindOfModel,
+    tokens: Annotated[
+        str, typer.Option(help=f"The tokens that learn, one of {', '.join(TOKENS)}: by entropy in a batch of answers.")
+    ],
+    base: Annotated[Path, typer.Option(help="Folder of the trained model, of the same kind and seed.")],
+    out: Annotated[Path, typer.Option(help="Folder of this run.")],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the problems and of the sampled answers.")] = 0,
+    rounds: Annotated[int | None, typer.Option(help="Rounds.", show_default="the recipe's")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate.", show_default="the recipe's")] = None,
+    miniature: Annotated[
+        bool, typer.Option("--miniature", help="Take two small rounds, to see that everything works.")
+    ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="Save a checkpoint and stop with exit code 130 after about this many minutes.")
+    ] = None,
+    results: Annotated[
+        Path, typer.Option(help="Folder for the JSON file of the result; that of a miniature goes to miniature/ in it.")
+    ] = Path("results"),
+) -> None:
+    """Take or continue the rounds of reinforcement learning from a trained model, and write rl-KIND-TOKENS.json.
+
+    A round samples answers to new problems and takes a few steps on them, with TRL's GRPOTrainer. Every tenth round
+    tests the model on held-out problems and saves a checkpoint. The run can stop at any time: the next call resumes it
+    from the last checkpoint. It needs `pip install '.[rl]'`.
+
+    Example, to repeat until it exits with 0:
+
+    python -m experiments.rl run --kind log_linear --tokens top20 --base runs/rl/log_linear
+    --out runs/rl/log_linear-top20 --minutes 9
+    """
+    from experiments.grpo import reinforce  # so that `show` and the figures need no TRL
+
+    recipe = reinforcement(kind, tokens, str(base), miniature=miniature)
+    recipe = recipe.override(seed=seed, rounds=rounds, learning_rate=learning_rate)
+    for folder in (results, results / "miniature"):
+        require_folder(folder, "--results")
+    file = result_file(results / "miniature" if miniature else results, f"rl-{kind}-{tokens}", seed)
+    settings = {"examples": recipe.held_out}
+    require_replaceable(file, recipe, settings)
+    start = load_model(resolve(base))
+    trained = reinforce(recipe, out, lambda model: measure(model, recipe), minutes=minutes)
+    if trained.interrupted:
+        done = f"stopped at round {trained.step // recipe.updates} of {recipe.rounds}"
+        raise Interrupted(f"{done}, checkpoint saved in {out}; continue with the same command", trained.signal)
+    metrics = read_metrics(out)
+    result = {
+        "seed": seed,
+        "parameters": start.num_parameters(),
+        "command": command(),
+        "versions": versions(),
+        "recipe": recipe.to_dict(),
+        "training": training_course(metrics, recipe),
+        "evaluation": {**settings, "curve": tests(metrics, recipe)},
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_object(file, result)
+    print(f"result: {file}")
+
+
+def training_course(metrics: list[dict[str, Any]], recipe: Reinforcement) -> dict[str, Any]:
+    """Return the minutes of the steps and, for each round, the mean of its steps' entropy, reward, length and so on."""
+    steps = [record for record in metrics if record["split"] == "train"]
+    parts = [steps[start : start + recipe.updates] for start in range(0, len(steps), recipe.updates)]
+    names = [name for name in steps[0] if name not in ("step", "split", "seconds")]
+    curve = [
+        {
+            "round": part[-1]["step"] // recipe.updates,
+            **{name: float(np.mean([record[name] for record in part if name in record])) for name in names},
+        }
+        for part in parts
+    ]
+    return {"rounds": recipe.rounds, "minutes": steps[-1]["seconds"] / 60, "curve": curve}
+
+
+def tests(metrics: list[dict[str, Any]], recipe: Reinforcement) -> list[dict[str, Any]]:
+    """Return the scores of every test, with the rounds before it."""
+    scores = [{"round": record["step"] // recipe.updates, **record} for record in metrics]
+    return [
+        {name: value for name, value in record.items() if name not in ("step", "split")}
+        for record in scores
+        if record["split"] == "held_out"
+    ]
+
+
+def read_runs(results: Path) -> dict[tuple[str, str], list[Result]]:
+    """Return the results of each kind and tokens, by seed, from rl-KIND-TOKENS[-seedSEED].json.
+
+    Raises ValueError, which names the files, if seeds differ in more than the seed.
+    """
+    names = {f"{kind}-{tokens}": (kind, tokens) for kind in KINDS for tokens in TOKENS}
+    return {names[name]: runs for name, runs in read_seeds(results, "rl", names).items()}
+
+
+@app.command()
+def show(
+    results: Annotated[Path, typer.Option(help="Folder of the JSON files of `run`.")] = Path("results"),
+) -> None:
+    """Print the scores on held-out problems before and after the rounds: the mean over seeds and their deviation.
+
+    Example:
+
+    python -m experiments.rl show
+    """
+    runs = read_runs(results)
+    if not runs:
+        raise ValueError(f"--results {results} has no result of `python -m experiments.rl run`")
+    columns = ["kind", "tokens", "seeds", *(f"{name}, {when}" for name, *_ in SHOWN for when in ("before", "after"))]
+    rows = []
+    for (kind, tokens), seeds in runs.items():
+        cells = [
+            _spread([one["evaluation"]["curve"][place][field] for one in seeds], factor, digits)
+            for _, field, factor, digits in SHOWN
+            for place in (0, -1)
+        ]
+        rows.append([kind, NAMES[tokens], f"{len(seeds)}", *cells])
+    print_table("Held-out problems: percent solved, and tokens of an answer", columns, rows)
+
+
+SHOWN = (("sampled", "accuracy", 100, 1), ("likeliest", "greedy", 100, 1), ("length", "length", 1, 1))
+
+
+def _spread(values: list[float], factor: float, digits: int) -> str:
+    mean = f"{factor * float(np.mean(values)):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {factor * float(np.std(values, ddof=1)):.{digits}f}"
+
+
+if __name__ == "__main__":
+    execute(app, "python -m experiments.rl")
