@@ -7,7 +7,6 @@ Tokenising 300,000 documents of needles takes minutes on one core.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -16,15 +15,15 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import loglinear.data
+from experiments.locks import alone
 from loglinear.data.corpus import Corpus, join, tokenize
 from loglinear.data.sources import NEEDLE_PREFIX, STDLIB, needle_count, needles_of, read_documents
 from loglinear.data.tokenizer import BYTES, load_tokenizer
@@ -64,7 +63,7 @@ def tokens_of(sources: Sequence[str], tokenizer: str, folder: Path, *, processes
     }
     name = hashlib.blake2b(json.dumps(described).encode(), digest_size=8).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder / f".{name}.lock"):
+    with alone(folder / f".{name}.lock"):
         if (folder / name).exists():
             print(f"training text: the tokens in {folder / name}, made before", file=sys.stderr)
         else:
@@ -83,14 +82,6 @@ def _fingerprint(files: Iterable[Path]) -> str:
 
 def _tokenizer_files(folder: str) -> list[Path]:
     return sorted(file for file in Path(folder).iterdir() if file.suffix in TOKENIZER_FILES and file.is_file())
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block with this file."""
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _made(sources: Sequence[str], tokenizer: str, processes: int | None) -> Corpus:

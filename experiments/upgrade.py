@@ -3,37 +3,49 @@
 python -m experiments.needle prepare
 python -m experiments.upgrade run --out runs/upgrade --minutes 9
 
-Seeds and continuations can run at once, each in a process of its own, once the linear models are trained:
+All seeds continue one linear model. They can run at once, each kind and seed in a process of its own; whoever needs the
+linear model waits for it:
 
-for seed in 0 1 2; do python -m experiments.upgrade run --kind base --seed $seed --out runs/upgrade & done; wait
-python -m experiments.upgrade run --kind linear --kind levels_new --seed 0 --out runs/upgrade
+for kind in linear levels_new levels_all routed_new routed_all; do for seed in 0 1 2; do
+    python -m experiments.upgrade run --kind base --kind $kind --seed $seed --out runs/upgrade &
+done; done; wait
 
-To go on at another machine, take along the results and the folders OUT/seedN/linear-start.
+To go on at another machine, take along the results and the folder OUT/linear-start.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 
+from experiments.locks import alone
 from experiments.needle import TokenizerFolder
 from experiments.recipes.comparison import ROUTED
-from experiments.recipes.needle import LONGEST, SEQUENCE, TOKENIZER, needle
+from experiments.recipes.needle import TOKENIZER
+from experiments.recipes.upgrade import (
+    BASE,
+    CONTINUATIONS,
+    FULL,
+    MINIATURE,
+    Sizes,
+    base_recipe,
+    continuation,
+)
 from experiments.results import read_seeds, require_replaceable, result_file
 from experiments.runs import Options, program, train_and_evaluate
 from experiments.tokens import tokens_of
 from loglinear.cli import execute
 from loglinear.cli.console import Interrupted, human_bytes, print_table
 from loglinear.convert.target import CHOICES, Converted, build, configuration, write
-from loglinear.data.corpus import Corpus, read_corpus, split
+from loglinear.data.corpus import Corpus, split, tokenize
 from loglinear.data.sources import read_documents
 from loglinear.data.tokenizer import BYTES
 from loglinear.evaluation import evaluate_perplexity
@@ -45,105 +57,13 @@ from loglinear.recipes import TrainingRecipe
 from loglinear.runs.checkpoints import resolve
 from loglinear.training import load_model, load_tokenizer
 
-SEEDS = (0, 1, 2)
-BASE = "base"
-NEW_RATE, ALL_RATE = 2e-3, 5e-4  # peaks of the learning rate: for new weights alone, and for all
+SEEDS = (0, 1, 2)  # of the continuations
 EVAL_TOKENS = 1_048_576  # of the text whose bits per byte are measured
-VALIDATION_TOKENS = 262_144  # in the continued training
+EVAL_CHARACTERS = 1 << 15  # from the beginning of each document of this text: to read 26 MB takes a minute of a CPU
 TASKS = ("single_2", "multikey_1", "multiquery")
-
-
-class Sizes(NamedTuple):
-    """The sizes of the experiment, in tokens if nothing else is said."""
-
-    window: int
-    """The sequences of the continued training."""
-    longest: int
-    """The longest examples. The upgraded model tells as many tokens apart, and jitter trains all its levels."""
-    lengths: tuple[int, ...]
-    """The examples."""
-    data: tuple[str, ...]
-    """The text of the continued training, with needles."""
-    steps: int
-
-
-WINDOW = 4 * SEQUENCE
-FULL = Sizes(
-    window=WINDOW,
-    longest=8 * SEQUENCE,
-    lengths=(SEQUENCE // 4, SEQUENCE, 4 * SEQUENCE, 8 * SEQUENCE),
-    data=(f"needle:12000:{WINDOW * LONGEST // SEQUENCE}:stdlib", "stdlib"),
-    steps=500,
-)
-MINIATURE = Sizes(window=2048, longest=4096, lengths=(1024, 2048), data=("needle:40:3000",), steps=2)
-
-
-class Continuation(NamedTuple):
-    """One way to go on from the linear model."""
-
-    form: str
-    """The weights of the levels: none, from the token alone as published, or from the buckets' contents too."""
-    new_only: bool
-    """True: the new weights are trained, and the linear model's stay."""
-
-
-CONTINUATIONS = {
-    "linear": Continuation("linear", False),
-    "levels_new": Continuation("levels", True),
-    "levels_all": Continuation("levels", False),
-    "routed_new": Continuation("routed", True),
-    "routed_all": Continuation("routed", False),
-}
 KINDS = (BASE, *CONTINUATIONS)
 
 app = program(__doc__)
-
-
-def base_recipe(*, miniature: bool = False) -> TrainingRecipe:
-    """Return the recipe of the linear model: needle_linear, or one for seconds on a CPU."""
-    recipe = dataclasses.replace(needle("linear", miniature=miniature), name=f"upgrade_{BASE}")
-    if not miniature:
-        return recipe
-    return dataclasses.replace(
-        recipe,
-        name=f"upgrade_{BASE}_miniature",
-        tokenizer="bytes",
-        data=("needle:40:2000",),
-        seq_len=1024,
-        batch_tokens=2048,
-        micro_batch_tokens=2048,
-        eval_tokens=2048,
-        steps=4,
-        warmup_steps=1,
-        eval_every=4,
-        save_every=2,
-    )
-
-
-def continuation(base: TrainingRecipe, kind: str, sizes: Sizes, start: Path) -> TrainingRecipe:
-    """Return the recipe of one of CONTINUATIONS, from the model in the folder `start`.
-
-    Sequences of an upgraded model start at random positions of its tree. A linear model does not depend on them.
-    """
-    form, new_only = CONTINUATIONS[kind]
-    trained = "the new weights" if new_only else "all weights"
-    return dataclasses.replace(
-        base,
-        name=base.name.replace(BASE, kind),
-        summary=f"a linear model goes on: {form}, {trained}, {sizes.window:,} tokens at a time",
-        model={},
-        start=str(start),
-        data=sizes.data,
-        seq_len=sizes.window,
-        steps=sizes.steps,
-        warmup_steps=max(1, sizes.steps // 20),
-        learning_rate=NEW_RATE if new_only else ALL_RATE,
-        eval_every=max(1, sizes.steps // 2),
-        eval_tokens=min(base.eval_tokens, VALIDATION_TOKENS),
-        save_every=max(1, sizes.steps // 4),
-        jitter=None if form == "linear" else sizes.longest - sizes.window,
-        new_only=new_only or None,
-    )
 
 
 def write_upgraded(linear: Path, out: Path, levels: dict[str, Any], dtype: torch.dtype | None = None) -> None:
@@ -157,28 +77,29 @@ def write_upgraded(linear: Path, out: Path, levels: dict[str, Any], dtype: torch
     write(build(configuration(fields, levels), Converted(fields, weights, [])), linear, out)
 
 
-def start_folder(kind: str, folder: Path) -> Path:
-    """Return the folder of the model from which one of CONTINUATIONS starts; each has its own, because all can run."""
-    return folder / ("linear-start" if CONTINUATIONS[kind].form == "linear" else f"{kind}-start")
+def start_folder(kind: str, out: Path) -> Path:
+    """Return the folder of the model from which one of CONTINUATIONS starts, in all seeds."""
+    return out / f"{CONTINUATIONS[kind].form}-start"
 
 
-def write_linear_start(folder: Path) -> None:
-    """Write the trained linear model of a seed's folder in bfloat16, as models are published, unless it is there."""
-    start = start_folder("linear", folder)
+def write_linear_start(out: Path) -> None:
+    """Write the trained linear model in bfloat16, as models are published, unless it is there."""
+    start = start_folder("linear", out)
     if not start.exists():  # it appears whole
-        write_upgraded(resolve(folder / BASE), start, {"num_levels": 1}, torch.bfloat16)
+        write_upgraded(resolve(out / BASE), start, {"num_levels": 1}, torch.bfloat16)
 
 
-def write_start(kind: str, folder: Path, sizes: Sizes) -> None:
+def write_start(kind: str, out: Path, sizes: Sizes) -> None:
     """Make the model from which one of CONTINUATIONS starts of the linear start, unless it is there.
 
     Raises ValueError if there is no linear start yet.
     """
-    linear, start, form = start_folder("linear", folder), start_folder(kind, folder), CONTINUATIONS[kind].form
+    linear, start, form = start_folder("linear", out), start_folder(kind, out), CONTINUATIONS[kind].form
     if not linear.exists():
-        raise ValueError(f"there is no trained linear model {linear}: run --kind {BASE} of this seed to its end first")
-    if not start.exists():
-        write_upgraded(linear, start, ROUTED if form == "routed" else {"num_levels": num_levels(sizes.longest)})
+        raise ValueError(f"there is no trained linear model {linear}: run --kind {BASE} to its end first")
+    with alone(out / f".{start.name}.lock"):
+        if not start.exists():
+            write_upgraded(linear, start, ROUTED if form == "routed" else {"num_levels": num_levels(sizes.longest)})
 
 
 class Texts:
@@ -206,11 +127,13 @@ def run(
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples of every task and length.")] = 50,
     tokenizer: TokenizerFolder = Path(TOKENIZER),
-    seed: Annotated[list[int] | None, typer.Option(help="A seed; repeatable. 0, 1 and 2 without it.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="A seed of the continuations; repeatable. 0, 1 and 2 without it.")
+    ] = None,
     kind: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(KINDS)}; repeatable. All without it.")
     ] = None,
-    tokens: Annotated[Path, typer.Option(help="Folder that keeps the training text as tokens, for all seeds.")] = Path(
+    tokens: Annotated[Path, typer.Option(help="Folder that keeps the training texts as tokens, for all seeds.")] = Path(
         "data/upgrade"
     ),
     base_steps: Annotated[
@@ -219,6 +142,10 @@ def run(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps of each continuation.", show_default=str(FULL.steps))
     ] = None,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile/--no-compile", help="Compile the blocks: minutes at the start of each training."),
+    ] = False,
     miniature: Annotated[
         bool, typer.Option("--miniature", help="Take seconds on a CPU, to see that everything works.")
     ] = False,
@@ -229,7 +156,7 @@ def run(
         Path, typer.Option(help="Folder for the JSON files; those of a miniature go to miniature/ in it.")
     ] = Path("results"),
 ) -> None:
-    """Train a linear model, then five continuations, for every seed; write upgrade-KIND.json of each, and a table.
+    """Train a linear model, then five continuations of it for every seed; write upgrade-KIND.json, and a table.
 
     The model reads needles, and is then continued in five ways for equally many steps: as it is, and upgraded with
     weights from the token (levels) or from the buckets too (routed), each with the new weights or all of them trained.
@@ -254,29 +181,31 @@ def run(
     texts = Texts(tokens)
     trained = False  # anything in this call, which always goes on by a step
     folder_of_results = results / "miniature" if miniature else results
-    for number, name in itertools.product(seed or SEEDS, [one for one in KINDS if one in (kind or KINDS)]):
-        folder = out / f"seed{number}"
+    wanted = [one for one in KINDS if one in (kind or KINDS)]
+    of_seeds = itertools.product(seed or SEEDS, [one for one in wanted if one != BASE])
+    for number, name in [(base.seed, BASE)] * (BASE in wanted) + [*of_seeds]:
+        is_base = name == BASE
         file = result_file(folder_of_results, f"upgrade-{name}", number)
-        recipe = base if name == BASE else continuation(base, name, sizes, start_folder(name, folder))
+        folder = out / BASE if is_base else out / f"seed{number}" / name
+        recipe = base if is_base else continuation(base, name, sizes, start_folder(name, out))
         settings = {"data": data or [], "examples": examples}
-        if file.exists():
-            require_replaceable(file, recipe, settings)
-        else:
-            if trained and deadline is not None and time.monotonic() > deadline:
-                raise Interrupted(f"stopped before {name} of seed {number}; continue with the same command")
-            if name != BASE:
-                write_start(name, folder, sizes)
-            left = None if deadline is None else max((deadline - time.monotonic()) / 60, 1e-9)
-            # Nobody has recorded positions in CUDA graphs yet, and a few hundred steps hardly need them.
-            compiled = None if name == BASE else False
-            options = Options(seed=number, compile=compiled, miniature=miniature, minutes=left, results=results)
-            run_name = f"upgrade-{name}"
-            train_and_evaluate(
-                recipe, folder / name, evaluate, run_name, options, eval_settings=settings, corpora=texts.of
-            )
-            trained = True
-        if name == BASE and (folder / BASE).exists():
-            write_linear_start(folder)
+        with alone(out / f".{BASE}.lock") if is_base else nullcontext():  # others that want it wait
+            if file.exists():
+                require_replaceable(file, recipe, settings)
+            else:
+                if trained and deadline is not None and time.monotonic() > deadline:
+                    raise Interrupted(f"stopped before {name} of seed {number}; continue with the same command")
+                if not is_base:
+                    write_start(name, out, sizes)
+                left = None if deadline is None else max((deadline - time.monotonic()) / 60, 1e-9)
+                options = Options(seed=number, compile=compile, miniature=miniature, minutes=left, results=results)
+                run_name = f"upgrade-{name}"
+                train_and_evaluate(
+                    recipe, folder, evaluate, run_name, options, eval_settings=settings, corpora=texts.of
+                )
+                trained = True
+            if is_base and folder.exists():
+                write_linear_start(out)
     show(folder_of_results)
 
 
@@ -290,10 +219,11 @@ def evaluation(
     if base.tokenizer != "bytes" and not Path(base.tokenizer or "").is_dir():
         raise ValueError(f"there is no tokenizer {base.tokenizer}: run `python -m experiments.needle prepare` first")
     tokens = load_tokenizer(base.tokenizer or "bytes")
-    texts = [document.text for document in read_documents(data)]
+    documents = [one._replace(text=one.text[:EVAL_CHARACTERS]) for one in read_documents(data)]
+    texts = [document.text for document in documents]
     tasks = [task for task in TASKS if texts or task != IN_TEXT]
     sets = example_sets(tokens, texts, lengths=sizes.lengths, count=examples, tasks=tasks)
-    corpus = read_corpus(data, tokens) if data else None
+    corpus = tokenize(documents, tokens) if documents else None
 
     def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:
         measured: dict[str, Any] = {"state_bytes": state_bytes(model.config, sizes.longest)}

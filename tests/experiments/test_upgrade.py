@@ -3,13 +3,17 @@
 import dataclasses
 import math
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import loglinear
 from experiments import upgrade
-from experiments.results import read_seeds
+from experiments.recipes.upgrade import BASE, BASE_SEED, CONTINUATIONS, FULL, base_recipe, continuation
+from experiments.results import read_seeds, result_file
 from loglinear.cli.console import Interrupted
 from loglinear.runs.json_files import read_object
 from loglinear.runs.loading import load_model
@@ -37,19 +41,19 @@ def folder(tmp_path_factory):
 
 
 def result(folder, name):
-    return read_object(folder / "miniature" / f"upgrade-{name}.json")
+    return read_object(result_file(folder / "miniature", f"upgrade-{name}", BASE_SEED if name == BASE else 0))
 
 
 @pytest.mark.parametrize("kind", upgrade.KINDS)
 def test_pieces_give_what_one_call_gives(folder, kind):
     pieces, whole = result(folder / "pieces", kind), result(folder / "whole", kind)
     assert pieces["training"]["curve"] == whole["training"]["curve"] and pieces["evaluation"] == whole["evaluation"]
-    assert pieces["versions"] == versions() and pieces["command"] and pieces["seed"] == 0
+    assert pieces["versions"] == versions() and pieces["command"]
 
 
 def test_every_model_answers_the_same_examples_and_has_its_state(folder):
     runs = read_seeds(folder / "whole/miniature", "upgrade", upgrade.KINDS)
-    assert [*runs] == [*upgrade.KINDS] and {len(seeds) for seeds in runs.values()} == {2}
+    assert [*runs] == [*upgrade.KINDS] and [len(seeds) for seeds in runs.values()] == [1, 2, 2, 2, 2, 2]
     for seeds in runs.values():
         for one in seeds:
             tasks = one["evaluation"]["tasks"]
@@ -62,20 +66,17 @@ def test_every_model_answers_the_same_examples_and_has_its_state(folder):
 @pytest.mark.parametrize("form", ["levels", "routed"])
 @torch.no_grad()
 def test_the_upgraded_model_starts_with_the_linear_model_s_logits(folder, form):
-    linear, new = (
-        load_model(folder / f"whole/seed0/{name}").double() for name in ("linear-start", f"{form}_all-start")
-    )
+    linear, new = (load_model(folder / f"whole/{name}").double() for name in ("linear-start", f"{form}-start"))
     ids = torch.randint(0, 256, (1, 300), generator=torch.Generator().manual_seed(0))
     right = linear(ids).logits
     assert torch.allclose(new(ids).logits, right, rtol=0, atol=1e-10 * right.abs().max().item())
 
 
-@pytest.mark.parametrize("kind", upgrade.CONTINUATIONS)
+@pytest.mark.parametrize("kind", CONTINUATIONS)
 def test_a_continuation_trains_what_its_name_says(folder, kind):
-    form, new_only = upgrade.CONTINUATIONS[kind]
-    run = folder / "whole/seed0"
-    before = load_model(upgrade.start_folder(kind, run))
-    after = load_model(run / kind)
+    form, new_only = CONTINUATIONS[kind]
+    before = load_model(upgrade.start_folder(kind, folder / "whole"))
+    after = load_model(folder / "whole/seed0" / kind)
     changed = {name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))}
     new = set() if form == "linear" else {*loglinear.new_parameters(after)}
     every = {name for name, _ in after.named_parameters()}
@@ -83,19 +84,19 @@ def test_a_continuation_trains_what_its_name_says(folder, kind):
 
 
 def test_the_full_experiment_trains_every_level_of_its_longest_examples():
-    sizes = upgrade.FULL
+    sizes = FULL
     assert max(sizes.lengths) == sizes.longest
     count, longest = (int(number) for number in sizes.data[0].split(":")[1:3])
-    read = sizes.steps * upgrade.base_recipe().batch_tokens
+    read = sizes.steps * base_recipe().batch_tokens
     assert longest <= 3 * sizes.window  # bytes; a token has 3.2, so a window holds every document with its questions
     assert count * longest / math.log(longest / 200) / 3.2 > read  # lengths are log-uniform: no document is read twice
-    base = upgrade.base_recipe()
-    for kind, (form, new_only) in upgrade.CONTINUATIONS.items():
-        recipe = upgrade.continuation(base, kind, sizes, upgrade.Path("start"))
+    base = base_recipe()
+    for kind, (form, new_only) in CONTINUATIONS.items():
+        recipe = continuation(base, kind, sizes, Path("start"))
         assert recipe.jitter == (None if form == "linear" else sizes.longest - recipe.seq_len)
         assert recipe.new_only == (new_only or None) and recipe.steps == sizes.steps
         free = dataclasses.replace(recipe, name="", summary="", jitter=None, new_only=None, learning_rate=1.0)
-        other = upgrade.continuation(base, "linear", sizes, upgrade.Path("start"))
+        other = continuation(base, "linear", sizes, Path("start"))
         assert free == dataclasses.replace(other, name="", summary="", learning_rate=1.0)  # as many steps, same text
 
 
@@ -108,7 +109,7 @@ def test_the_table_has_a_row_for_each_model(folder, capsys):
 def test_another_machine_goes_on_from_the_results_and_the_linear_starts(folder):
     """The kinds run there in calls of their own, and give what one call of everything gives."""
     moved, kinds = folder / "moved", ("levels_all", "routed_new")
-    shutil.copytree(folder / "whole/seed0/linear-start", moved / "seed0/linear-start")
+    shutil.copytree(folder / "whole/linear-start", moved / "linear-start")
     shutil.copytree(folder / "whole/miniature", moved / "miniature")
     for kind in kinds:
         (moved / f"miniature/upgrade-{kind}.json").unlink()
@@ -125,17 +126,28 @@ def test_another_machine_goes_on_from_the_results_and_the_linear_starts(folder):
         )
         ours, whole = result(moved, kind), result(folder / "whole", kind)
         assert ours["training"]["curve"] == whole["training"]["curve"] and ours["evaluation"] == whole["evaluation"]
-    assert {path.name for path in (moved / "seed0").iterdir()} == {
-        *("linear-start", "levels_all", "levels_all-start", "routed_new", "routed_new-start")
-    }
+    assert {path.name for path in (moved / "seed0").iterdir()} == {*kinds} and not (moved / BASE).exists()
+
+
+def test_processes_at_once_share_one_linear_model(folder, tmp_path):
+    """Whoever comes second waits for it, and for the upgraded model that both continue."""
+    program = [sys.executable, "-m", "experiments.upgrade", "run", "--miniature", "--examples", "1"]
+    shared = ["--data", str(folder / "text.txt"), "--tokens", str(folder / "tokens")]
+    shared += ["--out", str(tmp_path), "--results", str(tmp_path)]
+    kinds = ["--kind", "base", "--kind", "levels_new"]
+    runs = [subprocess.Popen([*program, *shared, *kinds, "--seed", seed]) for seed in ("0", "1")]
+    assert [run.wait() for run in runs] == [0, 0]
+    for kind in (BASE, "levels_new"):
+        assert result(tmp_path, kind)["training"]["curve"] == result(folder / "whole", kind)["training"]["curve"]
+    assert len([*(tmp_path / "miniature").iterdir()]) == 3
 
 
 def test_continuations_start_from_the_linear_model_in_bfloat16(folder):
-    start, base = (load_model(folder / f"whole/seed0/{name}") for name in ("linear-start", "base"))
+    start, base = (load_model(folder / f"whole/{name}") for name in ("linear-start", BASE))
     rounded = {name: tensor.bfloat16().float() for name, tensor in base.state_dict().items()}
     assert {name: tensor.float() for name, tensor in start.state_dict().items()}.keys() == rounded.keys()
     assert all(torch.equal(tensor.float(), rounded[name]) for name, tensor in start.state_dict().items())
-    size = sum(file.stat().st_size for file in (folder / "whole/seed0/linear-start").glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in (folder / "whole/linear-start").glob("*.safetensors"))
     assert size < 0.6 * 4 * sum(tensor.numel() for tensor in rounded.values())
 
 
