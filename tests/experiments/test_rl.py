@@ -103,6 +103,19 @@ def test_scores_are_shares_of_the_right_answers(base, monkeypatch):
     assert cut["accuracy"] == cut["greedy"] == cut["ended"] == 0.0 and cut["length"] == len(RIGHT)
 
 
+def test_the_lowest_tokens_are_those_that_the_highest_leave_out(base, tmp_path):
+    masks = []
+    entropy_BT, mask_BT = torch.rand(4, 9), torch.arange(9) < torch.tensor([9, 1, 5, 3])[:, None]
+    for tokens, kind in ((recipes.TOP, grpo.GroupTrainer), (recipes.LOWEST, grpo.LowestEntropyTrainer)):
+        recipe = recipes.reinforcement("log_linear", tokens, str(base), miniature=True)
+        trainer = grpo.make_trainer(recipe, tmp_path, [])
+        assert type(trainer) is kind and trainer.args.top_entropy_quantile == 0.2
+        masks.append(trainer.get_high_entropy_mask(entropy_BT, mask_BT.long(), 0.8))
+    highest_BT, lowest_BT = masks
+    assert torch.equal(highest_BT ^ lowest_BT, mask_BT) and highest_BT.sum() == 4
+    assert entropy_BT[highest_BT].min() > entropy_BT[lowest_BT].max()
+
+
 def share_of_digits(prompts, completions, **_):
     return [sum(character.isdigit() for character in text) / max(1, len(text)) for text in completions]
 
