@@ -13,6 +13,7 @@ import typer
 
 from experiments.figures.ablations import ablations
 from experiments.figures.capacity import capacity
+from experiments.figures.contexts import contexts
 from experiments.figures.equal_bytes import equal_bytes
 from experiments.figures.long_text import long_text
 from experiments.figures.memory import memory
@@ -25,6 +26,7 @@ from loglinear.runs.folder import require_folder
 
 # Each draws the figures whose results exist, and returns the files that it wrote.
 FIGURES: tuple[Callable[[Path, Path], list[Path]], ...] = (
+    contexts,
     long_text,
     ablations,
     needle,
@@ -52,9 +54,9 @@ def main(
 ) -> None:
     """Draw all figures and write all tables whose results exist.
 
-    Results are long-text-KIND.json and ablation-CHOICE.json of seed 0, needle-KIND.json, upgrade-KIND.json and
-    capacity-KIND-SIZE-LOAD.json of all seeds, mqar.json, which `loglinear eval mqar` writes, and the cells of
-    `experiments.reads.compare`.
+    Results are long-text-KIND.json and ablation-CHOICE.json of seed 0, long-text-8k-KIND.json, needle-KIND.json,
+    upgrade-KIND.json and capacity-KIND-SIZE-LOAD.json of all seeds, mqar.json, which `loglinear eval mqar` writes,
+    and the cells of `experiments.reads.compare`.
 
     Example:
 

@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.figures.retrieval import draw_depths, draw_recall, draw_retrieval, line_of
-from experiments.figures.tables import (
-    COST_COLUMNS,
-    MISSING,
-    conditions,
-    costs,
-    join_distinct,
-    markdown_table,
-    title,
-)
+from experiments.figures.tables import conditions, cost_table, join_distinct, markdown_table, mean_and_seeds, title
 from experiments.recipes.comparison import KINDS
 from experiments.results import SEED, Result, read_seeds
 from loglinear.evaluation.needle import TASKS
@@ -62,23 +54,19 @@ def _table(runs_by_kind: dict[str, list[Result]]) -> str:
         if (task, kind) in evaluated
     ]
     accuracies = markdown_table(["values found, %", *(f"{length:,} tokens" for length in lengths)], rows)
-    all_runs = [(kind, run) for kind, runs in runs_by_kind.items() for run in runs]
-    prices = markdown_table(
-        ["model", "seed", *COST_COLUMNS], [[title(kind), str(run["seed"]), *costs(run)] for kind, run in all_runs]
-    )
-    evaluations = [run["evaluation"] for _, run in all_runs]
+    all_runs = [run for runs in runs_by_kind.values() for run in runs]
+    prices = cost_table({title(kind): runs for kind, runs in runs_by_kind.items()})
+    evaluations = [run["evaluation"] for run in all_runs]
     examples = join_distinct(evaluations, lambda evaluation: evaluation["examples"])
     haystack = join_distinct(evaluations, lambda evaluation: ", ".join(evaluation["data"]) or "noise")
     note = (
         f"{examples} examples of every task and length, in {haystack} (single_1: in noise). A model with one seed "
         f"has the standard error over examples, which is 0 and no certainty where none or all are found. Models with "
-        f"several seeds have the mean and each seed. {conditions([run for _, run in all_runs])}"
+        f"several seeds have the mean and each seed. {conditions(all_runs)}"
     )
     return f"{accuracies}\n{note}\n\n{prices}"
 
 
 def _accuracy(seeds: list[dict[str, Any]]) -> str:
-    percent = [100 * score["accuracy"] for score in seeds]
-    if len(seeds) > 1:
-        return f"{sum(percent) / len(percent):.1f} ({', '.join(f'{one:.1f}' for one in percent)})"
-    return f"{percent[0]:.1f} ± {100 * seeds[0]['standard_error']:.1f}" if seeds else MISSING
+    cell = mean_and_seeds([100 * score["accuracy"] for score in seeds], 1)
+    return f"{cell} ± {100 * seeds[0]['standard_error']:.1f}" if len(seeds) == 1 else cell

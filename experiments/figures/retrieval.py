@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.figures.speed import token_axis
-from experiments.figures.style import MODELS, Line, Theme, draw
+from experiments.figures.style import MODELS, Line, Theme, draw, draw_seeds
 
 Tasks = Mapping[str, list[dict[str, Any]]]  # task -> `NeedleScores.to_dict` with their `length`, in its order
 Models = Mapping[str, Sequence[Tasks]]  # kind -> a run for each seed
@@ -102,12 +102,8 @@ def draw_accuracies(axes: Axes, line: Line, runs: Sequence[list[dict[str, Any]]]
     """Draw the mean over seeds as a line, and each seed as points: lists of scores with a length and an accuracy."""
     if not runs:
         return
-    lengths = [score["length"] for score in runs[0]]
     percent_RL = 100 * np.array([[score["accuracy"] for score in run] for run in runs])
-    seeds = f"{len(runs)} seeds" if len(runs) > 1 else "1 seed"
-    axes.plot(lengths, percent_RL.mean(0), color=line.colour, label=f"{line.label}, {seeds}", lw=1.8)
-    for percent_L in percent_RL:
-        axes.plot(lengths, percent_L, line.marker, color=line.colour, ms=4.5, alpha=0.8)
+    draw_seeds(axes, line, [score["length"] for score in runs[0]], percent_RL)
 
 
 def draw_depths(file: Path, label: str, runs: Sequence[Tasks]) -> list[Path]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
@@ -61,6 +63,14 @@ def draw(file: Path, paint: Callable[[Theme], Figure]) -> list[Path]:
             paint(theme).savefig(path, metadata={"Date": None})
         written.append(path)
     return written
+
+
+def draw_seeds(axes: Axes, line: Line, places: Sequence[float], values_RX: np.ndarray) -> None:
+    """Draw the mean over runs as a line, and each run as points."""
+    seeds = f"{len(values_RX)} seeds" if len(values_RX) > 1 else "1 seed"
+    axes.plot(places, values_RX.mean(0), color=line.colour, label=f"{line.label}, {seeds}", lw=1.8)
+    for values_X in values_RX:
+        axes.plot(places, values_X, line.marker, color=line.colour, ms=4.5, alpha=0.8)
 
 
 def _settings(theme: Theme) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.results import Result
@@ -25,6 +25,20 @@ def costs(result: Result) -> list[str]:
         MISSING if peak is None else f"{peak / GIB:.1f}",
         _state(result["recipe"]),
     ]
+
+
+def cost_table(runs_by_name: Mapping[str, Sequence[Result]]) -> str:
+    """Return a table with the `costs` of every seed of every model."""
+    rows = [[name, str(run["seed"]), *costs(run)] for name, runs in runs_by_name.items() for run in runs]
+    return markdown_table(["model", "seed", *COST_COLUMNS], rows)
+
+
+def mean_and_seeds(values: Sequence[float], digits: int, sign: str = "") -> str:
+    """Return the mean and, of several seeds, each one. With "+" for `sign` all have their sign."""
+    if not values:
+        return MISSING
+    mean, *seeds = (f"{value:{sign}.{digits}f}" for value in (sum(values) / len(values), *values))
+    return mean if len(seeds) == 1 else f"{mean} ({', '.join(seeds)})"
 
 
 def _state(recipe: dict[str, Any]) -> str:

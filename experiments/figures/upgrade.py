@@ -14,7 +14,14 @@ from matplotlib.figure import Figure
 from experiments.figures.retrieval import draw_accuracies
 from experiments.figures.speed import token_axis
 from experiments.figures.style import Line, draw
-from experiments.figures.tables import COST_COLUMNS, MISSING, conditions, costs, join_distinct, markdown_table
+from experiments.figures.tables import (
+    MISSING,
+    conditions,
+    cost_table,
+    join_distinct,
+    markdown_table,
+    mean_and_seeds,
+)
 from experiments.recipes.upgrade import BASE
 from experiments.results import Result, read_seeds
 from experiments.upgrade import KINDS
@@ -124,11 +131,10 @@ def _table(models: Models) -> str:
     for kind, runs in models.items():
         accuracies = _by_length(runs)
         bits = [run["evaluation"]["perplexity"]["bits_per_byte"] for run in runs if "perplexity" in run["evaluation"]]
-        found = [_seeds([100 * value for value in accuracies.get(T, [])], 1) for T in lengths]
-        rows.append([LINES[kind].label, *found, _seeds(bits, 4), f"{runs[0]['evaluation']['state_bytes']:,}"])
+        found = [mean_and_seeds([100 * value for value in accuracies.get(T, [])], 1) for T in lengths]
+        rows.append([LINES[kind].label, *found, mean_and_seeds(bits, 4), f"{runs[0]['evaluation']['state_bytes']:,}"])
     header = ["values found, %", *(f"{T:,} tokens" for T in lengths), "bits per byte", "bytes of the decode state"]
-    trained = [[LINES[kind].label, str(run["seed"]), *costs(run)] for kind, runs in models.items() for run in runs]
-    prices = markdown_table(["model", "seed", *COST_COLUMNS], trained)
+    prices = cost_table({LINES[kind].label: runs for kind, runs in models.items()})
     continued = [run for kind, runs in models.items() for run in runs if kind != BASE] or every
     evaluations = [run["evaluation"] for run in every]
     examples = join_distinct(evaluations, lambda evaluation: evaluation["examples"])
@@ -146,11 +152,3 @@ def _table(models: Models) -> str:
 
 def _steps(result: Result) -> str:
     return f"{result['training']['steps']:,}"
-
-
-def _seeds(values: Sequence[float], digits: int) -> str:
-    """Return the mean and, of several seeds, each one."""
-    if not values:
-        return MISSING
-    mean = f"{np.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({', '.join(f'{value:.{digits}f}' for value in values)})"
