@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,7 +26,9 @@ from loglinear.data.sources import read_documents
 from loglinear.evaluation.needle import evaluate_sets, example_sets
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
+from loglinear.runs.folder import RUN_FILE, run_recipe
 from loglinear.runs.json_files import read_object
+from loglinear.runs.metrics import read_metrics
 from loglinear.training import load_tokenizer
 
 LENGTHS = (SEQUENCE // 2, SEQUENCE, 2 * SEQUENCE, 4 * SEQUENCE, 8 * SEQUENCE)  # tokens of the examples
@@ -140,6 +142,36 @@ def run(
     )
 
 
+class Trial(NamedTuple):
+    """The last validation of one run of a search."""
+
+    kind: str
+    rate: float
+    seed: int
+    bits: float  # per byte
+    step: int
+    steps: int
+
+    @classmethod
+    def of(cls, recipe: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> Trial | None:
+        """Return the trial of a recipe and its records; None before the first validation."""
+        validation = [record for record in records if record["split"] == "validation"]
+        if not validation:
+            return None
+        kind, last = recipe["name"].removeprefix("needle_"), validation[-1]
+        return cls(kind, recipe["learning_rate"], recipe["seed"], last["bits_per_byte"], last["step"], recipe["steps"])
+
+
+def read_trials(folder: Path) -> list[Trial]:
+    """Return the trials of the results in folders of `folder`, and of runs in and below them that have no result."""
+    files = sorted(folder.glob("*/needle-*.json"))
+    results = [Trial.of(result["recipe"], result["training"]["curve"]) for result in map(read_object, files)]
+    outs = [file.parent for depth in ("*", "*/*") for file in sorted(folder.glob(f"{depth}/{RUN_FILE}"))]
+    runs = [Trial.of(run_recipe(out).to_dict(), read_metrics(out)) for out in outs]
+    found = {trial[:3]: trial for trial in (*runs, *results) if trial is not None}  # a result replaces its run
+    return list(found.values())
+
+
 @app.command()
 def rates(
     folder: Annotated[Path, typer.Argument(help="Folder of the results of a search, one folder per rate.")],
@@ -147,25 +179,29 @@ def rates(
     """Print the last validation loss, in bits per byte, of every kind and learning rate: the mean over seeds.
 
     A search is `run` with --learning-rate, seeds that are not reported, and a folder of results for each rate. The
-    recipe then takes each kind's best rate, so no test example decides it.
+    recipe then takes each kind's best rate, so no test example decides it. Unfinished runs in these folders count
+    with their last validation. The line names its step, because their losses are still falling.
 
     Example:
 
     python -m experiments.needle rates runs/needle/rates
     """
-    losses: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for file in sorted(folder.glob("*/needle-*.json")):
-        result = read_object(file)
-        kind = result["recipe"]["name"].removeprefix("needle_")
-        validation = [point for point in result["training"]["curve"] if point["split"] == "validation"]
-        losses[kind][result["recipe"]["learning_rate"]].append(validation[-1]["bits_per_byte"])
-    if not losses:
+    by_kind: dict[str, dict[float, list[Trial]]] = defaultdict(lambda: defaultdict(list))
+    for trial in sorted(read_trials(folder)):
+        by_kind[trial.kind][trial.rate].append(trial)
+    if not by_kind:
         raise ValueError(f"{folder} holds no results of a search: expected RATE/needle-KIND-seedSEED.json")
-    for kind, by_rate in losses.items():
-        means = {rate: sum(bits) / len(bits) for rate, bits in sorted(by_rate.items())}
+    for kind, by_rate in by_kind.items():
+        means = {rate: sum(trial.bits for trial in trials) / len(trials) for rate, trials in by_rate.items()}
         best = min(means, key=lambda rate: means[rate])
-        shown = ", ".join(f"{rate:g}: {bits:.3f}" for rate, bits in means.items())
+        shown = ", ".join(f"{rate:g}: {bits:.3f}{_unfinished(by_rate[rate])}" for rate, bits in means.items())
         print(f"{kind}: best {best:g} ({shown})")
+
+
+def _unfinished(trials: Iterable[Trial]) -> str:
+    """Return the words for the run that has trained least, or none if all have reached their end."""
+    least = min(trials, key=lambda trial: trial.step / trial.steps)
+    return f" unfinished, step {least.step:,} of {least.steps:,}" if least.step < least.steps else ""
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from loglinear.data.needles import Needle
 from loglinear.data.tokenizer import load_tokenizer
 from loglinear.evaluation.needle import IN_TEXT, TASKS
 from loglinear.models import ByteTokenizer
+from loglinear.runs.folder import write_run
 from loglinear.runs.json_files import read_object, write_object
+from loglinear.runs.metrics import append_metrics
 from tests.data.test_needle_documents import PROSE
 from tests.training.tiny import tiny_recipe
 
@@ -157,16 +159,44 @@ def test_prepared_tokenizer_keeps_every_byte_and_cuts_digits_in_threes(tmp_path,
     assert tokenizer.tokenize(Needle("a-b", "1234567").sentence)[-6:-1] == [":", "Ġ", "123", "456", "7"]
 
 
+def searched(folder, rate, seed, bits):
+    """Write a finished run's result."""
+    curve = [{"split": "validation", "step": step, "bits_per_byte": value} for step, value in ((4, 0.1), (8, bits))]
+    curve.append({"split": "train", "step": 8, "bits_per_byte": 0.0})
+    recipe = {"name": "needle_linear", "learning_rate": rate, "seed": seed, "steps": 8}
+    (folder / str(rate)).mkdir(exist_ok=True)
+    result = {"recipe": recipe, "training": {"curve": curve}}
+    write_object(folder / str(rate) / f"needle-linear-seed{seed}.json", result)
+
+
+def stopped(out, step, bits, **changes):
+    """Write the folder of a run that was stopped after its validation at a step; 0: before any."""
+    recipe = tiny_recipe(Path("needle:20:600"), **{"name": "needle_linear", "seed": 10, **changes})
+    out.mkdir(parents=True)
+    write_run(out, recipe, {}, parameters=1, model=recipe.model_config())
+    append_metrics(out, {"split": "train", "step": 1, "bits_per_byte": 0.01})
+    if step:
+        append_metrics(out, {"split": "validation", "step": step, "bits_per_byte": bits})
+
+
 def test_a_search_shows_the_rate_of_least_validation_loss(tmp_path, capsys):
     for rate, seed, bits in ((1e-3, 10, 0.5), (1e-3, 11, 0.3), (2e-3, 10, 0.2), (2e-3, 11, 0.7)):
-        curve = [{"split": "validation", "bits_per_byte": value} for value in (0.1, bits)]
-        curve.append({"split": "train", "bits_per_byte": 0.0})
-        recipe = {"name": "needle_linear", "learning_rate": rate}
-        (tmp_path / str(rate)).mkdir(exist_ok=True)
-        write_object(
-            tmp_path / str(rate) / f"needle-linear-seed{seed}.json", {"recipe": recipe, "training": {"curve": curve}}
-        )
+        searched(tmp_path, rate, seed, bits)
     needle.rates(tmp_path)
     assert capsys.readouterr().out == "linear: best 0.001 (0.001: 0.400, 0.002: 0.450)\n"
     with pytest.raises(ValueError, match="holds no results of a search"):
         needle.rates(tmp_path / "none")
+
+
+def test_a_search_shows_unfinished_runs_and_says_so(tmp_path, capsys):
+    searched(tmp_path, 1e-3, 10, 0.5)
+    stopped(tmp_path / "0.001" / "linear", 4, 0.9, learning_rate=1e-3)  # the run of the result counts once
+    stopped(tmp_path / "0.002" / "linear", 4, 0.75, learning_rate=2e-3)
+    stopped(tmp_path / "0.004" / "linear", 0, None, learning_rate=4e-3)
+    stopped(tmp_path / "hybrid", 4, 0.25, name="needle_hybrid")
+    stopped(tmp_path / "other", 8, 0.75, name="needle_hybrid", seed=11)  # trained, but not evaluated
+    needle.rates(tmp_path)
+    assert capsys.readouterr().out.splitlines() == [
+        "hybrid: best 0.01 (0.01: 0.500 unfinished, step 4 of 8)",
+        "linear: best 0.001 (0.001: 0.500, 0.002: 0.750 unfinished, step 4 of 8)",
+    ]
