@@ -8,7 +8,7 @@ python -m experiments.rl show
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -244,24 +244,30 @@ def show(
     runs = read_runs(results)
     if not runs:
         raise ValueError(f"--results {results} has no result of `python -m experiments.rl run`")
+    print_table("Held-out problems: percent solved, and tokens of an answer", *scores(runs))
+
+
+SHOWN = (("sampled", "accuracy", 100), ("likeliest", "greedy", 100), ("length", "length", 1))
+
+
+def scores(runs: Mapping[tuple[str, str], Sequence[Result]]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and the rows of the table of `show`, for results by kind and tokens."""
     columns = ["kind", "tokens", "seeds", *(f"{name}, {when}" for name, *_ in SHOWN for when in ("before", "after"))]
     rows = []
     for (kind, tokens), seeds in runs.items():
         cells = [
-            _spread([one["evaluation"]["curve"][place][field] for one in seeds], factor, digits)
-            for _, field, factor, digits in SHOWN
+            _spread([one["evaluation"]["curve"][place][field] for one in seeds], factor)
+            for _, field, factor in SHOWN
             for place in (0, -1)
         ]
-        rows.append([kind, NAMES[tokens], f"{len(seeds)}", *cells])
-    print_table("Held-out problems: percent solved, and tokens of an answer", columns, rows)
+        rows.append([kind.replace("_", "-"), NAMES[tokens], f"{len(seeds)}", *cells])
+    return columns, rows
 
 
-SHOWN = (("sampled", "accuracy", 100, 1), ("likeliest", "greedy", 100, 1), ("length", "length", 1, 1))
-
-
-def _spread(values: list[float], factor: float, digits: int) -> str:
-    mean = f"{factor * float(np.mean(values)):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {factor * float(np.std(values, ddof=1)):.{digits}f}"
+def _spread(values: list[float], factor: float) -> str:
+    """Return the mean and, of several, their standard deviation."""
+    mean = f"{factor * float(np.mean(values)):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {factor * float(np.std(values, ddof=1)):.1f}"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from experiments.figures.memory import memory
 from experiments.figures.mqar import mqar
 from experiments.figures.needle import needle
 from experiments.figures.pictures import pictures
+from experiments.figures.rl import rl
 from experiments.figures.speed import speed
 from experiments.figures.upgrade import upgrade
 from loglinear.runs.folder import require_folder
@@ -32,6 +33,7 @@ FIGURES: tuple[Callable[[Path, Path], list[Path]], ...] = (
     needle,
     upgrade,
     capacity,
+    rl,
     mqar,
     equal_bytes,
     speed,
@@ -55,8 +57,8 @@ def main(
     """Draw all figures and write all tables whose results exist.
 
     Results are long-text-KIND.json and ablation-CHOICE.json of seed 0, long-text-8k-KIND.json, needle-KIND.json,
-    upgrade-KIND.json and capacity-KIND-SIZE-LOAD.json of all seeds, mqar.json, which `loglinear eval mqar` writes,
-    and the cells of `experiments.reads.compare`.
+    upgrade-KIND.json, capacity-KIND-SIZE-LOAD.json and rl-KIND-TOKENS.json of all seeds, mqar.json, which
+    `loglinear eval mqar` writes, and the cells of `experiments.reads.compare`.
 
     Example:
 

@@ -1,6 +1,8 @@
 """TRL's trainers, from the folder of a checkpoint: a step or two each."""
 
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +152,11 @@ def test_a_reward_model(checkpoint, tmp_path):
     first_loss(trainer)
     trainer.save_model(str(tmp_path / "reward"))
     assert LogLinearForSequenceClassification.from_pretrained(tmp_path / "reward").num_labels == 1
+
+
+def test_the_example_reinforces_a_checkpoint_on_its_reward(small, tmp_path):
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "grpo.py"))
+    assert example["right"](completions=["7", " 7\n", "77", ""], answer=["7"] * 4, prompts=[""] * 4) == [1, 1, 0, 0]
+    example["main"](small, tmp_path / "out", steps=2, longest=4)
+    assert LogLinearForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 264
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("1")["input_ids"] == [256, ord("1")]

@@ -1,0 +1,42 @@
+"""The figures of reinforcement learning, of results that were made up here."""
+
+from experiments.figures.rl import LINES, conclusion, rl
+from experiments.recipes.rl import TOKENS
+from experiments.rl import read_runs
+from tests.experiments.test_rl import write
+
+
+def names(files):
+    return [file.name for file in files if "dark" not in file.name]
+
+
+def test_every_choice_of_tokens_has_a_look_of_its_own():
+    looks = [(LINES[tokens].colour, LINES[tokens].marker) for tokens in TOKENS]
+    assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(TOKENS)
+
+
+def test_nothing_is_drawn_without_results(tmp_path):
+    assert rl(tmp_path, tmp_path) == [] and not [*tmp_path.iterdir()]
+
+
+def test_the_title_has_the_accuracy_of_each_choice_with_the_seeds(tmp_path):
+    for seed, after in enumerate((0.5, 0.6, 0.7)):
+        write(tmp_path, "log_linear", "top20", after, seed=seed)
+    write(tmp_path, "log_linear", "lowest80", 0.2)
+    write(tmp_path, "transformer", "all", 0.4)
+    files = rl(tmp_path, tmp_path)
+    assert names(files) == ["rl.md", "rl-log_linear.svg", "rl-transformer.svg"]
+    assert len(files) == 5 and all(file.is_file() for file in files)
+    runs = {tokens: seeds for (kind, tokens), seeds in read_runs(tmp_path).items() if kind == "log_linear"}
+    title = conclusion("log_linear", runs).splitlines()
+    assert title == [
+        "log-linear Mamba-2",
+        "top 20 % of the tokens: 25 % to 60 % (3 seeds)",
+        "lowest 80 % of the tokens: 25 % to 20 % (1 seed)",
+    ]
+    drawn = {file.name: file.read_text() for file in files}
+    assert all(line in drawn["rl-log_linear.svg"] for line in title)
+    assert (
+        "| linear" not in drawn["rl.md"]
+        and "| log-linear | top 20 % | 3 | 25.0 ± 0.0 | 60.0 ± 10.0 |" in drawn["rl.md"]
+    )
