@@ -1,4 +1,4 @@
-"""Models to compare: seven with one size, one variant and one number of parameters.
+"""Models to compare: eight with one size, one variant and one number of parameters.
 
 They differ in the way they read the past (KINDS).
 """
@@ -12,11 +12,14 @@ from loglinear.fenwick import num_levels
 from loglinear.recipes.bytes import byte_model
 from loglinear.recipes.recipe import TrainingRecipe
 
-KINDS = ("linear", "linear_states4", "log_linear", "capped", "routed", "hybrid", "transformer")
+KINDS = ("linear", "linear_states4", "log_linear", "jittered", "capped", "routed", "hybrid", "transformer")
 ATTENTION_PERIOD, ATTENTION_PLACE = 6, 3  # a hybrid's full attention: the fourth of every six layers
 # A routed read of the own 64 tokens, up to 15 blocks of 64 and 15 of 1,024: all of 16,384 tokens. A score finds a
 # random key of 64 numbers among 64 in 100 % of trials, among 1,024 in 39 %. The kernels take no largest block.
 ROUTED = dict(radix=16, finest_block=64, routing="gram", num_levels=31)
+# These kinds learn to read what is TIMES as far back as their training sequences reach: each sequence starts at a
+# random position of the tree, so every level and every column of a routed read occurs in training.
+JITTERED, TIMES = ("jittered", "routed"), 8
 # The training that all experiments share. A miniature takes minutes on two CPU cores and shows only that all works.
 TRAINING = dict(
     batch_tokens=131_072,
@@ -42,6 +45,7 @@ RATES = {  # the least validation loss on needles of seed 10 among 1e-3, 2e-3 an
     "linear": 2e-3,
     "linear_states4": 4e-3,
     "log_linear": 4e-3,
+    "jittered": 4e-3,  # that of log_linear, not searched
     "capped": 4e-3,  # after 1,800 steps of the search; no result yet
     "routed": 4e-3,  # that of the log-linear models, not searched yet
     "hybrid": 4e-3,
@@ -85,6 +89,7 @@ def recipe_of_kind(
         summary=f"{parameters} parameters, {about}: {kind.replace('_', '-')}",
         model=model_of_kind(kind, base),
         seq_len=seq_len,
+        jitter=(TIMES - 1) * seq_len if kind in JITTERED else None,
         **{**TRAINING, **training},
     )
 
@@ -109,9 +114,10 @@ def model_of_kind(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
 
     `base` is the log-linear model with all levels of its training sequences. It must name num_levels, key_dim,
     hidden_size, num_hidden_layers and intermediate_size. `linear` has one level, `linear_states4` also keys STATES
-    times as wide, `capped` CAPPED_BY fewer levels, and `routed` the routed read ROUTED. `hybrid` has full attention in
-    one layer of six, and at least in one; `transformer` has it in all. The width of the SwiGLU layers, in steps of
-    WIDTH_STEP, brings each model to the number of parameters of `base`.
+    times as wide, `jittered` the levels of TIMES as many tokens, `capped` CAPPED_BY fewer levels, and `routed` the
+    routed read ROUTED. `hybrid` has full attention in one layer of six, and at least in one; `transformer` has it in
+    all. The width of the SwiGLU layers, in steps of WIDTH_STEP, brings each model to the number of parameters of
+    `base`.
     """
     layers = base["num_hidden_layers"]
     place = min(ATTENTION_PLACE, layers - 1)
@@ -120,6 +126,7 @@ def model_of_kind(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
         "linear": {"num_levels": 1},
         "linear_states4": {"num_levels": 1, "key_dim": STATES * base["key_dim"]},
         "log_linear": {},
+        "jittered": {"num_levels": base["num_levels"] + num_levels(TIMES) - 1},
         "capped": {"num_levels": base["num_levels"] - CAPPED_BY},
         "routed": ROUTED,
         "hybrid": {"layer_types": hybrid},

@@ -9,6 +9,7 @@ from experiments.recipes.comparison import KINDS, model_of_kind
 from experiments.recipes.long_text import long_text, long_text_16k
 from experiments.recipes.needle import needle
 from experiments.runs import EXPERIMENTS, kind_recipe, recipe_of_run
+from loglinear.fenwick import num_levels
 from loglinear.models import LogLinearConfig, LogLinearForCausalLM, parameter_counts
 from loglinear.models.size import state_bytes
 from loglinear.recipes import TrainingRecipe
@@ -39,6 +40,7 @@ def test_kinds_of_model_differ_in_their_past_and_not_in_their_size(layers, hybri
     linear, wide, published = (state_bytes(models[k], 10_000) for k in ("linear", "linear_states4", "log_linear"))
     assert 2 * linear < wide < published  # a chunk's keys and values are part of the state
     assert [models[kind].num_levels for kind in ("linear", "capped", "log_linear", "hybrid")] == [1, 10, 12, 12]
+    assert models["jittered"].num_levels == num_levels(8 * 2048)
     routed = models["routed"]
     assert routed.routing == "gram" and routed.num_levels == routed.partition.num_columns(8 * 2048)
 
@@ -48,7 +50,9 @@ def test_miniatures_are_small_and_of_one_size(experiment):
     recipes = [experiment(kind, miniature=True) for kind in KINDS]
     totals = [parameter_counts(recipe.model_config()).total for recipe in recipes]
     assert min(totals) > 2e5 and max(totals) < 8e5 and max(totals) / min(totals) < 1.03
-    own = dict.fromkeys(("name", "summary", "model", "learning_rate"))
+    jittered = {kind: recipe.jitter for kind, recipe in zip(KINDS, recipes, strict=True) if recipe.jitter}
+    assert jittered == dict.fromkeys(("jittered", "routed"), 7 * recipes[0].seq_len)
+    own = dict.fromkeys(("name", "summary", "model", "learning_rate", "jitter"))
     trained = [{**recipe.to_dict(), **own} for recipe in recipes]
     assert trained[1:] == trained[:-1] and trained[0]["steps"] == 120
 
