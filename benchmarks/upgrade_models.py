@@ -123,7 +123,7 @@ def of_kind(original: PreTrainedModel, kind: str, longest: int) -> PreTrainedMod
     shared: dict[int, Any] = {id(p): p for p in original.parameters()}
     model = copy.deepcopy(original, shared)
     tree, routing = upgrade
-    columns, radix, finest = tree.num_columns(longest), tree.radix, tree.finest_block
+    columns, radix, finest = max(2, tree.num_columns(longest)), tree.radix, tree.finest_block
     loglinear.upgrade(model, num_levels=columns, radix=radix, finest_block=finest, routing=routing)
     return model
 

@@ -58,7 +58,6 @@ from loglinear.runs.checkpoints import resolve
 from loglinear.training import load_model, load_tokenizer
 
 SEEDS = (0, 1, 2)  # of the continuations
-EVAL_TOKENS = 1_048_576  # of the text whose bits per byte are measured
 EVAL_CHARACTERS = 1 << 15  # from the beginning of each document of this text: to read 26 MB takes a minute of a CPU
 TASKS = ("single_2", "multikey_1", "multiquery")
 KINDS = (BASE, *CONTINUATIONS)
@@ -228,7 +227,7 @@ def evaluation(
     def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:
         measured: dict[str, Any] = {"state_bytes": state_bytes(model.config, sizes.longest)}
         if corpus is not None:
-            perplexity = evaluate_perplexity(model, corpus, length=sizes.window, max_tokens=EVAL_TOKENS)
+            perplexity = evaluate_perplexity(model, corpus, length=sizes.window, max_tokens=sizes.text)
             measured["perplexity"] = perplexity.to_dict()
         return {**measured, "tasks": evaluate_sets(model, tokens, sets)}
 

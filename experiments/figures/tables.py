@@ -23,7 +23,7 @@ def costs(result: Result) -> list[str]:
         f"{training['tokens_per_second']:,.0f}",
         f"{training['minutes']:.1f}",
         MISSING if peak is None else f"{peak / GIB:.1f}",
-        _state(result["recipe"]),
+        _state(result),
     ]
 
 
@@ -41,10 +41,13 @@ def mean_and_seeds(values: Sequence[float], digits: int, sign: str = "") -> str:
     return mean if len(seeds) == 1 else f"{mean} ({', '.join(seeds)})"
 
 
-def _state(recipe: dict[str, Any]) -> str:
-    if not recipe.get("model"):  # a training that began with a model's folder
-        return MISSING
-    return f"{state_bytes(LogLinearConfig(**recipe['model']), recipe['seq_len']) / MIB:.2f}"
+def _state(result: Result) -> str:
+    recipe = result["recipe"]
+    if recipe.get("model"):
+        size = state_bytes(LogLinearConfig(**recipe["model"]), recipe["seq_len"])
+    else:  # a training that began with a model's folder; the evaluation knows linear layers, whose state never grows
+        size = result["evaluation"].get("state_bytes")
+    return MISSING if size is None else f"{size / MIB:.2f}"
 
 
 def title(name: str) -> str:

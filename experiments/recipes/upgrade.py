@@ -41,6 +41,8 @@ class Sizes(NamedTuple):
     data: tuple[str, ...]
     """The text of the continued training, with needles."""
     steps: int
+    text: int
+    """The text whose bits per byte are measured."""
 
 
 WINDOW = 4 * SEQUENCE
@@ -50,8 +52,9 @@ FULL = Sizes(
     lengths=(SEQUENCE // 4, SEQUENCE, 4 * SEQUENCE, 8 * SEQUENCE),
     data=(f"needle:12000:{WINDOW * LONGEST // SEQUENCE}:stdlib", "stdlib"),
     steps=500,
+    text=1_048_576,
 )
-MINIATURE = Sizes(window=2048, longest=4096, lengths=(1024, 2048), data=("needle:40:3000",), steps=2)
+MINIATURE = Sizes(window=2048, longest=4096, lengths=(1024, 2048), data=("needle:40:3000",), steps=2, text=8192)
 
 
 class Continuation(NamedTuple):

@@ -12,14 +12,14 @@ import torch
 
 import loglinear
 from experiments import upgrade
-from experiments.recipes.upgrade import BASE, BASE_SEED, CONTINUATIONS, FULL, base_recipe, continuation
+from experiments.recipes.upgrade import BASE, BASE_SEED, CONTINUATIONS, FULL, MINIATURE, base_recipe, continuation
 from experiments.results import read_seeds, result_file
 from loglinear.cli.console import Interrupted
 from loglinear.runs.json_files import read_object
 from loglinear.runs.loading import load_model
 from loglinear.runs.provenance import versions
 
-TEXT = "a line of text, and another one of it.\n" * 80
+TEXT = "a line of text, and another one of it.\n" * 800  # of which an evaluation reads a part
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,8 @@ def test_every_model_answers_the_same_examples_and_has_its_state(folder):
         for one in seeds:
             tasks = one["evaluation"]["tasks"]
             assert {tuple(score["length"] for score in scores) for scores in tasks.values()} == {(1024, 2048)}
-            assert one["evaluation"]["perplexity"]["bits_per_byte"] > 0
+            perplexity = one["evaluation"]["perplexity"]
+            assert perplexity["bits_per_byte"] > 0 and perplexity["tokens"] < 2 * MINIATURE.text < len(TEXT)
     sizes = {kind: seeds[0]["evaluation"]["state_bytes"] for kind, seeds in runs.items()}
     assert sizes["base"] == sizes["linear"] < sizes["levels_new"] == sizes["levels_all"] < sizes["routed_new"]
 

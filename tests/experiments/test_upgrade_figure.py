@@ -65,6 +65,7 @@ def test_the_table_has_means_and_every_seed(folder):
     ]
     assert rows[4][0] == "levels, new weights trained" and rows[4][3:] == ["-", "4,194,304"]
     assert rows[5][1:3] == ["46.5 (45.0, 48.0)", "67.5 (60.0, 75.0)"]
+    assert [row[-1] for row in rows[8:]] == ["1.00"] * 3 + ["4.00"] * 2 + ["16.00"] * 2
     assert [row[:2] for row in rows[8:11]] == [
         ["linear, before", "0"],
         ["linear, continued", "0"],

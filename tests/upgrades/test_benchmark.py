@@ -181,6 +181,13 @@ def test_a_few_layers_run(monkeypatch, tmp_path, family):
     assert run(monkeypatch, *options, "--layers", "3") == 2
 
 
+def test_a_length_within_one_block_has_an_upgrade_too(monkeypatch, tmp_path):
+    out = tmp_path / "short.json"
+    options = ["--family", "Mamba-2", "--model", "radix 16, routed", "--lengths", "64", "--steps", "1"]
+    assert run(monkeypatch, *options, "--out", str(out)) == 0
+    assert [row.get("failed") for row in json.loads(out.read_text())["rows"]][:3] == [None] * 3
+
+
 def test_unknown_names_are_refused_in_one_line(monkeypatch, capsys):
     assert run(monkeypatch, "--family", "GPT") == 2
     assert "--family must be one of 'Mamba-2', 'Qwen3.5', got 'GPT'" in capsys.readouterr().err
