@@ -52,12 +52,16 @@ class Corpus:
         A span is a part of one document. Its first token is never predicted.
         """
         begins_P, ends_P = spans_P2[:, 0] + 1, spans_P2[:, 1]
-        span_N = np.repeat(np.arange(len(spans_P2)), ends_P - begins_P)
-        inner = [slice(*span) for span in zip(begins_P, ends_P, strict=True)]
-        learnt_N = np.concatenate([self.learnt[part] for part in inner])
-        text_N = self._is_text(np.concatenate([self.tokens[part] for part in inner]))
-        counts_P = np.bincount(span_N[learnt_N & text_N], minlength=len(spans_P2))
-        return int(learnt_N.sum()), float(counts_P @ self.bytes_per_text_token_D[self.document_of(spans_P2[:, 0])])
+        learnt, text = self._counts_before
+        bytes_P = self.bytes_per_text_token_D[self.document_of(spans_P2[:, 0])]
+        return int((learnt[ends_P] - learnt[begins_P]).sum()), float((text[ends_P] - text[begins_P]) @ bytes_P)
+
+    @cached_property
+    def _counts_before(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens before each place that count in the loss, and those of them that are text."""
+        masks = self.learnt, self.learnt & self._is_text(self.tokens)
+        learnt, text = (np.concatenate([[0], np.cumsum(mask, dtype=np.int64)]) for mask in masks)
+        return learnt, text
 
     def _is_text(self, tokens: np.ndarray) -> np.ndarray:
         text = np.ones(len(tokens), bool)

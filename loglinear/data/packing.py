@@ -1,11 +1,12 @@
 """Rows of the same number of tokens for training and evaluation: pieces of documents, packed with cu_seqlens.
 
-# P pieces, R tokens of a row
+# P pieces, R tokens of a row, B documents of T tokens
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,3 +127,32 @@ class PackedRows(Dataset):
         lows_P = starts_P + np.maximum(0, row_start - begins[first:last])
         highs_P = np.minimum(ends_P, starts_P + row_end - begins[first:last])
         return np.stack([lows_P, highs_P], axis=1)
+
+
+class EqualRows(PackedRows):
+    """The rows of documents that all have `seq_len` tokens: input_ids and labels [B, T], B documents of T tokens.
+
+    They need no boundaries, and have one shape, so that a CUDA graph of a step serves every row. The documents of a row
+    are those of `PackedRows`.
+
+    Raises ValueError for a document of another length, for rows that would cut one, and for a jitter.
+    """
+
+    def __init__(self, corpus: Corpus, *, seq_len: int, jitter: int | None = None, **options: Any) -> None:
+        super().__init__(corpus, seq_len=seq_len, **options)
+        lengths_D = np.diff(corpus.offsets_D)
+        if (lengths_D != seq_len).any():
+            other = int(lengths_D[lengths_D != seq_len][0])
+            raise ValueError(f"batches of whole documents need {seq_len} tokens in each, got one of {other}")
+        if self.row_tokens % seq_len:
+            raise ValueError(f"--batch-tokens must be a multiple of the documents' {seq_len}, got {self.row_tokens}")
+        if jitter is not None:
+            raise ValueError(f"batches of whole documents start at position 0, got a jitter of {jitter}")
+        self.places_T = np.arange(seq_len)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        places_BT = self._spans_P2(index)[:, :1] + self.places_T
+        input_ids = self.corpus.tokens[places_BT].astype(np.int64)
+        labels = np.where(self.corpus.learnt[places_BT], input_ids, IGNORED)
+        labels[:, 0] = IGNORED  # nothing predicts the first token of a sequence
+        return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}

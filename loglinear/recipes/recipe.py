@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 # Fields of `model` that a command line may override. A recipe sets all others.
 MODEL_OVERRIDES = ("variant", "num_levels", "embedding_range")
+DTYPES = ("float32", "bfloat16")
 LARGEST = 2**31 - 1  # of a count: positions of tokens are int32
 
 
@@ -27,6 +28,8 @@ class TrainingRecipe:
 
     With `jitter` every training sequence starts at a random position of the tree below it (`initial_position`), so that
     levels beyond the sequences are trained too. With `new_only` a model of a folder trains its level weights alone.
+    `dtype` is one of DTYPES, in which the training multiplies; weights stay float32. None: bfloat16 on a GPU that has
+    it, else float32.
 
     Raises ValueError, which names the field, for a value that cannot work.
     """
@@ -56,6 +59,7 @@ class TrainingRecipe:
     start: str | None = None  # the folder of a model to train; then `model` has no meaning
     jitter: int | None = None  # in tokens; None: every sequence starts at 0
     new_only: bool | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "eval_tokens", "save_every", "keep_checkpoints"):
@@ -63,6 +67,8 @@ class TrainingRecipe:
         for name in ("seq_len", "batch_tokens", "micro_batch_tokens"):  # one token predicts nothing
             self._require(name, 2, LARGEST)
         self._require("jitter", 1, LARGEST)
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.new_only and self.start is None:
             raise ValueError("new_only needs a start from a folder: weights at random stay at random")
         self._require("seed", 0, 2**32 - 1)  # the limit of numpy's generator

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from loglinear.data.corpus import Corpus, load_corpus
-from loglinear.data.packing import PackedRows
+from loglinear.data.packing import EqualRows, PackedRows
 from loglinear.data.tokenizer import load_tokenizer
 from loglinear.models import LogLinearConfig
 from loglinear.processes import is_main_process, world_size
@@ -25,7 +25,7 @@ from loglinear.runs.metrics import METRICS_FILE, rewind_metrics
 from loglinear.training.callbacks import RunLog, StopEarly
 from loglinear.training.compilation import GraphSteps, compile_blocks, in_few_sizes, require_compiler
 from loglinear.training.start import prepare_to_resume, starting_config, starting_model, trained_share
-from loglinear.training.trainer import LogLinearTrainer, quiet, training_arguments
+from loglinear.training.trainer import GraphTrainer, quiet, training_arguments
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def train(
     progress: bool = True,
     label: str | None = None,
     corpora: tuple[Corpus, Corpus] | None = None,
+    equal_rows: bool = False,
 ) -> TrainingResult:
     """Train `recipe` into the folder `out`, or continue the run in it.
 
@@ -56,14 +57,19 @@ def train(
     and SIGHUP save a checkpoint at the end of the current step and stop. So do `minutes`, which include reading the
     data. A signal that this process ignores (nohup) stays ignored. With several processes (torchrun, accelerate
     launch) every process calls this function. `label` names the progress bar. `corpora` are those of
-    the recipe's data, for training and validation, if they are read already.
+    the recipe's data, for training and validation, if they are read already. With `equal_rows` every document has
+    `seq_len` tokens, and rows are batches of them. On one GPU the forward and backward pass of a step is then one CUDA
+    graph, without a compiler.
 
-    Raises ValueError for unusable data, an unusable tokenizer or folder, and if the loss stops being finite. Raises
-    OSError if a checkpoint or a line of metrics cannot be written.
+    Raises ValueError for unusable data, an unusable tokenizer or folder, and if the loss stops being finite. Raises it
+    also if `equal_rows` does not fit the documents or the recipe. Raises OSError if a checkpoint or a line of metrics
+    cannot be written.
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
     recipe.require_complete()
+    if equal_rows:
+        _require_whole_steps(recipe)
     config = starting_config(recipe)
     stop = StopEarly(minutes)
     quiet()
@@ -78,7 +84,8 @@ def train(
         if corpora is None:
             shown = progress and main_process
             corpora = load_corpus(recipe.data, tokenizer, recipe.validation_fraction, progress=shown)
-        training, validation = _training_rows(recipe, corpora[0]), _validation_rows(recipe, corpora[1])
+        kind = EqualRows if equal_rows else PackedRows
+        training, validation = _training_rows(recipe, corpora[0], kind), _validation_rows(recipe, corpora[1], kind)
         set_seed(recipe.seed)
         model = starting_model(recipe, config)
         facts = _data_facts(*corpora)
@@ -108,7 +115,7 @@ def train(
         graphs = recipe.compile and _can_record(arguments.device)
         if recipe.compile:
             compile_blocks(model, cuda_graphs=graphs)
-        trainer = LogLinearTrainer(
+        trainer = GraphTrainer(
             model=model,
             args=arguments,
             train_dataset=training,
@@ -118,6 +125,8 @@ def train(
             prepare=in_few_sizes if graphs else None,
             run_files=[out / METRICS_FILE],
         )
+        if equal_rows and _can_record(arguments.device):
+            trainer.record_graphs()
         with stop, contextlib.closing(log), _one_thread_beside(arguments.device):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step = trainer.state.global_step
@@ -167,14 +176,24 @@ def _accumulation(recipe: TrainingRecipe) -> int:
     return recipe.batch_tokens // step_tokens
 
 
-def _training_rows(recipe: TrainingRecipe, corpus: Corpus) -> PackedRows:
+def _require_whole_steps(recipe: TrainingRecipe) -> None:
+    """Raise ValueError unless a step of the recipe is one row of an uncompiled model."""
+    if recipe.compile:
+        raise ValueError("batches of whole documents are recorded without a compiler: use --no-compile")
+    if recipe.row_tokens != recipe.batch_tokens:
+        raise ValueError(
+            f"a step on whole documents is one row: leave out micro_batch_tokens = {recipe.micro_batch_tokens}"
+        )
+
+
+def _training_rows(recipe: TrainingRecipe, corpus: Corpus, kind: type[PackedRows]) -> PackedRows:
     rows = recipe.steps * _accumulation(recipe) * world_size()
     sizes = dict(seq_len=recipe.seq_len, row_tokens=recipe.row_tokens, rows=rows)
-    return PackedRows(corpus, shuffle_seed=recipe.seed, jitter=recipe.jitter, **sizes)
+    return kind(corpus, shuffle_seed=recipe.seed, jitter=recipe.jitter, **sizes)
 
 
-def _validation_rows(recipe: TrainingRecipe, corpus: Corpus) -> PackedRows:
-    rows = PackedRows(corpus, seq_len=recipe.seq_len, row_tokens=recipe.row_tokens, shuffle_seed=None)
+def _validation_rows(recipe: TrainingRecipe, corpus: Corpus, kind: type[PackedRows]) -> PackedRows:
+    rows = kind(corpus, seq_len=recipe.seq_len, row_tokens=recipe.row_tokens, shuffle_seed=None)
     rows.rows = min(rows.rows, max(1, recipe.eval_tokens // recipe.row_tokens))
     if rows.predicted(range(len(rows)))[1] == 0:
         raise ValueError("the validation text is too short to predict any of it: give more data")
@@ -212,6 +231,7 @@ def _arguments(recipe: TrainingRecipe, out: Path, tensorboard: bool) -> Training
         eval_steps=recipe.eval_every,
         save_steps=recipe.save_every,
         save_total_limit=recipe.keep_checkpoints,
+        **({} if recipe.dtype is None else {"bf16": recipe.dtype == "bfloat16"}),
         report_to=["tensorboard"] if tensorboard else [],
         use_cache=True,  # the Trainer writes this into the model's configuration; a loss builds no cache
     )

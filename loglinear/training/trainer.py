@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
@@ -19,6 +19,7 @@ from loglinear.runs.checkpoints import checkpoints, defect, step_of
 from loglinear.runs.files import sync, writing
 from loglinear.runs.folder import STAGING
 from loglinear.runs.manifest import write_manifest
+from loglinear.training.graphs import Batch, Graphs
 
 
 def quiet() -> None:
@@ -138,6 +139,38 @@ class LogLinearTrainer(WholeCheckpoints):
         if prediction_loss_only and isinstance(self.model, LogLinearForCausalLM):
             inputs = {**inputs, "skip_logits": True}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+
+class GraphTrainer(LogLinearTrainer):
+    """A trainer whose forward and backward pass can be one CUDA graph, for batches of few shapes, one in each step."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        assert isinstance(self.model, nn.Module)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.forward_backward: Callable[[Batch], Sequence[Tensor | None]] | None = None
+
+    def record_graphs(self) -> None:
+        """From now on the forward and backward pass of a step is one CUDA graph."""
+        self.forward_backward = Graphs(self._loss_and_gradients)
+
+    def _loss_and_gradients(self, batch: Batch) -> tuple[Tensor | None, ...]:
+        loss = self.compute_loss(self.model, batch)  # type: ignore[arg-type]
+        return loss.detach(), *torch.autograd.grad(loss, self.parameters, allow_unused=True)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Return the loss of a batch, with the gradients in the parameters."""
+        if self.forward_backward is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        loss, *gradients = self.forward_backward(self._prepare_inputs(inputs))
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return cast(Tensor, loss)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0. Nothing reads this count, and the Trainer's would walk over all modules in every step."""
+        return 0
 
 
 @contextmanager

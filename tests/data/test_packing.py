@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from loglinear.data.corpus import split, tokenize
-from loglinear.data.packing import IGNORED, PackedRows, pieces, pieces_by_rounds
+from loglinear.data.packing import IGNORED, EqualRows, PackedRows, pieces, pieces_by_rounds
 from loglinear.data.sources import Document
 from loglinear.models import ByteTokenizer
 from tests.data.test_corpus import corpus_of
@@ -117,3 +119,24 @@ def test_the_loss_counts_what_documents_say():
     assert alone.learnt.sum() == 4  # of <bos>, 17 bytes and <eos> the last three validate, "ne" among them
     train, validation = split(corpus, 0.5)
     assert train.learnt.sum() + validation.learnt.sum() == corpus.learnt.sum()
+
+
+def test_equal_rows_are_the_documents_of_packed_rows_as_batches():
+    corpus = corpus_of([5] * 5)
+    corpus = replace(corpus, learnt=np.arange(25) % 7 != 2)
+    options = dict(seq_len=5, row_tokens=10, shuffle_seed=4, rows=7)
+    packed, equal = PackedRows(corpus, **options), EqualRows(corpus, **options)
+    for index in range(7):
+        row, batch = packed[index], equal[index]
+        assert batch["input_ids"].shape == (2, 5) and set(batch) == {"input_ids", "labels"}
+        assert all(torch.equal(batch[name].flatten(), row[name].flatten()) for name in batch)
+
+
+def test_equal_rows_refuse_what_is_not_equal():
+    options = dict(seq_len=5, row_tokens=10, shuffle_seed=0)
+    with pytest.raises(ValueError, match="need 5 tokens in each, got one of 4"):
+        EqualRows(corpus_of([5, 4, 5]), **options)
+    with pytest.raises(ValueError, match="--batch-tokens must be a multiple of the documents' 5, got 12"):
+        EqualRows(corpus_of([5] * 3), **{**options, "row_tokens": 12})
+    with pytest.raises(ValueError, match="start at position 0, got a jitter of 8"):
+        EqualRows(corpus_of([5] * 3), **options, jitter=8)

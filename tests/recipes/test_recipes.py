@@ -62,6 +62,7 @@ def test_unknown_recipe_names_the_nearest():
         ({"learning_rate": float("nan")}, "learning_rate must be positive and at most 1, got nan"),
         ({"micro_batch_tokens": 1024}, "micro_batch_tokens must be at least seq_len = 2048, got 1024"),
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"batch_tokens": 100, "micro_batch_tokens": 64}, "micro_batch_tokens must divide batch_tokens"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -29,7 +29,7 @@ from loglinear.models import LogLinearForCausalLM
 from loglinear.runs.checkpoints import last_checkpoint
 from loglinear.runs.provenance import command, versions
 from loglinear.training.graphs import Graphs
-from loglinear.training.trainer import LogLinearTrainer, quiet, training_arguments
+from loglinear.training.trainer import GraphTrainer, quiet, training_arguments
 
 
 class Flag(Protocol):
@@ -118,40 +118,23 @@ def initialise_as_torch(model: LogLinearForCausalLM) -> None:
                 module.weight /= math.sqrt(len(model.model.layers))
 
 
-class RecallTrainer(LogLinearTrainer):
+class RecallTrainer(GraphTrainer):
     """A Trainer whose items are batches. It computes vocabulary logits only at the queries."""
 
     def __init__(self, *, protocol: TrainingProtocol, **options: Any) -> None:
         self.protocol = protocol
         super().__init__(**options)
-        assert isinstance(self.model, LogLinearForCausalLM)
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.forward_backward: Callable[[Any], Sequence[Tensor | None]] | None = None
         self.counts: Callable[[Any], Tensor] = self._counts
 
     def record_graphs(self) -> None:
         """From now on the forward and backward pass of a step is one CUDA graph, and so is a validation batch."""
+        super().record_graphs()
         evaluation = Graphs(lambda batch: (self._counts(batch),))
-        self.forward_backward = Graphs(self._loss_and_gradients)
         self.counts = lambda batch: cast(Tensor, evaluation(batch)[0])
-
-    def _loss_and_gradients(self, batch: Any) -> tuple[Tensor | None, ...]:
-        loss = self.compute_loss(self.model, batch)  # type: ignore[arg-type]
-        return loss.detach(), *torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
     def _counts(self, batch: Any) -> Tensor:
         with self.accelerator.autocast():
             return recall_counts(self.model, batch)  # type: ignore[arg-type]
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Return the loss of a batch, with the gradients in the parameters."""
-        if self.forward_backward is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
-        loss, *gradients = self.forward_backward(inputs)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        return cast(Tensor, loss)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return all parameters if the protocol decays all, otherwise those of the Trainer."""
@@ -186,10 +169,6 @@ class RecallTrainer(LogLinearTrainer):
         assert isinstance(self.model, LogLinearForCausalLM)
         self.model.eval()
         return recall_scores(self.counts, batches)
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Return 0. Nothing reads this count, and the Trainer's would walk over all modules in every step."""
-        return 0
 
 
 def _cosine_by_epoch(step: int, *, epochs: int, steps: int) -> float:
