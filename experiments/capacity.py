@@ -6,6 +6,7 @@ python -m experiments.capacity show
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,11 +26,21 @@ from loglinear.data.corpus import Corpus
 from loglinear.evaluation import evaluate_perplexity
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
+from loglinear.recipes.recipe import DTYPES
 from loglinear.runs.metrics import read_metrics
 
-PUBLISHED = "3.5 to 3.6 (bfloat16), 3.83 (float32)"  # bits a parameter of GPT-2: Morris et al., arXiv 2505.24832
+PUBLISHED = {"float32": "3.83", "bfloat16": "3.51"}  # bits a parameter of GPT-2: Morris et al., arXiv 2505.24832
 STILL_LEARNING = 0.02  # share of the memorised bits that the second half of the steps gained
+PLATEAU = 0.05  # share of the memorised bits that the largest dataset may add to those of the smaller ones
 LEAK = 0.05  # bits a token by which held-out tokens may seem less than random
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Dtype of the training's products, one of {', '.join(DTYPES)}; weights are float32.",
+        show_default="bfloat16 on a GPU that has it, else float32",
+    ),
+]
 
 app = program(__doc__)
 
@@ -46,13 +57,15 @@ def run(
         ),
     ],
     out: Out,
+    dtype: Dtype = None,
     *,
     options: Options,
 ) -> None:
-    """Train or resume one model on random tokens, count the bits it knows, and write capacity-KIND-SIZE-LOAD.json.
+    """Train or resume one model on random tokens, count the bits it knows, and write the result.
 
-    Training can stop at any time: the next call resumes it from the last checkpoint. The seed decides the random
-    tokens, the first weights and the order of the sequences.
+    The result is capacity-KIND-SIZE-LOAD-DTYPE.json. Training can stop at any time: the next call resumes it from the
+    last checkpoint. The seed decides the random tokens, the first weights and the order of the sequences. On a GPU the
+    forward and backward pass of a step is one CUDA graph, so that many processes share the GPU well.
 
     Example, to repeat until it exits with 0:
 
@@ -63,8 +76,15 @@ def run(
     def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:
         return {**measure(model, recipe), "second_half_bits": second_half(recipe, read_metrics(out))}
 
-    recipe = capacity(kind, size, load, miniature=options.miniature)
-    train_and_evaluate(recipe, out, evaluate, f"capacity-{kind}-{size}-{load:g}", options, corpora=corpora)
+    dtype = dtype or default_dtype()
+    recipe = capacity(kind, size, load, dtype=dtype, miniature=options.miniature)
+    name = f"capacity-{kind}-{size}-{load:g}-{dtype}"
+    train_and_evaluate(recipe, out, evaluate, name, options, corpora=corpora, equal_rows=True)
+
+
+def default_dtype() -> str:
+    """Return the dtype in which a training multiplies here: bfloat16 on a GPU that has it, else float32."""
+    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
 
 
 def random_tokens(recipe: TrainingRecipe) -> RandomTokens:
@@ -90,8 +110,8 @@ def measure(model: Any, recipe: TrainingRecipe) -> dict[str, Any]:
     Raises ValueError if the model knows anything of the held-out sequences, which it cannot know.
     """
     data, (training, held_out) = random_tokens(recipe), corpora(recipe)
-    coded = code_bits(model, training, recipe.row_tokens)
-    others = code_bits(model, held_out, recipe.row_tokens) / (len(held_out.names) * data.length)
+    coded = float(code_bits(model, training, recipe.row_tokens).sum())
+    others = float(code_bits(model, held_out, recipe.row_tokens).mean()) / data.length
     random = math.log2(data.vocabulary)
     if others < random - LEAK:
         raise ValueError(
@@ -106,8 +126,8 @@ def measure(model: Any, recipe: TrainingRecipe) -> dict[str, Any]:
     }
 
 
-def code_bits(model: Any, corpus: Corpus, row_tokens: int) -> float:
-    """Return the bits that code a corpus under a model: the sum of -log2 p of all tokens except each document's first.
+def code_bits(model: Any, corpus: Corpus, row_tokens: int) -> np.ndarray:
+    """Return the bits that code each document under a model: the sum of -log2 p of all its tokens except the first.
 
     The model computes in the dtype of its weights, also where the caller's context has a smaller one.
     """
@@ -116,7 +136,7 @@ def code_bits(model: Any, corpus: Corpus, row_tokens: int) -> float:
         losses = evaluate_perplexity(
             model, corpus, length=length, max_tokens=len(corpus.tokens), row_tokens=row_tokens, progress=False
         )
-    return float(losses.nats_D.sum()) / math.log(2)
+    return losses.nats_D / math.log(2)
 
 
 def second_half(recipe: TrainingRecipe, metrics: Iterable[dict[str, Any]]) -> float:
@@ -133,8 +153,15 @@ def second_half(recipe: TrainingRecipe, metrics: Iterable[dict[str, Any]]) -> fl
     return float(gained) * data.sequences * data.length
 
 
+class Series(NamedTuple):
+    """The models that one slope belongs to."""
+
+    kind: str
+    dtype: str
+
+
 class Memory(NamedTuple):
-    """The memorised bits of models of one kind, size and seed, on datasets of several loads."""
+    """The memorised bits of models of one series, size and seed, on datasets of several loads."""
 
     size: str
     seed: int
@@ -154,8 +181,13 @@ class Memory(NamedTuple):
 
     @property
     def capacity(self) -> float | None:
-        """The maximum of the memorised bits over all LOADS; None while one of them is missing."""
-        return max(self.memorised.values()) if set(self.results) == set(LOADS) else None
+        """The maximum of the memorised bits over the loads, once more data adds nothing.
+
+        None while there is one load alone, or while the largest dataset adds more than PLATEAU to the maximum of the
+        smaller ones.
+        """
+        *smaller, largest = (self.memorised[load] for load in sorted(self.results))
+        return max(*smaller, largest) if smaller and largest <= (1 + PLATEAU) * max(smaller) else None
 
     def is_learning(self, load: float) -> bool:
         """Return True if the second half of the steps gained more than STILL_LEARNING of the memorised bits."""
@@ -163,23 +195,23 @@ class Memory(NamedTuple):
         return bool(evaluation["second_half_bits"] > STILL_LEARNING * evaluation["memorised_bits"])
 
 
-def read_memories(results: Path) -> dict[str, list[Memory]]:
-    """Return the measurements of each kind, by size and seed, from capacity-KIND-SIZE-LOAD[-seedSEED].json.
+def read_memories(results: Path) -> dict[Series, list[Memory]]:
+    """Return the measurements of each series, by size and seed, from capacity-KIND-SIZE-LOAD-DTYPE[-seedSEED].json.
 
     Raises ValueError, which names the files, if seeds differ in more than the seed.
     """
-    memories: dict[str, list[Memory]] = {}
-    for kind in KINDS:
+    memories: dict[Series, list[Memory]] = {}
+    for series in itertools.starmap(Series, itertools.product(KINDS, DTYPES)):
         for size in SIZES:
             by_load = {
                 load: read_seeds(results, "capacity", [name], data_of_seed=True).get(name, [])
                 for load in LOADS
-                for name in [f"{kind}-{size}-{load:g}"]
+                for name in [f"{series.kind}-{size}-{load:g}-{series.dtype}"]
             }
             for seed in sorted({run["seed"] for runs in by_load.values() for run in runs}):
                 own = {load: run for load, runs in by_load.items() for run in runs if run["seed"] == seed}
                 parameters = next(iter(own.values()))["parameters"]
-                memories.setdefault(kind, []).append(Memory(size, seed, parameters, own))
+                memories.setdefault(series, []).append(Memory(size, seed, parameters, own))
     return memories
 
 
@@ -220,27 +252,27 @@ def show(
     if not memories:
         raise ValueError(f"--results {results} has no result of `python -m experiments.capacity run`")
     loads = [f"load {load:g}" for load in LOADS]
-    columns = ["kind", "size", "parameters", "seeds", *loads, "capacity", "bits a parameter"]
+    columns = ["kind", "dtype", "size", "parameters", "seeds", *loads, "capacity", "bits a parameter"]
     rows = [
-        _row(kind, [one for one in own if one.size == size])
-        for kind, own in memories.items()
+        [*series, *_row([one for one in own if one.size == size])]
+        for series, own in memories.items()
         for size in SIZES
         if any(one.size == size for one in own)
     ]
     print_table("Memorised, in thousands of bits (*: still learning)", columns, rows)
-    slopes_of = {kind: slopes(own) for kind, own in memories.items()}
+    slopes_of = {series: slopes(own) for series, own in memories.items()}
     print_table(
         "Bits a parameter: the slope of capacity over parameters",
-        ["kind", "all seeds", "range over seeds", "seeds", "published for GPT-2"],
+        ["kind", "dtype", "all seeds", "range over seeds", "seeds", "published for GPT-2"],
         [
-            [kind, _number(slope), _range(seeds), f"{len(seeds)}", PUBLISHED]
-            for kind, (slope, seeds) in slopes_of.items()
+            [*series, _number(slope), _range(seeds), f"{len(seeds)}", PUBLISHED[series.dtype]]
+            for series, (slope, seeds) in slopes_of.items()
         ],
     )
 
 
-def _row(kind: str, seeds: Sequence[Memory]) -> list[str]:
-    """Return the cells of one kind and size."""
+def _row(seeds: Sequence[Memory]) -> list[str]:
+    """Return the cells of one series and size."""
     cells = []
     for load in LOADS:
         runs = [one for one in seeds if load in one.results]
@@ -251,7 +283,6 @@ def _row(kind: str, seeds: Sequence[Memory]) -> list[str]:
     of_each = None if capacity is None else capacity / parameters
     thousands = None if capacity is None else capacity / 1000
     return [
-        kind,
         seeds[0].size,
         f"{parameters:,}",
         f"{len(seeds)}",

@@ -106,20 +106,25 @@ def train_and_evaluate(
     *,
     eval_settings: dict[str, Any] | None = None,
     corpora: Callable[[TrainingRecipe], tuple[Corpus, Corpus]] | None = None,
+    equal_rows: bool = False,
     **overrides: Any,
 ) -> None:
     """Train or resume a recipe in the folder `out`, evaluate the trained model, and write NAME.json.
 
     `eval_settings` holds the settings of the evaluation, which the result repeats. `corpora` returns the data of the
     run's recipe, for training and validation; None: the training reads them. The minutes of the training include it.
-    `overrides` are further arguments of `TrainingRecipe.override`. A seed other than 0 is part of the file's name. On a
+    `equal_rows` is that of `train`; nothing is compiled then. `overrides` are further arguments of
+    `TrainingRecipe.override`. A seed other than 0 is part of the file's name. On a
     GPU the evaluation is in bfloat16, as the training is.
 
     Raises Interrupted if a signal or the minutes stopped the training before its end: call it again. Raises ValueError
     if `out` holds a run of another recipe, or NAME.json a result of another recipe, evaluation or training data.
     """
     eval_settings = eval_settings or {}
-    recipe = recipe_of_run(recipe, out, **options.overrides, **overrides)
+    given = {**options.overrides, **overrides}
+    if equal_rows and given["compile"] is None:
+        given["compile"] = False
+    recipe = recipe_of_run(recipe, out, **given)
     result = result_file(options.results / "miniature" if options.miniature else options.results, name, recipe.seed)
     for folder in (options.results, result.parent):
         require_folder(folder, "--results")
@@ -130,7 +135,7 @@ def train_and_evaluate(
     data = None if corpora is None else corpora(recipe)
     if minutes is not None:
         minutes = max(minutes - (time.monotonic() - started) / 60, 1e-9)
-    state = train(recipe, out, resume=resume, minutes=minutes, label=name, corpora=data)
+    state = train(recipe, out, resume=resume, minutes=minutes, label=name, corpora=data, equal_rows=equal_rows)
     if state.interrupted:
         text = (
             f"stopped at step {state.step} of {recipe.steps}, checkpoint saved in {out}; continue with the same command"

@@ -56,9 +56,9 @@ def main(
 ) -> None:
     """Draw all figures and write all tables whose results exist.
 
-    Results are long-text-KIND.json and ablation-CHOICE.json of seed 0, long-text-8k-KIND.json, needle-KIND.json,
-    upgrade-KIND.json, capacity-KIND-SIZE-LOAD.json and rl-KIND-TOKENS.json of all seeds, mqar.json, which
-    `loglinear eval mqar` writes, and the cells of `experiments.reads.compare`.
+    Results are long-text-KIND.json and ablation-CHOICE.json of seed 0, mqar.json, which `loglinear eval mqar` writes,
+    and the cells of `experiments.reads.compare`. Those of all seeds are long-text-8k-KIND.json, needle-KIND.json,
+    upgrade-KIND.json, rl-KIND-TOKENS.json and capacity-KIND-SIZE-LOAD-DTYPE.json.
 
     Example:
 

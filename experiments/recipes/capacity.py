@@ -8,7 +8,7 @@ from experiments.recipes.comparison import EMBEDDINGS, parameters_of, widened
 from loglinear.fenwick import num_levels
 from loglinear.partition import Partition
 from loglinear.recipes.bytes import BYTE_VOCABULARY, byte_model
-from loglinear.recipes.recipe import TrainingRecipe
+from loglinear.recipes.recipe import DTYPES, TrainingRecipe
 
 LENGTH, VOCABULARY = 64, 2048  # tokens of a sequence and different tokens, as published
 BATCH = 2048  # sequences of a step, or all if there are fewer, as published
@@ -44,25 +44,26 @@ def model_changes(tokens: int, layers: int) -> dict[str, dict[str, Any]]:
 KINDS = tuple(model_changes(LENGTH + 1, LAYERS))
 
 
-def capacity(kind: str, size: str, load: float, *, miniature: bool = False) -> TrainingRecipe:
-    """Return the recipe of one of KINDS, SIZES and LOADS; the dataset has LOAD times the predicted bits.
+def capacity(kind: str, size: str, load: float, *, dtype: str = "float32", miniature: bool = False) -> TrainingRecipe:
+    """Return the recipe of one of KINDS, SIZES, LOADS and DTYPES; the dataset has LOAD times the predicted bits.
 
     All kinds of one size read equally many sequences. They have equally many parameters, as far as the steps of the
     SwiGLU layers' width allow. The miniature has one layer of half the width, sequences of 16 tokens and the least
-    vocabulary that the byte tokenizer of every run allows. Raises ValueError for any other kind, size or load.
+    vocabulary that the byte tokenizer of every run allows. Raises ValueError for any other kind, size, load or dtype.
     """
-    for name, value, allowed in (("kind", kind, KINDS), ("size", size, SIZES), ("load", load, LOADS)):
+    choices = (("kind", kind, KINDS), ("size", size, SIZES), ("load", load, LOADS), ("dtype", dtype, DTYPES))
+    for name, value, allowed in choices:
         if value not in allowed:  # type: ignore[operator]
             raise ValueError(f"--{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     length, vocabulary = (16, BYTE_VOCABULARY) if miniature else (LENGTH, VOCABULARY)
     hidden, layers = (SIZES[size] // 2, 1) if miniature else (SIZES[size], LAYERS)
-    base = _log_linear(hidden, layers, length + 1, vocabulary)
+    base = small_model(hidden, layers, length + 1, vocabulary)
     parameters = parameters_of(base)
     sequence = RandomTokens(1, length, vocabulary)
     data = sequence._replace(sequences=round(load * PREDICTED * parameters / sequence.bits))
     steps = MINIATURE_STEPS if miniature else STEPS
     return TrainingRecipe(
-        name=f"capacity_{kind}_{size}_{load:g}{'_miniature' * miniature}",
+        name=f"capacity_{kind}_{size}_{load:g}_{dtype}{'_miniature' * miniature}",
         summary=f"{parameters:,} parameters, {data.sequences:,} random sequences: {kind.replace('_', '-')}",
         model=widened({**base, **model_changes(length + 1, layers)[kind]}, parameters),
         data=(data.source,),
@@ -77,10 +78,12 @@ def capacity(kind: str, size: str, load: float, *, miniature: bool = False) -> T
         eval_tokens=1_048_576,  # more than all held-out sequences have
         save_every=steps // 4,
         keep_checkpoints=1,
+        dtype=dtype,
     )
 
 
-def _log_linear(hidden: int, layers: int, tokens: int, vocabulary: int) -> Mapping[str, Any]:
+def small_model(hidden: int, layers: int, tokens: int, vocabulary: int) -> Mapping[str, Any]:
+    """Return arguments of LogLinearConfig for a small log-linear Mamba-2, which every other kind changes."""
     return byte_model(
         vocab_size=vocabulary,
         hidden_size=hidden,

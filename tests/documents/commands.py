@@ -113,8 +113,8 @@ READ = {
         "loglinear eval mqar --task jittered --protocol zoology --model mamba2_equal_bytes --out runs/jittered",
         "python -m experiments.ablations run --choice CHOICE --out runs/ablations/CHOICE --minutes 9",
         "python -m experiments.ablations run --choice unit --out runs/ablations/unit --minutes 9",
-        "python -m experiments.capacity run --kind transformer --size 100k --load 1 --seed 0 "
-        "--out runs/capacity/transformer-100k-1-0 --minutes 9",
+        "python -m experiments.capacity run --kind transformer --size 100k --load 2 --dtype bfloat16 "
+        "--out runs/capacity/transformer-100k-2 --minutes 9",
         "python -m experiments.long_text run --kind KIND --windows 16k --out runs/long_text/KIND --minutes 9",
         "python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9",
         "python -m experiments.needle run --kind log_linear --out runs/needle/log_linear --minutes 9 "

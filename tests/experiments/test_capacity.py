@@ -16,6 +16,7 @@ from loglinear.models import parameter_counts
 from loglinear.recipes import TrainingRecipe
 from loglinear.runs.json_files import read_object, write_object
 
+TRANSFORMER, LINEAR = ("transformer", "bfloat16"), ("linear", "bfloat16")
 DATA = RandomTokens(sequences=40, length=9, vocabulary=21)
 
 
@@ -138,6 +139,8 @@ def test_an_unknown_kind_size_or_load_is_named():
         recipes.capacity("other", "100k", 1.0)
     with pytest.raises(ValueError, match="--size must be one of 100k, .* got '1m'"):
         recipes.capacity("linear", "1m", 1.0)
+    with pytest.raises(ValueError, match="--dtype must be one of float32, bfloat16, got 'half'"):
+        recipes.capacity("linear", "100k", 1.0, dtype="half")
     with pytest.raises(ValueError, match=r"--load must be one of 0.5, 1.0, 2.0, 4.0, got 3"):
         recipes.capacity("linear", "100k", 3)
 
@@ -148,10 +151,11 @@ def test_a_token_of_the_routed_read_sees_seven_buckets_at_most():
     assert max(buckets) == 7 and partition.index(63, 0) == 6 and buckets[64] == 2
 
 
-def run(folder, kind="linear", **given):
+def run(folder, kind="linear", dtype=None, **given):
     options = capacity.Options(**{"miniature": True, "results": folder, "steps": 25, **given})
-    capacity.run(kind, "100k", 0.5, folder / "run", **vars(options))
-    return read_object(result_file(folder / "miniature", f"capacity-{kind}-100k-0.5", options.seed or 0))
+    capacity.run(kind, "100k", 0.5, folder / "run", dtype, **vars(options))
+    name = f"capacity-{kind}-100k-0.5-{dtype or 'float32'}"
+    return read_object(result_file(folder / "miniature", name, options.seed or 0))
 
 
 def test_a_miniature_memorises_and_pieces_give_what_one_call_gives(tmp_path):
@@ -169,10 +173,18 @@ def test_a_miniature_memorises_and_pieces_give_what_one_call_gives(tmp_path):
 @pytest.mark.parametrize("kind", [kind for kind in recipes.KINDS if kind != "linear"])
 def test_every_kind_is_trained_and_measured(kind, tmp_path):
     result = run(tmp_path, kind, steps=2)
-    assert result["recipe"]["name"] == f"capacity_{kind}_100k_0.5_miniature" and result["training"]["steps"] == 2
+    assert result["recipe"]["name"] == f"capacity_{kind}_100k_0.5_float32_miniature"
+    assert result["recipe"]["dtype"] == "float32" and result["training"]["steps"] == 2
     last = result["training"]["curve"][-2]["bits_per_byte"]  # before the last step
     evaluation = result["evaluation"]
     assert evaluation["code_bits"] == pytest.approx(last * evaluation["sequences"] * 16, rel=0.05)
+
+
+def test_the_dtype_is_part_of_the_run_and_of_its_result(tmp_path):
+    result = run(tmp_path, dtype="bfloat16", steps=2)
+    assert result["recipe"]["dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match="holds a run of capacity_linear_100k_0.5_bfloat16_miniature, expected "):
+        run(tmp_path, dtype="float32", steps=2)
 
 
 def made_up(size, seed, load, memorised, *, parameters, gained=0.0):
@@ -186,7 +198,9 @@ def made_up(size, seed, load, memorised, *, parameters, gained=0.0):
     }
 
 
-def write(folder, kind, slope, *, sizes=("100k", "270k", "500k"), seed=0, loads=recipes.LOADS, gained=0.0):
+def write(
+    folder, kind, slope, *, sizes=("100k", "270k", "500k"), seed=0, loads=recipes.LOADS, gained=0.0, dtype="bfloat16"
+):
     """Write results whose capacities lie on a line, with the maximum at load 2."""
     for size in sizes:
         parameters = 1000 * int(size.removesuffix("k"))
@@ -194,41 +208,48 @@ def write(folder, kind, slope, *, sizes=("100k", "270k", "500k"), seed=0, loads=
             top = slope * parameters + 5000
             bits = {0.5: 0.4, 1.0: 0.8, 2.0: 1.0, 4.0: 0.97}[load] * top
             result = made_up(size, seed, load, bits, parameters=parameters, gained=gained * bits)
-            write_object(result_file(folder, f"capacity-{kind}-{size}-{load:g}", seed), result)
+            write_object(result_file(folder, f"capacity-{kind}-{size}-{load:g}-{dtype}", seed), result)
 
 
 def test_the_slope_of_points_on_a_line_is_exact(tmp_path):
     for seed, slope in enumerate((3.0, 3.5, 3.1)):
         write(tmp_path, "transformer", slope, seed=seed)
     write(tmp_path, "linear", 2.0, sizes=["100k"])
+    write(tmp_path, "transformer", 3.9, dtype="float32")
     memories = capacity.read_memories(tmp_path)
-    assert [*memories] == ["transformer", "linear"] and len(memories["transformer"]) == 9
-    slope, of_seeds = capacity.slopes(memories["transformer"])
+    assert [*memories] == [("transformer", "float32"), TRANSFORMER, LINEAR] and len(memories[TRANSFORMER]) == 9
+    slope, of_seeds = capacity.slopes(memories[TRANSFORMER])
     assert of_seeds == pytest.approx([3.0, 3.5, 3.1], rel=1e-9) and slope == pytest.approx(3.2, rel=1e-9)
-    assert capacity.slopes(memories["linear"]) == (None, [])
+    assert capacity.slopes(memories["transformer", "float32"])[0] == pytest.approx(3.9, rel=1e-9)
+    assert capacity.slopes(memories[LINEAR]) == (None, [])
 
 
 def test_seeds_with_fewer_sizes_are_in_no_range(tmp_path):
     write(tmp_path, "linear", 2.0)
     write(tmp_path, "linear", 2.2, seed=1)
     write(tmp_path, "linear", 9.0, seed=2, sizes=["100k", "500k"])
-    _, of_seeds = capacity.slopes(capacity.read_memories(tmp_path)["linear"])
+    _, of_seeds = capacity.slopes(capacity.read_memories(tmp_path)[LINEAR])
     assert of_seeds == pytest.approx([2.0, 2.2])
 
 
-def test_a_capacity_needs_every_load(tmp_path):
+@pytest.mark.parametrize(
+    ("loads", "share"), [([2.0], None), ([0.5, 1.0, 2.0], None), ([1.0, 4.0], None), ([2.0, 4.0], 1.0)]
+)
+def test_a_capacity_is_known_once_a_larger_dataset_adds_little(tmp_path, loads, share):
     write(tmp_path, "linear", 2.0)
-    (tmp_path / "capacity-linear-270k-4.json").unlink()
-    small, middle, large = capacity.read_memories(tmp_path)["linear"]
+    for load in set(recipes.LOADS) - set(loads):
+        (tmp_path / f"capacity-linear-270k-{load:g}-bfloat16.json").unlink()
+    small, middle, large = capacity.read_memories(tmp_path)[LINEAR]
     assert small.capacity == pytest.approx(205_000) and large.capacity == pytest.approx(1_005_000)
-    assert middle.capacity is None and middle.memorised[2.0] == pytest.approx(545_000)
+    assert middle.capacity == (None if share is None else pytest.approx(share * 545_000))
+    assert middle.memorised[loads[-1]] <= 545_000.1
     assert capacity.bits_per_parameter([small, middle, large]) == pytest.approx(2.0)
 
 
 def test_seeds_of_other_sizes_are_not_mixed(tmp_path):
     write(tmp_path, "linear", 2.0)
     write(tmp_path, "linear", 2.0, seed=1)
-    file = tmp_path / "capacity-linear-100k-1-seed1.json"
+    file = tmp_path / "capacity-linear-100k-1-bfloat16-seed1.json"
     result = read_object(file)
     result["data"]["train"]["documents"] = 11
     write_object(file, result)
@@ -246,7 +267,19 @@ def test_the_tables_have_means_ranges_and_marks(tmp_path, capsys, monkeypatch):
     capacity.show(tmp_path)
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     rows = [row for row in rows if row]
-    assert rows[0] == ["transformer", "100k", "100,000", "2", "126.0", "252.0", "315.0", "305.6", "315.0", "3.15"]
-    assert rows[3] == ["routed", "100k", "100,000", "1", "102.0*", "204.0*", "-", "-", "-", "-"]
-    assert rows[5] == ["transformer", "3.10", "3.00 to 3.20", "2", capacity.PUBLISHED]
-    assert rows[6] == ["routed", "-", "-", "0", capacity.PUBLISHED]
+    assert rows[0] == [
+        "transformer",
+        "bfloat16",
+        "100k",
+        "100,000",
+        "2",
+        "126.0",
+        "252.0",
+        "315.0",
+        "305.6",
+        "315.0",
+        "3.15",
+    ]
+    assert rows[3] == ["routed", "bfloat16", "100k", "100,000", "1", "102.0*", "204.0*", "-", "-", "-", "-"]
+    assert rows[5] == ["transformer", "bfloat16", "3.10", "3.00 to 3.20", "2", "3.51"]
+    assert rows[6] == ["routed", "bfloat16", "-", "-", "0", "3.51"]

@@ -22,24 +22,31 @@ def test_nothing_is_drawn_without_results(tmp_path):
 def test_the_title_has_the_bits_a_parameter_of_each_kind_with_the_seeds(tmp_path):
     for seed, slope in enumerate((3.0, 3.5, 3.1)):
         write(tmp_path, "transformer", slope, seed=seed)
+    write(tmp_path, "transformer", 3.6, dtype="float32")
     write(tmp_path, "log_linear_gated_delta_net", 2.5)
     files = capacity(tmp_path, tmp_path)
-    assert names(files) == ["capacity.svg", "capacity-transformer.svg", "capacity-log_linear_gated_delta_net.svg"]
-    assert len(files) == 6 and all(file.is_file() for file in files)
+    assert names(files) == [
+        "capacity.svg",
+        "capacity-transformer-float32.svg",
+        "capacity-transformer-bfloat16.svg",
+        "capacity-log_linear_gated_delta_net-bfloat16.svg",
+    ]
+    assert len(files) == 8 and all(file.is_file() for file in files)
     title = conclusion(read_memories(tmp_path)).splitlines()
     assert title == [
-        "Transformer: 3.20 bits a parameter (3.00 to 3.50, 3 seeds)",
-        "log-linear Gated DeltaNet: 2.50 bits a parameter (1 seed)",
+        "Transformer, float32: 3.60 bits a parameter (1 seed)",
+        "Transformer, bfloat16: 3.20 bits a parameter (3.00 to 3.50, 3 seeds)",
+        "log-linear Gated DeltaNet, bfloat16: 2.50 bits a parameter (1 seed)",
     ]
     drawn = {file.name: file.read_text() for file in files}
     assert all(line in drawn["capacity.svg"] for line in title)
-    assert title[1] not in drawn["capacity-transformer.svg"]
-    assert all(f"{size},000 parameters" in drawn["capacity-transformer.svg"] for size in (100, 270, 500))
+    assert title[2] not in drawn["capacity-transformer-bfloat16.svg"]
+    assert all(f"{size},000 parameters" in drawn["capacity-transformer-bfloat16.svg"] for size in (100, 270, 500))
 
 
 def test_unfinished_experiments_are_drawn(tmp_path):
     write(tmp_path, "linear", 2.0, sizes=["270k"], loads=[0.5, 1.0])
-    assert names(capacity(tmp_path, tmp_path)) == ["capacity-linear.svg"]
+    assert names(capacity(tmp_path, tmp_path)) == ["capacity-linear-bfloat16.svg"]
     assert conclusion(read_memories(tmp_path)) == "Memorised bits, too few sizes for bits a parameter"
     write(tmp_path, "linear", 2.0, sizes=["270k"])
-    assert names(capacity(tmp_path, tmp_path)) == ["capacity.svg", "capacity-linear.svg"]
+    assert names(capacity(tmp_path, tmp_path)) == ["capacity.svg", "capacity-linear-bfloat16.svg"]
