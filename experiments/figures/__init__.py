@@ -14,6 +14,7 @@ import typer
 from experiments.figures.ablations import ablations
 from experiments.figures.capacity import capacity
 from experiments.figures.contexts import contexts
+from experiments.figures.descent import descent
 from experiments.figures.equal_bytes import equal_bytes
 from experiments.figures.long_text import long_text
 from experiments.figures.memory import memory
@@ -34,6 +35,7 @@ FIGURES: tuple[Callable[[Path, Path], list[Path]], ...] = (
     upgrade,
     capacity,
     rl,
+    descent,
     mqar,
     equal_bytes,
     speed,
@@ -58,7 +60,7 @@ def main(
 
     Results are long-text-KIND.json and ablation-CHOICE.json of seed 0, mqar.json, which `loglinear eval mqar` writes,
     and the cells of `experiments.reads.compare`. Those of all seeds are long-text-8k-KIND.json, needle-KIND.json,
-    upgrade-KIND.json, rl-KIND-TOKENS.json and capacity-KIND-SIZE-LOAD-DTYPE.json.
+    upgrade-KIND.json, rl-KIND-TOKENS.json, capacity-KIND-SIZE-LOAD-DTYPE.json and descent-KIND-LOAD-DTYPE.json.
 
     Example:
 

@@ -155,7 +155,7 @@ class GraphTrainer(LogLinearTrainer):
         self.forward_backward = Graphs(self._loss_and_gradients)
 
     def _loss_and_gradients(self, batch: Batch) -> tuple[Tensor | None, ...]:
-        loss = self.compute_loss(self.model, batch)  # type: ignore[arg-type]
+        loss = cast(Tensor, self.compute_loss(self.model, batch))  # type: ignore[arg-type]
         return loss.detach(), *torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
