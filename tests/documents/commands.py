@@ -126,6 +126,7 @@ READ = {
         "--minutes 8 --data data/long_text/validation.jsonl.zst",
         "python -m experiments.needle run --kind transformer --embedding-range 0.02 "
         "--out runs/needle/small --minutes 8 --data data/long_text/validation.jsonl.zst",
+        "python -m experiments.upgrade run --out runs/upgrade --data data/long_text/validation.jsonl.zst",
     ],
     "330 MB of Debian packages": [
         "python -m experiments.long_text prepare",
