@@ -13,7 +13,7 @@ from loglinear.recipes.bytes import byte_model
 from loglinear.recipes.recipe import TrainingRecipe
 
 KINDS = ("log_linear", "linear", "transformer")
-TASK = Countdown(given=3, largest=30, failures=3, answers=200_000)
+TASK = Countdown(given=3, largest=20, failures=3, answers=200_000)
 LONGEST = 160  # tokens of a problem and its answer
 SIZES = dict(hidden_size=256, num_hidden_layers=4, intermediate_size=512, num_heads=8)
 MINIATURE_SIZES = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=128, num_heads=2)

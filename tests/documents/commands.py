@@ -56,6 +56,9 @@ UPGRADED = "tests/cli/test_upgrade.py::test_the_commands_take_an_upgraded_folder
 NEEDLE = "tests/experiments/test_needle.py::test_pieces_give_what_one_call_gives"
 LONG_TEXT = "tests/experiments/test_long_text.py::test_both_lengths_are_evaluated_on_the_same_text"
 CAPACITY = "tests/experiments/test_capacity.py::test_a_miniature_memorises_and_pieces_give_what_one_call_gives"
+PRETRAINED = "tests/experiments/test_rl.py::test_the_trained_model_is_tested"
+ROUNDS = "tests/experiments/test_rl.py::test_pieces_give_what_one_call_gives"
+SCORES = "tests/experiments/test_rl.py::test_the_table_has_means_and_deviations"
 CAPACITIES = "tests/experiments/test_capacity.py::test_the_tables_have_means_ranges_and_marks"
 MINIATURE = "tests/experiments/test_corpus.py::test_the_miniature_is_made_of_the_standard_library_without_a_download"
 TESTED = {
@@ -88,6 +91,11 @@ TESTED = {
     ),
     "python -m experiments.capacity show": CAPACITIES,
     "python -m experiments.capacity show --results results/miniature": CAPACITIES,
+    "python -m experiments.rl pretrain --kind linear --out runs/miniature/rl --miniature": PRETRAINED,
+    "python -m experiments.rl run --kind linear --tokens top20 --base runs/miniature/rl --out runs/miniature/rl-top20 "
+    "--miniature": ROUNDS,
+    "python -m experiments.rl show": SCORES,
+    "python -m experiments.rl show --results results/miniature": SCORES,
     "python -m experiments.long_text prepare --miniature": MINIATURE,
     "python -m experiments.long_text run --kind log_linear --out runs/miniature/log_linear --miniature": LONG_TEXT,
     "python -m experiments.ablations run --choice unit --out runs/miniature/unit --miniature": LONG_TEXT,
@@ -117,6 +125,9 @@ READ = {
         "--out runs/capacity/transformer-100k-2 --minutes 9",
         "python -m experiments.long_text run --kind KIND --windows 16k --out runs/long_text/KIND --minutes 9",
         "python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9",
+        "python -m experiments.rl pretrain --kind log_linear --seed 0 --out runs/rl/log_linear-0 --minutes 9",
+        "python -m experiments.rl run --kind log_linear --seed 0 --tokens top20 --base runs/rl/log_linear-0 "
+        "--out runs/rl/log_linear-0-top20 --minutes 9",
         "python -m experiments.needle run --kind log_linear --out runs/needle/log_linear --minutes 9 "
         "--data data/long_text/validation.jsonl.zst",
         "python -m experiments.needle run --kind linear --seed 10 --learning-rate 1e-3 --steps 2000 --examples 10 "
