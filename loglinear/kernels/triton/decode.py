@@ -41,10 +41,15 @@ def begin(position, n):
 
 
 @triton.jit
+def is_last(position, n, programs):
+    """Is this the last of a row's programs? Each asks once, when it has read the position."""
+    return tl.atomic_add(position + n, tl.full([], 0, tl.int64) + ONE_DONE) // ONE_DONE == programs - 1
+
+
+@triton.jit
 def end(position, n, t, programs):
     """The last of a row's programs moves its position: none reads it afterwards."""
-    done = tl.atomic_add(position + n, tl.full([], 0, tl.int64) + ONE_DONE)
-    if done // ONE_DONE == programs - 1:
+    if is_last(position, n, programs):
         tl.store(position + n, t + 1)
 
 
@@ -175,3 +180,36 @@ def store_part(
 ):
     i, j = first_row + tl.arange(0, TK)[:, None], first_column + tl.arange(0, BV)[None, :]
     tl.store(block + (i * V + j), x, mask=(i < K) & (j < V) & there)
+
+
+@triton.jit
+def join_blocks(
+    joined_TV,
+    decay,
+    z,
+    target,
+    blocks,
+    step,
+    first_row,
+    first_column,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TREE: tl.constexpr,
+    TK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """A tile of all blocks after a full chunk, the z-th, whose own state is `joined`. The others decay to its end,
+    exp2(decay); the smaller ones join it in block `target`, which pushes those of its size one number up."""
+    pushed_TV = tl.zeros([TK, BV], tl.float32)
+    for m in range(TREE.blocks):
+        there, block = is_block(z, m, TREE), blocks + m * step
+        state_TV = load_part(block, first_row, first_column, there, K, V, TK, BV) * tl.exp2(decay)
+        if TREE.is_queue:
+            leaves, arrived_TV = is_pushed(m, target, TREE), pushed_TV
+            pushed_TV = tl.where(leaves, state_TV, 0.0)
+            state_TV = tl.where(leaves, 0.0, state_TV) + arrived_TV
+            there |= is_block(z + 1, m, TREE)
+        is_older = m > target  # the others are all there
+        joined_TV += tl.where(is_older, 0.0, state_TV)
+        state_TV = tl.where(is_older, state_TV, tl.where(m < target, 0.0, joined_TV))
+        store_part(block, first_row, first_column, state_TV, there | (m <= target), K, V, TK, BV)

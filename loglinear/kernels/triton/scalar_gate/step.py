@@ -17,18 +17,15 @@ from loglinear.kernels.triton.decode import (
     begin,
     decays,
     end,
-    is_block,
     is_idle,
-    is_pushed,
+    join_blocks,
     load_buffer,
     load_decay,
-    load_part,
     load_token,
     merged_into,
     own_program,
     place_scales,
     read_blocks,
-    store_part,
     token_at,
 )
 from loglinear.kernels.triton.launcher import launcher
@@ -109,17 +106,5 @@ def step_kernel(
             k_CT = load_buffer(k_buffer, G * K, place, load_token(k_row, j, j < K), kt, K, C, TK)
             k_CT *= tl.exp2(behind)[:, None]
             joined_TV = tl.dot(tl.trans(k_CT), v_CV, input_precision="tf32x3")
-            pushed_TV = tl.zeros([TK, BV], tl.float32)
-            for m in range(TREE.blocks):
-                there, block = is_block(z, m, TREE), blocks + m * H * (K * V)
-                state_TV = load_part(block, kt, tile * BV, there, K, V, TK, BV) * tl.exp2(total)
-                if TREE.is_queue:
-                    leaves, arrived_TV = is_pushed(m, target, TREE), pushed_TV
-                    pushed_TV = tl.where(leaves, state_TV, 0.0)
-                    state_TV = tl.where(leaves, 0.0, state_TV) + arrived_TV
-                    there |= is_block(z + 1, m, TREE)
-                is_older = m > target  # the others are all there
-                joined_TV += tl.where(is_older, 0.0, state_TV)
-                state_TV = tl.where(is_older, state_TV, tl.where(m < target, 0.0, joined_TV))
-                store_part(block, kt, tile * BV, state_TV, there | (m <= target), K, V, TK, BV)
+            join_blocks(joined_TV, total, z, target, blocks, H * (K * V), kt, tile * BV, K, V, TREE, TK, BV)
     end(state.position, n, t, H * TILES)
