@@ -17,12 +17,14 @@ from loglinear.ops import (
     FenwickState,
     LogLinearOutput,
     bucket_scores,
+    bucket_scores_step,
     log_linear_attention,
     log_linear_attention_step,
     log_linear_delta_rule,
     log_linear_delta_rule_step,
 )
-from loglinear.ops.scores import add_keys, read_scores, zero_sums
+from loglinear.ops.scores import zero_sums
+from loglinear.ops.step import check_step
 from loglinear.ops.validation import check_tensor
 from loglinear.partition import Partition
 from loglinear.variants import HeadSizes
@@ -186,12 +188,12 @@ class TokenMixer(nn.Module):
         if self.bucket_weights is None or state.sums is None:
             weights = self._level_scales(x)
         else:
-            scores, counts = read_scores(q, state.sums, num_columns=self.num_levels)
+            L, impl = self.num_levels, self.impl
+            # If the operator raises, no part of the state may have changed.
+            check_step(*tokens, num_levels=L, state=state.decode, active=active, impl=impl)
+            scores, counts = bucket_scores_step(q, k, state.sums, num_columns=L, active=active, impl=impl)
             weights = keep_largest(self.bucket_weights(x, scores[:, None], counts[:, None]), self.decode_top_k)
-        # The operator goes first: if it raises, no part of the state has changed.
         y = self.operator_step(*tokens, weights[:, 0], state.decode, active=active, **self._options)
-        if state.sums is not None:
-            add_keys(k, state.sums, num_columns=self.num_levels, active=active)
         state.conv.copy_(conv_state if active is None else torch.where(active[:, None, None], conv_state, state.conv))
         return self._output(y[:, None], v, z)
 

@@ -177,9 +177,6 @@ class LogLinearConfig(PreTrainedConfig):
         Routing(self.routing, self.routing_tau, self.decode_top_k).checked()
         if self.num_levels < 2:
             raise ValueError(f"routing needs num_levels of at least 2, got {self.num_levels}")
-        if self.impl == "triton":
-            text = "routing needs impl 'auto', 'torch' or 'reference', got 'triton': the scores' steps have no kernel"
-            raise ValueError(text)
 
     def _require_positive(self, *names: str) -> None:
         for name in names:

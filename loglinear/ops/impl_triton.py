@@ -59,7 +59,7 @@ def availability() -> str:
     return "no: there is no CUDA GPU"
 
 
-def _unavailable(device: torch.device) -> str | None:
+def unavailable(device: torch.device) -> str | None:
     """Return the reason why no kernel runs on this device, or None."""
     if NO_TRITON is not None:
         return f"impl='triton' {NO_TRITON}; use impl='torch'"
@@ -92,7 +92,7 @@ def block_size(p: Problem) -> int:
 
 def unsupported(p: Problem) -> str | None:
     """Return the reason why these kernels do not support a call and what does; None if they support it."""
-    reason = _unavailable(p.v.device)
+    reason = unavailable(p.v.device)
     if reason is not None:
         return reason
     from loglinear.kernels.triton import limits
@@ -131,7 +131,7 @@ def _too_long(p: Problem) -> str | None:
 
 def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
     """Return the reason why the kernels do not support a step, as `unsupported` does for calls."""
-    reason = _unavailable(v.device)
+    reason = unavailable(v.device)
     if reason is not None:
         return reason
     if torch.float64 in (q.dtype, state.fenwick.blocks.dtype):

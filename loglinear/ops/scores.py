@@ -25,23 +25,18 @@ from loglinear.ops import impl_reference, scores_triton
 from loglinear.ops.announcement import announce
 from loglinear.ops.continuation import final_state, in_one_row, places_in_one_row, sequence_of
 from loglinear.ops.impl_torch import records_stages
-from loglinear.ops.problem import Problem, is_transformed, unit_length
-from loglinear.ops.state import DecodeState, FenwickState
+from loglinear.ops.problem import Problem, unit_length
+from loglinear.ops.state import FenwickState
 from loglinear.ops.validation import (
-    BOOL,
     INTEGERS,
-    WIDE_FLOATS,
     Sizes,
-    check_blocks,
-    check_family,
     check_partition,
-    check_state_dtype,
     check_tensor,
     one_of,
     whole_number,
     working_dtype,
 )
-from loglinear.partition import FENWICK, Partition
+from loglinear.partition import Partition
 
 SCORES = ("auto", "triton", "torch", "reference")
 
@@ -107,7 +102,7 @@ def bucket_scores(
             scores, final = scores_triton.run(scores_triton.prepared(problem), L)
         else:
             found, final = (_torch if chosen == "torch" else _reference)(_of_length_1(problem), L)
-            scores = _without_own(found) - (_without_own(tokens).to(found.dtype) / q.shape[3])[:, :, None]
+            scores = without_own(found) - (without_own(tokens).to(found.dtype) / q.shape[3])[:, :, None]
     return BucketScores(scores, tokens, final)
 
 
@@ -147,81 +142,6 @@ def bucket_tokens(position: Tensor, *, num_columns: int, partition: Partition) -
     flat = position.flatten()
     older = kernels.block_tokens(flat // f, partition.num_blocks(L, f), f, partition)
     return torch.cat([(flat % f + 1)[:, None], older], 1).view(*position.shape, L)
-
-
-def bucket_scores_step(
-    q: Tensor, k: Tensor, state: DecodeState, *, num_columns: int, active: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return the scores and tokens of the buckets for the next token of every row, and advance `state` in place.
-
-    A step has no derivatives and refuses inputs that require gradients.
-
-    Args:
-        q: [N, G, K], the queries.
-        k: [N, G, K], the keys.
-        state: The sums of N rows: `DecodeState.of` the final_state of `bucket_scores`. It changes in place.
-        num_columns: L.
-        active: [N] bool. An inactive row keeps its state, and its scores have no meaning. None: all rows are active.
-
-    Returns:
-        The scores [N, G, L] and the tokens [N, L].
-
-    Raises:
-        ValueError: A shape or dtype does not fit, or an input requires gradients. The message names the argument.
-    """
-    found = read_scores(q, state, num_columns=num_columns)
-    add_keys(k, state, num_columns=num_columns, active=active)
-    return found
-
-
-def read_scores(q: Tensor, state: DecodeState, *, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Return the scores and tokens of `bucket_scores_step`, and leave the state as it is."""
-    sums, L = _checked_sums("q", q, state, num_columns), num_columns
-    tokens = bucket_tokens(sums.position, num_columns=L, partition=sums.partition or FENWICK)
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        unit = unit_length(q.to(sums.blocks.dtype))
-        read = (unit[:, None, :, None, :] @ sums.blocks)[:, :, :, 0]  # [N, M, G, K]
-        found = (read * unit[:, None]).sum(-1).mT[..., 1 - L :]  # block m has column L - M + m
-        older = tokens[:, None, 1 - L :]
-        found = torch.where(
-            older > 0, found - older.to(found.dtype) / unit.shape[2], 0.0
-        )  # an absent block holds arbitrary numbers
-        return _without_own(torch.cat([found[..., :1], found], -1)[..., -L:]), tokens
-
-
-def add_keys(k: Tensor, state: DecodeState, *, num_columns: int, active: Tensor | None = None) -> None:
-    """Advance the state of `bucket_scores_step` by one token for every row, with the keys [N, G, K]."""
-    sums = _checked_sums("k", k, state, num_columns)
-    place, C = sums.position % sums.chunk_size, sums.chunk_size
-    with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
-        unit, full = unit_length(k.to(sums.blocks.dtype)), place == C - 1
-        if active is not None:
-            check_tensor("active", active, "N", {"N": len(k)}, k.device, BOOL)
-            unit, full = torch.where(active[:, None, None], unit, 0.0), full & active
-        kernels.add_keys(sums.k, sums.v, unit, sums.blocks, sums.position, full, sums.partition or FENWICK)
-        sums.position.add_(1 if active is None else active)
-
-
-def _checked_sums(name: str, x: Tensor, state: DecodeState, num_columns: int) -> FenwickState:
-    """Return the sums of a state; ValueError unless the queries or keys [N, G, K] and L columns fit them."""
-    if not isinstance(state, DecodeState):
-        raise ValueError(f"state must be a DecodeState (DecodeState.of(final_state)), got {type(state).__name__}")
-    sums, sizes = state.fenwick, state.sizes()
-    check_family("state", sums.beta is not None, False)
-    check_tensor(name, x, "NGK", sizes, sums.k.device)
-    partition = sums.partition or FENWICK
-    if sizes["C"] != partition.finest_block:
-        expected = f"{partition.finest_block}, the finest_block of its partition"
-        raise ValueError(f"state must have chunk_size {expected}, got {sizes['C']}")
-    check_tensor("state.blocks", sums.blocks, "NMGKK", sizes, sums.k.device, WIDE_FLOATS)
-    check_blocks(partition, whole_number("num_columns", num_columns), sizes["C"], sizes["M"])
-    check_state_dtype("state", sums, [x])
-    if is_transformed() or torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError(
-            f"a step has no derivatives, but {name} would need one: use torch.no_grad(), or bucket_scores with "
-            "initial_state"
-        )
-    return sums
 
 
 def zero_sums(
@@ -317,6 +237,6 @@ def _positions(problem: Problem) -> Tensor:
     return (token - start[sequence_of(token, ends)])[None]
 
 
-def _without_own(x: Tensor) -> Tensor:
+def without_own(x: Tensor) -> Tensor:
     """Return x [..., L] with 0 in column 0."""
     return torch.cat([torch.zeros_like(x[..., :1]), x[..., 1:]], -1)

@@ -180,12 +180,38 @@ class Token(NamedTuple):
             )
 
 
+def check_step(*token: Tensor | None, num_levels: int, state: DecodeState, active: Tensor | None, impl: str) -> None:
+    """Raise the ValueError of an operator's step, whose lambda is not known yet: [N, H, num_levels] in float32.
+
+    The lambda of a routed read comes from sums that change when they are read. Without this check they would have
+    changed when the step raises.
+
+    Args:
+        token: q, k, v, log_decay and, for the delta rule, beta, as in the steps.
+        num_levels: L.
+        state: The state that the step would change.
+        active: As in the steps.
+        impl: As in the steps.
+    """
+    q, k, v, log_decay, beta = (*token, None)[:5]
+    assert q is not None and k is not None and v is not None
+    level_scales = v.new_empty(1, dtype=torch.float32).expand(*v.shape[:2], num_levels)
+    Token(q, k, v, log_decay, beta, level_scales, state, 1.0, False, active).checked(delta_rule=len(token) == 5)
+    _unsupported(q, v, state, impl)
+
+
+def _unsupported(q: Tensor, v: Tensor, state: DecodeState, impl: str) -> str | None:
+    """Return the reason why triton does not support a step, or None; ValueError if impl is "triton" all the same."""
+    reason = impl_triton.unsupported_step(q, v, state)
+    if impl == "triton" and reason is not None:
+        raise ValueError(reason)
+    return reason
+
+
 @torch.no_grad()
 def _step(operator: str, token: Token, impl: str) -> Tensor:
     """Choose an implementation and run it."""
-    reason = impl_triton.unsupported_step(token.q, token.v, token.state)
-    if impl == "triton" and reason is not None:
-        raise ValueError(reason)
+    reason = _unsupported(token.q, token.v, token.state, impl)
     on_gpu = token.v.device.type == "cuda"
     chosen = ("triton" if reason is None and on_gpu else "torch") if impl == "auto" else impl
     announce(operator, chosen, reason if impl == "auto" and on_gpu else None)

@@ -1,7 +1,7 @@
 """The one-token kernels, compiled for compute capability 9.0 and started nowhere.
 
-As a program it prints for each of `CASES` and both families the machine's instructions for a minimum or maximum, as
-json. The interpreter must be off, so that tests start it as a process of its own.
+As a program it prints for each of `CASES`, for both families and for the scores, the machine's instructions for a
+minimum or maximum, as json. The interpreter must be off, so that tests start it as a process of its own.
 """
 
 import importlib
@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.resources import compiled_only, dump
 from loglinear.kernels.triton.args import DecodeState
+from loglinear.kernels.triton.bucket_scores import step as scores_step
 from loglinear.partition import FENWICK, Partition
 
 step = importlib.import_module("loglinear.kernels.triton.step")
@@ -20,6 +21,12 @@ step = importlib.import_module("loglinear.kernels.triton.step")
 CASES = {
     "radix 2": (FENWICK, 64, 11),
     "radix 4": (Partition(4), 64, 17),
+    "largest block": (Partition(4, 16, 64), 16, 10),
+}
+
+SCORES = {
+    "radix 2": (Partition(2, 64), 64, 11),
+    "radix 4": (Partition(4, 64), 64, 17),
     "largest block": (Partition(4, 16, 64), 16, 10),
 }
 
@@ -51,12 +58,33 @@ def compiled(partition, C, M, delta, N=3, H=2, K=16, V=16):
     return kernel
 
 
+def compiled_scores(partition, C, M, N=3, G=2, K=128):
+    """The kernel of the scores' step, whose chunks are finest blocks."""
+    state = DecodeState(
+        position=torch.zeros(N, dtype=torch.int64),
+        blocks=torch.empty(N, M, G, K, K),
+        k=torch.empty(N, C, G, K),
+        v=torch.empty(N, C, G, K),
+        decay=torch.empty(N, C, G),
+        beta=None,
+        inverse=None,
+    )
+    found = {}
+    with compiled_only(found):
+        scores_step(torch.empty(N, G, K), torch.empty(N, G, K), None, state, M + 1, partition)
+    (kernel,) = found.values()
+    return kernel
+
+
 def minima(kernel):
     return re.findall(r"VIMNMX[^;]*", dump(kernel, "sass"))
 
 
 def main():
-    found = {name: [minima(compiled(*case, delta)) for delta in (False, True)] for name, case in CASES.items()}
+    found = {
+        name: [*(minima(compiled(*case, delta)) for delta in (False, True)), minima(compiled_scores(*SCORES[name]))]
+        for name, case in CASES.items()
+    }
     print(json.dumps(found))
 
 

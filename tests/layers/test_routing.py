@@ -1,6 +1,7 @@
 """The routed read in a mixer: against its dense definition, and in packed, continued and decoded sequences."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from loglinear.layers import BucketWeights, Mixer, MixerDecodeState, MixerState, Packing, Routing
 from loglinear.layers.routing import SHARPNESS, keep_largest
+from loglinear.ops import DecodeState
 from loglinear.ops.problem import unit_length
 from loglinear.partition import Partition
 from loglinear.reference import (
@@ -165,6 +167,38 @@ def test_steps_are_the_whole(variant: str, partition: Partition, prompt: int) ->
                 assert all(torch.equal(a[1], b[1]) for a, b in zip(own.tensors, other.tensors, strict=True))
         y = mixer.step(x[:, t : t + 1], state)
         torch.testing.assert_close(y[:, 0], expected[:, t], rtol=1e-9, atol=1e-10)
+
+
+@both_families
+@pytest.mark.parametrize("fault", ["another state", "log decay", "triton in float64"])
+def test_a_step_that_raises_changes_no_state(variant: str, fault: str) -> None:
+    mixer, x = routed(variant, Partition(4, 4)), hidden(8).detach()
+    state = MixerDecodeState.of(mixer(x[:, :7], return_state=True)[1])
+    text = "state.blocks|v must have shape"
+    if fault == "another state":
+        own = state.decode.fenwick
+        sizes = dict(
+            num_levels=mixer.num_levels, chunk_size=own.chunk_size, groups=own.k.shape[2], partition=own.partition
+        )
+        heads = dict(heads=own.v.shape[2], key_dim=own.k.shape[3], value_dim=own.v.shape[3] + 1)
+        start = dict(delta_rule=own.beta is not None, dtype=torch.float64)
+        state = state._replace(decode=DecodeState.zeros(1, **sizes, **heads, **start))
+    elif fault == "log decay":
+        text = "log_decay must be at most 0"
+        operands = mixer._operands
+
+        def with_growth(source: Any, qkv: torch.Tensor) -> Any:
+            tensors, v = operands(source, qkv)
+            return [*tensors[:3], torch.ones_like(tensors[3]), *tensors[4:]], v
+
+        mixer._operands = with_growth
+    else:
+        text = "impl='torch'"
+        mixer.impl = "triton"
+    before = [part.clone() for part in state.tensors]
+    with pytest.raises(ValueError, match=text):
+        mixer.step(x[:, 7:], state)
+    assert all(torch.equal(*pair) for pair in zip(state.tensors, before, strict=True))
 
 
 @both_families

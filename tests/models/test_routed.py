@@ -34,10 +34,6 @@ MISTAKES = [
     (dict(routing="gram", decode_top_k=0), "decode_top_k must be an integer of at least 1 or None, got 0"),
     (dict(decode_top_k=2), "decode_top_k needs routing, got 2 with routing=None"),
     (
-        dict(routing="gram", impl="triton"),
-        "routing needs impl 'auto', 'torch' or 'reference', got 'triton': the scores' steps have no kernel",
-    ),
-    (
         dict(radix=16, finest_block=8192),
         "the partition must have a finest_block of at most 4096, got 8192",
     ),

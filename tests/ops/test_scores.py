@@ -7,7 +7,6 @@ import torch
 
 from loglinear.ops import DecodeState, bucket_scores, bucket_scores_step, bucket_tokens
 from loglinear.ops.problem import unit_length
-from loglinear.ops.scores import add_keys
 from loglinear.partition import FENWICK, Partition
 from loglinear.reference import dense_bucket_scores, dense_tokens_TL
 from tests.ops.operators import random_loss, relative_error
@@ -138,6 +137,27 @@ def test_steps_equal_the_whole_at_positions_of_their_own(partition):
 
 
 @every_partition
+@torch.no_grad()
+def test_a_step_by_the_recurrence_is_the_step(partition):
+    q, k = (x.detach() for x in inputs(T=40))
+    final = bucket_scores(q, k, num_columns=6, partition=partition, output_final_state=True).final_state
+    states, more = [DecodeState.of(final) for _ in range(2)], inputs(T=20)
+    for t, active in zip(range(20), [None, torch.tensor([True, False])] * 10, strict=True):
+        token = [x[:, t].detach() for x in more]
+        found = [
+            bucket_scores_step(*token, state, num_columns=6, active=active, impl=impl)
+            for state, impl in zip(states, ("torch", "reference"), strict=True)
+        ]
+        rows = slice(None) if active is None else active
+        torch.testing.assert_close(found[0][0][rows], found[1][0][rows], rtol=1e-11, atol=1e-11)
+        assert torch.equal(found[0][1], found[1][1])
+    held = bucket_tokens(states[0].fenwick.position, num_columns=6, partition=partition)[:, 1:] > 0
+    a, b = (state.fenwick.blocks[held] for state in states)
+    torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    assert torch.equal(states[0].fenwick.position, states[1].fenwick.position)
+
+
+@every_partition
 def test_second_derivatives_and_transforms(partition):
     q, k = inputs(B=1, T=11, G=1, K=2)
 
@@ -263,9 +283,8 @@ def test_a_step_refuses_a_state_that_holds_no_sums_of_keys(change, text):
     dims = dict(num_levels=5, chunk_size=4, groups=2, heads=2, key_dim=5, value_dim=5, delta_rule=False)
     state = DecodeState.zeros(2, partition=Partition(4, 4), dtype=torch.float64, **dims | change)
     q, k = (x[:, 0].detach() for x in inputs(T=1))
-    for step in (lambda: bucket_scores_step(q, k, state, num_columns=5), lambda: add_keys(k, state, num_columns=5)):
-        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-            step()
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        bucket_scores_step(q, k, state, num_columns=5)
     assert state.fenwick.position.tolist() == [0, 0]
 
 

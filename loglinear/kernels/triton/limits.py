@@ -14,6 +14,7 @@ from loglinear.partition import FENWICK, Partition
 MAX_HEAD_DIM = 256
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
 MAX_NUMBERS = 1 << 31  # in a row's blocks; a step counts them in 32 bits
+MAX_SUMS = 1024  # blocks whose scores a program of a step has in its registers
 
 
 def widest_value(is_delta_rule: bool) -> int:
@@ -70,12 +71,23 @@ def of_tokens(tokens: int, chunk_size: int, buffered: int | None) -> str | None:
 
 def of_step(blocks: Tensor, chunk_size: int, is_delta_rule: bool) -> str | None:
     """One token more of a state with blocks [N, M, H, K, V]."""
-    N, _, _, K, V = blocks.shape
+    K, V = blocks.shape[3:]
     if not SMALLEST_CHUNK <= chunk_size <= LARGEST_CHUNK:
         takes = f"impl='triton' takes {SMALLEST_CHUNK} to {LARGEST_CHUNK}"
         return f"a state with chunk_size {chunk_size} needs impl='torch': {takes}"
-    if (held := blocks.numel() // N) >= MAX_NUMBERS:
-        return (
-            f"a row with {held} numbers in its blocks needs impl='torch': impl='triton' takes less than {MAX_NUMBERS}"
-        )
-    return of_heads(K, V, is_delta_rule)
+    return of_row(blocks) or of_heads(K, V, is_delta_rule)
+
+
+def of_score_step(blocks: Tensor) -> str | None:
+    """The scores of one token more, from sums [N, M, G, K, K]."""
+    M, K = blocks.shape[1], blocks.shape[4]
+    if M > MAX_SUMS:
+        return f"sums of {M} blocks need impl='torch': the step of impl='triton' takes up to {MAX_SUMS}"
+    return of_row(blocks) or of_heads(K, K, False)
+
+
+def of_row(blocks: Tensor) -> str | None:
+    """The blocks [N, ...] of a row of a decoding state."""
+    if (held := blocks.numel() // len(blocks)) < MAX_NUMBERS:
+        return None
+    return f"a row with {held} numbers in its blocks needs impl='torch': impl='triton' takes less than {MAX_NUMBERS}"
