@@ -27,12 +27,11 @@ from loglinear.data.tokenizer import encode_prompt, load_tokenizer
 from loglinear.evaluation.padded import padded
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
-from loglinear.runs.checkpoints import resolve
-from loglinear.runs.folder import require_folder
+from loglinear.runs.checkpoints import resolve, step_of
+from loglinear.runs.folder import read_run, require_folder, run_recipe
 from loglinear.runs.json_files import write_object
 from loglinear.runs.metrics import read_metrics
 from loglinear.runs.provenance import command, versions
-from loglinear.training import load_model
 
 ROWS = 1024  # answers that are written at once
 NAMES = {TOP: "top 20 %", ALL: "all", LOWEST: "lowest 80 %"}
@@ -171,13 +170,13 @@ def run(
     from experiments.grpo import reinforce  # so that `show` and the figures need no TRL
 
     recipe = reinforcement(kind, tokens, str(base), miniature=miniature)
-    recipe = recipe.override(seed=seed, rounds=rounds, learning_rate=learning_rate)
+    steps = require_trained(base, base_recipe(kind, miniature=miniature).name, seed)
+    recipe = recipe.override(seed=seed, start_steps=steps, rounds=rounds, learning_rate=learning_rate)
     for folder in (results, results / "miniature"):
         require_folder(folder, "--results")
     file = result_file(results / "miniature" if miniature else results, f"rl-{kind}-{tokens}", seed)
     settings = {"examples": recipe.held_out}
     require_replaceable(file, recipe, settings)
-    start = load_model(resolve(base))
     trained = reinforce(recipe, out, lambda model: measure(model, recipe), minutes=minutes)
     if trained.interrupted:
         done = f"stopped at round {trained.step // recipe.updates} of {recipe.rounds}"
@@ -185,7 +184,7 @@ def run(
     metrics = read_metrics(out)
     result = {
         "seed": seed,
-        "parameters": start.num_parameters(),
+        "parameters": read_run(base)["parameters"],
         "command": command(),
         "versions": versions(),
         "recipe": recipe.to_dict(),
@@ -195,6 +194,24 @@ def run(
     file.parent.mkdir(parents=True, exist_ok=True)
     write_object(file, result)
     print(f"result: {file}")
+
+
+def require_trained(base: Path, name: str, seed: int) -> int:
+    """Return the steps of the trained model in a folder.
+
+    Raises ValueError, which names the difference, for a model of another recipe or seed, and for an unfinished one.
+    """
+    if not base.is_dir():
+        raise ValueError(f"there is no trained model {base}: run `python -m experiments.rl pretrain` first")
+    recipe = run_recipe(base)
+    if (recipe.name, recipe.seed) != (name, seed):
+        raise ValueError(f"--base {base} holds {recipe.name} of seed {recipe.seed}, expected {name} of seed {seed}")
+    done = step_of(resolve(base))
+    if done < recipe.steps:
+        raise ValueError(
+            f"--base {base} is trained for {done} of {recipe.steps} steps: run `pretrain` to its end first"
+        )
+    return recipe.steps
 
 
 def training_course(metrics: list[dict[str, Any]], recipe: Reinforcement) -> dict[str, Any]:
@@ -264,7 +281,7 @@ def scores(runs: Mapping[tuple[str, str], Sequence[Result]]) -> tuple[list[str],
     return columns, rows
 
 
-def _spread(values: list[float], factor: float) -> str:
+def _spread(values: Sequence[float], factor: float) -> str:
     """Return the mean and, of several, their standard deviation."""
     mean = f"{factor * float(np.mean(values)):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {factor * float(np.std(values, ddof=1)):.1f}"

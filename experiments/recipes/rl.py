@@ -60,6 +60,8 @@ class Reinforcement:
     """The tokens that learn, one of TOKENS: a fifth of highest entropy, all, or the others."""
     start: str
     """The folder of the trained model."""
+    start_steps: int
+    """The steps of its training."""
     task: str
     """The name of a Countdown."""
     seed: int = 0
@@ -116,6 +118,7 @@ def reinforcement(kind: str, tokens: str, start: str, *, miniature: bool = False
         name=f"rl_{kind}_{tokens}{'_miniature' * miniature}",
         tokens=tokens,
         start=start,
+        start_steps=base.steps,
         task=base.data[0],
         **(small if miniature else {}),  # type: ignore[arg-type]
     )

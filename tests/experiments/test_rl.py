@@ -151,6 +151,19 @@ def test_pieces_give_what_one_call_gives(base, tmp_path, monkeypatch):
         run(base, tmp_path / "whole", "all")
 
 
+def test_a_start_of_another_run_is_refused(base, tmp_path):
+    with pytest.raises(ValueError, match="holds rl_base_log_linear_miniature of seed 0, .* of seed 1"):
+        run(base, tmp_path, seed=1)
+    with pytest.raises(ValueError, match="_miniature of seed 0, expected rl_base_linear_miniature of seed 0"):
+        rl.run("linear", "all", base, tmp_path / "run", miniature=True, results=tmp_path)
+    with pytest.raises(ValueError, match="there is no trained model .*: run `python -m experiments.rl pretrain` first"):
+        run(tmp_path / "nothing", tmp_path)
+    with pytest.raises(Interrupted):
+        rl.pretrain("linear", tmp_path / "half", miniature=True, steps=3, minutes=1e-9, results=tmp_path)
+    with pytest.raises(ValueError, match="is trained for 1 of 3 steps: run `pretrain` to its end first"):
+        rl.run("linear", "all", tmp_path / "half", tmp_path / "run", miniature=True, results=tmp_path)
+
+
 def made_up(kind, tokens, seed, before, after):
     curve = [
         {"round": number, "accuracy": share, "greedy": share + 0.1, "any": 1.0, "length": 20 + number, "ended": 1.0}
