@@ -19,7 +19,7 @@ SIZES = {"100k": 32, "270k": 64, "500k": 96, "1100k": 160, "2000k": 224}
 LAYERS = 2
 HEAD = 32  # numbers of a key and of a value
 SMALL_BLOCKS = Partition(radix=4, finest_block=4)  # a token of the routed read sees up to seven buckets
-STEPS, MINIATURE_STEPS = 20_000, 300
+STEPS, MINIATURE_STEPS = 5_000, 300
 RATE = 0.3  # learning rate times the width; not searched
 DELTA = {"variant": "gated_delta_net", "num_groups": None}  # queries and keys of their own for each head, as published
 

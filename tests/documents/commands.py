@@ -59,6 +59,11 @@ CAPACITY = "tests/experiments/test_capacity.py::test_a_miniature_memorises_and_p
 PRETRAINED = "tests/experiments/test_rl.py::test_the_trained_model_is_tested"
 ROUNDS = "tests/experiments/test_rl.py::test_pieces_give_what_one_call_gives"
 SCORES = "tests/experiments/test_rl.py::test_the_table_has_means_and_deviations"
+DESCENT = (
+    "tests/experiments/test_descent.py"
+    "::test_a_miniature_measures_memory_and_membership_and_pieces_give_what_one_call_gives"
+)
+DESCENTS = "tests/experiments/test_descent.py::test_the_tables_have_ratios_scores_and_laws"
 CAPACITIES = "tests/experiments/test_capacity.py::test_the_tables_have_means_ranges_and_marks"
 MINIATURE = "tests/experiments/test_corpus.py::test_the_miniature_is_made_of_the_standard_library_without_a_download"
 TESTED = {
@@ -96,6 +101,11 @@ TESTED = {
     "--miniature": ROUNDS,
     "python -m experiments.rl show": SCORES,
     "python -m experiments.rl show --results results/miniature": SCORES,
+    "python -m experiments.descent reference --kind linear --out runs/miniature/reference --miniature": DESCENT,
+    "python -m experiments.descent run --kind linear --load 1 --reference runs/miniature/reference "
+    "--out runs/miniature/descent --miniature": DESCENT,
+    "python -m experiments.descent show": DESCENTS,
+    "python -m experiments.descent show --results results/miniature": DESCENTS,
     "python -m experiments.long_text prepare --miniature": MINIATURE,
     "python -m experiments.long_text run --kind log_linear --out runs/miniature/log_linear --miniature": LONG_TEXT,
     "python -m experiments.ablations run --choice unit --out runs/miniature/unit --miniature": LONG_TEXT,
@@ -123,6 +133,10 @@ READ = {
         "python -m experiments.ablations run --choice unit --out runs/ablations/unit --minutes 9",
         "python -m experiments.capacity run --kind transformer --size 100k --load 2 --dtype bfloat16 "
         "--out runs/capacity/transformer-100k-2 --minutes 9",
+        "python -m experiments.descent reference --kind transformer --out runs/descent/transformer-reference "
+        "--minutes 9",
+        "python -m experiments.descent run --kind transformer --load 1 --reference runs/descent/transformer-reference "
+        "--out runs/descent/transformer-1 --minutes 9",
         "python -m experiments.long_text run --kind KIND --windows 16k --out runs/long_text/KIND --minutes 9",
         "python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9",
         "python -m experiments.rl pretrain --kind log_linear --seed 0 --out runs/rl/log_linear-0 --minutes 9",
