@@ -193,7 +193,8 @@ class TokenMixer(nn.Module):
             check_step(*tokens, num_levels=L, state=state.decode, active=active, impl=impl)
             scores, counts = bucket_scores_step(q, k, state.sums, num_columns=L, active=active, impl=impl)
             weights = keep_largest(self.bucket_weights(x, scores[:, None], counts[:, None]), self.decode_top_k)
-        y = self.operator_step(*tokens, weights[:, 0], state.decode, active=active, **self._options)
+        options = self._options | dict(active=active, sparse=self.decode_top_k is not None)
+        y = self.operator_step(*tokens, weights[:, 0], state.decode, **options)
         state.conv.copy_(conv_state if active is None else torch.where(active[:, None, None], conv_state, state.conv))
         return self._output(y[:, None], v, z)
 

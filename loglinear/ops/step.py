@@ -49,6 +49,7 @@ def log_linear_attention_step(
     *,
     scale: float = 1.0,
     active: Tensor | None = None,
+    sparse: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Return the output of `log_linear_attention` for the next token of every row, and advance `state` in place.
@@ -66,6 +67,8 @@ def log_linear_attention_step(
             place. It is float64 if an input is, and float32 otherwise.
         scale: The factor of q.
         active: [N] bool. An inactive row gets output 0 and keeps its state. None: all rows are active.
+        sparse: True if most lambdas are 0, as with few buckets. triton then does not read their blocks; torch on a CPU
+            counts by itself. The output is the same.
         impl: "auto", "triton" (one launch), "torch" or "reference" (the recurrence). "auto" chooses triton on a GPU if
             it supports the step, and torch otherwise. triton supports every partition, with chunks of 16 to 128 tokens.
 
@@ -77,7 +80,7 @@ def log_linear_attention_step(
             message names the argument, its value and the expected one.
     """
     one_of("impl of a step", impl, STEPS)
-    token = Token(q, k, v, log_decay, None, level_scales, state, scale, False, active)
+    token = Token(q, k, v, log_decay, None, level_scales, state, scale, False, active, sparse)
     return _step("log_linear_attention_step", token.checked(delta_rule=False), impl)
 
 
@@ -93,6 +96,7 @@ def log_linear_delta_rule_step(
     scale: float = 1.0,
     l2_normalize: bool = False,
     active: Tensor | None = None,
+    sparse: bool = False,
     impl: str = "auto",
 ) -> Tensor:
     """Return the output of `log_linear_delta_rule` for the next token of every row, and advance `state` in place.
@@ -112,6 +116,8 @@ def log_linear_delta_rule_step(
         scale: The factor of q.
         l2_normalize: True to first scale q and k to length 1, x / sqrt(|x|^2 + 1e-6).
         active: [N] bool. An inactive row gets output 0 and keeps its state. None: all rows are active.
+        sparse: True if most lambdas are 0, as with few buckets. triton then does not read their blocks; torch on a CPU
+            counts by itself. The output is the same.
         impl: "auto", "triton", "torch" or "reference", as in `log_linear_attention_step`.
 
     Returns:
@@ -121,7 +127,7 @@ def log_linear_delta_rule_step(
         ValueError: An argument does not fit, an input requires gradients, or impl does not support the step.
     """
     one_of("impl of a step", impl, STEPS)
-    token = Token(q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active)
+    token = Token(q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active, sparse)
     return _step("log_linear_delta_rule_step", token.checked(delta_rule=True), impl)
 
 
@@ -138,6 +144,7 @@ class Token(NamedTuple):
     scale: float
     l2_normalize: bool
     active: Tensor | None
+    sparse: bool
 
     def checked(self, *, delta_rule: bool) -> Token:
         """Return the same call with normalised arguments and zeros for no decay.
@@ -156,6 +163,7 @@ class Token(NamedTuple):
             check_tensor("active", self.active, "N", sizes, fenwick.k.device, BOOL)
         check_log_decay(self.log_decay, self.active)
         flag("l2_normalize", self.l2_normalize)
+        flag("sparse", self.sparse)
         self.refuse_derivatives(TOKENS[delta_rule])
         check_state_dtype("state", fenwick, [getattr(self, name) for name in TOKENS[delta_rule]])
         scale, log_decay = finite_number("scale", self.scale), self.log_decay
@@ -196,7 +204,7 @@ def check_step(*token: Tensor | None, num_levels: int, state: DecodeState, activ
     q, k, v, log_decay, beta = (*token, None)[:5]
     assert q is not None and k is not None and v is not None
     level_scales = v.new_empty(1, dtype=torch.float32).expand(*v.shape[:2], num_levels)
-    Token(q, k, v, log_decay, beta, level_scales, state, 1.0, False, active).checked(delta_rule=len(token) == 5)
+    Token(q, k, v, log_decay, beta, level_scales, state, 1.0, False, active, False).checked(delta_rule=len(token) == 5)
     _unsupported(q, v, state, impl)
 
 
@@ -224,17 +232,17 @@ def _step(operator: str, token: Token, impl: str) -> Tensor:
     from loglinear.kernels.triton.args import DecodeState as Arrays
     from loglinear.kernels.triton.step import Operands, step
 
-    q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active = token
+    q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active, sparse = token
     assert log_decay is not None
     s = state.fenwick
     arrays = Arrays(s.position, s.blocks, s.k, s.v, s.log_decay, s.beta, state.inverse)
     operands = Operands(q, k, v, log_decay, beta, level_scales, active)
-    return step(operands, arrays, scale, l2_normalize, s.partition or FENWICK)
+    return step(operands, arrays, scale, l2_normalize, s.partition or FENWICK, sparse)
 
 
 def _reference_step(token: Token) -> Tensor:
     """Run the recurrence in the state's dtype."""
-    q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active = token
+    q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active, _ = token
     if l2_normalize:
         q, k = unit_length(q), unit_length(k)
     assert log_decay is not None
@@ -261,7 +269,7 @@ def _reference_step(token: Token) -> Tensor:
 
 def _torch_step(token: Token) -> Tensor:
     """Run one row of the chunk formulas in plain torch."""
-    q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active = token
+    q, k, v, log_decay, beta, level_scales, state, scale, l2_normalize, active, _ = token
     assert log_decay is not None
     s, dtype, partition = state.fenwick, state.fenwick.blocks.dtype, state.fenwick.partition or FENWICK
     if l2_normalize:

@@ -58,3 +58,14 @@ def blocks_error(actual: DecodeState, expected: DecodeState) -> float:
     return float(
         (errors.norm(dim=2).amax(1) / blocks.norm(dim=2).amax(1).clamp(min=1e-300)).nan_to_num(torch.inf).max()
     )
+
+
+def sparse_tokens(operator, state, columns):
+    """A state in the middle of a chunk, with NaN in the blocks whose lambda is 0 in the token; and one with 0 there."""
+    token = tokens_for(operator, state, 1, columns)[0]
+    scales = token["level_scales"] = token["level_scales"].clone()
+    scales[..., 1::2] = 0
+    M = state.blocks.shape[1]
+    dropped = (scales[..., -M:] == 0).mT[..., None, None].expand_as(state.blocks)
+    poisoned = state._replace(blocks=state.blocks.masked_fill(dropped, torch.nan))
+    return token, poisoned, state._replace(blocks=state.blocks.masked_fill(dropped, 0.0))

@@ -31,7 +31,7 @@ SCORES = {
 }
 
 
-def compiled(partition, C, M, delta, N=3, H=2, K=16, V=16):
+def compiled(partition, C, M, delta, N=3, H=2, K=16, V=16, sparse=False):
     """The step's kernel for rows of one group."""
     x = step.Operands(
         q=torch.empty(N, 1, K),
@@ -53,7 +53,7 @@ def compiled(partition, C, M, delta, N=3, H=2, K=16, V=16):
     )
     found = {}
     with compiled_only(found):
-        step.step(x, state, 1.0, delta, partition)
+        step.step(x, state, 1.0, delta, partition, sparse)
     (kernel,) = found.values()
     return kernel
 
@@ -82,7 +82,10 @@ def minima(kernel):
 
 def main():
     found = {
-        name: [*(minima(compiled(*case, delta)) for delta in (False, True)), minima(compiled_scores(*SCORES[name]))]
+        name: [
+            *(minima(compiled(*case, delta, sparse=sparse)) for delta in (False, True) for sparse in (False, True)),
+            minima(compiled_scores(*SCORES[name])),
+        ]
         for name, case in CASES.items()
     }
     print(json.dumps(found))

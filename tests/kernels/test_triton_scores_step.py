@@ -1,13 +1,17 @@
 """The kernel of the scores' step under the interpreter: against plain torch and the recurrence in float64."""
 
+import copy
 import importlib
 import re
 
 import pytest
 import torch
 
+from loglinear.layers import Mixer, MixerDecodeState, MixerState, Routing
 from loglinear.ops import DecodeState, bucket_scores, bucket_scores_step
+from loglinear.ops.announcement import announced
 from loglinear.partition import FENWICK, Partition
+from loglinear.variants import HeadSizes
 from tests.kernels.interpreter import teach_interpreter
 from tests.kernels.score_steps import CASES, full_sums, largest_error, many_carries, queries_and_keys, step_error
 from tests.kernels.stepping import blocks_error, decoding
@@ -184,3 +188,28 @@ def test_a_row_of_more_numbers_than_the_kernel_counts_is_named(monkeypatch):
     (q, k), decode = queries_and_keys(state, 1)[0], decoding(state, torch.float32)
     with pytest.raises(ValueError, match=f"^{text}$"):
         bucket_scores_step(q.float(), k.float(), decode, num_columns=5, impl="triton")
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])
+@torch.no_grad()
+def test_a_routed_layer_decodes_with_the_kernels_alone(variant, top_k):
+    """A prompt in float64, then steps in float64 by torch and in float32 by both kernels."""
+    heads, partition = HeadSizes(num_heads=2, num_groups=1, key_dim=5, head_dim=3), Partition(4, 16)
+    options = dict(variant=variant, num_levels=6, partition=partition, chunk_size=16, routing=Routing(top_k=top_k))
+    torch.manual_seed(0)
+    exact = Mixer(8, heads, **options).double().eval()
+    for p in exact.bucket_weights.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    actual = copy.deepcopy(exact).float()
+    actual.impl = "triton"
+    x = torch.randn(2, 16 * 5 + 19, 8, dtype=torch.float64)
+    _, state = exact(x[:, :-8], return_state=True)
+    parts = [s.with_tensors(y.float() if y.is_floating_point() else y for y in s.tensors) for s in state[1:]]
+    states = MixerDecodeState.of(state), MixerDecodeState.of(MixerState(state.conv.float(), *parts))
+    with announced() as lines:
+        for t in range(x.shape[1] - 8, x.shape[1]):
+            token = x[:, t : t + 1]
+            found, expected = actual.step(token.float(), states[1]), exact.step(token, states[0])
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    assert "bucket_scores_step runs with impl='triton'" in lines

@@ -5,7 +5,7 @@ import torch
 
 from loglinear.ops import DecodeState, FenwickState
 from loglinear.partition import FENWICK, Partition
-from tests.kernels.stepping import blocks_error, decoding, full_state, step_of, tokens_for
+from tests.kernels.stepping import blocks_error, decoding, full_state, sparse_tokens, step_of, tokens_for
 from tests.ops.operators import relative_error
 
 pytestmark = pytest.mark.gpu
@@ -63,6 +63,19 @@ def test_steps_of_many_rows(operator, partition, C, columns):
     dims = dict(groups=4, heads=4, key_dim=128, value_dim=128)
     state = full_state(operator, partition, positions, columns, C, "cuda", **dims)
     check_steps(operator, state, columns, torch.float32)
+
+
+@pytest.mark.parametrize("partition, C, columns", CASES, ids=str)
+def test_blocks_whose_lambda_is_0_are_not_read(operator, partition, C, columns):
+    r = partition.radix
+    positions = [C * r**2 + 3, C * (r + 1), C * (r**3 - 1) + C // 2]
+    dims = dict(groups=2, heads=4, key_dim=64, value_dim=80)
+    state = full_state(operator, partition, positions, columns, C, "cuda", **dims)
+    token, poisoned, exact = sparse_tokens(operator, state, columns)
+    expected = step_of(operator)(*token.values(), decoding(exact), impl="torch")
+    token = [x.float() for x in token.values()]
+    found = step_of(operator)(*token, decoding(poisoned, torch.float32), impl="triton", sparse=True)
+    assert max(relative_error(y, e) for y, e in zip(found, expected, strict=True)) < FLOAT32
 
 
 def check_steps(operator, state, columns, dtype):

@@ -6,7 +6,7 @@ import torch
 from loglinear.ops import DecodeState
 from loglinear.partition import FENWICK, Partition
 from tests.kernels.interpreter import teach_interpreter
-from tests.kernels.stepping import blocks_error, decoding, full_state, step_of, tokens_for
+from tests.kernels.stepping import blocks_error, decoding, full_state, sparse_tokens, step_of, tokens_for
 from tests.ops.operators import relative_error
 
 pytest.importorskip("triton")
@@ -108,6 +108,20 @@ def test_groups_wide_heads_scale_and_unit_length(operator, partition, columns, s
     states = decoding(state), decoding(state, torch.float32)
     for token in tokens_for(operator, state, 2, columns):
         assert compare(operator, states, token, **options) < FLOAT32
+
+
+@every_case
+def test_blocks_whose_lambda_is_0_are_not_read(operator, partition, C, columns):
+    r = partition.radix
+    state = full_state(operator, partition, [C * r**2 + 3, C * (r + 1), C * (r**3 - 1) + C // 2], columns, C)
+    token, poisoned, exact = sparse_tokens(operator, state, columns)
+    expected = step_of(operator)(*token.values(), decoding(exact), impl="reference")
+    token = [x.float() for x in token.values()]
+    found = step_of(operator)(*token, decoding(poisoned, torch.float32), impl="triton", sparse=True)
+    assert relative_error(found, expected) < FLOAT32
+    states = [decoding(state, torch.float32) for _ in range(2)]
+    outputs = [step_of(operator)(*token, s, impl="triton", sparse=i == 1) for i, s in enumerate(states)]
+    assert torch.equal(*outputs)
 
 
 def test_rows_that_are_not_active_keep_their_state(operator):

@@ -126,14 +126,18 @@ def read_blocks(
     TK: tl.constexpr,
     BV: tl.constexpr,
     UNROLL: tl.constexpr,
+    SPARSE: tl.constexpr,
 ):
     """read + sum_m lambda_m diag(x) S_m, over the blocks that are there, of rows of K: their sum is the output. No sum
-    over threads in the loop, so that the loads of UNROLL blocks are under way together."""
+    over threads in the loop, so that the loads of UNROLL blocks are under way together. SPARSE: a block whose lambda is
+    0 is not read, so each load waits for its lambda."""
     for first in range(0, TREE.blocks, UNROLL):
         for u in tl.static_range(UNROLL):
             m = first + u
             there = (m < TREE.blocks) & is_block(z, m, TREE)
             scale = tl.load(scales + tl.minimum(m + TREE.column, L - 1), mask=there, other=0.0).to(tl.float32)
+            if SPARSE:
+                there = there & (scale != 0)
             state_TV = load_part(blocks + m * step, first_row, first_column, there, K, V, TK, BV)
             read_TV += (scale * x_T)[:, None] * state_TV
     return read_TV

@@ -54,13 +54,15 @@ class Operands(NamedTuple):
     active: Tensor | None  # [N]
 
 
-def step(x: Operands, state: DecodeState, scale: float, l2_normalize: bool, partition: Partition) -> Tensor:
+def step(
+    x: Operands, state: DecodeState, scale: float, l2_normalize: bool, partition: Partition, sparse: bool = False
+) -> Tensor:
     """Return the outputs of `operator`, through it only if something records or transforms the call."""
     tensors = (*x, *state)
     if is_traced() or not all(type(y) in PLAIN for y in tensors):
-        return operator(*x, *state, scale, l2_normalize, partition.numbers)
+        return operator(*x, *state, scale, l2_normalize, partition.numbers, sparse)
     torch.autograd.graph.increment_version([y for y in state if y is not None])  # as the operator does
-    return _run(x, state, scale, l2_normalize, partition)
+    return _run(x, state, scale, l2_normalize, partition, sparse)
 
 
 @torch.library.custom_op("loglinear::step", mutates_args=STATE)
@@ -82,13 +84,15 @@ def operator(
     scale: float,
     l2_normalize: bool,
     partition: list[int],
+    sparse: bool,
 ) -> Tensor:
     """Outputs [N,H,V] of one token for each row that is active [N] (None: all are), 0 for others, and the state after
     it. q, k [N,G,K], v [N,H,V], log_decay, beta [N,H], level_scales [N,H,L]; the state's parts as in `FenwickState`.
-    The delta rule with beta, else the scalar gate. `partition` holds the numbers of a `Partition`."""
+    The delta rule with beta, else the scalar gate. `partition` holds the numbers of a `Partition`.
+    sparse: blocks whose lambda is 0 are not read."""
     x = Operands(q, k, v, log_decay, beta, level_scales, active)
     state = DecodeState(position, blocks, k_buffer, v_buffer, decay_buffer, beta_buffer, inverse)
-    return _run(x, state, scale, l2_normalize, Partition.of(partition))
+    return _run(x, state, scale, l2_normalize, Partition.of(partition), sparse)
 
 
 @operator.register_fake
@@ -96,7 +100,9 @@ def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
     return torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
-def _run(x: Operands, state: DecodeState, scale: float, l2_normalize: bool, partition: Partition) -> Tensor:
+def _run(
+    x: Operands, state: DecodeState, scale: float, l2_normalize: bool, partition: Partition, sparse: bool
+) -> Tensor:
     """Start the kernel of the token's family."""
     q, k, v, level_scales = (y if y.stride(-1) == 1 else y.contiguous() for y in (x.q, x.k, x.v, x.level_scales))
     active = None if x.active is None else x.active.contiguous()  # a mask's column has a stride
@@ -123,6 +129,7 @@ def _run(x: Operands, state: DecodeState, scale: float, l2_normalize: bool, part
         TREE=StateTree.of(partition, C, state.blocks.shape[1]),
         BV=BV,
         UNROLL=BLOCKS // BV,
+        SPARSE=sparse,
         num_stages=1,
         **options,
     )

@@ -103,6 +103,7 @@ def step_kernel(
     TK: tl.constexpr,
     BV: tl.constexpr,
     UNROLL: tl.constexpr,
+    SPARSE: tl.constexpr,
     UNIT: tl.constexpr,
 ):
     """Reads q, k, v and the gates of the new tokens; changes the state; writes out [N, H, V]. UNIT: q and k are first
@@ -177,7 +178,7 @@ def step_kernel(
         x_T = load_token(q_row, j, j < K) * (tl.exp2(total) * q_scale)
         x_T -= tl.sum((effective * from_start)[:, None] * k_CT, 0)
         read_TV = read_blocks(
-            read_TV, x_T, scales, z, L, blocks, H * (K * V), kt, tile * BV, K, V, TREE, TK, BV, UNROLL
+            read_TV, x_T, scales, z, L, blocks, H * (K * V), kt, tile * BV, K, V, TREE, TK, BV, UNROLL, SPARSE
         )
     o_V += tl.sum(read_TV, 0)
     tl.store(out + columns, o_V.to(out.dtype.element_ty), mask=inside)

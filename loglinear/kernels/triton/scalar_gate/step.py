@@ -53,6 +53,7 @@ def step_kernel(
     TK: tl.constexpr,
     BV: tl.constexpr,
     UNROLL: tl.constexpr,
+    SPARSE: tl.constexpr,
 ):
     """Reads q, k, v and the gates of the new tokens; changes the state; writes out [N, H, V]."""
     TILES: tl.constexpr = (V + BV - 1) // BV
@@ -93,7 +94,7 @@ def step_kernel(
         j = kt + tl.arange(0, TK)
         q_T = load_token(q_row, j, j < K)
         read_TV = read_blocks(
-            read_TV, q_T, scales, z, L, blocks, H * (K * V), kt, tile * BV, K, V, TREE, TK, BV, UNROLL
+            read_TV, q_T, scales, z, L, blocks, H * (K * V), kt, tile * BV, K, V, TREE, TK, BV, UNROLL, SPARSE
         )
     o_V = (o_V + tl.sum(read_TV, 0) * tl.exp2(total)) * scale
     tl.store(out + columns, o_V.to(out.dtype.element_ty), mask=inside)
