@@ -28,7 +28,14 @@ from benchmarks.decoding_models import MODELS, build, cache_at
 from benchmarks.machine import about, announce, check_options, command_line, keep, progress_bar
 from loglinear.cli.console import print_table
 from loglinear.models import LogLinearCache, LogLinearConfig, LogLinearForCausalLM
-from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.ops import (
+    DecodeState,
+    FenwickState,
+    bucket_scores_step,
+    log_linear_attention_step,
+    log_linear_delta_rule_step,
+)
+from loglinear.ops.scores import zero_sums
 from loglinear.partition import FENWICK, Partition
 from loglinear.recipes import get_recipe
 
@@ -38,12 +45,13 @@ LAYERS = {  # G, H, K, V
 }
 LAYER_CONTEXT, LAYER_STEPS, CHUNK = 65_536, 1024, 64
 PARTITIONS = (FENWICK, Partition(4, CHUNK), Partition(16, CHUNK))
+ROUTED, FEW = PARTITIONS[-1], (2, 4, 8)  # numbers of `decode_top_k`
 CONTEXTS, BATCHES = (1024, 16_384, 131_072), (1, 64)
 MODEL_STEPS = 50
 
 
-def step_bytes(position: int, state: FenwickState) -> int:
-    """Return the bytes of one row's step: its blocks, the rows of its chunk, and at a chunk's end the merged blocks."""
+def step_bytes(position: int, state: FenwickState, top_k: int | None = None) -> int:
+    """Return the bytes of one row's step: the blocks that it reads, its chunk, and at a chunk's end all blocks."""
     (M, H, K, V), G, delta = state.blocks.shape[1:], state.k.shape[2], state.beta is not None
     partition = state.partition or FENWICK
     place, chunks = position % CHUNK, position // CHUNK
@@ -55,7 +63,19 @@ def step_bytes(position: int, state: FenwickState) -> int:
     row = 4 * (G * K + H * V + H * (2 if delta else 1))
     chunk = (place + 1) * row + (4 * H * (place * place + CHUNK) if delta else 0)
     end = (active(chunks) + active(chunks + 1)) * block if place == CHUNK - 1 else 0
-    return active(chunks) * block + chunk + end
+    read = active(chunks) if top_k is None else min(top_k, active(chunks))
+    return read * block + chunk + end
+
+
+def few_scales(state: FenwickState, L: int, position: int, top_k: int) -> torch.Tensor:
+    """Return lambdas [N, H, L]: 0 but for the own block and `top_k` others that are there at this position."""
+    (N, M, H), partition = state.blocks.shape[:3], state.partition or FENWICK
+    numbers = [m for m in range(M) if partition.has_block(position // CHUNK, m, M, CHUNK)]
+    columns = torch.tensor([partition.block_column(m, L, CHUNK) for m in numbers], device=state.k.device)
+    chosen = columns[torch.rand(N, H, len(columns), device=columns.device).argsort(-1)[..., :top_k]]
+    scales = torch.zeros(N, H, L, device=columns.device).scatter_(2, chosen, 1.0)
+    scales[..., 0] = 1.0
+    return scales
 
 
 def copy_bandwidth() -> float:
@@ -91,8 +111,11 @@ def captured(run: Callable[[], Any], steps: int = 1) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def layer_row(name: str, partition: Partition, N: int, bandwidth: float) -> dict[str, Any]:
-    """Return the time, the bytes and the share of the bandwidth of a layer's step with N rows."""
+def layer_row(name: str, partition: Partition, N: int, bandwidth: float, top_k: int | None = None) -> dict[str, Any]:
+    """Return the time, the bytes and the share of the bandwidth of a layer's step with N rows that reads all blocks.
+
+    With `top_k` each head reads only so many.
+    """
     G, H, K, V = LAYERS[name]
     L, delta = partition.num_columns(LAYER_CONTEXT), name.startswith("delta")
     sizes = dict(num_levels=L, chunk_size=CHUNK, groups=G, heads=H, key_dim=K, value_dim=V, delta_rule=delta)
@@ -101,20 +124,47 @@ def layer_row(name: str, partition: Partition, N: int, bandwidth: float) -> dict
     decode, start = DecodeState.of(state), LAYER_CONTEXT - LAYER_STEPS
     q, k = (torch.randn(N, G, K, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     v, gates = torch.randn(N, H, V, device="cuda", dtype=torch.bfloat16), torch.rand(2, N, H, device="cuda")
-    scales = torch.rand(N, H, L, device="cuda")
+    scales = torch.rand(N, H, L, device="cuda") if top_k is None else few_scales(state, L, start, top_k)
+    options: dict[str, Any] = dict(impl="triton", sparse=top_k is not None)
 
     def step() -> None:
         if delta:
-            log_linear_delta_rule_step(q, k, v, -gates[0], gates[1], scales, decode, l2_normalize=True, impl="triton")
+            log_linear_delta_rule_step(q, k, v, -gates[0], gates[1], scales, decode, l2_normalize=True, **options)
         else:
-            log_linear_attention_step(q, k, v, -gates[0], scales, decode, impl="triton")
+            log_linear_attention_step(q, k, v, -gates[0], scales, decode, **options)
 
-    graph = captured(step, CHUNK)
-    decode.fenwick.position.fill_(start - CHUNK)  # one replay warms up
-    seconds = sum(times(graph.replay, LAYER_STEPS // CHUNK)) / 1e3 / LAYER_STEPS
-    moved = N * sum(step_bytes(start + t, state) for t in range(LAYER_STEPS)) / LAYER_STEPS
+    seconds = seconds_of(step, decode)
+    moved = N * sum(step_bytes(start + t, state, top_k) for t in range(LAYER_STEPS)) / LAYER_STEPS
+    label = name if partition == FENWICK else f"{name}, radix {partition.radix}, blocks of {CHUNK}"
     return {
-        "layer": name if partition == FENWICK else f"{name}, radix {partition.radix}, blocks of {CHUNK}",
+        "layer": label if top_k is None else f"{label}, {top_k} of them read",
+        "N": N,
+        "T": LAYER_CONTEXT,
+        "us": seconds * 1e6,
+        "mib_per_step": moved / 2**20,
+        "bandwidth_share": moved / seconds / bandwidth,
+    }
+
+
+def seconds_of(step: Callable[[], Any], state: DecodeState) -> float:
+    """Return the time of one of the `LAYER_STEPS` steps up to the context, from replayed graphs of 64."""
+    graph = captured(step, CHUNK)
+    state.fenwick.position.fill_(LAYER_CONTEXT - LAYER_STEPS - CHUNK)  # one replay warms up
+    return sum(times(graph.replay, LAYER_STEPS // CHUNK)) / 1e3 / LAYER_STEPS
+
+
+def scores_row(name: str, N: int, bandwidth: float) -> dict[str, Any]:
+    """Return the row of the scores' step of a routed layer."""
+    G, _, K, _ = LAYERS[name]
+    L = ROUTED.num_columns(LAYER_CONTEXT)
+    sums = zero_sums(N, num_columns=L, groups=G, key_dim=K, partition=ROUTED, device="cuda")
+    decode = DecodeState.of(sums)
+    q, k = (torch.randn(N, G, K, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    seconds = seconds_of(lambda: bucket_scores_step(q, k, decode, num_columns=L, impl="triton"), decode)
+    start = LAYER_CONTEXT - LAYER_STEPS
+    moved = N * sum(step_bytes(start + t, sums) for t in range(LAYER_STEPS)) / LAYER_STEPS
+    return {
+        "layer": f"scores of {name}, radix {ROUTED.radix}, blocks of {CHUNK}",
         "N": N,
         "T": LAYER_CONTEXT,
         "us": seconds * 1e6,
@@ -149,9 +199,13 @@ def on_gpu(progress: Progress, keep: Callable[[list[dict[str, Any]]], None], mod
     """Return the rows of all layers and, if `models`, of all models. `keep` is called after every model's row."""
     bandwidth = copy_bandwidth()
     rows: list[dict[str, Any]] = [{"copy_gb_per_second": bandwidth / 1e9}]
-    task = progress.add_task("layers", total=len(LAYERS) * len(PARTITIONS) * len(BATCHES) + len(MODELS) * models)
-    for name, N, partition in itertools.product(LAYERS, BATCHES, PARTITIONS):
-        rows.append(layer_row(name, partition, N, bandwidth))
+    reads = [(partition, None) for partition in PARTITIONS] + [(ROUTED, top_k) for top_k in FEW]
+    task = progress.add_task("layers", total=len(LAYERS) * (len(reads) + 1) * len(BATCHES) + len(MODELS) * models)
+    for name, N in itertools.product(LAYERS, BATCHES):
+        for partition, top_k in reads:
+            rows.append(layer_row(name, partition, N, bandwidth, top_k))
+            progress.advance(task)
+        rows.append(scores_row(name, N, bandwidth))
         progress.advance(task)
     keep(rows)
     for name in MODELS if models else ():
