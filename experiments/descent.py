@@ -29,6 +29,7 @@ from loglinear.evaluation import evaluate_membership
 from loglinear.models import ByteTokenizer, LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
 from loglinear.recipes.recipe import DTYPES
+from loglinear.runs.checkpoints import last_checkpoint, step_of
 from loglinear.runs.folder import run_recipe
 from loglinear.training import load_model
 
@@ -89,8 +90,9 @@ def run(
     --out runs/descent/transformer-1 --minutes 9
     """
     dtype = dtype or default_dtype()
-    recipe = descent(kind, load, data=_text(data, options), dtype=dtype, miniature=options.miniature)
-    require_reference(reference, recipe)
+    given: dict[str, Any] = dict(data=_text(data, options), dtype=dtype, miniature=options.miniature)
+    recipe, expected = descent(kind, load, **given), descent(kind, None, **given)
+    require_reference(reference, expected)
 
     def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe) -> dict[str, Any]:
         return measure(model, load_model(reference, device=str(model.device)), recipe)
@@ -117,14 +119,17 @@ def _reference_corpora(recipe: TrainingRecipe) -> tuple[Corpus, Corpus]:
     return pieces_of(recipe).reference_corpora()
 
 
-def require_reference(folder: Path, recipe: TrainingRecipe) -> None:
-    """Raise ValueError unless a folder holds the run of a reference model for the data of a recipe."""
-    other = run_recipe(folder)
-    if not other.name.startswith("descent_") or "_reference_" not in other.name:
-        raise ValueError(f"--reference {folder} holds a run of {other.name}, expected one of `reference`")
-    ours, theirs = (pieces_of(one)._replace(sequences=0) for one in (recipe, other))
-    if ours != theirs:
-        raise ValueError(f"--reference {folder} is of other text: of {theirs.source}, expected {ours.source}")
+def require_reference(folder: Path, expected: TrainingRecipe) -> None:
+    """Raise ValueError unless a folder holds the finished run of a reference model's recipe, of any seed and steps."""
+    found = run_recipe(folder)
+    if found.name != expected.name:
+        raise ValueError(f"--reference {folder} holds a run of {found.name}, expected {expected.name}")
+    if found.data != expected.data:
+        raise ValueError(f"--reference {folder} is of other text: of {found.data[0]}, expected {expected.data[0]}")
+    checkpoint = last_checkpoint(folder)
+    step = 0 if checkpoint is None else step_of(checkpoint)
+    if step < found.steps:
+        raise ValueError(f"--reference {folder} is at step {step} of {found.steps}: finish it with `reference`")
 
 
 def bits_per_byte(model: Any, corpus: Corpus, recipe: TrainingRecipe) -> float:

@@ -17,6 +17,7 @@ from experiments.results import result_file
 from experiments.text_pieces import TextPieces
 from loglinear.cli.console import Interrupted
 from loglinear.models import parameter_counts
+from loglinear.runs.folder import write_run
 from loglinear.runs.json_files import read_object, write_object
 
 
@@ -111,10 +112,24 @@ def test_a_miniature_measures_memory_and_membership_and_pieces_give_what_one_cal
     assert evaluation["training_bits_per_byte"] < evaluation["test_bits_per_byte"]
     assert set(evaluation["membership"]) == set(descent.ATTACKS)
     assert all(0 <= score["matched_f1"] <= score["best_f1"] for score in evaluation["membership"].values())
-    with pytest.raises(ValueError, match="holds a run of descent_linear_0.25_float32_miniature, expected one of"):
-        descent.require_reference(tmp_path / "whole" / "run", recipes.descent("linear", 1.0, data=text, miniature=True))
-    with pytest.raises(ValueError, match="is of other text: of pieces:0:32:2048:.*, expected pieces:0:32:2048:stdlib"):
-        descent.require_reference(reference, recipes.descent("linear", 1.0, data="stdlib", miniature=True))
+
+
+def recipe_of(load=None, kind="linear", **given):
+    return recipes.descent(kind, load, **{"data": "stdlib", "miniature": True, **given})
+
+
+def test_only_the_finished_run_of_the_same_reference_is_taken(tmp_path, monkeypatch):
+    recipe = recipe_of()
+    write_run(tmp_path, recipe, {}, parameters=1, model=recipe.model_config())
+    with pytest.raises(ValueError, match="is at step 0 of 60: finish it with `reference`"):
+        descent.require_reference(tmp_path, recipe)
+    monkeypatch.setattr(descent, "last_checkpoint", lambda folder: folder / "checkpoint-60")
+    descent.require_reference(tmp_path, recipe)
+    for other in (recipe_of(kind="routed"), recipe_of(dtype="bfloat16"), recipe_of(miniature=False), recipe_of(1.0)):
+        with pytest.raises(ValueError, match=f"{recipe.name}, expected {other.name}$"):
+            descent.require_reference(tmp_path, other)
+    with pytest.raises(ValueError, match="is of other text: of pieces:.*:stdlib, expected pieces:2048:32:2048:books$"):
+        descent.require_reference(tmp_path, recipe_of(data="books"))
 
 
 LAW = Law(0.95, 0.06, -40.0)
