@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from loglinear.runs.json_files import read_object
 
@@ -128,3 +130,11 @@ def _read_result(file: Path) -> Result:
     if wrong := [name for name in ("recipe", "training", "evaluation") if not isinstance(result[name], dict)]:
         raise ValueError(f"{file} is no result of an experiment: its {wrong[0]!r} is no object")
     return result
+
+
+def mean_and_deviation(values: Sequence[float], factor: float, digits: int) -> str:
+    """Return the mean of several seeds' values times a factor and, of several, their standard deviation."""
+    if not values:
+        return "-"
+    mean = f"{factor * float(np.mean(values)):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {factor * float(np.std(values, ddof=1)):.{digits}f}"

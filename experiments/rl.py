@@ -18,7 +18,7 @@ import typer
 
 from experiments.countdown import Countdown, Problem
 from experiments.recipes.rl import ALL, KINDS, LOWEST, TOKENS, TOP, Reinforcement, base_recipe, reinforcement
-from experiments.results import Result, read_seeds, require_replaceable, result_file
+from experiments.results import Result, mean_and_deviation, read_seeds, require_replaceable, result_file
 from experiments.runs import Options, Out, program, train_and_evaluate, with_options
 from loglinear.cli import execute
 from loglinear.cli.console import Interrupted, print_table
@@ -273,18 +273,12 @@ def scores(runs: Mapping[tuple[str, str], Sequence[Result]]) -> tuple[list[str],
     rows = []
     for (kind, tokens), seeds in runs.items():
         cells = [
-            _spread([one["evaluation"]["curve"][place][field] for one in seeds], factor)
+            mean_and_deviation([one["evaluation"]["curve"][place][field] for one in seeds], factor, 1)
             for _, field, factor in SHOWN
             for place in (0, -1)
         ]
         rows.append([kind.replace("_", "-"), NAMES[tokens], f"{len(seeds)}", *cells])
     return columns, rows
-
-
-def _spread(values: Sequence[float], factor: float) -> str:
-    """Return the mean and, of several, their standard deviation."""
-    mean = f"{factor * float(np.mean(values)):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {factor * float(np.std(values, ddof=1)):.1f}"
 
 
 if __name__ == "__main__":

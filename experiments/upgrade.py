@@ -39,7 +39,7 @@ from experiments.recipes.upgrade import (
     base_recipe,
     continuation,
 )
-from experiments.results import read_seeds, require_replaceable, result_file
+from experiments.results import mean_and_deviation, read_seeds, require_replaceable, result_file
 from experiments.runs import Options, program, train_and_evaluate
 from experiments.tokens import tokens_of
 from loglinear.cli import execute
@@ -250,20 +250,20 @@ def show(results: Path) -> None:
         ]
         texts = [one["evaluation"]["perplexity"]["bits_per_byte"] for one in seeds if "perplexity" in one["evaluation"]]
         size = human_bytes(seeds[0]["evaluation"]["state_bytes"])
-        rows.append([kind, f"{len(seeds)}", *(_spread(row, 100, 1) for row in recall), _spread(texts, 1, 4), size])
+        rows.append(
+            [
+                kind,
+                f"{len(seeds)}",
+                *(mean_and_deviation(row, 100, 1) for row in recall),
+                mean_and_deviation(texts, 1, 4),
+                size,
+            ]
+        )
     print_table("Needles found, in percent", columns, rows)
 
 
 def _scores(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [score for scores in result["evaluation"]["tasks"].values() for score in scores]
-
-
-def _spread(values: list[Any], factor: float, digits: int) -> str:
-    """Return the mean and, of several, their standard deviation."""
-    if not values:
-        return "-"
-    mean = f"{factor * float(np.mean(values)):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {factor * float(np.std(values, ddof=1)):.{digits}f}"
 
 
 if __name__ == "__main__":
