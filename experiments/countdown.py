@@ -22,7 +22,7 @@ from loglinear.data.tokenizer import load_tokenizer
 
 NAME = "countdown"
 LARGEST = 400  # of a product
-HELD_OUT = 0.02  # share of all problems that no training sees
+HELD_OUT = 0.05  # share of all problems that no training sees
 STEP = re.compile(r"(\d+)([-+*])(\d+)=(\d+)", re.ASCII)
 VALIDATION = 512  # answers that validate
 
@@ -97,6 +97,15 @@ class Countdown(NamedTuple):
     def problems(self, seed: str, *, held_out: bool) -> Iterator[Problem]:
         """Yield random problems without end, all of them held out or none. The first n are the same for every n."""
         return (problem for problem, _ in self._solved(Random(f"{NAME} {seed}"), held_out))
+
+    def test(self, count: int) -> list[Problem]:
+        """Return the first `count` different problems that are held out, the same ones in every call."""
+        different: dict[Problem, None] = {}
+        for problem in self.problems("test", held_out=True):
+            different[problem] = None
+            if len(different) == count:
+                break
+        return list(different)
 
     def _solved(self, rng: Random, held_out: bool) -> Iterator[tuple[Problem, str]]:
         while True:

@@ -7,7 +7,6 @@ python -m experiments.rl show
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -111,8 +110,7 @@ def measure(model: Any, recipe: Reinforcement) -> dict[str, float]:
     share of problems with a right answer among the sampled ones. `length` and `ended` are of the sampled answers: their
     mean number of tokens, and the share of those with an end. The random numbers of the caller stay as they were.
     """
-    problems = Countdown.from_source(recipe.task).problems("test", held_out=True)
-    asked = list(itertools.islice(problems, recipe.held_out))
+    asked = Countdown.from_source(recipe.task).test(recipe.held_out)
     repeated = [problem for problem in asked for _ in range(recipe.samples)]
     was_training = model.training
     model.eval()

@@ -76,6 +76,8 @@ def test_held_out_problems_are_in_no_training():
     assert not {*of_training} & {*of_tests} and len({*of_tests}) > 10
     assert of_tests[:20] == list(itertools.islice(TASK.problems("tests", held_out=True), 20))
     assert of_tests[:20] != list(itertools.islice(TASK.problems("others", held_out=True), 20))
+    asked = TASK.test(40)
+    assert len({*asked}) == 40 and asked[:15] == TASK.test(15) and all(problem.is_held_out for problem in asked)
 
 
 def test_answers_to_learn_from_end_right_after_attempts_that_fail():
