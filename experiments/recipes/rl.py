@@ -74,7 +74,7 @@ class Reinforcement:
     """Optimiser steps of a round, each on a part of the answers."""
     longest: int = 112
     """Tokens after which an answer is cut off."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-5
     clip: tuple[float, float] = (0.2, 0.28)
     """How far below and above 1 the ratio of probabilities counts."""
     quantile: float = QUANTILE
