@@ -97,15 +97,14 @@ def recipe_of_kind(
 def small_recipe(
     experiment: str, kind: str, *, shared: Mapping[str, Any], miniature: bool, **given: Any
 ) -> TrainingRecipe:
-    """Return `recipe_of_kind` with SMALL_MODEL, EMBEDDINGS, SMALL_TRAINING and the rate of the kind in RATES."""
+    """Return `recipe_of_kind` with SMALL_MODEL, EMBEDDINGS, SMALL_TRAINING and the rate in RATES, or those `given`."""
     return recipe_of_kind(
         experiment,
         kind,
         sizes=SMALL_MODEL,
         shared={**shared, "embedding_range": EMBEDDINGS},
         miniature=miniature,
-        learning_rate=RATES[kind],
-        **{**SMALL_TRAINING, **given},
+        **{**SMALL_TRAINING, "learning_rate": RATES[kind], **given},
     )
 
 
