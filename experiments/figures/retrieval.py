@@ -73,15 +73,21 @@ def _panels(models: Models, tasks: Sequence[str], training_length: int) -> Figur
     return figure
 
 
+NO_CONCLUSION = "Values found by length"
+
+
 def _conclusion(models: Models) -> str:
     """Log-linear compared with its linear twin, and with a larger linear state, on one needle in text."""
-    more = _finds_more(models, "log_linear", "linear")
-    fewer = _finds_more(models, "linear_states4", "log_linear")
-    text = "On average log-linear finds more needles in text than linear Mamba-2" if more else ""
-    if fewer:
-        text += "\nand fewer" if more else "On average log-linear finds fewer needles in text"
-        text += " than a linear model of four times the state"
-    return text or "Values found by length"
+    twin, wider = "linear Mamba-2", "a linear model of four times the state"
+    more, fewer = _finds_more(models, "log_linear", "linear"), _finds_more(models, "linear", "log_linear")
+    fewest = _finds_more(models, "linear_states4", "log_linear")
+    if more:
+        text = f"On average log-linear finds more needles in text than {twin}"
+        return text + (f"\nand fewer than {wider}" if fewest else "")
+    others = [name for name, is_ahead in ((twin, fewer), (wider, fewest)) if is_ahead]
+    return (
+        "On average log-linear finds fewer needles in text than " + "\nand ".join(others) if others else NO_CONCLUSION
+    )
 
 
 def _finds_more(models: Models, kind: str, other: str, task: str = "single_2") -> bool:

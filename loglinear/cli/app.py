@@ -64,6 +64,9 @@ def train(
     num_levels: Annotated[int | None, of_recipe("Number of levels; 1 makes the linear model.")] = None,
     steps: Annotated[int | None, of_recipe("Optimiser steps.")] = None,
     seq_len: Annotated[int | None, of_recipe("Length of the longest sequence, in tokens.")] = None,
+    jitter: Annotated[
+        int | None, of_recipe("Start sequences at random positions of the tree below this one: it trains more levels.")
+    ] = None,
     batch_tokens: Annotated[int | None, of_recipe("Tokens per optimiser step.")] = None,
     micro_batch_tokens: Annotated[int | None, of_recipe("Tokens per forward pass.")] = None,
     lr: Annotated[float | None, of_recipe("Peak learning rate.")] = None,
@@ -93,6 +96,8 @@ def train(
 
     `loglinear train --recipe demo --data needle:10000:2048:stdlib --out runs/needle`
 
+    `loglinear train --recipe demo --num-levels 15 --jitter 14336 --data ~/books --out runs/starts`
+
     `loglinear train --recipe small --compile --data ~/books --out runs/small`
 
     `loglinear train --recipe paper_mamba2 --tokenizer ./tokenizer --data datasets:NAME --out runs/paper`
@@ -116,6 +121,7 @@ def train(
         num_levels=num_levels,
         steps=steps,
         seq_len=seq_len,
+        jitter=jitter,
         batch_tokens=batch_tokens,
         micro_batch_tokens=micro_batch_tokens,
         learning_rate=lr,

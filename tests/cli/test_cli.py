@@ -130,12 +130,12 @@ def test_data_takes_all_names_that_follow(capsys, tmp_path, text):
 
 def test_train_overrides_reach_the_model(capsys, tmp_path, text):
     out = tmp_path / "run"
-    options = ["--variant", "gated_delta_net", "--num-levels", "1", "--seed", "3", "--lr", "0.001"]
+    options = ["--variant", "gated_delta_net", "--num-levels", "1", "--seed", "3", "--lr", "0.001", "--jitter", "100"]
     code, _, errors = in_process(capsys, "train", "--recipe", "demo", "--data", text, "--out", out, *FAST, *options)
     assert code == 0, errors
     recipe = json.loads((out / "run.json").read_text())["recipe"]
     assert (recipe["model"]["variant"], recipe["model"]["num_levels"]) == ("gated_delta_net", 1)
-    assert (recipe["seed"], recipe["learning_rate"], recipe["steps"]) == (3, 0.001, 2)
+    assert [recipe[name] for name in ("seed", "learning_rate", "jitter", "steps")] == [3, 0.001, 100, 2]
 
 
 @pytest.mark.parametrize(("levels", "noted"), [(8, True), (7, False), (1, False)])

@@ -252,6 +252,10 @@ def test_the_title_of_the_recall_figure_says_whose_seeds_are_above(linear, equal
             dict(log_linear=(2, 1), linear_states4=(4, 1)),
             "On average log-linear finds fewer needles in text than a linear model of",
         ),
+        (
+            dict(linear=(4, 2), log_linear=(3, 2), linear_states4=(4, 2)),
+            "On average log-linear finds fewer needles in text than linear Mamba-2",
+        ),
         (dict(linear=(1, 2), log_linear=(4, 1)), "Values found by length"),
         (dict(linear=(1, 1), log_linear=(1, 1)), "Values found by length"),
     ],
