@@ -1,4 +1,4 @@
-"""Models to compare: eight with one size, one variant and one number of parameters.
+"""Models to compare: nine with one size, one variant and one number of parameters.
 
 They differ in the way they read the past (KINDS).
 """
@@ -12,7 +12,17 @@ from loglinear.fenwick import num_levels
 from loglinear.recipes.bytes import byte_model
 from loglinear.recipes.recipe import TrainingRecipe
 
-KINDS = ("linear", "linear_states4", "log_linear", "jittered", "capped", "routed", "hybrid", "transformer")
+KINDS = (
+    "linear",
+    "linear_states4",
+    "log_linear",
+    "log_linear_states4",
+    "jittered",
+    "capped",
+    "routed",
+    "hybrid",
+    "transformer",
+)
 ATTENTION_PERIOD, ATTENTION_PLACE = 6, 3  # a hybrid's full attention: the fourth of every six layers
 # A routed read of the own 64 tokens, up to 15 blocks of 64 and 15 of 1,024: all of 16,384 tokens. A score finds a
 # random key of 64 numbers among 64 in 100 % of trials, among 1,024 in 39 %. The kernels take no largest block.
@@ -45,6 +55,7 @@ RATES = {  # the least validation loss on needles of seed 10 among 1e-3, 2e-3 an
     "linear": 2e-3,
     "linear_states4": 4e-3,
     "log_linear": 4e-3,
+    "log_linear_states4": 4e-3,  # that of linear_states4, not searched
     "jittered": 4e-3,  # that of log_linear, not searched
     "capped": 4e-3,  # after 1,800 steps of the search; no result yet
     "routed": 4e-3,  # that of the log-linear models; the search came later
@@ -112,11 +123,11 @@ def model_of_kind(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments of LogLinearConfig for one of KINDS.
 
     `base` is the log-linear model with all levels of its training sequences. It must name num_levels, key_dim,
-    hidden_size, num_hidden_layers and intermediate_size. `linear` has one level, `linear_states4` also keys STATES
-    times as wide, `jittered` the levels of TIMES as many tokens, `capped` CAPPED_BY fewer levels, and `routed` the
-    routed read ROUTED. `hybrid` has full attention in one layer of six, and at least in one; `transformer` has it in
-    all. The width of the SwiGLU layers, in steps of WIDTH_STEP, brings each model to the number of parameters of
-    `base`.
+    hidden_size, num_hidden_layers and intermediate_size. `linear` has one level; `linear_states4` and
+    `log_linear_states4` have keys STATES times as wide; `jittered` has the levels of TIMES as many tokens, `capped`
+    CAPPED_BY fewer levels, and `routed` the routed read ROUTED. `hybrid` has full attention in one layer of six, and at
+    least in one; `transformer` has it in all. The width of the SwiGLU layers, in steps of WIDTH_STEP, brings each model
+    to the number of parameters of `base`.
     """
     layers = base["num_hidden_layers"]
     place = min(ATTENTION_PLACE, layers - 1)
@@ -125,6 +136,7 @@ def model_of_kind(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
         "linear": {"num_levels": 1},
         "linear_states4": {"num_levels": 1, "key_dim": STATES * base["key_dim"]},
         "log_linear": {},
+        "log_linear_states4": {"key_dim": STATES * base["key_dim"]},
         "jittered": {"num_levels": base["num_levels"] + num_levels(TIMES) - 1},
         "capped": {"num_levels": base["num_levels"] - CAPPED_BY},
         "routed": ROUTED,

@@ -1,4 +1,4 @@
-"""Retrieval from long text: eight models of 6 M parameters, small enough for several seeds of each."""
+"""Retrieval from long text: nine models of 6 M parameters, small enough for several seeds of each."""
 
 from experiments.recipes.comparison import RATES, small_recipe
 from loglinear.recipes.recipe import TrainingRecipe
