@@ -141,6 +141,20 @@ def train_and_evaluate(
             f"stopped at step {state.step} of {recipe.steps}, checkpoint saved in {out}; continue with the same command"
         )
         raise Interrupted(text, state.signal)
+    evaluate_run(recipe, out, evaluate, result, eval_settings)
+
+
+def evaluate_run(
+    recipe: TrainingRecipe,
+    out: Path,
+    evaluate: Callable[[LogLinearForCausalLM, TrainingRecipe], dict[str, Any]],
+    result: Path,
+    eval_settings: dict[str, Any],
+) -> None:
+    """Evaluate the model of a finished run in the folder `out`, and write the file `result`.
+
+    Raises ValueError if the file holds a result of another recipe, evaluation or training data.
+    """
     stored = read_run(out)
     require_replaceable(result, recipe, eval_settings, stored["data"])  # before a long evaluation; the checkpoint stays
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,6 +170,7 @@ def train_and_evaluate(
         "training": training_summary(read_metrics(out)),
         "evaluation": {**eval_settings, **evaluation},
     }
+    result.parent.mkdir(parents=True, exist_ok=True)
     write_object(result, written)
     print(f"result: {result}")
 

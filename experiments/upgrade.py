@@ -11,6 +11,14 @@ for kind in linear levels_new levels_all routed_new routed_all; do for seed in 0
 done; done; wait
 
 To go on at another machine, take along the results and the folder OUT/linear-start.
+
+With --base the linear model is not trained here but comes from a finished run, such as one of `experiments.needle`:
+
+    python -m experiments.needle run --kind linear_states4 --seed 0 --out runs/needle/linear_states4-0
+    python -m experiments.upgrade run --base runs/needle/linear_states4-0 --out runs/upgrade-needle
+
+Its seed is also that of its continuations, so each seed continues a model of its own. The results are
+upgrade-needle-KIND.json.
 """
 
 from __future__ import annotations
@@ -20,7 +28,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,16 +39,19 @@ from experiments.needle import TokenizerFolder
 from experiments.recipes.comparison import ROUTED
 from experiments.recipes.needle import TOKENIZER
 from experiments.recipes.upgrade import (
+    ALL_RATE,
     BASE,
     CONTINUATIONS,
     FULL,
     MINIATURE,
+    NEW_RATE,
     Sizes,
     base_recipe,
     continuation,
+    found_recipe,
 )
 from experiments.results import mean_and_deviation, read_seeds, require_replaceable, result_file
-from experiments.runs import Options, program, train_and_evaluate
+from experiments.runs import Options, evaluate_run, program, train_and_evaluate
 from experiments.tokens import tokens_of
 from loglinear.cli import execute
 from loglinear.cli.console import Interrupted, human_bytes, print_table
@@ -54,13 +65,16 @@ from loglinear.fenwick import num_levels
 from loglinear.models import LogLinearForCausalLM
 from loglinear.models.size import state_bytes
 from loglinear.recipes import TrainingRecipe
-from loglinear.runs.checkpoints import resolve
+from loglinear.runs.checkpoints import resolve, step_of
+from loglinear.runs.folder import run_recipe
+from loglinear.runs.loading import own_config
 from loglinear.training import load_model, load_tokenizer
 
 SEEDS = (0, 1, 2)  # of the continuations
 EVAL_CHARACTERS = 1 << 15  # from the beginning of each document of this text: to read 26 MB takes a minute of a CPU
 TASKS = ("single_2", "multikey_1", "multiquery")
 KINDS = (BASE, *CONTINUATIONS)
+OWN, FOUND = "upgrade", "upgrade-needle"  # the results' names begin so: of a linear model trained here, and of --base
 
 app = program(__doc__)
 
@@ -76,16 +90,57 @@ def write_upgraded(linear: Path, out: Path, levels: dict[str, Any], dtype: torch
     write(build(configuration(fields, levels), Converted(fields, weights, [])), linear, out)
 
 
+class Linear(NamedTuple):
+    """The linear model from which continuations start."""
+
+    recipe: TrainingRecipe
+    run: Path
+    """The folder of its training."""
+    out: Path
+    """The folder of the models from which the continuations start, and of their runs."""
+    found: bool
+    """True: it was trained elsewhere, and its seed is that of its continuations."""
+
+    @property
+    def results(self) -> str:
+        """The beginning of the results' names."""
+        return FOUND if self.found else OWN
+
+
+def found_linear(run: Path, out: Path) -> Linear:
+    """Return the linear model of a finished run. Its continuations have a folder of their own in `out`.
+
+    Raises ValueError if the run is not finished, or if its model has levels or attention.
+    """
+    recipe, checkpoint = run_recipe(run), resolve(run)
+    config = own_config(checkpoint)
+    layers = sorted({*(config.layer_types or ())})
+    if config.num_levels != 1 or layers != ["linear_attention"]:
+        raise ValueError(
+            f"--base must hold a model of linear layers with 1 level, got {run} "
+            f"with {config.num_levels} levels and layers of {', '.join(layers)}"
+        )
+    if step_of(checkpoint) < recipe.steps:
+        raise ValueError(f"--base {run} is not finished: step {step_of(checkpoint):,} of {recipe.steps:,}")
+    return Linear(found_recipe(recipe), run, out / f"{recipe.name}-{recipe.seed}", found=True)
+
+
 def start_folder(kind: str, out: Path) -> Path:
     """Return the folder of the model from which one of CONTINUATIONS starts, in all seeds."""
     return out / f"{CONTINUATIONS[kind].form}-start"
 
 
-def write_linear_start(out: Path) -> None:
-    """Write the trained linear model in bfloat16, as models are published, unless it is there."""
-    start = start_folder("linear", out)
+def write_linear_start(linear: Linear) -> None:
+    """Write the trained linear model in bfloat16, as models are published, unless it is there.
+
+    Raises ValueError if another model is there.
+    """
+    start = start_folder("linear", linear.out)
     if not start.exists():  # it appears whole
-        write_upgraded(resolve(out / BASE), start, {"num_levels": 1}, torch.bfloat16)
+        write_upgraded(resolve(linear.run), start, {"num_levels": 1}, torch.bfloat16)
+    weights, ours = load_model(start).state_dict(), load_model(linear.run).state_dict()
+    if any(not torch.equal(tensor.bfloat16(), ours[name].bfloat16()) for name, tensor in weights.items()):
+        raise ValueError(f"{start} is not the model of {linear.run}: choose another --out")
 
 
 def write_start(kind: str, out: Path, sizes: Sizes) -> None:
@@ -127,7 +182,8 @@ def run(
     examples: Annotated[int, typer.Option(min=1, help="Examples of every task and length.")] = 50,
     tokenizer: TokenizerFolder = Path(TOKENIZER),
     seed: Annotated[
-        list[int] | None, typer.Option(help="A seed of the continuations; repeatable. 0, 1 and 2 without it.")
+        list[int] | None,
+        typer.Option(help="A seed of the continuations; repeatable. Without it 0, 1 and 2, or that of --base."),
     ] = None,
     kind: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(KINDS)}; repeatable. All without it.")
@@ -135,11 +191,21 @@ def run(
     tokens: Annotated[Path, typer.Option(help="Folder that keeps the training texts as tokens, for all seeds.")] = Path(
         "data/upgrade"
     ),
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Run folder of a finished linear model to start from. Without it one is trained."),
+    ] = None,
     base_steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps of the linear model.", show_default="the recipe's")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Optimiser steps of each continuation.", show_default=str(FULL.steps))
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak of the continuations' learning rate.", show_default=f"{NEW_RATE:g} for new weights, {ALL_RATE:g}"
+        ),
     ] = None,
     compile: Annotated[
         bool,
@@ -157,8 +223,11 @@ def run(
 ) -> None:
     """Train a linear model, then five continuations of it for every seed; write upgrade-KIND.json, and a table.
 
-    The model reads needles, and is then continued in five ways for equally many steps: as it is, and upgraded with
-    weights from the token (levels) or from the buckets too (routed), each with the new weights or all of them trained.
+    The model is continued in five ways for equally many steps: as it is, and upgraded with weights from the token
+    (levels) or from the buckets too (routed), each with the new weights or all of them trained.
+
+    With --base the linear model is that of a finished run, and its seed is also that of its continuations. The results
+    are upgrade-needle-KIND.json. A linear model of `experiments.needle` finds needles before it is upgraded.
 
     Everything can stop at any time: the next call skips what has a result, and resumes the training that was stopped.
     An evaluation takes further minutes, which --minutes does not include. --data should not be training text.
@@ -168,44 +237,59 @@ def run(
     python -m experiments.upgrade run --out runs/upgrade --minutes 9 --data data/long_text/validation.jsonl.zst
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    base, sizes = base_recipe(miniature=miniature).override(steps=base_steps), MINIATURE if miniature else FULL
+    sizes = MINIATURE if miniature else FULL
     if steps is not None:
         sizes = sizes._replace(steps=steps)
-    if not miniature:
-        base = base.override(tokenizer=str(tokenizer))
     for name in kind or ():
         if name not in KINDS:
             raise ValueError(f"--kind must be one of {', '.join(KINDS)}, got {name!r}")
-    evaluate = evaluation(base, sizes, data or [], examples)
+    if base is None:
+        linear = Linear(base_recipe(miniature=miniature).override(steps=base_steps), out / BASE, out, found=False)
+    elif base_steps is not None:
+        raise ValueError("--base-steps goes with a linear model that is trained here: leave it out beside --base")
+    else:
+        linear = found_linear(base, out)
+    if not miniature:
+        linear = linear._replace(recipe=linear.recipe.override(tokenizer=str(tokenizer)))
+    seeds = tuple(seed or ((linear.recipe.seed,) if linear.found else SEEDS))
+    if linear.found and seeds != (linear.recipe.seed,):
+        raise ValueError(f"--seed must be {linear.recipe.seed}, the seed of --base {base}, or left out, got {seeds}")
+    evaluate = evaluation(linear.recipe, sizes, data or [], examples)
     texts = Texts(tokens)
     trained = False  # anything in this call, which always goes on by a step
     folder_of_results = results / "miniature" if miniature else results
+    settings = {"data": data or [], "examples": examples}
     wanted = [one for one in KINDS if one in (kind or KINDS)]
-    of_seeds = itertools.product(seed or SEEDS, [one for one in wanted if one != BASE])
-    for number, name in [(base.seed, BASE)] * (BASE in wanted) + [*of_seeds]:
+    of_seeds = itertools.product(seeds, [one for one in wanted if one != BASE])
+    for number, name in [(linear.recipe.seed, BASE)] * (BASE in wanted) + [*of_seeds]:
         is_base = name == BASE
-        file = result_file(folder_of_results, f"upgrade-{name}", number)
-        folder = out / BASE if is_base else out / f"seed{number}" / name
-        recipe = base if is_base else continuation(base, name, sizes, start_folder(name, out))
-        settings = {"data": data or [], "examples": examples}
-        with alone(out / f".{BASE}.lock") if is_base else nullcontext():  # others that want it wait
+        file = result_file(folder_of_results, f"{linear.results}-{name}", number)
+        if is_base:
+            folder, recipe = linear.run, linear.recipe
+        else:
+            folder = linear.out / f"seed{number}" / name
+            recipe = continuation(linear.recipe, name, sizes, start_folder(name, linear.out))
+            recipe = recipe.override(learning_rate=learning_rate)
+        with alone(linear.out / f".{BASE}.lock") if is_base else nullcontext():  # others that want it wait
             if file.exists():
                 require_replaceable(file, recipe, settings)
+            elif is_base and linear.found:
+                evaluate_run(recipe, folder, evaluate, file, settings)
             else:
                 if trained and deadline is not None and time.monotonic() > deadline:
                     raise Interrupted(f"stopped before {name} of seed {number}; continue with the same command")
                 if not is_base:
-                    write_start(name, out, sizes)
+                    write_start(name, linear.out, sizes)
                 left = None if deadline is None else max((deadline - time.monotonic()) / 60, 1e-9)
                 options = Options(seed=number, compile=compile, miniature=miniature, minutes=left, results=results)
-                run_name = f"upgrade-{name}"
+                run_name = f"{linear.results}-{name}"
                 train_and_evaluate(
                     recipe, folder, evaluate, run_name, options, eval_settings=settings, corpora=texts.of
                 )
                 trained = True
             if is_base and folder.exists():
-                write_linear_start(out)
-    show(folder_of_results)
+                write_linear_start(linear)
+    show(folder_of_results, linear.results)
 
 
 def evaluation(
@@ -234,12 +318,12 @@ def evaluation(
     return evaluate
 
 
-def show(results: Path) -> None:
-    """Print the results of all seeds: recall by length, the mean over the tasks, bits per byte and bytes of the state.
+def show(results: Path, name: str = OWN) -> None:
+    """Print the results NAME-KIND.json of all seeds: recall by length, bits per byte and bytes of the state.
 
-    Each number is the mean over the seeds, with their standard deviation.
+    Recall is the mean over the tasks. Each number is the mean over the seeds, with their standard deviation.
     """
-    runs = read_seeds(results, "upgrade", KINDS)
+    runs = read_seeds(results, name, KINDS)
     lengths = sorted({score["length"] for seeds in runs.values() for score in _scores(seeds[0])})
     columns = ["model", "seeds", *(f"{length:,} tokens" for length in lengths), "bits per byte", "state"]
     rows = []

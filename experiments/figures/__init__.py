@@ -60,7 +60,8 @@ def main(
 
     Results are long-text-KIND.json and ablation-CHOICE.json of seed 0, mqar.json, which `loglinear eval mqar` writes,
     and the cells of `experiments.reads.compare`. Those of all seeds are long-text-8k-KIND.json, needle-KIND.json,
-    upgrade-KIND.json, rl-KIND-TOKENS.json, capacity-KIND-SIZE-LOAD-DTYPE.json and descent-KIND-LOAD-DTYPE.json.
+    upgrade-KIND.json, upgrade-needle-KIND.json, rl-KIND-TOKENS.json, capacity-KIND-SIZE-LOAD-DTYPE.json and
+    descent-KIND-LOAD-DTYPE.json.
 
     Example:
 

@@ -24,7 +24,7 @@ from experiments.figures.tables import (
 )
 from experiments.recipes.upgrade import BASE
 from experiments.results import Result, read_seeds
-from experiments.upgrade import KINDS
+from experiments.upgrade import FOUND, KINDS, OWN
 from loglinear.runs.files import write_atomically
 
 LINES = {
@@ -41,13 +41,20 @@ Models = Mapping[str, Sequence[Result]]  # kind -> a result for each seed
 
 
 def upgrade(results: Path, out: Path) -> list[Path]:
-    """Draw upgrade.svg, needles found by length and by bytes of all kinds; write upgrade.md."""
-    models = read_seeds(results, "upgrade", KINDS)
+    """Draw upgrade.svg, needles found by length and by bytes of all kinds; write upgrade.md.
+
+    Do the same for upgrade-needle, if there are upgrades of models that found needles before.
+    """
+    return [file for name in (OWN, FOUND) for file in _experiment(results, out, name)]
+
+
+def _experiment(results: Path, out: Path, name: str) -> list[Path]:
+    models = read_seeds(results, name, KINDS)
     if not models:
         return []
-    table = out / "upgrade.md"
+    table = out / f"{name}.md"
     write_atomically(table, _table(models))
-    return [table, *draw(out / "upgrade.svg", lambda theme: _panels(models))]
+    return [table, *draw(out / f"{name}.svg", lambda theme: _panels(models))]
 
 
 def recall(result: Result) -> Scores:
@@ -93,12 +100,14 @@ def _draw_bytes(axes: Axes, line: Line, runs: Sequence[Result]) -> None:
 def conclusion(models: Models) -> str:
     """Return a line for each upgrade that is above or below the linear model continued, and at which lengths.
 
-    It is above at a length if all its seeds find more than all seeds of the other.
+    It is above at a length if all its seeds find more than all seeds of the other. If none is above anywhere, one line
+    says so, and another names the models that find nothing.
     """
     upgrades = {kind: runs for kind, runs in models.items() if kind not in (BASE, REFERENCE)}
     if REFERENCE not in models or not upgrades:
         return "Values found, before and after an upgrade"
-    theirs, lines = _by_length(models[REFERENCE]), []
+    theirs = _by_length(models[REFERENCE])
+    lines, leads = [], False
     for kind, runs in upgrades.items():
         found = _by_length(runs)
         shared = [T for T in found if T in theirs]
@@ -106,13 +115,19 @@ def conclusion(models: Models) -> str:
             "above": [T for T in shared if min(found[T]) > max(theirs[T])],
             "below": [T for T in shared if max(found[T]) < min(theirs[T])],
         }
+        leads = leads or bool(outcomes["above"])
         for word, at in outcomes.items():
             if at:
                 where = "all lengths" if at == shared else f"{', '.join(f'{T:,}' for T in at)} tokens"
                 lines.append(f"{LINES[kind].label}: {word} linear at {where}")
+    if not leads:
+        none = [kind for kind, runs in models.items() if not np.any([*_by_length(runs).values()])]
+        nothing = [LINES[kind].label.removesuffix(" trained") for kind in none]
+        lines = ["No upgrade finds more needles than linear after as many steps"]
+        lines += [f"Nothing found: {'; '.join(nothing)}"] * bool(nothing)
     fewest = min(len(runs) for kind, runs in models.items() if kind != BASE)
-    text = "\n".join(lines or ["No upgrade finds more or fewer needles than the linear model: seeds overlap"])
-    return f"{text} ({fewest} seed{'s' * (fewest > 1)})"
+    lines[-1 if leads else 0] += f" ({fewest} seed{'s' * (fewest > 1)})"
+    return "\n".join(lines)
 
 
 def _by_length(runs: Sequence[Result]) -> dict[int, list[float]]:

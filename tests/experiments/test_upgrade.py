@@ -15,6 +15,7 @@ from experiments import upgrade
 from experiments.recipes.upgrade import BASE, BASE_SEED, CONTINUATIONS, FULL, MINIATURE, base_recipe, continuation
 from experiments.results import read_seeds, result_file
 from loglinear.cli.console import Interrupted
+from loglinear.runs.checkpoints import checkpoints
 from loglinear.runs.json_files import read_object
 from loglinear.runs.loading import load_model
 from loglinear.runs.provenance import versions
@@ -165,3 +166,81 @@ def test_a_tokenizer_that_is_missing_is_known_before_training(tmp_path):
     with pytest.raises(ValueError, match="there is no tokenizer .*: run `python -m experiments.needle prepare` first"):
         upgrade.run(tmp_path / "run", tokenizer=tmp_path / "none")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """The results of continuations of a finished run, which another experiment might have trained."""
+    out, kinds = folder / "found", ["base", "linear", "levels_new"]
+    upgrade.run(out, base=folder / "whole" / BASE, results=out, kind=kinds, **of_found(folder))
+    return out
+
+
+def of_found(folder):
+    return dict(data=[str(folder / "text.txt")], examples=1, miniature=True, tokens=folder / "tokens")
+
+
+def test_a_finished_run_is_continued_as_the_experiment_s_own_base_is(folder, found):
+    """The seed is that of the run. Without training the run itself gets the result that it has in the experiment."""
+    name = f"{base_recipe(miniature=True).name}-{BASE_SEED}"
+    assert {path.name for path in (found / name).iterdir() if path.is_dir()} == {
+        "linear-start",
+        "levels-start",
+        f"seed{BASE_SEED}",
+    }
+    one, own = (
+        read_object(result_file(folder / path, name, BASE_SEED))
+        for path, name in (("found/miniature", "upgrade-needle-base"), ("whole/miniature", "upgrade-base"))
+    )
+    assert one["evaluation"] == own["evaluation"] and one["training"] == own["training"]
+    upgrade.run(folder / "whole", results=folder / "other", seed=[BASE_SEED], kind=["levels_new"], **of_found(folder))
+    again = result_file(folder / "other/miniature", "upgrade-levels_new", BASE_SEED)
+    there = result_file(found / "miniature", "upgrade-needle-levels_new", BASE_SEED)
+    assert read_object(again)["training"]["curve"] == read_object(there)["training"]["curve"]
+
+
+def test_a_second_call_trains_nothing_and_shows_the_same_table(folder, found, capsys):
+    files = {file: file.read_bytes() for file in (found / "miniature").iterdir()}
+    capsys.readouterr()
+    kinds = ["base", "linear", "levels_new"]
+    upgrade.run(found, base=folder / "whole" / BASE, results=found, kind=kinds, **of_found(folder))
+    lines = capsys.readouterr().out.splitlines()
+    assert [kind for kind in kinds for line in lines if f" {kind} " in line] == kinds
+    assert {file: file.read_bytes() for file in (found / "miniature").iterdir()} == files
+
+
+def test_a_base_that_does_not_fit_is_refused(folder, found, tmp_path):
+    base, shared = folder / "whole" / BASE, of_found(folder)
+    with pytest.raises(ValueError, match=f"--seed must be {BASE_SEED}, the seed of --base .*, or left out, got .0,."):
+        upgrade.run(tmp_path, base=base, seed=[0], results=tmp_path, **shared)
+    with pytest.raises(ValueError, match="--base-steps goes with a linear model that is trained here"):
+        upgrade.run(tmp_path, base=base, base_steps=3, results=tmp_path, **shared)
+    with pytest.raises(ValueError, match="must hold a model of linear layers with 1 level, got .* with 13 levels"):
+        upgrade.run(tmp_path, base=folder / "whole/seed0/levels_all", results=tmp_path, **shared)
+    shutil.copytree(base, tmp_path / "unfinished")
+    for checkpoint in checkpoints(tmp_path / "unfinished")[1:]:
+        shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match="unfinished is not finished: step 2 of 4"):
+        upgrade.run(tmp_path, base=tmp_path / "unfinished", results=tmp_path, **shared)
+    with pytest.raises(ValueError, match="holds no run"):
+        upgrade.run(tmp_path, base=tmp_path, results=tmp_path, **shared)
+
+
+def test_another_model_in_the_place_of_the_start_is_refused(folder, found, tmp_path):
+    base, name = folder / "whole" / BASE, f"{base_recipe(miniature=True).name}-{BASE_SEED}"
+    start = tmp_path / name / "linear-start"
+    upgrade.write_upgraded(folder / "whole/seed0/linear", start, {"num_levels": 1})
+    with pytest.raises(ValueError, match="linear-start is not the model of .*base: choose another --out"):
+        upgrade.run(tmp_path, base=base, kind=["base"], results=found, **of_found(folder))
+
+
+def test_a_learning_rate_makes_another_result(folder, found):
+    rate = dict(kind=["levels_new"], learning_rate=1e-2, base=folder / "whole" / BASE, **of_found(folder))
+    with pytest.raises(ValueError, match="of a run that differs in learning_rate"):
+        upgrade.run(found, results=found, **rate)
+    upgrade.run(found / "fast", results=found / "fast", **{**rate, "kind": ["base", "levels_new"]})
+    fast, slow = (
+        read_object(result_file(path / "miniature", "upgrade-needle-levels_new", BASE_SEED))
+        for path in (found / "fast", found)
+    )
+    assert fast["recipe"]["learning_rate"] == 1e-2 and fast["training"]["curve"] != slow["training"]["curve"]

@@ -4,7 +4,7 @@ import pytest
 
 from experiments.figures.upgrade import conclusion, upgrade
 from experiments.results import read_seeds, result_file
-from experiments.upgrade import KINDS
+from experiments.upgrade import FOUND, KINDS, OWN
 from loglinear.runs.json_files import write_object
 
 LENGTHS = (32, 64)
@@ -28,9 +28,9 @@ def made_up(seed, found, bits=1.5, state_bytes=1 << 20, steps=500):
     }
 
 
-def write(folder, kind, *seeds, **options):
+def write(folder, kind, *seeds, name=OWN, **options):
     for seed, found in enumerate(seeds):
-        write_object(result_file(folder, f"upgrade-{kind}", seed), made_up(seed, found, **options))
+        write_object(result_file(folder, f"{name}-{kind}", seed), made_up(seed, found, **options))
 
 
 def title(folder):
@@ -88,16 +88,27 @@ def test_the_title_names_lengths_at_which_all_seeds_differ(folder):
     assert "below linear at 32 tokens (2 seeds)" in (folder / "upgrade.svg").read_text()
 
 
-def test_the_title_says_if_seeds_overlap_or_there_is_one(folder):
+def test_the_title_says_if_no_upgrade_is_above_or_there_is_one_seed(folder):
     for file in folder.glob("upgrade-routed_all*"):
         file.unlink()
-    assert title(folder) == "No upgrade finds more or fewer needles than the linear model: seeds overlap (2 seeds)"
+    assert title(folder) == "No upgrade finds more needles than linear after as many steps (2 seeds)"
     for file in folder.glob("*-seed1.json"):
         file.unlink()
     write(folder, "levels_all", (1.0, 0.5))
     assert title(folder) == "levels, all weights trained: above linear at all lengths (1 seed)"
     write(folder, "levels_all", (1.0, 0.4))
     assert title(folder) == "levels, all weights trained: above linear at 32 tokens (1 seed)"
+
+
+def test_the_title_names_models_that_find_nothing(folder):
+    write(folder, "base", (0.0, 0.0), steps=6000)
+    write(folder, "routed_all", (0.6, 0.3), (0.64, 0.4))
+    for kind in ("levels_new", "routed_new"):
+        write(folder, kind, (0.0, 0.0), (0.0, 0.0))
+    assert title(folder).splitlines() == [
+        "No upgrade finds more needles than linear after as many steps (2 seeds)",
+        "Nothing found: linear, before; levels, new weights; routed, new weights",
+    ]
 
 
 def test_unfinished_experiments_are_drawn(tmp_path):
@@ -108,3 +119,13 @@ def test_unfinished_experiments_are_drawn(tmp_path):
     assert title(tmp_path) == "Values found, before and after an upgrade"
     write(tmp_path, "linear", (0.6, 0.2))
     assert len(upgrade(tmp_path, tmp_path)) == 3
+
+
+def test_models_that_found_needles_before_have_a_figure_of_their_own(folder):
+    write(folder, "base", (0.9, 0.1), (0.9, 0.1), name=FOUND, steps=6000)
+    write(folder, "linear", (0.9, 0.2), (0.9, 0.3), name=FOUND)
+    write(folder, "levels_new", (0.9, 0.4), (0.9, 0.5), name=FOUND)
+    files = upgrade(folder, folder)
+    assert [file.name for file in files if file.suffix == ".md"] == ["upgrade.md", "upgrade-needle.md"]
+    assert "above linear at 64 tokens (2 seeds)" in (folder / "upgrade-needle.svg").read_text()
+    assert cells((folder / "upgrade-needle.md").read_text())[2][1:3] == ["67.5 (67.5, 67.5)", "7.5 (7.5, 7.5)"]
