@@ -32,7 +32,7 @@ Models = Mapping[str, Sequence[Result]]  # kind -> a result for each seed
 
 
 def contexts(results: Path, out: Path) -> list[Path]:
-    """Draw long-text-8k.svg and long-text-8k-positions.svg, and write long-text-8k.md.
+    """Draw long-text-8k.svg, and the same by position and the course of training, and write long-text-8k.md.
 
     Raises ValueError if two results have different validation texts or contexts.
     """
@@ -45,7 +45,8 @@ def contexts(results: Path, out: Path) -> list[Path]:
     table = out / "long-text-8k.md"
     write_atomically(table, _table(models))
     written = [table, *draw(out / "long-text-8k.svg", lambda theme: _by_context(models))]
-    return written + draw(out / "long-text-8k-positions.svg", lambda theme: _by_position(models))
+    written += draw(out / "long-text-8k-positions.svg", lambda theme: _by_position(models))
+    return written + draw(out / "long-text-8k-training.svg", lambda theme: _by_step(models))
 
 
 def _lengths(models: Models) -> tuple[list[int], int]:
@@ -88,16 +89,27 @@ def _by_context(models: Models) -> Figure:
     levels.set_xlabel("bytes given (dotted: training length)", fontsize=10, loc="left")
     handles, labels = levels.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
-    figure.suptitle(_conclusion(models), x=0.01, ha="left", fontweight="bold", fontsize=11)
+    means = {kind: change_R.mean(keepdims=True) for kind, change_R in _changes(models).items()}
+    figure.suptitle(_conclusion(models, means), x=0.01, ha="left", fontweight="bold", fontsize=11)
     return figure
 
 
-def _conclusion(models: Models) -> str:
+def _conclusion(models: Models, changes: Mapping[str, np.ndarray]) -> str:
+    """Return a title: the range of the changes of the model that gains most, and the range of all others."""
     found, trained = _lengths(models)
-    means = sorted((float(change_R.mean()), kind) for kind, change_R in _changes(models).items())
-    named = [f"{title(kind)} {change:+.3f}" for change, kind in means]
-    lines = [", ".join(named[first : first + 3]) for first in range(0, len(named), 3)]
-    return "\n".join([f"Given {trained:,} bytes instead of {found[0]:,}, bits per byte change by", *lines])
+    first, *others = sorted(changes, key=lambda kind: float(changes[kind].mean()))
+    lines = [
+        f"Given {trained:,} bytes instead of {found[0]:,}, the loss of the {title(first)} model changes by",
+        f"{_range(changes[first])} bits per byte",
+    ]
+    if others:
+        lines[-1] += f", that of the other models by {_range(np.stack([changes[kind] for kind in others]))}"
+    return "\n".join(lines)
+
+
+def _range(values: np.ndarray, form: str = "+.3f") -> str:
+    low, high = f"{values.min():{form}}", f"{values.max():{form}}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _by_position(models: Models) -> Figure:
@@ -106,12 +118,16 @@ def _by_position(models: Models) -> Figure:
     columns = min(3, len(models))
     figure = Figure(figsize=(7.5, 1.2 + 2.1 * math.ceil(len(models) / columns)))
     panels = figure.subplots(math.ceil(len(models) / columns), columns, squeeze=False, sharey=True).ravel()
+    changes = {}
     for (kind, runs), axes in zip(models.items(), panels, strict=False):
+        bits_CP = []
         for context, style in ((found[0], "--"), (trained, "-")):
             bits_RP = np.array([run["evaluation"]["contexts"][str(context)]["by_position"] for run in runs])
+            bits_CP.append(bits_RP.mean(0))
             position = runs[0]["evaluation"]["position"]
-            axes.plot(position, bits_RP.mean(0), style, color=MODELS[kind].colour, label=f"given {context:,} bytes")
+            axes.plot(position, bits_CP[-1], style, color=MODELS[kind].colour, label=f"given {context:,} bytes")
             axes.fill_between(position, bits_RP.min(0), bits_RP.max(0), color=MODELS[kind].colour, alpha=0.2, lw=0)
+        changes[kind] = bits_CP[1] - bits_CP[0]
         axes.set_title(title(kind), fontsize=10.5, fontweight="normal")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.tick_params(labelsize=8)
@@ -122,7 +138,33 @@ def _by_position(models: Models) -> Figure:
     figure.supxlabel("position in the window (bytes); bands: range of the seeds", fontsize=10)
     figure.supylabel("bits per byte", fontsize=10)
     figure.suptitle(
-        "The same bytes with far text given and withheld", x=0.01, ha="left", fontweight="bold", fontsize=12
+        f"{_conclusion(models, changes)},\nat every position", x=0.01, ha="left", fontweight="bold", fontsize=11
+    )
+    return figure
+
+
+def _by_step(models: Models) -> Figure:
+    """Draw the validation loss of each kind in the course of training."""
+    figure = Figure(figsize=(7.5, 4.9))
+    axes = figure.subplots()
+    falls, steps = [], []
+    for kind, runs in models.items():
+        records = [[one for one in run["training"]["curve"] if one["split"] == "validation"] for run in runs]
+        steps = [one["step"] for one in records[0]]
+        bits_RS = np.array([[one["bits_per_byte"] for one in curve] for curve in records])
+        draw_seeds(axes, MODELS[kind], steps, bits_RS)
+        falls.append(bits_RS[:, -2:].mean(0) @ [1, -1])
+    axes.set(xlabel="training step", ylabel="bits per byte of validation")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.6)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    figure.suptitle(
+        f"In the last {steps[-1] - steps[-2]:,} of {steps[-1]:,} steps the losses still fall by\n"
+        f"{_range(np.array(falls), '.2f')} bits per byte",
+        x=0.01,
+        ha="left",
+        fontweight="bold",
+        fontsize=11,
     )
     return figure
 

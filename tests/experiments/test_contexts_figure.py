@@ -22,6 +22,9 @@ def written(folder, kind, seed, *changes_of_documents, fingerprint="a"):
     names = [f"d{i}" for i in range(len(change_D))]
     text = {"fingerprint": fingerprint, "documents": names, "targets": 1234, "position": [9000.0, 15_000.0]}
     one = result({**text, "contexts": found})
+    validation = [(600, 3.0), (1200, 2.5 + change_D.mean())]
+    curve = [{"step": step, "split": "validation", "bits_per_byte": bits} for step, bits in validation]
+    one["training"]["curve"] = [{"step": 900, "split": "train", "bits_per_byte": 9.0}, *curve]
     data = {"train": {"tokens": 2 * one["training"]["tokens"]}}
     name = f"long-text-8k-{kind}-seed{seed}.json" if seed else f"long-text-8k-{kind}.json"
     write_object(folder / name, {**one, "seed": seed, "recipe": long_text(kind).to_dict(), "data": data})
@@ -44,10 +47,15 @@ def test_the_table_has_every_seed_and_the_error_over_documents(tmp_path):
         ["linear", "0"],
         *(["transformer", str(seed)] for seed in range(3)),
     ]
-    pictures = {f"long-text-8k{part}{theme}.svg" for part in ("", "-positions") for theme in ("", "-dark")}
+    parts = ("", "-positions", "-training")
+    pictures = {f"long-text-8k{part}{theme}.svg" for part in parts for theme in ("", "-dark")}
     assert {path.name for path in drawn} == {"long-text-8k.md"} | pictures
-    figure = (tmp_path / "long-text-8k.svg").read_text()
-    assert "Given 8,192 bytes instead of 1,024" in figure and "transformer -0.500, linear +0.000" in figure
+    figures = [(tmp_path / f"long-text-8k{part}.svg").read_text() for part in parts]
+    for figure in figures[:2]:
+        assert "Given 8,192 bytes instead of 1,024, the loss of the transformer model changes by" in figure
+        assert "-0.500 bits per byte, that of the other models by +0.000" in figure
+    assert "In the last 600 of 1,200 steps the losses still fall by" in figures[2]
+    assert "0.50 to 1.00 bits per byte" in figures[2]
 
 
 def test_results_of_other_texts_are_not_compared(tmp_path):
