@@ -138,7 +138,8 @@ READ = {
         "--minutes 9",
         "python -m experiments.descent run --kind transformer --load 1 --reference runs/descent/transformer-reference "
         "--out runs/descent/transformer-1 --minutes 9",
-        "python -m experiments.long_text run --kind KIND --windows 16k --out runs/long_text/KIND --minutes 9",
+        "python -m experiments.long_text run --kind linear_states4 --seed 1 --out runs/long_text/linear_states4-1 "
+        "--minutes 9",
         "python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9",
         "python -m experiments.rl pretrain --kind log_linear --seed 0 --out runs/rl/log_linear-0 --minutes 9",
         "python -m experiments.rl run --kind log_linear --seed 0 --tokens top20 --base runs/rl/log_linear-0 "
