@@ -54,11 +54,15 @@ class LowestEntropyTrainer(GroupTrainer):
 
 
 def solved(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
-    """Return the reward of each answer: 1 if it is right and has its end, otherwise 0."""
-    end = ByteTokenizer().eos_token_id
+    """Return the reward of each answer: 1 if it is right and has its end, otherwise 0.
+
+    The text is that of all tokens, as in the tests. TRL's `completions` lack the special ones inside an answer.
+    """
+    tokenizer = ByteTokenizer()
+    texts = (str(tokenizer.decode(ids[:-1])) for ids in completion_ids)
     return [
-        float(ids[-1] == end and Problem.from_prompt(prompt).is_solved_by(text))
-        for prompt, text, ids in zip(prompts, completions, completion_ids, strict=True)
+        float(ids[-1] == tokenizer.eos_token_id and Problem.from_prompt(prompt).is_solved_by(text))
+        for prompt, text, ids in zip(prompts, texts, completion_ids, strict=True)
     ]
 
 
@@ -94,7 +98,7 @@ class RoundLog(TrainerCallback):
         self.began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_save = self._is_due(state.global_step)
+        control.should_save |= self._is_due(state.global_step)  # an early stop has asked for it already
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, model: Any = None, **kwargs: Any

@@ -55,12 +55,22 @@ def test_rounds_that_cannot_be_taken_are_refused(changes, message):
         recipes.reinforcement("linear", "all", "", miniature=True).override(**changes)
 
 
+def rewards_of(completion_ids):
+    completions = ByteTokenizer().batch_decode(completion_ids, skip_special_tokens=True)  # as TRL calls it
+    return grpo.solved([PROBLEM.prompt] * len(completions), completions, completion_ids)
+
+
 def test_an_answer_without_its_end_has_no_reward():
-    end = ByteTokenizer().eos_token_id
-    rewards = grpo.solved(
-        prompts=[PROBLEM.prompt] * 3, completions=[RIGHT, WRONG, RIGHT], completion_ids=[[52, end], [53, end], [52]]
-    )
-    assert rewards == [1.0, 0.0, 0.0]
+    end, right, wrong = ByteTokenizer().eos_token_id, [*RIGHT.encode()], [*WRONG.encode()]
+    assert rewards_of([[*right, end], [*wrong, end], right, [end]]) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_an_answer_with_a_token_that_is_no_text_has_no_reward():
+    """TRL leaves such tokens out of the text, and a test on held-out problems does not."""
+    tokenizer, right = ByteTokenizer(), [*RIGHT.encode()]
+    for token in (tokenizer.bos_token_id, tokenizer.pad_token_id, 200):
+        for place in (0, 4, len(right)):
+            assert rewards_of([[*right[:place], token, *right[place:], tokenizer.eos_token_id]]) == [0.0]
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +159,21 @@ def test_pieces_give_what_one_call_gives(base, tmp_path, monkeypatch):
     assert not all(torch.equal(weight, started[name]) for name, weight in one.items())
     with pytest.raises(ValueError, match="holds a run with name = 'rl_log_linear_top20_miniature', which cannot"):
         run(base, tmp_path / "whole", "all")
+
+
+def test_a_stop_between_two_tests_saves_its_round(base, tmp_path):
+    recipe = recipes.reinforcement("log_linear", "all", str(base), miniature=True).override(evaluate_every=2)
+
+    def reinforce(minutes=None):
+        scores = {"accuracy": 0.0, "length": 1.0}
+        return grpo.reinforce(recipe, tmp_path / "run", lambda model: scores, minutes=minutes)
+
+    stopped = reinforce(minutes=1e-9)
+    assert stopped.interrupted and stopped.step == recipe.updates and stopped.checkpoint.is_dir()
+    ended = reinforce()
+    assert not ended.interrupted and ended.step == recipe.steps and ended.checkpoint.is_dir()
+    steps = [record["step"] for record in read_metrics(tmp_path / "run") if record["split"] == "train"]
+    assert steps == [1, 2, 3, 4]
 
 
 def test_a_start_of_another_run_is_refused(base, tmp_path):
