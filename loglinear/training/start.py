@@ -22,9 +22,15 @@ def starting_config(recipe: TrainingRecipe) -> LogLinearConfig:
     """Return the configuration of the recipe's model, or of the folder's; of an upgraded one, the levels.
 
     Raises ValueError if the recipe starts from a folder that holds no such model, or has an option that an upgraded one
-    does not take. Raises it also for a decode_top_k.
+    does not take. Raises it also for a decode_top_k, and for a jitter of a model on which positions have no effect.
     """
     config = _config(recipe)
+    layers = sorted({*(config.layer_types or ())})
+    if recipe.jitter is not None and (config.num_levels == 1 or "linear_attention" not in layers):
+        levels = f"{config.num_levels} level{'s' * (config.num_levels > 1)}"
+        raise ValueError(
+            f"jitter needs linear layers with 2 levels or more, got {levels} in layers of {', '.join(layers)}"
+        )
     if config.decode_top_k is not None:
         raise ValueError(
             "decode_top_k must be null in the configuration of a model that is trained, which reads all buckets, "

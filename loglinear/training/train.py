@@ -136,7 +136,7 @@ def train(
 
 def _untrained_levels(recipe: TrainingRecipe, config: LogLinearConfig) -> str | None:
     """Return a note if training never reaches some levels of the model: longer sequences would read them untrained."""
-    trained, levels = config.partition.num_columns(recipe.seq_len + (recipe.jitter or 0)), config.num_levels
+    trained, levels = config.partition.num_columns(recipe.seq_len + (recipe.jitter or 1) - 1), config.num_levels
     if trained >= levels or "linear_attention" not in (config.layer_types or ()):
         return None
     if config.routing is not None:  # a bucket that training never saw has its score, whose factor all buckets share

@@ -130,11 +130,11 @@ def test_data_takes_all_names_that_follow(capsys, tmp_path, text):
 
 def test_train_overrides_reach_the_model(capsys, tmp_path, text):
     out = tmp_path / "run"
-    options = ["--variant", "gated_delta_net", "--num-levels", "1", "--seed", "3", "--lr", "0.001", "--jitter", "100"]
+    options = ["--variant", "gated_delta_net", "--num-levels", "2", "--seed", "3", "--lr", "0.001", "--jitter", "100"]
     code, _, errors = in_process(capsys, "train", "--recipe", "demo", "--data", text, "--out", out, *FAST, *options)
     assert code == 0, errors
     recipe = json.loads((out / "run.json").read_text())["recipe"]
-    assert (recipe["model"]["variant"], recipe["model"]["num_levels"]) == ("gated_delta_net", 1)
+    assert (recipe["model"]["variant"], recipe["model"]["num_levels"]) == ("gated_delta_net", 2)
     assert [recipe[name] for name in ("seed", "learning_rate", "jitter", "steps")] == [3, 0.001, 100, 2]
 
 
