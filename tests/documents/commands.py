@@ -153,7 +153,11 @@ READ = {
         "--minutes 8 --data data/long_text/validation.jsonl.zst",
         "python -m experiments.needle run --kind transformer --embedding-range 0.02 "
         "--out runs/needle/small --minutes 8 --data data/long_text/validation.jsonl.zst",
+        "python -m experiments.needle run --kind linear_states4 --seed 0 --out runs/needle/linear_states4-0 "
+        "--data data/long_text/validation.jsonl.zst",
         "python -m experiments.upgrade run --out runs/upgrade --data data/long_text/validation.jsonl.zst",
+        "python -m experiments.upgrade run --base runs/needle/linear_states4-0 --out runs/upgrade-needle "
+        "--data data/long_text/validation.jsonl.zst",
     ],
     "330 MB of Debian packages": [
         "python -m experiments.long_text prepare",
