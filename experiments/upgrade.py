@@ -133,11 +133,15 @@ def start_folder(kind: str, out: Path) -> Path:
 def write_linear_start(linear: Linear) -> None:
     """Write the trained linear model in bfloat16, as models are published, unless it is there.
 
-    Raises ValueError if another model is there.
+    Raises ValueError if another model is there, or if the run is not finished, whose result came from elsewhere.
     """
     start = start_folder("linear", linear.out)
     if not start.exists():  # it appears whole
-        write_upgraded(resolve(linear.run), start, {"num_levels": 1}, torch.bfloat16)
+        checkpoint, steps = resolve(linear.run), run_recipe(linear.run).steps
+        if step_of(checkpoint) < steps:
+            at = f"{linear.run} is at step {step_of(checkpoint):,} of {steps:,}"
+            raise ValueError(f"{at}, but its result is there: put the finished run in its place")
+        write_upgraded(checkpoint, start, {"num_levels": 1}, torch.bfloat16)
     weights, ours = load_model(start).state_dict(), load_model(linear.run).state_dict()
     if any(not torch.equal(tensor.bfloat16(), ours[name].bfloat16()) for name, tensor in weights.items()):
         raise ValueError(f"{start} is not the model of {linear.run}: choose another --out")

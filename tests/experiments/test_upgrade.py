@@ -131,6 +131,19 @@ def test_another_machine_goes_on_from_the_results_and_the_linear_starts(folder):
     assert {path.name for path in (moved / "seed0").iterdir()} == {*kinds} and not (moved / BASE).exists()
 
 
+def test_no_continuation_starts_from_a_linear_model_that_is_half_trained(folder, tmp_path):
+    """Another machine finished it, and its result came back without the run."""
+    base = tmp_path / BASE
+    shutil.copytree(folder / "whole" / BASE, base)
+    shutil.rmtree(base / "checkpoint-4")
+    shutil.copytree(folder / "whole/miniature", tmp_path / "miniature")
+    (tmp_path / "miniature/upgrade-linear.json").unlink()
+    given = dict(out=tmp_path, results=tmp_path, data=[str(folder / "text.txt")], examples=1, miniature=True)
+    with pytest.raises(ValueError, match=f"{base} is at step 2 of 4, but its result is there: put the finished"):
+        upgrade.run(**given, seed=[0], kind=["base", "linear"], tokens=folder / "tokens")
+    assert not (tmp_path / "linear-start").exists()
+
+
 def test_processes_at_once_share_one_linear_model(folder, tmp_path):
     """Whoever comes second waits for it, and for the upgraded model that both continue."""
     program = [sys.executable, "-m", "experiments.upgrade", "run", "--miniature", "--examples", "1"]
