@@ -144,7 +144,7 @@ def measure(model: Any, reference: Any, recipe: TrainingRecipe) -> dict[str, Any
         memorised bits      = sum over its pieces x of max(0, r(x) - m(x))
 
     m(x) and r(x) are the bits that code x under the model and under the reference. Attacks tell MEMBERS pieces of the
-    dataset from the held-out ones; a low score speaks for a member.
+    dataset, or all if there are fewer, from equally many held-out ones; a low score speaks for a member.
 
     Source: Morris et al., arXiv 2505.24832, equations of unintended memorisation.
     """
@@ -152,10 +152,11 @@ def measure(model: Any, reference: Any, recipe: TrainingRecipe) -> dict[str, Any
     own_N = code_bits(model, training, recipe.row_tokens)
     reference_N = code_bits(reference, training, recipe.row_tokens)
     members, others = (documents_of(part, name) for part, name in ((training, "member"), (held_out, "other")))
+    count = min(MEMBERS, len(members), len(others))  # of both, so that chance is an F1 of 1/2
     tokenizer = ByteTokenizer()
     with torch.autocast(model.device.type, enabled=False):
         attacks = evaluate_membership(
-            model, tokenizer, members[:MEMBERS], others, reference=(reference, tokenizer), progress=False
+            model, tokenizer, members[:count], others[:count], reference=(reference, tokenizer), progress=False
         )
     return {
         "pieces": len(training.names),

@@ -90,6 +90,27 @@ def test_memorised_bits_are_those_that_the_model_saves_against_the_reference(mon
     assert found["code_bits"] == 255 and found["test_bits_per_byte"] == 3 and found["pieces"] == 8
 
 
+@pytest.mark.parametrize("pieces", [8, 1500])
+def test_attacks_read_as_many_members_as_others(monkeypatch, text, pieces):
+    """Otherwise chance is no F1 of 1/2, and the law would not hold for any model."""
+    recipe = recipes.descent("linear", 0.25, data=text, miniature=True)
+    recipe = recipe.override(data=(TextPieces(pieces, 32, 100, text).source,))
+    asked = []
+
+    def attack(model, tokenizer, members, others, **options):
+        asked.append(([one.text for one in members], [one.text for one in others]))
+        return SimpleNamespace(curves={}, summary=dict)
+
+    monkeypatch.setattr(descent, "code_bits", lambda model, corpus, row_tokens: np.ones(len(corpus.names)))
+    monkeypatch.setattr(descent, "evaluate_membership", attack)
+    model = SimpleNamespace(device=torch.device("cpu"))
+    descent.measure(model, model, recipe)
+    ((members, others),) = asked
+    training, held_out = (texts_of(corpus) for corpus in descent.corpora(recipe))
+    count = min(pieces, text_pieces.HELD_OUT)
+    assert members == training[:count] and others == held_out[:count]
+
+
 def options(folder, steps):
     return vars(descent.Options(miniature=True, results=folder, steps=steps))
 
