@@ -149,7 +149,8 @@ def candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[
 def routed_candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
     """Return the scores, and the read with them (scores, weights, operator), by both implementations of the scores.
 
-    The operator alone, with the same columns, is in between. All operators are kernels.
+    The operator alone, with the same columns, is in between. All operators are kernels. The weights come from eager
+    torch operators, or compiled, as in the compiled blocks of a model.
     """
     found: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {}
     for p in ROUTED:
@@ -158,7 +159,9 @@ def routed_candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor]
         found[f"loglinear, {name}: operator"] = operator(s, "triton", p), inputs
         for impl, owner in (("triton", "loglinear"), ("torch", "scores in torch")):
             found[f"{owner}, {name}: scores"] = partial(scores, p, inputs[-1].shape[3], impl), inputs[:2]
-            found[f"{owner}, {name}: routed read"] = partial(routed_read, s, p, impl), inputs
+            found[f"{owner}, {name}: routed read"] = partial(routed_read, s, p, impl, weights), inputs
+        compiled = partial(routed_read, s, p, "triton", compiled_weights)
+        found[f"loglinear, {name}: routed read, compiled weights"] = compiled, inputs
     return found
 
 
@@ -167,12 +170,20 @@ def scores(p: Partition, num_columns: int, impl: str, q: Tensor, k: Tensor) -> T
     return bucket_scores(q, k, num_columns=num_columns, partition=p, impl=impl).scores
 
 
-def routed_read(s: Shape, p: Partition, impl: str, *leaves: Tensor) -> Tensor:
-    """Return the output of the routed read, with the last of `leaves` as logits and a sharpness of 4."""
+def weights(logits: Tensor, found: Tensor, tokens: Tensor) -> Tensor:
+    """Return the weights of the buckets, with a sharpness of 4."""
+    groups = found.shape[2]
+    return normalized(logits.float() + 4 * found.repeat_interleave(logits.shape[2] // groups, 2), tokens)
+
+
+compiled_weights = torch.compile(weights)
+
+
+def routed_read(s: Shape, p: Partition, impl: str, weigh: Callable[..., Tensor], *leaves: Tensor) -> Tensor:
+    """Return the output of the routed read, with the last of `leaves` as logits."""
     *rest, logits = leaves
     found = bucket_scores(*rest[:2], num_columns=logits.shape[3], partition=p, impl=impl)
-    a = logits.float() + 4 * found.scores.repeat_interleave(s.H // s.G, 2)
-    return operator(s, "triton", p)(*rest, normalized(a, found.tokens))
+    return operator(s, "triton", p)(*rest, weigh(logits, found.scores, found.tokens))
 
 
 def delta_rule_peers(inputs: list[Tensor]) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
