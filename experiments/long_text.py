@@ -1,4 +1,4 @@
-"""Language modelling of long texts: the data, seven models of one size, and their loss with far text and without it.
+"""Language modelling of long texts: the data, nine models of one size, and their loss with far text and without it.
 
 python -m experiments.long_text prepare
 python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9

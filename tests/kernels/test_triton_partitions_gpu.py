@@ -20,22 +20,27 @@ PARTITIONS = [
     Partition(4, 128),
     Partition(64, 16),
 ]
-# Errors of the delta rule in bfloat16, as in `emulation`: with chunks of 16 tokens, radix 64 and T = 4,097; and of the
-# few raw tokens of a state, the largest of STATES and of these partitions (5 and 32 tokens, two seeds, T = 350).
+# Errors of the delta rule in bfloat16, as in `emulation`: with chunks of 16 tokens, radix 64 and T = 4,097, the largest
+# of two seeds; and of the few raw tokens of a state, the largest of STATES and of these partitions (5 and 32 tokens,
+# two seeds, T = 350).
 SMALL_CHUNKS = {
-    "output": 8.35e-3,
-    "gradient of q": 8.52e-3,
-    "gradient of k": 1.12e-2,
-    "gradient of v": 8.34e-3,
-    "gradient of log_decay": 1.06e-2,
-    "gradient of beta": 1.09e-2,
-    "gradient of level_scales": 8.61e-3,
+    "output": 7.56e-3,
+    "gradient of q": 7.73e-3,
+    "gradient of k": 1.03e-2,
+    "gradient of v": 7.93e-3,
+    "gradient of log_decay": 1.03e-2,
+    "gradient of beta": 9.97e-3,
+    "gradient of level_scales": 7.58e-3,
 }
-# The decay's gradient in two calls of the delta rule, emulated with an H200's random numbers: the loss decides how far
-# the flows cancel whose difference it is, from 1.25e-2 to 1.75e-2 in the three packed sequences. By partition, tokens
-# and columns; of the 16,384 tokens, the first 1,100. The packed call had 1.56e-2 on an H200, above
-# the 1.5e-2 that is asked: it still fails.
-DECAYS = {(Partition(16, 16), 9000, 40): 1.49e-2, (Partition(64, 16), 16384, 9): 1.15e-2}
+# The decay's gradient in four calls of the delta rule, emulated with an H200's random numbers: the loss decides how far
+# the flows cancel whose difference it is. By partition, tokens and columns; of the 16,384 tokens, the first 1,100. The
+# last one had 1.71e-2 on an H200, above the 1.5e-2 that is asked: it still fails.
+DECAYS = {
+    (Partition(16, 16), 9000, 40): 1.49e-2,
+    (Partition(64, 16), 16384, 9): 1.15e-2,
+    (Partition(16, 16), 4097, 9): 1.62e-2,
+    (Partition(64, 16), 4097, 9): 1.37e-2,
+}
 RAW_TOKENS = {"gradient of state's log_decay": 3.87e-3, "gradient of state's beta": 1.67e-2}
 every_partition = pytest.mark.parametrize("partition", PARTITIONS, ids=str)
 
