@@ -12,7 +12,17 @@ import torch
 
 import loglinear
 from experiments import upgrade
-from experiments.recipes.upgrade import BASE, BASE_SEED, CONTINUATIONS, FULL, MINIATURE, base_recipe, continuation
+from experiments.recipes.needle import needle
+from experiments.recipes.upgrade import (
+    BASE,
+    BASE_SEED,
+    CONTINUATIONS,
+    FULL,
+    MINIATURE,
+    base_recipe,
+    continuation,
+    found_recipe,
+)
 from experiments.results import read_seeds, result_file
 from loglinear.cli.console import Interrupted
 from loglinear.runs.checkpoints import checkpoints
@@ -100,6 +110,16 @@ def test_the_full_experiment_trains_every_level_of_its_longest_examples():
         free = dataclasses.replace(recipe, name="", summary="", jitter=None, new_only=None, learning_rate=1.0)
         other = continuation(base, "linear", sizes, Path("start"))
         assert free == dataclasses.replace(other, name="", summary="", learning_rate=1.0)  # as many steps, same text
+
+
+@pytest.mark.parametrize("kind", CONTINUATIONS)
+def test_a_needle_model_goes_on_by_the_same_recipe(kind):
+    one, own = (
+        continuation(base, kind, FULL, Path("start"))
+        for base in (found_recipe(needle("linear_states4")), base_recipe())
+    )
+    assert one.name == f"upgrade_needle_linear_states4_{kind}"
+    assert dataclasses.replace(one, name="", seed=0) == dataclasses.replace(own, name="", seed=0)
 
 
 def test_the_table_has_a_row_for_each_model(folder, capsys):
