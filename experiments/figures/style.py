@@ -38,7 +38,7 @@ class Line:
 MODELS = {
     "log_linear": Line("log-linear Mamba-2", "#d55e00", "o"),
     "log_linear_states4": Line("log-linear Mamba-2, four times the state", "#f4a582", "p"),
-    "jittered": Line("log-linear Mamba-2, starts at random positions", "#b2182b", "d"),
+    "jittered": Line("log-linear Mamba-2, random starts", "#b2182b", "d"),
     "capped": Line("log-linear Mamba-2, two levels fewer", "#cc79a7", "D"),
     "linear": Line("linear Mamba-2", "#0f80c1", "s"),
     "linear_states4": Line("linear Mamba-2, four times the state", "#56b4e9", "X"),
