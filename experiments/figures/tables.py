@@ -65,7 +65,8 @@ def conditions(models: Collection[Result]) -> str:
     length = join_distinct(models, lambda result: f"{result['recipe']['seq_len']:,}")
     seed = join_distinct(models, lambda result: result["seed"])
     device = join_distinct(models, lambda result: result["versions"]["device"])
-    speed = "Tokens/s are those of the median step, minutes those of training with compilation"
+    compiled = " with compilation" * any(result["recipe"].get("compile") for result in models)
+    speed = f"Tokens/s are those of the median step, minutes those of training{compiled}"
     return f"Trained in windows of {length} tokens, seed {seed}, {device}. {speed}."
 
 

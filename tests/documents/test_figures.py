@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments.figures import main
 from tests.documents.pages import DOCS, ROOT
@@ -27,7 +28,22 @@ def equal(drawn: Path, shown: Path) -> bool:
     return words[0] == words[1] and np.allclose(*np.array(numbers, dtype=float), rtol=0, atol=PIXELS)
 
 
-def test_figures_are_those_of_the_results(tmp_path, capsys):
+def refuse_what_does_not_fit(monkeypatch):
+    """A legend whose entries are too long for the figure is cut off without a word."""
+    save = Figure.savefig
+
+    def checked(figure, path, **options):
+        save(figure, path, **options)
+        figure.canvas.draw()
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, f"the legend of {path} is too wide"
+
+    monkeypatch.setattr(Figure, "savefig", checked)
+
+
+def test_figures_are_those_of_the_results(tmp_path, capsys, monkeypatch):
+    refuse_what_does_not_fit(monkeypatch)
     main(results=ROOT / "results", out=tmp_path)
     drawn, shown = ({path.name: path for path in folder.iterdir()} for folder in (tmp_path, DOCS / "figures"))
     changed = [name for name in drawn if name not in shown or not equal(drawn[name], shown[name])]
