@@ -12,6 +12,7 @@ from torch import Tensor
 from loglinear.evaluation.roc import RocCurve
 
 COLUMNS = ("c1", "c2", "c3", "F1 of large datasets", "error")  # of `Law.cells`
+STARTS = 3  # best points of the grid, because a single one can lead to another minimum
 SLOPES = (-100.0, -30.0, -10.0, -3.0, 3.0, 10.0, 30.0, 100.0)  # of the grid, over the range of the ratios
 
 
@@ -45,8 +46,8 @@ PUBLISHED = Law(1.34, -0.034, -33.14)
 def fit_law(ratio_P: np.ndarray, f1_P: np.ndarray) -> Law:
     """Return the law of least squares: min over c of the sum of (F1(ratio) - f1)^2.
 
-    c1 is linear, so it is solved exactly for every c2 and c3. L-BFGS of PyTorch finds these two, from the best point of
-    a grid.
+    c1 is linear, so it is solved exactly for every c2 and c3. L-BFGS of PyTorch finds these two, from each of the
+    STARTS best points of a grid.
 
     Raises ValueError for fewer than four different ratios, which three constants would nearly always fit.
     """
@@ -56,7 +57,16 @@ def fit_law(ratio_P: np.ndarray, f1_P: np.ndarray) -> Law:
     x_P, y_P = torch.tensor((ratio_P - middle) / width), torch.tensor(2 * f1_P - 1)
     grid_G2 = torch.tensor([(slope, -slope * float(x)) for slope in SLOPES for x in x_P], dtype=torch.float64)
     losses_G = _solved(grid_G2, x_P, y_P)[1]
-    line = grid_G2[losses_G.argmin()].clone().requires_grad_()
+    starts_S = losses_G.argsort(stable=True)[:STARTS]
+    line = min((_descended(grid_G2[start], x_P, y_P) for start in starts_S), key=lambda line: _loss(line, x_P, y_P))
+    c1, loss = _solved(line, x_P, y_P)
+    slope, offset = line.tolist()
+    return Law(c1.item(), slope / width, offset * width / slope - middle, math.sqrt(loss.item()) / 2)
+
+
+def _descended(start: Tensor, x_P: Tensor, y_P: Tensor) -> Tensor:
+    """Return the line of a local minimum near a line."""
+    line = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [line], max_iter=1000, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe"
     )
@@ -68,9 +78,11 @@ def fit_law(ratio_P: np.ndarray, f1_P: np.ndarray) -> Law:
         return loss.item()
 
     optimizer.step(closure)
-    c1, loss = _solved(line, x_P, y_P)
-    slope, offset = line.tolist()
-    return Law(c1.item(), slope / width, offset * width / slope - middle, math.sqrt(loss.item()) / 2)
+    return line.detach()
+
+
+def _loss(line: Tensor, x_P: Tensor, y_P: Tensor) -> float:
+    return _solved(line, x_P, y_P)[1].item()
 
 
 def _solved(line: Tensor, x_P: Tensor, y_P: Tensor) -> tuple[Tensor, Tensor]:

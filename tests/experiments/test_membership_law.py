@@ -26,6 +26,13 @@ def test_noise_moves_the_curve_by_no_more_than_the_noise():
     assert fitted.error == pytest.approx(np.sqrt(np.mean((fitted(RATIO) - true(RATIO) - noise) ** 2)), rel=1e-9)
 
 
+def test_the_best_point_of_the_grid_is_not_the_only_start():
+    """From it alone the descent ends in a minimum that is worse than the true law."""
+    true, ratio = Law(1.055, 0.8474, -13.584), 640 / 2.0 ** np.arange(7)
+    noise = np.array([-0.007, -0.001, -0.0261, -0.0178, 0.0088, 0.0034, 0.001])
+    assert fit_law(ratio, true(ratio) + noise).error <= np.sqrt(np.mean(noise**2))
+
+
 def test_the_printed_constants_contradict_themselves():
     """F1 of a large dataset, whose members nobody can tell, is above 1, and that of a small one is 1/2."""
     assert PUBLISHED(0) == pytest.approx(1.006, abs=5e-4) and PUBLISHED(1e6) == pytest.approx(0.5)
