@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from loglinear.ops.state import unchanging
+
 
 def of_any_length(x: Tensor) -> Tensor:
     """Return x, marked so that a compiled block has one graph for all lengths of x, from the first call on."""
@@ -17,15 +19,8 @@ def of_any_length(x: Tensor) -> Tensor:
 
 
 def own_boundaries(cu_seqlens: Tensor) -> Tensor:
-    """Return an int64 copy of boundaries that never changes.
-
-    The operators' kernels store the layouts that they derive from it in its attribute `layouts`, for all layers and
-    their backward pass.
-    """
-    boundaries = of_any_length(cu_seqlens.to(torch.int64, copy=True))
-    if not torch.compiler.is_compiling():
-        boundaries.layouts = {}  # type: ignore[attr-defined]
-    return boundaries
+    """Return an int64 copy of boundaries that never changes, so that the layouts made of it serve all layers."""
+    return unchanging(of_any_length(cu_seqlens.to(torch.int64, copy=True)))
 
 
 class Packing(NamedTuple):

@@ -14,7 +14,6 @@ from loglinear.layers.packing import Packing
 from loglinear.layers.routing import BucketWeights, check_top_k, keep_largest
 from loglinear.layers.short_convolution import ShortConvolution
 from loglinear.ops import (
-    FenwickState,
     LogLinearOutput,
     bucket_scores,
     bucket_scores_step,
@@ -24,6 +23,7 @@ from loglinear.ops import (
     log_linear_delta_rule_step,
 )
 from loglinear.ops.scores import zero_sums
+from loglinear.ops.state import empty_state
 from loglinear.ops.step import check_step
 from loglinear.ops.validation import check_tensor
 from loglinear.partition import Partition
@@ -143,7 +143,8 @@ class TokenMixer(nn.Module):
     def starting_at(self, position: Tensor | None, x: Tensor) -> MixerState | None:
         """Return the state of sequences that start at `position` [S] and have no token yet; None for new sequences.
 
-        The state fits inputs like `x`. The linear model has one level, so no position changes its results: None.
+        The state fits inputs like `x`. At an unchanging position layers share its parts, which nobody may change. The
+        linear model has one level, so no position changes its results: None.
         """
         if position is None or self.num_levels == 1:
             return None
@@ -154,7 +155,7 @@ class TokenMixer(nn.Module):
         heads = self.heads
         shared: dict[str, Any] = dict(groups=heads.num_groups, key_dim=heads.key_dim, partition=self.partition)
         shared |= dict(position=position, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        fenwick = FenwickState.zeros(
+        fenwick = empty_state(
             rows,
             num_levels=self.num_levels,
             chunk_size=self.chunk_size,

@@ -12,6 +12,7 @@ from loglinear.models.cache import LogLinearCache
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.places import TokenPlaces, has_shape
 from loglinear.ops.continuation import sequence_of
+from loglinear.ops.state import unchanging
 from loglinear.ops.validation import INDICES, check_tensor, check_tree_positions
 
 
@@ -22,7 +23,7 @@ class TokenLayout(NamedTuple):
     attention: AttentionContext | None  # for full attention; None: the model has none of it
     is_step: bool = False  # one token per row from the states of a cache, without gradients: `Mixer.step`
     active: Tensor | None = None  # [B] True at rows for which the step has a token; None: all
-    initial_position: Tensor | None = None  # [S] where new sequences start in the tree; None: at 0
+    initial_position: Tensor | None = None  # [S] where new sequences start in the tree, unchanging; None: at 0
 
 
 NEUTRAL = {"is_causal": True, "output_router_logits": False}  # arguments with one possible value here
@@ -157,6 +158,8 @@ def token_layout(
     if has_attention:
         columns_BS = real_BT if cache is None else cache.extend_real(real_BT, places.rows, places.time, device)
         attention = _attention_context(config, places, device, position_ids, columns_BS, with_weights)
+    if initial_position is not None:
+        initial_position = unchanging(initial_position.to(device, torch.int64, copy=True))
     return TokenLayout(packing, attention, places.is_step, active, initial_position)
 
 

@@ -83,4 +83,5 @@ def final_state(
     real = position < end
     place = torch.where(real, Places(start, end, buffer, first).of(position, C), 0)
     tails = [None if x is None else take(x, place, real).to(blocks.dtype) for x in tokens]
-    return FenwickState._make([places.end, blocks, *tails, None if p.partition == FENWICK else p.partition])
+    # A copy, because all layers may share the places, and the state is its owner's.
+    return FenwickState._make([places.end.clone(), blocks, *tails, None if p.partition == FENWICK else p.partition])

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from loglinear.kernels.torch import has_blocks
+from loglinear.kernels.unchanging import is_unchanging, is_zero, once, unchanging
 from loglinear.ops.continuation import Places, final_state, in_one_row, places_in_one_row, take
 from loglinear.ops.problem import MIN_LOG_DECAY, Problem, is_transformed
 from loglinear.ops.state import DecodeState, FenwickState
@@ -142,6 +143,18 @@ def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
     return limits.of_step(s.blocks, s.chunk_size, s.beta is not None)
 
 
+def with_boundaries(p: Problem) -> Problem:
+    """Return the call with int64 boundaries on its device, in a copy unless they are unchanging.
+
+    Forward and backward then share a layout.
+    """
+    ends, device = p.cu_seqlens, p.v.device
+    if ends is None or is_unchanging(ends):
+        return p
+    copy = not torch.compiler.is_compiling()
+    return replace(p, cu_seqlens=unchanging(ends.to(device, torch.int64, non_blocking=True, copy=copy)))
+
+
 def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
     """Return the output and, if the call asks for it, the final state; ValueError if the call is not supported."""
     reason = unsupported(p)
@@ -152,8 +165,7 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
     log_decay = p.log_decay
     if log_decay is None:
         log_decay = p.v.new_zeros(p.v.shape[:3], dtype=torch.float32)
-    if p.cu_seqlens is not None:
-        p = replace(p, cu_seqlens=p.cu_seqlens.to(p.v.device, torch.int64, non_blocking=True))
+    p = with_boundaries(p)
     if p.initial_state is None:
         output, blocks, *_ = chunkwise(
             p.q,
@@ -180,10 +192,13 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
 
 @dataclass(frozen=True)
 class Continued:
-    """The tokens of sequences that continue from a state: buffered and new ones in one row, without gaps."""
+    """The tokens of sequences that continue from a state: buffered and new ones in one row, without gaps.
 
-    state: FenwickState
+    A sequence without a token has zeros in place of the buffered ones, which its unfinished chunk begins with.
+    """
+
     ends: Tensor  # [N + 1], the boundaries of the sequences in this row
+    starts: Tensor  # [N], the number of the chunk with which each begins
     places: Places  # of the tokens in this row
     apart: Tensor  # the place of each token of the row among all buffered tokens and then all new ones
     real: Tensor  # False for the row's padding
@@ -192,6 +207,11 @@ class Continued:
     @classmethod
     def of(cls, p: Problem, state: FenwickState) -> Continued:
         """Return the row of a call; the device asserts that no position is too large for a walk."""
+        name = ("continued", *p.v.shape[:2], p.chunk_size)
+        return once(lambda: cls._of(p, state), name, state.position, p.cu_seqlens)
+
+    @classmethod
+    def _of(cls, p: Problem, state: FenwickState) -> Continued:
         from loglinear.kernels.triton.layout import ragged
         from loglinear.kernels.triton.tree import MAX_CHUNKS
 
@@ -208,11 +228,15 @@ class Continued:
         source = torch.where(real, Places(*(x[sequence] for x in apart)).of(position, C), 0)
         together = Places(apart.start, apart.end, ends[:-1], ends[:-1] + buffered)
         owner, number, _ = ragged(lengths, tokens)
-        return cls(state, ends, together, source, real, together.first[owner] + number)
+        output = together.first[owner] + number
+        return cls(unchanging(ends), unchanging(state.position // C), together, source, real, output)
 
     def packed(self, new: Tensor, buffer: Tensor | None = None) -> Tensor:
-        """Return buffered and new tokens as the row."""
-        return take(in_one_row(new, self.state, buffer), self.apart, self.real)
+        """Return buffered tokens, or zeros in place of them, and new ones as the row."""
+        new = new.flatten(0, 1)
+        if buffer is None or is_zero(buffer):
+            return new.new_zeros(len(self.real), *new.shape[1:]).index_copy(0, self.output, new)
+        return take(torch.cat([buffer.flatten(0, 1).to(new.dtype), new]), self.apart, self.real)
 
     def unpacked(self, output: Tensor) -> Tensor:
         """Return the new tokens' part [B T, ...] of a row [1, tokens, ...]."""
@@ -229,8 +253,9 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
     if p.beta is not None:
         beta = row.packed(p.beta, state.beta)
         # The first entry of the delta rule's tree reads the prefix even if there is none, so it must be zero.
-        is_past = has_blocks(state.position // C, blocks.shape[1], C, p.partition)
-        blocks = torch.where(is_past[..., None, None, None], blocks, 0.0)
+        if not is_zero(blocks):
+            is_past = has_blocks(row.starts, blocks.shape[1], C, p.partition)
+            blocks = torch.where(is_past[..., None, None, None], blocks, 0.0)
     written = [row.packed(p.k, state.k), row.packed(p.v, state.v), row.packed(log_decay, state.log_decay), beta]
     output, blocks, *_ = chunkwise(
         row.packed(p.q)[None],
@@ -238,7 +263,7 @@ def _continue(p: Problem, state: FenwickState, log_decay: Tensor) -> tuple[Tenso
         row.packed(p.level_scales)[None],
         blocks,
         row.ends,
-        state.position // C,
+        row.starts,
         p.scale,
         C,
         p.output_final_state,

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels import torch as kernels
+from loglinear.kernels.unchanging import once
 from loglinear.ops import impl_reference, scores_triton
 from loglinear.ops.announcement import announce
 from loglinear.ops.continuation import final_state, in_one_row, places_in_one_row, sequence_of
 from loglinear.ops.impl_torch import records_stages
 from loglinear.ops.problem import Problem, unit_length
-from loglinear.ops.state import FenwickState
+from loglinear.ops.state import FenwickState, empty_state
 from loglinear.ops.validation import (
     INTEGERS,
     Sizes,
@@ -97,7 +98,7 @@ def bucket_scores(
     chosen, reason = _automatic(problem) if impl == "auto" else (impl, None)
     announce("bucket_scores", chosen, reason)
     with torch.autocast(q.device.type, enabled=False):
-        tokens = bucket_tokens(_positions(problem), num_columns=L, partition=partition)
+        tokens = _tokens(problem, L)
         if chosen == "triton":
             scores, final = scores_triton.run(scores_triton.prepared(problem), L)
         else:
@@ -145,10 +146,17 @@ def bucket_tokens(position: Tensor, *, num_columns: int, partition: Partition) -
 
 
 def zero_sums(
-    rows: int, *, num_columns: int, groups: int, key_dim: int, partition: Partition, **how: Any
+    rows: int,
+    *,
+    num_columns: int,
+    groups: int,
+    key_dim: int,
+    partition: Partition,
+    position: Tensor | None = None,
+    **how: Any,
 ) -> FenwickState:
     """Return the sums of sequences that have no token yet; position, dtype and device as in `FenwickState.zeros`."""
-    return FenwickState.zeros(
+    return empty_state(
         rows,
         num_levels=num_columns,
         chunk_size=partition.finest_block,
@@ -158,6 +166,7 @@ def zero_sums(
         value_dim=key_dim,
         delta_rule=False,
         partition=partition,
+        position=position,
         **how,
     )
 
@@ -224,6 +233,19 @@ def _reference(problem: Problem, L: int) -> tuple[Tensor, FenwickState | None]:
             blocks=final.blocks[:, :, ::L], v=final.v[:, :, ::L], log_decay=final.log_decay[:, :, ::L]
         )
     return found, final
+
+
+def _tokens(problem: Problem, L: int) -> Tensor:
+    """Return the tokens of the buckets that every token sees, [B or 1, T, L]."""
+
+    def make() -> Tensor:
+        return bucket_tokens(_positions(problem), num_columns=L, partition=problem.partition)
+
+    state, ends = problem.initial_state, problem.cu_seqlens
+    if state is None and ends is None:
+        return make()
+    name = ("tokens", *problem.v.shape[:2], L, problem.partition)
+    return once(make, name, *((ends, None) if state is None else (state.position, ends)))
 
 
 def _positions(problem: Problem) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.torch import block_tokens
+from loglinear.kernels.unchanging import once
 from loglinear.ops import impl_triton
 from loglinear.ops.continuation import final_state, in_one_row, places_in_one_row
 from loglinear.ops.problem import Problem, unit_length
@@ -41,8 +42,7 @@ def run(p: Problem, num_columns: int) -> tuple[Tensor, FenwickState | None]:
         raise ValueError(reason)
     from loglinear.kernels.triton import bucket_scores
 
-    if p.cu_seqlens is not None:
-        p = replace(p, cu_seqlens=p.cu_seqlens.to(p.q.device, torch.int64, non_blocking=True))
+    p = impl_triton.with_boundaries(p)
     state, options = p.initial_state, (p.output_final_state, p.partition.numbers)
     if state is None:
         scores, blocks = bucket_scores(
@@ -51,10 +51,8 @@ def run(p: Problem, num_columns: int) -> tuple[Tensor, FenwickState | None]:
         k, places = in_one_row(p.k, None), places_in_one_row(p, p.num_sequences)
     else:
         row, C = impl_triton.Continued.of(p, state), p.chunk_size
-        starts, k = state.position // C, row.packed(p.k, state.k)
-        initial = (state.blocks + state.blocks.mT) / 2
-        initial = initial - _means(starts, initial, p)
-        packed = row.packed(p.q)[None], k[None], initial, row.ends, starts
+        k = row.packed(p.k, state.k)
+        packed = row.packed(p.q)[None], k[None], _initial(p, state, row.starts), row.ends, row.starts
         scores, blocks = bucket_scores(*packed, num_columns, C, *options)
         scores, places = row.unpacked(scores).view(*p.q.shape[:3], num_columns), row.places
     if not p.output_final_state:
@@ -67,6 +65,16 @@ def run(p: Problem, num_columns: int) -> tuple[Tensor, FenwickState | None]:
         # A state made by `_replace` came out of a graph of torch 2.11 without its last fields.
         final = FenwickState(final.position, final.blocks, unit, unit, final.log_decay, None, final.partition)
     return scores, final
+
+
+def _initial(p: Problem, state: FenwickState, starts: Tensor) -> Tensor:
+    """Return the initial blocks as the kernels take them. An empty state has the same in all layers."""
+
+    def make() -> Tensor:
+        symmetric = (state.blocks + state.blocks.mT) / 2
+        return symmetric - _means(starts, symmetric, p)
+
+    return once(make, ("initial sums", p.chunk_size, p.partition), state.blocks, starts)
 
 
 def _means(chunks: Tensor, blocks: Tensor, p: Problem) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.torch import chunk_inverse
+from loglinear.kernels.unchanging import is_unchanging, is_zero, once, unchanging
 from loglinear.ops.validation import (
     INTEGERS,
     INVERSE,
@@ -306,6 +307,26 @@ def checked_state(
     return state if state.position.dtype == torch.int64 else state._replace(position=state.position.long())
 
 
+def empty_state(rows: int, *, position: Tensor | None, **sizes: Any) -> FenwickState:
+    """Return `FenwickState.zeros(rows, position=position, **sizes)`, at an `unchanging` position once for all layers.
+
+    Nobody may then change any part of it, and `is_empty` is True.
+    """
+    if position is None or not is_unchanging(position):
+        return FenwickState.zeros(rows, position=position, **sizes)
+
+    def make() -> FenwickState:
+        state = FenwickState.zeros(rows, position=position, **sizes)
+        return state.with_tensors([position, *(unchanging(x, is_zero=True) for x in state.tensors[1:])])
+
+    return once(make, ("state", rows, *sorted(sizes.items())), position)
+
+
+def is_empty(state: FenwickState) -> bool:
+    """True if the state is known to have no token, as one of `empty_state`; False may be either."""
+    return all(is_zero(x) for x in state.tensors[1:])
+
+
 def for_backward(state: FenwickState, operands: Iterable[Tensor | None]) -> FenwickState:
     """Return the state, or a copy of a constant state that a backward pass with these operands may save.
 
@@ -314,7 +335,7 @@ def for_backward(state: FenwickState, operands: Iterable[Tensor | None]) -> Fenw
     is_saved = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
     if not is_saved or any(x.requires_grad for x in state.tensors):
         return state
-    return state.with_tensors(x.clone() for x in state.tensors)
+    return state.with_tensors(x if is_unchanging(x) else x.clone() for x in state.tensors)
 
 
 def _inverse(state: FenwickState) -> Tensor | None:

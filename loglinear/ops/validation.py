@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.torch import is_traced
+from loglinear.kernels.unchanging import once
 from loglinear.partition import LARGEST_CHUNK, Partition
 
 Sizes = dict[str, int]
@@ -169,12 +170,16 @@ def check_tree_positions(name: str, position: Tensor) -> None:
     A GPU checks its values itself, so the CPU does not wait; a wrong one ends the process with the same text.
     """
     if position.is_cuda or torch.compiler.is_compiling():
-        fits = ((position >= 0) & (position < MAX_POSITION)).all()
-        torch._assert_async(fits, f"{name} must be from 0 to 2**62 - 1")
+        once(lambda: _assert_tree_positions(name, position), "tree positions", position)
         return
     for number in position.tolist():
         if not 0 <= number < MAX_POSITION:
             raise ValueError(f"{name} must be from 0 to 2**62 - 1, got {number}")
+
+
+def _assert_tree_positions(name: str, position: Tensor) -> None:
+    fits = ((position >= 0) & (position < MAX_POSITION)).all()
+    torch._assert_async(fits, f"{name} must be from 0 to 2**62 - 1")
 
 
 def check_family(name: str, has_beta: bool, delta_rule: bool) -> None:
@@ -247,9 +252,7 @@ def check_cu_seqlens(B: int, T: int, cu_seqlens: Any) -> None:
     if B != 1:
         raise ValueError(f"cu_seqlens needs a packed batch with B = 1, got B = {B}")
     if cu_seqlens.is_cuda or torch.compiler.is_compiling():
-        torch._assert_async(cu_seqlens[0] == 0, "cu_seqlens must start at 0")
-        torch._assert_async(cu_seqlens[-1] == T, f"cu_seqlens must end at T = {T}")
-        torch._assert_async((cu_seqlens.long().diff() >= 0).all(), "cu_seqlens must not decrease")
+        once(lambda: _assert_boundaries(T, cu_seqlens), ("boundaries", T), cu_seqlens)
         return
     ends = cu_seqlens.tolist()
     if ends[0] != 0:
@@ -258,6 +261,12 @@ def check_cu_seqlens(B: int, T: int, cu_seqlens: Any) -> None:
         raise ValueError(f"cu_seqlens must end at T = {T}, got {ends[-1]}")
     if any(end < start for start, end in zip(ends[:-1], ends[1:], strict=True)):
         raise ValueError(f"cu_seqlens must not decrease, got {ends}")
+
+
+def _assert_boundaries(T: int, cu_seqlens: Tensor) -> None:
+    torch._assert_async(cu_seqlens[0] == 0, "cu_seqlens must start at 0")
+    torch._assert_async(cu_seqlens[-1] == T, f"cu_seqlens must end at T = {T}")
+    torch._assert_async((cu_seqlens.long().diff() >= 0).all(), "cu_seqlens must not decrease")
 
 
 def _said(value: Any) -> str:

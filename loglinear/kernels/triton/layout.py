@@ -16,18 +16,15 @@ import torch
 from torch import Tensor
 
 from loglinear.kernels.triton.tree import LEVELS, MAX_CHUNKS, Tree, candidates
+from loglinear.kernels.unchanging import once
 from loglinear.partition import FENWICK, Partition
 
 Made = TypeVar("Made")
 
 
 def once_a_batch(make: Callable[..., Made]) -> Callable[..., Made]:
-    """`make`, a layout of packed sequences, once for all layers of a model and their backward. It is a hundred small
-    operations and more, which take the host a millisecond.
-
-    It is kept at the tensor cu_seqlens, where that has a dictionary `layouts`, by which its maker says that nobody
-    changes it (`layers.Packing`). Not for sequences that continue, whose starts differ by layer, and on the default
-    stream alone: a CUDA graph, recorded or warmed up, has memory of its own, and reads cu_seqlens anew when it runs.
+    """`make`, a layout of packed sequences, `once` for all layers of a model and their backward, if its boundaries and
+    starts are unchanging. It is a hundred small operations and more, which take the host a millisecond.
     """
 
     name = f"{make.__module__}.{make.__qualname__}"  # not the function: what is kept at a tensor is pickled with it
@@ -42,22 +39,10 @@ def once_a_batch(make: Callable[..., Made]) -> Callable[..., Made]:
         starts: Tensor | None,
         *rest: object,
     ) -> Made:
-        arguments = (rows, tokens, chunk_size, num_levels, cu_seqlens, starts, *rest)
-        layouts = getattr(cu_seqlens, "layouts", None)
-        if layouts is None or starts is not None or not _is_on_default_stream(cu_seqlens):
-            return make(*arguments)
-        key = (name, rows, tokens, chunk_size, num_levels, *rest)
-        if key not in layouts:
-            layouts[key] = make(*arguments)
-        return layouts[key]
+        sizes = (rows, tokens, chunk_size, num_levels)
+        return once(lambda: make(*sizes, cu_seqlens, starts, *rest), (name, *sizes, *rest), cu_seqlens, starts)
 
     return remembering
-
-
-def _is_on_default_stream(x: Tensor | None) -> bool:
-    if x is None or not x.is_cuda:
-        return True
-    return torch.cuda.current_stream(x.device) == torch.cuda.default_stream(x.device)
 
 
 @dataclass(frozen=True)
