@@ -119,6 +119,9 @@ def _automatic(problem: Problem) -> tuple[str, str | None]:
 def bucket_tokens(position: Tensor, *, num_columns: int, partition: Partition) -> Tensor:
     """Return n_b, the number of tokens in every bucket, as the tokens at these positions see it.
 
+    Positions alone decide. A sequence that starts at position p counts p tokens before it, which hold nothing, as
+    `FenwickState.zeros` says. A routed read then has more buckets than a sequence that starts at 0.
+
     Examples:
         >>> bucket_tokens(torch.tensor([0, 3, 10]), num_columns=3, partition=Partition(4, 2)).tolist()
         [[1, 0, 0], [2, 2, 0], [1, 2, 8]]
