@@ -31,13 +31,13 @@ from loglinear.runs.metrics import read_metrics
 
 PUBLISHED = {"float32": "3.83", "bfloat16": "3.51"}  # bits a parameter of GPT-2: Morris et al., arXiv 2505.24832
 STILL_LEARNING = 0.02  # share of the memorised bits that the second half of the steps gained
-PLATEAU = 0.05  # share of the memorised bits that the largest dataset may add to those of the smaller ones
+PLATEAU = 0.05  # a capacity is known if the largest dataset adds at most this share of the memorised bits
 LEAK = 0.05  # bits a token by which held-out tokens may seem less than random
 
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help=f"Dtype of the training's products, one of {', '.join(DTYPES)}; weights are float32.",
+        help=f"Dtype in which the training multiplies, one of {', '.join(DTYPES)}; weights are float32.",
         show_default="bfloat16 on a GPU that has it, else float32",
     ),
 ]
@@ -65,7 +65,7 @@ def run(
 
     The result is capacity-KIND-SIZE-LOAD-DTYPE.json. Training can stop at any time: the next call resumes it from the
     last checkpoint. The seed decides the random tokens, the first weights and the order of the sequences. On a GPU the
-    forward and backward pass of a step is one CUDA graph, so that many processes share the GPU well.
+    forward and backward pass of a step is one CUDA graph, so many processes can share the GPU.
 
     Example, to repeat until it exits with 0:
 
@@ -142,9 +142,9 @@ def code_bits(model: Any, corpus: Corpus, row_tokens: int) -> np.ndarray:
 def second_half(recipe: TrainingRecipe, metrics: Iterable[dict[str, Any]]) -> float:
     """Return the bits of the dataset that the second half of the steps gained, from the losses of the training.
 
-    The mean loss over a twentieth of the steps is taken before the middle and before the end. The gain is the
-    difference of both, times the tokens of the dataset. The end alone would say little: the learning rate, on its
-    cosine, is nearly 0 there.
+    Two means are each over a twentieth of the steps, before the middle and before the end. The gain is the difference
+    of these means, times the tokens of the dataset. The last steps alone would say little, because the learning rate
+    falls on a cosine and is nearly 0 there.
     """
     losses = [record["bits_per_byte"] for record in metrics if record["split"] == "train"]
     width, middle = math.ceil(len(losses) / 20), math.ceil(len(losses) / 2)
@@ -154,7 +154,7 @@ def second_half(recipe: TrainingRecipe, metrics: Iterable[dict[str, Any]]) -> fl
 
 
 class Series(NamedTuple):
-    """The models that one slope belongs to."""
+    """A kind of model and its dtype. One slope, the bits a parameter, is fitted to all their sizes."""
 
     kind: str
     dtype: str
@@ -181,10 +181,10 @@ class Memory(NamedTuple):
 
     @property
     def capacity(self) -> float | None:
-        """The maximum of the memorised bits over the loads, once more data adds nothing.
+        """The maximum of the memorised bits over the loads, if more data adds hardly anything.
 
-        None while there is one load alone, or while the largest dataset adds more than PLATEAU to the maximum of the
-        smaller ones.
+        None if there is one load alone, or if the largest dataset adds more than PLATEAU to the maximum of the smaller
+        ones.
         """
         *smaller, largest = (self.memorised[load] for load in sorted(self.results))
         return max(*smaller, largest) if smaller and largest <= (1 + PLATEAU) * max(smaller) else None

@@ -24,8 +24,8 @@ from loglinear.data.corpus import Corpus
 from loglinear.evaluation.packed import rows
 from loglinear.evaluation.perplexity import token_losses
 
-WINDOWS = 2  # of a document
-BINS = 8  # of the positions of the targets
+WINDOWS = 2  # in each document
+BINS = 8  # in which the positions of the targets are averaged
 ROW_WINDOWS = 4  # windows of W tokens that a forward pass reads
 
 
@@ -34,7 +34,8 @@ def losses_by_context(
 ) -> np.ndarray:
     """Return the nats of the second half of every window for each context, [C, N, W / 2] in float64.
 
-    `contexts` are at most W tokens, even, and divide it. A forward pass reads `row_tokens` tokens, or one sequence.
+    Each of `contexts` is even and divides W. A forward pass reads up to `row_tokens` tokens, or one sequence if that is
+    longer.
 
     Raises ValueError for other contexts, and for windows of different lengths.
     """
@@ -63,9 +64,9 @@ def losses_by_context(
 def evaluate_contexts(model: Any, corpus: Corpus, contexts: Sequence[int], *, progress: bool = True) -> dict[str, Any]:
     """Return the bits per byte of the same text for each context, as plain JSON types.
 
-    The longest context is a window. WINDOWS of them, evenly spaced from its beginning to its end, stand for each
-    document. "bits_per_byte" is the mean over targets, "by_document" that of each of "documents", and "by_position"
-    has a mean for each bin of positions, whose middles in the window are "position".
+    A window is as long as the longest context. Each document gives WINDOWS of them, evenly spaced from its beginning to
+    its end. "bits_per_byte" is the mean over all targets, and "by_document" has the mean of each of "documents".
+    "by_position" has the mean of each bin of positions. "position" has the middles of the bins in the window.
 
     Raises ValueError if a document is shorter than the longest context.
     """

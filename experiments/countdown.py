@@ -2,10 +2,10 @@
 
     3 7 25 = 46              the problem
     25-7=18 18*3=54          an attempt that fails
-    7*3=21 21+25=46          one that is right, and ends the answer
+    7*3=21 21+25=46          the attempt that is right and ends the answer
 
 A step takes two of the remaining numbers and leaves their sum, difference or product. The two numbers and the sign are
-choices. Their result is none.
+choices. Their result is not a choice.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from loglinear.data.sources import Document, name_hash
 from loglinear.data.tokenizer import load_tokenizer
 
 NAME = "countdown"
-LARGEST = 400  # of a product
+LARGEST = 400  # a random attempt has no larger product
 HELD_OUT = 0.05  # share of all problems that no training sees
 STEP = re.compile(r"(\d+)([-+*])(\d+)=(\d+)", re.ASCII)
-VALIDATION = 512  # answers that validate
+VALIDATION = 512  # answers of the validation
 
 
 class Problem(NamedTuple):
-    """Some numbers, in increasing order, and the target that a solution makes of all of them."""
+    """Some numbers, in increasing order, and the target that a solution reaches with all of them."""
 
     numbers: tuple[int, ...]
     target: int
@@ -40,7 +40,7 @@ class Problem(NamedTuple):
 
     @property
     def is_held_out(self) -> bool:
-        """True if the problem is for tests alone. The problem itself decides, so all seeds hold out the same ones."""
+        """True if the problem is for tests alone. Its hash decides, so all seeds hold out the same problems."""
         return name_hash(self.prompt) < HELD_OUT
 
     @staticmethod
@@ -52,7 +52,7 @@ class Problem(NamedTuple):
     def is_solved_by(self, answer: str) -> bool:
         """Return True if the last line of an answer takes all numbers, computes rightly and ends with the target.
 
-        The lines before it are attempts, of which nothing is expected.
+        The lines before it are attempts, which may be wrong.
         """
         left = list(self.numbers)
         for written in answer.split("\n")[-1].split(" "):
@@ -95,7 +95,7 @@ class Countdown(NamedTuple):
         raise ValueError(f"expected answers as {NAME}:GIVEN:LARGEST:FAILURES:ANSWERS, got {source!r}")
 
     def problems(self, seed: str, *, held_out: bool) -> Iterator[Problem]:
-        """Yield random problems without end, all of them held out or none. The first n are the same for every n."""
+        """Yield random problems without end, all of them held out or none. A seed always yields the same problems."""
         return (problem for problem, _ in self._solved(Random(f"{NAME} {seed}"), held_out))
 
     def test(self, count: int) -> list[Problem]:
@@ -116,9 +116,9 @@ class Countdown(NamedTuple):
                 yield problem, attempt
 
     def documents(self, seed: str, *, held_out: bool) -> Iterator[Document]:
-        """Yield problems with an answer without end: 0 to `failures` random attempts that fail, and a right one.
+        """Yield problems and answers without end. An answer has 0 to `failures` failed attempts, then a right one.
 
-        The answer counts in the loss, and the problem does not.
+        The loss counts the answer, but not the problem.
         """
         rng = Random(f"{NAME} answers {seed}")
         for index, (problem, attempt) in enumerate(self._solved(rng, held_out)):
@@ -131,19 +131,19 @@ class Countdown(NamedTuple):
             yield Document(f"{NAME} {index}", text, ((len(problem.prompt), len(text)),))
 
     def corpora(self, seed: int) -> tuple[Corpus, Corpus]:
-        """Return the answers of a seed as byte tokens, and VALIDATION others, to problems that are held out."""
+        """Return the answers of a seed as byte tokens, and VALIDATION other answers, to held-out problems."""
         return self._corpus(f"{seed}", self.answers, held_out=False), self._corpus("", VALIDATION, held_out=True)
 
     def _corpus(self, seed: str, count: int, *, held_out: bool) -> Corpus:
         tokenizer = load_tokenizer("bytes")
         documents = self.documents(seed, held_out=held_out)
         corpus = tokenize((next(documents) for _ in range(count)), tokenizer)
-        # A range of characters does not hold the end. A model that has not learnt it never ends an answer.
+        # A range of characters leaves out the end token. A model that has not learnt this token never ends an answer.
         return dataclasses.replace(corpus, learnt=corpus.learnt | (corpus.tokens == tokenizer.eos_token_id))
 
 
 def random_attempt(rng: Random, numbers: tuple[int, ...]) -> tuple[str, int]:
-    """Return the steps of a random attempt in one line, and their last result, a number from 1 to LARGEST or a sum."""
+    """Return the steps of a random attempt in one line, and their last result. No product is larger than LARGEST."""
     left, steps = list(numbers), []
     while len(left) > 1:
         a, b = sorted(rng.sample(range(len(left)), 2), key=lambda place: -left[place])

@@ -33,7 +33,7 @@ from loglinear.runs.checkpoints import last_checkpoint, step_of
 from loglinear.runs.folder import run_recipe
 from loglinear.training import load_model
 
-MEMBERS = 1024  # of a dataset, as many as there are held-out pieces
+MEMBERS = 1024  # pieces of a dataset that the attacks get, as many as there are held-out pieces
 
 app = program(__doc__)
 KindOfModel = Annotated[str, typer.Option(help=f"One of {', '.join(KINDS)}.")]
@@ -48,7 +48,8 @@ Text = Annotated[
 def reference(kind: KindOfModel, out: Out, data: Text = None, dtype: Dtype = None, *, options: Options) -> None:
     """Train or resume a model on pieces that no other model reads, and write descent-KIND-reference-DTYPE.json.
 
-    It knows the language, and none of the other datasets. Its code length of a dataset is the dataset's bits.
+    This model knows the language, but no piece of any dataset. The bits of a dataset are its code length under this
+    model.
 
     Example:
 
@@ -70,9 +71,9 @@ def run(
     kind: KindOfModel,
     load: Annotated[
         float,
-        typer.Option(help=f"Bits of the dataset, about, over the capacity: {', '.join(f'{x:g}' for x in LOADS)}."),
+        typer.Option(help=f"Estimated bits of the dataset over the capacity: {', '.join(f'{x:g}' for x in LOADS)}."),
     ],
-    reference: Annotated[Path, typer.Option(help="Folder of the run of `reference`, which is finished.")],
+    reference: Annotated[Path, typer.Option(help="Folder of the finished run of `reference`.")],
     out: Out,
     data: Text = None,
     dtype: Dtype = None,
@@ -106,7 +107,7 @@ def _text(data: str | None, options: Options) -> str:
 
 
 def pieces_of(recipe: TrainingRecipe) -> TextPieces:
-    """Return the sizes of a recipe's data."""
+    """Return the pieces of text of a recipe: their number, their length and their source."""
     return TextPieces.from_source(recipe.data[0])
 
 
@@ -120,7 +121,7 @@ def _reference_corpora(recipe: TrainingRecipe) -> tuple[Corpus, Corpus]:
 
 
 def require_reference(folder: Path, expected: TrainingRecipe) -> None:
-    """Raise ValueError unless a folder holds the finished run of a reference model's recipe, of any seed and steps."""
+    """Raise ValueError unless `folder` holds a finished run of the expected recipe. Seed and steps may differ."""
     found = run_recipe(folder)
     if found.name != expected.name:
         raise ValueError(f"--reference {folder} holds a run of {found.name}, expected {expected.name}")
@@ -143,8 +144,8 @@ def measure(model: Any, reference: Any, recipe: TrainingRecipe) -> dict[str, Any
         bits of the dataset = sum over its pieces x of r(x)
         memorised bits      = sum over its pieces x of max(0, r(x) - m(x))
 
-    m(x) and r(x) are the bits that code x under the model and under the reference. Attacks tell MEMBERS pieces of the
-    dataset, or all if there are fewer, from equally many held-out ones; a low score speaks for a member.
+    m(x) and r(x) are the bits that code x under the model and under the reference. The attacks tell MEMBERS pieces of
+    the dataset, or all if there are fewer, from equally many held-out pieces. A low score speaks for a member.
 
     Source: Morris et al., arXiv 2505.24832, equations of unintended memorisation.
     """
@@ -199,7 +200,7 @@ class Descent(NamedTuple):
         return np.array([result["evaluation"]["membership"][attack][name] for result in self.results.values()])
 
     def law(self, attack: str) -> Law | None:
-        """Return the law of an attack's matched F1 over capacity bits a piece; None for fewer than four loads."""
+        """Return the law of an attack's matched F1 over the capacity per piece; None for fewer than four loads."""
         if len(self.results) < 4:
             return None
         return fit_law(self.capacity / self.values("pieces"), self.scores(attack))

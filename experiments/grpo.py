@@ -1,4 +1,4 @@
-"""Rounds of reinforcement learning with TRL's GRPOTrainer, in as many calls as needed."""
+"""Rounds of reinforcement learning with TRL's GRPOTrainer. A run can stop and resume after every round."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ LOGGED = {  # our name of each of TRL's metrics
 
 
 class GroupTrainer(WholeCheckpoints, GRPOTrainer):
-    """TRL's trainer, whose checkpoints appear whole. The objective is TRL's."""
+    """TRL's trainer and its objective, with checkpoints that appear whole."""
 
 
 class LowestEntropyTrainer(GroupTrainer):
-    """The same for the tokens that `top_entropy_quantile` leaves out, for which TRL has no option."""
+    """A GroupTrainer of the tokens that `top_entropy_quantile` leaves out. TRL has no option for them."""
 
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
-        """Return the other tokens of an answer: those with less entropy than the threshold."""
+        """Return the mask of an answer's tokens with less entropy than the threshold."""
         return ~super().get_high_entropy_mask(entropies, mask, threshold) & mask.bool()
 
 
 def solved(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
     """Return the reward of each answer: 1 if it is right and has its end, otherwise 0.
 
-    The text is that of all tokens, as in the tests. TRL's `completions` lack the special ones inside an answer.
+    The text is that of all tokens, as in the tests. TRL's `completions` lack the special tokens inside an answer.
     """
     tokenizer = ByteTokenizer()
     texts = (str(tokenizer.decode(ids[:-1])) for ids in completion_ids)
@@ -67,7 +67,7 @@ def solved(prompts: list[str], completions: list[str], completion_ids: list[list
 
 
 class StopAfterRound(StopEarly):
-    """As StopEarly, but at the end of a round: the answers of an unfinished one are in no checkpoint."""
+    """A StopEarly that stops at the end of a round, because the answers of an unfinished round are in no checkpoint."""
 
     def __init__(self, updates: int, minutes: float | None) -> None:
         super().__init__(minutes)
@@ -132,10 +132,11 @@ class RoundLog(TrainerCallback):
 def reinforce(
     recipe: Reinforcement, out: Path, evaluate: Callable[[Any], dict[str, Any]], *, minutes: float | None = None
 ) -> TrainingResult:
-    """Take or continue the rounds of a recipe in the folder `out`; `evaluate` tests a model on held-out problems.
+    """Start or resume the rounds of a recipe in the folder `out`; `evaluate` tests a model on held-out problems.
 
-    A resumed run gives the numbers of an uninterrupted one, bit for bit on the CPU. A signal or the minutes save a
-    checkpoint after the round and end the call. Raises ValueError if `out` holds a run of another recipe.
+    A resumed run gives the numbers of an uninterrupted run, bit for bit on the CPU. After a signal, or after `minutes`,
+    the call saves a checkpoint at the end of the round and returns. Raises ValueError if `out` holds a run of another
+    recipe.
     """
     stop = StopAfterRound(recipe.updates, minutes)
     quiet()
@@ -156,7 +157,7 @@ def reinforce(
 
 
 def _begin(recipe: Reinforcement, out: Path) -> None:
-    """Write run.json, or compare it. Raises ValueError, which names the difference, for another recipe."""
+    """Write run.json, or raise ValueError if it holds another recipe. The message names the difference."""
     if not (out / RUN_FILE).exists():
         require_empty(out)
         write_sealed(out / RUN_FILE, {"recipe": recipe.to_dict(), "versions": versions(), "command": command()})
@@ -170,7 +171,7 @@ def _begin(recipe: Reinforcement, out: Path) -> None:
 
 
 def make_trainer(recipe: Reinforcement, out: Path, callbacks: list[TrainerCallback]) -> GroupTrainer:
-    """Return the trainer of a recipe, whose model comes from its start."""
+    """Return the trainer of a recipe, with the model that the recipe starts from."""
     on_gpu = torch.cuda.is_available()
     problems = Countdown.from_source(recipe.task).problems(f"rounds {recipe.seed}", held_out=False)
     prompts = [{"prompt": problem.prompt} for problem in itertools.islice(problems, recipe.rounds * recipe.prompts)]
@@ -191,7 +192,7 @@ def make_trainer(recipe: Reinforcement, out: Path, callbacks: list[TrainerCallba
         optim="adamw_torch_fused",
         generation_kwargs={"use_cache": True},  # the Trainer of transformers switches it off in the configuration
         seed=recipe.seed,
-        bf16=False,  # so that answers are sampled from the probabilities that learn
+        bf16=False,  # so that answers are sampled from the probabilities that the loss uses
         gradient_checkpointing=False,  # TRL's default saves memory that these models do not need
         use_cpu=not on_gpu,
         logging_steps=1,

@@ -1,4 +1,4 @@
-"""Language modelling of long texts: the data, nine models of one size, and their loss with far text and without it.
+"""Language models of long texts: the data, nine kinds of model, and their loss with far text and without it.
 
 python -m experiments.long_text prepare
 python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9
@@ -25,9 +25,9 @@ from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
 from loglinear.training import load_tokenizer
 
-CONTEXTS = (1 / 8, 1 / 4, 1 / 2, 1, 2)  # tokens that a target may be predicted from, in training lengths
+CONTEXTS = (1 / 8, 1 / 4, 1 / 2, 1, 2)  # most tokens that a target is predicted from, in training lengths
 LENGTHS = (1, 4)  # of the windows of the earlier round, in training lengths
-BINS = 4  # per training length, in its curves of each document
+BINS = 4  # of positions in a training length, in the earlier round's curves of each document
 EARLIER = "16k"
 
 app = program(__doc__)
@@ -78,8 +78,8 @@ def run(
     """Train or resume one model, evaluate it at the end of the training, and write long-text-8k-KIND.json.
 
     Training can stop at any time: the next call resumes it from the last checkpoint. The evaluation takes further
-    seconds, which --minutes does not include. An interrupted evaluation starts again. The earlier round has models of
-    13.3 M parameters. It writes long-text-KIND.json, and its evaluation takes minutes.
+    seconds, which --minutes does not include. An interrupted evaluation starts again. With --windows 16k the models
+    have 13.3 M parameters, the result is long-text-KIND.json, and the evaluation takes minutes.
 
     Example, to repeat until it exits with 0:
 
@@ -142,7 +142,7 @@ def evaluate(model: LogLinearForCausalLM, recipe: TrainingRecipe, validation: Pa
 
 
 def _validation_text(recipe: TrainingRecipe, validation: Path, tokens: int) -> Corpus:
-    """Return the documents of at least so many tokens. Raises ValueError if there is none."""
+    """Return the documents of at least `tokens` tokens. Raises ValueError if there is none."""
     corpus = read_corpus([str(validation)], load_tokenizer(recipe.tokenizer or "bytes"))
     long = [d for d in range(len(corpus.names)) if len(corpus.document(d)) >= tokens]
     if not long:

@@ -1,4 +1,4 @@
-"""Reinforcement learning on forking tokens: countdown with all tokens, those of highest entropy, or the others.
+"""Reinforcement learning on countdown, in which all tokens learn, or those of highest entropy, or the others.
 
 python -m experiments.rl pretrain --kind log_linear --out runs/rl/log_linear --minutes 9
 python -m experiments.rl run --kind log_linear --tokens top20 --base runs/rl/log_linear --out runs/rl/log_linear-top20
@@ -63,7 +63,7 @@ def pretrain(kind: KindOfModel, out: Out, *, options: Options) -> None:
 
 
 def corpora(recipe: TrainingRecipe) -> tuple[Corpus, Corpus]:
-    """Return the answers of a recipe and its seed, and those that validate."""
+    """Return the answers that a recipe and its seed train on, and the answers of its validation."""
     return Countdown.from_source(recipe.data[0]).corpora(recipe.seed)
 
 
@@ -72,14 +72,14 @@ class Answer(NamedTuple):
 
     text: str
     tokens: int
-    """Its end included."""
+    """The number of its tokens, with its end."""
     ended: bool
-    """False if it was cut off."""
+    """False if the answer was cut off."""
 
 
 @torch.no_grad()
 def write_answers(model: Any, problems: Sequence[Problem], longest: int, *, sampled: bool) -> list[Answer]:
-    """Return a model's answer to each problem, of at most `longest` tokens: the likeliest tokens, or sampled ones."""
+    """Return a model's answer to each problem, of at most `longest` tokens: sampled, or of the likeliest tokens."""
     tokenizer = load_tokenizer("bytes")
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     answers = []
@@ -106,9 +106,10 @@ def write_answers(model: Any, problems: Sequence[Problem], longest: int, *, samp
 def measure(model: Any, recipe: Reinforcement) -> dict[str, float]:
     """Return a model's scores on the held-out problems of a recipe, the same for all models and seeds.
 
-    `accuracy` is the share of right answers among all sampled ones, `greedy` that of the likeliest answers, `any` the
-    share of problems with a right answer among the sampled ones. `length` and `ended` are of the sampled answers: their
-    mean number of tokens, and the share of those with an end. The random numbers of the caller stay as they were.
+    `accuracy` is the share of right answers among all sampled ones, and `greedy` that among the likeliest answers.
+    `any` is the share of problems with a right answer among the sampled ones. `length` is the mean number of tokens of
+    the sampled answers, and `ended` the share of sampled answers with an end. The caller's random numbers do not
+    change.
     """
     asked = Countdown.from_source(recipe.task).test(recipe.held_out)
     repeated = [problem for problem in asked for _ in range(recipe.samples)]
@@ -137,15 +138,15 @@ def _right(problem: Problem, answer: Answer) -> bool:
 def run(
     kind: KindOfModel,
     tokens: Annotated[
-        str, typer.Option(help=f"The tokens that learn, one of {', '.join(TOKENS)}: by entropy in a batch of answers.")
+        str, typer.Option(help=f"The tokens that learn, by their entropy in a batch: one of {', '.join(TOKENS)}.")
     ],
     base: Annotated[Path, typer.Option(help="Folder of the trained model, of the same kind and seed.")],
     out: Annotated[Path, typer.Option(help="Folder of this run.")],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the problems and of the sampled answers.")] = 0,
-    rounds: Annotated[int | None, typer.Option(help="Rounds.", show_default="the recipe's")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Number of rounds.", show_default="the recipe's")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate.", show_default="the recipe's")] = None,
     miniature: Annotated[
-        bool, typer.Option("--miniature", help="Take two small rounds, to see that everything works.")
+        bool, typer.Option("--miniature", help="Take two small rounds, which show that everything works.")
     ] = False,
     minutes: Annotated[
         float | None, typer.Option(help="Save a checkpoint and stop with exit code 130 after about this many minutes.")
@@ -154,7 +155,7 @@ def run(
         Path, typer.Option(help="Folder for the JSON file of the result; that of a miniature goes to miniature/ in it.")
     ] = Path("results"),
 ) -> None:
-    """Take or continue the rounds of reinforcement learning from a trained model, and write rl-KIND-TOKENS.json.
+    """Start or resume the rounds of reinforcement learning from a trained model, and write rl-KIND-TOKENS.json.
 
     A round samples answers to new problems and takes a few steps on them, with TRL's GRPOTrainer. Every tenth round
     tests the model on held-out problems and saves a checkpoint. The run can stop at any time: the next call resumes it
@@ -197,7 +198,7 @@ def run(
 def require_trained(base: Path, name: str, seed: int) -> int:
     """Return the steps of the trained model in a folder.
 
-    Raises ValueError, which names the difference, for a model of another recipe or seed, and for an unfinished one.
+    Raises ValueError for a model of another recipe or seed, or an unfinished one. The message names the difference.
     """
     if not base.is_dir():
         raise ValueError(f"there is no trained model {base}: run `python -m experiments.rl pretrain` first")
@@ -213,7 +214,7 @@ def require_trained(base: Path, name: str, seed: int) -> int:
 
 
 def training_course(metrics: list[dict[str, Any]], recipe: Reinforcement) -> dict[str, Any]:
-    """Return the minutes of the steps and, for each round, the mean of its steps' entropy, reward, length and so on."""
+    """Return the minutes of the steps and, for each round, the means of every metric over its steps."""
     steps = [record for record in metrics if record["split"] == "train"]
     parts = [steps[start : start + recipe.updates] for start in range(0, len(steps), recipe.updates)]
     names = [name for name in steps[0] if name not in ("step", "split", "seconds")]
@@ -228,7 +229,7 @@ def training_course(metrics: list[dict[str, Any]], recipe: Reinforcement) -> dic
 
 
 def tests(metrics: list[dict[str, Any]], recipe: Reinforcement) -> list[dict[str, Any]]:
-    """Return the scores of every test, with the rounds before it."""
+    """Return the scores of every test, with the number of rounds before the test."""
     scores = [{"round": record["step"] // recipe.updates, **record} for record in metrics]
     return [
         {name: value for name, value in record.items() if name not in ("step", "split")}
@@ -238,7 +239,7 @@ def tests(metrics: list[dict[str, Any]], recipe: Reinforcement) -> list[dict[str
 
 
 def read_runs(results: Path) -> dict[tuple[str, str], list[Result]]:
-    """Return the results of each kind and tokens, by seed, from rl-KIND-TOKENS[-seedSEED].json.
+    """Return the results of each kind and choice of tokens, by seed, from rl-KIND-TOKENS[-seedSEED].json.
 
     Raises ValueError, which names the files, if seeds differ in more than the seed.
     """
@@ -266,7 +267,7 @@ SHOWN = (("sampled", "accuracy", 100), ("likeliest", "greedy", 100), ("length", 
 
 
 def scores(runs: Mapping[tuple[str, str], Sequence[Result]]) -> tuple[list[str], list[list[str]]]:
-    """Return the columns and the rows of the table of `show`, for results by kind and tokens."""
+    """Return the columns and the rows of the table of `show`, for results by kind and choice of tokens."""
     columns = ["kind", "tokens", "seeds", *(f"{name}, {when}" for name, *_ in SHOWN for when in ("before", "after"))]
     rows = []
     for (kind, tokens), seeds in runs.items():

@@ -1,23 +1,23 @@
-"""The gain of an upgrade: a linear model, upgraded and trained a little more, beside itself trained as long.
+"""The gain of an upgrade, which is trained a little more, compared with its linear model after as many steps.
 
 python -m experiments.needle prepare
 python -m experiments.upgrade run --out runs/upgrade --minutes 9
 
-All seeds continue one linear model. They can run at once, each kind and seed in a process of its own; whoever needs the
-linear model waits for it:
+All seeds continue one linear model. They can run at once, each kind and seed in a process of its own. A process that
+needs the linear model waits for it:
 
 for kind in linear levels_new levels_all routed_new routed_all; do for seed in 0 1 2; do
     python -m experiments.upgrade run --kind base --kind $kind --seed $seed --out runs/upgrade &
 done; done; wait
 
-To go on at another machine, take along the results and the folder OUT/linear-start.
+To continue on another machine, copy the results and the folder OUT/linear-start.
 
 With --base the linear model is not trained here but comes from a finished run, such as one of `experiments.needle`:
 
     python -m experiments.needle run --kind linear_states4 --seed 0 --out runs/needle/linear_states4-0
     python -m experiments.upgrade run --base runs/needle/linear_states4-0 --out runs/upgrade-needle
 
-Its seed is also that of its continuations, so each seed continues a model of its own. The results are
+The continuations have the seed of this linear model, so each seed continues a model of its own. The results are
 upgrade-needle-KIND.json.
 """
 
@@ -71,18 +71,18 @@ from loglinear.runs.loading import own_config
 from loglinear.training import load_model, load_tokenizer
 
 SEEDS = (0, 1, 2)  # of the continuations
-EVAL_CHARACTERS = 1 << 15  # from the beginning of each document of this text: to read 26 MB takes a minute of a CPU
+EVAL_CHARACTERS = 1 << 15  # from the beginning of each document, because all 26 MB take a minute of a CPU
 TASKS = ("single_2", "multikey_1", "multiquery")
 KINDS = (BASE, *CONTINUATIONS)
-OWN, FOUND = "upgrade", "upgrade-needle"  # the results' names begin so: of a linear model trained here, and of --base
+OWN, FOUND = "upgrade", "upgrade-needle"  # how results' names begin: for a linear model trained here, and with --base
 
 app = program(__doc__)
 
 
 def write_upgraded(linear: Path, out: Path, levels: dict[str, Any], dtype: torch.dtype | None = None) -> None:
-    """Write the linear model of a checkpoint as a log-linear one with the same logits, as an upgrade makes it.
+    """Write the linear model of a checkpoint as a log-linear model with the same logits, as an upgrade makes it.
 
-    With a `dtype` its weights are rounded to it before.
+    With a `dtype` the weights are rounded to that dtype first.
     """
     model = load_model(linear)
     fields = {name: value for name, value in model.config.to_dict().items() if name not in (*CHOICES, "routing_tau")}
@@ -99,7 +99,7 @@ class Linear(NamedTuple):
     out: Path
     """The folder of the models from which the continuations start, and of their runs."""
     found: bool
-    """True: it was trained elsewhere, and its seed is that of its continuations."""
+    """True if the model was trained elsewhere. Then its seed is also that of its continuations."""
 
     @property
     def results(self) -> str:
@@ -133,7 +133,7 @@ def start_folder(kind: str, out: Path) -> Path:
 def write_linear_start(linear: Linear) -> None:
     """Write the trained linear model in bfloat16, as models are published, unless it is there.
 
-    Raises ValueError if another model is there, or if the run is not finished, whose result came from elsewhere.
+    Raises ValueError if another model is there. Raises it also if the run is unfinished although its result is there.
     """
     start = start_folder("linear", linear.out)
     if not start.exists():  # it appears whole
@@ -148,7 +148,7 @@ def write_linear_start(linear: Linear) -> None:
 
 
 def write_start(kind: str, out: Path, sizes: Sizes) -> None:
-    """Make the model from which one of CONTINUATIONS starts of the linear start, unless it is there.
+    """Make the model from which one of CONTINUATIONS starts out of the linear start, unless it is there.
 
     Raises ValueError if there is no linear start yet.
     """
@@ -181,7 +181,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder of all training runs.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text of the haystacks and of bits per byte; without it haystacks are noise."),
+        typer.Option(help="Text of the haystacks and of the bits per byte. Without it the haystacks are noise."),
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples of every task and length.")] = 50,
     tokenizer: TokenizerFolder = Path(TOKENIZER),
@@ -190,7 +190,7 @@ def run(
         typer.Option(help="A seed of the continuations; repeatable. Without it 0, 1 and 2, or that of --base."),
     ] = None,
     kind: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(KINDS)}; repeatable. All without it.")
+        list[str] | None, typer.Option(help=f"One of {', '.join(KINDS)}; repeatable. Without it all of them.")
     ] = None,
     tokens: Annotated[Path, typer.Option(help="Folder that keeps the training texts as tokens, for all seeds.")] = Path(
         "data/upgrade"
@@ -213,10 +213,10 @@ def run(
     ] = None,
     compile: Annotated[
         bool,
-        typer.Option("--compile/--no-compile", help="Compile the blocks: minutes at the start of each training."),
+        typer.Option("--compile/--no-compile", help="Compile the blocks: each training then starts minutes later."),
     ] = False,
     miniature: Annotated[
-        bool, typer.Option("--miniature", help="Take seconds on a CPU, to see that everything works.")
+        bool, typer.Option("--miniature", help="Train tiny models in seconds on a CPU, as a test.")
     ] = False,
     minutes: Annotated[
         float | None, typer.Option(help="Save a checkpoint and stop with exit code 130 after about this many minutes.")
@@ -227,11 +227,11 @@ def run(
 ) -> None:
     """Train a linear model, then five continuations of it for every seed; write upgrade-KIND.json, and a table.
 
-    The model is continued in five ways for equally many steps: as it is, and upgraded with weights from the token
-    (levels) or from the buckets too (routed), each with the new weights or all of them trained.
+    The linear model is continued in five ways for equally many steps. One way leaves it as it is. The others upgrade it
+    to weights from the token (levels) or also from the buckets (routed), and train the new weights or all weights.
 
-    With --base the linear model is that of a finished run, and its seed is also that of its continuations. The results
-    are upgrade-needle-KIND.json. A linear model of `experiments.needle` finds needles before it is upgraded.
+    With --base the linear model is that of a finished run, and the continuations have its seed. The results are
+    upgrade-needle-KIND.json. A linear model of `experiments.needle` can find needles before it is upgraded.
 
     Everything can stop at any time: the next call skips what has a result, and resumes the training that was stopped.
     An evaluation takes further minutes, which --minutes does not include. --data should not be training text.
@@ -260,7 +260,7 @@ def run(
         raise ValueError(f"--seed must be {linear.recipe.seed}, the seed of --base {base}, or left out, got {seeds}")
     evaluate = evaluation(linear.recipe, sizes, data or [], examples)
     texts = Texts(tokens)
-    trained = False  # anything in this call, which always goes on by a step
+    trained = False  # becomes True with the first training of this call, which --minutes never skips
     folder_of_results = results / "miniature" if miniature else results
     settings = {"data": data or [], "examples": examples}
     wanted = [one for one in KINDS if one in (kind or KINDS)]

@@ -77,7 +77,7 @@ NO_CONCLUSION = "Values found by length"
 
 
 def _conclusion(models: Models) -> str:
-    """Log-linear compared with its linear twin, and with a larger linear state, on one needle in text."""
+    """Log-linear compared with the linear model, and with a larger linear state, on one needle in text."""
     twin, wider = "linear Mamba-2", "a linear model of four times the state"
     more, fewer = _finds_more(models, "log_linear", "linear"), _finds_more(models, "linear", "log_linear")
     fewest = _finds_more(models, "linear_states4", "log_linear")

@@ -81,7 +81,7 @@ class _Step:
 
     @classmethod
     def checked(cls, q: Tensor, k: Tensor, state: DecodeState, num_columns: int, active: Tensor | None) -> _Step:
-        """Return the step; ValueError unless queries, keys and columns fit the sums."""
+        """Return the checked step. Raises ValueError unless queries, keys and columns fit the sums."""
         if not isinstance(state, DecodeState):
             raise ValueError(f"state must be a DecodeState (DecodeState.of(final_state)), got {type(state).__name__}")
         sums, sizes = state.fenwick, state.sizes()
@@ -152,7 +152,7 @@ def _torch(step: _Step) -> tuple[Tensor, Tensor]:
 
 
 def _reference(step: _Step) -> tuple[Tensor, Tensor]:
-    """Run the recurrence for one token, and copy its state."""
+    """Run the recurrence for one token, and copy its final state into the sums."""
     options = dict(num_columns=step.num_columns, partition=step.partition, impl="reference")
     q, k = step.q[:, None], step.k[:, None]
     result = bucket_scores(q, k, initial_state=step.sums, output_final_state=True, **options)  # type: ignore[arg-type]

@@ -56,14 +56,14 @@ def train(
     A resumed run gives the loss curve of an uninterrupted one, bit for bit on the CPU. During training SIGINT, SIGTERM
     and SIGHUP save a checkpoint at the end of the current step and stop. So do `minutes`, which include reading the
     data. A signal that this process ignores (nohup) stays ignored. With several processes (torchrun, accelerate
-    launch) every process calls this function. `label` names the progress bar. `corpora` are those of
-    the recipe's data, for training and validation, if they are read already. With `equal_rows` every document has
-    `seq_len` tokens, and rows are batches of them. On one GPU the forward and backward pass of a step is then one CUDA
-    graph, without a compiler.
+    launch) every process calls this function. `label` names the progress bar. `corpora` are the texts of the recipe's
+    data, for training and validation, if the caller has read them already. With `equal_rows` every document must have
+    `seq_len` tokens, and a row is a batch of documents. On one GPU the forward and backward pass of a step is then one
+    CUDA graph, without a compiler.
 
-    Raises ValueError for unusable data, an unusable tokenizer or folder, and if the loss stops being finite. Raises it
-    also if `equal_rows` does not fit the documents or the recipe. Raises OSError if a checkpoint or a line of metrics
-    cannot be written.
+    Raises ValueError for unusable data, an unusable tokenizer or folder, and if the loss stops being finite. Raises
+    ValueError also if `equal_rows` does not fit the documents or the recipe. Raises OSError if a checkpoint or a line
+    of metrics cannot be written.
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")

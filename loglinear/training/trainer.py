@@ -61,7 +61,7 @@ def _only_item(items: list[Any], prepare: Callable[[Any], Any] | None = None) ->
 
 
 class WholeCheckpoints(Trainer):
-    """A Trainer whose checkpoints appear whole, beside any other class of trainers.
+    """A base class for any Trainer, with checkpoints that appear whole.
 
     `run_files` are the growing files of the run: a checkpoint records how long they are when it is saved, and training
     resumes only with that part intact.
@@ -123,7 +123,7 @@ class WholeCheckpoints(Trainer):
 
 
 class LogLinearTrainer(WholeCheckpoints):
-    """The Trainer of transformers for data whose items are batches; the loader applies `prepare` to every item."""
+    """The Trainer of transformers for data whose items are batches. The loader applies `prepare` to every item."""
 
     def __init__(
         self, *, prepare: Callable[[Any], Any] | None = None, run_files: Sequence[Path] = (), **options: Any
@@ -142,7 +142,7 @@ class LogLinearTrainer(WholeCheckpoints):
 
 
 class GraphTrainer(LogLinearTrainer):
-    """A trainer whose forward and backward pass can be one CUDA graph, for batches of few shapes, one in each step."""
+    """A trainer whose forward and backward pass can be one CUDA graph. A step is one batch, of one of few shapes."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -151,7 +151,7 @@ class GraphTrainer(LogLinearTrainer):
         self.forward_backward: Callable[[Batch], Sequence[Tensor | None]] | None = None
 
     def record_graphs(self) -> None:
-        """From now on the forward and backward pass of a step is one CUDA graph."""
+        """Run the forward and backward pass of every later step as one CUDA graph."""
         self.forward_backward = Graphs(self._loss_and_gradients)
 
     def _loss_and_gradients(self, batch: Batch) -> tuple[Tensor | None, ...]:
@@ -169,7 +169,7 @@ class GraphTrainer(LogLinearTrainer):
         return cast(Tensor, loss)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Return 0. Nothing reads this count, and the Trainer's would walk over all modules in every step."""
+        """Return 0. Nothing reads this count, and the Trainer's method would walk over all modules in every step."""
         return 0
 
 

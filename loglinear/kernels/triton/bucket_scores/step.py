@@ -1,12 +1,12 @@
-"""One token of every row, in one launch: the scores of its query, then the sums with its key.
+"""The scores for one token of every row, in one launch: read the sums with its query, then add its key to them.
 
     score_m = q^T M_m q - n_m / K,    q and k scaled to length 1
 
 A chunk is one finest block, so block m is column m + 1, and column 0 has the score 0. When a chunk is full, the sum of
 its k k^T joins the blocks as a state of the scalar gate does.
 
-A program has some rows of every sum of one group. The last program of a row of the batch adds their parts of the
-scores, always in one order.
+A program reads some rows of every sum of one group. The last program of each row of the batch adds the programs' parts
+of the scores, always in the same order.
 """
 
 # N rows, C chunk, M blocks, G groups, K key, L columns; F numbers of a sum that are read together
@@ -39,13 +39,13 @@ from loglinear.kernels.triton.tree import StateTree
 from loglinear.partition import Partition
 
 EPSILON = tl.constexpr(1e-6)
-NUMBERS = 4096  # of all sums that a program reads together
+NUMBERS = 4096  # that a program reads together, from all sums
 ADDED = tl.constexpr(256)  # columns of all groups whose parts are added together
 
 
 @triton.jit
 def block_sizes(z, M: tl.constexpr, C: tl.constexpr, TREE: tl.constexpr):
-    """The blocks 0 .. M - 1 after z chunks: is each there, and its tokens, 0 where it is not."""
+    """Return for each of the blocks 0 .. M - 1 after z chunks if it is there, and its tokens, 0 if it is not."""
     m = tl.arange(0, M)
     there = (m < TREE.blocks) & is_block(z, m, TREE)
     size = (tl.zeros([M], tl.int64) + C) << digit_of(m, TREE) * TREE.radix_log
@@ -77,8 +77,8 @@ def step_kernel(
     BC: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Reads q, k [N, G, K]; changes the state; writes scores [N, G, L] and tokens [N, L]. parts: [N, TILES, G, L], not
-    read if there is one tile. WIDTH, M and PARTS are powers of two that hold K, the blocks and the tiles."""
+    """Read q, k [N, G, K], change the state, and write scores [N, G, L] and tokens [N, L]. parts: [N, TILES, G, L], not
+    read if there is one tile. WIDTH, M and PARTS are powers of two, at least K, the blocks and the tiles."""
     TILES: tl.constexpr = (K + ROWS - 1) // ROWS
     n, g, tile = own_program(G, TILES)
     t = begin(state.position, n)
@@ -158,7 +158,7 @@ STATE = ("position", "blocks", "k_buffer", "v_buffer")
 def step(
     q: Tensor, k: Tensor, active: Tensor | None, state: DecodeState, num_columns: int, partition: Partition
 ) -> tuple[Tensor, Tensor]:
-    """Return the outputs of `operator`, through it only if something records or transforms the call."""
+    """Return the outputs of `operator`, which itself is called only if something records or transforms the call."""
     arrays = (state.position, state.blocks, state.k, state.v)
     if is_traced() or not all(type(x) in PLAIN for x in (q, k, active, *arrays)):
         return operator(q, k, active, *arrays, num_columns, partition.numbers)
@@ -178,9 +178,10 @@ def operator(
     num_columns: int,
     partition: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """Scores [N,G,L] in float32 and tokens [N,L] of the buckets for one token of each row, q and k [N,G,K], and the
-    sums after it: in the rows that are active [N] (None: all are). Other rows have the scores 0. The sums' parts are as
-    in `FenwickState`, with chunks of one finest block. `partition` holds the numbers of a `Partition`."""
+    """Return the buckets' scores [N,G,L] in float32 and tokens [N,L] for one token of each row, q and k [N,G,K], and
+    advance the sums in place. active [N] names the rows that take part (None: all do). Other rows keep their sums and
+    have the scores 0. The arrays of the sums are those of a `FenwickState` whose chunks are one finest block.
+    `partition` holds the numbers of a `Partition`."""
     return _run(q, k, active, (position, blocks, k_buffer, v_buffer), num_columns, Partition.of(partition))
 
 
