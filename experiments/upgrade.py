@@ -250,7 +250,7 @@ def run(
     if base is None:
         linear = Linear(base_recipe(miniature=miniature).override(steps=base_steps), out / BASE, out, found=False)
     elif base_steps is not None:
-        raise ValueError("--base-steps goes with a linear model that is trained here: leave it out beside --base")
+        raise ValueError("--base-steps goes with a linear model that is trained here: leave it out with --base")
     else:
         linear = found_linear(base, out)
     if not miniature:
