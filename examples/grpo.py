@@ -5,6 +5,7 @@ python examples/grpo.py CHECKPOINT OUTPUT_FOLDER
 
 from pathlib import Path
 from random import Random
+from typing import Annotated
 
 import torch
 import typer
@@ -15,6 +16,7 @@ from loglinear.cli import execute
 from loglinear.training import load_model, load_tokenizer, resolve
 
 app = typer.Typer(add_completion=False)
+Count = Annotated[int, typer.Option(min=1)]
 
 
 def right(completions: list[str], answer: list[str], **_: object) -> list[float]:
@@ -23,8 +25,10 @@ def right(completions: list[str], answer: list[str], **_: object) -> list[float]
 
 
 @app.command()
-def main(model: Path, out: Path, steps: int = 200, longest: int = 32) -> None:
-    """Reinforce the model of a checkpoint on sums, and save it in OUT. Put your own prompts and reward here."""
+def main(model: Path, out: Path, steps: Count = 200, longest: Count = 32) -> None:
+    """Reinforce a model on sums, and save it in the new folder OUT. Put your own prompts and reward here."""
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"OUT must be a new folder, got {out}, which holds files")
     random = Random(0)
     sums = [(random.randint(1, 99), random.randint(1, 99)) for _ in range(10_000)]
     data = Dataset.from_list([{"prompt": f"{a} + {b} = ", "answer": f"{a + b}"} for a, b in sums])

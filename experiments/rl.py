@@ -159,7 +159,7 @@ def run(
 
     A round samples answers to new problems and takes a few steps on them, with TRL's GRPOTrainer. Every tenth round
     tests the model on held-out problems and saves a checkpoint. The run can stop at any time: the next call resumes it
-    from the last checkpoint. It needs `pip install '.[rl]'`.
+    from the last checkpoint. It needs `pip install '.\\[rl]'`.
 
     Example, to repeat until it exits with 0:
 

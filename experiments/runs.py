@@ -46,7 +46,7 @@ class Options:
         int | None, typer.Option(help="Length of the longest sequence, in tokens.", show_default=RECIPE)
     ] = None
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens per step; the recipe's need 11 GiB of a GPU.", show_default=RECIPE)
+        int | None, typer.Option(help="Tokens per step; fewer take less memory.", show_default=RECIPE)
     ] = None
     learning_rate: Annotated[float | None, typer.Option(help="Peak of the learning rate.", show_default=RECIPE)] = None
     seed: Annotated[

@@ -216,7 +216,7 @@ def run(
         typer.Option("--compile/--no-compile", help="Compile the blocks: each training then starts minutes later."),
     ] = False,
     miniature: Annotated[
-        bool, typer.Option("--miniature", help="Train tiny models in seconds on a CPU, as a test.")
+        bool, typer.Option("--miniature", help="Train tiny models on a CPU, in some minutes for all kinds, as a test.")
     ] = False,
     minutes: Annotated[
         float | None, typer.Option(help="Save a checkpoint and stop with exit code 130 after about this many minutes.")

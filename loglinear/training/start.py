@@ -27,10 +27,8 @@ def starting_config(recipe: TrainingRecipe) -> LogLinearConfig:
     config = _config(recipe)
     layers = sorted({*(config.layer_types or ())})
     if recipe.jitter is not None and (config.num_levels == 1 or "linear_attention" not in layers):
-        levels = f"{config.num_levels} level{'s' * (config.num_levels > 1)}"
-        raise ValueError(
-            f"jitter needs linear layers with 2 levels or more, got {levels} in layers of {', '.join(layers)}"
-        )
+        got = "one level" if "linear_attention" in layers else "softmax attention alone"
+        raise ValueError(f"jitter needs linear layers with 2 levels or more, got {got}: leave jitter out")
     if config.decode_top_k is not None:
         raise ValueError(
             "decode_top_k must be null in the configuration of a model that is trained, which reads all buckets, "

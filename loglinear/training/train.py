@@ -142,9 +142,10 @@ def _untrained_levels(recipe: TrainingRecipe, config: LogLinearConfig) -> str | 
     if config.routing is not None:  # a bucket that training never saw has its score, whose factor all buckets share
         return None
     hint = f". Set num_levels to {trained} to leave them out." if recipe.start is None else ""
+    starts = f" that start below {recipe.jitter:,}" if recipe.jitter else ""
     return (
-        f"note: sequences of {recipe.seq_len:,} tokens train {trained} of {levels} levels; longer ones would read the "
-        f"others untrained{hint}"
+        f"note: sequences of {recipe.seq_len:,} tokens{starts} train {trained} of {levels} levels; "
+        f"longer ones would read the others untrained{hint}"
     )
 
 

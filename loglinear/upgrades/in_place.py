@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loglinear.models import LogLinearConfig
+from loglinear.ops.validation import whole_number
 from loglinear.upgrades.checkpoint import BASE, ENTRY, TRAINED, become_saveable, choices_of, own_configuration
 from loglinear.upgrades.families import FAMILIES, family_of
 from loglinear.upgrades.mixer import NEW_PARTS
@@ -83,7 +84,7 @@ def upgrade(
         raise ValueError(
             f"model is a model of this library already: {type(model).__name__} has {model.config.num_levels} levels"
         )
-    if num_levels < 2:
+    if whole_number("num_levels", num_levels) < 2:
         raise ValueError(f"num_levels must be at least 2 (1 is the linear model itself), got {num_levels}")
     if any(hasattr(module, "_hf_hook") for module in model.modules()) and any(p.is_meta for p in model.parameters()):
         raise ValueError("model must have its parameters in memory, some are offloaded: upgrade it before")
