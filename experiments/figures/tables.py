@@ -67,7 +67,8 @@ def conditions(models: Collection[Result]) -> str:
     device = join_distinct(models, lambda result: result["versions"]["device"])
     compiled = " with compilation" * any(result["recipe"].get("compile") for result in models)
     speed = f"Tokens/s are those of the median step, minutes those of training{compiled}"
-    return f"Trained in windows of {length} tokens, seed {seed}, {device}. {speed}."
+    shared = " On shared GPUs neither compares models." if "shared" in device else ""
+    return f"Trained in windows of {length} tokens, seed {seed}, {device}. {speed}.{shared}"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
