@@ -76,7 +76,7 @@ class Reinforcement:
     """Tokens after which an answer is cut off."""
     learning_rate: float = 3e-5
     clip: tuple[float, float] = (0.2, 0.28)
-    """How far below and above 1 the ratio of probabilities counts."""
+    """The clipping range: the ratio of probabilities counts from 1 - clip[0] to 1 + clip[1]."""
     quantile: float = QUANTILE
     evaluate_every: int = 10
     """Rounds between two tests on held-out problems, each of which saves a checkpoint."""
