@@ -18,7 +18,7 @@ import typer
 
 from experiments.random_tokens import RandomTokens
 from experiments.recipes.capacity import KINDS, LOADS, PREDICTED, SIZES, capacity
-from experiments.results import Result, read_seeds
+from experiments.results import Result, read_seeds, require_some
 from experiments.runs import Options, Out, program, train_and_evaluate, with_options
 from loglinear.cli import execute
 from loglinear.cli.console import print_table
@@ -248,9 +248,7 @@ def show(
 
     python -m experiments.capacity show
     """
-    memories = read_memories(results)
-    if not memories:
-        raise ValueError(f"--results {results} has no result of `python -m experiments.capacity run`")
+    memories = require_some(read_memories(results), results, "capacity")
     loads = [f"load {load:g}" for load in LOADS]
     columns = ["kind", "dtype", "size", "parameters", "seeds", *loads, "capacity", "bits a parameter"]
     rows = [

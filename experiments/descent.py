@@ -19,7 +19,7 @@ from experiments.capacity import Dtype, code_bits, default_dtype
 from experiments.membership_law import COLUMNS, Law, fit_law, matched_f1
 from experiments.recipes.capacity import KINDS
 from experiments.recipes.descent import DATA, LOADS, descent
-from experiments.results import Result, read_results, seed_suffix
+from experiments.results import Result, read_results, require_some, seed_suffix
 from experiments.runs import Options, Out, program, train_and_evaluate, with_options
 from experiments.text_pieces import TextPieces, documents_of
 from loglinear.cli import execute
@@ -234,9 +234,7 @@ def show(
 
     python -m experiments.descent show
     """
-    descents = read_descents(results)
-    if not descents:
-        raise ValueError(f"--results {results} has no result of `python -m experiments.descent run`")
+    descents = require_some(read_descents(results), results, "descent")
     columns = ["kind", "dtype", "seed", "load", "dataset / capacity", "memorised, kbit", "test bits a byte", *ATTACKS]
     print_table(
         "Pieces of text (the last columns: matched F1)", columns, [row for one in descents for row in _rows(one)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ OF_A_RUN = (
 )  # fields of a recipe that do not decide a result: words, seed, machine, folders
 TRAINING_DATA = "training data"  # the name in errors of a result's "data", with its fingerprints
 NEEDED = ("seed", "parameters", "versions", "recipe", "training", "evaluation")
+Found = TypeVar("Found", bound=Sized)
 Result = dict[str, Any]  # written by `experiments.runs.train_and_evaluate` and `experiments.rl`
 
 
@@ -41,6 +42,13 @@ def result_file(results: Path, name: str, seed: int) -> Path:
 def seed_suffix(seed: int) -> str:
     """Return the suffix of a seed in a file name, which is empty for seed 0."""
     return f"-seed{seed}" if seed else ""
+
+
+def require_some(found: Found, results: Path, experiment: str) -> Found:
+    """Return what was found in the folder. Raises ValueError, which names the command, if it is nothing."""
+    if not found:
+        raise ValueError(f"--results {results} has no result of `python -m experiments.{experiment} run`")
+    return found
 
 
 def require_replaceable(

@@ -17,7 +17,7 @@ import typer
 
 from experiments.countdown import Countdown, Problem
 from experiments.recipes.rl import ALL, KINDS, LOWEST, TOKENS, TOP, Reinforcement, base_recipe, reinforcement
-from experiments.results import Result, mean_and_deviation, read_seeds, require_replaceable, result_file
+from experiments.results import Result, mean_and_deviation, read_seeds, require_replaceable, require_some, result_file
 from experiments.runs import Options, Out, program, train_and_evaluate, with_options
 from loglinear.cli import execute
 from loglinear.cli.console import Interrupted, print_table
@@ -257,9 +257,7 @@ def show(
 
     python -m experiments.rl show
     """
-    runs = read_runs(results)
-    if not runs:
-        raise ValueError(f"--results {results} has no result of `python -m experiments.rl run`")
+    runs = require_some(read_runs(results), results, "rl")
     print_table("Held-out problems: percent solved, and tokens of an answer", *scores(runs))
 
 
