@@ -122,7 +122,7 @@ def _reference_corpora(recipe: TrainingRecipe) -> tuple[Corpus, Corpus]:
 
 def require_reference(folder: Path, expected: TrainingRecipe) -> None:
     """Raise ValueError unless `folder` holds a finished run of the expected recipe. Seed and steps may differ."""
-    found = run_recipe(folder)
+    found = run_recipe(folder, "--reference")
     if found.name != expected.name:
         raise ValueError(f"--reference {folder} holds a run of {found.name}, expected {expected.name}")
     if found.data != expected.data:

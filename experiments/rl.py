@@ -202,7 +202,7 @@ def require_trained(base: Path, name: str, seed: int) -> int:
     """
     if not base.is_dir():
         raise ValueError(f"there is no trained model {base}: run `python -m experiments.rl pretrain` first")
-    recipe = run_recipe(base)
+    recipe = run_recipe(base, "--base")
     if (recipe.name, recipe.seed) != (name, seed):
         raise ValueError(f"--base {base} holds {recipe.name} of seed {recipe.seed}, expected {name} of seed {seed}")
     done = step_of(resolve(base))

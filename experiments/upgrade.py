@@ -112,7 +112,7 @@ def found_linear(run: Path, out: Path) -> Linear:
 
     Raises ValueError if the run is not finished, or if its model has levels or attention.
     """
-    recipe, checkpoint = run_recipe(run), resolve(run)
+    recipe, checkpoint = run_recipe(run, "--base"), resolve(run)
     config = own_config(checkpoint)
     layers = sorted({*(config.layer_types or ())})
     if config.num_levels != 1 or layers != ["linear_attention"]:

@@ -50,12 +50,19 @@ def run(
 def _recipe(out: Path, name: str | None, resume: bool, overrides: dict[str, Any]) -> TrainingRecipe:
     if name is not None:
         recipe = get_recipe(name)
-    elif resume:
+    elif not resume:
+        raise ValueError("--recipe is missing: name one (`loglinear info` lists them), or continue a run with --resume")
+    if resume:
         from loglinear.runs.folder import run_recipe
 
-        recipe = run_recipe(out)
-    else:
-        raise ValueError("--recipe is missing: name one (`loglinear info` lists them), or continue a run with --resume")
+        stored = run_recipe(out)
+        if name is None:
+            recipe = stored
+        elif name != stored.name:
+            raise ValueError(
+                f"--recipe {name} and --resume contradict each other: {out} holds a run of recipe {stored.name!r}: "
+                "leave out --recipe to continue it"
+            )
     variant = overrides.get("variant")
     if variant is not None:
         from loglinear.variants import get_variant

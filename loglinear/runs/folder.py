@@ -108,21 +108,28 @@ def require_empty(out: Path) -> None:
         raise ValueError(f"output folder {out} is not empty: choose another --out")
 
 
-def read_run(out: Path) -> dict[str, Any]:
-    """Return the content of run.json. Raises ValueError if there is no run or if the file is damaged."""
+def read_run(out: Path, option: str = "output folder") -> dict[str, Any]:
+    """Return the content of run.json. Raises ValueError if there is no run or if the file is damaged.
+
+    `option` names the folder in the errors, as in "--base".
+    """
+    if not out.exists():
+        raise ValueError(f"{option} {out} does not exist, expected the folder of a training run")
+    if not out.is_dir():
+        raise ValueError(f"{option} must be the folder of a training run, got the file {out}")
     try:
         run = read_sealed(out / RUN_FILE)
     except FileNotFoundError:
-        raise ValueError(f"output folder {out} holds no run to resume (no {RUN_FILE})") from None
+        raise ValueError(f"{option} {out} holds no training run (no {RUN_FILE})") from None
     for name in ("recipe", "data"):
         if not isinstance(run.get(name), dict):
             raise ValueError(f"{out / RUN_FILE} has no {name!r} object, so it describes no run")
     return run
 
 
-def run_recipe(out: Path) -> TrainingRecipe:
-    """Return the recipe of the run in a folder. Raises ValueError if run.json holds no usable one."""
-    values = read_run(out)["recipe"]
+def run_recipe(out: Path, option: str = "output folder") -> TrainingRecipe:
+    """Return the recipe of the run in a folder. Raises ValueError as `read_run`, or if run.json holds no usable one."""
+    values = read_run(out, option)["recipe"]
     try:
         recipe = TrainingRecipe.from_dict(values)
         recipe.model_config()
@@ -153,17 +160,20 @@ def write_run(
     )
 
 
-def check_same_run(out: Path, recipe: TrainingRecipe, data: dict[str, Any]) -> None:
-    """Raise ValueError, which names the difference, unless the folder's run has this recipe and this data."""
-    stored = read_run(out)
+def check_same_recipe(out: Path, recipe: TrainingRecipe) -> None:
+    """Raise ValueError, which names the difference, unless the folder's run has this recipe."""
     old, new = _flat(run_recipe(out).to_dict()), _flat(recipe.to_dict())
     changed = [name for name in old | new if old.get(name) != new.get(name)]
     if changed:
-        name = changed[0]
+        name = "start" if "start" in changed else changed[0]  # a start brings its tokenizer and its model
         had, has = old.get(name), new.get(name)
         hint = "" if checkpoints(out) else "; it has no checkpoint yet: delete the folder to start again"
         raise ValueError(f"{out} holds a run with {name} = {had!r}, which cannot resume with {has!r}{hint}")
-    if stored["data"] != data:
+
+
+def check_same_data(out: Path, data: dict[str, Any]) -> None:
+    """Raise ValueError unless the folder's run has this data."""
+    if read_run(out)["data"] != data:
         raise ValueError(f"the data of the run in {out} has changed since it started, so it cannot resume exactly")
 
 

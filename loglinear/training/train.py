@@ -20,7 +20,7 @@ from loglinear.models import LogLinearConfig
 from loglinear.processes import is_main_process, world_size
 from loglinear.recipes import TrainingRecipe
 from loglinear.runs.checkpoints import last_checkpoint, step_of
-from loglinear.runs.folder import check_same_run, claim, require_empty, write_run
+from loglinear.runs.folder import check_same_data, check_same_recipe, claim, require_empty, write_run
 from loglinear.runs.metrics import METRICS_FILE, rewind_metrics
 from loglinear.training.callbacks import RunLog, StopEarly
 from loglinear.training.compilation import GraphSteps, compile_blocks, in_few_sizes, require_compiler
@@ -68,6 +68,8 @@ def train(
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
     recipe.require_complete()
+    if resume:
+        check_same_recipe(out, recipe)
     if equal_rows:
         _require_whole_steps(recipe)
     config = starting_config(recipe)
@@ -90,7 +92,7 @@ def train(
         model = starting_model(recipe, config)
         facts = _data_facts(*corpora)
         if resume:
-            check_same_run(out, recipe, facts)
+            check_same_data(out, facts)
         elif main_process:
             write_run(out, recipe, facts, parameters=model.num_parameters(), model=model.config)
         for note in (trained_share(model), _untrained_levels(recipe, config)) if progress and main_process else ():

@@ -141,6 +141,8 @@ def recipe_of(load=None, kind="linear", **given):
 
 def test_only_the_finished_run_of_the_same_reference_is_taken(tmp_path, monkeypatch):
     recipe = recipe_of()
+    with pytest.raises(ValueError, match="--reference .*/nothing does not exist, expected the folder of a training"):
+        descent.require_reference(tmp_path / "nothing", recipe)
     write_run(tmp_path, recipe, {}, parameters=1, model=recipe.model_config())
     with pytest.raises(ValueError, match="is at step 0 of 60: finish it with `reference`"):
         descent.require_reference(tmp_path, recipe)

@@ -255,8 +255,10 @@ def test_a_base_that_does_not_fit_is_refused(folder, found, tmp_path):
         shutil.rmtree(checkpoint)
     with pytest.raises(ValueError, match="unfinished is not finished: step 2 of 4"):
         upgrade.run(tmp_path, base=tmp_path / "unfinished", results=tmp_path, **shared)
-    with pytest.raises(ValueError, match="holds no run"):
+    with pytest.raises(ValueError, match=r"--base \S+ holds no training run \(no run.json\)"):
         upgrade.run(tmp_path, base=tmp_path, results=tmp_path, **shared)
+    with pytest.raises(ValueError, match="--base .*/nothing does not exist, expected the folder of a training run"):
+        upgrade.run(tmp_path, base=tmp_path / "nothing", results=tmp_path, **shared)
 
 
 def test_another_model_in_the_place_of_the_start_is_refused(folder, found, tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from loglinear.data.packing import pack
 from loglinear.models import LogLinearForCausalLM
-from loglinear.runs.folder import check_same_run, run_recipe, write_run
+from loglinear.runs.folder import check_same_recipe, run_recipe, write_run
 from loglinear.runs.json_files import read_object, write_object
 from loglinear.training.compilation import compile_blocks, in_few_sizes, require_compiler
 from tests.models.black_box import replace_kernels
@@ -123,7 +123,7 @@ def test_what_graphs_need_changes_no_training(tmp_path, compiled_recipe, monkeyp
 def test_resuming_without_the_compiler_is_refused(tmp_path, compiled_recipe):
     write_run(tmp_path, compiled_recipe, {}, parameters=1, model=compiled_recipe.model_config())
     with pytest.raises(ValueError, match="compile = True, which cannot resume with False"):
-        check_same_run(tmp_path, compiled_recipe.override(compile=False), {})
+        check_same_recipe(tmp_path, compiled_recipe.override(compile=False))
 
 
 def test_a_run_of_before_there_was_compile_resumes(tmp_path):
@@ -133,7 +133,7 @@ def test_a_run_of_before_there_was_compile_resumes(tmp_path):
     assert written["recipe"].pop("compile") is False
     del written["sha256"]  # those runs had no checksum either
     write_object(tmp_path / "run.json", written)
-    check_same_run(tmp_path, recipe, {})
+    check_same_recipe(tmp_path, recipe)
 
 
 def test_no_compiler_is_one_clear_line(monkeypatch):

@@ -353,7 +353,7 @@ def test_resume_with_changed_text_is_refused(tmp_path):
 
 
 def test_resume_of_nothing_is_refused(tmp_path, data):
-    with pytest.raises(ValueError, match="holds no run to resume"):
+    with pytest.raises(ValueError, match="does not exist, expected the folder of a training run"):
         train(tiny_recipe(data), tmp_path / "run", resume=True, progress=False)
 
 
