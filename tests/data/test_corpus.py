@@ -64,6 +64,25 @@ def test_tokens_of_any_tokenizer_share_their_own_documents_bytes():
     assert some.predicted_in(spans) == (3, 5.0)
 
 
+def test_counting_the_tokens_of_a_row_keeps_nothing_for_all_other_tokens():
+    """A text of 10 GB has 10^10 tokens."""
+    rng, ends_D = np.random.default_rng(0), np.array([0, 7, 8, 60, 61, 1000])
+    names = tuple(map(str, range(5)))
+    tokens, learnt = rng.integers(9, size=1000).astype(np.uint16), rng.random(1000) < 0.7
+    corpus = Corpus(names, tokens, ends_D, rng.integers(1, 99, size=5), learnt, (0, 1))
+    known = dict(vars(corpus), bytes_per_text_token_D=corpus.bytes_per_text_token_D)
+    spans = np.array([[61, 1000], [8, 60], [60, 61], [3, 7], [61, 70], [0, 1]])  # in any order, and twice the same
+    expected = [
+        (np.count_nonzero(learnt[begin + 1 : end]), (corpus.token_bytes(begin, end) * learnt[begin:end])[1:].sum())
+        for begin, end in spans
+    ]
+    count, size = corpus.predicted_in(spans)
+    assert count == sum(number for number, _ in expected)
+    assert size == pytest.approx(sum(size for _, size in expected), rel=1e-12)
+    assert corpus.predicted_in(spans[-1:]) == (0, 0.0)
+    assert vars(corpus).keys() == known.keys()
+
+
 def test_lone_surrogate_names_the_document():
     with pytest.raises(ValueError, match="document rows.jsonl:3 is not text"):
         tokenize([Document("rows.jsonl:3", "a\ud800")], ByteTokenizer())
