@@ -25,6 +25,7 @@ LARGEST = 400  # a random attempt has no larger product
 HELD_OUT = 0.05  # share of all problems that no training sees
 STEP = re.compile(r"(\d+)([-+*])(\d+)=(\d+)", re.ASCII)
 VALIDATION = 512  # answers of the validation
+DRAWS = 10_000  # in a row that found nothing; a task has too few problems if its draws so often repeat others
 
 
 class Problem(NamedTuple):
@@ -95,25 +96,42 @@ class Countdown(NamedTuple):
         raise ValueError(f"expected answers as {NAME}:GIVEN:LARGEST:FAILURES:ANSWERS, got {source!r}")
 
     def problems(self, seed: str, *, held_out: bool) -> Iterator[Problem]:
-        """Yield random problems without end, all of them held out or none. A seed always yields the same problems."""
+        """Yield random problems without end, all of them held out or none. A seed always yields the same problems.
+
+        Raises ValueError if DRAWS in a row were of the other side: then the task has no such problem.
+        """
         return (problem for problem, _ in self._solved(Random(f"{NAME} {seed}"), held_out))
 
     def test(self, count: int) -> list[Problem]:
-        """Return the first `count` different problems that are held out, the same ones in every call."""
+        """Return the first `count` different problems that are held out, the same ones in every call.
+
+        Raises ValueError if the task has fewer: DRAWS held-out problems in a row were repetitions.
+        """
         different: dict[Problem, None] = {}
-        for problem in self.problems("test", held_out=True):
+        problems, repeated = self.problems("test", held_out=True), 0
+        while len(different) < count:
+            problem = next(problems)
+            repeated = repeated + 1 if problem in different else 0
+            if repeated == DRAWS:
+                raise ValueError(
+                    f"{self.source} has too few different held-out problems, found {len(different)} of {count}: "
+                    "expected more or larger numbers"
+                )
             different[problem] = None
-            if len(different) == count:
-                break
         return list(different)
 
     def _solved(self, rng: Random, held_out: bool) -> Iterator[tuple[Problem, str]]:
-        while True:
+        missed = 0
+        while missed < DRAWS:
             numbers = tuple(sorted(rng.randint(1, self.largest) for _ in range(self.given)))
             attempt, target = random_attempt(rng, numbers)
             problem = Problem(numbers, target)
+            missed += 1
             if problem.is_held_out == held_out:
+                missed = 0
                 yield problem, attempt
+        side = "held-out" if held_out else "training"
+        raise ValueError(f"{self.source} has no {side} problem: expected more or larger numbers")
 
     def documents(self, seed: str, *, held_out: bool) -> Iterator[Document]:
         """Yield problems and answers without end. An answer has 0 to `failures` failed attempts, then a right one.

@@ -80,6 +80,26 @@ def test_held_out_problems_are_in_no_training():
     assert len({*asked}) == 40 and asked[:15] == TASK.test(15) and all(problem.is_held_out for problem in asked)
 
 
+def test_more_problems_than_there_are_are_refused():
+    few = Countdown(given=2, largest=5, failures=0, answers=1)
+    # Two numbers have a sum, a product, and a difference if they differ.
+    every = {Problem((a, b), t) for a in range(1, 6) for b in range(a, 6) for t in (a + b, a * b, b - a) if t}
+    held_out = {problem for problem in every if problem.is_held_out}
+    assert len(held_out) == 2 and {*few.test(2)} == held_out
+    with pytest.raises(ValueError, match="countdown:2:5:0:1 has too few different held-out problems, found 2 of 50"):
+        few.test(50)
+
+
+def test_a_task_without_a_problem_of_one_side_is_refused():
+    one = Countdown(given=2, largest=2, failures=0, answers=1)
+    held_out = {problem.is_held_out for problem in itertools.islice(one.problems("0", held_out=False), 50)}
+    assert held_out == {False}
+    with pytest.raises(ValueError, match="countdown:2:2:0:1 has no held-out problem"):
+        next(one.problems("0", held_out=True))
+    with pytest.raises(ValueError, match="countdown:2:2:0:1 has no held-out problem"):
+        one.test(1)
+
+
 def test_answers_to_learn_from_end_right_after_attempts_that_fail():
     attempts = []
     for document in itertools.islice(TASK.documents("0", held_out=False), 300):
