@@ -21,7 +21,7 @@ from experiments.recipes.capacity import KINDS, LOADS, PREDICTED, SIZES, capacit
 from experiments.results import Result, read_seeds, require_some
 from experiments.runs import Options, Out, program, train_and_evaluate, with_options
 from loglinear.cli import execute
-from loglinear.cli.console import print_table
+from loglinear.cli.console import NOTHING, print_table
 from loglinear.data.corpus import Corpus
 from loglinear.evaluation import evaluate_perplexity
 from loglinear.models import LogLinearForCausalLM
@@ -242,7 +242,8 @@ def show(
 ) -> None:
     """Print the memorised bits of every kind and size by load, the capacities, and the bits a parameter.
 
-    Numbers of several seeds are their mean. A star marks models that were still learning at the end.
+    Numbers of several seeds are their mean. A star marks models that were still learning at the end. A line names each
+    kind whose bits a parameter are not known yet, and says why.
 
     Example:
 
@@ -259,13 +260,26 @@ def show(
     ]
     print_table("Memorised, in thousands of bits (*: still learning)", columns, rows)
     slopes_of = {series: slopes(own) for series, own in memories.items()}
-    print_table(
-        "Bits a parameter: the slope of capacity over parameters",
-        ["kind", "dtype", "all seeds", "range over seeds", "seeds", "published for GPT-2"],
-        [
-            [*series, _number(slope), _range(seeds), f"{len(seeds)}", PUBLISHED[series.dtype]]
-            for series, (slope, seeds) in slopes_of.items()
-        ],
+    known = [
+        [*series, _number(slope), _range(seeds), f"{len(seeds)}", PUBLISHED[series.dtype]]
+        for series, (slope, seeds) in slopes_of.items()
+        if slope is not None
+    ]
+    if known:
+        columns = ["kind", "dtype", "all seeds", "range over seeds", "seeds", "published for GPT-2"]
+        print_table("Bits a parameter: the slope of capacity over parameters", columns, known)
+    for series, (slope, _) in slopes_of.items():
+        if slope is None:
+            print(without_slope(series, memories[series]))
+
+
+def without_slope(series: Series, memories: Sequence[Memory]) -> str:
+    """Return a line that says why a series has no bits a parameter."""
+    sizes = {one.size for one in memories}
+    known = {one.size for one in memories if one.capacity is not None}
+    return (
+        f"{series.kind}, {series.dtype}: no slope, which needs 2 sizes with a capacity: {len(known)} of {len(sizes)} "
+        f"measured sizes have one. A capacity needs 2 loads, the largest of which adds at most {100 * PLATEAU:g} %."
     )
 
 
@@ -295,11 +309,11 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _number(value: float | None, digits: str = ".2f") -> str:
-    return "-" if value is None else f"{value:{digits}}"
+    return NOTHING if value is None else f"{value:{digits}}"
 
 
 def _range(values: Sequence[float]) -> str:
-    return f"{min(values):.2f} to {max(values):.2f}" if values else "-"
+    return f"{min(values):.2f} to {max(values):.2f}" if values else NOTHING
 
 
 if __name__ == "__main__":

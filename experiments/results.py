@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from loglinear.cli.console import NOTHING
 from loglinear.runs.json_files import read_object
 
 SEED = r"(-seed\d+)?"  # after a name
@@ -143,6 +144,6 @@ def _read_result(file: Path) -> Result:
 def mean_and_deviation(values: Sequence[float], factor: float, digits: int) -> str:
     """Return the mean of several seeds' values times a factor and, of several, their standard deviation."""
     if not values:
-        return "-"
+        return NOTHING
     mean = f"{factor * float(np.mean(values)):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {factor * float(np.std(values, ddof=1)):.{digits}f}"

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from loglinear.signals import exit_code
 
+NOTHING = "-"  # a cell without a value
 WIDE = 200  # columns of a table that goes to a file or a pipe
 
 
@@ -29,13 +30,15 @@ class Interrupted(Exception):
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text: bool = False) -> None:
     """Print a table. The first column names the row; the others are right-aligned numbers, or left-aligned `text`.
 
-    A cell that does not fit into the terminal continues on the next line. Nothing is cut off.
+    A cell that does not fit into the terminal continues on the next line. Nothing is cut off. A column without a value
+    in any row is left out.
     """
-    table = Table()
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 or text else "right", overflow="fold")
+    rows, table = list(rows), Table()
+    shown = [place for place in range(len(columns)) if not rows or any(row[place] != NOTHING for row in rows)]
+    for place in shown:
+        table.add_column(columns[place], justify="left" if place == 0 or text else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[place] for place in shown))
     console = _console()
     console.print(title, style="bold")
     console.print(table)

@@ -265,8 +265,8 @@ def test_the_tables_have_means_ranges_and_marks(tmp_path, capsys, monkeypatch):
     write(tmp_path, "transformer", 3.2, seed=1)
     write(tmp_path, "routed", 2.5, sizes=["100k", "2000k"], loads=[0.5, 1.0], gained=0.03)
     capacity.show(tmp_path)
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    rows = [row for row in rows if row]
+    printed = capsys.readouterr().out
+    rows = table_rows(printed)
     assert rows[0] == [
         "transformer",
         "bfloat16",
@@ -282,4 +282,25 @@ def test_the_tables_have_means_ranges_and_marks(tmp_path, capsys, monkeypatch):
     ]
     assert rows[3] == ["routed", "bfloat16", "100k", "100,000", "1", "102.0*", "204.0*", "-", "-", "-", "-"]
     assert rows[5] == ["transformer", "bfloat16", "3.10", "3.00 to 3.20", "2", "3.51"]
-    assert rows[6] == ["routed", "bfloat16", "-", "-", "0", "3.51"]
+    assert len(rows) == 6  # a kind without a slope has a line instead
+    line = printed.splitlines()[-1]
+    assert line.startswith("routed, bfloat16: no slope, which needs 2 sizes with a capacity: 0 of 2 measured sizes")
+    assert line.endswith("have one. A capacity needs 2 loads, the largest of which adds at most 5 %.")
+
+
+def test_columns_without_a_value_are_left_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    write(tmp_path, "linear", 2.0, sizes=["100k"], loads=[1.0, 2.0])
+    write(tmp_path, "routed", 2.0, sizes=["500k"], loads=[2.0])
+    capacity.show(tmp_path)
+    printed = capsys.readouterr().out
+    assert [row[4:] for row in table_rows(printed)] == [["1", "164.0", "205.0"], ["1", "-", "1,005.0"]]
+    (header,) = [line for line in printed.splitlines() if "┃" in line]
+    columns = [cell.strip() for cell in header.split("┃")[1:-1]]
+    assert columns == ["kind", "dtype", "size", "parameters", "seeds", "load 1", "load 2"]
+    assert printed.count("no slope, which needs 2 sizes with a capacity: 0 of 1 measured sizes have one.") == 2
+
+
+def table_rows(printed):
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]
+    return [row for row in rows if row]
