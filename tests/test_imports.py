@@ -20,6 +20,7 @@ ALLOWED = {
     "kernels": {"processes", "partition", "fenwick"},
     "ops": {"reference", "kernels", "partition", "fenwick"},
     "variants": {"ops", "registry", "fenwick"},
+    "parallel": {"ops", "partition"},
     "layers": {"variants", "ops", "partition", "fenwick"},
     "inspection": {"layers", "partition"},
     "models": {"layers", "variants", "ops", "partition", "fenwick"},

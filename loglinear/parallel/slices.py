@@ -1,0 +1,263 @@
+"""The slices of sequences that lie on several devices: who holds which tokens."""
+
+# B batch, T time, R ranks, N sequences, C chunk
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
+
+from loglinear.ops.validation import chunk_length, whole_number
+from loglinear.parallel import convolution, operators
+from loglinear.parallel.collectives import all_gather, mean_gradient_sum
+
+
+class Part(NamedTuple):
+    """Consecutive tokens of a slice that one call of an operator takes."""
+
+    begin: int
+    """Its first token, counted from the beginning of the slice."""
+    end: int
+    """The token after its last one."""
+    position: int
+    """The position of its first token in its document."""
+    documents: tuple[int, ...] | None
+    """Boundaries of whole documents, from 0; None: one document, or the rows of a batch."""
+    goes_on: bool
+    """True if the next slice continues its document."""
+
+    @property
+    def last_position(self) -> int:
+        """The position after its last token in its document."""
+        return self.position + self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Slices:
+    """The tokens that each rank of a mesh dimension holds; rank r holds those from boundaries[r] to boundaries[r + 1].
+
+    Make it with `Slices.of`. Models take it as their argument `slices`.
+    """
+
+    boundaries: tuple[int, ...]
+    """[R + 1] places in the whole row, from 0 to T."""
+    documents: tuple[int, ...] | None
+    """Boundaries of the packed documents in the whole row; None: each row of the batch is one sequence."""
+    chunk_size: int
+    """Every document that two slices share is cut at a multiple of it."""
+    rank: int
+    """The rank of this process in the mesh dimension."""
+    group: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
+    """The processes of the mesh dimension; None: a plan without them."""
+
+    @classmethod
+    def of(
+        cls,
+        time: int,
+        mesh: DeviceMesh,
+        *,
+        chunk_size: int,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+    ) -> Slices:
+        """Return the slices of rows of `time` tokens on the devices of a mesh of one dimension.
+
+        Slice r begins at token r n, where n is the smallest multiple of chunk_size with R n >= T. If that is inside of
+        a packed document, it begins at the last place at or before r n that is a multiple of chunk_size in this
+        document. So the last ranks may hold fewer tokens, or none: a rank without tokens computes one token of padding.
+
+        Args:
+            time: T, the tokens of a row.
+            mesh: The mesh of one dimension, as mesh["cp"].
+            chunk_size: A multiple of the operators' chunks.
+            cu_seqlens: [n + 1] integers from 0 to T, non-decreasing: the boundaries of packed documents (B = 1).
+
+        Raises:
+            ValueError: An argument does not fit; the message names it.
+        """
+        if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
+            found = f"one of {mesh.ndim} dimensions" if isinstance(mesh, DeviceMesh) else type(mesh).__name__
+            raise ValueError(f'mesh must be a DeviceMesh of one dimension, as mesh["cp"], got {found}')
+        plan = cls.plan(time, mesh.size(), chunk_size=chunk_size, cu_seqlens=cu_seqlens)
+        return cls(plan.boundaries, plan.documents, plan.chunk_size, mesh.get_local_rank(), mesh.get_group())
+
+    @classmethod
+    def plan(
+        cls,
+        time: int,
+        ranks: int,
+        *,
+        chunk_size: int,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
+        rank: int = 0,
+    ) -> Slices:
+        """Return the slices on so many ranks, without processes.
+
+        Examples:
+            >>> Slices.plan(100, 3, chunk_size=16).boundaries
+            (0, 48, 96, 100)
+            >>> Slices.plan(100, 3, chunk_size=16, cu_seqlens=[0, 20, 100]).boundaries
+            (0, 36, 84, 100)
+            >>> Slices.plan(20, 3, chunk_size=16).boundaries
+            (0, 16, 20, 20)
+
+        Raises:
+            ValueError: An argument does not fit; the message names it.
+        """
+        time, ranks = whole_number("time", time), whole_number("ranks", ranks)
+        chunk_size = chunk_length("chunk_size", chunk_size)
+        documents = None if cu_seqlens is None else _documents(cu_seqlens, time)
+        length = -(-time // (ranks * chunk_size)) * chunk_size
+        boundaries = [min(r * length, time) for r in range(ranks + 1)]
+        if documents is not None:
+            begins = [_begin(documents, boundary) for boundary in boundaries]
+            boundaries = [
+                boundary if begin is None else begin + (boundary - begin) // chunk_size * chunk_size
+                for boundary, begin in zip(boundaries, begins, strict=True)
+            ]
+        return cls(tuple(boundaries), documents, chunk_size, rank)
+
+    @property
+    def ranks(self) -> int:
+        """R."""
+        return len(self.boundaries) - 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """[R] the tokens of each rank."""
+        return [end - begin for begin, end in pairwise(self.boundaries)]
+
+    @property
+    def length(self) -> int:
+        """The tokens of this rank."""
+        return self.lengths[self.rank]
+
+    def begin(self, rank: int) -> int | None:
+        """Return the place at which the document begins that slice `rank` continues; None if it continues none."""
+        if self.documents is None:
+            return 0 if 0 < self.boundaries[rank] < self.boundaries[-1] else None
+        return _begin(self.documents, self.boundaries[rank])
+
+    def span(self, rank: int) -> tuple[int, int] | None:
+        """Return the first and last position that slice `rank` holds of a document that the next slice continues."""
+        begin = self.begin(rank + 1)
+        if begin is None:
+            return None
+        return max(self.boundaries[rank] - begin, 0), self.boundaries[rank + 1] - begin
+
+    @cached_property
+    def older(self) -> list[int]:
+        """The ranks that hold older tokens of the document that this slice continues, oldest first."""
+        begin = self.begin(self.rank)
+        return [] if begin is None else [r for r in range(self.rank) if self.boundaries[r + 1] > begin]
+
+    @cached_property
+    def position(self) -> int:
+        """The position of this slice's first token in its document."""
+        begin = self.begin(self.rank)
+        return 0 if begin is None else self.boundaries[self.rank] - begin
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """The rest of an older document, whole documents, the beginning of one that goes on; at least one of them."""
+        first, length = self.boundaries[self.rank], max(self.length, 1)
+        goes_on = self.begin(self.rank + 1) is not None
+        if self.documents is None:
+            return [Part(0, length, self.position, None, goes_on)]
+        ends = [min(end - first, length) for end in self.documents if end > first] or [length]
+        parts, begin = [], 0
+        if self.position or (goes_on and len(ends) == 1):
+            parts.append(Part(0, ends[0], self.position, None, goes_on and ends[0] == length))
+            begin = ends[0]
+        last = max((end for end in ends if end < length), default=0) if goes_on else length
+        if begin < last:
+            inside = (0, *(end - begin for end in ends if begin < end <= last))
+            parts.append(Part(begin, last, 0, inside, False))
+        if max(begin, last) < length:
+            parts.append(Part(last, length, 0, None, True))
+        return parts
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """[n + 1] The boundaries of the documents in this slice; None: not packed."""
+        if self.documents is None:
+            return None
+        first, length = self.boundaries[self.rank], max(self.length, 1)
+        return torch.tensor(
+            sorted({0, length, *(end - first for end in self.documents if first < end < first + length)})
+        )
+
+    def take(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Return this rank's part of x, whose dimension `dim` has T places.
+
+        A rank without tokens has one place of zeros.
+
+        Raises:
+            ValueError: x has another number of places.
+        """
+        if x.shape[dim] != self.boundaries[-1]:
+            raise ValueError(f"x must have {self.boundaries[-1]} places in dimension {dim}, got {list(x.shape)}")
+        if self.length == 0:
+            return torch.cat([x.narrow(dim, 0, 0), torch.zeros_like(x.narrow(dim, 0, 1))], dim)  # joins the graph of x
+        return x.narrow(dim, self.boundaries[self.rank], self.length)
+
+    def gather(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Return the whole of x on every rank, from each rank's part; the backward pass sums all ranks' gradients.
+
+        Raises:
+            ValueError: x does not have this rank's number of places.
+        """
+        self.check_time("x", x, dim)
+        x = x.movedim(dim, 0)
+        padded = F.pad(x, (*[0, 0] * (x.dim() - 1), 0, max(*self.lengths, 1) - len(x)))
+        whole = torch.cat([part[:n] for part, n in zip(all_gather(padded, self.processes), self.lengths, strict=True)])
+        return whole.movedim(0, dim)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of x over all ranks, the same on each.
+
+        The gradient on each rank is R times that of its own part, because data-parallel training takes the mean of the
+        ranks' gradients: their mean is the gradient of the sum.
+        """
+        return mean_gradient_sum(x, self.processes)
+
+    def inputs_before(self, x: Tensor, kernel: int) -> Tensor | None:
+        """Return a convolution's state from the ranks that hold the tokens before; see `convolution.inputs_before`."""
+        return convolution.inputs_before(self, x, kernel)
+
+    def attend(self, transition: str, tensors: list[Tensor | None], weights: Tensor, **options: Any) -> Tensor:
+        """Return the output of the operator of a transition, "scalar_gate" or "delta_rule", for this rank's tokens."""
+        return operators.OPERATORS[transition](*tensors, weights, slices=self, **options)
+
+    @property
+    def processes(self) -> dist.ProcessGroup:
+        """The processes of the mesh dimension; ValueError for a plan without them."""
+        if self.group is None:
+            raise ValueError("slices must come from Slices.of(..., mesh), got a plan without processes")
+        return self.group
+
+    def check_time(self, name: str, x: Tensor, dim: int = 1) -> None:
+        """Raise ValueError unless x has this rank's number of places."""
+        expected = max(self.length, 1)
+        if x.shape[dim] != expected:
+            raise ValueError(f"{name} must have the {expected} tokens of this rank's slice, got {list(x.shape)}")
+
+
+def _begin(documents: tuple[int, ...], place: int) -> int | None:
+    """Return where the document begins that this place cuts; None for a place between two documents."""
+    return None if place in documents else max(begin for begin in documents if begin < place)
+
+
+def _documents(cu_seqlens: Tensor | Sequence[int], time: int) -> tuple[int, ...]:
+    """Return the boundaries of the documents that have tokens."""
+    given = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+    if len(given) < 2 or given[0] != 0 or given[-1] != time or given != sorted(given):
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens ({time}), got {given}")
+    return tuple(sorted(set(given)))
