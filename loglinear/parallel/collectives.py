@@ -63,8 +63,8 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def joined(x: Tensor, *others: Tensor | None) -> Tensor:
     """Return x, as if it had been made of the others too.
 
-    Every rank has to take part in every backward collective. A rank whose result needs nothing of what it gathered, or
-    that has nothing to send, joins both, and so it does take part.
+    Every rank must take part in every backward collective. So a rank joins both ends, even if it sends nothing or reads
+    nothing.
     """
     return _Joined.apply(x, *(other for other in others if other is not None))
 

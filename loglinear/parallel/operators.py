@@ -132,7 +132,7 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
 
 
 class Incoming(NamedTuple):
-    """How the tokens of a part see a state from before it."""
+    """The way in which the tokens of a part see a state from before it."""
 
     x: Tensor
     """[B, h, G, K] (scalar gate, without the decay) or [B, h, H, K] (delta rule)."""
@@ -160,7 +160,7 @@ class _Sliced:
         self.dtype = torch.float64 if call.is_float64 else torch.float32
 
     def output(self) -> Tensor:
-        """The output [B, n, H, V] of the slice."""
+        """Return the output [B, n, H, V] of the slice."""
         outputs, blocks = [], None
         for part in self.slices.parts:
             output, blocks = self.local(part)
@@ -174,7 +174,7 @@ class _Sliced:
         return joined(torch.cat(outputs, 1), gathered)
 
     def operands(self, part: Part) -> list[Tensor | None]:
-        """The operands of a part's tokens, without beta for the scalar gate."""
+        """Return the operands of a part's tokens, without beta for the scalar gate."""
         tensors = self.call.operands if self.is_delta_rule else (*self.call.operands[:4], self.call.level_scales)
         return [None if x is None else x[:, part.begin : part.end] for x in tensors]
 
@@ -183,7 +183,7 @@ class _Sliced:
         return self.call.beta is not None
 
     def sizes(self) -> dict[str, Any]:
-        """The arguments of `FenwickState.zeros` that all states of the call share."""
+        """Return the arguments of `FenwickState.zeros` that all states of the call share."""
         call = self.call
         return dict(
             chunk_size=call.chunk_size,
@@ -196,7 +196,7 @@ class _Sliced:
         )
 
     def local(self, part: Part) -> tuple[Tensor, Tensor | None]:
-        """The output of a part from an empty tree, and the final block states if the part's document goes on."""
+        """Return the output of a part from an empty tree, and the final block states if the part's document goes on."""
         call, rows, device = self.call, len(self.call.v), self.call.v.device
         state = None
         if part.position and self.tree.num_columns > 1:
@@ -223,7 +223,7 @@ class _Sliced:
         return result.output, None if result.final_state is None else result.final_state.blocks
 
     def incoming(self, part: Part) -> Incoming:
-        """How a part's tokens see a state from before it."""
+        """Return the way in which a part's tokens see a state from before it."""
         if self.is_delta_rule:
             return self._incoming_delta_rule(part)
         q, _, v, log_decay, _ = self.operands(part)
@@ -236,7 +236,7 @@ class _Sliced:
         return Incoming(q.to(self.dtype) * self.call.scale, decay, decay[:, -1] if part.goes_on else None)
 
     def _incoming_delta_rule(self, part: Part) -> Incoming:
-        """x and P from the linear delta rule that writes nothing and starts at the identity."""
+        """Return x and P from the linear delta rule that writes nothing and starts at the identity."""
         q, k, v, log_decay, beta, _ = self.operands(part)
         assert q is not None and k is not None and v is not None and beta is not None
         (rows, time, heads, _), key_dim, C = v.shape, q.shape[3], self.call.chunk_size
@@ -261,7 +261,7 @@ class _Sliced:
         return Incoming(result.output.to(self.dtype), None, transition)
 
     def message(self, transition: Tensor | None, blocks: Tensor | None) -> Tensor:
-        """[N, P and S of each piece]: everything that later slices need of this one; zeros where there is nothing."""
+        """Return everything that later slices need of this one, [N, P and the S of each piece]; zeros if it has none."""
         call, rows = self.call, len(self.call.v)
         H, K, V = call.v.shape[2], call.q.shape[3], call.v.shape[3]
         spans = map(self.slices.span, range(self.slices.ranks))
@@ -278,7 +278,7 @@ class _Sliced:
         return joined(message, *call.operands)
 
     def carried(self, gathered: Tensor) -> dict[int, Tensor]:
-        """The older slices' states [N, H, K, V] at the beginning of this one, by the newest token of each bucket."""
+        """Return older slices' states [N, H, K, V] at the beginning of this one, by the newest token of each bucket."""
         call, slices, tree = self.call, self.slices, self.tree
         H, K, V = call.v.shape[2], call.q.shape[3], call.v.shape[3]
         width = H * K * K if self.is_delta_rule else H
@@ -298,7 +298,7 @@ class _Sliced:
         return {tokens[column]: state for column, state in states.items()}
 
     def read(self, part: Part, incoming: Incoming, carried: dict[int, Tensor]) -> Tensor:
-        """The read [B, h, H, V] of the carried states by a part's tokens."""
+        """Return the read [B, h, H, V] of the carried states by a part's tokens."""
         columns = runs(part.position, part.last_position, tuple(carried), self.tree)
         lengths = [run.length for run in columns]
         scales = self.call.level_scales[:, part.begin : part.end].to(self.dtype)
@@ -332,12 +332,12 @@ def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _transported(transition: Tensor, state: Tensor) -> Tensor:
-    """P S for P [N, H] or [N, H, K, K]."""
+    """Return P S for P [N, H] or [N, H, K, K]."""
     return transition @ state if transition.dim() == 4 else transition[..., None, None] * state
 
 
 def _product(x: Tensor, state: Tensor) -> Tensor:
-    """x_t^T S [B, h, H, V] for x [B, h, G, K] and states [N, H, K, V] of every row; G heads or groups of them."""
+    """Return x_t^T S [B, h, H, V] for x [B, h, G, K] and states [N, H, K, V] of every row; G heads or groups of them."""
     G = x.shape[2]
     wide = state.unflatten(1, (G, -1)).transpose(2, 3).flatten(3)  # [N, G, K, H / G * V]
     y = x.transpose(1, 2) @ wide

@@ -1,7 +1,7 @@
-"""Which blocks of the tree a slice sends, and which columns read them later: integers alone.
+"""The blocks of the tree that a slice sends, and the columns that read them later: integers alone.
 
-Buckets merge and never split. So what one bucket holds at the end of a slice is in one bucket at every later position,
-and one state for each such piece is all that later slices need. A slice that is itself a block is one piece.
+Buckets merge and never split. Tokens in one bucket at the end of a slice are in one bucket at every later position.
+So later slices need one state for each such piece. A slice that is itself a block is one piece.
 """
 
 from __future__ import annotations
