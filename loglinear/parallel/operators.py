@@ -261,7 +261,7 @@ class _Sliced:
         return Incoming(result.output.to(self.dtype), None, transition)
 
     def message(self, transition: Tensor | None, blocks: Tensor | None) -> Tensor:
-        """Return everything that later slices need of this one, [N, P and the S of each piece]; zeros if it has none."""
+        """Return all that later slices need of this one, [N, P and the S of each piece]; zeros if it has none."""
         call, rows = self.call, len(self.call.v)
         H, K, V = call.v.shape[2], call.q.shape[3], call.v.shape[3]
         spans = map(self.slices.span, range(self.slices.ranks))
@@ -337,7 +337,7 @@ def _transported(transition: Tensor, state: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, state: Tensor) -> Tensor:
-    """Return x_t^T S [B, h, H, V] for x [B, h, G, K] and states [N, H, K, V] of every row; G heads or groups of them."""
+    """Return x_t^T S [B, h, H, V] for x [B, h, G, K] and the states [N, H, K, V] of every row, G groups of heads."""
     G = x.shape[2]
     wide = state.unflatten(1, (G, -1)).transpose(2, 3).flatten(3)  # [N, G, K, H / G * V]
     y = x.transpose(1, 2) @ wide
