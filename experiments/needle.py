@@ -21,6 +21,7 @@ from experiments.recipes.needle import SEQUENCE, TOKENIZER, VOCABULARY
 from experiments.runs import Kind, Options, Out, kind_recipe, program, train_and_evaluate, with_options
 from experiments.tokens import tokens_of
 from loglinear.cli import execute
+from loglinear.cli.options import COUNT, above_zero, of_recipe
 from loglinear.data.corpus import Corpus, split
 from loglinear.data.sources import read_documents
 from loglinear.evaluation.needle import evaluate_sets, example_sets
@@ -79,15 +80,15 @@ def run(
         list[str] | None,
         typer.Option(help="Text of the haystacks; without it they are noise, and single_2 is left out."),
     ] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Examples of every task and length.")] = 200,
+    examples: Annotated[int, typer.Option(help="Examples of every task and length.", **COUNT)] = 200,
     tokenizer: TokenizerFolder = Path(TOKENIZER),
     levels: Annotated[
         int | None,
-        typer.Option(help="Levels of the log-linear model, as a result of its own.", show_default="the recipe's"),
+        of_recipe("Levels of the log-linear model, as a result of its own.", **COUNT),
     ] = None,
     embedding_range: Annotated[
         float | None,
-        typer.Option(help="Deviation of the first embeddings, as a result of its own.", show_default="the recipe's"),
+        of_recipe("Deviation of the first embeddings, as a result of its own.", **above_zero()),
     ] = None,
     *,
     options: Options,

@@ -21,6 +21,7 @@ from experiments.results import Result, mean_and_deviation, read_seeds, require_
 from experiments.runs import Options, Out, program, train_and_evaluate, with_options
 from loglinear.cli import execute
 from loglinear.cli.console import Interrupted, print_table
+from loglinear.cli.options import COUNT, RATE, SEED, Minutes, of_recipe
 from loglinear.data.corpus import Corpus
 from loglinear.data.tokenizer import encode_prompt, load_tokenizer
 from loglinear.evaluation.padded import padded
@@ -142,15 +143,13 @@ def run(
     ],
     base: Annotated[Path, typer.Option(help="Folder of the trained model, of the same kind and seed.")],
     out: Annotated[Path, typer.Option(help="Folder of this run.")],
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the problems and of the sampled answers.")] = 0,
-    rounds: Annotated[int | None, typer.Option(help="Number of rounds.", show_default="the recipe's")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Learning rate.", show_default="the recipe's")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the problems and of the sampled answers.", **SEED)] = 0,
+    rounds: Annotated[int | None, of_recipe("Number of rounds.", **COUNT)] = None,
+    learning_rate: Annotated[float | None, of_recipe("Learning rate.", **RATE)] = None,
     miniature: Annotated[
         bool, typer.Option("--miniature", help="Take two small rounds, which show that everything works.")
     ] = False,
-    minutes: Annotated[
-        float | None, typer.Option(help="Save a checkpoint and stop with exit code 130 after about this many minutes.")
-    ] = None,
+    minutes: Minutes = None,
     results: Annotated[
         Path, typer.Option(help="Folder for the JSON file of the result; that of a miniature goes to miniature/ in it.")
     ] = Path("results"),

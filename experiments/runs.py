@@ -20,6 +20,7 @@ from experiments.recipes.long_text import long_text, long_text_16k
 from experiments.recipes.needle import needle
 from experiments.results import require_replaceable, result_file
 from loglinear.cli.console import Interrupted
+from loglinear.cli.options import COUNT, RATE, SEED, TOKENS, Minutes, of_recipe
 from loglinear.data.corpus import Corpus
 from loglinear.models import LogLinearForCausalLM
 from loglinear.recipes import TrainingRecipe
@@ -32,7 +33,6 @@ from loglinear.training import load_model, train
 EXPERIMENTS = {"long_text_8k": long_text, "long_text": long_text_16k, "needle": needle}  # by the names of recipes
 CURVE_POINTS = 100  # of the training loss in a result
 
-RECIPE = "the recipe's"
 Kind = Annotated[str, typer.Option(help=f"One of {', '.join(KINDS)}.")]
 Out = Annotated[Path, typer.Option(help="Folder of this model's training run.")]
 
@@ -41,17 +41,11 @@ Out = Annotated[Path, typer.Option(help="Folder of this model's training run.")]
 class Options:
     """The options of every `run`: the training, and the folder of the result."""
 
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", show_default=RECIPE)] = None
-    seq_len: Annotated[
-        int | None, typer.Option(help="Length of the longest sequence, in tokens.", show_default=RECIPE)
-    ] = None
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens per step; fewer take less memory.", show_default=RECIPE)
-    ] = None
-    learning_rate: Annotated[float | None, typer.Option(help="Peak of the learning rate.", show_default=RECIPE)] = None
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the weights and of the data's order.", show_default=RECIPE)
-    ] = None
+    steps: Annotated[int | None, of_recipe("Optimiser steps.", **COUNT)] = None
+    seq_len: Annotated[int | None, of_recipe("Length of the longest sequence, in tokens.", **TOKENS)] = None
+    batch_tokens: Annotated[int | None, of_recipe("Tokens per step; fewer take less memory.", **TOKENS)] = None
+    learning_rate: Annotated[float | None, of_recipe("Peak of the learning rate.", **RATE)] = None
+    seed: Annotated[int | None, of_recipe("Seed of the weights and of the data's order.", **SEED)] = None
     compile: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="Compile the blocks.", show_default="compile on a GPU"),
@@ -60,9 +54,7 @@ class Options:
         bool,
         typer.Option("--miniature", help="Train a small model for minutes on a CPU, to see that everything works."),
     ] = False
-    minutes: Annotated[
-        float | None, typer.Option(help="Save a checkpoint and stop with exit code 130 after about this many minutes.")
-    ] = None
+    minutes: Minutes = None
     results: Annotated[
         Path, typer.Option(help="Folder for the JSON file of the result; that of a miniature goes to miniature/ in it.")
     ] = Path("results")

@@ -55,6 +55,7 @@ from experiments.runs import Options, evaluate_run, program, train_and_evaluate
 from experiments.tokens import tokens_of
 from loglinear.cli import execute
 from loglinear.cli.console import Interrupted, human_bytes, print_table
+from loglinear.cli.options import COUNT, RATE, SEED, Minutes, of_recipe, option
 from loglinear.convert.target import CHOICES, Converted, build, configuration, write
 from loglinear.data.corpus import Corpus, split, tokenize
 from loglinear.data.sources import read_documents
@@ -183,11 +184,11 @@ def run(
         list[str] | None,
         typer.Option(help="Text of the haystacks and of the bits per byte. Without it the haystacks are noise."),
     ] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Examples of every task and length.")] = 50,
+    examples: Annotated[int, typer.Option(help="Examples of every task and length.", **COUNT)] = 50,
     tokenizer: TokenizerFolder = Path(TOKENIZER),
     seed: Annotated[
         list[int] | None,
-        typer.Option(help="A seed of the continuations; repeatable. Without it 0, 1 and 2, or that of --base."),
+        typer.Option(help="A seed of the continuations; repeatable. Without it 0, 1 and 2, or that of --base.", **SEED),
     ] = None,
     kind: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(KINDS)}; repeatable. Without it all of them.")
@@ -199,17 +200,11 @@ def run(
         Path | None,
         typer.Option(help="Run folder of a finished linear model to start from. Without it one is trained."),
     ] = None,
-    base_steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimiser steps of the linear model.", show_default="the recipe's")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimiser steps of each continuation.", show_default=str(FULL.steps))
-    ] = None,
+    base_steps: Annotated[int | None, of_recipe("Optimiser steps of the linear model.", **COUNT)] = None,
+    steps: Annotated[int | None, option(str(FULL.steps), "Optimiser steps of each continuation.", **COUNT)] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(
-            help="Peak of the continuations' learning rate.", show_default=f"{NEW_RATE:g} for new weights, {ALL_RATE:g}"
-        ),
+        option(f"{NEW_RATE:g} for new weights, {ALL_RATE:g}", "Peak of the continuations' learning rate.", **RATE),
     ] = None,
     compile: Annotated[
         bool,
@@ -218,9 +213,7 @@ def run(
     miniature: Annotated[
         bool, typer.Option("--miniature", help="Train tiny models on a CPU, in some minutes for all kinds, as a test.")
     ] = False,
-    minutes: Annotated[
-        float | None, typer.Option(help="Save a checkpoint and stop with exit code 130 after about this many minutes.")
-    ] = None,
+    minutes: Minutes = None,
     results: Annotated[
         Path, typer.Option(help="Folder for the JSON files; those of a miniature go to miniature/ in it.")
     ] = Path("results"),

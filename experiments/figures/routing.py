@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 
 from experiments.figures.style import Theme, draw
 from loglinear.cli import execute
-from loglinear.cli.options import LARGEST, LARGEST_SEED, SOURCES, Model, option
+from loglinear.cli.options import COUNT, SEED, SOURCES, Model, option
 from loglinear.data.sources import read_documents
 from loglinear.data.tokenizer import encode_documents, first_tokens
 from loglinear.evaluation.needle import Example, answer_hits, example_sets
@@ -164,9 +164,9 @@ def main(
     model: Model,
     out: Annotated[Path, typer.Option(help="The picture, FILE.svg; also writes FILE-dark.svg and FILE.json.")],
     task: Annotated[str, typer.Option(help="One of the needle tasks of `loglinear eval needle`.")] = "single_1",
-    length: Annotated[int, typer.Option(min=1, max=LARGEST, help="Length of the example, in tokens.")] = 1024,
+    length: Annotated[int, typer.Option(help="Length of the example, in tokens.", **COUNT)] = 1024,
     data: Annotated[list[str] | None, option("noise", f"Text of the haystack: {SOURCES}")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the example.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the example.", **SEED)] = 0,
 ) -> None:
     """Draw how much each layer of a log-linear model reads of every bucket, at the question of one needle.
 

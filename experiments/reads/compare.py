@@ -16,6 +16,7 @@ from experiments.reads.mixer import adapt
 from experiments.reads.read import OPTIONS, SCORES, Read
 from loglinear.cli import execute
 from loglinear.cli.mqar import run as run_cells
+from loglinear.cli.options import COUNT, RATE, SEED, Minutes
 from loglinear.evaluation.mqar.cells import PROTOCOLS
 from loglinear.evaluation.mqar.models import ALL_MODELS, MODELS
 from loglinear.models import LogLinearForCausalLM
@@ -62,16 +63,20 @@ def main(
     model: Annotated[
         list[str] | None, typer.Option(help="Also this model of `loglinear eval mqar`; repeat for several.")
     ] = None,
-    dim: Annotated[list[int] | None, typer.Option(help="Dimension; repeat for several.")] = None,
-    lr: Annotated[list[float] | None, typer.Option(help="Learning rate; the best of several has all seeds.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Seed of weights and order; repeat for several.")] = None,
-    protocol: Annotated[str, typer.Option(help="The training: 'reads', or one of `loglinear eval mqar`.")] = PROTOCOL,
-    epochs: Annotated[int, typer.Option(help="Epochs of a cell.")] = EPOCHS,
-    examples: Annotated[int | None, typer.Option(help="Training examples with each number of pairs.")] = None,
-    processes: Annotated[int | None, typer.Option(help="Cells at once.", show_default="one per CPU core")] = None,
-    minutes: Annotated[
-        float | None, typer.Option(help="Save checkpoints and stop after about this many minutes.")
+    dim: Annotated[list[int] | None, typer.Option(help="Dimension; repeat for several.", **COUNT)] = None,
+    lr: Annotated[
+        list[float] | None, typer.Option(help="Learning rate; the best of several has all seeds.", **RATE)
     ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seed of weights and order; repeat for several.", **SEED)
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="The training: 'reads', or one of `loglinear eval mqar`.")] = PROTOCOL,
+    epochs: Annotated[int, typer.Option(help="Epochs of a cell.", **COUNT)] = EPOCHS,
+    examples: Annotated[int | None, typer.Option(help="Training examples with each number of pairs.", **COUNT)] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Cells at once.", show_default="one per CPU core", **COUNT)
+    ] = None,
+    minutes: Minutes = None,
 ) -> None:
     """Train the cells that are missing, and print the table."""
     for name in read or ():

@@ -12,6 +12,7 @@ import typer
 from torch.nn import functional as F
 
 from loglinear.cli import execute
+from loglinear.cli.options import COUNT, SEED
 
 BUCKETS, TRIALS = 16, 400
 KEY_DIMS, MULTIPLES = (16, 64, 128), (1, 2, 4, 8, 16)
@@ -36,8 +37,8 @@ def share_found(key_dim: int, tokens: int, *, trials: int = TRIALS, seed: int = 
 
 @app.command()
 def main(
-    trials: Annotated[int, typer.Option(min=1, help="Queries for each number of the table.")] = TRIALS,
-    seed: Annotated[int, typer.Option(help="Seed of the keys.")] = 0,
+    trials: Annotated[int, typer.Option(help="Queries for each number of the table.", **COUNT)] = TRIALS,
+    seed: Annotated[int, typer.Option(help="Seed of the keys.", **SEED)] = 0,
 ) -> None:
     """Print the table: rows are key dimensions, columns tokens of a bucket as multiples of the key dimension."""
     print("K", *(f"{multiple} K" for multiple in MULTIPLES), sep="\t")

@@ -10,14 +10,21 @@ import typer
 from loglinear import __version__
 from loglinear.cli import eval_app
 from loglinear.cli.options import (
+    COUNT,
     LARGEST,
-    LARGEST_SEED,
+    RATE,
+    SEED,
     SOURCES,
+    TEMPERATURE,
+    TOKENS,
+    Minutes,
     Model,
     MoreData,
     OneRouting,
     Routing,
+    above_zero,
     all_data,
+    between,
     of_recipe,
     option,
 )
@@ -61,25 +68,24 @@ def train(
         Path | None, option("a new model", "Folder of a model to train: upgraded, converted, or of an earlier run.")
     ] = None,
     variant: Annotated[str | None, of_recipe("Base model, as `loglinear info` lists them.")] = None,
-    num_levels: Annotated[int | None, of_recipe("Number of levels; 1 makes the linear model.")] = None,
-    steps: Annotated[int | None, of_recipe("Optimiser steps.")] = None,
-    seq_len: Annotated[int | None, of_recipe("Length of the longest sequence, in tokens.")] = None,
+    num_levels: Annotated[int | None, of_recipe("Number of levels; 1 makes the linear model.", **COUNT)] = None,
+    steps: Annotated[int | None, of_recipe("Optimiser steps.", **COUNT)] = None,
+    seq_len: Annotated[int | None, of_recipe("Length of the longest sequence, in tokens.", **TOKENS)] = None,
     jitter: Annotated[
-        int | None, of_recipe("Start sequences at random positions of the tree below this one: it trains more levels.")
+        int | None,
+        of_recipe("Start sequences at random positions of the tree below this one: it trains more levels.", **COUNT),
     ] = None,
-    batch_tokens: Annotated[int | None, of_recipe("Tokens per optimiser step.")] = None,
-    micro_batch_tokens: Annotated[int | None, of_recipe("Tokens per forward pass.")] = None,
-    lr: Annotated[float | None, of_recipe("Peak learning rate.")] = None,
-    seed: Annotated[int | None, of_recipe("Seed of the weights and of the data's order.")] = None,
-    eval_every: Annotated[int | None, of_recipe("Steps between validations.")] = None,
-    save_every: Annotated[int | None, of_recipe("Steps between checkpoints.")] = None,
+    batch_tokens: Annotated[int | None, of_recipe("Tokens per optimiser step.", **TOKENS)] = None,
+    micro_batch_tokens: Annotated[int | None, of_recipe("Tokens per forward pass.", **TOKENS)] = None,
+    lr: Annotated[float | None, of_recipe("Peak learning rate, more than 0 and at most 1.", **RATE)] = None,
+    seed: Annotated[int | None, of_recipe("Seed of the weights and of the data's order.", **SEED)] = None,
+    eval_every: Annotated[int | None, of_recipe("Steps between validations.", **COUNT)] = None,
+    save_every: Annotated[int | None, of_recipe("Steps between checkpoints.", **COUNT)] = None,
     compile: Annotated[
         bool | None, of_recipe("Compile the blocks, on one GPU as CUDA graphs.", "--compile/--no-compile")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out exactly.")] = False,
-    minutes: Annotated[
-        float | None, typer.Option(help="Save a checkpoint and stop with exit code 130 after about this many minutes.")
-    ] = None,
+    minutes: Minutes = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard logs.")] = False,
 ) -> None:
     """Train a model on text.
@@ -134,15 +140,15 @@ def train(
 
 @app.command()
 def tune(
-    heads: Annotated[int, typer.Option(help="Number of value heads.")] = 48,
-    groups: Annotated[int, typer.Option(help="Number of query/key groups.")] = 1,
-    key_dim: Annotated[int, typer.Option(help="Width of a query or key.")] = 128,
-    value_dim: Annotated[int, typer.Option(help="Width of a value.")] = 64,
+    heads: Annotated[int, typer.Option(help="Number of value heads.", **COUNT)] = 48,
+    groups: Annotated[int, typer.Option(help="Number of query/key groups.", **COUNT)] = 1,
+    key_dim: Annotated[int, typer.Option(help="Width of a query or key.", **COUNT)] = 128,
+    value_dim: Annotated[int, typer.Option(help="Width of a value.", **COUNT)] = 64,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     length: Annotated[
-        list[int] | None, option("16384", "Sequence length, one per range that you use; repeatable.")
+        list[int] | None, option("16384", "Sequence length, one per range that you use; repeatable.", **COUNT)
     ] = None,
-    batch: Annotated[int, typer.Option(help="Number of sequences.")] = 1,
+    batch: Annotated[int, typer.Option(help="Number of sequences.", **COUNT)] = 1,
     delta: Annotated[bool, typer.Option("--delta", help="Measure the kernels of the delta rule.")] = False,
     out: Annotated[Path | None, option("the table in your cache folder", "Table of plans to extend.")] = None,
 ) -> None:
@@ -168,11 +174,13 @@ def convert(
         str, typer.Option("--from", help="Library that wrote IN: transformers, fla, authors or state-spaces.")
     ],
     num_levels: Annotated[
-        int | None, option("15, or those of IN", "Number of levels; 1 makes the linear model.")
+        int | None, option("15, or those of IN", "Number of levels; 1 makes the linear model.", **COUNT)
     ] = None,
-    radix: Annotated[int | None, option("2", "Blocks that join into one.")] = None,
-    finest_block: Annotated[int | None, option("1", "Tokens of the finest block, which share one lambda.")] = None,
-    largest_block: Annotated[int | None, option("blocks grow", "Tokens of the largest block.")] = None,
+    radix: Annotated[int | None, option("2", "Blocks that join into one.", **between(2, LARGEST))] = None,
+    finest_block: Annotated[
+        int | None, option("1", "Tokens of the finest block, which share one lambda.", **COUNT)
+    ] = None,
+    largest_block: Annotated[int | None, option("blocks grow", "Tokens of the largest block.", **COUNT)] = None,
     routing: OneRouting = Routing.none,
 ) -> None:
     """Convert a checkpoint of another library into one of this library with the same logits.
@@ -207,10 +215,12 @@ def convert(
 def upgrade(
     model: Annotated[Path, typer.Option(help="Folder of a model of transformers.")],
     out: Annotated[Path, typer.Option(help="New folder of the upgraded model.")],
-    num_levels: Annotated[int, typer.Option(help="Number of levels, at least 2: log2(length) + 1.")] = 15,
-    radix: Annotated[int, typer.Option(help="Blocks that join into one.")] = 2,
-    finest_block: Annotated[int, typer.Option(help="Tokens of the finest block, which share one weight.")] = 1,
-    largest_block: Annotated[int | None, option("blocks grow", "Tokens of the largest block.")] = None,
+    num_levels: Annotated[
+        int, typer.Option(help="Number of levels, at least 2: log2(length) + 1.", **between(2, LARGEST))
+    ] = 15,
+    radix: Annotated[int, typer.Option(help="Blocks that join into one.", **between(2, LARGEST))] = 2,
+    finest_block: Annotated[int, typer.Option(help="Tokens of the finest block, which share one weight.", **COUNT)] = 1,
+    largest_block: Annotated[int | None, option("blocks grow", "Tokens of the largest block.", **COUNT)] = None,
     routing: OneRouting = Routing.none,
 ) -> None:
     """Make the linear layers of a pretrained model of transformers log-linear, with the same logits.
@@ -235,17 +245,21 @@ def upgrade(
 def generate(
     model: Model,
     prompt: Annotated[str | None, option("standard input", "Text to continue.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST, help="Most tokens to write.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.", **COUNT)] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0.0, max=100.0, help="Sampling temperature; 0 takes the likeliest token.")
+        float, typer.Option(help="Sampling temperature, 0 to 100; 0 takes the likeliest token.", **TEMPERATURE)
     ] = 0.8,
     top_k: Annotated[
-        int, typer.Option(min=0, max=LARGEST, help="Sample from the k likeliest tokens; 0 means all.")
+        int, typer.Option(help="Sample from the k likeliest tokens; 0 means all.", **between(0, LARGEST))
     ] = 0,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this total probability.")
+        float,
+        typer.Option(
+            help="Sample from the likeliest tokens of this total probability, more than 0 and at most 1.",
+            **above_zero(1),
+        ),
     ] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", **SEED)] = 0,
 ) -> None:
     """Continue a text, token by token.
 
@@ -266,10 +280,12 @@ def generate(
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 means all of them.")] = "localhost",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    max_tokens: Annotated[int, typer.Option(min=1, max=LARGEST, help="Most tokens of an answer.")] = 4096,
-    max_prompt: Annotated[int, typer.Option(min=1, max=LARGEST, help="Most tokens of a prompt.")] = 65_536,
-    timeout: Annotated[float, typer.Option(help="Seconds of work after which an answer ends.")] = 120.0,
+    port: Annotated[int, typer.Option(help="Port to listen on.", **between(1, 65535))] = 8000,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", **COUNT)] = 4096,
+    max_prompt: Annotated[int, typer.Option(help="Most tokens of a prompt.", **COUNT)] = 65_536,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds of work after which an answer ends.", **above_zero(LARGEST))
+    ] = 120.0,
 ) -> None:
     """Serve a checkpoint over HTTP with OpenAI's API.
 
@@ -336,8 +352,8 @@ def demo(
         "runs/demo"
     ),
     variant: Annotated[str | None, option("mamba2", "Base model.")] = None,
-    steps: Annotated[int | None, option("240", "Optimiser steps of each model.")] = None,
-    seed: Annotated[int | None, option("0", "Seed of the weights and of the data's order.")] = None,
+    steps: Annotated[int | None, option("240", "Optimiser steps of each model.", **COUNT)] = None,
+    seed: Annotated[int | None, option("0", "Seed of the weights and of the data's order.", **SEED)] = None,
 ) -> None:
     """Train a log-linear model and the linear model on a CPU and compare them.
 

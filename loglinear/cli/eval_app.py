@@ -7,7 +7,22 @@ from typing import Annotated
 
 import typer
 
-from loglinear.cli.options import LARGEST, LARGEST_SEED, SOURCES, Model, MoreData, all_data, option
+from loglinear.cli.options import (
+    COUNT,
+    LARGEST,
+    RATE,
+    SEED,
+    SOURCES,
+    TEMPERATURE,
+    TOKENS,
+    Minutes,
+    Model,
+    MoreData,
+    above_zero,
+    all_data,
+    between,
+    option,
+)
 
 PROTOCOL = "the protocol's"
 app = typer.Typer(help="Measure the quality of models.", no_args_is_help=True)
@@ -19,8 +34,8 @@ def perplexity(
     data: Annotated[list[str], typer.Option(help=f"Text to score: {SOURCES}")],
     out: Annotated[Path, typer.Option(help="Folder for perplexity.json and per_position.png.")],
     more_data: MoreData = None,
-    length: Annotated[int, typer.Option(min=2, max=LARGEST, help="Length of a window, in tokens.")] = 4096,
-    max_tokens: Annotated[int, typer.Option(min=2, max=LARGEST, help="Number of tokens to read, about.")] = 1_000_000,
+    length: Annotated[int, typer.Option(help="Length of a window, in tokens.", **TOKENS)] = 4096,
+    max_tokens: Annotated[int, typer.Option(help="Number of tokens to read, about.", **TOKENS)] = 1_000_000,
 ) -> None:
     """Measure bits per byte, perplexity and the loss at each position.
 
@@ -39,19 +54,19 @@ def needle(
     out: Annotated[Path, typer.Option(help="Folder for needle.json and needle.png.")],
     length: Annotated[
         list[int] | None,
-        option("1024, 2048, 4096", "Length of an example, in tokens; repeatable.", min=1, max=LARGEST),
+        option("1024, 2048, 4096", "Length of an example, in tokens; repeatable.", **COUNT),
     ] = None,
     task: Annotated[
         list[str] | None,
         option("all of them", "single_1, single_2, multikey_1, multivalue or multiquery; repeatable."),
     ] = None,
-    examples: Annotated[int, typer.Option(min=1, max=LARGEST, help="Examples of each task and length.")] = 200,
+    examples: Annotated[int, typer.Option(help="Examples of each task and length.", **COUNT)] = 200,
     data: Annotated[list[str] | None, option("noise", f"Text of the haystacks: {SOURCES}")] = None,
     more_data: MoreData = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the examples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the examples.", **SEED)] = 0,
     decode_top_k: Annotated[
         int | None,
-        option("all, in one pass", "Decode the answers; a step reads so many buckets of a routed model.", min=1),
+        option("all, in one pass", "Decode the answers; a step reads so many buckets of a routed model.", **COUNT),
     ] = None,
 ) -> None:
     """Measure retrieval with five of RULER's needle-in-a-haystack tasks.
@@ -85,14 +100,17 @@ def needle(
 def entropy(
     model: Model,
     prompt: Annotated[str | None, option("standard input", "Text to continue.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=LARGEST, help="Most tokens to write.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.", **COUNT)] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0.0, max=100.0, help="Sampling temperature; 0 takes the likeliest token.")
+        float, typer.Option(help="Sampling temperature, 0 to 100; 0 takes the likeliest token.", **TEMPERATURE)
     ] = 1.0,
     quantile: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the tokens that are marked as forking tokens.")
+        float,
+        typer.Option(
+            help="Share of the tokens that are marked as forking tokens, more than 0 and at most 1.", **above_zero(1)
+        ),
     ] = 0.2,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", **SEED)] = 0,
     out: Annotated[
         Path | None, option("the terminal alone", "Folder for entropy.json, entropy.html and entropy.png.")
     ] = None,
@@ -128,10 +146,12 @@ def membership(
         Path | None, option("none", "Folder of a second model, with the same tokens, whose loss is subtracted.")
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(min=2, max=LARGEST, help="Tokens to read of each document, from its beginning.")
+        int, typer.Option(help="Tokens to read of each document, from its beginning.", **TOKENS)
     ] = 2048,
-    min_k: Annotated[int, typer.Option(min=1, max=100, help="Share of tokens in the Min-K % score, in percent.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the bootstrap.")] = 0,
+    min_k: Annotated[
+        int, typer.Option(help="Share of tokens in the Min-K % score, in percent.", **between(1, 100))
+    ] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", **SEED)] = 0,
     out: Annotated[Path | None, option("the terminal alone", "Folder for membership.json and membership.png.")] = None,
 ) -> None:
     """Measure how well a model tells documents of its training from others.
@@ -163,20 +183,20 @@ def membership(
 def mqar(
     out: Annotated[Path, typer.Option(help="Folder for the results of cells, their checkpoints and mqar.json.")],
     model: Annotated[list[str] | None, option("five models", "Model to train; repeatable.")] = None,
-    dim: Annotated[list[int] | None, option("16, 32, 64", "Hidden size of the models; repeatable.")] = None,
-    lr: Annotated[list[float] | None, option(PROTOCOL, "Learning rate; repeatable.")] = None,
-    seed: Annotated[list[int] | None, option(PROTOCOL, "Seed of the weights and of the batches; repeatable.")] = None,
-    processes: Annotated[
-        int | None, option("one per CPU core", "Number of cells at a time.", min=1, max=LARGEST)
+    dim: Annotated[list[int] | None, option("16, 32, 64", "Hidden size of the models; repeatable.", **COUNT)] = None,
+    lr: Annotated[
+        list[float] | None, option(PROTOCOL, "Learning rate, more than 0 and at most 1; repeatable.", **RATE)
     ] = None,
-    minutes: Annotated[
-        float | None, typer.Option(min=0, help="Save and stop after this many minutes; the same command continues.")
+    seed: Annotated[
+        list[int] | None, option(PROTOCOL, "Seed of the weights and of the batches; repeatable.", **SEED)
     ] = None,
+    processes: Annotated[int | None, option("one per CPU core", "Number of cells at a time.", **COUNT)] = None,
+    minutes: Minutes = None,
     task: Annotated[str | None, option("standard", "'standard', or 'jittered' with longer examples.")] = None,
-    examples: Annotated[int | None, option("20480", "Training examples of each number of pairs.", min=1)] = None,
-    epochs: Annotated[int | None, option("32", "Most passes over the examples.", min=1)] = None,
-    pairs: Annotated[list[int] | None, option("the task's", "Key-value pairs; repeatable.", min=1)] = None,
-    length: Annotated[int | None, option("the task's", "Most tokens of an example.", min=4)] = None,
+    examples: Annotated[int | None, option("20480", "Training examples of each number of pairs.", **COUNT)] = None,
+    epochs: Annotated[int | None, option("32", "Most passes over the examples.", **COUNT)] = None,
+    pairs: Annotated[list[int] | None, option("the task's", "Key-value pairs; repeatable.", **COUNT)] = None,
+    length: Annotated[int | None, option("the task's", "Most tokens of an example.", **between(4, LARGEST))] = None,
     protocol: Annotated[
         str | None, option("loglinear", "How to train: 'loglinear' or, as the task's authors do, 'zoology'.")
     ] = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,39 @@ def option(default: str, text: str, *names: str, **limits: Any) -> Any:
     return typer.Option(*names, help=text, show_default=default, **limits)
 
 
+def between(least: float, most: float) -> dict[str, Any]:
+    """Return the limits of a numeric option, which include both ends. typer's own errors do not repeat the value."""
+    return _limits(lambda value: least <= value <= most, f"lie between {least} and {most}")
+
+
+def above_zero(most: float = math.inf) -> dict[str, Any]:
+    """Return the limits of an option that must be positive and at most `most`."""
+    return _limits(
+        lambda value: 0 < value <= most, "be positive" + ("" if most == math.inf else f" and at most {most}")
+    )
+
+
+def _limits(allows: Callable[[float], bool], expected: str) -> dict[str, Any]:
+    """Return the callback of an option, which may be absent (None) or repeatable. No limits allow nan."""
+
+    def check(given: Any) -> Any:
+        for value in given if isinstance(given, (list, tuple)) else [] if given is None else [given]:
+            if not allows(value):
+                raise typer.BadParameter(f"must {expected}, got {value}")
+        return given
+
+    return {"callback": check}
+
+
+COUNT = between(1, LARGEST)
+TOKENS = between(2, LARGEST)  # one token predicts nothing
+SEED = between(0, LARGEST_SEED)
+RATE = above_zero(1)  # of learning
+TEMPERATURE = between(0, 100)  # as `loglinear.evaluation.sampling` takes it
+Minutes = Annotated[
+    float | None,
+    typer.Option(help="Save a checkpoint and stop with exit code 130 after about this many minutes.", **above_zero()),
+]
 of_recipe = partial(option, "the recipe's")
 
 

@@ -115,10 +115,10 @@ def sample_with_entropy(
     the 80/20 Rule: High-Entropy Minority Tokens Drive Effective Reinforcement Learning for LLM Reasoning",
     arXiv 2506.01939, where quantile = 0.2.
 
-    Raises ValueError as `sample` does, and for a quantile outside 0 to 1.
+    Raises ValueError as `sample` does, and for a quantile that is not more than 0 and at most 1.
     """
-    if not 0 <= quantile <= 1:
-        raise ValueError(f"quantile must lie between 0 and 1, got {quantile}")
+    if not 0 < quantile <= 1:
+        raise ValueError(f"quantile must be more than 0 and at most 1, got {quantile}")
     steps = _Steps()
     result = sample(
         model,

@@ -101,7 +101,7 @@ def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int, top_p
         raise ValueError(f"temperature must lie between 0 and {HOTTEST}, got {temperature}")
     if top_k < 0:
         raise ValueError(f"top_k must not be negative, got {top_k}")
-    if not 0 <= top_p <= 1:
-        raise ValueError(f"top_p must lie between 0 and 1, got {top_p}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be more than 0 and at most 1, got {top_p}")
     if not 0 <= seed < SEEDS:
         raise ValueError(f"seed must lie between 0 and {SEEDS - 1}, got {seed}")

@@ -1,12 +1,17 @@
 """Every option of every command, with values that mean nothing: each ends in one line, and none in a traceback."""
 
+import importlib
+import pkgutil
 import signal
+from inspect import signature
+from typing import get_args, get_type_hints
 
 import click
 import pytest
 import typer.main
 import uvicorn
 
+import experiments
 from loglinear.cli.app import app
 from tests.cli.command_line import in_process
 from tests.convert.test_transformers import mamba2
@@ -78,6 +83,46 @@ def no_hanging():
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+def functions(program):
+    """The functions behind the commands of a program."""
+    for command in program.registered_commands:
+        yield command.callback
+    for group in program.registered_groups:
+        yield from functions(group.typer_instance)
+
+
+def programs():
+    yield app
+    for module in pkgutil.walk_packages(experiments.__path__, "experiments."):
+        if not module.name.endswith("__main__"):
+            found = getattr(importlib.import_module(module.name), "app", None)
+            yield from [found] if isinstance(found, typer.Typer) else []
+
+
+# One of few values, which the recipe names.
+CHOSEN = {("experiments.capacity", "load"), ("experiments.descent", "load")}
+
+
+def test_every_number_has_a_range():
+    """Its callback refuses the values outside, and its error has the value and the range, which typer's has not."""
+    seen = 0
+    for function in {function: None for program in programs() for function in functions(program)}:
+        hints = get_type_hints(function, include_extras=True)
+        for name in signature(function).parameters:
+            kind, *info = get_args(hints[name]) or (None,)
+            if not info or not {int, float} & {
+                kind,
+                *get_args(kind),
+                *(a for k in get_args(kind) for a in get_args(k)),
+            }:
+                continue
+            seen += 1
+            place = (function.__module__, name)
+            assert (info[0].callback is None) == (place in CHOSEN), place
+            assert info[0].min is None and info[0].max is None, place
+    assert seen > 100
 
 
 @pytest.mark.usefixtures("no_hanging")

@@ -155,9 +155,9 @@ def test_a_fifth_of_different_entropies_is_marked(tokens):
     assert tokens / 5 <= marked <= tokens / 5 + 1
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("value", [-0.1, 0, 1.1, float("nan")])
 def test_a_quantile_that_is_no_share_is_named(model, value):
-    with pytest.raises(ValueError, match=f"quantile must lie between 0 and 1, got {value}"):
+    with pytest.raises(ValueError, match=f"quantile must be more than 0 and at most 1, got {value}"):
         sample_with_entropy(model, ByteTokenizer(), PROMPT, max_new_tokens=1, quantile=value)
 
 

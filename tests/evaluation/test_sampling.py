@@ -44,7 +44,7 @@ def test_empty_prompt_begins_with_bos(model):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("temperature", float("inf")), ("temperature", float("nan")), ("temperature", -1.0), ("top_p", float("nan"))]
-    + [("top_p", 1.5), ("top_k", -1), ("max_new_tokens", 0), ("seed", 2**32), ("seed", -1)],
+    + [("top_p", 1.5), ("top_p", 0), ("top_k", -1), ("max_new_tokens", 0), ("seed", 2**32), ("seed", -1)],
 )
 def test_values_that_cannot_work_are_named(model, name, value):
     with pytest.raises(ValueError, match=f"{name} must .*, got {value}"):
