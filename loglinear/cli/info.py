@@ -70,7 +70,7 @@ def _describe(name: str, config: LogLinearConfig) -> None:
         ["of which lambda", f"{counts.level_scales:,} ({counts.lambda_share:.2%})"],
     ]
     console.print_table(name, ["", "value"], rows)
-    attention = f"KV cache ({config.num_key_value_heads} heads of {config.attention_head_dim})"
+    attention = f"KV cache of a Transformer ({config.num_key_value_heads} heads of {config.attention_head_dim})"
     rows = [
         [
             label,
@@ -80,8 +80,11 @@ def _describe(name: str, config: LogLinearConfig) -> None:
         ]
         for label, tokens in CONTEXTS
     ]
+    levels = console.count(config.num_levels, "level")
     console.print_table(
-        "Memory of one sequence, model in bf16", ["tokens", "state", "state, all levels", attention], rows
+        "Memory to decode one sequence, all layers (float32 states, all else bfloat16)",
+        ["tokens", f"state, {levels}", "state, all levels of these tokens", attention],
+        rows,
     )
 
 
@@ -95,7 +98,7 @@ def _describe_upgraded(name: str, model: PreTrainedModel) -> None:
         ["routing", _routing(choices)],
         ["parameters", f"{total:,}"],
         ["of which new", f"{new:,} ({new / total:.2%})"],
-        ["state of a sequence while decoding", console.human_bytes(_decoding_bytes(model))],
+        ["decode state of one sequence, log-linear layers", console.human_bytes(_decoding_bytes(model))],
     ]
     console.print_table(name, ["", "value"], rows)
 

@@ -263,6 +263,10 @@ def test_info_of_a_recipe_and_of_a_checkpoint(capsys, run):
     assert (
         code == 0 and "825,465,312" in out and "2.8" in out and all(size in out for size in ("4K", "16K", "128K", "1M"))
     )
+    heading, columns = "Memory to decode one sequence, all layers (float32 states, all else bfloat16)", out.split("┃")
+    assert heading in out and {"state, 15 levels", "KV cache of a Transformer (24 heads of 64)"} <= {
+        column.strip() for column in columns
+    }
     code, out, _ = in_process(capsys, "info", "--model", run)
     assert code == 0 and f"{json.loads((run / 'run.json').read_text())['parameters']:,}" in out
 

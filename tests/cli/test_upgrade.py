@@ -166,7 +166,7 @@ def test_the_commands_take_an_upgraded_folder(capsys, folders, tmp_path):
     assert code == 0 and {type(model).__name__, "transformers,", "upgraded"} <= set(words), errors
     made = model.generate(torch.ones(1, 150, dtype=torch.long), max_new_tokens=9, return_dict_in_generate=True)
     size = human_bytes(sum(getattr(layer, "nbytes", 0) for layer in made.past_key_values.layers))
-    row = next(line for line in out.splitlines() if "state of a sequence while decoding" in line)
+    row = next(line for line in out.splitlines() if "decode state of one sequence, log-linear layers" in line)
     assert size in row and not size.startswith("0 ")
 
 
