@@ -217,7 +217,7 @@ def test_what_cannot_be_upgraded_ends_in_one_line(capsys, folder, upgraded_folde
     )
     capsys.readouterr()  # transformers' progress bar
     assert_one_line(refused(tmp_path / "ours"), "model is a model of this library already")
-    assert_one_line(refused(folder, "--num-levels", 1), "num_levels must be at least 2")
+    assert_one_line(refused(folder, "--num-levels", 1), "'--num-levels': must lie between 2 and 2147483647, got 1")
     llama = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
     capsys.readouterr()  # transformers' progress bar
