@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loglinear.cli.console import Interrupted, count
 from loglinear.evaluation.mqar import cores, gather, markdown, read_results, run_table
 from loglinear.evaluation.mqar.cells import RecallTable, get_task
 from loglinear.runs.folder import RUN_FILE, claim
 from loglinear.runs.json_files import write_object
+from loglinear.training.compilation import require_compiler
 
 TABLE_FILE = "mqar.json"
 
@@ -22,12 +25,15 @@ def run(
     minutes: float | None,
     task: dict[str, Any],
     preset: str = "standard",
+    compile: bool = False,
     **table: Any,
 ) -> None:
     """Run the missing cells, write mqar.json and print the table of all cells in the folder.
 
     `preset` is a name in TASKS, and `task` holds values in place of its own.
     """
+    if compile:
+        require_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
     given = {name: tuple(values) for name, values in table.items() if values}
@@ -40,6 +46,7 @@ def run(
             out,
             processes=min(processes or cores(), len(cells)),
             minutes=minutes,
+            compile=compile,
         )
         results = list(read_results(out, cells.task).values())
         if results:

@@ -20,7 +20,8 @@ def best_learning_rate(results: Iterable[Result]) -> float:
     """Return the learning rate of a model with the best mean validation accuracy over its protocol's tuning seeds.
 
     A protocol without tuning seeds has the smallest seed among those that tried the most rates. If there are none of
-    the tuning seeds, all seeds count. The smallest of equal rates wins.
+    the tuning seeds, all seeds count. A rate with fewer of them than another was hopeless or is not finished, and does
+    not count. The smallest of equal rates wins.
     """
     by_rate: dict[float, list[float]] = {}
     pairs = [(cell_of(result), result["validation_accuracy"]) for result in results]
@@ -28,7 +29,23 @@ def best_learning_rate(results: Iterable[Result]) -> float:
     for cell, accuracy in pairs:
         if cell.seed in tuning:
             by_rate.setdefault(cell.learning_rate, []).append(accuracy)
-    return min(by_rate, key=lambda rate: (-statistics.fmean(by_rate[rate]), rate))
+    most = max(map(len, by_rate.values()))
+    means = {rate: statistics.fmean(found) for rate, found in by_rate.items() if len(found) == most}
+    return min(means, key=lambda rate: (-means[rate], rate))
+
+
+def promising_rates(results: Sequence[Result]) -> list[float]:
+    """Return the learning rates that further tuning seeds try: all but the hopeless ones of the first seed's results.
+
+    A rate is hopeless if its validation accuracy is more than the protocol's `hopeless` below the best.
+    """
+    margin = cell_of(results[0]).task.how.hopeless
+    best = max(result["validation_accuracy"] for result in results)
+    return [
+        cell_of(result).learning_rate
+        for result in results
+        if margin is None or result["validation_accuracy"] >= best - margin
+    ]
 
 
 def _tuning_seeds(cells: Sequence[RecallCell]) -> set[int]:

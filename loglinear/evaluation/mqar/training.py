@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from loglinear.evaluation.mqar.folder import Result, begin, finish
 from loglinear.models import LogLinearForCausalLM
 from loglinear.runs.checkpoints import last_checkpoint
 from loglinear.runs.provenance import command, versions
+from loglinear.training.compilation import compile_blocks
 from loglinear.training.graphs import Graphs
 from loglinear.training.trainer import GraphTrainer, quiet, training_arguments
 
@@ -38,16 +40,17 @@ class Flag(Protocol):
     def is_set(self) -> bool: ...
 
 
-@functools.cache
+@cache
 def _batches(task: RecallTask, split: str, device: str) -> list[RecallBatch]:
     """Return the batches of a split, which a process makes once for all its cells."""
     return recall_batches(task, split, device)
 
 
-def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
+def run_cell(cell: RecallCell, out: Path, stop: Flag, *, compile: bool = False) -> Result | None:
     """Train or resume a cell, test it, and write and return its result. Return None if `stop` was set before its end.
 
-    A stopped cell resumes exactly, bit for bit on the CPU.
+    A stopped cell resumes exactly, bit for bit on the CPU. With `compile` the training compiles the model's blocks,
+    once for each length of examples; validation and test never do.
 
     Raises ValueError if `out` holds checkpoints of this cell with another task.
     """
@@ -70,6 +73,8 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
         eval_dataset=validation,  # type: ignore[arg-type]
         callbacks=[course],
     )
+    if compile:
+        trainer.compile_blocks(f"{cell.model} {cell.dim}")
     if device == "cuda":
         trainer.record_graphs()
     checkpoint = last_checkpoint(folder)
@@ -80,6 +85,7 @@ def run_cell(cell: RecallCell, out: Path, stop: Flag) -> Result | None:
         "cell": cell.to_dict(),
         "parameters": model.num_parameters(),
         **_costs(trainer, course.seconds, len(training)),
+        "compiled": compile,
         **_accuracies("validation", trainer.scores(validation)),
         **_accuracies("test", trainer.scores(test)),
         "course": course.records(trainer.state),
@@ -121,10 +127,21 @@ def initialise_as_torch(model: LogLinearForCausalLM) -> None:
 class RecallTrainer(GraphTrainer):
     """A Trainer whose items are batches. It computes vocabulary logits only at the queries."""
 
+    compiled: ClassVar[str | None] = None  # the kind of model whose graphs the compiler holds, in this process
+
     def __init__(self, *, protocol: TrainingProtocol, **options: Any) -> None:
         self.protocol = protocol
         super().__init__(**options)
         self.counts: Callable[[Any], Tensor] = self._counts
+        self.uncompiled: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def compile_blocks(self, kind: str) -> None:
+        """Compile the blocks for every length of training examples. Models of one `kind` share the compiled graphs."""
+        if RecallTrainer.compiled != kind:
+            torch._dynamo.reset()
+            RecallTrainer.compiled = kind
+        compile_blocks(self.model, dynamic=False)  # type: ignore[arg-type]
+        self.uncompiled = partial(torch.compiler.set_stance, "force_eager")
 
     def record_graphs(self) -> None:
         """From now on the forward and backward pass of a step is one CUDA graph, and so is a validation batch."""
@@ -133,7 +150,7 @@ class RecallTrainer(GraphTrainer):
         self.counts = lambda batch: cast(Tensor, evaluation(batch)[0])
 
     def _counts(self, batch: Any) -> Tensor:
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.uncompiled():
             return recall_counts(self.model, batch)  # type: ignore[arg-type]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -147,7 +164,7 @@ class RecallTrainer(GraphTrainer):
         if self.lr_scheduler is None and self.protocol.by_epoch:
             optimizer = self.optimizer if optimizer is None else optimizer
             epochs, steps = int(self.args.num_train_epochs), int(self.args.save_steps)
-            self.lr_scheduler = LambdaLR(optimizer, functools.partial(_cosine_by_epoch, epochs=epochs, steps=steps))
+            self.lr_scheduler = LambdaLR(optimizer, partial(_cosine_by_epoch, epochs=epochs, steps=steps))
         return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(  # type: ignore[override]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from loglinear.evaluation.mqar.cells import RecallCell, RecallTable
 from loglinear.evaluation.mqar.folder import Result, epochs_trained, read_results, require_same_task
-from loglinear.evaluation.mqar.table import best_learning_rate
+from loglinear.evaluation.mqar.table import best_learning_rate, promising_rates
 from loglinear.evaluation.mqar.training import run_cell
 from loglinear.processes import follow_parent
 from loglinear.signals import exit_code, ignored
@@ -44,9 +44,17 @@ def cores() -> int:
 
 
 def run_table(
-    table: RecallTable, out: Path, *, processes: int, minutes: float | None = None, progress: bool = True
+    table: RecallTable,
+    out: Path,
+    *,
+    processes: int,
+    minutes: float | None = None,
+    progress: bool = True,
+    compile: bool = False,
 ) -> Progress:
     """Run all cells of a table without a result in `out`, `processes` at a time. Return how far the table is.
+
+    With `compile` the training's blocks are compiled, see `run_cell`.
 
     After `minutes`, or on SIGINT, SIGTERM or SIGHUP, every running cell saves a checkpoint. The next call with the same
     table and folder continues, with the results of an uninterrupted one.
@@ -62,7 +70,7 @@ def run_table(
         try:
             while True:
                 new = [] if stop.is_set() else [c for c in _missing(table, results) if c not in running.values()]
-                running |= {pool.submit(_work, cell, out): cell for cell in new}
+                running |= {pool.submit(_work, cell, out, compile): cell for cell in new}
                 if not running:
                     break
                 bar.set_postfix(running=min(processes, len(running)), epochs=f"{epochs_trained(out, table.task):.1f}")
@@ -70,6 +78,7 @@ def run_table(
                     cell, result = running.pop(future), _result(future)
                     if result is not None:
                         results[cell.name] = result
+                        bar.total = _total(table, results)
                         bar.update()
                 if early.is_due:
                     stop.set()
@@ -78,7 +87,7 @@ def run_table(
                 raise ValueError("a worker process died, perhaps for lack of memory: give fewer --processes") from None
         finally:
             stop.set()
-    return Progress(_finished(table, results), len(table), early.signal)
+    return Progress(_finished(table, results), _total(table, results), early.signal)
 
 
 def _result(future: Future[Result | None]) -> Result | None:
@@ -89,15 +98,26 @@ def _result(future: Future[Result | None]) -> Result | None:
 
 
 def _known(table: RecallTable, results: Mapping[str, Result]) -> list[RecallCell]:
-    """Return the cells that are known so far. The other seeds of a model follow when its learning rate is chosen."""
+    """Return the cells that are known so far.
+
+    The other tuning seeds of a model follow when the first has tried all its rates, and the other seeds when its
+    learning rate is chosen.
+    """
     cells = []
     for group in table.groups():
-        sweep = table.sweep(*group)
+        sweep = table.trial(*group)
+        if tried := _results_of(sweep, results):
+            sweep = [*dict.fromkeys(sweep + table.sweep(*group, promising_rates(tried)))]
         cells += sweep
-        if all(cell.name in results for cell in sweep):
-            swept = [results[cell.name] for cell in sweep]
+        swept = _results_of(sweep, results)
+        if swept is not None:
             cells += table.repeats(*group, best_learning_rate(swept) if swept else table.learning_rates[0])
     return cells
+
+
+def _results_of(cells: list[RecallCell], results: Mapping[str, Result]) -> list[Result] | None:
+    """Return the results of cells, or None if one is missing."""
+    return [results[cell.name] for cell in cells] if all(cell.name in results for cell in cells) else None
 
 
 def _missing(table: RecallTable, results: Mapping[str, Result]) -> list[RecallCell]:
@@ -109,9 +129,16 @@ def _finished(table: RecallTable, results: Mapping[str, Result]) -> int:
     return sum(cell.name in results for cell in _known(table, results))
 
 
+def _total(table: RecallTable, results: Mapping[str, Result]) -> int:
+    """Return the number of cells in the whole table without those of hopeless rates that are known so far."""
+    tried = (_results_of(table.trial(*group), results) for group in table.groups())
+    hopeless = sum(len(found) - len(promising_rates(found)) for found in tried if found)
+    return len(table) - hopeless * (len(table.tuning_seeds) - 1)
+
+
 def _bar(table: RecallTable, results: Mapping[str, Result], progress: bool) -> tqdm:
     return tqdm(
-        total=len(table),
+        total=_total(table, results),
         initial=_finished(table, results),
         desc="mqar",
         unit="cell",
@@ -171,10 +198,10 @@ class _Worker:
         if not self.running:
             os._exit(exit_code(number))
 
-    def work(self, cell: RecallCell, out: Path) -> Result | None:
+    def work(self, cell: RecallCell, out: Path, compile: bool) -> Result | None:
         self.running = True
         try:
-            return run_cell(cell, out, self)
+            return run_cell(cell, out, self, compile=compile)
         except Exception as error:
             raise sendable(error) from None
         finally:
@@ -195,5 +222,5 @@ def sendable(error: Exception) -> Exception:
 _this = _Worker()
 
 
-def _work(cell: RecallCell, out: Path) -> Result | None:
-    return _this.work(cell, out)
+def _work(cell: RecallCell, out: Path, compile: bool) -> Result | None:
+    return _this.work(cell, out, compile)

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import torch._dynamo.utils
 
 from loglinear.evaluation.mqar import run_cell, training
 from loglinear.evaluation.mqar.folder import read_results
@@ -164,13 +165,28 @@ def test_initialise_as_torch_leaves_what_starts_at_zero():
     assert published.abs().max() > 0.9 * 64**-0.5
 
 
+def test_compiled_blocks_train_as_eager_ones_and_other_cells_of_the_model_compile_nothing_again(tmp_path):
+    task = dataclasses.replace(SHORT, examples=256, epochs=1, length=16)
+    compiled = {}
+    torch._dynamo.utils.counters.clear()
+    for seed in (0, 1):
+        cell = tiny_cell(model="log_linear_mamba2", seed=seed, task=task)
+        compiled[seed] = run_cell(cell, tmp_path / "compiled", NEVER, compile=True)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "one length of examples"
+    eager = run_cell(tiny_cell(model="log_linear_mamba2", task=task), tmp_path / "eager", NEVER)
+    assert compiled[0]["compiled"] and not eager["compiled"]
+    assert compiled[0]["course"][-1]["loss"] == pytest.approx(eager["course"][-1]["loss"], rel=1e-5)
+    assert compiled[0]["course"] != compiled[1]["course"]
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("model", ["mamba2", "routed_mamba2", "attention"])
 @pytest.mark.parametrize("protocol", ["zoology", "loglinear"])
-def test_recorded_steps_train_as_the_trainer_does(tmp_path, monkeypatch, model, protocol):
+def test_recorded_steps_train_as_the_trainer_does(tmp_path, monkeypatch, model, protocol, compile):
     task = dataclasses.replace(SHORT, protocol=protocol, length=64, pairs=(4, 6), vocab_size=32, good_enough=1.0)
     cell = tiny_cell(model=model, task=task)
-    recorded = run_cell(cell, tmp_path / "recorded", NEVER)
+    recorded = run_cell(cell, tmp_path / "recorded", NEVER, compile=compile)
     monkeypatch.setattr(training.RecallTrainer, "record_graphs", lambda self: None)
     eager = run_cell(cell, tmp_path / "eager", NEVER)
     for ours, expected in zip(recorded["course"], eager["course"], strict=True):

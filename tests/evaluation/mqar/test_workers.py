@@ -8,7 +8,7 @@ import torch
 
 from loglinear.evaluation.mqar import Progress, read_results, run_cell, run_table
 from loglinear.evaluation.mqar.cells import RecallTable
-from loglinear.evaluation.mqar.workers import _finished, _missing, sendable
+from loglinear.evaluation.mqar.workers import _finished, _missing, _total, sendable
 from tests.evaluation.mqar.tiny import TASK, AfterSteps, result_of, tiny_cell
 
 SHORT = dataclasses.replace(TASK, examples=256, epochs=2)
@@ -60,6 +60,22 @@ def test_seeds_are_repeated_only_at_the_best_learning_rate_and_only_when_it_is_k
     assert _finished(table, results) == 2 and len(table) == 3
     results[(cell := tiny_cell(seed=1)).name] = result_of(cell, 0.4)
     assert _missing(table, results) == [] and _finished(table, results) == 3
+
+
+def test_further_tuning_seeds_try_no_hopeless_rate():
+    task = dataclasses.replace(TASK, protocol="zoology")
+    rates, validation = (1e-3, 1e-2, 3e-2), (0.19, 0.4, 0.35)
+    table = RecallTable(models=("attention",), dims=(16,), learning_rates=rates, task=task)
+    trial = [tiny_cell(learning_rate=rate, seed=0, task=task) for rate in rates]
+    assert _missing(table, {}) == trial and _total(table, {}) == len(table) == 14
+    results = {c.name: result_of(c, 0.5, validation=value) for c, value in zip(trial, validation, strict=True)}
+    others = _missing(table, results)
+    assert {(cell.learning_rate, cell.seed) for cell in others} == {(r, s) for r in (1e-2, 3e-2) for s in (1, 2)}
+    results |= {c.name: result_of(c, 0.5, validation=0.1 if c.learning_rate == 1e-2 else 0.15) for c in others}
+    repeats = _missing(table, results)  # 0.2 and 0.217 on average: the hopeless rate's only seed has no say
+    assert {(cell.learning_rate, cell.seed) for cell in repeats} == {(3e-2, seed) for seed in (3, 4, 5, 6, 7)}
+    results |= {cell.name: result_of(cell, 0.5) for cell in repeats}
+    assert _missing(table, results) == [] and _finished(table, results) == _total(table, results) == 12
 
 
 def test_an_error_that_cannot_be_pickled_arrives_with_its_traceback():
