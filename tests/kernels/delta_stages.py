@@ -107,7 +107,7 @@ class Stages:
     def __init__(self, case: Case, x: dict[str, Tensor]):
         self.case, self.x = case, x
         kinds = (
-            Kind("delta_rule", way, case.K, case.V, products_of(x["q"], x["k"], x["v"]))
+            Kind("delta_rule", way, case.K, case.V, products_of(x["q"], x["k"], x["v"], case.C))
             for way in ("forward", "backward")
         )
         plan = Plan(case.C, {n: launch for kind in kinds for n, launch in default_plan(kind, case.C).stages.items()})

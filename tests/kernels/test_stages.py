@@ -59,7 +59,13 @@ def delta_rule_excesses(case: delta_stages.Case, device: str) -> dict[str, float
 
 
 def in_bfloat16(case: delta_stages.Case) -> delta_stages.Case:
-    """Heads of up to 32 numbers would be multiplied in tf32."""
+    """Heads of up to 32 numbers and chunks of 16 tokens would be multiplied in tf32: the case with wider heads, and in
+    chunks, blocks and sequences of twice the size."""
+    if case.C == 16:
+        ends, partition = case.ends and tuple(2 * end for end in case.ends), case.partition
+        if partition.radix > 2:
+            partition = replace(partition, finest_block=2 * partition.finest_block)
+        case = replace(case, T=2 * case.T, C=32, ends=ends, partition=partition)
     return replace(case, dtype=torch.bfloat16, K=max(case.K, 40), V=max(case.V, 48))
 
 

@@ -144,13 +144,22 @@ def test_what_was_not_written_is_not_read(operator, partition, monkeypatch):
     assert all(times <= FACTOR for times in found.values()), found
 
 
-@few_partitions
+@pytest.mark.parametrize("partition", [Partition(4, 32), Partition(16, 32)], ids=str)
 def test_bfloat16_products(operator, partition, monkeypatch):
     """The branches for bfloat16, at about the errors that its rounding makes with radix 2."""
     teach_rounding(monkeypatch.setattr)
-    inputs = make(1, 300, 1, 2, 64, 64, 9, torch.bfloat16, device="cpu", float32_scales=True, delta=operator.delta)
-    found = errors(inputs, 16, partition=partition)
+    inputs = make(1, 600, 1, 2, 64, 64, 9, torch.bfloat16, device="cpu", float32_scales=True, delta=operator.delta)
+    found = errors(inputs, 32, partition=partition)
     assert all(found[name] <= 1.1 * limit for name, limit in EMULATED[operator.name][torch.bfloat16].items()), found
+
+
+@pytest.mark.parametrize("partition", [FENWICK, Partition(16, 16)], ids=str)
+def test_chunks_of_16_tokens_round_as_float16_does(partition, monkeypatch):
+    """The delta rule moves a state from chunk to chunk, and there are many chunks."""
+    teach_rounding(monkeypatch.setattr)
+    inputs = make(1, 300, 1, 2, 64, 64, 9, torch.bfloat16, device="cpu", delta=True)
+    found = errors(inputs, 16, partition=partition)
+    assert all(found[name] <= limit for name, limit in EMULATED["delta_rule"][torch.float16].items()), found
 
 
 @few_partitions

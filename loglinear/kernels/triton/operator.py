@@ -94,7 +94,7 @@ def _(q, k, v, log_decay, beta, level_scales, initial, cu_seqlens, starts, scale
     if beta is not None:
         C = delta_rule.choose_chunk_size(q, k, v, chunk_size)
         chunks = delta_rule.count_chunks(q.shape[0], q.shape[1], C, None if cu_seqlens is None else rows, final)
-        inverse = v.new_empty((chunks, H, C, C), dtype=delta_rule.state_dtype(q, k, v))
+        inverse = v.new_empty((chunks, H, C, C), dtype=delta_rule.state_dtype(q, k, v, C))
         cumulative = v.new_empty((chunks, H, C), dtype=torch.float32)
     return output, blocks, inverse, cumulative
 

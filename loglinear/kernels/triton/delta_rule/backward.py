@@ -113,7 +113,7 @@ def slab_ranges(x: Operands, outgoing: Outgoing, chunks: int, C: int, partition:
     """Ranges of heads, so that the arrays of chunks that a backward holds stay small."""
     K, V = x.q.shape[3], x.v.shape[3]
     numbers = 4 * K * K + 2 * (count_slots(x, C, partition) + 1) * K * V + 5 * C * K + 4 * C * C
-    return head_slabs(x, chunks, numbers, limit_of(SLAB_BYTES, x.q, x.k, x.v, outgoing.do))
+    return head_slabs(x, chunks, C, numbers, limit_of(SLAB_BYTES, x.q, x.k, x.v, outgoing.do))
 
 
 def gradients(x: Operands, sequences: Sequences, outgoing: Outgoing, scale: float, plan: Plan) -> Operands:

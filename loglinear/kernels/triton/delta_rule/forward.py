@@ -28,8 +28,9 @@ PAST_BYTES = 2 << 30  # of the states that a forward keeps at once, at least; fo
 
 def plan_of(direction: str, x: Operands, chunk_size: int | None) -> Plan:
     """The plan of a call; a state prescribes its chunk size, else the dtype of the products."""
-    kind = Kind("delta_rule", direction, x.q.shape[3], x.v.shape[3], products_of(x.q, x.k, x.v))
-    return choose(kind, x.q.shape[1], x.v.device, choose_chunk_size(x.q, x.k, x.v, chunk_size or 0))
+    C = choose_chunk_size(x.q, x.k, x.v, chunk_size or 0)
+    kind = Kind("delta_rule", direction, x.q.shape[3], x.v.shape[3], products_of(x.q, x.k, x.v, C))
+    return choose(kind, x.q.shape[1], x.v.device, C)
 
 
 def forward_slabs(x: Operands, sequences: Sequences, plan: Plan) -> list[slice]:
@@ -44,7 +45,7 @@ def forward_slabs(x: Operands, sequences: Sequences, plan: Plan) -> list[slice]:
     packed = None if sequences.cu_seqlens is None else len(sequences.cu_seqlens) - 1
     chunks = count_chunks(rows, tokens, C, packed, sequences.final)
     numbers = K * K + (count_slots(x, C, partition) + 2) * K * V
-    return head_slabs(x, chunks, numbers, limit_of(PAST_BYTES, x.q, x.k, x.v))
+    return head_slabs(x, chunks, C, numbers, limit_of(PAST_BYTES, x.q, x.k, x.v))
 
 
 def count_slots(x: Operands, chunk_size: int, partition: Partition) -> int:
@@ -57,14 +58,15 @@ def limit_of(least: int, *inputs: Tensor) -> int:
     return max(least, 3 * sum(y.numel() * y.element_size() for y in inputs) // 2)
 
 
-def head_slabs(x: Operands, chunks: int, numbers: int, limit: int) -> list[slice]:
+def head_slabs(x: Operands, chunks: int, chunk_size: int, numbers: int, limit: int) -> list[slice]:
     """Ranges of heads of which the arrays of chunks, so many numbers each, stay below the limit."""
-    return slabs(chunks, x.q.shape[2], x.v.shape[2], numbers * state_dtype(x.q, x.k, x.v).itemsize, limit)
+    state_bytes = numbers * state_dtype(x.q, x.k, x.v, chunk_size).itemsize
+    return slabs(chunks, x.q.shape[2], x.v.shape[2], state_bytes, limit)
 
 
 def inputs_of(x: Operands, sequences: Sequences, scale: float, plan: Plan) -> Inputs:
     y = layout(*x.q.shape[:2], plan.chunk_size, x.level_scales.shape[3], *sequences)
-    return Inputs.of(x, y, scale, plan, products_of(x.q, x.k, x.v))
+    return Inputs.of(x, y, scale, plan, products_of(x.q, x.k, x.v, plan.chunk_size))
 
 
 def build_tree(x: Inputs, saved: Saved) -> list[TierStates]:

@@ -16,20 +16,21 @@ def choose_chunk_size(q: Tensor, k: Tensor, v: Tensor, prescribed: int) -> int:
     return prescribed or (128 if products_of(q, k, v) == torch.bfloat16 else 64)
 
 
-def products_of(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
-    """Return the key of DOT_TYPES. Heads of up to 32 numbers are multiplied as float16's are.
+def products_of(q: Tensor, k: Tensor, v: Tensor, chunk_size: int = 0) -> torch.dtype:
+    """Return the key of DOT_TYPES for chunks of this size (0: none is prescribed).
 
-    bfloat16 products of tiles as narrow as that came out wrong on Hopper with Triton 3.6
-    (docs/lab-notes/2026-11-24-delta-rule-kernels.md).
+    Some bfloat16 calls are multiplied as float16's are, with float32 states. In chunks of 16 tokens there are many
+    states, and each move of one rounds it again. Heads of up to 32 numbers came out wrong as bfloat16 products on
+    Hopper with Triton 3.6 (docs/lab-notes/2026-11-24-delta-rule-kernels.md).
     """
     dtype = common_dtype(q, k, v)
     is_narrow = min(q.shape[3], v.shape[3]) <= 32
-    return torch.float16 if is_narrow and dtype == torch.bfloat16 else dtype
+    return torch.float16 if dtype == torch.bfloat16 and (is_narrow or chunk_size == 16) else dtype
 
 
-def state_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+def state_dtype(q: Tensor, k: Tensor, v: Tensor, chunk_size: int) -> torch.dtype:
     """Return the dtype of the arrays that are kept for each chunk."""
-    return DOT_TYPES[products_of(q, k, v)][0]
+    return DOT_TYPES[products_of(q, k, v, chunk_size)][0]
 
 
 def math_of(stage: str, math: Math) -> Math:
