@@ -17,13 +17,16 @@ SHARPNESS = 4.0  # factor of tau, which then learns as fast as with a learning r
 class Routing(NamedTuple):
     """The choices of a routed read.
 
-    `checked` raises ValueError for an unknown score, for a tau that is not finite, or for a top_k below 1.
+    `checked` raises ValueError for an unknown score, for a tau that is negative or not finite, or for a top_k below 1.
     """
 
     score: str = "gram"
     """The score of a bucket; "gram" is that of `loglinear.ops.bucket_scores`."""
     tau: float = 1.0
-    """The value of tau, the factor of the score, at the start. 0: the model starts as the linear model."""
+    """The value of tau, the factor of the score, at the start. 0: the model starts as the linear model.
+
+    It is not negative, because such a tau prefers the buckets that match worst. Training may learn one.
+    """
     top_k: int | None = None
     """The buckets that a decode step reads in each head, besides the token's own; see `keep_largest`. None: all."""
 
@@ -32,8 +35,8 @@ class Routing(NamedTuple):
         if self.score not in get_args(Score):
             raise ValueError(f"routing must be one of {', '.join(get_args(Score))} or None, got {self.score!r}")
         tau: Any = self.tau
-        if isinstance(tau, bool) or not isinstance(tau, int | float) or not math.isfinite(tau):
-            raise ValueError(f"routing_tau must be a finite number, got {tau!r}")
+        if isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 <= tau < math.inf:
+            raise ValueError(f"routing_tau must be a finite number of at least 0, got {tau!r}")
         check_top_k(self.top_k)
         return self
 

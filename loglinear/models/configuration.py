@@ -51,8 +51,8 @@ class LogLinearConfig(PreTrainedConfig):
         largest_block: Tokens of the largest block; older blocks of this size stay apart. None: blocks grow.
         routing: "gram" for the routed read, whose weights depend on what the buckets hold; see `BucketWeights`. Then
             lambda_form has no meaning. None: lambda depends on the token alone, as published.
-        routing_tau: The factor of the score in the weights of the routed read at the start. 0: the model starts as the
-            linear model.
+        routing_tau: The factor of the score in the weights of the routed read at the start, at least 0. 0: the model
+            starts as the linear model.
         decode_top_k: The buckets that a decode step of the routed read weights in each head, besides the token's own
             finest block; see `loglinear.layers.routing.keep_largest`. Prompts and other forward passes read all, and
             training refuses it. None: all.
@@ -159,6 +159,9 @@ class LogLinearConfig(PreTrainedConfig):
         for name in ("rms_norm_eps", "rope_theta", "mixer_norm_eps", "embedding_range"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("initializer_range", "intermediate_size"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
         if self.impl not in ("auto", *IMPLEMENTATIONS):
             raise ValueError(f"impl must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {self.impl!r}")
 

@@ -69,7 +69,7 @@ def upgrade(
         finest_block: The tokens of each aligned block of this size share one weight.
         largest_block: Tokens of the largest block.
         routing: "gram" for the routed read. None: the weights depend on the token alone.
-        routing_tau: The factor of the score at the start. The model is unchanged at 0 alone.
+        routing_tau: The factor of the score at the start, at least 0. The model is unchanged at 0 alone.
         chunk_size: C, tokens per chunk of the algorithm.
         impl: The implementation of the operators.
         freeze: True: only the new parameters require gradients afterwards. False: parameters stay as they were.

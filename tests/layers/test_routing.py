@@ -273,7 +273,8 @@ def test_mistakes_are_one_line() -> None:
             "routing must be one of gram or None, got 'keys'",
             lambda: routed("mamba2", Partition(4), routing=Routing("keys")),
         ),
-        ("routing_tau must be a finite number, got nan", lambda: Routing(tau=float("nan")).checked()),
+        ("routing_tau must be a finite number of at least 0, got nan", lambda: Routing(tau=float("nan")).checked()),
+        ("routing_tau must be a finite number of at least 0, got -0.5", lambda: Routing(tau=-0.5).checked()),
         (
             "decode_top_k must be an integer of at least 1 or None, got 0",
             lambda: routed("mamba2", Partition(4), routing=Routing(top_k=0)),

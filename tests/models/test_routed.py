@@ -30,7 +30,8 @@ MISTAKES = [
     ),
     (dict(routing="keys"), "routing must be one of gram or None, got 'keys'"),
     (dict(routing="gram", num_levels=1), "routing needs num_levels of at least 2, got 1"),
-    (dict(routing="gram", routing_tau=float("inf")), "routing_tau must be a finite number, got inf"),
+    (dict(routing="gram", routing_tau=float("inf")), "routing_tau must be a finite number of at least 0, got inf"),
+    (dict(routing="gram", routing_tau=-1.0), "routing_tau must be a finite number of at least 0, got -1.0"),
     (dict(routing="gram", decode_top_k=0), "decode_top_k must be an integer of at least 1 or None, got 0"),
     (dict(decode_top_k=2), "decode_top_k needs routing, got 2 with routing=None"),
     (
