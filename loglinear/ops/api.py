@@ -63,6 +63,11 @@ def log_linear_attention(
 
         S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T,    o_t = sum_l level_scales[t, l] * scale * q_t^T S_t^(l)
 
+    NaN is not refused, nor is an infinity except in log_decay. In q or level_scales it reaches the output of its own
+    token alone. In k, v or log_decay it reaches every later output and the final state of its heads: no reset removes
+    it. torch may also lose the earlier tokens of its chunk. Other heads and sequences keep their values. triton may
+    lose more outputs.
+
     Args:
         q: [B, T, G, K], the queries. Value head h reads group h // (H / G).
         k: [B, T, G, K], the keys.
@@ -139,6 +144,8 @@ def log_linear_delta_rule(
 
         S_t = exp(log_decay_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
         o_t = sum_l level_scales[t, l] * scale * q_t^T S_t^(l)
+
+    NaN and infinities reach the outputs that `log_linear_attention` names. One in beta acts as one in k does.
 
     Args:
         q: [B, T, G, K], the queries. Value head h reads group h // (H / G).

@@ -69,7 +69,8 @@ def bucket_scores(
         score(t, b) = sum over the tokens s of bucket b of ((q_t . k_s)^2 - 1 / K),    q and k scaled to length 1
 
     The memory is one K x K sum for each chunk and group, some groups at a time, plus the scores. With states, and with
-    impl="torch", a chunk is a finest block. Otherwise it is a block of about 64 tokens.
+    impl="torch", a chunk is a finest block. Otherwise it is a block of about 64 tokens. NaN and infinities are not
+    refused. They reach the scores of their group, as they reach the outputs of `log_linear_attention`.
 
     Args:
         q: [B, T, G, K], the queries.
