@@ -10,6 +10,7 @@ from loglinear.layers.mixer_state import MixerDecodeState, MixerState
 from loglinear.layers.packing import Packing
 from loglinear.layers.routing import BucketWeights, Routing
 from loglinear.layers.short_convolution import ShortConvolution
+from loglinear.layers.slices import Slice
 from loglinear.layers.token_mixer import OPERATORS, TokenMixer
 from loglinear.partition import FENWICK, Partition
 from loglinear.variants import HeadSizes, get_variant
@@ -104,9 +105,10 @@ class Mixer(TokenMixer):
         state: MixerState | MixerDecodeState | None = None,
         return_state: bool = False,
         active: Tensor | None = None,
+        slices: Slice | None = None,
     ) -> tuple[Tensor, MixerState | MixerDecodeState | None]:
         """Return the output [B, T, D], and the new state or None; see `TokenMixer.mix`."""
-        return self.mix(x, packing, state, return_state, active)
+        return self.mix(x, packing, state, return_state, active, slices)
 
     def step(self, x: Tensor, state: MixerDecodeState, active: Tensor | None = None) -> Tensor:
         """Return the output [B, 1, D] of one token per row [B, 1, D] and advance `state` in place, without gradients.

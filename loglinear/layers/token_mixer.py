@@ -13,6 +13,7 @@ from loglinear.layers.mixer_state import MixerDecodeState, MixerState, check_sum
 from loglinear.layers.packing import Packing
 from loglinear.layers.routing import BucketWeights, check_top_k, keep_largest
 from loglinear.layers.short_convolution import ShortConvolution
+from loglinear.layers.slices import Slice
 from loglinear.ops import (
     LogLinearOutput,
     bucket_scores,
@@ -69,6 +70,7 @@ class TokenMixer(nn.Module):
         state: MixerState | MixerDecodeState | None = None,
         return_state: bool = False,
         active: Tensor | None = None,
+        slices: Slice | None = None,
     ) -> tuple[Tensor, MixerState | MixerDecodeState | None]:
         """Return the output [B, T, D], and the new state or None.
 
@@ -78,10 +80,11 @@ class TokenMixer(nn.Module):
             state: The state to continue from. A `MixerDecodeState` changes in place. None starts new sequences.
             return_state: True to return the `MixerState` after the last token.
             active: [B] bool, with a `MixerDecodeState` alone. Inactive rows keep their state. None: all are active.
+            slices: This device's part of sequences that lie on several devices: x holds its tokens. None: x is whole.
 
         Raises:
             ValueError: A `MixerDecodeState` with packing or more than one token per row, `active` without one, a state
-                of other sizes, or decode_top_k in training.
+                of other sizes, decode_top_k in training, or slices with a state or a routed read.
         """
         if self.decode_top_k is not None and self.training:
             raise ValueError(
@@ -97,6 +100,8 @@ class TokenMixer(nn.Module):
             return self._step(x, state, active), state
         if active is not None:
             raise ValueError(f"active needs a MixerDecodeState as state, got {type(state).__name__}")
+        if slices is not None:
+            self._check_whole(state is not None or return_state)
         if state is not None:
             rows = len(x) if packing is None else packing.cu_seqlens.numel() - 1
             self._check_own_parts(state, rows, x.device)
@@ -106,7 +111,11 @@ class TokenMixer(nn.Module):
                 y, _ = self.mix(F.pad(x, (0, 0, 0, 1)))
                 return packing.pad(y[:, :0]), state
         z, qkv, source = self._project(x)
-        qkv, conv_state = self.conv(qkv, None if state is None else state.conv, packing)
+        if slices is None:
+            inputs_before = None if state is None else state.conv
+        else:
+            inputs_before = slices.inputs_before(qkv, self.conv.kernel)
+        qkv, conv_state = self.conv(qkv, inputs_before, packing)
         tensors, v = self._operands(source, qkv)
         cu_seqlens = None if packing is None else packing.cu_seqlens
         sums = None
@@ -123,16 +132,18 @@ class TokenMixer(nn.Module):
                 impl=self.impl,
             )
             weights, sums = self.bucket_weights(x, found.scores, found.tokens), found.final_state
-        y, fenwick = self.operator(
-            *tensors,
-            weights,
-            initial_state=None if state is None else state.fenwick,
-            output_final_state=return_state,
-            cu_seqlens=cu_seqlens,
-            chunk_size=self.chunk_size,
-            partition=self.partition,
-            **self._options,
-        )
+        options = dict(chunk_size=self.chunk_size, partition=self.partition, **self._options)
+        if slices is not None:
+            y, fenwick = slices.attend(self.transition, tensors, weights, **options), None
+        else:
+            y, fenwick = self.operator(
+                *tensors,
+                weights,
+                initial_state=None if state is None else state.fenwick,
+                output_final_state=return_state,
+                cu_seqlens=cu_seqlens,
+                **options,
+            )
         y = self._output(y, v, z)
         if packing is not None:
             y = packing.pad(y)
@@ -207,6 +218,13 @@ class TokenMixer(nn.Module):
         if self.conv.kernel > 1:
             sizes = {"S": rows, "W": self.conv.kernel - 1, "C": self.conv.channels}
             check_tensor("state.conv", state.conv, "SWC", sizes, device)
+
+    def _check_whole(self, has_states: bool) -> None:
+        """Raise ValueError for a call with slices that has states or routed reads."""
+        if has_states:
+            raise ValueError("slices exclude states: sequences on several devices start new and leave no state")
+        if self.bucket_weights is not None:
+            raise ValueError("slices need a mixer without routed reads, whose scores are not gathered from all devices")
 
     @property
     def _options(self) -> dict[str, Any]:

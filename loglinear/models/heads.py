@@ -1,5 +1,7 @@
 """The models for classification and question answering: transformers' heads on the family's decoder."""
 
+from typing import Any
+
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -13,6 +15,12 @@ class LogLinearHead(LogLinearPreTrainedModel):
     """The base of these models: the loss is a mean over a batch, so Trainer must average accumulated batches."""
 
     accepts_loss_kwargs = False
+
+    def __call__(self, *args: Any, slices: Any = None, **kwargs: Any) -> Any:
+        """Call the model; ValueError for slices, because a part of a row has no logits of the row."""
+        if slices is not None:
+            raise ValueError(f"slices need a LogLinearForCausalLM or LogLinearModel, got {type(self).__name__}")
+        return super().__call__(*args, **kwargs)
 
 
 class LogLinearForSequenceClassification(GenericForSequenceClassification, LogLinearHead):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from loglinear.layers import AttentionContext, Packing, rotary_tables
 from loglinear.layers.packing import of_any_length
+from loglinear.layers.slices import Slice
 from loglinear.models.cache import LogLinearCache
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.places import TokenPlaces, has_shape
@@ -24,6 +25,7 @@ class TokenLayout(NamedTuple):
     is_step: bool = False  # one token per row from the states of a cache, without gradients: `Mixer.step`
     active: Tensor | None = None  # [B] True at rows for which the step has a token; None: all
     initial_position: Tensor | None = None  # [S] where new sequences start in the tree, unchanging; None: at 0
+    slices: Slice | None = None  # this device's part of sequences that lie on several devices; None: they are whole
 
 
 NEUTRAL = {"is_causal": True, "output_router_logits": False}  # arguments with one possible value here
@@ -113,6 +115,19 @@ def check_positions(position_ids: Tensor | None, places: TokenPlaces) -> None:
     )
 
 
+def check_slices(config: LogLinearConfig, places: TokenPlaces, use_cache: bool | None, start: Tensor | None) -> None:
+    """Raise ValueError for slices with a model, a cache or positions that they do not support."""
+    if places.slices is None:
+        return
+    if config.layer_types is not None and "full_attention" in config.layer_types:
+        raise ValueError("slices need a model of linear layers alone, got full_attention in layer_types")
+    if config.routing is not None:
+        raise ValueError(f"slices need a model without routed reads, got routing={config.routing!r}")
+    for name, value in (("use_cache", use_cache or None), ("initial_position", start)):
+        if value is not None:
+            raise ValueError(f"{name} must be left out with slices: their sequences start at 0 and leave no state")
+
+
 def places_from(position: Tensor | None, places: TokenPlaces) -> TokenPlaces:
     """Return the places of sequences that start at positions [B] or [n], if any: then they are no decode step.
 
@@ -160,7 +175,7 @@ def token_layout(
         attention = _attention_context(config, places, device, position_ids, columns_BS, with_weights)
     if initial_position is not None:
         initial_position = unchanging(initial_position.to(device, torch.int64, copy=True))
-    return TokenLayout(packing, attention, places.is_step, active, initial_position)
+    return TokenLayout(packing, attention, places.is_step, active, initial_position, places.slices)
 
 
 def _attention_context(

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from loglinear.layers import Attention, Mixer, SwiGLU
+from loglinear.layers.slices import Slice
 from loglinear.models.cache import LogLinearCache, changing
 from loglinear.models.configuration import LogLinearConfig
 from loglinear.models.generation import LogLinearGenerationMixin
@@ -19,6 +20,7 @@ from loglinear.models.inputs import (
     TokenLayout,
     TokensFirst,
     check_positions,
+    check_slices,
     one_of,
     places_from,
     refuse_unknown,
@@ -80,7 +82,7 @@ class LogLinearBlock(GradientCheckpointingLayer):
             hidden_states = hidden_states + mixed
         elif past_key_values is None:
             start = self.mixer.starting_at(layout.initial_position, normed)
-            hidden_states = hidden_states + self.mixer(normed, layout.packing, start)[0]
+            hidden_states = hidden_states + self.mixer(normed, layout.packing, start, slices=layout.slices)[0]
         elif layout.is_step:
             hidden_states = hidden_states + self.mixer.step(normed, past_key_values.state, layout.active)
             past_key_values.advance(1)
@@ -158,6 +160,7 @@ class LogLinearModel(LogLinearPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        slices: Slice | None = None,
         places: TokenPlaces | None = None,
         **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPast:
@@ -186,6 +189,8 @@ class LogLinearModel(LogLinearPreTrainedModel):
             output_attentions: True to also return the attention weights [B, H, T, S] of each full-attention layer;
                 linear layers have none.
             return_dict: False for a tuple in place of a `BaseModelOutputWithPast`.
+            slices: The `loglinear.parallel.Slices` of rows or documents that lie on several devices: the tokens are
+                those of this rank. They exclude a cache, a mask and boundaries. None: the rows are whole.
             places: The mask and the boundaries from a caller that has already read them, in place of both.
 
         Raises:
@@ -200,10 +205,13 @@ class LogLinearModel(LogLinearPreTrainedModel):
                 cu_seq_lens_q=cu_seq_lens_q,
                 cu_seq_lens_k=cu_seq_lens_k,
                 seq_idx=seq_idx,
+                slices=slices,
             )
         refuse_unknown(kwargs, places)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(past_key_values, use_cache, packed=places.cu_seqlens is not None)
+        check_slices(self.config, places, use_cache, initial_position)
+        is_whole = places.cu_seqlens is None and places.slices is None
+        cache = self._cache(past_key_values, use_cache, packed=not is_whole)
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_weights = self.config.output_attentions if output_attentions is None else output_attentions
         check_positions(position_ids, places)
@@ -291,6 +299,7 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
         logits_to_keep: int | Tensor | None = None,
         skip_logits: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        slices: Slice | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -310,6 +319,8 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
                 training with labels returns no logits, unless logits_to_keep or return_dict=False asks for them.
             num_items_in_batch: Divides the summed loss in place of the number of targets (Trainer, gradient
                 accumulation).
+            slices: As in `LogLinearModel.forward`. The loss is that of all ranks, and the mean of their gradients is
+                its gradient.
 
         Raises:
             ValueError: Arguments contradict each other, or labels do not have the shape of the tokens.
@@ -322,6 +333,7 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
             cu_seq_lens_q=cu_seq_lens_q,
             cu_seq_lens_k=cu_seq_lens_k,
             seq_idx=seq_idx,
+            slices=slices,
         )
         # shift_labels is not in the signature: Trainer expects every named argument with "label" in it in each batch.
         targets = places.targets(labels, kwargs.pop("shift_labels", None))
@@ -354,6 +366,7 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
                     targets,
                     slice_size=self.config.loss_chunk_size,
                     num_items=num_items_in_batch,
+                    slices=slices,
                 )
             if not skip_logits:
                 logits = self.lm_head(_kept(hidden_states, logits_to_keep))

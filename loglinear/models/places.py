@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from loglinear.layers.slices import Slice
 from loglinear.models.history import OTHER_MASK, Seen
 from loglinear.models.loss import IGNORE
 
@@ -29,6 +30,8 @@ class TokenPlaces(NamedTuple):
     """[n+1] boundaries of the packed documents; None: not packed."""
     scores_mask: Tensor | None = None
     """[B or 1, H or 1, T, S] True at keys that a query attends to, or numbers added to the scores; no padding."""
+    slices: Slice | None = None
+    """This device's part of rows or documents that lie on several devices; None: they are whole."""
 
     @staticmethod
     def of(
@@ -40,6 +43,7 @@ class TokenPlaces(NamedTuple):
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        slices: Slice | None = None,
     ) -> "TokenPlaces":
         """Return the places of tokens [B, T, ...] (ids or embeddings) that continue a cache.
 
@@ -59,6 +63,8 @@ class TokenPlaces(NamedTuple):
         is_step = time == 1 and cache is not None and cache.has_states and not torch.is_grad_enabled()
         places = TokenPlaces(rows, time, past, is_step)
         named = dict(cu_seqlens=cu_seqlens, cu_seq_lens_q=cu_seq_lens_q, cu_seq_lens_k=cu_seq_lens_k, seq_idx=seq_idx)
+        if slices is not None:
+            return places._sliced(slices, tokens, dict(past_key_values=cache, attention_mask=attention_mask, **named))
         boundaries = _document_boundaries(tokens, {name: value for name, value in named.items() if value is not None})
         if attention_mask is not None and attention_mask.dim() == 4:
             if boundaries is not None:
@@ -102,6 +108,15 @@ class TokenPlaces(NamedTuple):
             # An empty document's end names the token before it, or the row's last token: neither has a next token.
             targets = targets.index_fill(1, (self.cu_seqlens[1:].long() - 1) % self.time, IGNORE)
         return targets
+
+    def _sliced(self, slices: Slice, tokens: Tensor, others: dict[str, object]) -> "TokenPlaces":
+        """Return these places as those of a slice; ValueError for arguments that it excludes."""
+        for name, value in others.items():
+            if value is not None:
+                raise ValueError(f"{name} must be None with slices, which hold the boundaries of the documents")
+        slices.check_time("input_ids", tokens)
+        boundaries = slices.cu_seqlens
+        return self._replace(cu_seqlens=None if boundaries is None else boundaries.to(tokens.device), slices=slices)
 
     def _check_labels(self, name: str, labels: Tensor) -> None:
         """Raise ValueError unless labels are integers [B, T]."""

@@ -1,6 +1,7 @@
 """Sequences that lie on several devices (context parallelism), exactly, on torch.distributed."""
 
+from loglinear.parallel.batch import shard
 from loglinear.parallel.operators import log_linear_attention, log_linear_delta_rule
 from loglinear.parallel.slices import Slices
 
-__all__ = ["Slices", "log_linear_attention", "log_linear_delta_rule"]
+__all__ = ["Slices", "log_linear_attention", "log_linear_delta_rule", "shard"]

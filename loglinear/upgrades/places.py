@@ -106,7 +106,7 @@ class Placement:
             return False
         return bool(decoder.config.use_cache if use_cache is None else use_cache)
 
-    def _places(self, tokens: Tensor, seen: SeenColumns | None, mask: Any, named: dict[str, Tensor]) -> TokenPlaces:
+    def _places(self, tokens: Tensor, seen: SeenColumns | None, mask: Any, named: dict[str, Any]) -> TokenPlaces:
         if isinstance(mask, dict):  # `generate` makes the masks of a static cache by itself
             mask = mask.get("linear_attention")
         if mask is not None and mask.dim() == 4:

@@ -15,6 +15,8 @@ from loglinear.parallel.pieces import Tree, pieces, runs
 from loglinear.partition import FENWICK, Partition
 from tests.ops.operators import excess, relative_error
 from tests.parallel.cases import BY_NAME, CASES, DTYPES, RANKS, cases_on
+from tests.parallel.models import MODELS
+from tests.parallel.training import WAYS, one_process
 
 ROOT = Path(__file__).parents[2]
 EXACT = 1e-12
@@ -57,8 +59,28 @@ def test_slices_add_less_error_than_the_operator_has(found, case, name):
 
 def test_a_call_has_one_collective_forward_and_one_backward(found):
     for ranks, results in found.items():
-        for case, result in results.items():
+        for case in [case for case in results if isinstance(case, tuple)]:
+            result = results[case]
             assert {name: n for name, n in result["collectives"].items() if n} == EXPECTED, (ranks, case)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_give_the_loss_the_logits_and_the_gradients_of_one_process(found, name):
+    expected = MODELS[name].whole()
+    for ranks in MODELS[name].ranks:
+        actual = found[ranks][name]
+        assert actual.keys() == expected.keys()
+        for part, x in expected.items():
+            assert relative_error(actual[part], x) < 1e-11, (ranks, part)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_training_on_slices_takes_the_steps_of_one_process(found, way):
+    expected = one_process(groups=WAYS[way] // 2)
+    actual = found[WAYS[way]][way]
+    assert actual.keys() == expected.keys()
+    for part, x in expected.items():
+        assert relative_error(actual[part], x) < 1e-10, part
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])

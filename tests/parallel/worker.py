@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.parallel.cases import BY_NAME, RANKS, cases_on
+from tests.parallel.models import MODELS
+from tests.parallel.training import WAYS, several_processes
 
 TIMEOUT = timedelta(seconds=60)
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all_single", "broadcast", "send", "recv")
@@ -55,6 +57,17 @@ def run(rank: int, ranks: int, folder: Path) -> None:
             for name, x in results.items():
                 if name != "output":
                     dist.all_reduce(x)
+
+    def average(x: torch.Tensor) -> None:
+        dist.all_reduce(x)
+        x /= ranks
+
+    for model in MODELS.values():
+        if ranks in model.ranks:
+            found[model.name] = model.sliced(mesh, average)
+    for way, needed in WAYS.items():
+        if ranks == needed:
+            found[way] = several_processes(way)
     if rank == 0:
         torch.save(found, folder / f"{ranks}.pt")
     dist.destroy_process_group()

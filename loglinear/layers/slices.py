@@ -1,0 +1,26 @@
+# B batch, T time, C channels, W kernel, S sequences
+"""The part of long sequences that one of several devices holds, as layers and models see it."""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Slice(Protocol):
+    """One device's part of sequences that lie on several devices; `loglinear.parallel.Slices` is one."""
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """[S+1] Boundaries of the documents in this part; None: not packed."""
+
+    def check_time(self, name: str, x: Tensor, dim: int = 1) -> None:
+        """Raise ValueError unless x has the places of this part."""
+
+    def inputs_before(self, x: Tensor, kernel: int) -> Tensor | None:
+        """Return the state [S, W-1, C] of a convolution over this part's inputs x [B, T, C]; None for one tap."""
+
+    def attend(self, transition: str, tensors: list[Tensor | None], weights: Tensor, **options: Any) -> Tensor:
+        """Return the output of the operator of a transition for this part's tokens."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of x over all devices; the mean of their gradients is the gradient of the sum."""

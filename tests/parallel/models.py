@@ -1,0 +1,81 @@
+"""Tiny models whose loss and gradients one process and several compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loglinear import parallel
+from loglinear.models import LogLinearForCausalLM
+from tests.models.tiny_models import tiny_config, tokens
+
+GDN = {"variant": "gated_delta_net"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model and one batch."""
+
+    name: str
+    T: int = 61
+    options: dict[str, Any] = field(default_factory=dict)
+    documents: tuple[int, ...] | None = None
+    checkpointing: bool = False
+    ranks: tuple[int, ...] = (2, 3, 4)
+
+    def make(self) -> LogLinearForCausalLM:
+        torch.manual_seed(0)
+        model = LogLinearForCausalLM(tiny_config(**self.options)).double().train()
+        if self.checkpointing:
+            model.gradient_checkpointing_enable()
+        return model
+
+    @property
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Tokens and labels; some labels are left out."""
+        ids = tokens(1 if self.documents else 2, self.T)
+        return ids, ids.masked_fill(ids % 5 == 0, -100)
+
+    def whole(self) -> dict[str, Tensor]:
+        """Return the loss, the logits and every gradient from one process."""
+        model, (ids, labels) = self.make(), self.batch
+        boundaries = {} if self.documents is None else {"cu_seqlens": torch.tensor(self.documents)}
+        output = model(ids, labels=labels, skip_logits=False, **boundaries)
+        return results(model, output, output.logits)
+
+    def sliced(self, mesh: Any, average: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        """Return the same from slices: gradients are averaged, as by data-parallel training."""
+        model = self.make()
+        batch = parallel.shard(model.config, mesh, *self.batch, cu_seqlens=self.documents)
+        output = model(**batch, skip_logits=False)
+        found = results(model, output, batch["slices"].gather(output.logits))
+        for name, x in found.items():
+            if name not in ("loss", "logits"):
+                average(x)
+        return found
+
+
+def results(model: nn.Module, output: Any, logits: Tensor) -> dict[str, Tensor]:
+    """Run the backward pass of the loss; return loss, logits and gradients."""
+    output.loss.backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"loss": output.loss.detach(), "logits": logits.detach(), **grads}
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("mamba2"),
+        Model("gated_delta_net", options=GDN),
+        Model("mamba2_packed", options={"num_levels": 4}, documents=(0, 2, 29, 30, 57, 61)),
+        Model("gated_delta_net_packed", options=GDN, documents=(0, 40, 41, 61)),
+        Model("short_slices", 13, options={**GDN, "chunk_size": 2, "conv_kernel": 6}),
+        Model("short", 5, options={"conv_kernel": 1}),
+        Model("checkpointed", options={**GDN, "radix": 4, "finest_block": 4}, checkpointing=True, ranks=(2,)),
+        Model("linear", options={"num_levels": 1}, ranks=(3,)),
+    )
+}
