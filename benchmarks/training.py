@@ -13,10 +13,11 @@ and the others continue.
 
 from __future__ import annotations
 
+import copy
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,12 @@ LOSS_BUDGET = 2e-2  # difference of two implementations under bf16 autocast, for
 CHECKED = {"cuda": 1000, "cpu": 200}  # tokens of the comparison: the reference takes quadratic time on a CPU
 SIZE_BUDGET = 0.03  # share of the recipe's parameters
 VARIANTS = ("mamba2", "gated_delta_net")
+READS: dict[str, dict[str, Any]] = {
+    "log-linear": {},
+    "routed, radix 4": dict(radix=4, finest_block=64, routing="gram"),
+    "routed, radix 16": dict(radix=16, finest_block=64, routing="gram"),
+    "linear": dict(num_levels=1),
+}
 LENGTHS = (16_384, 65_536, 4_096, 131_072)  # the most wanted first, in case time runs out
 
 
@@ -44,19 +51,25 @@ def kinds(recipe: str, device: str) -> dict[str, LogLinearConfig]:
     layers = get_recipe(recipe).model_config().num_hidden_layers
     changes: dict[str, dict[str, Any]] = {}
     for variant in VARIANTS:
-        changes[f"log-linear {variant}"] = dict(variant=variant, impl=impl)
-        changes[f"linear {variant}"] = dict(variant=variant, impl=impl, num_levels=1)
+        for read, own in READS.items():
+            changes[f"{variant}, {read}"] = dict(variant=variant, impl=impl, **own)
     changes["Transformer"] = {"layer_types": ["full_attention"] * layers}
     return {name: sized(recipe, change) for name, change in changes.items()}
 
 
 def sized(recipe: str, changes: dict[str, Any]) -> LogLinearConfig:
-    """Return the recipe's model with these changes, and MLPs of the width that keeps the number of parameters."""
+    """Return the recipe's model with these changes, and MLPs of the width that keeps the number of parameters.
+
+    A routed model has the columns of the longest length.
+    """
     original = get_recipe(recipe).model_config()
     # with the published lambda untrained losses depend on the levels; with `unit` they would not show an error
     options = {**get_recipe(recipe).model, "lambda_form": "softplus", **changes}
     wanted = parameter_counts(original).total
     config = LogLinearConfig(**options)
+    if config.routing is not None:
+        options["num_levels"] = config.partition.num_columns(max(LENGTHS))
+        config = LogLinearConfig(**options)
     missing = wanted - parameter_counts(config).total
     if abs(missing) > SIZE_BUDGET * wanted:
         columns = round(missing / (3 * 32 * original.hidden_size * original.num_hidden_layers)) * 32
@@ -111,18 +124,19 @@ def time_steps(step: Callable[[], torch.Tensor], steps: int, say: Callable[[str]
     return {"loss": losses[0], "first_step_s": times[0], "step_s": statistics.median(times[2:])}
 
 
-def check(recipe: str, device: str, say: Callable[[str], None]) -> None:
+def check(models: Mapping[str, LogLinearConfig], device: str, say: Callable[[str], None]) -> None:
     """Exit unless every implementation gives the same loss for the same weights and tokens."""
     tokens = random_row(CHECKED[device], device)
-    for variant in VARIANTS:
+    for name, config in models.items():
         losses = {}
         for impl in ("torch", "triton") if device == "cuda" else ("torch", "reference"):
-            say(f"comparing losses: {variant}, {impl}")
+            say(f"comparing losses: {name}, {impl}")
+            config = copy.copy(config)
+            config.impl = impl
             with torch.no_grad():
-                model = build(sized(recipe, dict(variant=variant, impl=impl)), device)
-                losses[impl] = float(loss_of(model, tokens))
+                losses[impl] = float(loss_of(build(config, device), tokens))
         if max(losses.values()) - min(losses.values()) > LOSS_BUDGET:
-            raise SystemExit(f"implementations of {variant} disagree, nothing was timed: {losses}")
+            raise SystemExit(f"implementations of {name} disagree, nothing was timed: {losses}")
 
 
 def measure_one(
@@ -153,7 +167,7 @@ def tried(*arguments: Any) -> dict[str, Any]:
 
 
 def measure(
-    recipe: str,
+    models: Mapping[str, LogLinearConfig],
     lengths: list[int],
     steps: int,
     minutes: float,
@@ -164,9 +178,8 @@ def measure(
     """Return a row for each length, kind and mode. `keep` is called after every row."""
     end = time.perf_counter() + 60 * minutes
     rows: list[dict[str, Any]] = []
-    models = kinds(recipe, device)
     task = progress.add_task("", total=2 * len(lengths) * len(models))
-    check(recipe, device, partial(announce, progress, task))
+    check(models, device, partial(announce, progress, task))
     for length in lengths:
         for name, config in models.items():
             losses: dict[bool, float] = {}
@@ -220,17 +233,32 @@ def cell(row: dict[str, Any]) -> str:
     return f"{row['tokens_per_second']:,.0f}{memory}"
 
 
+def chosen_kinds(recipe: str, wanted: list[str] | None, device: str) -> dict[str, LogLinearConfig]:
+    """Return the kinds whose names contain one of `wanted`; all without it.
+
+    Raises BadParameter for a text that no name contains.
+    """
+    models = kinds(recipe, device)
+    for text in wanted or ():
+        if not any(text in name for name in models):
+            raise typer.BadParameter(f"--kind must be part of one of {', '.join(map(repr, models))}, got {text!r}")
+    return {name: config for name, config in models.items() if not wanted or any(text in name for text in wanted)}
+
+
 _lengths = typer.Option(help="Tokens of a row; repeatable.", show_default=", ".join(map(str, LENGTHS)))
 
 
 def main(
     recipe: Annotated[str, typer.Option(help="Recipe of the model.")] = "small",
     lengths: Annotated[list[int] | None, _lengths] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Only kinds with this in their name; repeatable.", show_default="all")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Timed steps, of which the median counts.")] = 5,
     minutes: Annotated[float, typer.Option(help="Minutes after which no further kind begins.")] = 8.0,
     out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
-    """Time training steps of log-linear, linear and softmax models of one size, in eager mode and compiled.
+    """Time training steps of log-linear, routed, linear and softmax models of one size, in eager mode and compiled.
 
     On a CPU choose short lengths, such as --lengths 1024: a step of 16,384 tokens can take minutes.
     """
@@ -238,11 +266,11 @@ def main(
     check_options(device, out, steps=steps, lengths=lengths)
     if not minutes > 0:
         raise typer.BadParameter(f"--minutes must be positive, got {minutes}")
-    get_recipe(recipe)  # a mistake shows before anything is measured
+    models = chosen_kinds(recipe, kind, device)  # a mistake shows before anything is measured
     with progress_bar() as progress:
         described = about("training", device)
         chosen = lengths or list(LENGTHS)
-        rows = measure(recipe, chosen, steps, minutes, device, progress, lambda rows: keep(out, described, rows))
+        rows = measure(models, chosen, steps, minutes, device, progress, lambda rows: keep(out, described, rows))
     show(rows)
 
 
