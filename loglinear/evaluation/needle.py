@@ -18,6 +18,7 @@ begins with it. For several, this score does not count errors in the values befo
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -236,11 +237,19 @@ def evaluate_needle(
 def evaluate_sets(
     model: Any, tokenizer: PreTrainedTokenizerBase, sets: ExampleSets, *, decode: bool = False
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return, by task, `NeedleScores.to_dict` with its length for every length in order; see `evaluate_needle`."""
+    """Return, by task, `NeedleScores.to_dict` with its length for every length in order; see `evaluate_needle`.
+
+    The shortest examples of all tasks come first. A line on standard error has the accuracies of each length as soon as
+    they are known, because the longest examples take most of the time.
+    """
     results: dict[str, list[dict[str, Any]]] = {task: [] for task, _ in sets}
-    for (task, length), examples in sets.items():
-        scores = evaluate_needle(model, tokenizer, examples, decode=decode, label=f"{task}, {length:,} tokens")
-        results[task].append({"length": length, **scores.to_dict()})
+    for length in sorted({length for _, length in sets}):
+        own = {task: examples for (task, of), examples in sets.items() if of == length}
+        for task, examples in own.items():
+            scores = evaluate_needle(model, tokenizer, examples, decode=decode, label=f"{task}, {length:,} tokens")
+            results[task].append({"length": length, **scores.to_dict()})
+        found = ", ".join(f"{task} {results[task][-1]['accuracy']:.3f}" for task in own)
+        print(f"{length:,} tokens: {found}", file=sys.stderr)
     return results
 
 

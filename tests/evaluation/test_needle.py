@@ -16,6 +16,8 @@ from loglinear.evaluation.needle import (
     NeedleScores,
     answer_hits,
     evaluate_needle,
+    evaluate_sets,
+    example_sets,
     needle_examples,
     token_counter,
 )
@@ -121,6 +123,33 @@ def test_a_perfect_memory_finds_all_and_chance_finds_nothing(task):
     assert scores.accuracy == scores.exact_match == 1 and scores.standard_error == 0
     assert reader.logit_rows == sum(SIZES(["".join(example.answer) for example in examples]))
     assert evaluate_needle(Reader(remembers=False), TOKENIZER, examples, label=None).accuracy < 0.05
+
+
+def test_every_length_has_a_line_before_a_longer_one_begins(capsys):
+    """The longest examples take most of the time, so the others do not wait for them."""
+    tasks, printed = ["single_2", "multiquery"], []
+
+    class Listening(Reader):
+        def base_model(self, input_ids, cu_seqlens, use_cache):
+            printed.append((cu_seqlens.diff().max().item(), capsys.readouterr().err))
+            return super().base_model(input_ids, cu_seqlens, use_cache)
+
+    sets = example_sets(TOKENIZER, [PROSE], lengths=[1500, 800, 1000], count=3, tasks=tasks)
+    shuffled = dict(reversed(sets.items()))
+    results = evaluate_sets(Listening(remembers=True), TOKENIZER, shuffled)
+    last = capsys.readouterr().err
+    longest = [length for length, _ in printed]
+    assert len(longest) == 6 and [max(longest[i : i + 2]) // 100 for i in (0, 2, 4)] == [7, 9, 14]
+    lines = [
+        re.findall(r"[0-9,]+ tokens: [a-z_0-9]+ [0-9.]+, .*$", text, re.MULTILINE)
+        for text in (*(text for _, text in printed), last)
+    ]
+    assert [len(found) for found in lines] == [0, 0, 1, 0, 1, 0, 1]
+    assert lines[2] == ["800 tokens: multiquery 1.000, single_2 1.000"]
+    for task in tasks:
+        assert [score["length"] for score in results[task]] == [800, 1000, 1500]
+        alone = evaluate_needle(Reader(remembers=True), TOKENIZER, sets[task, 1000], label=None)
+        assert results[task][1] == {"length": 1000, **alone.to_dict()}
 
 
 @pytest.fixture
