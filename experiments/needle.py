@@ -187,6 +187,8 @@ def rates(
 
     python -m experiments.needle rates runs/needle/rates
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder, expected that of the results of a search")
     by_kind: dict[str, dict[float, list[Trial]]] = defaultdict(lambda: defaultdict(list))
     for trial in sorted(read_trials(folder)):
         by_kind[trial.kind][trial.rate].append(trial)

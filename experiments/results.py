@@ -46,7 +46,9 @@ def seed_suffix(seed: int) -> str:
 
 
 def require_some(found: Found, results: Path, experiment: str) -> Found:
-    """Return what was found in the folder. Raises ValueError, which names the command, if it is nothing."""
+    """Return what was found in the folder. Raises ValueError, which names folder and command, if it is nothing."""
+    if not results.is_dir():
+        raise ValueError(f"--results {results} is no folder")
     if not found:
         raise ValueError(f"--results {results} has no result of `python -m experiments.{experiment} run`")
     return found

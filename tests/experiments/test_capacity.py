@@ -259,6 +259,8 @@ def test_seeds_of_other_sizes_are_not_mixed(tmp_path):
 
 def test_the_tables_have_means_ranges_and_marks(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(ValueError, match="--results .*/nothing is no folder"):
+        capacity.show(tmp_path / "nothing")
     with pytest.raises(ValueError, match="has no result of `python -m experiments.capacity run`"):
         capacity.show(tmp_path)
     write(tmp_path, "transformer", 3.0)

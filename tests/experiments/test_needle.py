@@ -184,8 +184,10 @@ def test_a_search_shows_the_rate_of_least_validation_loss(tmp_path, capsys):
         searched(tmp_path, rate, seed, bits)
     needle.rates(tmp_path)
     assert capsys.readouterr().out == "linear: best 0.001 (0.001: 0.400, 0.002: 0.450)\n"
+    with pytest.raises(ValueError, match="nothing is no folder, expected that of the results of a search"):
+        needle.rates(tmp_path / "nothing")
     with pytest.raises(ValueError, match="holds no results of a search"):
-        needle.rates(tmp_path / "none")
+        needle.rates(tmp_path / "0.001")
 
 
 def test_a_search_shows_unfinished_runs_and_says_so(tmp_path, capsys):
