@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from loglinear.kernels.torch import has_blocks
 from loglinear.ops import FenwickState
@@ -160,6 +161,21 @@ def test_chunks_of_16_tokens_round_as_float16_does(partition, monkeypatch):
     inputs = make(1, 300, 1, 2, 64, 64, 9, torch.bfloat16, device="cpu", delta=True)
     found = errors(inputs, 16, partition=partition)
     assert all(found[name] <= limit for name, limit in EMULATED["delta_rule"][torch.float16].items()), found
+
+
+@pytest.mark.parametrize("chunk_size", [16, 32])
+def test_traced_results_in_bfloat16_have_the_dtypes_of_real_ones(chunk_size, monkeypatch):
+    """The arrays saved for the backward are float32 in chunks of 16 tokens, bfloat16 in larger ones."""
+    from loglinear.kernels.triton import chunkwise
+
+    teach_rounding(monkeypatch.setattr)
+    x = make(1, 40, 1, 1, 40, 40, 4, torch.bfloat16, device="cpu", delta=True)
+    options = (None, None, None, 1.0, chunk_size, True, FENWICK.numbers)
+    tensors = [x[name].detach() for name in OPERATORS[1].names]
+    real = chunkwise(*tensors, *options)
+    traced = chunkwise(*map(FakeTensorMode().from_tensor, tensors), *options)
+    assert [(y.dtype, y.shape) for y in traced] == [(y.dtype, y.shape) for y in real]
+    assert real[2].dtype == (torch.float32 if chunk_size == 16 else torch.bfloat16)
 
 
 @few_partitions
