@@ -92,22 +92,10 @@ KEYS = {
 }
 # The same where states prescribe the chunks: of the output, of the final state's blocks, and of every gradient
 # (T = 700, 9 levels, the heads of STATE_HEADS). The beta of a few raw tokens, as few numbers, varies from seed to seed.
+# Chunks of 16 tokens are multiplied as float16's are. Their own errors are smaller (output 2.2e-3, decay 2.75e-3), but
+# that of the decay varies with the loss (4.0e-3 with T = 300).
 STATES = {
-    16: {
-        "output": 7.05e-3,
-        "blocks": 7.68e-3,
-        "gradient of q": 6.96e-3,
-        "gradient of k": 9.18e-3,
-        "gradient of v": 7.11e-3,
-        "gradient of log_decay": 1.57e-2,
-        "gradient of beta": 9.26e-3,
-        "gradient of level_scales": 7.25e-3,
-        "gradient of state's blocks": 8.06e-3,
-        "gradient of state's k": 8.77e-3,
-        "gradient of state's v": 9.02e-3,
-        "gradient of state's log_decay": 5.56e-4,
-        "gradient of state's beta": 1.67e-2,
-    },
+    16: EMULATED["delta_rule"][torch.float16] | {"gradient of state's log_decay": 5.56e-4},
     32: {
         "output": 6.02e-3,
         "blocks": 6.37e-3,
