@@ -18,16 +18,24 @@ from torch import Tensor
 from loglinear.partition import FENWICK, Partition
 
 
-def index_matrix_TT(length: int, num_columns: int, partition: Partition = FENWICK) -> Tensor:
-    """Return ``min(index(t, s), num_columns - 1)`` for all s <= t, and 0 for the others."""
-    rows = [[min(partition.index(t, min(s, t)), num_columns - 1) for s in range(length)] for t in range(length)]
+def index_matrix_TT(length: int, num_columns: int, partition: Partition = FENWICK, start: int = 0) -> Tensor:
+    """Return ``min(index(t, s), num_columns - 1)`` for all s <= t, and 0 for the others; the first token is at `start`.
+
+    Examples:
+        >>> index_matrix_TT(4, 3).tolist()
+        [[0, 0, 0, 0], [1, 0, 0, 0], [2, 2, 0, 0], [2, 2, 1, 0]]
+        >>> index_matrix_TT(4, 3, start=3).tolist()
+        [[0, 0, 0, 0], [2, 0, 0, 0], [2, 1, 0, 0], [2, 2, 2, 0]]
+    """
+    positions = range(start, start + length)
+    rows = [[min(partition.index(t, min(s, t)), num_columns - 1) for s in positions] for t in positions]
     return torch.tensor(rows).view(length, length)
 
 
-def level_weights_HTT(level_scales_HTL: Tensor, partition: Partition = FENWICK) -> Tensor:
-    """Return M^H, the lower-triangular matrix of lambdas."""
+def level_weights_HTT(level_scales_HTL: Tensor, partition: Partition = FENWICK, start: int = 0) -> Tensor:
+    """Return M^H, the lower-triangular matrix of lambdas of a sequence whose first token is at `start`."""
     heads, length, columns = level_scales_HTL.shape
-    index_TT = index_matrix_TT(length, columns, partition).to(level_scales_HTL.device)
+    index_TT = index_matrix_TT(length, columns, partition, start).to(level_scales_HTL.device)
     return level_scales_HTL.gather(2, index_TT.expand(heads, length, length)).tril()
 
 
@@ -40,13 +48,19 @@ def decay_HTT(log_decay_HT: Tensor) -> Tensor:
 
 
 def dense_scalar_gate(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, level_scales: Tensor, partition: Partition = FENWICK
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    level_scales: Tensor,
+    partition: Partition = FENWICK,
+    start: int = 0,
 ) -> Tensor:
-    """Return the outputs [H, T, V] of the scalar gate.
+    """Return the outputs [H, T, V] of the scalar gate; `start` is the position of the first token.
 
     The shapes are q, k [H, T, K]; v [H, T, V]; log_decay [H, T]; level_scales [H, T, L].
     """
-    return (q @ k.mT * decay_HTT(log_decay) * level_weights_HTT(level_scales, partition)) @ v
+    return (q @ k.mT * decay_HTT(log_decay) * level_weights_HTT(level_scales, partition, start)) @ v
 
 
 def dense_delta_rule(
@@ -57,8 +71,9 @@ def dense_delta_rule(
     beta: Tensor,
     level_scales: Tensor,
     partition: Partition = FENWICK,
+    start: int = 0,
 ) -> Tensor:
-    """Return the outputs [H, T, V] of the delta rule; shapes as in `dense_scalar_gate`, and beta [H, T].
+    """Return the outputs [H, T, V] of the delta rule; arguments as in `dense_scalar_gate`, and beta [H, T].
 
     The output of the linear delta rule is linear in v: o = (Q K^T * M^S) u with u_t = b_t (v_t - k_t^T a_t S_{t-1}).
     So (I + tril(diag(b) K K^T * M^S, -1)) u = diag(b) v, and E = (Q K^T * M^S) (I + ...)^-1 diag(b).
@@ -69,4 +84,4 @@ def dense_delta_rule(
     # A solver for triangles: torch.linalg.inv of two matrices in two threads is wrong with torch 2.13 and oneMKL.
     solved = torch.linalg.solve_triangular(identity + erase, q @ k.mT * decay, upper=False, left=False)
     effective = solved * beta[:, None, :]
-    return (effective * level_weights_HTT(level_scales, partition)) @ v
+    return (effective * level_weights_HTT(level_scales, partition, start)) @ v

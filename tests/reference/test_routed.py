@@ -25,16 +25,17 @@ def unit(*shape):
 
 
 @every_partition
+@pytest.mark.parametrize("start", [0, 21, 300])
 @pytest.mark.parametrize("L", [1, 2, 5, 40])
-def test_scores_are_sums_over_the_tokens_of_a_bucket(partition, L):
+def test_scores_are_sums_over_the_tokens_of_a_bucket(partition, L, start):
     G, T, K = 2, 70, 3
     q, k = unit(G, T, K), unit(G, T, K)
-    scores, tokens = dense_bucket_scores(q, k, L, partition), dense_tokens_TL(T, L, partition)
+    scores, tokens = dense_bucket_scores(q, k, L, partition, start), dense_tokens_TL(T, L, partition, start)
     for g in range(G):
         for t in range(0, T, 3):
             expected, count = [0.0] * L, [0] * L
             for s in range(t + 1):
-                column = min(partition.index(t, s), L - 1)
+                column = min(partition.index(start + t, start + s), L - 1)
                 count[column] += 1
                 if column:
                     expected[column] += (
@@ -57,14 +58,15 @@ def test_weights_have_mean_one_over_the_buckets_that_hold_a_token(partition):
 
 
 @every_partition
+@pytest.mark.parametrize("start", [0, 21, 300])
 @pytest.mark.parametrize("delta_rule", [False, True], ids=["scalar_gate", "delta_rule"])
-def test_equal_logits_without_scores_are_the_linear_model(partition, delta_rule):
+def test_equal_logits_without_scores_are_the_linear_model(partition, delta_rule, start):
     H, T, L = 2, 37, 6
     q, k, v = unit(H, T, 3), unit(H, T, 3), torch.randn(H, T, 2, dtype=torch.float64)
     log_decay = -0.3 * torch.rand(H, T, dtype=torch.float64)
     beta = 1.8 * torch.rand(H, T, dtype=torch.float64) if delta_rule else None
     logits, none = torch.zeros(H, T, L, dtype=torch.float64), torch.zeros(H, dtype=torch.float64)
-    routed = dense_routed_read(q, k, v, log_decay, beta, logits, none, partition)
+    routed = dense_routed_read(q, k, v, log_decay, beta, logits, none, partition, start=start)
     ones = torch.ones(H, T, 1, dtype=torch.float64)
     linear = (
         dense_scalar_gate(q, k, v, log_decay, ones)
@@ -75,14 +77,15 @@ def test_equal_logits_without_scores_are_the_linear_model(partition, delta_rule)
 
 
 @every_partition
-def test_the_read_is_the_operator_with_these_weights(partition):
+@pytest.mark.parametrize("start", [0, 21])
+def test_the_read_is_the_operator_with_these_weights(partition, start):
     H, T, L = 2, 37, 6
     q, k, v = unit(H, T, 3), unit(H, T, 3), torch.randn(H, T, 2, dtype=torch.float64)
     log_decay, logits = -torch.rand(H, T, dtype=torch.float64), torch.randn(H, T, L, dtype=torch.float64)
     sharpness = torch.tensor([4.0, -1.0], dtype=torch.float64)
-    weights = dense_routed_weights(logits, dense_bucket_scores(q, k, L, partition), sharpness, partition)
-    expected = dense_scalar_gate(1e3 * q, 1e3 * k, v, log_decay, weights, partition)
-    actual = dense_routed_read(1e3 * q, 1e3 * k, v, log_decay, None, logits, sharpness, partition)
+    weights = dense_routed_weights(logits, dense_bucket_scores(q, k, L, partition, start), sharpness, partition, start)
+    expected = dense_scalar_gate(1e3 * q, 1e3 * k, v, log_decay, weights, partition, start)
+    actual = dense_routed_read(1e3 * q, 1e3 * k, v, log_decay, None, logits, sharpness, partition, start=start)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-3)  # of 1e6; the epsilon of length 1 is small here
 
 
