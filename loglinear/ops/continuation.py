@@ -83,5 +83,8 @@ def final_state(
     real = position < end
     place = torch.where(real, Places(start, end, buffer, first).of(position, C), 0)
     tails = [None if x is None else take(x, place, real).to(blocks.dtype) for x in tokens]
-    # A copy, because all layers may share the places, and the state is its owner's.
-    return FenwickState._make([places.end.clone(), blocks, *tails, None if p.partition == FENWICK else p.partition])
+    began = None if p.initial_state is None else p.initial_state.first
+    began = torch.zeros_like(places.end) if began is None else began.clone()
+    # Copies, because all layers may share the places and the beginnings, and the state is its owner's.
+    partition = None if p.partition == FENWICK else p.partition
+    return FenwickState._make([places.end.clone(), blocks, *tails, partition, began])

@@ -76,7 +76,8 @@ def _run_sequence(state: FenwickState, row: int, position: int, tokens: tuple[An
         return None if buffer is None or new is None else torch.cat([buffer[row, :num_buffered].to(new.dtype), new])
 
     buffered = [joined(old, new) for old, new in zip(state[2:6], (k, v, log_decay, beta), strict=True)]
-    raw = FenwickState._make([state.position[row] + len(q), state.blocks[row], *buffered, state.partition])
+    own = state.with_tensors(part[row] for part in state.tensors)
+    raw = FenwickState._make([own.position + len(q), own.blocks, *buffered, own.partition, own.first])
     R = v.shape[1] // k.shape[1]
     all_k = raw.k.repeat_interleave(R, 1)
     all_q = torch.cat([torch.zeros_like(all_k[:num_buffered]), q.repeat_interleave(R, 1)])
@@ -100,7 +101,7 @@ def _run_sequence(state: FenwickState, row: int, position: int, tokens: tuple[An
 
     M = state.blocks.shape[1]
     held_blocks = torch.tensor([partition.has_block(start // C, m, M, C) for m in range(M)], device=v.device)
-    blocks = torch.where(held_blocks.view(-1, 1, 1, 1), state.blocks[row].to(v.dtype), 0.0)
+    blocks = torch.where(held_blocks.view(-1, 1, 1, 1), own.blocks.to(v.dtype), 0.0)
     states = states_from_blocks(blocks, L, C, partition)
     head, states = piece(states, 0, cut, start)
     tail, _ = piece(states, cut, len(all_q), start + cut)
@@ -112,5 +113,5 @@ def _run_sequence(state: FenwickState, row: int, position: int, tokens: tuple[An
         rest = x[cut:]
         return torch.cat([rest, rest.new_zeros(C - len(rest), *rest.shape[1:])])
 
-    final = FenwickState._make([raw.position, blocks, *(buffer(x) for x in raw[2:6]), state.partition])
+    final = FenwickState._make([raw.position, blocks, *(buffer(x) for x in raw[2:6]), own.partition, own.first])
     return torch.cat([head, tail])[num_buffered:], final

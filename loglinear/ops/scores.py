@@ -7,12 +7,14 @@ q and k are scaled to length 1. The score is the sum of (q_t . k_s)^2, minus 1 /
 do not enter the score.
 
 The sums M_b of earlier blocks are a state of `log_linear_attention` with keys as values and without decay. A chunk is
-one finest block. So sequences continue, and steps work, as they do for the operators.
+one finest block. So sequences continue, and steps work, as they do for the operators. The state also knows the position
+of each sequence's first token. The tokens n_b count from there.
 """
 
 # B batch, T time, G query/key groups, K key, L columns, N sequences, M blocks
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from string import ascii_lowercase
 from typing import Any, NamedTuple
@@ -105,6 +107,8 @@ def bucket_scores(
         else:
             found, final = (_torch if chosen == "torch" else _reference)(_of_length_1(problem), L)
             scores = without_own(found) - (without_own(tokens).to(found.dtype) / q.shape[3])[:, :, None]
+        if problem.initial_state is not None:
+            scores = torch.where((tokens > 0)[:, :, None], scores, 0.0)  # a state may have any numbers before its first
     return BucketScores(scores, tokens, final)
 
 
@@ -117,23 +121,26 @@ def _automatic(problem: Problem) -> tuple[str, str | None]:
     return ("triton", None) if reason is None else ("torch", reason)
 
 
-def bucket_tokens(position: Tensor, *, num_columns: int, partition: Partition) -> Tensor:
+def bucket_tokens(position: Tensor, *, num_columns: int, partition: Partition, first: Tensor | None = None) -> Tensor:
     """Return n_b, the number of tokens in every bucket, as the tokens at these positions see it.
 
-    Positions alone decide. A sequence that starts at position p counts p tokens before it, which hold nothing, as
-    `FenwickState.zeros` says. A routed read then has more buckets than a sequence that starts at 0.
+        n_b = max(end - max(begin, first), 0)    of a bucket of the positions from begin to end - 1
 
     Examples:
         >>> bucket_tokens(torch.tensor([0, 3, 10]), num_columns=3, partition=Partition(4, 2)).tolist()
         [[1, 0, 0], [2, 2, 0], [1, 2, 8]]
+        >>> bucket_tokens(torch.tensor([10]), num_columns=3, partition=Partition(4, 2), first=torch.tensor(5)).tolist()
+        [[1, 2, 3]]
 
     Args:
         position: Integers of any shape.
         num_columns: L.
         partition: The partition of the past.
+        first: Integers that broadcast to the shape of position: where each token's sequence starts. None: at 0.
 
     Returns:
-        [..., L] int64. Column 0 counts the token itself. A bucket with 0 tokens is empty.
+        [..., L] int64. Column 0 counts the token itself. A bucket with 0 tokens is empty. A position before `first`
+            sees no token.
 
     Raises:
         ValueError: An argument does not fit. The message names it.
@@ -143,10 +150,20 @@ def bucket_tokens(position: Tensor, *, num_columns: int, partition: Partition) -
     check_tensor("position", position, ascii_lowercase[: getattr(position, "ndim", 0)], {}, None, INTEGERS)
     position = position.long()
     if L == 1:
-        return position[..., None] + 1
-    flat = position.flatten()
-    older = kernels.block_tokens(flat // f, partition.num_blocks(L, f), f, partition)
-    return torch.cat([(flat % f + 1)[:, None], older], 1).view(*position.shape, L)
+        held = position[..., None] + 1
+    else:
+        flat = position.flatten()
+        older = kernels.block_tokens(flat // f, partition.num_blocks(L, f), f, partition)
+        held = torch.cat([(flat % f + 1)[:, None], older], 1).view(*position.shape, L)
+    if first is None:
+        return held
+    check_tensor("first", first, ascii_lowercase[: getattr(first, "ndim", 0)], {}, position.device, INTEGERS)
+    shape = first.shape
+    if len(shape) > position.dim() or any(
+        n not in (1, m) for n, m in zip(shape[::-1], position.shape[::-1], strict=False)
+    ):
+        raise ValueError(f"first must broadcast to the shape {list(position.shape)} of position, got {list(shape)}")
+    return kernels.tokens_from(first.long(), held, position + 1)
 
 
 def zero_sums(
@@ -224,43 +241,48 @@ def _reference(problem: Problem, L: int) -> tuple[Tensor, FenwickState | None]:
         return x.repeat_interleave(L, 2)
 
     if state is not None:
-        state = state._replace(
-            blocks=for_columns(state.blocks), v=for_columns(state.v), log_decay=for_columns(state.log_decay)
-        )
+        state = _with_heads(state, for_columns)
     one_column = torch.eye(L, dtype=problem.v.dtype, device=problem.v.device).repeat(problem.v.shape[2], 1)
     scales = one_column.expand(*problem.v.shape[:2], *one_column.shape)
     call = replace(problem, v=for_columns(problem.v), level_scales=scales, initial_state=state)
     output, final = impl_reference.run(call)
     found = (output.unflatten(2, (-1, L)) * problem.q[:, :, :, None]).sum(-1)
-    if final is not None:
-        final = final._replace(
-            blocks=final.blocks[:, :, ::L], v=final.v[:, :, ::L], log_decay=final.log_decay[:, :, ::L]
-        )
-    return found, final
+    return found, None if final is None else _with_heads(final, lambda x: x[:, :, ::L])
+
+
+def _with_heads(state: FenwickState, heads: Callable[[Tensor], Tensor]) -> FenwickState:
+    """Return a state with other heads, the third axis of its values."""
+    blocks, v, log_decay = map(heads, (state.blocks, state.v, state.log_decay))
+    # A graph of torch 2.11 loses the last fields of a state that `_replace` made.
+    return FenwickState(state.position, blocks, state.k, v, log_decay, state.beta, state.partition, state.first)
 
 
 def _tokens(problem: Problem, L: int) -> Tensor:
     """Return the tokens of the buckets that every token sees, [B or 1, T, L]."""
+    state, ends = problem.initial_state, problem.cu_seqlens
 
     def make() -> Tensor:
-        return bucket_tokens(_positions(problem), num_columns=L, partition=problem.partition)
+        position, first = _positions(problem)
+        return bucket_tokens(position, num_columns=L, partition=problem.partition, first=first)
 
-    state, ends = problem.initial_state, problem.cu_seqlens
     if state is None and ends is None:
         return make()
     name = ("tokens", *problem.v.shape[:2], L, problem.partition)
-    return once(make, name, *((ends, None) if state is None else (state.position, ends)))
+    return once(make, name, *((ends,) if state is None else (state.position, state.first, ends)))
 
 
-def _positions(problem: Problem) -> Tensor:
-    """Return the position of every token, [B or 1, T]."""
+def _positions(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """Return the position of every token, and of its sequence's first one (None: 0), [B or 1, T] or [B, 1]."""
     T, ends, state = problem.v.shape[1], problem.cu_seqlens, problem.initial_state
     token = torch.arange(T, device=problem.v.device)
     if ends is None:
-        return token[None] if state is None else state.position[:, None] + token
+        if state is None:
+            return token[None], None
+        return state.position[:, None] + token, None if state.first is None else state.first[:, None]
     ends = ends.to(token.device, torch.int64)
-    start = ends[:-1] if state is None else ends[:-1] - state.position
-    return (token - start[sequence_of(token, ends)])[None]
+    start, sequence = ends[:-1] if state is None else ends[:-1] - state.position, sequence_of(token, ends)
+    first = None if state is None or state.first is None else state.first[sequence][None]
+    return (token - start[sequence])[None], first
 
 
 def without_own(x: Tensor) -> Tensor:

@@ -130,13 +130,14 @@ def _triton(step: _Step) -> tuple[Tensor, Tensor]:
 
     s = step.sums
     arrays = Arrays(s.position, s.blocks, s.k, s.v, s.log_decay, None, None)
-    return kernel(step.q, step.k, step.active, arrays, step.num_columns, step.partition)
+    assert s.first is not None
+    return kernel(step.q, step.k, step.active, arrays, s.first, step.num_columns, step.partition)
 
 
 def _torch(step: _Step) -> tuple[Tensor, Tensor]:
     """Read every sum and add the keys, in plain torch."""
     sums, L, active = step.sums, step.num_columns, step.active
-    tokens = bucket_tokens(sums.position, num_columns=L, partition=step.partition)
+    tokens = bucket_tokens(sums.position, num_columns=L, partition=step.partition, first=sums.first)
     q, k = (unit_length(x.to(sums.blocks.dtype)) for x in (step.q, step.k))
     read = (q[:, None, :, None, :] @ sums.blocks)[:, :, :, 0]  # [N, M, G, K]
     found = (read * q[:, None]).sum(-1).mT[..., 1 - L :]  # block m has column L - M + m

@@ -45,14 +45,13 @@ def run(p: Problem, num_columns: int) -> tuple[Tensor, FenwickState | None]:
     p = impl_triton.with_boundaries(p)
     state, options = p.initial_state, (p.output_final_state, p.partition.numbers)
     if state is None:
-        scores, blocks = bucket_scores(
-            p.q, p.k, None, p.cu_seqlens, None, num_columns, impl_triton.block_size(p), *options
-        )
+        new = p.q, p.k, None, p.cu_seqlens, None, None
+        scores, blocks = bucket_scores(*new, num_columns, impl_triton.block_size(p), *options)
         k, places = in_one_row(p.k, None), places_in_one_row(p, p.num_sequences)
     else:
         row, C = impl_triton.Continued.of(p, state), p.chunk_size
         k = row.packed(p.k, state.k)
-        packed = row.packed(p.q)[None], k[None], _initial(p, state, row.starts), row.ends, row.starts
+        packed = row.packed(p.q)[None], k[None], _initial(p, state, row.starts), row.ends, row.starts, state.first
         scores, blocks = bucket_scores(*packed, num_columns, C, *options)
         scores, places = row.unpacked(scores).view(*p.q.shape[:3], num_columns), row.places
     if not p.output_final_state:
@@ -63,7 +62,7 @@ def run(p: Problem, num_columns: int) -> tuple[Tensor, FenwickState | None]:
     if state is None:
         unit = unit_length(final.k)
         # A state made by `_replace` came out of a graph of torch 2.11 without its last fields.
-        final = FenwickState(final.position, final.blocks, unit, unit, final.log_decay, None, final.partition)
+        final = FenwickState(final.position, final.blocks, unit, unit, final.log_decay, None, *final[6:])
     return scores, final
 
 
@@ -74,11 +73,12 @@ def _initial(p: Problem, state: FenwickState, starts: Tensor) -> Tensor:
         symmetric = (state.blocks + state.blocks.mT) / 2
         return symmetric - _means(starts, symmetric, p)
 
-    return once(make, ("initial sums", p.chunk_size, p.partition), state.blocks, starts)
+    return once(make, ("initial sums", p.chunk_size, p.partition), state.blocks, starts, state.first)
 
 
 def _means(chunks: Tensor, blocks: Tensor, p: Problem) -> Tensor:
     """Return n_b / K I for the blocks [N, M, G, K, K] before these chunks [N]."""
     M, K = blocks.shape[1], blocks.shape[4]
-    tokens = block_tokens(chunks, M, p.chunk_size, p.partition).to(blocks.dtype)
+    first = None if p.initial_state is None else p.initial_state.first
+    tokens = block_tokens(chunks, M, p.chunk_size, p.partition, first).to(blocks.dtype)
     return (tokens / K)[:, :, None, None, None] * torch.eye(K, dtype=blocks.dtype, device=blocks.device)

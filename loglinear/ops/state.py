@@ -57,10 +57,12 @@ class FenwickState(NamedTuple):
         log_decay  [N, C, H]
         beta       [N, C, H]          None for the scalar gate
         partition                     the `Partition` of the past; None for the Fenwick partition
+        first      [N] int64          the position of the first token. The tokens of buckets count from here; see
+                                      `loglinear.ops.bucket_tokens`. None: 0, as in the states of earlier versions
 
-    The size depends on L and C alone, never on the position. All tensors except `position` are float32 (float64 for
-    float64 inputs) and carry gradients. The operators ignore any finite number in place of these zeros; decoding leaves
-    such numbers behind.
+    The size depends on L and C alone, never on the position. `position` and `first` are integers. All other tensors are
+    float32 (float64 for float64 inputs) and carry gradients. The operators ignore any finite number in place of these
+    zeros; decoding leaves such numbers behind.
     """
 
     position: Tensor
@@ -70,6 +72,7 @@ class FenwickState(NamedTuple):
     log_decay: Tensor
     beta: Tensor | None
     partition: Partition | None = None
+    first: Tensor | None = None
 
     @classmethod
     def zeros(
@@ -91,7 +94,7 @@ class FenwickState(NamedTuple):
         """Return the state of sequences that have no token yet.
 
         A sequence of T tokens that starts from this state at position p has the partition of positions p to p + T - 1.
-        Its outputs are those after p tokens that write nothing.
+        An operator's outputs are those after p tokens that write nothing. A bucket before p holds no token.
 
         Args:
             rows: N, the number of sequences.
@@ -139,6 +142,7 @@ class FenwickState(NamedTuple):
             log_decay=zeros(chunk_size, heads),
             beta=zeros(chunk_size, heads) if delta_rule else None,
             partition=None if partition == FENWICK else partition,
+            first=position.clone(),
         )
 
     @property
@@ -198,8 +202,10 @@ class DecodeState:
         sizes: Sizes = {}
         fenwick = checked_state("fenwick", self.fenwick, sizes)
         parts = {f"fenwick.{name}": x for name, x in self.fenwick._asdict().items() if isinstance(x, Tensor)}
-        if fenwick is not self.fenwick:
-            raise ValueError(f"fenwick.position must hold int64, got {self.fenwick.position.dtype}")
+        for name in ("position", "first") if fenwick is not self.fenwick else ():
+            x = getattr(self.fenwick, name)
+            if x is None or x.dtype != torch.int64:
+                raise ValueError(f"fenwick.{name} must hold int64, got {None if x is None else x.dtype}")
         if (self.inverse is None) != (fenwick.beta is None):
             needs = "None if fenwick has no" if fenwick.beta is None else "a tensor if fenwick has a"
             raise ValueError(f"inverse must be {needs} beta: make the state with DecodeState.of")
@@ -283,9 +289,9 @@ def checked_state(
     delta_rule: bool | None = None,
     partition: Partition | None = None,
 ) -> FenwickState:
-    """Return the state with an int64 position if its parts fit each other, `sizes`, the operator and the partition.
+    """Return the state with an int64 position and first if its parts fit each other and the other arguments.
 
-    None: either operator, any partition.
+    A first of None becomes 0. delta_rule and partition of None: either operator, any partition.
 
     Raises:
         ValueError: `state` is no FenwickState, or a part does not fit; one line names it.
@@ -304,7 +310,11 @@ def checked_state(
         check_same_partition(name, made_with, partition)
     check_state(name, state, sizes, device)
     made_with.check_chunk_size(sizes["C"])
-    return state if state.position.dtype == torch.int64 else state._replace(position=state.position.long())
+    first = torch.zeros_like(state.position) if state.first is None else state.first
+    if first is state.first and first.dtype == state.position.dtype == torch.int64:
+        return state
+    # A graph of torch 2.11 loses the last fields of a state that `_replace` made.
+    return FenwickState(state.position.long(), *state[1:-1], first.long())
 
 
 def empty_state(rows: int, *, position: Tensor | None, **sizes: Any) -> FenwickState:
@@ -317,14 +327,14 @@ def empty_state(rows: int, *, position: Tensor | None, **sizes: Any) -> FenwickS
 
     def make() -> FenwickState:
         state = FenwickState.zeros(rows, position=position, **sizes)
-        return state.with_tensors([position, *(unchanging(x, is_zero=True) for x in state.tensors[1:])])
+        return state.with_tensors([position, *(unchanging(x, is_zero=True) for x in state.tensors[1:-1]), position])
 
     return once(make, ("state", rows, *sorted(sizes.items())), position)
 
 
 def is_empty(state: FenwickState) -> bool:
     """True if the state is known to have no token, as one of `empty_state`; False may be either."""
-    return all(is_zero(x) for x in state.tensors[1:])
+    return all(is_zero(x) for x in state.tensors[1:-1])  # without position and first
 
 
 def for_backward(state: FenwickState, operands: Iterable[Tensor | None]) -> FenwickState:

@@ -29,7 +29,15 @@ TOKENS: dict[bool, Table] = {
     delta_rule: {name: axes.replace("BT", "N") for name, axes in table.items()}
     for delta_rule, table in OPERANDS.items()
 }
-STATE = {"position": "N", "blocks": "NMHKV", "k": "NCGK", "v": "NCHV", "log_decay": "NCH", "beta": "NCH"}
+STATE = {
+    "position": "N",
+    "blocks": "NMHKV",
+    "k": "NCGK",
+    "v": "NCHV",
+    "log_decay": "NCH",
+    "beta": "NCH",
+    "first": "N",
+}
 INVERSE = "NCHC"
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -151,12 +159,12 @@ def check_state(name: str, state: Any, sizes: Sizes, device: torch.device | None
     dtype = None
     for part, axes in STATE.items():
         x = getattr(state, part)
-        if x is None and part == "beta":
+        if x is None and part in ("beta", "first"):
             continue
-        dtypes = INTEGERS if part == "position" else WIDE_FLOATS
-        check_tensor(f"{name}.{part}", x, axes, sizes, device, dtypes)
+        is_number = part in ("position", "first")
+        check_tensor(f"{name}.{part}", x, axes, sizes, device, INTEGERS if is_number else WIDE_FLOATS)
         device = x.device
-        if part == "position":
+        if is_number:
             continue
         if dtype is not None and x.dtype != dtype:
             raise ValueError(f"{name}.{part} must hold {dtype} as {name}.blocks does, got {x.dtype}")
@@ -164,6 +172,8 @@ def check_state(name: str, state: Any, sizes: Sizes, device: torch.device | None
     chunk_length(f"{name}'s chunk_size", sizes["C"])
     check_groups(name, sizes["H"], sizes["G"])
     check_tree_positions(f"{name}.position", state.position)
+    if state.first is not None:
+        check_first(f"{name}.first", state.first, state.position)
 
 
 def check_tree_positions(name: str, position: Tensor) -> None:
@@ -182,6 +192,20 @@ def check_tree_positions(name: str, position: Tensor) -> None:
 def _assert_tree_positions(name: str, position: Tensor) -> None:
     fits = ((position >= 0) & (position < MAX_POSITION)).all()
     torch._assert_async(fits, f"{name} must be from 0 to 2**62 - 1")
+
+
+def check_first(name: str, first: Tensor, position: Tensor) -> None:
+    """Raise ValueError unless each sequence began at or before its position; a GPU checks its values itself."""
+    if first.is_cuda or torch.compiler.is_compiling():
+        once(lambda: _assert_first(name, first, position), "first positions", first, position)
+        return
+    for number, most in zip(first.tolist(), position.tolist(), strict=True):
+        if not 0 <= number <= most:
+            raise ValueError(f"{name} must be from 0 to the position {most}, got {number}")
+
+
+def _assert_first(name: str, first: Tensor, position: Tensor) -> None:
+    torch._assert_async(((first >= 0) & (first <= position)).all(), f"{name} must be from 0 to the position")
 
 
 def check_family(name: str, has_beta: bool, delta_rule: bool) -> None:

@@ -11,14 +11,25 @@ from loglinear.partition import FENWICK, Partition
 from tests.kernels.stepping import blocks_error, decoding
 
 
-def full_sums(partition: Partition, positions: list[int], columns: int, device: str = "cpu", **sizes) -> FenwickState:
-    """A float64 state whose every number is random, those that are not of the past too; rows at these positions."""
+def full_sums(
+    partition: Partition,
+    positions: list[int],
+    columns: int,
+    device: str = "cpu",
+    first: list[int] | None = None,
+    **sizes,
+) -> FenwickState:
+    """A float64 state whose every number is random, those that are not of the past too; rows at these positions.
+
+    first: the positions of the rows' first tokens; None: 0.
+    """
     dims = dict(groups=1, key_dim=6) | sizes
     start = dict(position=torch.tensor(positions), partition=partition, dtype=torch.float64)
     state = zero_sums(len(positions), num_columns=columns, **start, **dims)
     state.blocks.normal_()
     state.k.copy_(torch.nn.functional.normalize(torch.randn_like(state.k), dim=-1))
     state.v.copy_(state.k)
+    state.first.copy_(torch.tensor([0] * len(positions) if first is None else first))
     return state.with_tensors(x.to(device) for x in state.tensors)
 
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 
 from loglinear.ops import FenwickState, bucket_scores, impl_triton
+from loglinear.ops.problem import unit_length
+from loglinear.ops.scores import zero_sums
 from loglinear.partition import FENWICK, Partition
 from tests.kernels.emulation import largest, leaf_state, teach_rounding
 from tests.kernels.interpreter import teach_haste
@@ -117,11 +119,32 @@ def errors(
     return {name: relative_error(actual[name], e) for name, e in exact.items()}
 
 
-def state_at(position, columns, partition, *, B=2, G=1, K=4, device="cuda"):
-    """A state of `position` tokens in float32, detached."""
-    inputs = make(B, position, G, K, torch.float32, seed=7, device=device)
+def state_at(position, columns, partition, *, first=0, B=2, G=1, K=4, device="cuda"):
+    """A state at `position` in float32, detached. Its first token is at `first`; at `position`: it has no token."""
+    at = torch.full([B], first, device=device)
+    sizes = dict(num_columns=columns, groups=G, key_dim=K, device=device)
+    state = zero_sums(B, position=at, partition=partition, **sizes)
+    if first == position:
+        return state
+    inputs = make(B, position - first, G, K, torch.float32, seed=7, device=device)
     options = dict(num_columns=columns, partition=partition, impl="torch", output_final_state=True)
-    return bucket_scores(**inputs, **options).final_state.detach()
+    return bucket_scores(**inputs, initial_state=state, **options).final_state.detach()
+
+
+def kernel_runs(partition, position, *, device, T=100, K=16):
+    """Scores, blocks and gradients of the kernels, without the positions of first tokens and with zeros."""
+    from loglinear.kernels.triton import bucket_scores as kernel
+
+    C, columns = partition.finest_block, 9
+    q, k = (unit_length(x.detach()).requires_grad_() for x in make(1, T, 1, K, torch.float32, device=device).values())
+    blocks = state_at(position // C * C, columns, partition, B=1, K=K, device=device).blocks.requires_grad_()
+    ends, starts = torch.tensor([0, T], device=device), torch.tensor([position // C], device=device)
+    runs = []
+    for first in (None, torch.zeros_like(starts)):
+        found = kernel(q, k, blocks, ends, starts, first, columns, C, True, partition.numbers)
+        loss = sum(x.sin().sum() for x in found)
+        runs.append([*found, *torch.autograd.grad(loss, [q, k, blocks])])
+    return runs
 
 
 def emulate(grid: Grid, dtype: torch.dtype) -> dict[str, float]:

@@ -71,7 +71,7 @@ def compiled_scores(partition, C, M, N=3, G=2, K=128):
     )
     found = {}
     with compiled_only(found):
-        scores_step(torch.empty(N, G, K), torch.empty(N, G, K), None, state, M + 1, partition)
+        scores_step(torch.empty(N, G, K), torch.empty(N, G, K), None, state, state.position, M + 1, partition)
     (kernel,) = found.values()
     return kernel
 

@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from loglinear.ops import bucket_scores
+from loglinear.ops.problem import unit_length
+from loglinear.ops.scores import zero_sums
 from loglinear.partition import FENWICK, Partition
+from loglinear.reference import dense_bucket_scores, dense_tokens_TL
 from tests.kernels.emulation import teach_rounding
 from tests.kernels.interpreter import teach_interpreter
-from tests.kernels.scores import errors, make, results_of, state_at
+from tests.kernels.scores import errors, kernel_runs, make, results_of, state_at
 from tests.ops.operators import excess, relative_error
 
 pytest.importorskip("triton")
@@ -77,6 +80,56 @@ def test_continues_a_state(partition, start, columns):
 
 
 @every_state
+@pytest.mark.parametrize("columns", [1, 2, 5, 20])
+@pytest.mark.parametrize(("first", "position"), [(21, 21), (16 * 21 + 5, 16 * 21 + 5), (300, 345), (32, 48)])
+def test_sequences_that_began_at_a_position(partition, columns, first, position):
+    state = state_at(position, columns, partition, first=first, B=1, device="cpu")
+    compare(small(40), num_columns=columns, partition=partition, initial_state=state, final=True)
+
+
+@every_state
+@pytest.mark.parametrize("columns", [1, 2, 5, 20])
+def test_sequences_from_starts_of_their_own_are_the_definition(partition, columns):
+    """Packed, whole and in pieces, with the gradients of the definition; the state as impl="torch" leaves it."""
+    starts, ends = [0, 37, 16 * 21 + 5, 4000], torch.tensor([0, 33, 66, 99, 132])
+    leaves = [x.detach().double().requires_grad_() for x in small(132).values()]
+    units = [unit_length(x[0]).transpose(0, 1) for x in leaves]
+    dense = [
+        dense_bucket_scores(*(x[:, 33 * row :][:, :33] for x in units), columns, partition, p)
+        for row, p in enumerate(starts)
+    ]
+    expected = torch.cat(dense, 1).transpose(0, 1)[None]
+    at = dict(position=torch.tensor(starts), num_columns=columns, groups=1, key_dim=4)
+    state = zero_sums(4, partition=partition, **at)
+    narrow = [x.detach().float().requires_grad_() for x in leaves]
+    options = dict(num_columns=columns, partition=partition, output_final_state=True)
+    found = bucket_scores(*narrow, cu_seqlens=ends, initial_state=state, impl="triton", **options)
+    torch.testing.assert_close(found.scores.double(), expected, rtol=1e-4, atol=2e-4)
+    weights = torch.randn_like(expected)
+    grads = torch.autograd.grad(found.scores, narrow, weights.float()), torch.autograd.grad(expected, leaves, weights)
+    for a, e in zip(*grads, strict=True):
+        assert relative_error(a, e) < 1e-4
+    pieces = [[x.view(4, 33, 1, 4)[:, s] for x in narrow] for s in (slice(0, 7), slice(7, 33))]
+    scores, tokens, rows = [], [], state
+    for piece in pieces:
+        result = bucket_scores(*piece, initial_state=rows, impl="triton", **options)
+        scores.append(result.scores)
+        tokens.append(result.tokens)
+        rows = result.final_state
+    whole = found.scores.view(4, 33, 1, columns)
+    torch.testing.assert_close(torch.cat(scores, 1), whole, rtol=1e-4, atol=2e-4)
+    assert torch.equal(torch.cat(tokens, 1), torch.stack([dense_tokens_TL(33, columns, partition, p) for p in starts]))
+    assert rows.first.tolist() == found.final_state.first.tolist() == starts
+
+
+@every_state
+def test_a_start_at_0_changes_no_bit(partition):
+    """The kernels give the same without the positions of first tokens."""
+    runs = kernel_runs(partition, 345, device="cpu", T=50, K=4)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@every_state
 def test_continues_packed_states(partition):
     state = state_at(100, 9, partition, device="cpu")
     options = dict(num_columns=9, partition=partition, cu_seqlens=torch.tensor([0, 45, 45]), initial_state=state)
@@ -116,7 +169,7 @@ def test_chunks_of_128_are_read_in_halves():
 
     inputs = make(1, 300, 1, 16, torch.float32, device="cpu")
     partition = Partition(2, 128)
-    scores, _ = kernel(*inputs.values(), None, None, None, 4, 128, False, partition.numbers)
+    scores, _ = kernel(*inputs.values(), None, None, None, None, 4, 128, False, partition.numbers)
     weight = torch.randn_like(scores)
     doubles = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     exact = bucket_scores(**doubles, num_columns=4, partition=partition).scores
@@ -194,7 +247,7 @@ def test_is_one_node_for_torch():
     from loglinear.kernels.triton import bucket_scores as kernel
 
     inputs = make(1, 40, 1, 8, torch.float32, device="cpu")
-    torch.library.opcheck(kernel, (*inputs.values(), None, None, None, 4, 16, True, [4, 16]))
+    torch.library.opcheck(kernel, (*inputs.values(), None, None, None, None, 4, 16, True, [4, 16]))
 
     def call(x):
         options = dict(num_columns=4, partition=Partition(4, 16), output_final_state=True)

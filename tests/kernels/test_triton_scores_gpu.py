@@ -4,9 +4,22 @@ import pytest
 import torch
 
 from loglinear.ops import bucket_scores
+from loglinear.ops.problem import unit_length
+from loglinear.ops.scores import zero_sums
 from loglinear.partition import FENWICK, Partition
-from tests.kernels.scores import EMULATED, NARROW, SMALL_BLOCK_PARTITIONS, SMALL_BLOCKS, errors, make, state_at
+from loglinear.reference import dense_bucket_scores, dense_tokens_TL
+from tests.kernels.scores import (
+    EMULATED,
+    NARROW,
+    SMALL_BLOCK_PARTITIONS,
+    SMALL_BLOCKS,
+    errors,
+    kernel_runs,
+    make,
+    state_at,
+)
 from tests.kernels.test_triton_gpu import THREE_TF32, poison, report
+from tests.ops.operators import relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -100,6 +113,40 @@ def test_error_after_a_state(dtype, tokens, columns, partition):
     state = state_at(tokens, columns, partition, G=2, K=64, device="cuda")
     options = dict(num_columns=columns, partition=partition, initial_state=state, final=True)
     check(make(2, 700, 2, 64, dtype), dtype, **options)
+
+
+@every_state
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [2, 7, 40])
+@pytest.mark.parametrize(("first", "position"), [(20000, 20000), (389, 389), (19000, 20000), (12345, 12400)])
+def test_error_of_sequences_that_began_at_a_position(dtype, columns, partition, first, position):
+    """Their scores are as exact as those of sequences that began at 0."""
+    state = state_at(position, columns, partition, first=first, G=2, K=64, device="cuda")
+    options = dict(num_columns=columns, partition=partition, initial_state=state, final=True)
+    check(make(2, 700, 2, 64, dtype), dtype, **options)
+
+
+@every_state
+@pytest.mark.parametrize("columns", [2, 7, 40])
+def test_sequences_from_starts_of_their_own_are_the_definition(columns, partition):
+    starts, T = [0, 37, 4000, 20003], 300
+    inputs = {name: x.detach() for name, x in make(4, T, 2, 64, torch.float32).items()}
+    sizes = dict(num_columns=columns, groups=2, key_dim=64, device="cuda")
+    state = zero_sums(4, position=torch.tensor(starts, device="cuda"), partition=partition, **sizes)
+    options = dict(num_columns=columns, partition=partition, initial_state=state, impl="triton")
+    found = bucket_scores(**inputs, **options)
+    for row, start in enumerate(starts):
+        units = [unit_length(x[row].double()).transpose(0, 1) for x in inputs.values()]
+        exact = dense_bucket_scores(*units, columns, partition, start).transpose(0, 1)
+        assert relative_error(found.scores[row], exact) < THREE_TF32
+        assert torch.equal(found.tokens[row].cpu(), dense_tokens_TL(T, columns, partition, start))
+
+
+@every_state
+def test_a_start_at_0_changes_no_bit(partition):
+    """The kernels give the same without the positions of first tokens."""
+    runs = kernel_runs(partition, 20000, device="cuda")
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_a_call_compiles_as_one_graph_and_never_waits():

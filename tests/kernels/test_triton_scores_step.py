@@ -10,7 +10,10 @@ import torch
 from loglinear.layers import Mixer, MixerDecodeState, MixerState, Routing
 from loglinear.ops import DecodeState, bucket_scores, bucket_scores_step
 from loglinear.ops.announcement import announced
+from loglinear.ops.problem import unit_length
+from loglinear.ops.scores import zero_sums
 from loglinear.partition import FENWICK, Partition
+from loglinear.reference import dense_bucket_scores, dense_tokens_TL
 from loglinear.variants import HeadSizes
 from tests.kernels.interpreter import teach_interpreter
 from tests.kernels.score_steps import CASES, full_sums, largest_error, many_carries, queries_and_keys, step_error
@@ -53,6 +56,35 @@ def test_the_ends_of_many_chunks(partition, columns, first, ends):
         assert step_error(exact, actual, token, columns) < FLOAT32
         for one in (exact, actual):
             one.fenwick.position.add_(C - 1)
+
+
+@every_case
+def test_rows_that_began_at_positions_of_their_own(partition, columns):
+    """Each row inside of a bucket, at its end, or with the last token."""
+    positions = many_carries(partition)
+    first = [p * i // len(positions) for i, p in enumerate(positions)]
+    for began in (first, [max(0, p - partition.finest_block) for p in positions], positions):
+        state = full_sums(partition, positions, columns, first=began)
+        assert largest_error(state, queries_and_keys(state, 2), columns) < FLOAT32
+    active = torch.tensor([True, False] * (len(positions) // 2))
+    assert largest_error(state, queries_and_keys(state, 2), columns, active=active) < FLOAT32
+
+
+@pytest.mark.parametrize("start", [3, 21, 64, 1000])
+@pytest.mark.parametrize("partition", [Partition(2, 4), Partition(4, 4), Partition(16, 2)], ids=str)
+def test_steps_from_a_start_are_the_definition(partition, start):
+    T, columns = 41, 9
+    q, k = torch.randn(2, 1, T, 2, 5, dtype=torch.float64)
+    units = [unit_length(x[0]).transpose(0, 1) for x in (q, k)]
+    expected = dense_bucket_scores(*units, columns, partition, start).transpose(0, 1)
+    sizes = dict(num_columns=columns, groups=2, key_dim=5, partition=partition)
+    state = DecodeState.of(zero_sums(1, position=torch.tensor([start]), **sizes))
+    tokens = dense_tokens_TL(T, columns, partition, start)
+    for t in range(T):
+        step = dict(num_columns=columns, impl="triton")
+        scores, held = bucket_scores_step(q[:, t].float(), k[:, t].float(), state, **step)
+        torch.testing.assert_close(scores[0].double(), expected[t], rtol=1e-5, atol=1e-5)
+        assert torch.equal(held[0], tokens[t])
 
 
 @pytest.mark.parametrize("partition", [FENWICK, Partition(4, 4), Partition(2, 4, 16)], ids=str)
@@ -143,7 +175,7 @@ def test_is_one_operator_for_torch():
     state = full_sums(Partition(4, 16), [16 * 16 - 1, 16 * 5 + 7], 8)
     arrays = decoding(state, torch.float32).fenwick
     (q, k), active = queries_and_keys(state, 1)[0], torch.tensor([True, False])
-    parts = (arrays.position, arrays.blocks, arrays.k, arrays.v)
+    parts = (arrays.position, arrays.blocks, arrays.k, arrays.v, arrays.first)
     torch.library.opcheck(operator, (q.float(), k.float(), active, *parts, 8, [4, 16]))
 
 

@@ -38,6 +38,16 @@ def test_steps_over_carries(partition, columns):
     check_steps(full_sums(partition, positions, columns, "cuda", groups=2, key_dim=64), columns)
 
 
+@pytest.mark.parametrize("partition, columns", CASES, ids=str)
+def test_rows_that_began_at_positions_of_their_own(partition, columns):
+    """Each row inside of a bucket, at its end, or with the last token."""
+    f = partition.finest_block
+    positions = [*many_carries(partition), f * (LATE + partition.radix) - 1]
+    middle = [p * i // len(positions) for i, p in enumerate(positions)]
+    for first in (middle, [max(0, p - f) for p in positions], positions):
+        check_steps(full_sums(partition, positions, columns, "cuda", first=first, groups=2, key_dim=64), columns)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("heads", [(1, 128), (6, 192), (1, 5), (2, 80), (3, 256), (300, 64)], ids=str)
 @pytest.mark.parametrize("partition, columns", [(Partition(4, 16), 20), (Partition(16, 64, 1024), 40)], ids=str)
@@ -81,7 +91,7 @@ def test_rows_that_are_not_active_keep_their_state():
 def test_seventy_thousand_steps(partition, columns, dtype):
     """In a graph that waits for nothing: every step against whole sequences in float64, and the sums at the end.
 
-    Rows start at positions of their own, as after tokens that wrote nothing."""
+    Rows start at positions of their own, and their own tokens alone count."""
     starts, steps, G, K = [0, 37, 1000], 70_000, 2, 64
     sizes = dict(num_columns=columns, groups=G, key_dim=K, partition=partition, device="cuda")
     start = zero_sums(3, position=torch.tensor(starts), **sizes)
@@ -105,11 +115,12 @@ def test_seventy_thousand_steps(partition, columns, dtype):
         found[:, t], counts[:, t] = scores, tokens
     assert state.fenwick.position.tolist() == [n + steps for n in starts]
 
-    first = zero_sums(3, position=torch.tensor(starts), dtype=torch.float64, **sizes)
+    empty = zero_sums(3, position=torch.tensor(starts), dtype=torch.float64, **sizes)
     options = dict(num_columns=columns, partition=partition, output_final_state=True, impl="torch")
-    whole = bucket_scores(*inputs.double(), initial_state=first, **options)
-    position = torch.tensor(starts, device="cuda")[:, None] + torch.arange(steps, device="cuda")
-    assert torch.equal(counts, bucket_tokens(position, num_columns=columns, partition=partition))
+    whole = bucket_scores(*inputs.double(), initial_state=empty, **options)
+    first = torch.tensor(starts, device="cuda")[:, None]
+    position = first + torch.arange(steps, device="cuda")
+    assert torch.equal(counts, bucket_tokens(position, num_columns=columns, partition=partition, first=first))
     for row in range(3):
         error = scores_error(found[row], whole.scores[row], counts[row], K)
         print(f"{partition} {dtype} from {starts[row]}: {error:.1e}")

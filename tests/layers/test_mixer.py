@@ -202,7 +202,7 @@ def test_a_state_that_starts_at_a_position_shares_no_memory(routed: bool) -> Non
         mixer.step(x, decode)
     assert given.tolist() == state.fenwick.position.tolist() == [3, 6]
     sums = [] if state.sums is None else state.sums.tensors
-    assert len(sums) == (5 if routed else 0)
+    assert len(sums) == (6 if routed else 0)
     pointers = [part.untyped_storage().data_ptr() for part in (given, state.conv, *state.fenwick.tensors, *sums)]
     assert len(set(pointers)) == len(pointers)
 

@@ -50,26 +50,26 @@ def check_equal(mixer: Mixer, x: Tensor, actual: Tensor, expected: Tensor) -> No
         torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def dense_output(mixer: Mixer, x: Tensor, top_k: int | None = None) -> Tensor:
+def dense_output(mixer: Mixer, x: Tensor, top_k: int | None = None, start: int = 0) -> Tensor:
     """The mixer's output for one sequence, with the definition in place of the scores and of the operator.
 
-    With top_k every token reads as a decode step does.
+    With top_k every token reads as a decode step does. The first token is at position `start`.
     """
     z, qkv, _ = mixer._project(x)
     qkv, _ = mixer.conv(qkv, None, None)
     tensors, v = mixer._operands(x, qkv)
     q, k, values, log_decay, *beta = (t[0].transpose(0, 1) for t in tensors)
-    scores = dense_bucket_scores(unit_length(q), unit_length(k), mixer.num_levels, mixer.partition)
+    scores = dense_bucket_scores(unit_length(q), unit_length(k), mixer.num_levels, mixer.partition, start)
     R, layer = HEADS.num_heads // HEADS.num_groups, mixer.bucket_weights
     logits, sharpness = layer.proj(x)[0].unflatten(-1, layer.shape).transpose(0, 1), SHARPNESS * layer.score_bias.tau
-    weights = dense_routed_weights(logits, scores, sharpness, mixer.partition)
+    weights = dense_routed_weights(logits, scores, sharpness, mixer.partition, start)
     if top_k is not None:
         weights = dense_top_k(weights, top_k)
     if mixer.variant.l2_normalize:
         q, k = unit_length(q), unit_length(k)
     q, k = (t.repeat_interleave(R, 0) for t in (mixer.variant.scale * q, k))
     dense = dense_delta_rule if beta else dense_scalar_gate
-    read = dense(q, k, values, log_decay, *beta, weights, mixer.partition)
+    read = dense(q, k, values, log_decay, *beta, weights, mixer.partition, start)
     return mixer._output(read.transpose(0, 1)[None], v, z)
 
 
@@ -241,13 +241,66 @@ def test_the_largest_weights_stay_as_they_are(top_k: int) -> None:
 
 
 @both_families
-def test_a_sequence_starts_anywhere_in_the_tree(variant: str) -> None:
-    """As after tokens that write nothing, which count in the buckets that they lie in."""
-    mixer, x = routed(variant, Partition(4, 4)), hidden(30, B=2)
-    start = mixer.starting_at(torch.tensor([21, 0]), x)
-    y = mixer(x, state=start)[0]
-    torch.testing.assert_close(y[1], mixer(x)[0][1], rtol=1e-10, atol=1e-11)
-    assert not torch.allclose(y[0], mixer(x)[0][0])
+@every_partition
+@pytest.mark.parametrize("start", [3, 21, 64, 1000])
+def test_a_sequence_from_a_start_is_the_definition_with_every_gradient(
+    variant: str, partition: Partition, start: int
+) -> None:
+    """Its own tokens alone count."""
+    for T, L in ((1, 2), (41, 3), (41, 9)):
+        mixer, x = routed(variant, partition, L), hidden(T)
+        for impl in ("auto", "reference") if L == 3 else ("auto",):
+            mixer.impl = impl
+            state = mixer.starting_at(torch.tensor([start]), x)
+            check_equal(mixer, x, mixer(x, state=state)[0], dense_output(mixer, x, start=start))
+
+
+@both_families
+def test_a_start_at_the_edge_of_every_block_is_a_start_at_0(variant: str) -> None:
+    """All tokens of the sequence lie in one block, so nothing of their partition changes."""
+    mixer, x = routed(variant, Partition(4, 4), 12), hidden(200, B=2)
+    y = mixer(x, state=mixer.starting_at(torch.tensor([256, 3 * 1024]), x))[0]
+    torch.testing.assert_close(y, mixer(x)[0], rtol=1e-10, atol=1e-11)
+
+
+@both_families
+@every_partition
+@pytest.mark.parametrize("top_k", [None, 2])
+@torch.no_grad()
+def test_prompts_and_steps_of_rows_at_starts_of_their_own(
+    variant: str, partition: Partition, top_k: int | None
+) -> None:
+    """Prompts in pieces, then steps, of which not every row takes each; every output is the definition's."""
+    starts, T, cuts = [0, 5, 21, 300], 70, (7, 1, 20)
+    mixer, x = routed(variant, partition, 7, routing=Routing(top_k=top_k)).eval(), hidden(T, B=4)
+    full, few = (
+        torch.cat([dense_output(mixer, x[row : row + 1], k, start) for row, start in enumerate(starts)])
+        for k in (None, top_k)
+    )
+    state, at = mixer.starting_at(torch.tensor(starts), x), 0
+    for cut in cuts:
+        y, state = mixer(x[:, at : at + cut], state=state, return_state=True)
+        torch.testing.assert_close(y, full[:, at : at + cut], rtol=1e-9, atol=1e-10)
+        at += cut
+    decode, times, rows = MixerDecodeState.of(state), torch.full([4], at), torch.arange(4)
+    decode.copy_(state)
+    for turn in range(T - at):
+        active = (rows + turn) % 3 > 0
+        y = mixer.step(x[rows, times][:, None], decode, active)[:, 0]
+        torch.testing.assert_close(y[active], few[rows, times][active], rtol=1e-9, atol=1e-10)
+        times += active
+    assert decode.sums.fenwick.first.tolist() == starts
+
+
+@both_families
+def test_packed_sequences_start_at_positions_of_their_own(variant: str) -> None:
+    mixer, starts, ends = routed(variant, Partition(4, 4), 9), [37, 0, 6, 250], torch.tensor([0, 25, 26, 26, 70])
+    x = hidden(70)
+    packing = Packing.from_cu_seqlens(ends, 70, mixer.conv.kernel)
+    y, _ = mixer(x, packing, mixer.starting_at(torch.tensor(starts), x))
+    spans = zip(starts, ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+    expected = [dense_output(mixer, x[:, a:b], start=start) for start, a, b in spans if b > a]
+    check_equal(mixer, x, y, torch.cat(expected, 1))
 
 
 @both_families

@@ -66,9 +66,10 @@ def test_a_step_waits_for_nothing(options):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("read", [{}, {"radix": 4, "finest_block": 16, "routing": "gram"}], ids=["lambda", "routed"])
 @pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])
-def test_compiled_blocks_of_the_kernels_start_anywhere_with_every_gradient(variant):
-    options = dict(variant=variant, chunk_size=16, key_dim=16, head_dim=16, num_levels=9)
+def test_compiled_blocks_of_the_kernels_start_anywhere_with_every_gradient(variant, read):
+    options = dict(variant=variant, chunk_size=16, key_dim=16, head_dim=16, num_levels=9, **read)
     exact = LogLinearForCausalLM(tiny_config(**options, impl="torch")).double().cuda().train()
     twin, kernels = (
         LogLinearForCausalLM(tiny_config(**options, impl=impl)).cuda().train() for impl in ("torch", "triton")

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from black_box import replace_kernels
-from tiny_models import HYBRID, KINDS, TRANSFORMER, tiny_config, tokens
+from tiny_models import HYBRID, KINDS, ROUTED, ROUTED_DELTA, TRANSFORMER, tiny_config, tokens
 
 from loglinear.models import LogLinearCache, LogLinearForCausalLM
 from loglinear.ops import impl_triton
@@ -59,7 +59,7 @@ def test_position_matters_where_there_is_a_tree(make_model, options) -> None:
     assert torch.allclose(moved, plain, rtol=1e-11, atol=1e-11) != has_tree
 
 
-@pytest.mark.parametrize("options", [{"variant": "mamba2"}, HYBRID], ids=str)
+@pytest.mark.parametrize("options", [{"variant": "mamba2"}, HYBRID, ROUTED, ROUTED_DELTA], ids=str)
 def test_rows_pieces_padding_and_packing_keep_their_positions(make_model, options) -> None:
     model, ids = make_model(**options), tokens(2, T)
     whole = model(ids, initial_position=STARTS).logits
@@ -78,6 +78,35 @@ def test_rows_pieces_padding_and_packing_keep_their_positions(make_model, option
     torch.testing.assert_close(shown, whole, rtol=1e-11, atol=1e-11)
     packed = model(ids.view(1, -1), cu_seqlens=torch.tensor([0, T, 2 * T]), initial_position=STARTS).logits
     torch.testing.assert_close(packed.view_as(whole), whole, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [ROUTED, ROUTED_DELTA], ids=["mamba2", "delta"])
+def test_a_routed_model_at_the_edge_of_every_block_is_one_at_0(make_model, options) -> None:
+    """The partition of the tokens is the same."""
+    model, ids = make_model(**options), tokens(2, T)
+    plain = gradients(model, input_ids=ids, use_cache=False)
+    moved = gradients(model, input_ids=ids, initial_position=torch.tensor([64, 5 * 64]), use_cache=False)
+    torch.testing.assert_close(moved, plain, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 40])
+@torch.no_grad()
+def test_rows_of_a_routed_cache_keep_their_starts(make_model, max_cache_len) -> None:
+    """In another order, repeated, and after other sequences in the same memory."""
+    model, ids = make_model(**ROUTED), tokens(2, T)
+    whole = model(ids, initial_position=STARTS).logits
+    cache = LogLinearCache(model.config, max_cache_len)
+    model(ids, initial_position=STARTS.flip(0) + 1, past_key_values=cache)
+    cache.reset()
+    model(ids[:, :9], initial_position=STARTS, past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    logits = [model(ids.flip(0)[:, t : t + 1], past_key_values=cache).logits for t in range(9, T - 1)]
+    torch.testing.assert_close(torch.cat(logits, 1), whole.flip(0)[:, 9:-1], rtol=1e-10, atol=1e-10)
+    if max_cache_len is None:
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        last = model(ids[:, -1:], past_key_values=cache).logits
+        torch.testing.assert_close(last, whole[:, -1:], rtol=1e-10, atol=1e-10)
 
 
 def test_gradient_checkpointing_recomputes_at_the_position(make_model) -> None:
@@ -104,7 +133,9 @@ def test_positions_that_do_not_fit_are_named(make_model) -> None:
 
 @pytest.mark.parametrize("max_cache_len", [None, 40])
 @pytest.mark.parametrize(
-    "options", [{"variant": "mamba2"}, {"variant": "gated_delta_net"}, {"num_levels": 1}, HYBRID, TRANSFORMER], ids=str
+    "options",
+    [{"variant": "mamba2"}, {"variant": "gated_delta_net"}, {"num_levels": 1}, HYBRID, TRANSFORMER, ROUTED],
+    ids=str,
 )
 def test_a_reset_cache_takes_the_positions_of_new_sequences(make_model, options, max_cache_len) -> None:
     """Also those of single tokens, and for a pass that carries gradients."""
@@ -141,9 +172,10 @@ def test_generate_refuses_positions_in_one_line(make_model, arguments) -> None:
     assert make_model().generate(tokens(2, 5), initial_position=None, max_new_tokens=2, **arguments).shape == (2, 7)
 
 
-def test_generate_continues_sequences_at_positions(make_model) -> None:
+@pytest.mark.parametrize("options", [{}, ROUTED, ROUTED_DELTA], ids=["mamba2", "routed", "routed delta"])
+def test_generate_continues_sequences_at_positions(make_model, options) -> None:
     """The refusal names this way."""
-    model, ids = make_model(), tokens(2, T)
+    model, ids = make_model(**options), tokens(2, T)
     with torch.no_grad():
         cache = model(ids[:, :-1], initial_position=STARTS, use_cache=True).past_key_values
         options = dict(max_new_tokens=4, eos_token_id=None, do_sample=False)

@@ -106,7 +106,7 @@ def test_state_bytes_are_those_of_a_cache(make_model, options: dict) -> None:
     linear = tiny_config(**{**options, "routing": None})
     G, K, f, M = model.config.num_groups, 6, 4, model.config.num_levels - 1
     layers = model.config.layer_types.count("linear_attention")
-    sums = layers * (8 + 4 * (M * G * K * K + f * (2 * G * K + G)))
+    sums = layers * (16 + 4 * (M * G * K * K + f * (2 * G * K + G)))
     assert state_bytes(model.config, 37, torch.float32) - state_bytes(linear, 37, torch.float32) == sums
 
 
@@ -136,12 +136,15 @@ def test_training_learns_a_tiny_task(tmp_path, variant: str) -> None:
     assert load_model(tmp_path / "run").config.routing == "gram"
 
 
-def test_a_compiled_block_gives_the_same_gradients(make_model) -> None:
+@pytest.mark.parametrize("starts", [None, [3, 21]], ids=str)
+def test_a_compiled_block_gives_the_same_gradients(make_model, starts) -> None:
+    torch._dynamo.reset()
     model, ids = make_model(**ROUTED).train(), tokens(2, 40)
-    plain = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+    inputs = dict(input_ids=ids, labels=ids, initial_position=None if starts is None else torch.tensor(starts))
+    plain = torch.autograd.grad(model(**inputs).loss, list(model.parameters()))
     for block in model.model.layers:
         block.compile(backend="aot_eager", fullgraph=True)
-    compiled = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()))
+    compiled = torch.autograd.grad(model(**inputs).loss, list(model.parameters()))
     for a, e in zip(compiled, plain, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
 

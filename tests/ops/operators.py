@@ -55,9 +55,12 @@ class Operator:
 OPERATORS = [Operator("scalar_gate", delta=False), Operator("delta_rule", delta=True)]
 
 
+PLACES = ("position", "first")  # of a state: integers
+
+
 def parts(state: FenwickState) -> dict[str, Tensor]:
     """The differentiable parts of a state."""
-    return {name: x for name, x in state._asdict().items() if isinstance(x, Tensor) and name != "position"}
+    return {name: x for name, x in state._asdict().items() if isinstance(x, Tensor) and name not in PLACES}
 
 
 def random_loss(*tensors: Tensor) -> tuple[Tensor, ...]:

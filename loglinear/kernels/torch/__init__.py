@@ -8,7 +8,7 @@ from loglinear.kernels.torch.operator import fenwick_array, stages
 from loglinear.kernels.torch.recording import is_traced
 from loglinear.kernels.torch.scalar_gate import scalar_gate_step
 from loglinear.kernels.torch.schedule import Schedule, schedule
-from loglinear.kernels.torch.step import block_tokens, has_blocks
+from loglinear.kernels.torch.step import block_tokens, has_blocks, tokens_from
 
 __all__ = [
     "Schedule",
@@ -25,4 +25,5 @@ __all__ = [
     "scalar_gate_step",
     "schedule",
     "stages",
+    "tokens_from",
 ]

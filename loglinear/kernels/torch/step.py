@@ -116,13 +116,26 @@ def has_blocks(chunks: Tensor, num_blocks: int, chunk_size: int, partition: Part
     return (chunks[:, None] >> blocks.shift) % blocks.modulus > blocks.nearer
 
 
-def block_tokens(chunks: Tensor, num_blocks: int, chunk_size: int, partition: Partition) -> Tensor:
-    """[N, M]: the tokens of each block of each row's past, 0 for a block that it does not have."""
+def block_tokens(
+    chunks: Tensor, num_blocks: int, chunk_size: int, partition: Partition, first: Tensor | None = None
+) -> Tensor:
+    """[N, M]: the tokens of each block of each row's past, 0 for a block that it does not have; see `tokens_from`."""
     blocks = numbered(chunks, num_blocks, chunk_size, partition)
     sizes = chunk_size << blocks.shift
     tokens = torch.where(has_blocks(chunks, num_blocks, chunk_size, partition), sizes, 0)
     others = tokens[:, :-1]
-    return torch.cat([others, (chunks * chunk_size)[:, None] - others.sum(1, keepdim=True)], 1)
+    end = chunks * chunk_size
+    tokens = torch.cat([others, end[:, None] - others.sum(1, keepdim=True)], 1)
+    return tokens if first is None else tokens_from(first, tokens, end)
+
+
+def tokens_from(first: Tensor, tokens: Tensor, end: Tensor) -> Tensor:
+    """[..., M]: how many of the tokens of buckets are at position `first` [...] or later.
+
+    The buckets lie side by side, nearest first. The nearest ends before position `end` [...].
+    """
+    ends = end[..., None] - (tokens.cumsum(-1) - tokens)
+    return (ends - torch.maximum(ends - tokens, first[..., None])).clamp(min=0)
 
 
 def read_blocks(queries: Tensor, blocks: Tensor, weights: Tensor) -> Tensor:

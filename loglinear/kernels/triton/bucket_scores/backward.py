@@ -32,7 +32,14 @@ def backward(x: Inputs, dblocks: Tensor | None, dq: Tensor, dk: Tensor) -> Tenso
 
 
 def gradients(
-    dscores: Tensor, dblocks: Tensor | None, q: Tensor, k: Tensor, initial: Tensor | None, sequences: Sequences, C: int
+    dscores: Tensor,
+    dblocks: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    initial: Tensor | None,
+    sequences: Sequences,
+    first: Tensor | None,
+    C: int,
 ) -> list[Tensor]:
     """Return the gradients of q, k and, if there are any, of the initial blocks, one slab of groups at a time."""
     dq, dk, dscores = like(q), like(k), in_rows(dscores)
@@ -42,7 +49,7 @@ def gradients(
     dinitial = None if initial is None else like(initial, torch.float32)
     for g in slabs_of(q, k, sequences, C, partial_bytes(q, sequences, C, dscores.shape[3])):
         own = None if initial is None else initial[:, :, g]
-        x = inputs_of(q[:, :, g], k[:, :, g], own, dscores[:, :, g], sequences, C)
+        x = inputs_of(q[:, :, g], k[:, :, g], own, dscores[:, :, g], sequences, first, C)
         dinitial_g = backward(x, None if dblocks is None else dblocks[:, :, g], dq[:, :, g], dk[:, :, g])
         if dinitial is not None and dinitial_g is not None:
             dinitial[:, :, g] = dinitial_g

@@ -25,13 +25,19 @@ def build_sums(x: Inputs) -> States:
 
 
 def forward(
-    q: Tensor, k: Tensor, initial: Tensor | None, sequences: Sequences, num_columns: int, chunk_size: int
+    q: Tensor,
+    k: Tensor,
+    initial: Tensor | None,
+    sequences: Sequences,
+    first: Tensor | None,
+    num_columns: int,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the scores [B,T,G,L], and if the call asks for them the blocks [N,M,G,K,K], slab by slab of groups."""
     scores, blocks = q.new_zeros(*q.shape[:3], num_columns, dtype=torch.float32), []
     for g in slabs_of(q, k, sequences, chunk_size):
         own = None if initial is None else initial[:, :, g]
-        x = inputs_of(q[:, :, g], k[:, :, g], own, scores[:, :, g], sequences, chunk_size)
+        x = inputs_of(q[:, :, g], k[:, :, g], own, scores[:, :, g], sequences, first, chunk_size)
         states = build_sums(x)
         read(x, states, scores[:, :, g], x.plan["read"])
         if sequences.final:

@@ -25,6 +25,8 @@ class Inputs(states.Inputs):
 
     is_unit: bool
     """Have q and k length 1 already?"""
+    first: Tensor | None
+    """[N], the position of each packed sequence's first token; None: 0."""
 
     def row_constants(self, launch: Launch) -> dict[str, Any]:
         """`constants` of the stages in this folder: values are as wide as keys."""
@@ -33,7 +35,13 @@ class Inputs(states.Inputs):
 
 
 def inputs_of(
-    q: Tensor, k: Tensor, initial: Tensor | None, weights: Tensor, sequences: Sequences, chunk_size: int
+    q: Tensor,
+    k: Tensor,
+    initial: Tensor | None,
+    weights: Tensor,
+    sequences: Sequences,
+    first: Tensor | None,
+    chunk_size: int,
 ) -> Inputs:
     """Return the call as its stages take it. q, k [B,T,G,K]; weights [B,T,G,L]; initial [N,M,G,K,K].
 
@@ -60,6 +68,7 @@ def inputs_of(
         math=math,
         layout=y,
         is_unit=starts is not None,
+        first=first,
     )
 
 

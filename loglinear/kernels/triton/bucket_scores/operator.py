@@ -24,6 +24,7 @@ def bucket_scores(
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     starts: Tensor | None,
+    first: Tensor | None,
     num_columns: int,
     chunk_size: int,
     final: bool,
@@ -32,17 +33,18 @@ def bucket_scores(
     """Return the scores [B,T,G,L] in float32, and with `final` each sequence's sums of blocks, else an empty tensor.
 
     The sums are [N,M,G,K,K] in float32, at the start of the sequence's unfinished chunk. q, k [B,T,G,K], of any length.
-    initial [N,M,G,K,K], starts [N]: the sums of each packed sequence's initial blocks, and its first chunk's number.
-    With them q and k have length 1. `partition` holds the numbers of a `Partition`, of which
-    chunk_size is a block. Both sums are symmetric and lack their mean for random keys, n / K I.
+    initial [N,M,G,K,K], starts [N], first [N]: the sums of each packed sequence's initial blocks, its first chunk's
+    number, and the position of its first token, before which all keys are 0. With them q and k have length 1.
+    `partition` holds the numbers of a `Partition`, of which chunk_size is a block. Both sums are symmetric and lack
+    their mean for random keys, n / K I.
     """
     sequences = Sequences(cu_seqlens, starts, final, Partition.of(partition))
-    scores, blocks = forward(q, k, initial, sequences, num_columns, chunk_size)
+    scores, blocks = forward(q, k, initial, sequences, first, num_columns, chunk_size)
     return scores, q.new_empty(0, dtype=torch.float32) if blocks is None else blocks
 
 
 @bucket_scores.register_fake
-def _(q, k, initial, cu_seqlens, starts, num_columns, chunk_size, final, partition):  # type: ignore[no-untyped-def]
+def _(q, k, initial, cu_seqlens, starts, first, num_columns, chunk_size, final, partition):  # type: ignore[no-untyped-def]
     scores = q.new_empty(*q.shape[:3], num_columns, dtype=torch.float32)
     if not final:
         return scores, q.new_empty(0, dtype=torch.float32)
@@ -60,6 +62,7 @@ def bucket_scores_backward(
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     starts: Tensor | None,
+    first: Tensor | None,
     num_columns: int,
     chunk_size: int,
     final: bool,
@@ -69,11 +72,17 @@ def bucket_scores_backward(
     if dscores is None or num_columns == 1:  # column 0 is 0 for every input
         dscores = q.new_zeros(*q.shape[:3], num_columns, dtype=torch.float32)
     sequences = Sequences(cu_seqlens, starts, final, Partition.of(partition))
-    return gradients(dscores, dblocks, q, k, initial, sequences, chunk_size)
+    return gradients(dscores, dblocks, q, k, initial, sequences, first, chunk_size)
 
 
 def stages(
-    q: Tensor, k: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, starts: Tensor | None, *options: Any
+    q: Tensor,
+    k: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    starts: Tensor | None,
+    first: Tensor | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return the outputs of `bucket_scores` by kernels.torch in float32, except for constants. Autograd records it."""
     num_columns, chunk_size, final, partition = options
@@ -90,7 +99,7 @@ def stages(
     position = None
     if initial is not None and starts is not None:
         position = starts * chunk_size
-        means = block_tokens(starts, initial.shape[1], chunk_size, Partition.of(partition)) / K
+        means = block_tokens(starts, initial.shape[1], chunk_size, Partition.of(partition), first) / K
         initial = initial + means[..., None, None, None] * torch.eye(K, device=q.device)
     found, blocks = energies(tokens(q), tokens(k), initial, position, cu_seqlens, rows, num_columns, final, partition)
     found = torch.cat([torch.zeros_like(found[..., :1]), found[..., 1:]], -1)[buffered:]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loglinear.kernels.triton.args import SIZES, Sizes, Slab
 from loglinear.kernels.triton.bucket_scores.inputs import Inputs
-from loglinear.kernels.triton.bucket_scores.lengths import inverse_squares, shortfalls
+from loglinear.kernels.triton.bucket_scores.lengths import first_of, inverse_squares, shortfalls, tokens_from
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.levels import columns_between, store_sums
@@ -30,6 +30,7 @@ def read_kernel(
     k,
     states,
     scores,
+    first,
     table,
     T,
     N,
@@ -64,6 +65,7 @@ def read_kernel(
     shortfall = shortfalls(q_CK, inverse, UNIT) / K
     read, end_of_blocks, are_initial = walk(chunk, cap, TREE)
     stand, older = start_of_walk(read, chunk, TREE), chunk.z  # chunks of the last column
+    begun = first_of(first, chunk)
     in_last = tl.zeros([ROWS], tl.float32)
     for _ in range(tl.sum(read.to(tl.int32), 0)):
         l = candidate_at(stand, chunk, TREE)
@@ -82,9 +84,9 @@ def read_kernel(
         chunks = tl.where(l < cap, 1 << height_of(l, TREE), 0)
         older -= chunks
         in_last += tl.where(l < cap, 0.0, found)
-        own = found - shortfall * (chunks * C).to(tl.float32)
+        own = found - shortfall * tokens_from(begun, older, older + chunks, C)
         tl.store(to + i * scores.t + COLUMNS + l, own, mask=i < tl.where(l < cap, n, 0))
-    in_last -= shortfall * (older * C).to(tl.float32)
+    in_last -= shortfall * tokens_from(begun, older * 0, older, C)
     if COLUMNS > 1:
         k_CK = load_rows(rows_at(k, chunk, h), k.t, n, 0, ROWS, K, BK)
         matches_CC = tl.dot(q_CK.to(MATH.dot), tl.trans(k_CK.to(MATH.dot)), input_precision=MATH.precision)
@@ -103,6 +105,7 @@ def read(x: Inputs, states: States, scores: Tensor, launch: Launch) -> None:
         x.k,
         states,
         Slab.of(scores),
+        x.first,
         x.layout.table,
         *x.sizes,
         HALVES=x.halves,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loglinear.kernels.triton.args import SIZES, Sizes, Slab
 from loglinear.kernels.triton.bucket_scores.inputs import Inputs
-from loglinear.kernels.triton.bucket_scores.lengths import inverse_squares, shortfalls
+from loglinear.kernels.triton.bucket_scores.lengths import first_of, inverse_squares, shortfalls, tokens_from
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.launches import Launch
 from loglinear.kernels.triton.levels import columns_between, gather_scales
@@ -45,6 +45,7 @@ def read_backward_kernel(
     dscores,
     states,
     dq,
+    first,
     table,
     T,
     N,
@@ -87,7 +88,7 @@ def read_backward_kernel(
         pulled_CC *= load_pairs(dscores, w_rows, n, L, i, ROWS, TREE) * inverse_squares(k_CK, UNIT)[None, :]
     read, end_of_blocks, are_initial = walk(chunk, cap, TREE)
     start, count = start_of_walk(read, chunk, TREE), tl.sum(read.to(tl.int32), 0)
-    along = tl.zeros([ROWS], tl.float32)
+    along, begun = tl.zeros([ROWS], tl.float32), first_of(first, chunk)
     for turn in (tl.static_range if TURNS == 1 else tl.range)(TURNS):
         first_column = turn % TILES * BV
         pulled_CV = tl.zeros([ROWS, BV], tl.float32)
@@ -98,7 +99,7 @@ def read_backward_kernel(
             w = tl.load(w_rows + i * dscores.t + tl.minimum(COLUMNS + l, L - 1), mask=i < n, other=0.0)
             chunks = tl.where(l < cap, 1 << height_of(l, TREE), older)
             older -= chunks
-            tokens += w * (chunks * C).to(tl.float32)
+            tokens += w * tokens_from(begun, older, older + chunks, C)
             sum_KV = load_state(slot_pointer(states, chunk, l, sizes, h, K * K, TREE), first_column, K, K, BK, BV)
             pulled_CV += w[:, None] * tl.dot(q_CK, sum_KV, input_precision=MATH.precision)
         if COLUMNS > 1:
@@ -121,6 +122,7 @@ def read_backward(x: Inputs, states: States, dq: Tensor, launch: Launch) -> None
         x.level_scales,
         states,
         Slab.of(dq),
+        x.first,
         x.layout.table,
         *x.sizes,
         HALVES=x.halves,

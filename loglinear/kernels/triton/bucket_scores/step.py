@@ -2,7 +2,8 @@
 
     score_m = q^T M_m q - n_m / K,    q and k scaled to length 1
 
-A chunk is one finest block, so block m is column m + 1, and column 0 has the score 0. When a chunk is full, the sum of
+n_m counts the tokens of the block from the sequence's first one on. A chunk is one finest block, so block m is column
+m + 1, and column 0 has the score 0. When a chunk is full, the sum of
 its k k^T joins the blocks as a state of the scalar gate does.
 
 A program reads some rows of every sum of one group. The last program of each row of the batch adds the programs' parts
@@ -44,14 +45,17 @@ ADDED = tl.constexpr(256)  # columns of all groups whose parts are added togethe
 
 
 @triton.jit
-def block_sizes(z, M: tl.constexpr, C: tl.constexpr, TREE: tl.constexpr):
-    """Return for each of the blocks 0 .. M - 1 after z chunks if it is there, and its tokens, 0 if it is not."""
+def block_tokens(z, first, M: tl.constexpr, C: tl.constexpr, TREE: tl.constexpr):
+    """Return the tokens of each of the blocks 0 .. M - 1 after z chunks, from position `first` on; 0 if it is not
+    there."""
     m = tl.arange(0, M)
     there = (m < TREE.blocks) & is_block(z, m, TREE)
     size = (tl.zeros([M], tl.int64) + C) << digit_of(m, TREE) * TREE.radix_log
     others = tl.where(there & (m < TREE.blocks - 1), size, 0)
     oldest = z * C - tl.sum(others, 0)
-    return there, tl.where(there & (m >= TREE.blocks - 1), oldest, others)
+    held = tl.where(there & (m >= TREE.blocks - 1), oldest, others)
+    end = z * C - (tl.cumsum(held, 0) - held)
+    return tl.maximum(end - tl.maximum(end - held, first), 0)
 
 
 @launcher
@@ -61,6 +65,7 @@ def step_kernel(
     k,
     active,
     state,
+    first,
     parts,
     scores,
     tokens,
@@ -83,10 +88,12 @@ def step_kernel(
     n, g, tile = own_program(G, TILES)
     t = begin(state.position, n)
     place, z, m = (t % C).to(tl.int32), t // C, tl.arange(0, M)
-    there, held = block_sizes(z, M, C, TREE)
+    begun = tl.load(first + n)
+    held = block_tokens(z, begun, M, C, TREE)
     has_column = (m < TREE.blocks) & (m + 1 < L)
     if (g == 0) & (tile == 0):
-        tl.store(tokens + n * L, tl.where(L > 1, place + 1, t + 1))
+        own = t + 1 - tl.maximum(tl.where(L > 1, z * C, 0), begun)
+        tl.store(tokens + n * L, tl.maximum(own, 0))
         tl.store(tokens + n * L + m + 1, held, mask=has_column)
     if is_idle(active, n):
         if tile == 0:
@@ -104,15 +111,17 @@ def step_kernel(
         tl.store(v_buffer + place * (G * K) + j, k_K * k_scale, mask=j < K)
 
     energies_MF = tl.zeros([M, F], tl.float32)
-    for first in range(0, ROWS * K, F):
-        own = first + tl.arange(0, F)
+    for start in range(0, ROWS * K, F):
+        own = start + tl.arange(0, F)
         place_F = tile * (ROWS * K) + own  # in a sum [K, K], whose rows follow one another
         inside = (own < ROWS * K) & (place_F < K * K)
         product_F = (
             load_token(q_row, place_F // K, inside) * q_scale * (load_token(q_row, place_F % K, inside) * q_scale)
         )
         sums_MF = tl.load(
-            blocks + (m[:, None] * (G * K * K) + place_F[None, :]), mask=there[:, None] & inside[None, :], other=0.0
+            blocks + (m[:, None] * (G * K * K) + place_F[None, :]),
+            mask=(held > 0)[:, None] & inside[None, :],
+            other=0.0,
         )
         energies_MF += sums_MF * product_F[None, :]
     found = tl.sum(energies_MF, 1)
@@ -142,8 +151,8 @@ def step_kernel(
     if is_last(state.position, n, G * TILES):
         if TILES > 1:
             part = tl.arange(0, PARTS)[:, None]
-            for first in range(0, G * L, ADDED):
-                column = first + tl.arange(0, ADDED)
+            for start in range(0, G * L, ADDED):
+                column = start + tl.arange(0, ADDED)
                 inside = (part < TILES) & (column < G * L)[None, :]
                 at = parts + ((n * TILES + part) * (G * L) + column[None, :])
                 # Other programs wrote them, on other multiprocessors: the cache of this one must not answer.
@@ -156,14 +165,20 @@ STATE = ("position", "blocks", "k_buffer", "v_buffer")
 
 
 def step(
-    q: Tensor, k: Tensor, active: Tensor | None, state: DecodeState, num_columns: int, partition: Partition
+    q: Tensor,
+    k: Tensor,
+    active: Tensor | None,
+    state: DecodeState,
+    first: Tensor,
+    num_columns: int,
+    partition: Partition,
 ) -> tuple[Tensor, Tensor]:
     """Return the outputs of `operator`, which itself is called only if something records or transforms the call."""
     arrays = (state.position, state.blocks, state.k, state.v)
-    if is_traced() or not all(type(x) in PLAIN for x in (q, k, active, *arrays)):
-        return operator(q, k, active, *arrays, num_columns, partition.numbers)
+    if is_traced() or not all(type(x) in PLAIN for x in (q, k, active, *arrays, first)):
+        return operator(q, k, active, *arrays, first, num_columns, partition.numbers)
     torch.autograd.graph.increment_version(arrays)  # as the operator does
-    return _run(q, k, active, arrays, num_columns, partition)
+    return _run(q, k, active, arrays, first, num_columns, partition)
 
 
 @torch.library.custom_op("loglinear::bucket_scores_step", mutates_args=STATE)
@@ -175,18 +190,19 @@ def operator(
     blocks: Tensor,
     k_buffer: Tensor,
     v_buffer: Tensor,
+    first: Tensor,
     num_columns: int,
     partition: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Return the buckets' scores [N,G,L] in float32 and tokens [N,L] for one token of each row, q and k [N,G,K], and
     advance the sums in place. active [N] names the rows that take part (None: all do). Other rows keep their sums and
-    have the scores 0. The arrays of the sums are those of a `FenwickState` whose chunks are one finest block.
-    `partition` holds the numbers of a `Partition`."""
-    return _run(q, k, active, (position, blocks, k_buffer, v_buffer), num_columns, Partition.of(partition))
+    have the scores 0. The arrays of the sums are those of a `FenwickState` whose chunks are one finest block, and
+    first [N] is its part of this name. `partition` holds the numbers of a `Partition`."""
+    return _run(q, k, active, (position, blocks, k_buffer, v_buffer), first, num_columns, Partition.of(partition))
 
 
 @operator.register_fake
-def _(q, k, active, position, blocks, k_buffer, v_buffer, num_columns, partition):  # type: ignore[no-untyped-def]
+def _(q, k, active, position, blocks, k_buffer, v_buffer, first, num_columns, partition):  # type: ignore[no-untyped-def]
     scores = q.new_empty((*q.shape[:2], num_columns), dtype=torch.float32)
     return scores, position.new_empty((q.shape[0], num_columns))
 
@@ -196,6 +212,7 @@ def _run(
     k: Tensor,
     active: Tensor | None,
     arrays: tuple[Tensor, Tensor, Tensor, Tensor],
+    first: Tensor,
     num_columns: int,
     partition: Partition,
 ) -> tuple[Tensor, Tensor]:
@@ -214,6 +231,7 @@ def _run(
         Tokens.of(k),
         active,
         DecodeState(position, blocks, k_buffer, v_buffer, k_buffer, None, None),  # there is no decay
+        first,
         parts,
         scores,
         tokens,
