@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from loglinear.ops import BucketScores
+
 
 class Slice(Protocol):
     """One device's part of sequences that lie on several devices; `loglinear.parallel.Slices` is one."""
@@ -21,6 +23,9 @@ class Slice(Protocol):
 
     def attend(self, transition: str, tensors: list[Tensor | None], weights: Tensor, **options: Any) -> Tensor:
         """Return the output of the operator of a transition for this part's tokens."""
+
+    def scores(self, q: Tensor, k: Tensor, **options: Any) -> BucketScores:
+        """Return the scores of buckets for this part's tokens."""
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of x over all devices; the mean of their gradients is the gradient of the sum."""

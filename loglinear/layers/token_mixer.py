@@ -84,7 +84,7 @@ class TokenMixer(nn.Module):
 
         Raises:
             ValueError: A `MixerDecodeState` with packing or more than one token per row, `active` without one, a state
-                of other sizes, decode_top_k in training, or slices with a state or a routed read.
+                of other sizes, decode_top_k in training, or slices with a state.
         """
         if self.decode_top_k is not None and self.training:
             raise ValueError(
@@ -100,8 +100,8 @@ class TokenMixer(nn.Module):
             return self._step(x, state, active), state
         if active is not None:
             raise ValueError(f"active needs a MixerDecodeState as state, got {type(state).__name__}")
-        if slices is not None:
-            self._check_whole(state is not None or return_state)
+        if slices is not None and (state is not None or return_state):
+            raise ValueError("slices exclude states: sequences on several devices start new and leave no state")
         if state is not None:
             rows = len(x) if packing is None else packing.cu_seqlens.numel() - 1
             self._check_own_parts(state, rows, x.device)
@@ -122,15 +122,20 @@ class TokenMixer(nn.Module):
         if self.bucket_weights is None:
             weights = self._level_scales(x)
         else:
-            found = bucket_scores(
-                *tensors[:2],  # type: ignore[arg-type]  # only gates can be None
-                num_columns=self.num_levels,
-                partition=self.partition,
-                initial_state=None if state is None else state.sums,
-                output_final_state=return_state,
-                cu_seqlens=cu_seqlens,
-                impl=self.impl,
-            )
+            q, k = tensors[:2]
+            assert q is not None and k is not None  # only gates can be None
+            tree: dict[str, Any] = dict(num_columns=self.num_levels, partition=self.partition, impl=self.impl)
+            if slices is not None:
+                found = slices.scores(q, k, **tree)
+            else:
+                found = bucket_scores(
+                    q,
+                    k,
+                    initial_state=None if state is None else state.sums,
+                    output_final_state=return_state,
+                    cu_seqlens=cu_seqlens,
+                    **tree,
+                )
             weights, sums = self.bucket_weights(x, found.scores, found.tokens), found.final_state
         options = dict(chunk_size=self.chunk_size, partition=self.partition, **self._options)
         if slices is not None:
@@ -218,13 +223,6 @@ class TokenMixer(nn.Module):
         if self.conv.kernel > 1:
             sizes = {"S": rows, "W": self.conv.kernel - 1, "C": self.conv.channels}
             check_tensor("state.conv", state.conv, "SWC", sizes, device)
-
-    def _check_whole(self, has_states: bool) -> None:
-        """Raise ValueError for a call with slices that has states or routed reads."""
-        if has_states:
-            raise ValueError("slices exclude states: sequences on several devices start new and leave no state")
-        if self.bucket_weights is not None:
-            raise ValueError("slices need a mixer without routed reads, whose scores are not gathered from all devices")
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,9 +26,10 @@ from torch import Tensor
 from loglinear import ops
 from loglinear.ops import FenwickState
 from loglinear.ops.problem import MIN_LOG_DECAY, Problem, unit_length
-from loglinear.ops.state import empty_state, unchanging
+from loglinear.ops.state import empty_state
 from loglinear.ops.validation import flag
 from loglinear.parallel.collectives import all_gather, joined
+from loglinear.parallel.layouts import check_batch, most_pieces, older_pieces, on_device
 from loglinear.parallel.pieces import Tree, pieces, runs
 from loglinear.partition import FENWICK, Partition
 
@@ -146,15 +146,7 @@ class _Sliced:
     """One call: the operands of a slice, the slices and the tree."""
 
     def __init__(self, call: Problem, slices: Slices, impl: str) -> None:
-        slices.check_time("q", call.q)
-        rows = call.v.shape[0]
-        if slices.documents is not None and rows != 1:
-            raise ValueError(f"slices of packed documents need a batch of 1, got a batch of {rows}")
-        if slices.chunk_size % call.chunk_size:
-            raise ValueError(
-                f"slices must be made with a multiple of the operator's chunk of {call.chunk_size} tokens, "
-                f"got chunk_size={slices.chunk_size}"
-            )
+        check_batch(slices, call.q, call.chunk_size)
         self.call, self.slices, self.impl = call, slices, impl
         self.tree = Tree(call.partition, call.chunk_size, call.level_scales.shape[3])
         self.dtype = torch.float64 if call.is_float64 else torch.float32
@@ -200,7 +192,7 @@ class _Sliced:
         call, rows, device = self.call, len(self.call.v), self.call.v.device
         state = None
         if part.position and self.tree.num_columns > 1:
-            position = _on_device((part.position,) * rows, device)
+            position = on_device((part.position,) * rows, device)
             state = empty_state(
                 rows,
                 position=position,
@@ -215,7 +207,7 @@ class _Sliced:
             scale=call.scale,
             initial_state=state,
             output_final_state=part.goes_on,
-            cu_seqlens=None if part.documents is None else _on_device(part.documents, device),
+            cu_seqlens=None if part.documents is None else on_device(part.documents, device),
             chunk_size=call.chunk_size,
             partition=call.partition,
             impl=self.impl,
@@ -264,8 +256,7 @@ class _Sliced:
         """Return all that later slices need of this one, [N, P and the S of each piece]; zeros if it has none."""
         call, rows = self.call, len(self.call.v)
         H, K, V = call.v.shape[2], call.q.shape[3], call.v.shape[3]
-        spans = map(self.slices.span, range(self.slices.ranks))
-        most = max((len(pieces(*span, self.tree)) for span in spans if span is not None), default=0)
+        most = most_pieces(self.slices, self.tree)
         sent = torch.zeros((), dtype=self.dtype, device=call.v.device)
         states = sent.expand(rows, 0, H, K, V)
         own = self.slices.span(self.slices.rank)
@@ -279,20 +270,17 @@ class _Sliced:
 
     def carried(self, gathered: Tensor) -> dict[int, Tensor]:
         """Return older slices' states [N, H, K, V] at the beginning of this one, by the newest token of each bucket."""
-        call, slices, tree = self.call, self.slices, self.tree
+        call = self.call
         H, K, V = call.v.shape[2], call.q.shape[3], call.v.shape[3]
         width = H * K * K if self.is_delta_rule else H
         states: dict[int, Tensor] = {}
         tokens: dict[int, int] = {}
-        for rank in slices.older:
-            span = slices.span(rank)
-            assert span is not None
+        for rank, older in older_pieces(self.slices, self.tree):
             transition, blocks = gathered[rank].tensor_split([width], 1)
             blocks = blocks.unflatten(1, (-1, H, K, V))
             transition = transition.unflatten(1, (H, K, K) if self.is_delta_rule else (H,))
             states = {column: _transported(transition, state) for column, state in states.items()}
-            for n, piece in enumerate(pieces(*span, tree)):
-                column = tree.column(slices.position, piece.token)
+            for n, (column, piece) in enumerate(older):
                 states[column] = states[column] + blocks[:, n] if column in states else blocks[:, n]
                 tokens[column] = max(piece.token, tokens.get(column, 0))
         return {tokens[column]: state for column, state in states.items()}
@@ -322,13 +310,6 @@ class _Sliced:
 def _run(sliced: _Sliced) -> Tensor:
     with torch.autocast(sliced.call.v.device.type, enabled=False):  # autocast would break the promise of float32 sums
         return sliced.output()
-
-
-@lru_cache(maxsize=64)
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return these integers on a device, unchanging, so that all layers share the layouts that follow from them."""
-    with torch.inference_mode(False):
-        return unchanging(torch.tensor(numbers, device=device))
 
 
 def _transported(transition: Tensor, state: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ class Piece(NamedTuple):
 
     number: int
     """The block that holds them in the state at the end of the slice."""
+    first: int
+    """The position of the oldest of them."""
     token: int
     """The position of the newest of them."""
 
@@ -52,17 +54,19 @@ def pieces(start: int, end: int, tree: Tree) -> tuple[Piece, ...]:
 
     Examples:
         >>> pieces(8, 16, Tree(Partition(), chunk_size=2, num_columns=9))
-        (Piece(number=3, token=15),)
+        (Piece(number=3, first=8, token=15),)
         >>> pieces(6, 12, Tree(Partition(), chunk_size=2, num_columns=9))
-        (Piece(number=1, token=11), Piece(number=2, token=7))
+        (Piece(number=1, first=8, token=11), Piece(number=2, first=6, token=7))
     """
     partition, C, first = tree.partition, tree.chunk_size, tree.partition.first_column(tree.chunk_size)
-    found: dict[int, int] = {}
+    found: dict[int, Piece] = {}
     for block in partition.walk(end // C, C):
         if block.end * C <= start:
             break
-        found.setdefault(min(block.column - first, tree.num_blocks - 1), block.end * C - 1)
-    return tuple(Piece(number, token) for number, token in found.items())
+        number, oldest = min(block.column - first, tree.num_blocks - 1), max((block.end - block.size) * C, start)
+        token = found[number].token if number in found else block.end * C - 1
+        found[number] = Piece(number, oldest, token)
+    return tuple(found.values())
 
 
 @lru_cache(maxsize=1024)

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
+from loglinear.ops import BucketScores
 from loglinear.ops.validation import chunk_length, whole_number
-from loglinear.parallel import convolution, operators
+from loglinear.parallel import convolution, operators, scores
 from loglinear.parallel.collectives import all_gather, mean_gradient_sum
 
 
@@ -235,6 +236,10 @@ class Slices:
     def attend(self, transition: str, tensors: list[Tensor | None], weights: Tensor, **options: Any) -> Tensor:
         """Return the output of the operator of a transition, "scalar_gate" or "delta_rule", for this rank's tokens."""
         return operators.OPERATORS[transition](*tensors, weights, slices=self, **options)
+
+    def scores(self, q: Tensor, k: Tensor, **options: Any) -> BucketScores:
+        """Return the scores of buckets for this rank's tokens; see `scores.bucket_scores`."""
+        return scores.bucket_scores(q, k, slices=self, **options)
 
     @property
     def processes(self) -> dist.ProcessGroup:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loglinear import parallel
+from loglinear import bucket_scores, parallel
 from loglinear.parallel import Slices
 from loglinear.partition import FENWICK, Partition
 from tests.ops.operators import OPERATORS, Operator
@@ -71,6 +71,31 @@ class Case:
         grads = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in inputs.items()}
         return {"output": slices.gather(output).detach(), **grads}
 
+    def scores(self, q: Tensor, k: Tensor, tensors: Tensor, **how: Any) -> dict[str, Tensor]:
+        """Return the scores of buckets, their tokens, and the gradients of q and k."""
+        compute = parallel.bucket_scores if "slices" in how else bucket_scores
+        slices = how.get("slices")
+        local = [x if slices is None else slices.take(x) for x in (q, k, tensors)]
+        found = compute(*local[:2], num_columns=self.L, partition=self.partition, **how)
+        (found.scores * local[2]).sum().backward()
+        counts = found.tokens.expand(len(q), -1, -1)
+        whole = [x if slices is None else slices.gather(x) for x in (found.scores, counts)]
+        return {"scores": whole[0].detach(), "tokens": whole[1], "q": q.grad, "k": k.grad}
+
+    def scores_inputs(self) -> list[Tensor]:
+        """Return q, k and the weights of the scores in the loss."""
+        inputs = self.inputs(OPERATORS[0])
+        q, k = inputs["q"], inputs["k"]
+        return [q, k, torch.randn(*q.shape[:3], self.L, dtype=q.dtype, generator=torch.Generator().manual_seed(1))]
+
+    def whole_scores(self) -> dict[str, Tensor]:
+        boundaries = None if self.documents is None else torch.tensor(self.documents)
+        return self.scores(*self.scores_inputs(), cu_seqlens=boundaries)
+
+    def sliced_scores(self, mesh: Any) -> dict[str, Tensor]:
+        slices = Slices.of(self.T, mesh, chunk_size=self.partition.chunk_near(self.C, 4096), cu_seqlens=self.documents)
+        return self.scores(*self.scores_inputs(), slices=slices)
+
 
 ROWS = [Case(f"rows_{T}", T) for T in (1, 5, 31, 32, 33, 77)]
 PACKED = [
@@ -97,6 +122,7 @@ OTHERS = [
     Case("scale", 40, options={"scale": 0.25}),
 ]
 CASES = {case.name: case for case in (*ROWS, *PACKED, *TREES, *OTHERS)}
+SCORED = ("rows_5", "rows_77", "many", "levels_3", "radix_16", "largest_block_capped", "packed_radix_4")
 ON_EIGHT = ("rows_77", "many", "levels_3", "radix_4")  # eight processes on two cores are slow
 DTYPES = [Case(str(dtype), 77, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
 BY_NAME = {operator.name: operator for operator in OPERATORS}

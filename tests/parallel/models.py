@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loglinear import parallel
 from loglinear.models import LogLinearForCausalLM
-from tests.models.tiny_models import tiny_config, tokens
+from tests.models.tiny_models import ROUTED, ROUTED_DELTA, tiny_config, tokens
 
 GDN = {"variant": "gated_delta_net"}
 
@@ -76,6 +76,8 @@ MODELS = {
         Model("short_slices", 13, options={**GDN, "chunk_size": 2, "conv_kernel": 6}),
         Model("short", 5, options={"conv_kernel": 1}),
         Model("checkpointed", options={**GDN, "radix": 4, "finest_block": 4}, checkpointing=True, ranks=(2,)),
+        Model("routed", options=ROUTED),
+        Model("routed_packed", options=ROUTED_DELTA, documents=(0, 2, 29, 30, 57, 61), ranks=(2, 3)),
         Model("linear", options={"num_levels": 1}, ranks=(3,)),
     )
 }

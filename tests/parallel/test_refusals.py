@@ -14,7 +14,7 @@ from loglinear.models import (
 )
 from loglinear.parallel import Slices
 from loglinear.variants import HeadSizes
-from tests.models.tiny_models import HYBRID, ROUTED, TRANSFORMER, tiny_config, tokens
+from tests.models.tiny_models import HYBRID, TRANSFORMER, tiny_config, tokens
 
 SLICES = Slices.plan(16, 2, chunk_size=4)
 CACHE = LogLinearCache(tiny_config())
@@ -25,7 +25,6 @@ CACHE = LogLinearCache(tiny_config())
     [
         (HYBRID, {}, "slices need a model of linear layers alone, got full_attention in layer_types"),
         (TRANSFORMER, {}, "slices need a model of linear layers alone"),
-        (ROUTED, {}, "slices need a model without routed reads, got routing='gram'"),
         ({}, {"use_cache": True}, "use_cache must be left out with slices"),
         ({}, {"initial_position": torch.tensor([4, 4])}, "initial_position must be left out with slices"),
         ({}, {"attention_mask": torch.ones(2, 8)}, "attention_mask must be None with slices"),

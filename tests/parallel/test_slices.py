@@ -14,7 +14,7 @@ from loglinear.parallel import Slices
 from loglinear.parallel.pieces import Tree, pieces, runs
 from loglinear.partition import FENWICK, Partition
 from tests.ops.operators import excess, relative_error
-from tests.parallel.cases import BY_NAME, CASES, DTYPES, RANKS, cases_on
+from tests.parallel.cases import BY_NAME, CASES, DTYPES, RANKS, SCORED, cases_on
 from tests.parallel.models import MODELS
 from tests.parallel.training import WAYS, one_process
 
@@ -62,6 +62,16 @@ def test_a_call_has_one_collective_forward_and_one_backward(found):
         for case in [case for case in results if isinstance(case, tuple)]:
             result = results[case]
             assert {name: n for name, n in result["collectives"].items() if n} == EXPECTED, (ranks, case)
+
+
+@pytest.mark.parametrize("case", SCORED)
+def test_slices_give_the_scores_of_buckets_of_one_process(found, case):
+    expected = CASES[case].whole_scores()
+    for ranks in (2, 3, 4):
+        actual = found[ranks][case]
+        assert torch.equal(actual["tokens"], expected["tokens"])
+        for part in ("scores", "q", "k"):
+            assert relative_error(actual[part], expected[part]) < EXACT, (ranks, part)
 
 
 @pytest.mark.parametrize("name", MODELS)

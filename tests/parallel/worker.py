@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from tests.parallel.cases import BY_NAME, RANKS, cases_on
+from tests.parallel.cases import BY_NAME, CASES, RANKS, SCORED, cases_on
 from tests.parallel.models import MODELS
 from tests.parallel.training import WAYS, several_processes
 
@@ -57,6 +57,12 @@ def run(rank: int, ranks: int, folder: Path) -> None:
             for name, x in results.items():
                 if name != "output":
                     dist.all_reduce(x)
+    if ranks < 8:
+        for name in SCORED:
+            scores = CASES[name].sliced_scores(mesh)
+            for x in (scores["q"], scores["k"]):
+                dist.all_reduce(x)
+            found[name] = scores
 
     def average(x: torch.Tensor) -> None:
         dist.all_reduce(x)
