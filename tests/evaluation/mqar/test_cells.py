@@ -236,7 +236,7 @@ def test_routed_models_add_the_read_alone(model):
 
 def test_bytes_of_a_routed_model_are_its_states_and_its_sums():
     """Dimension 32, Mamba-2: 4 heads of 16 x 16, 15 blocks, chunks of 16, two layers."""
-    states = 8 + 4 * (15 * 4 * 16 * 16 + 16 * (16 + 4 * 16 + 4))
-    sums = 8 + 4 * (15 * 16 * 16 + 16 * (2 * 16 + 1))
+    states = 16 + 4 * (15 * 4 * 16 * 16 + 16 * (16 + 4 * 16 + 4))
+    sums = 16 + 4 * (15 * 16 * 16 + 16 * (2 * 16 + 1))
     convolution = 4 * 3 * (2 * 16 + 4 * 16)
     assert cell(model="routed_mamba2", dim=32).decode_bytes == 2 * (states + sums + convolution)
