@@ -111,4 +111,4 @@ def _carried(slices: Slices, tree: Tree, gathered: Tensor, k: Tensor) -> Fenwick
         for n, (column, _) in enumerate(older):
             number = max(column - 1, 0)  # column 0 is the finest block itself
             blocks[number] = blocks[number] + gathered[rank][:, n]
-    return empty._replace(blocks=torch.stack(blocks, 1))
+    return empty._replace(blocks=torch.stack(blocks, 1), first=on_device((0,) * rows, k.device))

@@ -1,0 +1,84 @@
+"""The effect of a slice's tokens on states from before the slice: how each token sees them, and what becomes of them.
+
+    x_t^T = scale * q_t^T A_t ... A_1        P = A_n ... A_1        A_t the transition of token t
+
+    scalar gate :  A_t = a_t
+    delta rule  :  A_t = a_t (I - beta_t k_t k_t^T)
+
+For the delta rule x and P are the output and the final state of the linear rule (L = 1) that writes nothing and starts
+at the identity.
+"""
+
+# B batch, T time, G groups, H heads, K key, V value, N sequences, C chunk
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loglinear import ops
+from loglinear.ops import FenwickState
+from loglinear.ops.problem import MIN_LOG_DECAY, Problem
+from loglinear.ops.validation import working_dtype
+
+
+class Incoming(NamedTuple):
+    """The effect of some tokens on states from before them."""
+
+    x: Tensor
+    """[B, T, G, K], the queries (scalar gate), or [B, T, H, K], the x_t (delta rule)."""
+    decay: Tensor | None
+    """[B, T, H], the factor scale a_t ... a_1 of the queries; None if x contains it."""
+    transition: Tensor | None
+    """P, [N, H] (scalar gate) or [N, H, K, K] (delta rule); None if no later slice needs it."""
+
+
+def incoming(call: Problem, impl: str, goes_on: bool) -> Incoming:
+    """Return the effect of a call's tokens; a document that goes on into the next slice needs its transition too."""
+    dtype = working_dtype(call.operands)
+    if call.beta is not None:
+        return _delta_rule(call, dtype, impl, goes_on)
+    if call.log_decay is None:
+        decay = call.v.new_ones(call.v.shape[:3], dtype=dtype)
+    else:
+        decay = call.log_decay.to(dtype).clamp(min=MIN_LOG_DECAY).cumsum(1).exp()
+    return Incoming(call.q, decay * call.scale, decay[:, -1] if goes_on else None)
+
+
+def _delta_rule(call: Problem, dtype: torch.dtype, impl: str, goes_on: bool) -> Incoming:
+    assert call.beta is not None
+    (rows, time, groups, K), heads, C, device = call.q.shape, call.v.shape[2], call.chunk_size, call.v.device
+    state = FenwickState.zeros(
+        rows,
+        num_levels=1,
+        chunk_size=C,
+        groups=groups,
+        heads=heads,
+        key_dim=K,
+        value_dim=K,
+        delta_rule=True,
+        position=torch.full((rows,), C, device=device),  # after a chunk that wrote I: at 0 there is nothing to read
+        dtype=dtype,
+        device=device,
+    )
+    identity = torch.eye(K, dtype=dtype, device=device).expand_as(state.blocks).contiguous()
+    result = ops.log_linear_delta_rule(
+        call.q,
+        call.k,
+        call.v.new_zeros(1).expand(rows, time, heads, K),
+        call.log_decay,
+        call.beta,
+        torch.ones(1, dtype=dtype, device=device).expand(rows, time, heads, 1),
+        scale=call.scale,
+        initial_state=state._replace(blocks=identity),
+        output_final_state=goes_on,
+        chunk_size=C,
+        impl=impl,
+    )
+    return Incoming(result.output, None, None if result.final_state is None else result.final_state.blocks[:, 0])
+
+
+def transported(transition: Tensor, state: Tensor) -> Tensor:
+    """Return P S for P [N, H] or [N, H, K, K] and S [N, H, K, V]."""
+    return transition @ state if transition.dim() == 4 else transition[..., None, None] * state
