@@ -9,6 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+between_graphs = torch._disable_dynamo
+"""Decorates a function with collectives, whose backward nodes a graph would leave out where no gradient reaches them.
+
+torch.compiler.disable would import the compiler. No graph could hold the integers of a slice either.
+"""
+
 
 class _AllGather(torch.autograd.Function):
     """[...] of every rank to [R, ...] on every rank; the gradient of a rank's part is the sum over all ranks."""

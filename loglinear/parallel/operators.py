@@ -28,7 +28,7 @@ from loglinear import ops
 from loglinear.ops.problem import Problem, unit_length
 from loglinear.ops.state import empty_state
 from loglinear.ops.validation import flag, working_dtype
-from loglinear.parallel.collectives import all_gather, joined
+from loglinear.parallel.collectives import all_gather, between_graphs, joined
 from loglinear.parallel.incoming import incoming, transported
 from loglinear.parallel.layouts import check_batch, most_pieces, older_pieces, on_device
 from loglinear.parallel.older import with_older
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from loglinear.parallel.slices import Part, Slices
 
 
+@between_graphs
 def log_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -79,6 +80,7 @@ def log_linear_attention(
     return _run(_Sliced(call.checked(delta_rule=False), slices, impl))
 
 
+@between_graphs
 def log_linear_delta_rule(
     q: Tensor,
     k: Tensor,

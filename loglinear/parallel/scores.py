@@ -18,7 +18,7 @@ from loglinear.ops import BucketScores, FenwickState
 from loglinear.ops.problem import unit_length
 from loglinear.ops.scores import zero_sums
 from loglinear.ops.validation import working_dtype
-from loglinear.parallel.collectives import all_gather, joined
+from loglinear.parallel.collectives import all_gather, between_graphs, joined
 from loglinear.parallel.layouts import check_batch, most_pieces, older_pieces, on_device
 from loglinear.parallel.pieces import Tree, pieces
 from loglinear.partition import Partition
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loglinear.parallel.slices import Slices
 
 
+@between_graphs
 def bucket_scores(
     q: Tensor,
     k: Tensor,

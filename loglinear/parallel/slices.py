@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from loglinear.ops import BucketScores
 from loglinear.ops.validation import chunk_length, whole_number
 from loglinear.parallel import convolution, operators, scores
-from loglinear.parallel.collectives import all_gather, mean_gradient_sum
+from loglinear.parallel.collectives import all_gather, between_graphs, mean_gradient_sum
 
 
 class Part(NamedTuple):
@@ -209,6 +209,7 @@ class Slices:
             return torch.cat([x.narrow(dim, 0, 0), torch.zeros_like(x.narrow(dim, 0, 1))], dim)  # joins the graph of x
         return x.narrow(dim, self.boundaries[self.rank], self.length)
 
+    @between_graphs
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """Return the whole of x on every rank, from each rank's part; the backward pass sums all ranks' gradients.
 
@@ -221,6 +222,7 @@ class Slices:
         whole = torch.cat([part[:n] for part, n in zip(all_gather(padded, self.processes), self.lengths, strict=True)])
         return whole.movedim(0, dim)
 
+    @between_graphs
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of x over all ranks, the same on each.
 
@@ -229,14 +231,17 @@ class Slices:
         """
         return mean_gradient_sum(x, self.processes)
 
+    @between_graphs
     def inputs_before(self, x: Tensor, kernel: int) -> Tensor | None:
         """Return a convolution's state from the ranks that hold the tokens before; see `convolution.inputs_before`."""
         return convolution.inputs_before(self, x, kernel)
 
+    @between_graphs
     def attend(self, transition: str, tensors: list[Tensor | None], weights: Tensor, **options: Any) -> Tensor:
         """Return the output of the operator of a transition, "scalar_gate" or "delta_rule", for this rank's tokens."""
         return operators.OPERATORS[transition](*tensors, weights, slices=self, **options)
 
+    @between_graphs
     def scores(self, q: Tensor, k: Tensor, **options: Any) -> BucketScores:
         """Return the scores of buckets for this rank's tokens; see `scores.bucket_scores`."""
         return scores.bucket_scores(q, k, slices=self, **options)

@@ -24,15 +24,13 @@ class Model:
     T: int = 61
     options: dict[str, Any] = field(default_factory=dict)
     documents: tuple[int, ...] | None = None
-    checkpointing: bool = False
+    prepare: Callable[[LogLinearForCausalLM], None] | None = None
+    """A change of the model on slices that changes no result."""
     ranks: tuple[int, ...] = (2, 3, 4)
 
     def make(self) -> LogLinearForCausalLM:
         torch.manual_seed(0)
-        model = LogLinearForCausalLM(tiny_config(**self.options)).double().train()
-        if self.checkpointing:
-            model.gradient_checkpointing_enable()
-        return model
+        return LogLinearForCausalLM(tiny_config(**self.options)).double().train()
 
     @property
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -45,18 +43,23 @@ class Model:
         model, (ids, labels) = self.make(), self.batch
         boundaries = {} if self.documents is None else {"cu_seqlens": torch.tensor(self.documents)}
         output = model(ids, labels=labels, skip_logits=False, **boundaries)
-        return results(model, output, output.logits)
+        found = results(model, output, output.logits)
+        return found | {"eval_logits": model.eval()(ids, **boundaries).logits.detach()}
 
     def sliced(self, mesh: Any, average: Callable[[Tensor], None]) -> dict[str, Tensor]:
         """Return the same from slices: gradients are averaged, as by data-parallel training."""
         model = self.make()
+        if self.prepare is not None:
+            self.prepare(model)
         batch = parallel.shard(model.config, mesh, *self.batch, cu_seqlens=self.documents)
         output = model(**batch, skip_logits=False)
         found = results(model, output, batch["slices"].gather(output.logits))
         for name, x in found.items():
             if name not in ("loss", "logits"):
                 average(x)
-        return found
+        with torch.no_grad():
+            logits = model.eval()(**parallel.shard(model.config, mesh, self.batch[0], cu_seqlens=self.documents)).logits
+            return found | {"eval_logits": batch["slices"].gather(logits)}
 
 
 def results(model: nn.Module, output: Any, logits: Tensor) -> dict[str, Tensor]:
@@ -64,6 +67,17 @@ def results(model: nn.Module, output: Any, logits: Tensor) -> dict[str, Tensor]:
     output.loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {"loss": output.loss.detach(), "logits": logits.detach(), **grads}
+
+
+def checkpointed(model: LogLinearForCausalLM) -> None:
+    """Compute each block again in the backward pass."""
+    model.gradient_checkpointing_enable()
+
+
+def compiled(model: LogLinearForCausalLM) -> None:
+    """Compile each block; the collectives run between the graphs."""
+    for block in model.model.layers:
+        block.compile(backend="aot_eager")
 
 
 MODELS = {
@@ -75,7 +89,8 @@ MODELS = {
         Model("gated_delta_net_packed", options=GDN, documents=(0, 40, 41, 61)),
         Model("short_slices", 13, options={**GDN, "chunk_size": 2, "conv_kernel": 6}),
         Model("short", 5, options={"conv_kernel": 1}),
-        Model("checkpointed", options={**GDN, "radix": 4, "finest_block": 4}, checkpointing=True, ranks=(2,)),
+        Model("checkpointed", options={**GDN, "radix": 4, "finest_block": 4}, prepare=checkpointed, ranks=(2,)),
+        Model("compiled", options=GDN, documents=(0, 40, 61), prepare=compiled, ranks=(2,)),
         Model("routed", options=ROUTED),
         Model("routed_packed", options=ROUTED_DELTA, documents=(0, 2, 29, 30, 57, 61), ranks=(2, 3)),
         Model("linear", options={"num_levels": 1}, ranks=(3,)),
