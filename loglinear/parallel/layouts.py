@@ -30,14 +30,18 @@ def check_batch(slices: Slices, q: Tensor, chunk_size: int) -> None:
 
 def most_pieces(slices: Slices, tree: Tree) -> int:
     """Return the largest number of pieces that a slice sends, so that all messages have one size."""
-    spans = map(slices.span, range(slices.ranks))
+    return _most_pieces(slices.spans, tree)
+
+
+@lru_cache(maxsize=64)
+def _most_pieces(spans: tuple[tuple[int, int] | None, ...], tree: Tree) -> int:
     return max((len(pieces(*span, tree)) for span in spans if span is not None), default=0)
 
 
 def older_pieces(slices: Slices, tree: Tree) -> Iterator[tuple[int, list[tuple[int, Piece]]]]:
     """Yield each older rank, oldest first, with its pieces and the columns that read them at this slice's beginning."""
     for rank in slices.older:
-        span = slices.span(rank)
+        span = slices.spans[rank]
         assert span is not None
         yield rank, [(tree.column(slices.position, piece.token), piece) for piece in pieces(*span, tree)]
 

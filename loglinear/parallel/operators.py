@@ -210,7 +210,7 @@ class _Sliced:
         rows, most = len(self.call.v), most_pieces(self.slices, self.tree)
         nothing = torch.zeros((), dtype=self.dtype, device=self.call.v.device)
         sent = [nothing.expand(rows, *self.transition_shape) if transition is None else transition]
-        own = self.slices.span(self.slices.rank)
+        own = self.slices.spans[self.slices.rank]
         if blocks is not None and own is not None:
             sent += [blocks[:, piece.number] for piece in pieces(*own, self.tree)]
         sent += [nothing.expand(rows, *self.state_shape)] * (most + 1 - len(sent))

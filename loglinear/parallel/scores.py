@@ -82,7 +82,7 @@ def _own_sums(slices: Slices, tree: Tree, k: Tensor) -> Tensor:
     """Return the sums [N, m, G, K, K] of the pieces of the document that goes on; zeros for missing ones."""
     rows, _, groups, key_dim = k.shape
     most = max(most_pieces(slices, tree), 1)
-    own, dtype = slices.span(slices.rank), working_dtype([k])
+    own, dtype = slices.spans[slices.rank], working_dtype([k])
     sums = []
     if own is not None:
         last = own[1]

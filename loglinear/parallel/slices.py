@@ -3,6 +3,7 @@
 # B batch, T time, R ranks, N sequences, C chunk
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -140,44 +141,43 @@ class Slices:
         """The tokens of this rank."""
         return self.lengths[self.rank]
 
-    def begin(self, rank: int) -> int | None:
-        """Return the place at which the document begins that slice `rank` continues; None if it continues none."""
-        if self.documents is None:
-            return 0 if 0 < self.boundaries[rank] < self.boundaries[-1] else None
-        return _begin(self.documents, self.boundaries[rank])
+    @cached_property
+    def begins(self) -> list[int | None]:
+        """[R + 1] The place at which the document begins that each boundary cuts; None for a boundary between two."""
+        documents = (0, self.boundaries[-1]) if self.documents is None else self.documents
+        return [_begin(documents, boundary) for boundary in self.boundaries]
 
-    def span(self, rank: int) -> tuple[int, int] | None:
-        """Return the first and last position that slice `rank` holds of a document that the next slice continues."""
-        begin = self.begin(rank + 1)
-        if begin is None:
-            return None
-        return max(self.boundaries[rank] - begin, 0), self.boundaries[rank + 1] - begin
+    @cached_property
+    def spans(self) -> tuple[tuple[int, int] | None, ...]:
+        """[R] The positions, first and end, that each slice holds of a document that goes on in the next; or None."""
+        cuts = zip(pairwise(self.boundaries), self.begins[1:], strict=True)
+        return tuple(None if begin is None else (max(first - begin, 0), end - begin) for (first, end), begin in cuts)
 
     @cached_property
     def older(self) -> list[int]:
         """The ranks that hold older tokens of the document that this slice continues, oldest first."""
-        begin = self.begin(self.rank)
+        begin = self.begins[self.rank]
         return [] if begin is None else [r for r in range(self.rank) if self.boundaries[r + 1] > begin]
 
     @cached_property
     def position(self) -> int:
         """The position of this slice's first token in its document."""
-        begin = self.begin(self.rank)
+        begin = self.begins[self.rank]
         return 0 if begin is None else self.boundaries[self.rank] - begin
 
     @cached_property
     def parts(self) -> list[Part]:
         """The rest of an older document, whole documents, the beginning of one that goes on; at least one of them."""
-        first, length = self.boundaries[self.rank], max(self.length, 1)
-        goes_on = self.begin(self.rank + 1) is not None
+        length = max(self.length, 1)
+        goes_on = self.begins[self.rank + 1] is not None
         if self.documents is None:
             return [Part(0, length, self.position, None, goes_on)]
-        ends = [min(end - first, length) for end in self.documents if end > first] or [length]
+        ends = [*self._inner_boundaries(), length]
         parts, begin = [], 0
-        if self.position or (goes_on and len(ends) == 1):
-            parts.append(Part(0, ends[0], self.position, None, goes_on and ends[0] == length))
+        if self.position:
             begin = ends[0]
-        last = max((end for end in ends if end < length), default=0) if goes_on else length
+            parts.append(Part(0, begin, self.position, None, goes_on and begin == length))
+        last = [0, *ends][-2] if goes_on else length
         if begin < last:
             inside = (0, *(end - begin for end in ends if begin < end <= last))
             parts.append(Part(begin, last, 0, inside, False))
@@ -185,15 +185,17 @@ class Slices:
             parts.append(Part(last, length, 0, None, True))
         return parts
 
-    @property
+    @cached_property
     def cu_seqlens(self) -> Tensor | None:
         """[n + 1] The boundaries of the documents in this slice; None: not packed."""
         if self.documents is None:
             return None
-        first, length = self.boundaries[self.rank], max(self.length, 1)
-        return torch.tensor(
-            sorted({0, length, *(end - first for end in self.documents if first < end < first + length)})
-        )
+        return torch.tensor([0, *self._inner_boundaries(), max(self.length, 1)])
+
+    def _inner_boundaries(self) -> list[int]:
+        """Return the boundaries of packed documents inside of this slice."""
+        first, end = self.boundaries[self.rank], self.boundaries[self.rank + 1]
+        return [] if self.documents is None else [place - first for place in self.documents if first < place < end]
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         """Return this rank's part of x, whose dimension `dim` has T places.
@@ -262,7 +264,8 @@ class Slices:
 
 def _begin(documents: tuple[int, ...], place: int) -> int | None:
     """Return where the document begins that this place cuts; None for a place between two documents."""
-    return None if place in documents else max(begin for begin in documents if begin < place)
+    following = bisect_left(documents, place)
+    return None if documents[following] == place else documents[following - 1]
 
 
 def _documents(cu_seqlens: Tensor | Sequence[int], time: int) -> tuple[int, ...]:

@@ -109,6 +109,7 @@ def test_parts_cover_each_slice_and_cut_documents_at_chunks(ranks, documents):
             begin = max(d for d in whole if d <= first + part.begin) if end > first else first
             assert part.position == first + part.begin - begin and part.position % C == 0
             assert part.goes_on == (first + part.end not in whole and end > first)
+            assert part.documents is None or list(part.documents) == sorted({*part.documents})
             assert not part.goes_on or (part.last_position % C == 0 and part is parts[-1])
         assert slices.position == parts[0].position
 
