@@ -58,10 +58,10 @@ def main(
 ) -> None:
     """Draw all figures and write all tables whose results exist.
 
-    Results are long-text-KIND.json and ablation-CHOICE.json of seed 0, mqar.json, which `loglinear eval mqar` writes,
-    and the cells of `experiments.reads.compare`. Those of all seeds are long-text-8k-KIND.json, needle-KIND.json,
-    upgrade-KIND.json, upgrade-needle-KIND.json, rl-KIND-TOKENS.json, capacity-KIND-SIZE-LOAD-DTYPE.json and
-    descent-KIND-LOAD-DTYPE.json.
+    Results are long-text-KIND.json and ablation-CHOICE.json of seed 0, mqar.json and mqar-zoology.json, which
+    `loglinear eval mqar` writes, and the cells of `experiments.reads.compare`. Those of all seeds are
+    long-text-8k-KIND.json, needle-KIND.json, upgrade-KIND.json, upgrade-needle-KIND.json, rl-KIND-TOKENS.json,
+    capacity-KIND-SIZE-LOAD-DTYPE.json and descent-KIND-LOAD-DTYPE.json.
 
     Example:
 

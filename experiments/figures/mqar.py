@@ -19,14 +19,19 @@ PAPER = {  # Guo et al., arXiv 2506.04761, section 4.1: by dimension, in percent
     "log_linear_gated_delta_net": ("40.0 (1.4)", "84.4 (1.2)", "≥ 99"),
 }
 PAPER_DIMS = (16, 32, 64)
+TABLES = ("mqar", "mqar-zoology")  # the two protocols of training
 
 
 def mqar(results: Path, out: Path) -> list[Path]:
-    """Draw mqar.svg and write mqar.md: compared models and controls, the paper's numbers, and other choices."""
-    file = results / "mqar.json"
-    if not file.is_file():
-        return []
-    result = read_object(file)
+    """Draw NAME.svg and write NAME.md of every NAME in TABLES that is measured.
+
+    The text has the compared models and controls, the paper's numbers, and other choices.
+    """
+    return [path for name in TABLES if (results / f"{name}.json").is_file() for path in _drawn(results, out, name)]
+
+
+def _drawn(results: Path, out: Path, name: str) -> list[Path]:
+    result = read_object(results / f"{name}.json")
     rows = rows_of(result)
     compared = [row for row in rows if row["model"] in MODELS | CONTROLS]
     parts = ["## Test accuracy", markdown(compared), _note(result, compared)]
@@ -34,10 +39,10 @@ def mqar(results: Path, out: Path) -> list[Path]:
     choices = [row for row in rows if row["model"] in ABLATIONS]
     if choices:
         parts += ["## Other choices of the log-linear models", markdown(choices)]
-    table = out / "mqar.md"
+    table = out / f"{name}.md"
     write_atomically(table, "\n\n".join(parts) + "\n")
     measured = [row for row in compared if row["seeds"]]
-    return [table, *draw_recall_by_bytes(out / "mqar.svg", measured)] if measured else [table]
+    return [table, *draw_recall_by_bytes(out / f"{name}.svg", measured)] if measured else [table]
 
 
 def _paper() -> str:

@@ -202,6 +202,10 @@ def test_mqar_tables_keep_ours_the_papers_and_other_choices_apart(tmp_path):
     assert cells(paper)[3][:3] == ["32", "75.1 (4.9)", "76.5 (4.8)"]
     assert [row[1] for row in cells(choices)[2:]] == ["log_linear_mamba2_unit"]
     assert drawn(tmp_path) == {"mqar.svg", "mqar-dark.svg"}
+    (tmp_path / "mqar.json").rename(tmp_path / "mqar-zoology.json")
+    before = (tmp_path / "mqar.md").read_text()
+    mqar(tmp_path, tmp_path)
+    assert (tmp_path / "mqar-zoology.md").read_text() == before and len(drawn(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("finished", [False, True])
