@@ -51,6 +51,16 @@ def _reproducible():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _free_gpu(request):
+    """Give the memory of a GPU test back after it: parallel processes share the GPU, and each would keep its peak."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A folder of text for the tiny recipe."""
