@@ -8,6 +8,7 @@ python -m experiments.rl show
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -184,7 +185,7 @@ def run(
         "seed": seed,
         "parameters": read_run(base)["parameters"],
         "command": command(),
-        "versions": versions(),
+        "versions": {**versions(), "trl": version("trl")},
         "recipe": recipe.to_dict(),
         "training": training_course(metrics, recipe),
         "evaluation": {**settings, "curve": tests(metrics, recipe)},
@@ -273,8 +274,13 @@ def scores(runs: Mapping[tuple[str, str], Sequence[Result]]) -> tuple[list[str],
             for _, field, factor in SHOWN
             for place in (0, -1)
         ]
-        rows.append([kind.replace("_", "-"), NAMES[tokens], f"{len(seeds)}", *cells])
+        rows.append([kind.replace("_", "-"), NAMES[tokens], seeds_of(seeds), *cells])
     return columns, rows
+
+
+def seeds_of(runs: Sequence[Result]) -> str:
+    """Return the seeds of the results, for a table or a title."""
+    return ", ".join(f"{run['seed']}" for run in runs)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -147,6 +148,7 @@ def test_pieces_give_what_one_call_gives(base, tmp_path, monkeypatch):
         run(base, tmp_path / "pieces", minutes=1e-9)
     pieces = run(base, tmp_path / "pieces")
     assert course(tmp_path / "pieces") == course(tmp_path / "whole")
+    assert whole["versions"]["trl"] == version("trl")  # the objective is TRL's
     assert pieces["evaluation"] == whole["evaluation"] and pieces["training"]["curve"] == whole["training"]["curve"]
     assert [point["round"] for point in whole["evaluation"]["curve"]] == [0, 1, 2]
     assert [point["round"] for point in whole["training"]["curve"]] == [1, 2]
@@ -217,8 +219,8 @@ def test_the_table_has_means_and_deviations(tmp_path, capsys, monkeypatch):
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     rows = [row for row in rows if row]
     spread = f"60.0 ± {100 * math.sqrt(0.02):.1f}"
-    assert rows[0][:5] == ["linear", "top 20 %", "2", "25.0 ± 0.0", spread]
-    assert rows[1] == ["transformer", "lowest 80 %", "1", "25.0", "20.0", "35.0", "30.0", "20.0", "30.0"]
+    assert rows[0][:5] == ["linear", "top 20 %", "0, 1", "25.0 ± 0.0", spread]
+    assert rows[1] == ["transformer", "lowest 80 %", "0", "25.0", "20.0", "35.0", "30.0", "20.0", "30.0"]
 
 
 def test_seeds_of_other_rounds_are_not_mixed(tmp_path):

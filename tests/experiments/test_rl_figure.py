@@ -31,12 +31,35 @@ def test_the_title_has_the_accuracy_of_each_choice_with_the_seeds(tmp_path):
     title = conclusion("log_linear", runs).splitlines()
     assert title == [
         "log-linear Mamba-2",
-        "top 20 % of the tokens: 25 % to 60 % (3 seeds)",
-        "lowest 80 % of the tokens: 25 % to 20 % (1 seed)",
+        "top 20 % of the tokens: 25.0 % to 60.0 % (seeds 0, 1, 2)",
+        "lowest 80 % of the tokens: 25.0 % to 20.0 % (seed 0)",
+        "Their seeds differ, so this figure does not compare them.",
     ]
     drawn = {file.name: file.read_text() for file in files}
     assert all(line in drawn["rl-log_linear.svg"] for line in title)
     assert (
         "| linear" not in drawn["rl.md"]
-        and "| log-linear | top 20 % | 3 | 25.0 ± 0.0 | 60.0 ± 10.0 |" in drawn["rl.md"]
+        and "| log-linear | top 20 % | 0, 1, 2 | 25.0 ± 0.0 | 60.0 ± 10.0 |" in drawn["rl.md"]
     )
+
+
+def test_choices_of_the_same_seeds_are_compared(tmp_path):
+    for tokens in TOKENS:
+        write(tmp_path, "linear", tokens, 0.5, seed=1)
+    runs = {tokens: seeds for (_, tokens), seeds in read_runs(tmp_path).items()}
+    assert len(conclusion("linear", runs).splitlines()) == 1 + len(TOKENS)
+
+
+def test_the_table_has_a_row_for_each_seed(tmp_path):
+    write(tmp_path, "linear", "all", 0.75, seed=2)
+    write(tmp_path, "linear", "all", 0.5)
+    rl(tmp_path, tmp_path)
+    _, runs = (tmp_path / "rl.md").read_text().split("\n\n")
+    header, _, *rows = runs.splitlines()
+    assert header.startswith("| kind | tokens | seed | sampled, before | sampled, after |")
+    first = sum(1 / number for number in range(1, 11)) / 10  # of ten rounds the first ten are also the last ten
+    shared = f"100.0 | 100.0 | 100.0 | 100.0 | 20.0 | 30.0 | {first:.3f} | {first:.3f} | 1.5 |"
+    assert rows == [
+        f"| linear | all | 0 | 25.0 | 50.0 | 35.0 | 60.0 | {shared}",
+        f"| linear | all | 2 | 25.0 | 75.0 | 35.0 | 85.0 | {shared}",
+    ]
