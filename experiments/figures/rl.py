@@ -77,14 +77,16 @@ def conclusion(kind: str, runs: Runs) -> str:
             100 * np.mean([one["evaluation"]["curve"][place]["accuracy"] for one in seeds]) for place in (0, -1)
         )
         own = f"seed{'s' * (len(seeds) > 1)} {seeds_of(seeds)}"
-        parts.append(f"{LINES[tokens].label} of the tokens: {before:.1f} % to {after:.1f} % ({own})")
+        parts.append(
+            f"{LINES[tokens].label}{' of the' * (tokens != ALL)} tokens: {before:.1f} % to {after:.1f} % ({own})"
+        )
     if len({seeds_of(seeds) for seeds in runs.values()}) > 1:  # a base model differs from another by more than choices
         parts.append("Their seeds differ, so this figure does not compare them.")
-    return "\n".join([MODELS[kind].label, *parts])
+    return "\n".join([f"{MODELS[kind].label}: held-out problems solved, before and after the rounds", *parts])
 
 
 def _course(kind: str, runs: Runs) -> Figure:
-    figure = Figure(figsize=(10, 4))
+    figure = Figure(figsize=(10, 4.6))
     panels = figure.subplots(1, len(PANELS))
     for axes, (name, (part, field, factor)) in zip(panels, PANELS.items(), strict=True):
         for tokens, seeds in runs.items():
@@ -92,7 +94,6 @@ def _course(kind: str, runs: Runs) -> Figure:
             _draw_seeds(axes, LINES[tokens], np.array(curves, dtype=float), marked=part == "evaluation")
         axes.set_title(name, fontsize=10.5, fontweight="normal")
         axes.set_xlabel("rounds", fontsize=10, loc="left")
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.6)
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=10
