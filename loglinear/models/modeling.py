@@ -319,8 +319,8 @@ class LogLinearForCausalLM(LogLinearPreTrainedModel, LogLinearGenerationMixin):
                 training with labels returns no logits, unless logits_to_keep or return_dict=False asks for them.
             num_items_in_batch: Divides the summed loss in place of the number of targets (Trainer, gradient
                 accumulation).
-            slices: As in `LogLinearModel.forward`. The loss is that of all ranks, and the mean of their gradients is
-                its gradient.
+            slices: As in `LogLinearModel.forward`, with shift_labels in place of labels. The loss is that of all ranks,
+                and the mean of their gradients is its gradient.
 
         Raises:
             ValueError: Arguments contradict each other, or labels do not have the shape of the tokens.

@@ -100,6 +100,8 @@ class TokenPlaces(NamedTuple):
             return shift_labels if self.real is None else shift_labels.masked_fill(~self.real, IGNORE)
         if labels is None:
             return None
+        if self.slices is not None:
+            raise ValueError("labels must be None with slices: pass shift_labels, as loglinear.parallel.shard does")
         if self.real is not None:
             following = F.pad(labels, (0, 1), value=IGNORE).gather(1, _next_real(self.real))
             return following.masked_fill(~self.real, IGNORE)

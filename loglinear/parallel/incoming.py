@@ -71,7 +71,7 @@ def _delta_rule(call: Problem, dtype: torch.dtype, impl: str, goes_on: bool) -> 
         call.beta,
         torch.ones(1, dtype=dtype, device=device).expand(rows, time, heads, 1),
         scale=call.scale,
-        initial_state=state._replace(blocks=identity),
+        initial_state=FenwickState(state.position, identity, *state[2:]),
         output_final_state=goes_on,
         chunk_size=C,
         impl=impl,

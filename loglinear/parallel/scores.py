@@ -112,4 +112,5 @@ def _carried(slices: Slices, tree: Tree, gathered: Tensor, k: Tensor) -> Fenwick
         for n, (column, _) in enumerate(older):
             number = max(column - 1, 0)  # column 0 is the finest block itself
             blocks[number] = blocks[number] + gathered[rank][:, n]
-    return empty._replace(blocks=torch.stack(blocks, 1), first=on_device((0,) * rows, k.device))
+    # A graph of torch 2.11 loses the last fields of a state that `_replace` made.
+    return FenwickState(position, torch.stack(blocks, 1), *empty[2:-1], first=on_device((0,) * rows, k.device))

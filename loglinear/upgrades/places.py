@@ -58,6 +58,7 @@ class Placement:
         decoder.register_forward_hook(self.finish, with_kwargs=True)
 
     def __call__(self, decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        _refuse_slices(kwargs)
         if self.cache_name == "cache_params":
             kwargs = _with_one_cache(kwargs)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -126,6 +127,7 @@ def carry_places(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
 
     They go in the place of the mask, and the decoder's hook takes them out.
     """
+    _refuse_slices(kwargs)
     if args:
         kwargs = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
     kwargs = _with_one_cache(kwargs)
@@ -133,6 +135,12 @@ def carry_places(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     if carried:
         kwargs["attention_mask"] = {**carried, "attention_mask": kwargs.get("attention_mask")}
     return (), kwargs
+
+
+def _refuse_slices(kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for slices: transformers' models ignore an argument that they do not know."""
+    if kwargs.get("slices") is not None:
+        raise ValueError("slices need a LogLinearForCausalLM or LogLinearModel, got an upgraded model of transformers")
 
 
 def _with_one_cache(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,12 @@ def test_models_refuse_what_slices_exclude(model, options, arguments, message):
         model(tiny_config(**options))(**{"input_ids": tokens(2, 8), "slices": SLICES, **arguments})
 
 
+def test_labels_that_are_not_shifted_are_refused():
+    """The last token of a slice would have no target."""
+    with pytest.raises(ValueError, match="labels must be None with slices: pass shift_labels"):
+        LogLinearForCausalLM(tiny_config())(input_ids=tokens(2, 8), labels=tokens(2, 8), slices=SLICES)
+
+
 @pytest.mark.parametrize("model", [LogLinearForSequenceClassification, LogLinearForTokenClassification])
 def test_heads_of_whole_rows_refuse_slices(model):
     with pytest.raises(ValueError, match=f"slices need a LogLinearForCausalLM or LogLinearModel, got {model.__name__}"):

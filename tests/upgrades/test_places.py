@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, DynamicCache
 
+from loglinear.parallel import Slices
 from tests.upgrades.tiny import MODELS, close, original, tokens, trained, upgraded, wide
 
 FAMILIES = pytest.mark.parametrize("family", MODELS)
@@ -135,3 +136,12 @@ def test_flash_attention_of_a_granite_needs_the_boundaries_by_name():
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k must be given"):
         model(tokens(1, 8), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]))
+
+
+@FAMILIES
+def test_slices_of_a_row_on_several_devices_are_refused(family):
+    """transformers' models ignore what they do not know, and would read each slice as a whole row."""
+    model = upgraded(original(family))
+    for called in (model, model.base_model):
+        with pytest.raises(ValueError, match="slices need a LogLinearForCausalLM or LogLinearModel, got an upgraded"):
+            called(tokens(1, 8), slices=Slices.plan(16, 2, chunk_size=4))
