@@ -216,6 +216,13 @@ class DecodeState:
                 raise ValueError(f"inverse must hold {fenwick.k.dtype} as fenwick does, got {self.inverse.dtype}")
         check_owned(parts)
 
+    def __setstate__(self, parts: dict[str, Any]) -> None:
+        """Read a pickle; one of earlier versions has no first position."""
+        vars(self).update(parts)
+        if self.fenwick.first is None:
+            with constants():
+                vars(self)["fenwick"] = checked_state("fenwick", self.fenwick, {})
+
     @classmethod
     def zeros(cls, rows: int, **sizes: Any) -> DecodeState:
         """Return the state of `rows` sequences that have no token yet; sizes as in `FenwickState.zeros`."""

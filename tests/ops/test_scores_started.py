@@ -161,6 +161,20 @@ def test_a_state_without_a_first_token_started_at_0():
         assert torch.equal(found.scores, expected.scores) and torch.equal(found.tokens, expected.tokens)
 
 
+@torch.no_grad()
+def test_a_pickled_decode_state_of_earlier_versions_is_one_of_this_version():
+    """It takes the contents of other states, and steps."""
+    partition, leaves = Partition(4, 4), [x.detach() for x in inputs()]
+    options = dict(num_columns=6, partition=partition)
+    state = bucket_scores(*leaves, output_final_state=True, **options).final_state
+    old = DecodeState.of(state)
+    vars(old)["fenwick"] = FenwickState(*old.fenwick[:-1])
+    read = pickle.loads(pickle.dumps(old))
+    assert read.fenwick.first.tolist() == [0] * 4 and torch.equal(read.fenwick.blocks, state.blocks)
+    started = bucket_scores(*leaves, initial_state=sums_at(STARTS, 6, partition), output_final_state=True, **options)
+    assert read.copy_(started.final_state).fenwick.first.tolist() == STARTS
+
+
 @pytest.mark.parametrize(
     "first, text",
     [
