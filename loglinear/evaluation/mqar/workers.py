@@ -109,8 +109,9 @@ def _known(table: RecallTable, results: Mapping[str, Result]) -> list[RecallCell
         if tried := _results_of(sweep, results):
             sweep = [*dict.fromkeys(sweep + table.sweep(*group, promising_rates(tried)))]
         cells += sweep
-        swept = _results_of(sweep, results)
-        if swept is not None:
+        if _results_of(sweep, results) is not None:
+            # A folder of earlier versions has hopeless rates with all their tuning seeds, which count as in the table.
+            swept = [results[cell.name] for cell in table.sweep(*group) if cell.name in results]
             cells += table.repeats(*group, best_learning_rate(swept) if swept else table.learning_rates[0])
     return cells
 

@@ -8,6 +8,7 @@ import torch
 
 from loglinear.evaluation.mqar import Progress, read_results, run_cell, run_table
 from loglinear.evaluation.mqar.cells import RecallTable
+from loglinear.evaluation.mqar.table import best_learning_rate
 from loglinear.evaluation.mqar.workers import _finished, _missing, _total, sendable
 from tests.evaluation.mqar.tiny import TASK, AfterSteps, result_of, tiny_cell
 
@@ -76,6 +77,21 @@ def test_further_tuning_seeds_try_no_hopeless_rate():
     assert {(cell.learning_rate, cell.seed) for cell in repeats} == {(3e-2, seed) for seed in (3, 4, 5, 6, 7)}
     results |= {cell.name: result_of(cell, 0.5) for cell in repeats}
     assert _missing(table, results) == [] and _finished(table, results) == _total(table, results) == 12
+
+
+def test_a_finished_table_of_earlier_versions_stays_finished():
+    """They tried every rate with every tuning seed. The chosen one may be hopeless with the first."""
+    task = dataclasses.replace(TASK, protocol="zoology")
+    tried = {1e-3: (0.9, 0.5, 0.5), 1e-2: (0.6, 0.95, 0.95)}
+    table = RecallTable(models=("attention",), dims=(16,), learning_rates=tuple(tried), task=task)
+    cells = {
+        tiny_cell(learning_rate=rate, seed=seed, task=task): value
+        for rate, values in tried.items()
+        for seed, value in enumerate(values)
+    } | {tiny_cell(learning_rate=1e-2, seed=seed, task=task): 0.9 for seed in table.seeds}
+    results = {cell.name: result_of(cell, 0.5, validation=value) for cell, value in cells.items()}
+    assert best_learning_rate(results.values()) == 1e-2
+    assert _missing(table, results) == [] and _finished(table, results) == _total(table, results)
 
 
 def test_an_error_that_cannot_be_pickled_arrives_with_its_traceback():
