@@ -18,8 +18,11 @@ class Slice(Protocol):
     def check_time(self, name: str, x: Tensor, dim: int = 1) -> None:
         """Raise ValueError unless x has the places of this part."""
 
-    def inputs_before(self, x: Tensor, kernel: int) -> Tensor | None:
-        """Return the state [S, W-1, C] of a convolution over this part's inputs x [B, T, C]; None for one tap."""
+    def inputs_before(self, x: Tensor, kernel: int, boundaries: Tensor | None) -> Tensor | None:
+        """Return the state [S, W-1, C] of a convolution over this part's inputs x [B, T, C]; None for one tap.
+
+        Raises ValueError unless x is packed (boundaries [S+1]) as this part is; None: not packed.
+        """
 
     def attend(self, transition: str, tensors: list[Tensor | None], weights: Tensor, **options: Any) -> Tensor:
         """Return the output of the operator of a transition for this part's tokens."""

@@ -84,7 +84,7 @@ class TokenMixer(nn.Module):
 
         Raises:
             ValueError: A `MixerDecodeState` with packing or more than one token per row, `active` without one, a state
-                of other sizes, decode_top_k in training, or slices with a state.
+                of other sizes, decode_top_k in training, or slices with a state or with another packing.
         """
         if self.decode_top_k is not None and self.training:
             raise ValueError(
@@ -111,13 +111,13 @@ class TokenMixer(nn.Module):
                 y, _ = self.mix(F.pad(x, (0, 0, 0, 1)))
                 return packing.pad(y[:, :0]), state
         z, qkv, source = self._project(x)
+        cu_seqlens = None if packing is None else packing.cu_seqlens
         if slices is None:
             inputs_before = None if state is None else state.conv
         else:
-            inputs_before = slices.inputs_before(qkv, self.conv.kernel)
+            inputs_before = slices.inputs_before(qkv, self.conv.kernel, cu_seqlens)
         qkv, conv_state = self.conv(qkv, inputs_before, packing)
         tensors, v = self._operands(source, qkv)
-        cu_seqlens = None if packing is None else packing.cu_seqlens
         sums = None
         if self.bucket_weights is None:
             weights = self._level_scales(x)

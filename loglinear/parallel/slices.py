@@ -234,8 +234,15 @@ class Slices:
         return mean_gradient_sum(x, self.processes)
 
     @between_graphs
-    def inputs_before(self, x: Tensor, kernel: int) -> Tensor | None:
-        """Return a convolution's state from the ranks that hold the tokens before; see `convolution.inputs_before`."""
+    def inputs_before(self, x: Tensor, kernel: int, boundaries: Tensor | None) -> Tensor | None:
+        """Return a convolution's state from the ranks that hold the tokens before; see `convolution.inputs_before`.
+
+        Raises:
+            ValueError: x is packed in another number of documents than `cu_seqlens` has.
+        """
+        found, expected = (None if ends is None else len(ends) - 1 for ends in (boundaries, self.cu_seqlens))
+        if found != expected:
+            raise ValueError(f"packing must hold the documents of slices.cu_seqlens, {expected}, got {found}")
         return convolution.inputs_before(self, x, kernel)
 
     @between_graphs
