@@ -173,6 +173,9 @@ def test_a_pickled_decode_state_of_earlier_versions_is_one_of_this_version():
     assert read.fenwick.first.tolist() == [0] * 4 and torch.equal(read.fenwick.blocks, state.blocks)
     started = bucket_scores(*leaves, initial_state=sums_at(STARTS, 6, partition), output_final_state=True, **options)
     assert read.copy_(started.final_state).fenwick.first.tolist() == STARTS
+    token = [x[:, 0] for x in leaves]
+    own, expected = (bucket_scores_step(*token, x, num_columns=6) for x in (read, DecodeState.of(started.final_state)))
+    assert all(map(torch.equal, own, expected))
 
 
 @pytest.mark.parametrize(
