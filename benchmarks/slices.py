@@ -4,7 +4,7 @@
 
 A sequence of R T tokens is cut over R devices, T tokens on each, and DistributedDataParallel averages the gradients.
 Alone, every device trains the same model on T tokens of its own at the same time, without any communication. The
-efficiency is the time alone over the time on slices; of both the slowest rank counts. A step is that of
+efficiency is the time alone over the time on slices. Each time is that of the slowest rank. A step is that of
 `benchmarks.training`. Losses are compared first: slices must give the loss of one device.
 """
 

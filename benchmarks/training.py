@@ -60,7 +60,7 @@ def kinds(recipe: str, device: str) -> dict[str, LogLinearConfig]:
 def sized(recipe: str, changes: dict[str, Any]) -> LogLinearConfig:
     """Return the recipe's model with these changes, and MLPs of the width that keeps the number of parameters.
 
-    A routed model has the columns of the longest length.
+    A routed model has the columns that the longest of LENGTHS needs.
     """
     original = get_recipe(recipe).model_config()
     # with the published lambda untrained losses depend on the levels; with `unit` they would not show an error

@@ -25,7 +25,7 @@ TABLES = ("mqar", "mqar-zoology")  # the two protocols of training
 def mqar(results: Path, out: Path) -> list[Path]:
     """Draw NAME.svg and write NAME.md of every NAME in TABLES that is measured.
 
-    The text has the compared models and controls, the paper's numbers, and other choices.
+    NAME.md has the compared models and controls, the paper's numbers, and other choices.
     """
     return [path for name in TABLES if (results / f"{name}.json").is_file() for path in _drawn(results, out, name)]
 

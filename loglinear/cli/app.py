@@ -330,7 +330,7 @@ def info(
     """Show versions, implementations, variants and recipes, or describe one model.
 
     The description has the parameters, the share of lambda, and the memory of one sequence by its length. The first
-    column is the state with the model's own levels, the second the state with all levels of the sequence, the third
+    column is the state with the model's own levels, the second the state with all levels of the sequence. The third is
     the key/value cache of a Transformer.
 
     Examples:

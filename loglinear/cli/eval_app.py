@@ -200,23 +200,23 @@ def mqar(
     protocol: Annotated[
         str | None, option("loglinear", "How to train: 'loglinear' or, as the task's authors do, 'zoology'.")
     ] = None,
-    compile: Annotated[bool, typer.Option(help="Compile the blocks: less time a step, after a minute.")] = False,
+    compile: Annotated[bool, typer.Option(help="Compile the blocks: faster steps, after about a minute.")] = False,
 ) -> None:
     """Train and score small models on multi-query associative recall.
 
     A cell is one model, hidden size, learning rate and seed. The whole table tries every learning rate with one
-    seed, then trains the best with every seed. 'zoology' tries rates with three seeds, except those that the first
-    seed finds 20 points of accuracy behind, and trains the best with five others. Cells in --out are not trained
-    again. A cell takes up to 12,800 steps and wants a GPU: a CPU core needs 1 to 9 seconds a step.
+    seed, then trains the best with every seed. 'zoology' tries every rate with three seeds, and trains the best with
+    five others. It drops a rate that is more than 20 points of accuracy behind with the first seed. Cells in --out are
+    not trained again. A cell takes up to 12,800 steps and wants a GPU: a CPU core needs 1 to 9 seconds a step.
 
     The five models are mamba2, log_linear_mamba2, gated_delta_net, log_linear_gated_delta_net and attention. The
     log-linear names also take the suffixes _bounded and _unit (forms of lambda), _capped (fewer levels) and _blocks
-    (one lambda for 64 tokens). The linear names mamba2 and gated_delta_net take _equal_bytes (a decode state of at
-    least the log-linear model's bytes) and _states2, 4, 8 or 16 (a state so many times as large), and the prefix
-    routed_ (weights that depend on what the buckets hold).
+    (one lambda for 64 tokens). The linear names mamba2 and gated_delta_net take the suffixes _equal_bytes (a decode
+    state of at least the log-linear model's bytes) and _states2, 4, 8 or 16 (a state so many times as large). They also
+    take the prefix routed_ (weights that depend on what the buckets hold).
 
-    The standard task has 4 to 64 pairs in 256 tokens; any query sees them all in one bucket. In the jittered task,
-    6 to 192 pairs in up to 1,024 tokens, sequences start anywhere in the tree, so the pairs lie in several buckets.
+    The standard task has 4 to 64 pairs in 256 tokens; any query sees them all in one bucket. The jittered task has 6 to
+    192 pairs in up to 1,024 tokens. Its sequences start anywhere in the tree, so the pairs lie in several buckets.
 
     The last example takes seconds on a CPU; it shows that everything works, and is too short to learn.
 

@@ -239,8 +239,8 @@ def evaluate_sets(
 ) -> dict[str, list[dict[str, Any]]]:
     """Return, by task, `NeedleScores.to_dict` with its length for every length in order; see `evaluate_needle`.
 
-    The shortest examples of all tasks come first. A line on standard error has the accuracies of each length as soon as
-    they are known, because the longest examples take most of the time.
+    The shortest examples of all tasks come first, because the longest take most of the time. After each length a line
+    on standard error has its accuracies.
     """
     results: dict[str, list[dict[str, Any]]] = {task: [] for task, _ in sets}
     for length in sorted({length for _, length in sets}):

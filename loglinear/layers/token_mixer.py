@@ -83,8 +83,9 @@ class TokenMixer(nn.Module):
             slices: This device's part of sequences that lie on several devices: x holds its tokens. None: x is whole.
 
         Raises:
-            ValueError: A `MixerDecodeState` with packing or more than one token per row, `active` without one, a state
-                of other sizes, decode_top_k in training, or slices with a state or with another packing.
+            ValueError: A `MixerDecodeState` comes with packing or more than one token per row, or `active` without one.
+                A state has other sizes. decode_top_k is set in training. Slices come with a state
+                or with another packing.
         """
         if self.decode_top_k is not None and self.training:
             raise ValueError(

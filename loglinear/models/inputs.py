@@ -120,7 +120,7 @@ def check_slices(config: LogLinearConfig, places: TokenPlaces, use_cache: bool |
     if places.slices is None:
         return
     if config.layer_types is not None and "full_attention" in config.layer_types:
-        raise ValueError("slices need a model of linear layers alone, got full_attention in layer_types")
+        raise ValueError("slices need a model without softmax attention, got full_attention in layer_types")
     for name, value in (("use_cache", use_cache or None), ("initial_position", start)):
         if value is not None:
             raise ValueError(f"{name} must be left out with slices: their sequences start at 0 and leave no state")

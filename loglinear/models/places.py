@@ -115,7 +115,7 @@ class TokenPlaces(NamedTuple):
         """Return these places as those of a slice; ValueError for arguments that it excludes."""
         for name, value in others.items():
             if value is not None:
-                raise ValueError(f"{name} must be None with slices, which hold the boundaries of the documents")
+                raise ValueError(f"{name} must be None with slices: they have no cache, no padding and own boundaries")
         slices.check_time("input_ids", tokens)
         boundaries = slices.cu_seqlens
         return self._replace(cu_seqlens=None if boundaries is None else boundaries.to(tokens.device), slices=slices)

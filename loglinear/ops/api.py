@@ -63,10 +63,10 @@ def log_linear_attention(
 
         S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T,    o_t = sum_l level_scales[t, l] * scale * q_t^T S_t^(l)
 
-    NaN is not refused, nor is an infinity except in log_decay. In q or level_scales it reaches the output of its own
-    token alone. In k, v or log_decay it reaches every later output and the final state of its heads: no reset removes
-    it. torch may also lose the earlier tokens of its chunk. Other heads and sequences keep their values. triton may
-    lose more outputs.
+    NaN is not refused, nor is an infinity except in log_decay. Such a value in q or level_scales reaches the output of
+    its own token alone. In k, v or log_decay the value reaches every later output and the final state of its heads: no
+    reset removes it. Other heads and sequences keep their values. impl="torch" may also lose the outputs of earlier
+    tokens in the same chunk, and impl="triton" may lose more.
 
     Args:
         q: [B, T, G, K], the queries. Value head h reads group h // (H / G).

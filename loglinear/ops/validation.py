@@ -109,8 +109,7 @@ def check_operands(call: Any, table: Table, sizes: Sizes, device: torch.device |
 def check_log_decay(log_decay: Tensor | None, active: Tensor | None = None) -> None:
     """Raise ValueError if a log decay on the CPU is above 0; NaN passes, and so does a row that is not active.
 
-    NaN passes in every operand, because only reading all values would find it, and a diverged training is told by its
-    loss.
+    NaN passes in every operand: a check would read all values, and the loss tells of a training that diverged.
     A GPU's values are not read, because the CPU would wait for them. Nor are those of a tensor that is being traced.
     """
     if log_decay is None or not is_readable(log_decay):

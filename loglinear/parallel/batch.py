@@ -1,6 +1,6 @@
-"""A whole batch to the arguments of a model for one slice of it."""
+"""From a whole batch to the arguments of a model for one slice of it."""
 
-# B batch, T time
+# B batch, T time, R ranks
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -36,9 +36,9 @@ def shard(
 ) -> dict[str, Any]:
     """Return the arguments with which a `LogLinearForCausalLM` computes this rank's slice of a batch.
 
-    The loss of the model is the mean over all slices, the same on each rank. On each rank the gradient is R times that
-    of the rank's own tokens, so the mean over the ranks is the whole gradient. DistributedDataParallel and fully_shard
-    take that mean.
+    The loss of the model is the mean over the whole batch, the same on each of the R ranks. The gradient on a rank is R
+    times that of its own tokens. So the mean over the ranks is the whole gradient, and DistributedDataParallel and
+    fully_shard take that mean.
 
     Args:
         config: The configuration of the model.
@@ -50,7 +50,7 @@ def shard(
 
     Returns:
         input_ids and slices; with labels also shift_labels and num_items_in_batch, the number of targets in the whole
-            batch. With gradient accumulation the latter is to be the number in all batches of a step.
+            batch. With gradient accumulation, replace num_items_in_batch by the number in all batches of a step.
 
     Raises:
         ValueError: An argument does not fit; the message names it.

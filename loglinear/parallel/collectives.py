@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 between_graphs = torch._disable_dynamo
-"""Decorates a function with collectives, whose backward nodes a graph would leave out where no gradient reaches them.
+"""Keep a function with collectives out of compiled graphs, which leave out backward nodes that no gradient reaches.
 
-torch.compiler.disable would import the compiler. No graph could hold the integers of a slice either.
+No graph could hold the integers of a slice either. torch.compiler.disable would import the compiler.
 """
 
 
@@ -34,7 +34,7 @@ class _AllGather(torch.autograd.Function):
 
 
 class _Joined(torch.autograd.Function):
-    """x as it is; the other tensors get no gradient, but their nodes run."""
+    """x, unchanged. The other tensors get no gradient, but their backward nodes run."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class _Joined(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of all ranks; the gradient is that of this rank's part, times R."""
+    """The sum over all ranks; the gradient is R times that of this rank's part."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -67,10 +67,10 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def joined(x: Tensor, *others: Tensor | None) -> Tensor:
-    """Return x, as if it had been made of the others too.
+    """Return x, so that its backward pass also runs that of the others.
 
-    Every rank must take part in every backward collective. So a rank joins both ends, even if it sends nothing or reads
-    nothing.
+    Every rank must take part in every backward collective, even a rank that sends or reads nothing. So the message is
+    joined to the operands, and the output to the gathered messages.
     """
     return _Joined.apply(x, *(other for other in others if other is not None))
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def inputs_before(slices: Slices, x: Tensor, kernel: int) -> Tensor | None:
     """Return the state [N, W - 1, C] of a convolution over this rank's inputs x [B, n, C]; None for one tap.
 
-    One all-gather of the last W - 1 inputs of each slice. A slice may hold fewer, so several slices may lie before the
-    first token. The state of the first document, or of every row, has the inputs before it in its own document; it is
-    zero elsewhere.
+    One all-gather has the last W - 1 inputs of each slice. A slice may hold fewer tokens, so the inputs may come from
+    several slices. The state of the first document, or of every row, has the inputs that come before it in its own
+    document. All other places are zero.
     """
     gap = kernel - 1
     if gap == 0:

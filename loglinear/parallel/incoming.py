@@ -1,12 +1,12 @@
-"""The effect of a slice's tokens on states from before the slice: how each token sees them, and what becomes of them.
+"""The effect of a slice's tokens on older states: each token's view x_t of them, and their transition P at the end.
 
     x_t^T = scale * q_t^T A_t ... A_1        P = A_n ... A_1        A_t the transition of token t
 
     scalar gate :  A_t = a_t
     delta rule  :  A_t = a_t (I - beta_t k_t k_t^T)
 
-For the delta rule x and P are the output and the final state of the linear rule (L = 1) that writes nothing and starts
-at the identity.
+For the delta rule, x and P come from one call of the linear rule (L = 1) that writes nothing and starts at the
+identity. x is its output, and P its final state.
 """
 
 # B batch, T time, G groups, H heads, K key, V value, N sequences, C chunk

@@ -21,7 +21,7 @@ TILE = 16_384  # tokens whose float32 reads exist at the same time
 def with_older(
     local: Tensor, incoming: Incoming, level_scales: Tensor, states: list[Tensor], runs: tuple[Run, ...]
 ) -> Tensor:
-    """Return local [B, T, H, V] with the read of the states [N, H, K, V], which the runs see in their columns.
+    """Return local [B, T, H, V] plus the read of the states [N, H, K, V]; each run names the columns that read them.
 
     Tile by tile, in the states' dtype. Only the arguments are saved for backward, which computes the reads again.
     """
@@ -64,7 +64,7 @@ def _with_older(
 
 
 def _product(x: Tensor, state: Tensor) -> Tensor:
-    """Return x_t^T S [B, T, H, V] for x [B, T, G, K] and the states [N, H, K, V] of every row, G groups of heads."""
+    """Return x_t^T S [B, T, H, V] for x [B, T, G, K] and the states [N, H, K, V] of all rows."""
     wide = state.unflatten(1, (x.shape[2], -1)).transpose(2, 3).flatten(3)  # [N, G, K, H / G * V]
     y = x.transpose(1, 2) @ wide
     return y.unflatten(3, (-1, state.shape[3])).permute(0, 2, 1, 3, 4).flatten(2, 3)

@@ -1,16 +1,18 @@
 """Both operators on sequences that lie on several devices.
 
 Every rank runs the operator on its own slice, from an empty tree at the position of the slice. The read of the past is
-linear in the states, so the older slices add one term for each bucket c that holds tokens of theirs:
+linear in the states. So the older slices add one term for each bucket c that holds some of their tokens:
 
     o_t = local_t + sum_c lambda[t, c] * x_t^T S_c            x_t^T = scale * q_t^T A_t ... A_1
 
-A_1, ..., A_t are the transitions of the slice's tokens up to t. The states S_c at the beginning of a slice follow
-from each older slice's transition P and from its states S of the buckets that hold its tokens, oldest slice first:
+A_1, ..., A_t are the transitions of the slice's tokens up to t, and lambda are the level scales. Each older slice sends
+its transition P, and one state S for each bucket that holds its tokens. They give the states S_c at the beginning of a
+slice, oldest slice first:
 
-    S_c = P S_c + sum of the slice's S that are in bucket c
+    S_c <- P S_c + sum of the slice's S that are in bucket c
 
-One all-gather of every rank's (P, S) is all communication; the backward pass has one reduce-scatter of their gradients.
+The forward pass has one collective, an all-gather of every rank's (P, S). The backward pass has one reduce-scatter of
+their gradients.
 """
 
 # B batch, n tokens of a slice, G groups, H heads, K key, V value, L levels, N sequences, C chunk
@@ -55,8 +57,8 @@ def log_linear_attention(
 ) -> Tensor:
     """Return `loglinear.log_linear_attention` of whole sequences, for the tokens of this rank's slice.
 
-    Every rank of the mesh dimension must call it, and must run the backward pass if one does. The slice costs one more
-    matrix product [n, K] x [K, V] for each head and bucket with older slices' tokens, n tokens in the slice.
+    Every rank of the mesh dimension must call it. If one rank runs the backward pass, every rank must. The slice costs
+    one more matrix product [n, K] x [K, V] for each head and each bucket with tokens of older slices.
 
     Args:
         q: [B, n, G, K], the queries of this rank's tokens, as `slices.take` gives them; so are the other tensors.
@@ -98,9 +100,9 @@ def log_linear_delta_rule(
 ) -> Tensor:
     """Return `loglinear.log_linear_delta_rule` of whole sequences, for the tokens of this rank's slice.
 
-    As `log_linear_attention` of this module, with one cost more. The x_t of all tokens and the slice's P are the output
-    and the final state of the linear delta rule (L = 1) that writes nothing and starts at the identity. A slice that
-    continues a document runs it, with K value columns.
+    The call is as that of `log_linear_attention` in this module, with one more cost. A slice that continues a document
+    also runs the linear delta rule (L = 1) on K value columns. That run writes nothing and starts at the identity. Its
+    output holds the x_t of all tokens, and its final state is the slice's P.
 
     Args:
         q: [B, n, G, K], the queries of this rank's tokens, as `slices.take` gives them; so are the other tensors.

@@ -1,8 +1,8 @@
 """The scores of buckets on sequences that lie on several devices.
 
-A score is linear in the sums M_b of its bucket's keys, and no transition changes a sum. So each rank sends the sums of
-the buckets that hold its tokens at the end of its slice, and a later rank starts `bucket_scores` from their totals. One
-all-gather forward and one reduce-scatter of its gradients are all communication.
+A score is linear in the sums M_b of its bucket's keys, and no transition changes a sum. So each rank sends one sum for
+each bucket that holds its tokens at the end of its slice. A later rank starts `bucket_scores` from the totals of these
+sums. The forward pass has one all-gather, and the backward pass one reduce-scatter.
 """
 
 # B batch, T time, G query/key groups, K key, L columns, N sequences, M blocks
@@ -39,8 +39,8 @@ def bucket_scores(
 ) -> BucketScores:
     """Return `loglinear.bucket_scores` of whole sequences, for the tokens of this rank's slice.
 
-    Every rank of the mesh dimension must call it, and must run the backward pass if one does. A slice costs one more
-    product of its keys with themselves.
+    Every rank of the mesh dimension must call it. If one rank runs the backward pass, every rank must. A slice costs
+    one more product of its keys with themselves.
 
     Args:
         q: [B, n, G, K], the queries of this rank's tokens, as `slices.take` gives them.

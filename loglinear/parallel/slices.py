@@ -1,4 +1,4 @@
-"""The slices of sequences that lie on several devices: who holds which tokens."""
+"""The slices of sequences that lie on several devices: the tokens that each rank holds."""
 
 # B batch, T time, R ranks, N sequences, C chunk
 from __future__ import annotations
@@ -71,9 +71,9 @@ class Slices:
     ) -> Slices:
         """Return the slices of rows of `time` tokens on the devices of a mesh of one dimension.
 
-        Slice r begins at token r n, where n is the smallest multiple of chunk_size with R n >= T. If that is inside of
-        a packed document, it begins at the last place at or before r n that is a multiple of chunk_size in this
-        document. So the last ranks may hold fewer tokens, or none: a rank without tokens computes one token of padding.
+        Slice r begins at token r n, where n is the smallest multiple of chunk_size with R n >= T. If that is inside
+        a packed document, slice r begins at the last multiple of chunk_size in this document, at or before r n. The
+        last ranks may hold fewer tokens, or none. A rank without tokens computes one token of padding.
 
         Args:
             time: T, the tokens of a row.
@@ -143,13 +143,13 @@ class Slices:
 
     @cached_property
     def begins(self) -> list[int | None]:
-        """[R + 1] The place at which the document begins that each boundary cuts; None for a boundary between two."""
+        """[R + 1] The begin of the document that each boundary cuts; None for a boundary between two documents."""
         documents = (0, self.boundaries[-1]) if self.documents is None else self.documents
         return [_begin(documents, boundary) for boundary in self.boundaries]
 
     @cached_property
     def spans(self) -> tuple[tuple[int, int] | None, ...]:
-        """[R] The positions, first and end, that each slice holds of a document that goes on in the next; or None."""
+        """[R] The positions, first and end, of each slice in the document that goes on in the next slice; or None."""
         cuts = zip(pairwise(self.boundaries), self.begins[1:], strict=True)
         return tuple(None if begin is None else (max(first - begin, 0), end - begin) for (first, end), begin in cuts)
 
@@ -167,7 +167,7 @@ class Slices:
 
     @cached_property
     def parts(self) -> list[Part]:
-        """The rest of an older document, whole documents, the beginning of one that goes on; at least one of them."""
+        """At least one of: the rest of an older document, whole documents, the beginning of one that goes on."""
         length = max(self.length, 1)
         goes_on = self.begins[self.rank + 1] is not None
         if self.documents is None:
@@ -228,8 +228,8 @@ class Slices:
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of x over all ranks, the same on each.
 
-        The gradient on each rank is R times that of its own part, because data-parallel training takes the mean of the
-        ranks' gradients: their mean is the gradient of the sum.
+        The gradient on each rank is R times that of its own part. So the mean of the ranks' gradients, which
+        data-parallel training takes, is the gradient of the sum.
         """
         return mean_gradient_sum(x, self.processes)
 
@@ -270,7 +270,7 @@ class Slices:
 
 
 def _begin(documents: tuple[int, ...], place: int) -> int | None:
-    """Return where the document begins that this place cuts; None for a place between two documents."""
+    """Return the begin of the document that this place cuts; None for a place between two documents."""
     following = bisect_left(documents, place)
     return None if documents[following] == place else documents[following - 1]
 

@@ -23,8 +23,8 @@ CACHE = LogLinearCache(tiny_config())
 @pytest.mark.parametrize(
     ("options", "arguments", "message"),
     [
-        (HYBRID, {}, "slices need a model of linear layers alone, got full_attention in layer_types"),
-        (TRANSFORMER, {}, "slices need a model of linear layers alone"),
+        (HYBRID, {}, "slices need a model without softmax attention, got full_attention in layer_types"),
+        (TRANSFORMER, {}, "slices need a model without softmax attention"),
         ({}, {"use_cache": True}, "use_cache must be left out with slices"),
         ({}, {"initial_position": torch.tensor([4, 4])}, "initial_position must be left out with slices"),
         ({}, {"attention_mask": torch.ones(2, 8)}, "attention_mask must be None with slices"),

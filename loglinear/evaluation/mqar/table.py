@@ -20,7 +20,7 @@ def best_learning_rate(results: Iterable[Result]) -> float:
     """Return the learning rate of a model with the best mean validation accuracy over its protocol's tuning seeds.
 
     A protocol without tuning seeds has the smallest seed among those that tried the most rates. If there are none of
-    the tuning seeds, all seeds count. A rate with fewer of them than another was hopeless or is not finished, and does
+    the tuning seeds, all seeds count. A rate with fewer seeds than another was hopeless or is not finished, and does
     not count. The smallest of equal rates wins.
     """
     by_rate: dict[float, list[float]] = {}

@@ -100,7 +100,7 @@ def _result(future: Future[Result | None]) -> Result | None:
 def _known(table: RecallTable, results: Mapping[str, Result]) -> list[RecallCell]:
     """Return the cells that are known so far.
 
-    The other tuning seeds of a model follow when the first has tried all its rates, and the other seeds when its
+    The other tuning seeds of a model follow when the first has tried all rates. The reported seeds follow when the
     learning rate is chosen.
     """
     cells = []
