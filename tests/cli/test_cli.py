@@ -258,7 +258,8 @@ def test_info_lists_everything_there_is(capsys):
     assert out.endswith("demo: runs as it is\nsmall: needs --data\npaper_*: needs --tokenizer --data\n")
 
 
-def test_info_of_a_recipe_and_of_a_checkpoint(capsys, run):
+def test_info_of_a_recipe_and_of_a_checkpoint(capsys, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = in_process(capsys, "info", "--recipe", "paper_mamba2")
     assert (
         code == 0 and "825,465,312" in out and "2.8" in out and all(size in out for size in ("4K", "16K", "128K", "1M"))
