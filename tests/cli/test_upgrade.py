@@ -146,7 +146,7 @@ def test_upgrade_refuses_a_folder_that_lacks_a_weight_and_names_one_too_many(cap
     assert many[0] == 0 and "note: Qwen3_5ForCausalLM has no place for x, so it is left out" in many[2]
 
 
-def test_the_commands_take_an_upgraded_folder(capsys, folders, tmp_path):
+def test_the_commands_take_an_upgraded_folder(capsys, folders, tmp_path, monkeypatch):
     upgraded_folder = folders[1]
     (tmp_path / "text.txt").write_text(TEXT)
     made = []
@@ -161,6 +161,7 @@ def test_the_commands_take_an_upgraded_folder(capsys, folders, tmp_path):
     arguments = ["--model", upgraded_folder, "--data", tmp_path / "text.txt", "--out", tmp_path / "eval"]
     code, out, errors = in_process(capsys, "eval", "perplexity", *arguments, "--length", 64)
     assert code == 0 and "bits per byte" in out, errors
+    monkeypatch.setenv("COLUMNS", "200")
     code, out, errors = in_process(capsys, "info", "--model", upgraded_folder)
     words = out.split()  # the cell may wrap
     assert code == 0 and {type(model).__name__, "transformers,", "upgraded"} <= set(words), errors

@@ -295,7 +295,7 @@ def test_mistakes_on_the_command_line_are_one_line(folder, capsys):
         "did you mean 'transformers'?": ["--from", "transformer", folder, out],
         "--from": [folder, out],
         "OUT": ["--from", "transformers", folder],
-        "num_levels must be at least 1, got 0": ["--from", "transformers", folder, out, "--num-levels", "0"],
+        "'--num-levels': must lie between 1 and": ["--from", "transformers", folder, out, "--num-levels", "0"],
         "`hf download nobody/nothing --local-dir FOLDER` first": ["--from", "fla", "nobody/nothing", out],
         "'grams'": ["--from", "transformers", folder, out, "--routing", "grams"],
         "no checkpoint at": ["--from", "transformers", folder / "nothing", out],
