@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.machine import about, check_options, command_line, keep
-from benchmarks.training import CHECKED, LOSS_BUDGET, build, chosen_kinds, random_row, time_steps
+from benchmarks.training import CHECKED, LOSS_BUDGET, build, chosen_kinds, loss_of, random_row, step_of, time_steps
 from loglinear import parallel
 from loglinear.cli.console import print_table
 from loglinear.models import LogLinearConfig, parameter_counts
@@ -66,27 +66,6 @@ def counted_bytes() -> Iterator[list[int]]:
         yield sent
     finally:
         dist.all_gather = all_gather
-
-
-def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Return the loss of a batch, under bf16 autocast on a GPU."""
-    ids = batch["input_ids"]
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.is_cuda):
-        return model(**batch, use_cache=False).loss
-
-
-def step_of(model: nn.Module, batch: dict[str, Any]) -> Callable[[], Tensor]:
-    """Return a function that trains for one step and returns its loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=batch["input_ids"].is_cuda)
-
-    def step() -> Tensor:
-        loss = loss_of(model, batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
 
 
 def check(config: LogLinearConfig, mesh: DeviceMesh, device: str) -> None:

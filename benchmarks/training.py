@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.progress import Progress, TaskID
+from torch import nn
 
 from benchmarks.machine import about, announce, check_options, command_line, keep, progress_bar
 from loglinear.cli.console import print_table
@@ -91,19 +92,26 @@ def random_row(length: int, device: str) -> torch.Tensor:
     return torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(length)).to(device)
 
 
-def loss_of(model: LogLinearForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the loss of one packed row with one sequence."""
+def packed(tokens: torch.Tensor) -> dict[str, Any]:
+    """Return the batch of one packed row with one sequence, which predicts itself."""
     ends = torch.tensor([0, tokens.shape[1]], dtype=torch.int32, device=tokens.device)
-    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=tokens.is_cuda):
-        return model(input_ids=tokens, labels=tokens, cu_seqlens=ends, use_cache=False).loss
+    return {"input_ids": tokens, "labels": tokens, "cu_seqlens": ends}
 
 
-def step_of(model: LogLinearForCausalLM, tokens: torch.Tensor) -> Callable[[], torch.Tensor]:
+def loss_of(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Return the loss of a batch, under bf16 autocast on a GPU."""
+    ids = batch["input_ids"]
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=ids.is_cuda):
+        loss: torch.Tensor = model(**batch, use_cache=False).loss
+    return loss
+
+
+def step_of(model: nn.Module, batch: dict[str, Any]) -> Callable[[], torch.Tensor]:
     """Return a function that trains for one step and returns its loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=tokens.is_cuda)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=batch["input_ids"].is_cuda)
 
     def step() -> torch.Tensor:
-        loss = loss_of(model, tokens)
+        loss = loss_of(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -134,7 +142,7 @@ def check(models: Mapping[str, LogLinearConfig], device: str, say: Callable[[str
             config = copy.copy(config)
             config.impl = impl
             with torch.no_grad():
-                losses[impl] = float(loss_of(build(config, device), tokens))
+                losses[impl] = float(loss_of(build(config, device), packed(tokens)))
         if max(losses.values()) - min(losses.values()) > LOSS_BUDGET:
             raise SystemExit(f"implementations of {name} disagree, nothing was timed: {losses}")
 
@@ -149,7 +157,7 @@ def measure_one(
     if compiled:
         torch._dynamo.reset()  # graphs hold one length, as in training
         compile_blocks(model, cuda_graphs=device == "cuda")
-    measured: dict[str, Any] = time_steps(step_of(model, random_row(length, device)), steps, say)
+    measured: dict[str, Any] = time_steps(step_of(model, packed(random_row(length, device))), steps, say)
     measured["tokens_per_second"] = length / measured["step_s"]
     if device == "cuda":
         measured["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
