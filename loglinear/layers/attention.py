@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loglinear.layers.slices import Slice
+
 # Note [Packed softmax attention]. Each document of a packed row attends within itself. On a GPU, documents of LONG
 # tokens or more go to cuDNN one by one, which is faster than one call for all. cuDNN plans each new length for tens of
 # milliseconds, so it gets only multiples of PLANNED tokens, which occur again. Neighbours among the other documents
@@ -20,7 +22,8 @@ WIDTHS = range(8, 129, 8)
 PLANNED, LONG = 1024, 4096
 CHOOSING = threading.Lock()
 
-Heads = tuple[Tensor, Tensor, Tensor]  # q [B, H, T, K], k and v [B, G, T, K]
+Heads = tuple[Tensor, Tensor, Tensor]
+"""q [B, H, T, K], k and v [B, G, S, K]; S - T older keys belong to the first document, or to every row."""
 
 
 class KeyValueStore(Protocol):
@@ -37,6 +40,7 @@ class AttentionContext(NamedTuple):
     mask: Tensor | None = None  # [B, 1, T, S] True at keys to attend to, or added to the scores; None: plain causal
     lengths: Tensor | None = None  # [N] on the CPU: tokens of each packed document (B = 1); None: not packed
     with_weights: bool = False  # True: layers also return attention weights, and `mask` covers packed documents too
+    slices: Slice | None = None  # this device's part of sequences that lie on several devices; None: they are whole
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -57,8 +61,15 @@ def _is_long(length: int) -> bool:
     return length >= LONG and length % PLANNED == 0
 
 
+def _key_lengths(heads: Heads, lengths: list[int]) -> list[int]:
+    """Return the keys of each document: its own tokens, and the older keys in the first one."""
+    q, k, _ = heads
+    return [lengths[0] + k.shape[2] - q.shape[2], *lengths[1:]]
+
+
 def _split(heads: Heads, lengths: list[int]) -> list[Heads]:
-    return list(zip(*(t.split(lengths, dim=2) for t in heads), strict=True))
+    keys = _key_lengths(heads, lengths)
+    return list(zip(*(t.split(n, dim=2) for t, n in zip(heads, (lengths, keys, keys), strict=True)), strict=True))
 
 
 def _has_flash(heads: Heads) -> bool:
@@ -108,7 +119,9 @@ class Attention(nn.Module):
         if store is not None:
             k, v = store.update(k, v)
         weights = None
-        if context.with_weights:
+        if context.slices is not None:
+            y = self._attend_slice((q, k, v), context.slices, context.lengths)
+        elif context.with_weights:
             assert context.mask is not None
             y, weights = self._attend_with_weights(q, k, v, context.mask)
         elif context.lengths is None:
@@ -116,6 +129,13 @@ class Attention(nn.Module):
         else:
             y = self._attend_documents((q, k, v), context.lengths)
         return self.out_proj(y.transpose(1, 2).flatten(-2)), weights
+
+    @torch._disable_dynamo  # no graph could hold the collectives
+    def _attend_slice(self, heads: Heads, slices: Slice, lengths: Tensor | None) -> Tensor:
+        """Attend from a slice's queries to its keys and the older ones of the document that it continues."""
+        q, k, v = heads
+        heads = (q, *slices.with_older_keys(k, v))
+        return self._attend(*heads) if lengths is None else self._attend_documents(heads, lengths)
 
     @torch._disable_dynamo  # a graph would hold for these lengths alone; torch.compiler.disable imports the compiler
     def _attend_documents(self, heads: Heads, lengths: Tensor) -> Tensor:
@@ -159,8 +179,12 @@ class Attention(nn.Module):
         q, k, v = (t.squeeze(0).transpose(0, 1) for t in heads)
         if self.grouped:
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(q.device, non_blocking=True)
-        y = varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths), window_size=(-1, 0))
+        keys = _key_lengths(heads, lengths)
+        ends, key_ends = (
+            torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32).to(q.device, non_blocking=True)
+            for n in (lengths, keys)
+        )
+        y = varlen_attn(q, k, v, ends, key_ends, max(lengths), max(keys), window_size=(-1, 0))
         assert isinstance(y, Tensor)  # more results need an option
         return y.transpose(0, 1).unsqueeze(0)
 
@@ -175,8 +199,21 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend by one of torch's kernels."""
         causal = False
+        if mask is None and 1 < q.shape[2] < k.shape[2]:
+            return self._attend_older((q, k, v))
         if mask is None and q.shape[2] > 1:  # a branch: in a graph of any length a comparison is no bool
             causal = True
         if mask is not None and mask.is_floating_point():
             mask = mask.to(q.dtype).clamp(min=torch.finfo(q.dtype).min)  # finite, so no row of the softmax is empty
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+
+    def _attend_older(self, heads: Heads) -> Tensor:
+        """Attend causally, with S - T keys that are older than the first query."""
+        from torch.nn.attention.bias import causal_lower_right
+
+        q, k, v = heads
+        grouped = self.grouped
+        if grouped and not _has_flash(heads):  # the other kernels would get a mask [T, S] instead
+            k, v, grouped = *(t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v)), False
+        mask = causal_lower_right(q.shape[2], k.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)

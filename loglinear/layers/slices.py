@@ -1,4 +1,4 @@
-# B batch, T time, C channels, W kernel, S sequences
+# B batch, T time, C channels, W kernel, S sequences, G key/value heads, K head width, n tokens of this part
 """The part of long sequences that one of several devices holds, as layers and models see it."""
 
 from typing import Any, Protocol
@@ -15,6 +15,10 @@ class Slice(Protocol):
     def cu_seqlens(self) -> Tensor | None:
         """[S+1] Boundaries of the documents in this part; None: not packed."""
 
+    @property
+    def position(self) -> int:
+        """The position of this part's first token in its document or row."""
+
     def check_time(self, name: str, x: Tensor, dim: int = 1) -> None:
         """Raise ValueError unless x has the places of this part."""
 
@@ -29,6 +33,12 @@ class Slice(Protocol):
 
     def scores(self, q: Tensor, k: Tensor, **options: Any) -> BucketScores:
         """Return the scores of buckets for this part's tokens."""
+
+    def with_older_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, G, position + n, K]: the older ones of the document that this part continues.
+
+        This part's own k and v [B, G, n, K] come last.
+        """
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of x over all devices; the mean of their gradients is the gradient of the sum."""

@@ -115,15 +115,15 @@ def check_positions(position_ids: Tensor | None, places: TokenPlaces) -> None:
     )
 
 
-def check_slices(config: LogLinearConfig, places: TokenPlaces, use_cache: bool | None, start: Tensor | None) -> None:
-    """Raise ValueError for slices with a model, a cache or positions that they do not support."""
+def check_slices(places: TokenPlaces, use_cache: bool | None, start: Tensor | None, with_weights: bool | None) -> None:
+    """Raise ValueError for slices with a cache, positions or attention weights, which they do not support."""
     if places.slices is None:
         return
-    if config.layer_types is not None and "full_attention" in config.layer_types:
-        raise ValueError("slices need a model without softmax attention, got full_attention in layer_types")
     for name, value in (("use_cache", use_cache or None), ("initial_position", start)):
         if value is not None:
             raise ValueError(f"{name} must be left out with slices: their sequences start at 0 and leave no state")
+    if with_weights:
+        raise ValueError("output_attentions must be left out with slices: no rank has the weights of a whole sequence")
 
 
 def places_from(position: Tensor | None, places: TokenPlaces) -> TokenPlaces:
@@ -188,13 +188,16 @@ def _attention_context(
     column_T = places.past + torch.arange(places.time, device=device)
     if position_ids is None:
         position_ids = _positions(column_T, places.cu_seqlens, columns_BS)
+        if places.slices is not None:
+            first_end = places.time if places.cu_seqlens is None else places.cu_seqlens[1]
+            position_ids = position_ids + places.slices.position * (column_T < first_end)
     assert config.attention_head_dim is not None
     cos, sin = rotary_tables(position_ids, config.attention_head_dim, config.rope_theta)
     lengths = None if places.cu_seqlens is None else of_any_length(places.cu_seqlens.diff().cpu())
     mask = places.scores_mask
     if mask is None and (with_weights or not _is_causal(places, columns_BS)):
         mask = _attention_mask(columns_BS, column_T, places)
-    return AttentionContext(cos, sin, mask, lengths, with_weights)
+    return AttentionContext(cos, sin, mask, lengths, with_weights, places.slices)
 
 
 def _positions(column_T: Tensor, cu_seqlens: Tensor | None, columns_BS: Tensor | None) -> Tensor:

@@ -209,11 +209,11 @@ class LogLinearModel(LogLinearPreTrainedModel):
             )
         refuse_unknown(kwargs, places)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        check_slices(self.config, places, use_cache, initial_position)
+        with_weights = self.config.output_attentions if output_attentions is None else output_attentions
+        check_slices(places, use_cache, initial_position, with_weights)
         is_whole = places.cu_seqlens is None and places.slices is None
         cache = self._cache(past_key_values, use_cache, packed=not is_whole)
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        with_weights = self.config.output_attentions if output_attentions is None else output_attentions
         check_positions(position_ids, places)
         places = places_from(initial_position, places)
         tokens_first = None

@@ -17,7 +17,10 @@ No graph could hold the integers of a slice either. torch.compiler.disable would
 
 
 class _AllGather(torch.autograd.Function):
-    """[...] of every rank to [R, ...] on every rank; the gradient of a rank's part is the sum over all ranks."""
+    """[...] of every rank to [R, ...] on every rank; the gradient of a rank's part is the sum over all ranks.
+
+    The sum is computed in float32, or float64 for float64: it may have R terms.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -28,9 +31,10 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dgathered: Tensor) -> tuple[Tensor, None]:
-        dx = dgathered.new_empty(dgathered.shape[1:])
-        dist.reduce_scatter(dx, list(dgathered.contiguous().unbind(0)), group=ctx.group)
-        return dx, None
+        parts = dgathered.to(torch.promote_types(dgathered.dtype, torch.float32)).contiguous()
+        dx = parts.new_empty(parts.shape[1:])
+        dist.reduce_scatter(dx, list(parts.unbind(0)), group=ctx.group)
+        return dx.to(dgathered.dtype), None
 
 
 class _Joined(torch.autograd.Function):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from loglinear.ops import BucketScores
 from loglinear.ops.validation import chunk_length, whole_number
 from loglinear.parallel import convolution, operators, scores
-from loglinear.parallel.collectives import all_gather, between_graphs, mean_gradient_sum
+from loglinear.parallel.collectives import all_gather, between_graphs, joined, mean_gradient_sum
 
 
 class Part(NamedTuple):
@@ -254,6 +254,20 @@ class Slices:
     def scores(self, q: Tensor, k: Tensor, **options: Any) -> BucketScores:
         """Return the scores of buckets for this rank's tokens; see `scores.bucket_scores`."""
         return scores.bucket_scores(q, k, slices=self, **options)
+
+    @between_graphs
+    def with_older_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return softmax attention's keys and values [B, G, position + n, K], this rank's k and v [B, G, n, K] last.
+
+        The older ones are those of the document that this slice continues. One all-gather has the keys and values of
+        all slices; the backward pass sends their gradients with one reduce-scatter.
+        """
+        gathered = self.gather(torch.cat([k, v], -1), dim=2)
+        if self.length == 0:
+            return joined(k, gathered), v
+        end = self.boundaries[self.rank] + self.length
+        both = gathered[:, :, end - self.length - self.position : end]
+        return both[..., : k.shape[-1]], both[..., k.shape[-1] :]
 
     @property
     def processes(self) -> dist.ProcessGroup:

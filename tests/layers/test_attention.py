@@ -1,4 +1,6 @@
 import copy
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loglinear.layers import Attention, AttentionContext, attention, rotary_tables
+from loglinear.layers.attention import rotate
 
 
 def context(positions: Tensor, **options) -> AttentionContext:
@@ -93,6 +96,79 @@ def test_documents_at_once_are_as_exact_as_one_by_one(heads, key_heads, head_dim
     monkeypatch.setattr(attention, "AT_ONCE", False)
     for wanted, ours, theirs in zip(exact, together, results("cuda", dtype), strict=True):
         assert (ours - wanted).norm() <= 1.1 * (theirs - wanted).norm()
+
+
+class Older(NamedTuple):
+    """A slice after older tokens of one process."""
+
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def of(cls, layer: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> "Older":
+        _, k, v = (t.unflatten(-1, (-1, layer.head_dim)) for t in layer.qkv_proj(x).split(layer.widths, dim=-1))
+        return cls(rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2))
+
+    def with_older_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
+
+
+def in_two_slices(layer: Attention, x: Tensor, shared: AttentionContext, first: int) -> Tensor:
+    """The second slice continues the first document after `first` tokens, or the rows if none are packed."""
+    cos, sin, lengths = shared.cos, shared.sin, shared.lengths
+    older = Older.of(layer, x[:, :first], cos[:, :first], sin[:, :first])
+    begin = AttentionContext(cos[:, :first], sin[:, :first])
+    rest = AttentionContext(cos[:, first:], sin[:, first:], slices=older)
+    if lengths is not None:
+        rest = rest._replace(lengths=torch.cat([lengths[:1] - first, lengths[1:]]))
+    return torch.cat([layer(x[:, :first], begin)[0], layer(x[:, first:], rest)[0]], 1)
+
+
+@pytest.mark.parametrize("key_heads", [1, 4])
+@pytest.mark.parametrize(
+    ("lengths", "first"), [(None, 5), (None, 8), ([9], 4), ([9, 3, 4, 1], 5), ([9, 3, 4, 1], 8), ([10, 4, 3], 2)]
+)
+def test_a_slice_attends_to_the_older_keys_of_the_document_it_continues(lengths, first, key_heads, monkeypatch):
+    torch.manual_seed(0)
+    layer = Attention(8, 4, key_heads, 8).double()
+    rows, time = (2, 9) if lengths is None else (1, sum(lengths))
+    x = torch.randn(rows, time, 8, dtype=torch.float64)
+    shared = packed_context([time] if lengths is None else lengths, 8)
+    shared = shared._replace(lengths=None) if lengths is None else shared
+    expected, _ = layer(x, shared)
+    torch.testing.assert_close(in_two_slices(layer, x, shared, first), expected)
+    monkeypatch.setattr(layer, "_at_once", lambda heads, n: torch.cat(layer._one_by_one(heads, n), dim=2))
+    for name, value in (("AT_ONCE", True), ("_has_flash", lambda heads: True), ("LONG", 4), ("PLANNED", 4)):
+        monkeypatch.setattr(attention, name, value)
+    torch.testing.assert_close(in_two_slices(layer, x, shared, first), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "key_heads", "head_dim"), [(4, 4, 32), (4, 2, 64), (2, 1, 160)])
+@pytest.mark.parametrize(("lengths", "first"), [(None, 700), ([1300, 129, 4096, 60], 700), ([5000], 904)])
+def test_a_slice_is_as_exact_as_the_whole_on_a_gpu(lengths, first, heads, key_heads, head_dim, dtype) -> None:
+    torch.manual_seed(0)
+    layer = Attention(64, heads, key_heads, head_dim).double()
+    rows, time = (2, 1500) if lengths is None else (1, sum(lengths))
+    x = torch.randn(rows, time, 64, dtype=torch.float64)
+    weight = torch.randn_like(x)
+
+    def results(device: str, dtype: torch.dtype, attend: Callable[..., Tensor]) -> list[Tensor]:
+        own = copy.deepcopy(layer).to(device, dtype)
+        inputs = x.to(device, dtype, copy=True).requires_grad_()
+        shared = packed_context([time] if lengths is None else lengths, head_dim, device)
+        y = attend(own, inputs, shared._replace(lengths=None) if lengths is None else shared)
+        y.backward(weight.to(device, dtype))
+        return [t.double().cpu() for t in (y, inputs.grad, own.qkv_proj.weight.grad)]
+
+    def whole(own: Attention, x: Tensor, shared: AttentionContext) -> Tensor:
+        return own(x, shared)[0]
+
+    exact = results("cpu", torch.float64, whole)
+    found = results("cuda", dtype, lambda own, x, shared: in_two_slices(own, x, shared, first))
+    for wanted, ours, theirs in zip(exact, found, results("cuda", dtype, whole), strict=True):
+        assert (ours - wanted).norm() <= 1.3 * (theirs - wanted).norm()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loglinear import parallel
 from loglinear.models import LogLinearForCausalLM
-from tests.models.tiny_models import ROUTED, ROUTED_DELTA, tiny_config, tokens
+from tests.models.tiny_models import FULL, HYBRID, LINEAR, ROUTED, ROUTED_DELTA, TRANSFORMER, tiny_config, tokens
 
 GDN = {"variant": "gated_delta_net"}
 
@@ -94,5 +94,13 @@ MODELS = {
         Model("routed", options=ROUTED),
         Model("routed_packed", options=ROUTED_DELTA, documents=(0, 2, 29, 30, 57, 61), ranks=(2, 3)),
         Model("linear", options={"num_levels": 1}, ranks=(3,)),
+        Model("hybrid", options=HYBRID),
+        Model("hybrid_packed", options={**HYBRID, "layer_types": [FULL, LINEAR]}, documents=(0, 2, 29, 30, 57, 61)),
+        Model("hybrid_long_first", options=HYBRID, documents=(0, 55, 61)),
+        Model("hybrid_short", 5, options={**HYBRID, "num_key_value_heads": 2}),  # the last ranks hold no tokens
+        Model("hybrid_short_packed", 5, options=HYBRID, documents=(0, 1, 5)),
+        Model("hybrid_checkpointed", options=HYBRID, prepare=checkpointed, ranks=(2,)),
+        Model("hybrid_compiled", options=HYBRID, documents=(0, 40, 61), prepare=compiled, ranks=(2,)),
+        Model("transformer", 44, options=TRANSFORMER, ranks=(2, 3)),
     )
 }

@@ -14,7 +14,7 @@ from loglinear.models import (
 )
 from loglinear.parallel import Slices
 from loglinear.variants import HeadSizes
-from tests.models.tiny_models import HYBRID, TRANSFORMER, tiny_config, tokens
+from tests.models.tiny_models import HYBRID, tiny_config, tokens
 
 SLICES = Slices.plan(16, 2, chunk_size=4)
 CACHE = LogLinearCache(tiny_config())
@@ -23,8 +23,8 @@ CACHE = LogLinearCache(tiny_config())
 @pytest.mark.parametrize(
     ("options", "arguments", "message"),
     [
-        (HYBRID, {}, "slices need a model without softmax attention, got full_attention in layer_types"),
-        (TRANSFORMER, {}, "slices need a model without softmax attention"),
+        (HYBRID, {"output_attentions": True}, "output_attentions must be left out with slices"),
+        (HYBRID, {"use_cache": True}, "use_cache must be left out with slices"),
         ({}, {"use_cache": True}, "use_cache must be left out with slices"),
         ({}, {"initial_position": torch.tensor([4, 4])}, "initial_position must be left out with slices"),
         ({}, {"attention_mask": torch.ones(2, 8)}, "attention_mask must be None with slices"),

@@ -64,6 +64,13 @@ def test_a_call_has_one_collective_forward_and_one_backward(found):
             assert {name: n for name, n in result["collectives"].items() if n} == EXPECTED, (ranks, case)
 
 
+def test_gradients_of_many_readers_are_summed_in_float32(found):
+    """In bfloat16 1 + 2^-9 is 1."""
+    for ranks in RANKS:
+        exact = torch.tensor(1 + (ranks - 1) * 2**-9).bfloat16()
+        assert (found[ranks]["float32 sums"] == exact).all(), ranks
+
+
 @pytest.mark.parametrize("case", SCORED)
 def test_slices_give_the_scores_of_buckets_of_one_process(found, case):
     expected = CASES[case].whole_scores()

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from loglinear import parallel
 from loglinear.models import LogLinearForCausalLM
 from loglinear.variants import HeadBias
-from tests.models.tiny_models import tiny_config, tokens
+from tests.models.tiny_models import HYBRID, tiny_config, tokens
 
 STEPS = 2
 WAYS = {"fully_shard": 2, "ddp": 2, "fully_shard_2x2": 4}  # and the processes of each
@@ -24,7 +24,7 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 def make() -> LogLinearForCausalLM:
     torch.manual_seed(0)
-    return LogLinearForCausalLM(tiny_config(variant="gated_delta_net", loss_chunk_size=64)).double().train()
+    return LogLinearForCausalLM(tiny_config(**HYBRID, loss_chunk_size=64)).double().train()
 
 
 def batch(step: int, group: int) -> tuple[Tensor, tuple[int, ...]]:

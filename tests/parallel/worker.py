@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from loglinear.parallel.collectives import all_gather
 from tests.parallel.cases import BY_NAME, CASES, RANKS, SCORED, cases_on
 from tests.parallel.models import MODELS
 from tests.parallel.training import WAYS, several_processes
@@ -43,6 +44,16 @@ def counted() -> Iterator[dict[str, int]]:
             setattr(dist, name, original)
 
 
+def gradient_of_many_readers(rank: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return the bfloat16 gradients of all ranks' messages: the first reader gives 1, and each other one 2^-9.
+
+    The order in which a place is summed up depends on the place.
+    """
+    x = torch.ones(1000, dtype=torch.bfloat16, requires_grad=True)
+    (all_gather(x, group) * (1 if rank == 0 else 2**-9)).sum().backward()
+    return all_gather(x.grad, group)
+
+
 def run(rank: int, ranks: int, folder: Path) -> None:
     """Run all cases as one rank; rank 0 saves the outputs, and the gradients that all ranks' parts add up to."""
     torch.set_num_threads(1)
@@ -63,6 +74,8 @@ def run(rank: int, ranks: int, folder: Path) -> None:
             for x in (scores["q"], scores["k"]):
                 dist.all_reduce(x)
             found[name] = scores
+
+    found["float32 sums"] = gradient_of_many_readers(rank, mesh.get_group())
 
     def average(x: torch.Tensor) -> None:
         dist.all_reduce(x)
