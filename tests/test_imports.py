@@ -24,6 +24,7 @@ ALLOWED = {
     "layers": {"variants", "ops", "partition", "fenwick"},
     "inspection": {"layers", "partition"},
     "models": {"layers", "variants", "ops", "partition", "fenwick"},
+    "serving": {"models", "layers", "ops"},
     "autoload": {"upgrades"},  # inside a function, once transformers loads an upgraded checkpoint
     "upgrades": {"autoload", "models", "layers", "variants", "ops", "partition", "fenwick"},
     "data": {"models"},
@@ -34,7 +35,7 @@ ALLOWED = {
     "recipes": {"models", "registry"},
     "cli": {
         *("signals", "processes", "training", "evaluation", "convert", "runs", "recipes", "data"),
-        *("upgrades", "models", "variants", "ops", "kernels", "fenwick"),
+        *("serving", "upgrades", "models", "variants", "ops", "kernels", "fenwick"),
     },
 }
 
