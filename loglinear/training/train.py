@@ -24,6 +24,7 @@ from loglinear.runs.folder import check_same_data, check_same_recipe, claim, req
 from loglinear.runs.metrics import METRICS_FILE, rewind_metrics
 from loglinear.training.callbacks import RunLog, StopEarly
 from loglinear.training.compilation import GraphSteps, compile_blocks, in_few_sizes, require_compiler
+from loglinear.training.lost import together
 from loglinear.training.start import prepare_to_resume, starting_config, starting_model, trained_share
 from loglinear.training.trainer import GraphTrainer, quiet, training_arguments
 
@@ -63,7 +64,7 @@ def train(
 
     Raises ValueError for unusable data, an unusable tokenizer or folder, and if the loss stops being finite. Raises
     ValueError also if `equal_rows` does not fit the documents or the recipe. Raises OSError if a checkpoint or a line
-    of metrics cannot be written.
+    of metrics cannot be written, and LostProcess, which is an OSError too, if another process has ended.
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
@@ -129,7 +130,7 @@ def train(
         )
         if equal_rows and _can_record(arguments.device):
             trainer.record_graphs()
-        with stop, contextlib.closing(log), _one_thread_beside(arguments.device):
+        with stop, contextlib.closing(log), _one_thread_beside(arguments.device), together(out):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step = trainer.state.global_step
         interrupted = step < recipe.steps or stop.signal is not None

@@ -20,6 +20,7 @@ from loglinear.runs.files import sync, writing
 from loglinear.runs.folder import STAGING
 from loglinear.runs.manifest import write_manifest
 from loglinear.training.graphs import Batch, Graphs
+from loglinear.training.lost import loss_of_process
 
 
 def quiet() -> None:
@@ -181,4 +182,6 @@ def _loading(checkpoint: str | None, what: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        if loss_of_process(error) is not None:
+            raise
         raise ValueError(f"checkpoint {checkpoint} cannot be resumed: its {what} cannot be loaded: {error}") from error
