@@ -1,6 +1,7 @@
 """A killed process ends the others with one line, and the run resumes from a whole checkpoint, exactly."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -60,3 +61,39 @@ def test_a_run_with_killed_processes_is_the_run_without(tmp_path):
     assert launch(TORCHRUN, "--resume", "--out", out)[0] == 0
     assert launch(TORCHRUN, *begin, "--out", tmp_path / "whole")[0] == 0
     assert_same_run(out, tmp_path / "whole")
+
+
+def test_a_process_that_waits_in_vain_says_so_before_the_launcher_kills_it(tmp_path):
+    """A stopped process is like one that NCCL does not miss: the other one waits, and no handler of it runs."""
+    with socket.create_server(("localhost", 0)) as listener:
+        port = listener.getsockname()[1]
+    begin = ["--recipe", "demo", "--data", write_text(tmp_path / "text"), "--out", tmp_path / "run", *OPTIONS.split()]
+    command = [sys.executable, "-m", "tests.distributed.dying", "train", *map(str, begin)]
+    died = tmp_path / "died"
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
+    common |= {"DIE": "1 hang 3", "DIED": str(died), "GRACE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        while not died.exists():
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.1)
+        time.sleep(1)  # the other one needs a moment to wait
+        processes[0].terminate()
+        said = processes[0].communicate(timeout=TIMEOUT)[0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[0].returncode == 143 and "Traceback" not in said
+    line = "error: process 0 of 2 still waits for another one 2 seconds after SIGTERM: start all of them again"
+    assert said.count(line) == 1, said
