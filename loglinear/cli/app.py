@@ -286,12 +286,19 @@ def serve(
     timeout: Annotated[
         float, typer.Option(help="Seconds of work after which an answer ends.", **above_zero(LARGEST))
     ] = 120.0,
+    slots: Annotated[
+        int, typer.Option(help="Requests that are answered at once; 0: one after the other.", **between(0, 1024))
+    ] = 16,
+    prefix_cache: Annotated[
+        int,
+        typer.Option(help="MiB of states that repeated beginnings of prompts continue from.", **between(0, LARGEST)),
+    ] = 256,
 ) -> None:
     """Serve a checkpoint over HTTP with OpenAI's API.
 
     The routes are /v1/completions, /v1/chat/completions, /v1/models and /health. The model's name is the value of
-    --model. Without a chat template a chat is its messages, joined by newlines. The server answers one request at a
-    time, and refuses one that it cannot honour in full with status 400 and one line.
+    --model. Without a chat template a chat is its messages, joined by newlines. The server answers up to --slots
+    requests at once. It refuses one that it cannot honour in full with status 400 and one line.
 
     Example:
 
@@ -299,7 +306,8 @@ def serve(
     """
     from loglinear.cli.serve import run
 
-    run(model, host, port, max_tokens=max_tokens, max_prompt=max_prompt, timeout=timeout)
+    limits = dict(max_tokens=max_tokens, max_prompt=max_prompt, slots=slots, prefix_cache=prefix_cache)
+    run(model, host, port, timeout=timeout, **limits)
 
 
 @bench_app.command(

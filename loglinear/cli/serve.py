@@ -13,15 +13,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
-from loglinear.models import ByteTokenizer
+from loglinear.models import ByteTokenizer, LogLinearForCausalLM
 from loglinear.runs.loading import load_checkpoint
+from loglinear.serving import Engine
 
 # A base model knows no turns, so messages become one text. /v1/completions would continue a single message alike.
 CHAT_TEMPLATE = "{{ bos_token }}{{ messages | map(attribute='content') | join('\n') }}"
 SHUTDOWN_SECONDS = 5  # for answers in progress when a signal comes
 
 
-def run(path: Path, host: str, port: int, *, max_tokens: int, max_prompt: int, timeout: float) -> None:
+def run(
+    path: Path,
+    host: str,
+    port: int,
+    *,
+    max_tokens: int,
+    max_prompt: int,
+    timeout: float,
+    slots: int,
+    prefix_cache: int,
+) -> None:
     """Serve a checkpoint with OpenAI's API until a signal comes. The model's name is `path`.
 
     Raises ValueError without the server's packages, or if the port is taken.
@@ -44,13 +55,25 @@ def run(path: Path, host: str, port: int, *, max_tokens: int, max_prompt: int, t
     model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
     prepare(model, tokenizer)
     limits = Limits(tokens=max_tokens, prompt_tokens=max_prompt, seconds=timeout)
-    app = application(str(path), model, tokenizer, limits)
+    app = application(str(path), model, tokenizer, limits, engine_of(model, slots, prefix_cache))
     print(f"serving model {str(path)!r} at http://{host}:{port}/v1", file=sys.stderr)
     uvicorn.Server(
         uvicorn.Config(app, host=host, port=port, ws="none", lifespan="off", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
     ).run()
     # Only a signal ends the server. uvicorn raises it again, but a destructor or a callback may lose that exception.
     raise KeyboardInterrupt
+
+
+def engine_of(model: PreTrainedModel, slots: int, prefix_cache: int) -> Engine | None:
+    """Return an engine with `slots` rows and `prefix_cache` MiB of stored states.
+
+    None, with a line on standard error, if requests take turns: with `slots` 0, or for a model of transformers.
+    """
+    if slots and isinstance(model, LogLinearForCausalLM):
+        return Engine(model, slots=slots, prefix_bytes=prefix_cache * 2**20)
+    reason = f"slots are for models of this library, not {type(model).__name__}" if slots else "--slots is 0"
+    print(f"requests are answered one after the other: {reason}", file=sys.stderr)
+    return None
 
 
 def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,7 +11,7 @@ import torch
 import uvicorn
 from transformers.utils import logging
 
-from loglinear.cli.serve import prepare
+from loglinear.cli.serve import engine_of, prepare
 from loglinear.cli.serving.app import application
 from loglinear.cli.serving.turns import Limits
 from loglinear.models import LogLinearForCausalLM
@@ -32,15 +32,15 @@ def tiny_model(**changes):
 
 
 @contextlib.contextmanager
-def served(model, limits=LIMITS):
-    """The port of a server that lives as long as the context."""
-    tokenizer = ByteTokenizer()
+def served(model, limits=LIMITS, slots=4):
+    """The port of a server that lives as long as the context. With 0 slots requests take turns."""
+    tokenizer, engine = ByteTokenizer(), engine_of(model, slots, 16)
     logging.set_verbosity_error()
     prepare(model, tokenizer)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         options = dict(log_level="error", ws="none", lifespan="off", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(uvicorn.Config(application(NAME, model, tokenizer, limits), **options))
+        server = uvicorn.Server(uvicorn.Config(application(NAME, model, tokenizer, limits, engine), **options))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

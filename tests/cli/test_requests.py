@@ -4,10 +4,14 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.client import HTTPConnection
 
 import pytest
 import torch
 
+from loglinear.cli.serve import engine_of
 from loglinear.cli.serving.requests import Refused
 from loglinear.cli.serving.turns import Limits, Turn, TurnEnded
 from loglinear.evaluation import sample
@@ -23,9 +27,14 @@ def model():
     return tiny_model()
 
 
+@pytest.fixture(scope="module", params=[4, 0], ids=["rows", "turns"])
+def slots(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def port(model):
-    with served(model) as port:
+def port(model, slots):
+    with served(model, slots=slots) as port:
         yield port
 
 
@@ -166,8 +175,8 @@ def test_an_answer_without_a_seed_is_another_each_time(port):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_time_ends_an_answer_which_says_that_it_is_cut(model, stream):
-    with served(model, Limits(tokens=10**6, prompt_tokens=100, seconds=0.3)) as port:
+def test_time_ends_an_answer_which_says_that_it_is_cut(model, slots, stream):
+    with served(model, Limits(tokens=10**6, prompt_tokens=100, seconds=0.3), slots) as port:
         began = time.monotonic()
         status, body = complete(port, prompt="ab", temperature=0, stream=stream, **ENDLESS)
         assert status == 200 and time.monotonic() - began < 10
@@ -176,8 +185,8 @@ def test_time_ends_an_answer_which_says_that_it_is_cut(model, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_does_not_hold_the_next(model, stream):
-    with served(model, Limits(tokens=10**6, prompt_tokens=100, seconds=60.0)) as port:
+def test_a_client_that_leaves_does_not_hold_the_next(model, slots, stream):
+    with served(model, Limits(tokens=10**6, prompt_tokens=100, seconds=60.0), slots) as port:
         body = json.dumps({"prompt": "ab", "stream": stream, **ENDLESS}).encode()
         head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
         for _ in range(3):
@@ -189,11 +198,11 @@ def test_a_client_that_leaves_does_not_hold_the_next(model, stream):
         assert time.monotonic() - began < 10
 
 
-def test_too_many_requests_are_told_to_come_again(model, monkeypatch):
+def test_too_many_requests_are_told_to_come_again(model, slots, monkeypatch):
     from loglinear.cli.serving import app
 
     monkeypatch.setattr(app, "MOST_REQUESTS", 2)
-    with served(model, Limits(tokens=10**6, prompt_tokens=100, seconds=1.0)) as port:
+    with served(model, Limits(tokens=10**6, prompt_tokens=100, seconds=1.0), slots) as port:
         asked = {"prompt": "ab", **ENDLESS}
         threads = [threading.Thread(target=complete, args=(port,), kwargs=asked) for _ in range(2)]
         [thread.start() for thread in threads]
@@ -220,11 +229,11 @@ def test_a_prompt_is_left_at_the_next_block_when_the_time_or_the_client_is_gone(
     assert not any(block._forward_pre_hooks for block in model.model.layers)
 
 
-def test_a_failure_of_the_model_is_one_line_and_the_server_goes_on(model, monkeypatch, capfd):
-    def fails(**inputs):
+def test_a_failure_of_the_model_is_one_line_and_the_server_goes_on(model, slots, monkeypatch, capfd):
+    def fails(*inputs, **arguments):
         raise RuntimeError("secrets of\nthe model")
 
-    with served(model) as port:
+    with served(model, slots=slots) as port:
         with monkeypatch.context() as patched:
             patched.setattr(model, "generate", fails)
             status, body = complete(port, prompt="ab", max_tokens=3)
@@ -240,3 +249,45 @@ def test_a_chat_template_that_refuses_is_one_line(model, monkeypatch):
     with served(model) as port:
         answer = ask(port, CHATS, {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1})
     assert refusal(answer) == "the chat template refuses these messages: roles must alternate"
+
+
+def stream(port, moments, **fields):
+    """Read a stream, and note the moment of every line."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    body = json.dumps({"stream": True, "temperature": 0, **fields})
+    connection.request("POST", COMPLETIONS, body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    while response.readline():
+        moments.append(time.monotonic())
+    connection.close()
+
+
+def test_a_second_stream_does_not_wait_for_the_end_of_the_first(model):
+    with served(model, Limits(tokens=2000, prompt_tokens=100, seconds=60.0)) as port:
+        first, second = [], []
+        bias = ENDLESS["logit_bias"]
+        long = threading.Thread(target=stream, args=(port, first), kwargs=dict(max_tokens=1000, logit_bias=bias))
+        long.start()
+        while not first:
+            time.sleep(0.001)
+        stream(port, second, prompt="ab", max_tokens=5)
+        assert long.is_alive()
+        long.join()
+        assert second[-1] < first[-1]
+
+
+def test_many_clients_get_the_texts_of_generate(model):
+    """More clients than rows, whose prompts begin alike or not."""
+    prompts = ["ab", "abc", "line 1", "é", "ab" * 300, "ab" * 300 + "c"] * 3
+    with served(model) as port, ThreadPoolExecutor(len(prompts)) as clients:
+        ask_for = partial(complete, port, max_tokens=30, temperature=0)
+        texts = list(clients.map(lambda prompt: text_of(ask_for(prompt=prompt)), prompts))
+    assert texts == [continued(model, prompt, 30) for prompt in prompts]
+
+
+def test_turns_are_announced(model, capsys):
+    assert engine_of(model, 0, 16) is None and engine_of(torch.nn.Linear(1, 1), 4, 16) is None
+    assert capsys.readouterr().err.splitlines() == [
+        "requests are answered one after the other: --slots is 0",
+        "requests are answered one after the other: slots are for models of this library, not Linear",
+    ]

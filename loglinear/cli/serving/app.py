@@ -23,9 +23,10 @@ from loglinear.cli.serving.requests import ChatRequest, CompletionRequest, Refus
 from loglinear.cli.serving.turns import CURRENT, Limits, OneQueue, Turn
 from loglinear.evaluation.sampling import GREEDY
 from loglinear.models import LogLinearForCausalLM
+from loglinear.serving import Engine
 
 DEFAULT_TOKENS = 1024  # of an answer whose request names no length
-MOST_REQUESTS = 64  # open at a time: one is answered, the others wait
+MOST_REQUESTS = 256  # open at a time: one, or as many as an engine has rows, is answered, and the others wait
 BYTES_PER_TOKEN, OTHER_BYTES = 16, 65_536  # limits of a body: per token of the longest prompt, and for the rest
 BODY_SECONDS = 30.0
 Handler = CompletionHandler | ChatCompletionHandler
@@ -48,13 +49,18 @@ class OneModel(ModelManager):
 
 
 class Server:
-    """The state of all routes: one model, its handlers, its limits and its open requests."""
+    """The state of all routes: one model, its engine, its handlers, its limits and its open requests."""
 
     def __init__(
-        self, name: str, model: LogLinearForCausalLM, tokenizer: PreTrainedTokenizerBase, limits: Limits
+        self,
+        name: str,
+        model: LogLinearForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        limits: Limits,
+        engine: Engine | None,
     ) -> None:
-        self.name, self.model, self.tokenizer, self.limits = name, model, tokenizer, limits
-        manager, queue = OneModel(name, model, tokenizer), OneQueue()
+        self.name, self.model, self.tokenizer, self.limits, self.engine = name, model, tokenizer, limits, engine
+        manager, queue = OneModel(name, model, tokenizer), OneQueue(at_once=engine is not None)
         self.completions, self.chats = CompletionHandler(manager, queue), ChatCompletionHandler(manager, queue)
         self.open: set[Turn] = set()
 
@@ -83,7 +89,9 @@ class Server:
         options = parsed.sampling(GREEDY)
         if parsed.logit_bias:
             options["sequence_bias"] = {(self._token(key),): bias for key, bias in parsed.logit_bias.items()}
-        return Turn(self.model, self.tokenizer, self.limits, options=options, stops=parsed.stop, seed=parsed.seed)
+        turn = Turn(self.model, self.tokenizer, self.limits, options=options, stops=parsed.stop, seed=parsed.seed)
+        turn.engine = self.engine
+        return turn
 
     def _token(self, text: str) -> int:
         most = self.model.config.vocab_size - 1
@@ -158,9 +166,18 @@ class EndTurns:
                 end()
 
 
-def application(name: str, model: LogLinearForCausalLM, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> FastAPI:
-    """Return the ASGI application that serves one model under a name."""
-    server = Server(name, model, tokenizer, limits)
+def application(
+    name: str,
+    model: LogLinearForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    engine: Engine | None = None,
+) -> FastAPI:
+    """Return the ASGI application that serves one model under a name.
+
+    Requests are rows of the model's engine. Without an engine they take turns.
+    """
+    server = Server(name, model, tokenizer, limits, engine)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_middleware(EndTurns)
 

@@ -1,10 +1,15 @@
-"""One request's turn at the model: seeded, within its limits, and ended when its client leaves."""
+"""One request's turn at the model: seeded, within its limits, and ended when its client leaves.
+
+With an engine the turns of several requests run at once, as rows of one batch. Without one they follow each other.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from loglinear.cli.serving.requests import Refused
+from loglinear.serving import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +29,7 @@ class Limits:
 
     tokens: int  # of the answer
     prompt_tokens: int
-    seconds: float  # of work for one answer and its prompt; waiting for other requests does not count
+    seconds: float  # from the first piece of the prompt to the end of the answer; waiting before does not count
 
 
 class TurnEnded(Exception):
@@ -33,8 +39,12 @@ class TurnEnded(Exception):
 class Turn(StoppingCriteria):
     """A stand-in for the model whose `generate` transformers' handlers call.
 
-    `options` are settings of the GenerationConfig. A string of `stops` ends the answer and stays in it.
+    `options` are settings of the GenerationConfig. A string of `stops` ends the answer and stays in it. With an engine
+    the answer is one of its rows.
     """
+
+    engine: Engine | None = None
+    _end: float | None = None  # of its time; None: no work has begun
 
     def __init__(
         self,
@@ -53,7 +63,7 @@ class Turn(StoppingCriteria):
         self._gone = threading.Event()
 
     def cancel(self) -> None:
-        """End the turn from any thread, before the next block of the model."""
+        """End the turn from any thread, before the next block of the model, or the next piece or token of a row."""
         self._gone.set()
 
     def require_short(self, prompt_tokens: int) -> None:
@@ -68,26 +78,34 @@ class Turn(StoppingCriteria):
 
         Raises TurnEnded after `cancel`, and Refused if the time ends while the prompt is read.
         """
-        torch.seed() if self.seed is None else torch.manual_seed(self.seed)
-        self._end = time.monotonic() + self.limits.seconds
         self._prompt_tokens, self._begun, self._config = input_ids.shape[1], False, generation_config
         generation_config.update(**self.options)
-        hooks = [block.register_forward_pre_hook(self._before_block) for block in self.model.base_model.layers]
+        inputs |= dict(input_ids=input_ids, generation_config=generation_config, stopping_criteria=[self])
+        if self.engine is not None:
+            generator = torch.Generator(input_ids.device)
+            generator.seed() if self.seed is None else generator.manual_seed(self.seed)
+            return self.engine.generate(**inputs, generator=generator, before_work=self._check)
+        torch.seed() if self.seed is None else torch.manual_seed(self.seed)
+        hooks = [block.register_forward_pre_hook(self._check) for block in self.model.base_model.layers]
         try:
-            return self.model.generate(
-                input_ids=input_ids, generation_config=generation_config, stopping_criteria=[self], **inputs
-            )
+            return self.model.generate(**inputs)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _before_block(self, *args: Any) -> None:
+    def _check(self, *args: Any) -> None:
+        """Raise if the client or the time is gone. The first call, before any work on the prompt, starts the time."""
         if self._gone.is_set():
             raise TurnEnded
+        if self._end is None:
+            self._end = time.monotonic() + self.limits.seconds
         if not self._begun and time.monotonic() > self._end:
             raise Refused(f"the prompt took more than this server's {self.limits.seconds:g} seconds: make it shorter")
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self._gone.is_set():
+            raise TurnEnded
+        assert self._end is not None
         self._begun = True
         answer = input_ids[0, self._prompt_tokens :]
         stopped = bool(self.stops) and self._ends_with_a_stop(answer[-self._tail :])
@@ -114,11 +132,36 @@ class TurnTaker(GenerateManager):
         return await super().generate_non_streaming(_turn(inputs), processor, inputs, *args, **kwargs)
 
     def async_submit(self, *args: Any, **kwargs: Any) -> asyncio.Future:
-        future = super().async_submit(*args, **kwargs)
+        future = self._submit(*args, **kwargs)
         # Nothing awaits the future after the client has left: read its exception, so that asyncio reports none. The
         # shield keeps it from being cancelled, because the queue sets its result.
         future.add_done_callback(lambda future: future.exception())
         return asyncio.shield(future)
+
+    def _submit(self, *args: Any, **kwargs: Any) -> asyncio.Future:
+        return super().async_submit(*args, **kwargs)
+
+
+class RowTaker(TurnTaker):
+    """All turns at once, each in a thread that waits for its row of an engine."""
+
+    def __init__(self) -> None:
+        """Start no thread: each turn has its own."""
+
+    def submit(self, fn: Callable, *args: Any, **kwargs: Any) -> Future:
+        future: Future = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except Exception as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        return future
+
+    def _submit(self, *args: Any, **kwargs: Any) -> asyncio.Future:
+        return asyncio.wrap_future(self.submit(*args, **kwargs))
 
 
 def _turn(inputs: Any) -> Any:
@@ -128,11 +171,11 @@ def _turn(inputs: Any) -> Any:
 
 
 class OneQueue(GenerationState):
-    """The queue of the only model."""
+    """The queue of the only model, whose turns follow each other or run at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: bool) -> None:
         super().__init__()
-        self._taker = TurnTaker()
+        self._taker = RowTaker() if at_once else TurnTaker()
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> TurnTaker:
         return self._taker
