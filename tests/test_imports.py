@@ -30,7 +30,7 @@ ALLOWED = {
     "data": {"models"},
     "runs": {"autoload", "upgrades", "processes", "recipes", "data", "models", "layers"},
     "convert": {"autoload", "runs", "data", "models", "variants", "registry"},
-    "training": {"upgrades", "signals", "processes", "runs", "recipes", "data", "models"},
+    "training": {"upgrades", "signals", "processes", "runs", "recipes", "data", "models", "parallel"},
     "evaluation": {"signals", "processes", "training", "runs", "recipes", "data", "models", "registry", "partition"},
     "recipes": {"models", "registry"},
     "cli": {

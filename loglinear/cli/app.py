@@ -84,6 +84,15 @@ def train(
     compile: Annotated[
         bool | None, of_recipe("Compile the blocks, on one GPU as CUDA graphs.", "--compile/--no-compile")
     ] = None,
+    checkpointing: Annotated[
+        bool | None,
+        of_recipe("Compute blocks again in the backward pass: less memory.", "--checkpointing/--no-checkpointing"),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        option("bfloat16 on a GPU that has it, else float32", "Numbers to multiply: bfloat16 or float32."),
+    ] = None,
+    context_parallel: Annotated[int, typer.Option(help="Processes that share each sequence.", **COUNT)] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out exactly.")] = False,
     minutes: Minutes = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard logs.")] = False,
@@ -106,6 +115,8 @@ def train(
 
     `loglinear train --recipe small --compile --data ~/books --out runs/small`
 
+    `torchrun --nproc-per-node 2 -m loglinear train --recipe demo --context-parallel 2 --data ~/books --out runs/slices`
+
     `loglinear train --recipe paper_mamba2 --tokenizer ./tokenizer --data datasets:NAME --out runs/paper`
 
     `loglinear train --recipe demo --model runs/qwen3-next --data ~/books --out runs/trained`
@@ -120,6 +131,7 @@ def train(
         resume=resume,
         minutes=minutes,
         tensorboard=tensorboard,
+        context_parallel=context_parallel,
         data=all_data(data, more_data),
         tokenizer=tokenizer,
         start=None if model is None else str(model),
@@ -135,6 +147,8 @@ def train(
         eval_every=eval_every,
         save_every=save_every,
         compile=compile,
+        checkpointing=checkpointing,
+        dtype=dtype,
     )
 
 

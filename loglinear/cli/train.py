@@ -19,6 +19,7 @@ def run(
     resume: bool,
     minutes: float | None,
     tensorboard: bool,
+    context_parallel: int,
     **overrides: Any,
 ) -> None:
     """Train, and print where the checkpoint is or how to continue."""
@@ -29,7 +30,9 @@ def run(
     from loglinear.training import train
 
     try:
-        result = train(recipe, out, resume=resume, minutes=minutes, tensorboard=tensorboard)
+        result = train(
+            recipe, out, resume=resume, minutes=minutes, tensorboard=tensorboard, context_parallel=context_parallel
+        )
     finally:
         PartialState().destroy_process_group()  # a process that exits while its group's threads run may abort
     if result.interrupted:

@@ -24,7 +24,8 @@ class TrainingRecipe:
     step, and `micro_batch_tokens` that of one forward pass (default: the whole batch). Every `eval_every` steps the
     model reads `eval_tokens` of validation text. `data` and `tokenizer` are as in `loglinear.data`. The
     learning rate rises linearly for `warmup_steps` and falls on a cosine to `final_lr_ratio` of its peak. `compile`
-    compiles the blocks (`loglinear.training.compilation`).
+    compiles the blocks (`loglinear.training.compilation`). `checkpointing` computes each block again in the backward
+    pass, in place of keeping its activations.
 
     With `jitter` every training sequence starts at a random position of the tree below it (`initial_position`), so that
     levels beyond the sequences are trained too. With `new_only` a model of a folder trains its level weights alone.
@@ -56,6 +57,7 @@ class TrainingRecipe:
     keep_checkpoints: int = 2
     validation_fraction: float = 0.05
     compile: bool = False
+    checkpointing: bool = False
     start: str | None = None  # the folder of a model to train; then `model` has no meaning
     jitter: int | None = None  # in tokens; None: every sequence starts at 0
     new_only: bool | None = None

@@ -19,7 +19,8 @@ from loglinear.runs.json_files import fits, read_object, type_name
 from loglinear.runs.manifest import MANIFEST, damage
 
 TRAINER_STATE = "trainer_state.json"
-PICKLED = (".pt", ".pth", ".bin")  # files that only training reads, besides TRAINER_STATE
+PICKLED = (".pt", ".pth", ".bin")  # files that only training reads, besides TRAINER_STATE and SHARDS
+SHARDS = ("pytorch_model_fsdp_0", "optimizer_0")  # folders of torch.distributed.checkpoint, as accelerate names them
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -41,7 +42,8 @@ def defect(checkpoint: Path, *, resumable: bool = False) -> str | None:
     """
     needed = ["config.json", "model*.safetensors"]
     if resumable:
-        needed += [TRAINER_STATE, "optimizer.pt", "scheduler.pt", "rng_state*.pth"]
+        needed += [TRAINER_STATE, "scheduler.pt", "rng_state*.pth"]
+        needed += [f"{folder}/.metadata" for folder in SHARDS] if is_sharded(checkpoint) else ["optimizer.pt"]
     for name in needed:
         if not any(checkpoint.glob(name)):
             return f"{name.replace('*', '')} is missing" + (pickled(checkpoint) if name.startswith("model") else "")
@@ -51,13 +53,18 @@ def defect(checkpoint: Path, *, resumable: bool = False) -> str | None:
     return problem or _visible_defect(checkpoint, resumable)
 
 
+def is_sharded(checkpoint: Path) -> bool:
+    """Return True if the checkpoint holds weights and optimiser in shards."""
+    return any((checkpoint / folder).is_dir() for folder in SHARDS)
+
+
 def is_listed(checkpoint: Path) -> bool:
     """Return True if the checkpoint has a manifest, so that its contents can be checked."""
     return (checkpoint / MANIFEST).exists()
 
 
 def _of_training(name: str) -> bool:
-    return name == TRAINER_STATE or Path(name).suffix in PICKLED
+    return name == TRAINER_STATE or Path(name).suffix in PICKLED or Path(name).parts[0] in SHARDS
 
 
 def _visible_defect(checkpoint: Path, resumable: bool) -> str | None:

@@ -25,6 +25,7 @@ from loglinear.runs.metrics import METRICS_FILE, rewind_metrics
 from loglinear.training.callbacks import RunLog, StopEarly
 from loglinear.training.compilation import GraphSteps, compile_blocks, in_few_sizes, require_compiler
 from loglinear.training.lost import together
+from loglinear.training.sequences import require_sliceable, sequence_groups
 from loglinear.training.start import prepare_to_resume, starting_config, starting_model, trained_share
 from loglinear.training.trainer import GraphTrainer, quiet, training_arguments
 
@@ -51,6 +52,7 @@ def train(
     label: str | None = None,
     corpora: tuple[Corpus, Corpus] | None = None,
     equal_rows: bool = False,
+    context_parallel: int = 1,
 ) -> TrainingResult:
     """Train `recipe` into the folder `out`, or continue the run in it.
 
@@ -60,11 +62,13 @@ def train(
     launch) every process calls this function. `label` names the progress bar. `corpora` are the texts of the recipe's
     data, for training and validation, if the caller has read them already. With `equal_rows` every document must have
     `seq_len` tokens, and a row is a batch of documents. On one GPU the forward and backward pass of a step is then one
-    CUDA graph, without a compiler.
+    CUDA graph, without a compiler. So many consecutive processes as `context_parallel` says share each row: each holds
+    one slice of it (`loglinear.parallel`).
 
     Raises ValueError for unusable data, an unusable tokenizer or folder, and if the loss stops being finite. Raises
-    ValueError also if `equal_rows` does not fit the documents or the recipe. Raises OSError if a checkpoint or a line
-    of metrics cannot be written, and LostProcess, which is an OSError too, if another process has ended.
+    ValueError also if `equal_rows` or `context_parallel` does not fit the documents or the recipe. Raises OSError if a
+    checkpoint or a line of metrics cannot be written, and LostProcess, which is an OSError too, if another process has
+    ended.
     """
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
@@ -74,13 +78,16 @@ def train(
     if equal_rows:
         _require_whole_steps(recipe)
     config = starting_config(recipe)
+    groups = sequence_groups(context_parallel)
+    if context_parallel > 1:
+        require_sliceable(recipe, equal_rows=equal_rows)
     stop = StopEarly(minutes)
     quiet()
     main_process = is_main_process()
     with claim(out) if main_process else contextlib.nullcontext():
         if main_process and not resume:
             require_empty(out)
-        arguments = _arguments(recipe, out, tensorboard)
+        arguments = _arguments(recipe, out, groups, tensorboard)
         if recipe.compile:
             require_compiler(arguments.device)
         tokenizer = load_tokenizer(recipe.tokenizer or "bytes", config.vocab_size)
@@ -88,9 +95,12 @@ def train(
             shown = progress and main_process
             corpora = load_corpus(recipe.data, tokenizer, recipe.validation_fraction, progress=shown)
         kind = EqualRows if equal_rows else PackedRows
-        training, validation = _training_rows(recipe, corpora[0], kind), _validation_rows(recipe, corpora[1], kind)
+        training = _training_rows(recipe, corpora[0], groups, kind)
+        validation = _validation_rows(recipe, corpora[1], kind)
         set_seed(recipe.seed)
         model = starting_model(recipe, config)
+        if recipe.checkpointing:
+            _checkpoint_activations(model)
         facts = _data_facts(*corpora)
         if resume:
             check_same_data(out, facts)
@@ -115,7 +125,7 @@ def train(
             label=label or recipe.name,
             progress=progress and main_process,
         )
-        graphs = recipe.compile and _can_record(arguments.device)
+        graphs = recipe.compile and _can_record(recipe, arguments.device)
         if recipe.compile:
             compile_blocks(model, cuda_graphs=graphs)
         trainer = GraphTrainer(
@@ -127,8 +137,9 @@ def train(
             callbacks=[stop, *([log] if main_process else []), *([GraphSteps()] if graphs else [])],
             prepare=in_few_sizes if graphs else None,
             run_files=[out / METRICS_FILE],
+            context_parallel=context_parallel,
         )
-        if equal_rows and _can_record(arguments.device):
+        if equal_rows and _can_record(recipe, arguments.device):
             trainer.record_graphs()
         with stop, contextlib.closing(log), _one_thread_beside(arguments.device), together(out):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -152,9 +163,18 @@ def _untrained_levels(recipe: TrainingRecipe, config: LogLinearConfig) -> str | 
     )
 
 
-def _can_record(device: torch.device) -> bool:
-    """Return True if training can use CUDA graphs: on one GPU, because other processes would wait for gradients."""
-    return device.type == "cuda" and world_size() == 1
+def _checkpoint_activations(model: Any) -> None:
+    """Let a model compute each block again in the backward pass."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)()  # the older name warns in newer versions of transformers
+
+
+def _can_record(recipe: TrainingRecipe, device: torch.device) -> bool:
+    """Return True if training can use CUDA graphs: on one GPU, because other processes would wait for gradients.
+
+    Checkpointing reads the state of random numbers in each block, which no graph can record.
+    """
+    return device.type == "cuda" and world_size() == 1 and not recipe.checkpointing
 
 
 @contextlib.contextmanager
@@ -169,13 +189,13 @@ def _one_thread_beside(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _accumulation(recipe: TrainingRecipe) -> int:
-    """Return the number of forward passes of each process in one optimiser step."""
-    step_tokens = recipe.row_tokens * world_size()
+def _accumulation(recipe: TrainingRecipe, groups: int) -> int:
+    """Return the number of forward passes of each process, or group of processes, in one optimiser step."""
+    step_tokens = recipe.row_tokens * groups
     if recipe.batch_tokens % step_tokens:
         raise ValueError(
             f"batch_tokens must be a multiple of micro_batch_tokens times processes, got {recipe.batch_tokens} and "
-            f"{recipe.row_tokens} x {world_size()}"
+            f"{recipe.row_tokens} x {groups}"
         )
     return recipe.batch_tokens // step_tokens
 
@@ -190,8 +210,8 @@ def _require_whole_steps(recipe: TrainingRecipe) -> None:
         )
 
 
-def _training_rows(recipe: TrainingRecipe, corpus: Corpus, kind: type[PackedRows]) -> PackedRows:
-    rows = recipe.steps * _accumulation(recipe) * world_size()
+def _training_rows(recipe: TrainingRecipe, corpus: Corpus, groups: int, kind: type[PackedRows]) -> PackedRows:
+    rows = recipe.steps * _accumulation(recipe, groups) * groups
     sizes = dict(seq_len=recipe.seq_len, row_tokens=recipe.row_tokens, rows=rows)
     return kind(corpus, shuffle_seed=recipe.seed, jitter=recipe.jitter, **sizes)
 
@@ -211,13 +231,13 @@ def _data_facts(training: Corpus, validation: Corpus) -> dict[str, Any]:
     }
 
 
-def _arguments(recipe: TrainingRecipe, out: Path, tensorboard: bool) -> TrainingArguments:
+def _arguments(recipe: TrainingRecipe, out: Path, groups: int, tensorboard: bool) -> TrainingArguments:
     if tensorboard and find_spec("tensorboard") is None:
         raise ValueError("--tensorboard needs the tensorboard package: pip install 'loglinear[tensorboard]'")
     return training_arguments(
         out,
         max_steps=recipe.steps,
-        gradient_accumulation_steps=_accumulation(recipe),
+        gradient_accumulation_steps=_accumulation(recipe, groups),
         learning_rate=recipe.learning_rate,
         adam_beta1=recipe.adam_betas[0],
         adam_beta2=recipe.adam_betas[1],

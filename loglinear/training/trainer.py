@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from loglinear.models import LogLinearForCausalLM
@@ -21,6 +21,8 @@ from loglinear.runs.folder import STAGING
 from loglinear.runs.manifest import write_manifest
 from loglinear.training.graphs import Batch, Graphs
 from loglinear.training.lost import loss_of_process
+from loglinear.training.sequences import Repeated, own_slice, sequence_mesh
+from loglinear.training.sharded import ShardedTrainer
 
 
 def quiet() -> None:
@@ -33,7 +35,7 @@ def training_arguments(out: Path, **own: Any) -> TrainingArguments:
     """Return the arguments that all trainings of this library share, with `own` over them.
 
     Items of the data are whole batches, AdamW is one kernel, a GPU computes in bfloat16 if it can, and transformers
-    prints nothing.
+    prints nothing. Raises ValueError if a configuration of accelerate says another precision.
     """
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -52,6 +54,12 @@ def training_arguments(out: Path, **own: Any) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         **{"report_to": [], "bf16": on_gpu and torch.cuda.is_bf16_supported(), **own},
     )
+    expected = "bf16" if arguments.bf16 else "no"
+    if arguments.mixed_precision != expected:
+        raise ValueError(
+            f"the configuration of accelerate has mixed_precision: {arguments.mixed_precision}, and this run computes "
+            f"in {'bfloat16' if arguments.bf16 else 'float32'}: set 'no' there, and choose by --dtype"
+        )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process trains on one GPU; more would be nn.DataParallel
     return arguments
 
@@ -61,7 +69,7 @@ def _only_item(items: list[Any], prepare: Callable[[Any], Any] | None = None) ->
     return item if prepare is None else prepare(item)
 
 
-class WholeCheckpoints(Trainer):
+class WholeCheckpoints(ShardedTrainer):
     """A base class for any Trainer, with checkpoints that appear whole.
 
     `run_files` are the growing files of the run: a checkpoint records how long they are when it is saved, and training
@@ -124,14 +132,38 @@ class WholeCheckpoints(Trainer):
 
 
 class LogLinearTrainer(WholeCheckpoints):
-    """The Trainer of transformers for data whose items are batches. The loader applies `prepare` to every item."""
+    """The Trainer of transformers for data whose items are batches. The loader applies `prepare` to every item.
+
+    So many consecutive processes as `context_parallel` says share each item, a row of packed documents: each trains on
+    one slice of it.
+    """
 
     def __init__(
-        self, *, prepare: Callable[[Any], Any] | None = None, run_files: Sequence[Path] = (), **options: Any
+        self,
+        *,
+        prepare: Callable[[Any], Any] | None = None,
+        run_files: Sequence[Path] = (),
+        context_parallel: int = 1,
+        **options: Any,
     ) -> None:
+        if context_parallel > 1:
+            options |= {name: Repeated(options[name], context_parallel) for name in ("train_dataset", "eval_dataset")}
         super().__init__(data_collator=partial(_only_item, prepare=prepare), **options)
+        is_cut = context_parallel > 1
+        self.sequence_mesh = sequence_mesh(context_parallel, self.args.device.type) if is_cut else None
         self.run_files = run_files
         self.remove_callback(PrinterCallback)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *rest: Any, **options: Any) -> Any:
+        """Return the loss of a batch, equal on all processes that share it.
+
+        The Trainer counts the targets of a shared batch on each of its processes, and the gradient of each is that of
+        its own tokens times their number. Both factors cancel.
+        """
+        if self.sequence_mesh is not None:
+            assert self.model is not None
+            inputs = own_slice(self.model.config, self.sequence_mesh, inputs)
+        return super().compute_loss(model, inputs, *rest, **options)
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -67,7 +67,14 @@ DESCENT = (
 DESCENTS = "tests/experiments/test_descent.py::test_the_tables_have_ratios_scores_and_laws"
 CAPACITIES = "tests/experiments/test_capacity.py::test_the_tables_have_means_ranges_and_marks"
 MINIATURE = "tests/experiments/test_corpus.py::test_the_miniature_is_made_of_the_standard_library_without_a_download"
+SHARDED = "tests/distributed/test_launched_runs.py::test_fsdp2_has_the_losses_of_one_process_and_resumes_in_any_number"
+SLICED = "tests/distributed/test_launched_runs.py::test_replicas_and_slices_have_the_losses_of_one_process"
 TESTED = {
+    "loglinear train --recipe small --data ~/books --out runs/replicas": SLICED,
+    "loglinear train --recipe small --data ~/books --out runs/fsdp2": SHARDED,
+    "loglinear train --resume --out runs/fsdp2": SHARDED,
+    "loglinear train --recipe small --num-levels 18 --seq-len 131072 --micro-batch-tokens 131072 --context-parallel 2 "
+    "--data ~/books --out runs/long": SLICED,
     "loglinear demo --seed 1 --out runs/demo-seed1": DEMO,
     "loglinear convert --from state-spaces mamba2-130m runs/mamba2-130m": CONVERT,
     "loglinear convert --from transformers mamba2 runs/mamba2": CONVERT,

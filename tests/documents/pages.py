@@ -66,5 +66,6 @@ def _command(line: str) -> str:
     """The line as a command of the project, or ""."""
     line = re.split(r"\s+#|\s{2,}\(", line.strip())[0]
     line = re.sub(r"^(?:[A-Z_]+=\S+\s+)+", "", line).removeprefix(".venv/bin/")
+    line = re.sub(r"^(?:torchrun|accelerate launch) .*?-m loglinear ", "loglinear ", line)
     is_pattern = re.search(r"\[OPTIONS\]|COMMAND", line)
     return " ".join(line.split()) if re.match(r"(loglinear|python -m|make|pytest) ", line) and not is_pattern else ""
