@@ -104,8 +104,9 @@ def test_fsdp2_has_the_losses_of_one_process_and_resumes_in_any_number(text, tmp
     train(recipe(text, dtype="float32", checkpointing=True), pieces, resume=True, progress=False)
     assert not is_sharded(pieces / "checkpoint-4")
 
-    next((checkpoint / "optimizer_0").glob("*.distcp")).write_bytes(b"cut")
-    assert defect(checkpoint) is None and "optimizer_0/__" in str(defect(checkpoint, resumable=True))
+    damaged = pieces / "checkpoint-2"
+    next((damaged / "optimizer_0").glob("*.distcp")).write_bytes(b"cut")
+    assert defect(damaged) is None and "optimizer_0/__" in str(defect(damaged, resumable=True))
 
     exact, bfloat16 = losses(tmp_path / "one"), losses(tmp_path / "one_rounded")
     assert len(exact) == 6
