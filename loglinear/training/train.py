@@ -125,7 +125,9 @@ def train(
             label=label or recipe.name,
             progress=progress and main_process,
         )
-        graphs = recipe.compile and _can_record(recipe, arguments.device)
+        # Checkpointing reads the state of random numbers in each block, which no graph can record.
+        can_record = _can_record(arguments.device) and not recipe.checkpointing
+        graphs = recipe.compile and can_record
         if recipe.compile:
             compile_blocks(model, cuda_graphs=graphs)
         trainer = GraphTrainer(
@@ -139,7 +141,7 @@ def train(
             run_files=[out / METRICS_FILE],
             context_parallel=context_parallel,
         )
-        if equal_rows and _can_record(recipe, arguments.device):
+        if equal_rows and can_record:
             trainer.record_graphs()
         with stop, contextlib.closing(log), _one_thread_beside(arguments.device), together(out):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -169,12 +171,9 @@ def _checkpoint_activations(model: Any) -> None:
     (newer or model.gradient_checkpointing_enable)()  # the older name warns in newer versions of transformers
 
 
-def _can_record(recipe: TrainingRecipe, device: torch.device) -> bool:
-    """Return True if training can use CUDA graphs: on one GPU, because other processes would wait for gradients.
-
-    Checkpointing reads the state of random numbers in each block, which no graph can record.
-    """
-    return device.type == "cuda" and world_size() == 1 and not recipe.checkpointing
+def _can_record(device: torch.device) -> bool:
+    """Return True if training can use CUDA graphs: on one GPU, because other processes would wait for gradients."""
+    return device.type == "cuda" and world_size() == 1
 
 
 @contextlib.contextmanager

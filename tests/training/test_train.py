@@ -187,7 +187,7 @@ def test_one_process_trains_on_one_gpu_of_several(tmp_path, data, monkeypatch):
             self._n_gpu = 2  # what transformers sets where it sees two
 
     monkeypatch.setattr("loglinear.training.trainer.TrainingArguments", OnTwoGpus)
-    arguments = sys.modules["loglinear.training.train"]._arguments(tiny_recipe(data), tmp_path, tensorboard=False)
+    arguments = sys.modules["loglinear.training.train"]._arguments(tiny_recipe(data), tmp_path, 1, False)
     assert (arguments.n_gpu, arguments.train_batch_size, arguments.eval_batch_size) == (1, 1, 1)
 
 
