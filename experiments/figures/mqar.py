@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.figures.recall import draw_recall_by_bytes
-from experiments.figures.tables import MISSING, join_distinct, markdown_table
+from experiments.figures.tables import MISSING, device_of, join_distinct, markdown_table
 from loglinear.evaluation.mqar import markdown, rows_of
 from loglinear.evaluation.mqar.models import ABLATIONS, CONTROLS, MODELS
 from loglinear.runs.files import write_atomically
@@ -53,7 +53,7 @@ def _paper() -> str:
 def _note(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     task = result["task"]
     precision = join_distinct(result["made"], lambda how: how["precision"])
-    device = join_distinct(result["made"], lambda how: how["versions"].get("device"))
+    device = join_distinct(result["made"], device_of)
     seeds = join_distinct(sorted(len(row["seeds"]) for row in rows if row["seeds"]), str) or "no reported"
     pairs = ", ".join(map(str, task["pairs"]))
     return (

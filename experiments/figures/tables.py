@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -60,11 +61,17 @@ def join_distinct(results: Iterable[Any], value_of: Callable[[Any], Any]) -> str
     return " or ".join(dict.fromkeys(str(value_of(result)) for result in results))
 
 
+def device_of(how: Mapping[str, Any]) -> str:
+    """Return the device of a run without the number of CPU threads, which matters on a CPU alone."""
+    device = how["versions"].get("device", MISSING)
+    return re.sub(r", \d+ CPU threads$", "", device) if device.startswith("NVIDIA") else device
+
+
 def conditions(models: Collection[Result]) -> str:
     """Return a sentence with the conditions of the training."""
     length = join_distinct(models, lambda result: f"{result['recipe']['seq_len']:,}")
     seed = join_distinct(models, lambda result: result["seed"])
-    device = join_distinct(models, lambda result: result["versions"]["device"])
+    device = join_distinct(models, device_of)
     compiled = " with compilation" * any(result["recipe"].get("compile") for result in models)
     speed = f"Tokens/s are those of the median step, minutes those of training{compiled}"
     shared = " On shared GPUs neither compares models." if "shared" in device else ""

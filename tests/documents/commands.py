@@ -138,7 +138,7 @@ READ = {
         "loglinear eval mqar --model log_linear_mamba2_unit --dim 32 --dim 64 --out runs/mqar",
         "loglinear eval mqar --task jittered --protocol zoology --model mamba2_equal_bytes --out runs/jittered",
         "loglinear eval mqar --protocol zoology --epochs 6 --compile --model mamba2 --model log_linear_mamba2 "
-        "--out runs/zoology --minutes 9",
+        "--model mamba2_equal_bytes --out runs/zoology --minutes 9",
         "python -m experiments.ablations run --choice CHOICE --out runs/ablations/CHOICE --minutes 9",
         "python -m experiments.ablations run --choice unit --out runs/ablations/unit --minutes 9",
         "python -m experiments.capacity run --kind transformer --size 100k --load 2 --dtype bfloat16 "
