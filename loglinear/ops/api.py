@@ -1,13 +1,14 @@
 """The two public operators: each checks its call once, chooses an implementation and runs it.
 
-    scalar gate :  S_t = a_t S_{t-1} + k_t v_t^T                              a_t = exp(log_decay_t)
-    delta rule  :  S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
+    gate       :  S_t = Diag(a_t) S_{t-1} + k_t v_t^T                              a_t = exp(log_decay_t)
+    delta rule :  S_t = (I - beta_t k_t k_t^T) Diag(a_t) S_{t-1} + beta_t k_t v_t^T
 
     o_t = sum_l lambda[t, l] * scale * q_t^T S_t^(l)
 
-S_t^(l) is the part of the state that the tokens s with min(index(t, s), L - 1) = l wrote. A partition of the past gives
-index(t, s); see `loglinear.partition`. The default is the level, bit_length(t XOR s); see `loglinear.fenwick`. If every
-lambda is 1, this is the linear model.
+A scalar gate has one decay a_t for all channels of the keys, a diagonal gate one for each. S_t^(l) is the part of the
+state that the tokens s with min(index(t, s), L - 1) = l wrote. A partition of the past gives index(t, s); see
+`loglinear.partition`. The default is the level, bit_length(t XOR s); see `loglinear.fenwick`. If every lambda is 1,
+this is the linear model.
 """
 
 # B batch, T time, G query/key groups, H value heads, K key, V value, L levels, N sequences
@@ -59,9 +60,11 @@ def log_linear_attention(
     partition: Partition = FENWICK,
     impl: str = "auto",
 ) -> LogLinearOutput:
-    """Return log-linear attention with a scalar gate (linear attention, RetNet, simple GLA, Mamba-2).
+    """Return log-linear attention with a gate (linear attention, RetNet, simple GLA, Mamba-2; GLA).
 
-        S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T,    o_t = sum_l level_scales[t, l] * scale * q_t^T S_t^(l)
+        S_t = Diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T,    o_t = sum_l level_scales[t, l] * scale * q_t^T S_t^(l)
+
+    The gate is scalar, with one decay for all channels of a head's keys, or diagonal, with a decay for each channel.
 
     NaN is not refused, nor is an infinity except in log_decay. Such a value in q or level_scales reaches the output of
     its own token alone. In k, v or log_decay the value reaches every later output and the final state of its heads: no
@@ -72,8 +75,9 @@ def log_linear_attention(
         q: [B, T, G, K], the queries. Value head h reads group h // (H / G).
         k: [B, T, G, K], the keys.
         v: [B, T, H, V], the values; H is a multiple of G.
-        log_decay: [B, T, H], natural logarithms, <= 0; None for no decay. A value below -80 counts as -80 (a full
-            reset). A value above 0 is refused on the CPU. A GPU's values are not read, nor those of a traced tensor.
+        log_decay: [B, T, H] (a scalar gate) or [B, T, H, K] (a diagonal gate), natural logarithms, <= 0; None for no
+            decay. A value below -80 counts as -80 (a full reset). A value above 0 is refused on the CPU. A GPU's values
+            are not read, nor those of a traced tensor. A state keeps its kind of gate.
         level_scales: [B, T, H, L], the lambdas. Levels are capped at L - 1, so every T works with every L >= 1. L = 1
             is the linear model times one lambda.
         scale: The factor of q.
@@ -90,8 +94,8 @@ def log_linear_attention(
             radix up to 64 without a largest block, where a block of 16 to 64 tokens can be its chunk.
         impl: "auto", "triton" (the Fenwick-array algorithm on a GPU), "torch" (the same algorithm on any device) or
             "reference" (token by token). "auto" chooses triton on a GPU if it supports the call, and torch otherwise
-            or for one token after a state. triton continues states at positions below 65,536 chunks. At later positions
-            its check on the device ends the process: use torch there.
+            or for one token after a state. triton supports no diagonal gate. It continues states at positions below
+            65,536 chunks. At later positions its check on the device ends the process: use torch there.
 
     Returns:
         `LogLinearOutput(output, final_state)`: output is [B, T, H, V] in v's dtype. final_state is None without
@@ -103,7 +107,8 @@ def log_linear_attention(
         ValueError: A shape, dtype, state or cu_seqlens does not fit, or impl does not support the call. The message
             names the argument, its value and the expected one.
 
-    Source: arXiv 2506.04761, equations 4 to 6; capped levels are this library's.
+    Source: arXiv 2506.04761, equations 4 to 6; Yang, Wang, Shen, Panda, Kim, arXiv 2312.06635 (the linear GLA). Capped
+    levels are this library's, and so is the log-linear model of a diagonal gate.
     """
     call = Problem(
         q,
@@ -140,10 +145,12 @@ def log_linear_delta_rule(
     partition: Partition = FENWICK,
     impl: str = "auto",
 ) -> LogLinearOutput:
-    """Return log-linear attention with the delta rule (DeltaNet, Gated DeltaNet).
+    """Return log-linear attention with the delta rule (DeltaNet, Gated DeltaNet; Kimi Delta Attention).
 
-        S_t = exp(log_decay_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
+        S_t = (I - beta_t k_t k_t^T) Diag(exp(log_decay_t)) S_{t-1} + beta_t k_t v_t^T
         o_t = sum_l level_scales[t, l] * scale * q_t^T S_t^(l)
+
+    The gate is scalar (Gated DeltaNet) or diagonal (Kimi Delta Attention), as in `log_linear_attention`.
 
     NaN and infinities reach the outputs that `log_linear_attention` names. One in beta acts as one in k does.
 
@@ -151,8 +158,9 @@ def log_linear_delta_rule(
         q: [B, T, G, K], the queries. Value head h reads group h // (H / G).
         k: [B, T, G, K], the keys.
         v: [B, T, H, V], the values; H is a multiple of G.
-        log_decay: [B, T, H], natural logarithms, <= 0; None for no decay. A value below -80 counts as -80 (a full
-            reset). A value above 0 is refused on the CPU. A GPU's values are not read, nor those of a traced tensor.
+        log_decay: [B, T, H] (a scalar gate) or [B, T, H, K] (a diagonal gate), natural logarithms, <= 0; None for no
+            decay. A value below -80 counts as -80 (a full reset). A value above 0 is refused on the CPU. A GPU's values
+            are not read, nor those of a traced tensor. A state keeps its kind of gate.
         beta: [B, T, H], the write strength. States stay bounded if 0 <= beta * |k|^2 <= 2, so use unit keys.
         level_scales: [B, T, H, L], the lambdas, with levels capped at L - 1.
         scale: The factor of q.
@@ -174,7 +182,8 @@ def log_linear_delta_rule(
     Raises:
         ValueError: An argument does not fit, or impl does not support the call, as in `log_linear_attention`.
 
-    Source: arXiv 2506.04761, equation 8; Yang, Kautz, Hatamizadeh, arXiv 2412.06464 (the linear Gated DeltaNet).
+    Source: arXiv 2506.04761, equation 8; Yang, Kautz, Hatamizadeh, arXiv 2412.06464 (the linear Gated DeltaNet);
+        Kimi Team, arXiv 2510.26692 (the linear Kimi Delta Attention).
     """
     call = Problem(
         q,

@@ -34,6 +34,7 @@ def run(problem: Problem) -> tuple[Tensor, FenwickState | None]:
             key_dim=key_dim,
             value_dim=value_dim,
             delta_rule=p.beta is not None,
+            diagonal_gate=p.log_decay.dim() == 4,
             dtype=p.v.dtype,
             device=p.v.device,
             partition=p.partition,

@@ -98,7 +98,7 @@ def unsupported(p: Problem) -> str | None:
         return reason
     from loglinear.kernels.triton import limits
 
-    reason = limits.of_partition(p.partition)
+    reason = limits.of_gate(p.is_diagonal) or limits.of_partition(p.partition)
     if reason is not None:
         return reason
     if _is_interpreted() and torch.bfloat16 in (p.q.dtype, p.k.dtype, p.v.dtype):
@@ -140,7 +140,7 @@ def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
     from loglinear.kernels.triton import limits
 
     s = state.fenwick
-    return limits.of_step(s.blocks, s.chunk_size, s.beta is not None)
+    return limits.of_gate(s.is_diagonal) or limits.of_step(s.blocks, s.chunk_size, s.beta is not None)
 
 
 def with_boundaries(p: Problem) -> Problem:

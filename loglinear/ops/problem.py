@@ -13,6 +13,7 @@ from loglinear.ops.validation import (
     OPERANDS,
     Sizes,
     check_cu_seqlens,
+    check_gate,
     check_log_decay,
     check_operands,
     check_partition,
@@ -61,6 +62,7 @@ class Problem:
             state = checked_state(
                 "initial_state", state, sizes, self.v.device, delta_rule=delta_rule, partition=self.partition
             )
+            check_gate("initial_state", state, self.is_diagonal)
             check_state_dtype("initial_state", state, self.operands)
             state = for_backward(state, self.operands)
         if scale is self.scale and state is self.initial_state and sizes["C"] is self.chunk_size:
@@ -78,6 +80,13 @@ class Problem:
         return self.q, self.k, self.v, self.log_decay, self.beta, self.level_scales
 
     @property
+    def is_diagonal(self) -> bool:
+        """True for a diagonal gate, with a decay for each channel of the keys."""
+        if self.log_decay is None:
+            return self.initial_state is not None and self.initial_state.is_diagonal
+        return self.log_decay.dim() == 4
+
+    @property
     def is_float64(self) -> bool:
         """True if any operand is float64."""
         return working_dtype(self.operands) == torch.float64
@@ -85,8 +94,10 @@ class Problem:
     def in_working_dtype(self) -> WorkingProblem:
         """Return the same call as the implementations in plain torch take it."""
         dtype = working_dtype(self.operands)
-        log_decay = self.v.new_zeros(self.v.shape[:3], dtype=dtype)
-        if self.log_decay is not None:
+        if self.log_decay is None:
+            channels = self.q.shape[3:] if self.is_diagonal else ()
+            log_decay = self.v.new_zeros(*self.v.shape[:3], *channels, dtype=dtype)
+        else:
             log_decay = self.log_decay.to(dtype).clamp(min=MIN_LOG_DECAY)
         return WorkingProblem(
             q=self.q.to(dtype) * self.scale if self.scale != 1.0 else self.q.to(dtype),

@@ -18,6 +18,7 @@ from loglinear.ops.validation import (
     WIDE_FLOATS,
     Sizes,
     check_family,
+    check_gate,
     check_owned,
     check_partition,
     check_rows,
@@ -54,8 +55,8 @@ class FenwickState(NamedTuple):
                                       partition block m has column M - L + m of level_scales.
         k          [N, C, G, K]       the unfinished chunk's tokens, zero from row position % C on
         v          [N, C, H, V]
-        log_decay  [N, C, H]
-        beta       [N, C, H]          None for the scalar gate
+        log_decay  [N, C, H]          [N, C, H, K] for a diagonal gate
+        beta       [N, C, H]          None without the delta rule
         partition                     the `Partition` of the past; None for the Fenwick partition
         first      [N] int64          the position of the first token. The tokens of buckets count from here; see
                                       `loglinear.ops.bucket_tokens`. None: 0, as in the states of earlier versions
@@ -86,6 +87,7 @@ class FenwickState(NamedTuple):
         key_dim: int,
         value_dim: int,
         delta_rule: bool,
+        diagonal_gate: bool = False,
         position: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -104,7 +106,8 @@ class FenwickState(NamedTuple):
             heads: H, the value heads, a multiple of G.
             key_dim: K.
             value_dim: V.
-            delta_rule: True for the delta rule (with beta), False for a scalar gate.
+            delta_rule: True for the delta rule (with beta), False without it.
+            diagonal_gate: True for a log_decay of each channel of the keys, False for one of each head.
             position: [N] integers, the position at which each sequence starts; the state has a copy. None: 0.
             dtype: float32 or float64.
             device: The device of all parts.
@@ -123,6 +126,7 @@ class FenwickState(NamedTuple):
         if dtype not in WIDE_FLOATS:
             raise ValueError(f"dtype must be float32 or float64, got {dtype}")
         flag("delta_rule", delta_rule)
+        flag("diagonal_gate", diagonal_gate)
 
         if position is None:
             position = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -139,7 +143,7 @@ class FenwickState(NamedTuple):
             blocks=zeros(partition.num_blocks(num_levels, chunk_size), heads, key_dim, value_dim),
             k=zeros(chunk_size, groups, key_dim),
             v=zeros(chunk_size, heads, value_dim),
-            log_decay=zeros(chunk_size, heads),
+            log_decay=zeros(chunk_size, heads, *([key_dim] if diagonal_gate else [])),
             beta=zeros(chunk_size, heads) if delta_rule else None,
             partition=None if partition == FENWICK else partition,
             first=position.clone(),
@@ -149,6 +153,11 @@ class FenwickState(NamedTuple):
     def chunk_size(self) -> int:
         """C, tokens per chunk."""
         return self.k.shape[1]
+
+    @property
+    def is_diagonal(self) -> bool:
+        """True for a diagonal gate, False for a scalar one."""
+        return self.log_decay.dim() == 4
 
     @property
     def nbytes(self) -> int:
@@ -189,7 +198,7 @@ class DecodeState:
     again in the backward pass, so step that state only afterwards. With N rows, C chunk_size:
 
         inverse   [N, C, H, C]   the delta rule's (I + tril(diag(beta) K K^T dec, -1))^-1 of the unfinished chunk, by
-                                 its rows; None for a scalar gate
+                                 its rows; None without the delta rule
 
     Raises:
         ValueError: The parts do not fit each other or share memory; one line names the part.
@@ -256,6 +265,7 @@ class DecodeState:
         state = checked_state(
             "state", state, self.sizes(), own.k.device, delta_rule=own.beta is not None, partition=partition
         )
+        check_gate("state", state, own.is_diagonal)
         if state.k.dtype != own.k.dtype:
             raise ValueError(f"state must hold {own.k.dtype}, as the state that it is copied into, got {state.k.dtype}")
         for mine, other in zip(own.tensors, state.tensors, strict=True):
@@ -360,6 +370,9 @@ def _inverse(state: FenwickState) -> Tensor | None:
     if state.beta is None:
         return None
     is_buffered = torch.arange(state.chunk_size, device=state.k.device) < (state.position % state.chunk_size)[:, None]
-    log_decay, beta = (torch.where(is_buffered[..., None], x, 0.0) for x in (state.log_decay, state.beta))
+    log_decay, beta = (
+        torch.where(is_buffered.view(*is_buffered.shape, *[1] * (x.dim() - 2)), x, 0.0)
+        for x in (state.log_decay, state.beta)
+    )
     with torch.autocast(state.k.device.type, enabled=False):
         return chunk_inverse(state.k, beta, log_decay).contiguous()

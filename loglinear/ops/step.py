@@ -26,6 +26,7 @@ from loglinear.ops.validation import (
     TOKENS,
     check_blocks,
     check_family,
+    check_gate,
     check_log_decay,
     check_operands,
     check_state_dtype,
@@ -60,8 +61,8 @@ def log_linear_attention_step(
         q: [N, G, K], the queries.
         k: [N, G, K], the keys.
         v: [N, H, V], the values.
-        log_decay: [N, H], natural logarithms, <= 0; None for no decay. On the CPU a value above 0 in an active row is
-            refused.
+        log_decay: [N, H], or [N, H, K] if the state has a diagonal gate, natural logarithms, <= 0; None for no decay.
+            On the CPU a value above 0 in an active row is refused.
         level_scales: [N, H, L], the lambdas.
         state: A state of N rows, each at its own position; `DecodeState.of(final_state)` makes it. It changes in
             place. It is float64 if an input is, and float32 otherwise.
@@ -70,7 +71,8 @@ def log_linear_attention_step(
         sparse: True if most lambdas are 0, as with few buckets. triton then does not read their blocks; torch on a CPU
             counts by itself. The output is the same.
         impl: "auto", "triton" (one launch), "torch" or "reference" (the recurrence). "auto" chooses triton on a GPU if
-            it supports the step, and torch otherwise. triton supports every partition, with chunks of 16 to 128 tokens.
+            it supports the step, and torch otherwise. triton supports every partition, with chunks of 16 to 128 tokens,
+            but no diagonal gate.
 
     Returns:
         [N, H, V] in v's dtype.
@@ -107,8 +109,8 @@ def log_linear_delta_rule_step(
         q: [N, G, K], the queries.
         k: [N, G, K], the keys.
         v: [N, H, V], the values.
-        log_decay: [N, H], natural logarithms, <= 0; None for no decay. On the CPU a value above 0 in an active row is
-            refused.
+        log_decay: [N, H], or [N, H, K] if the state has a diagonal gate, natural logarithms, <= 0; None for no decay.
+            On the CPU a value above 0 in an active row is refused.
         beta: [N, H], the write strength.
         level_scales: [N, H, L], the lambdas.
         state: A state of N rows, each at its own position; `DecodeState.of(final_state)` makes it. It changes in
@@ -161,6 +163,8 @@ class Token(NamedTuple):
         check_blocks(fenwick.partition or FENWICK, sizes["L"], sizes["C"], sizes["M"])
         if self.active is not None:
             check_tensor("active", self.active, "N", sizes, fenwick.k.device, BOOL)
+        if self.log_decay is not None:
+            check_gate("state", fenwick, self.log_decay.dim() == 3)
         check_log_decay(self.log_decay, self.active)
         flag("l2_normalize", self.l2_normalize)
         flag("sparse", self.sparse)
@@ -168,7 +172,7 @@ class Token(NamedTuple):
         check_state_dtype("state", fenwick, [getattr(self, name) for name in TOKENS[delta_rule]])
         scale, log_decay = finite_number("scale", self.scale), self.log_decay
         if log_decay is None:
-            log_decay = torch.zeros(self.v.shape[:2], dtype=fenwick.k.dtype, device=fenwick.k.device)
+            log_decay = torch.zeros_like(fenwick.log_decay[:, 0])
         if scale is self.scale and log_decay is self.log_decay:
             return self
         return self._replace(scale=scale, log_decay=log_decay)

@@ -63,8 +63,12 @@ def check_tensor(
     sizes: Sizes,
     device: torch.device | None = None,
     dtypes: frozenset[torch.dtype] = FLOATS,
+    or_axes: str = "",
 ) -> None:
-    """Raise ValueError unless `x` is a dense tensor of one of `dtypes` with these axes; add new axes to `sizes`."""
+    """Raise ValueError unless `x` is a dense tensor of one of `dtypes` with these axes; add new axes to `sizes`.
+
+    A tensor with as many axes as `or_axes` must have those.
+    """
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
@@ -72,6 +76,8 @@ def check_tensor(
     if x.layout is not torch.strided:
         raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}")
     shape = x.shape
+    if or_axes and len(shape) == len(or_axes):
+        axes, or_axes = or_axes, ""
     fits = len(shape) == len(axes)
     if fits:
         for axis, size in zip(axes, shape, strict=True):
@@ -81,6 +87,7 @@ def check_tensor(
     if not fits:
         known = [str(sizes.get(axis, axis)) for axis in axes]
         values = "" if known == list(axes) else f" = [{', '.join(known)}]"
+        values += f" or [{', '.join(or_axes)}]" if or_axes else ""
         raise ValueError(f"{name} must have shape [{', '.join(axes)}]{values}, got {list(shape)}")
     if 0 in shape:
         raise ValueError(f"{name} must not be empty, got shape {list(shape)}")
@@ -94,16 +101,23 @@ def check_tensor(
 def check_operands(call: Any, table: Table, sizes: Sizes, device: torch.device | None = None) -> None:
     """Raise ValueError unless the operands, attributes of `call`, fit a table of `OPERANDS` or `TOKENS`.
 
-    log_decay may be None.
+    log_decay may be None, or have one axis more, K, for a diagonal gate.
     """
     for name, axes in table.items():
         x = getattr(call, name)
         if x is None and name == "log_decay":
             continue
-        check_tensor(name, x, axes, sizes, device)
+        check_tensor(name, x, axes, sizes, device, or_axes=axes + "K" if name == "log_decay" else "")
         device = x.device
         if name == "v":
             check_groups("v", sizes["H"], sizes["G"])
+
+
+def check_gate(name: str, state: Any, is_diagonal: bool) -> None:
+    """Raise ValueError if a `FenwickState` has the other kind of gate."""
+    if state.is_diagonal != is_diagonal:
+        kinds = ("a scalar gate (one decay per head)", "a diagonal gate (a decay per key channel)")
+        raise ValueError(f"{name} must be a state of {kinds[is_diagonal]}, got one of {kinds[not is_diagonal]}")
 
 
 def check_log_decay(log_decay: Tensor | None, active: Tensor | None = None) -> None:
@@ -118,7 +132,7 @@ def check_log_decay(log_decay: Tensor | None, active: Tensor | None = None) -> N
         return
     is_wrong = log_decay > 0
     if active is not None:
-        is_wrong &= active[:, None]
+        is_wrong &= active.view(-1, *[1] * (log_decay.dim() - 1))
     if is_wrong.any():
         largest = log_decay[is_wrong].max().item()
         raise ValueError(f"log_decay must be at most 0 (the logarithm of the decay), got a maximum of {largest:.6g}")
@@ -161,7 +175,8 @@ def check_state(name: str, state: Any, sizes: Sizes, device: torch.device | None
         if x is None and part in ("beta", "first"):
             continue
         is_number = part in ("position", "first")
-        check_tensor(f"{name}.{part}", x, axes, sizes, device, INTEGERS if is_number else WIDE_FLOATS)
+        dtypes, or_axes = INTEGERS if is_number else WIDE_FLOATS, axes + "K" if part == "log_decay" else ""
+        check_tensor(f"{name}.{part}", x, axes, sizes, device, dtypes, or_axes)
         device = x.device
         if is_number:
             continue
@@ -210,7 +225,7 @@ def _assert_first(name: str, first: Tensor, position: Tensor) -> None:
 def check_family(name: str, has_beta: bool, delta_rule: bool) -> None:
     """Raise ValueError if a state belongs to the other operator."""
     if has_beta != delta_rule:
-        kinds = ("a scalar gate (no beta)", "the delta rule (with beta)")
+        kinds = ("a gate without the delta rule (no beta)", "the delta rule (with beta)")
         raise ValueError(f"{name} must be a state of {kinds[delta_rule]}, got one of {kinds[has_beta]}")
 
 

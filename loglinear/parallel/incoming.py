@@ -2,8 +2,10 @@
 
     x_t^T = scale * q_t^T A_t ... A_1        P = A_n ... A_1        A_t the transition of token t
 
-    scalar gate :  A_t = a_t
-    delta rule  :  A_t = a_t (I - beta_t k_t k_t^T)
+    gate       :  A_t = Diag(a_t)
+    delta rule :  A_t = (I - beta_t k_t k_t^T) Diag(a_t)
+
+A scalar gate has one decay a_t for all channels of the keys, a diagonal gate one for each.
 
 For the delta rule, x and P come from one call of the linear rule (L = 1) that writes nothing and starts at the
 identity. x is its output, and P its final state.
@@ -27,11 +29,11 @@ class Incoming(NamedTuple):
     """The effect of some tokens on states from before them."""
 
     x: Tensor
-    """[B, T, G, K], the queries (scalar gate), or [B, T, H, K], the x_t (delta rule)."""
+    """[B, T, G, K], the queries (scalar gate), or [B, T, H, K], the x_t (diagonal gate, delta rule)."""
     decay: Tensor | None
     """[B, T, H], the factor scale a_t ... a_1 of the queries; None if x contains it."""
     transition: Tensor | None
-    """P, [N, H] (scalar gate) or [N, H, K, K] (delta rule); None if no later slice needs it."""
+    """P, [N, H] (scalar gate), [N, H, K] (diagonal gate) or [N, H, K, K] (delta rule); None if no slice needs it."""
 
 
 def incoming(call: Problem, impl: str, goes_on: bool) -> Incoming:
@@ -43,7 +45,11 @@ def incoming(call: Problem, impl: str, goes_on: bool) -> Incoming:
         decay = call.v.new_ones(call.v.shape[:3], dtype=dtype)
     else:
         decay = call.log_decay.to(dtype).clamp(min=MIN_LOG_DECAY).cumsum(1).exp()
-    return Incoming(call.q, decay * call.scale, decay[:, -1] if goes_on else None)
+    transition = decay[:, -1] if goes_on else None
+    if call.is_diagonal:
+        queries = call.q.to(dtype).repeat_interleave(call.v.shape[2] // call.q.shape[2], 2)
+        return Incoming(queries * decay * call.scale, None, transition)
+    return Incoming(call.q, decay * call.scale, transition)
 
 
 def _delta_rule(call: Problem, dtype: torch.dtype, impl: str, goes_on: bool) -> Incoming:
@@ -58,6 +64,7 @@ def _delta_rule(call: Problem, dtype: torch.dtype, impl: str, goes_on: bool) -> 
         key_dim=K,
         value_dim=K,
         delta_rule=True,
+        diagonal_gate=call.is_diagonal,
         position=torch.full((rows,), C, device=device),  # after a chunk that wrote I: at 0 there is nothing to read
         dtype=dtype,
         device=device,
@@ -80,5 +87,7 @@ def _delta_rule(call: Problem, dtype: torch.dtype, impl: str, goes_on: bool) -> 
 
 
 def transported(transition: Tensor, state: Tensor) -> Tensor:
-    """Return P S for P [N, H] or [N, H, K, K] and S [N, H, K, V]."""
-    return transition @ state if transition.dim() == 4 else transition[..., None, None] * state
+    """Return P S for P [N, H], [N, H, K] or [N, H, K, K] and S [N, H, K, V]."""
+    if transition.dim() == 4:
+        return transition @ state
+    return transition.view(*transition.shape, *[1] * (4 - transition.dim())) * state

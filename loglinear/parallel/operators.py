@@ -64,7 +64,7 @@ def log_linear_attention(
         q: [B, n, G, K], the queries of this rank's tokens, as `slices.take` gives them; so are the other tensors.
         k: [B, n, G, K].
         v: [B, n, H, V].
-        log_decay: [B, n, H], or None for no decay.
+        log_decay: [B, n, H] or [B, n, H, K], or None for no decay.
         level_scales: [B, n, H, L].
         slices: The slices of the sequences, made with a multiple of this operator's chunk.
         scale: The factor of q.
@@ -108,7 +108,7 @@ def log_linear_delta_rule(
         q: [B, n, G, K], the queries of this rank's tokens, as `slices.take` gives them; so are the other tensors.
         k: [B, n, G, K].
         v: [B, n, H, V].
-        log_decay: [B, n, H], or None for no decay.
+        log_decay: [B, n, H] or [B, n, H, K], or None for no decay.
         beta: [B, n, H].
         level_scales: [B, n, H, L].
         slices: The slices of the sequences, made with a multiple of this operator's chunk.
@@ -146,7 +146,8 @@ class _Sliced:
         self.tree = Tree(call.partition, call.chunk_size, call.level_scales.shape[3])
         self.dtype = working_dtype(call.operands)
         H, K, V = call.v.shape[2], call.q.shape[3], call.v.shape[3]
-        self.state_shape, self.transition_shape = (H, K, V), (H,) if call.beta is None else (H, K, K)
+        gate_shape = (H, K) if call.is_diagonal else (H,)
+        self.state_shape, self.transition_shape = (H, K, V), gate_shape if call.beta is None else (H, K, K)
 
     def output(self) -> Tensor:
         """Return the output [B, n, H, V] of the slice."""
@@ -187,6 +188,7 @@ class _Sliced:
                 key_dim=K,
                 value_dim=V,
                 delta_rule=call.beta is not None,
+                diagonal_gate=call.is_diagonal,
                 dtype=self.dtype,
                 device=device,
                 partition=call.partition,

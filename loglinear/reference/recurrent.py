@@ -7,10 +7,12 @@ At position t:
     3. read every column with its lambda
     4. move every state to the column in which position t + 1 sees its tokens; states that meet are added
 
-    scalar gate :  S <- a_t S                          write k_t v_t^T
-    delta rule  :  S <- a_t (I - b_t k_t k_t^T) S      write b_t k_t v_t^T
+    gate       :  S <- Diag(a_t) S                          write k_t v_t^T
+    delta rule :  S <- (I - b_t k_t k_t^T) Diag(a_t) S      write b_t k_t v_t^T
 
-Source: arXiv 2506.04761, sections 3.1 and 3.3.
+The decay a_t is one number (a scalar gate), or one for each channel of the keys (a diagonal gate).
+
+Source: arXiv 2506.04761, sections 3.1 and 3.3; arXiv 2312.06635 and 2510.26692 (diagonal gates).
 """
 
 # T time, H heads, K key, V value, L levels; one sequence.
@@ -28,15 +30,15 @@ def moved(states_LHKV: Tensor, position: int, partition: Partition = FENWICK) ->
     return torch.zeros_like(states_LHKV).index_add(0, columns, states_LHKV)
 
 
-def step(states_LHKV: Tensor, k_HK: Tensor, v_HV: Tensor, decay_H: Tensor, beta_H: Tensor | None) -> Tensor:
-    """Return all states after one token."""
-    states = states_LHKV
+def step(states_LHKV: Tensor, k_HK: Tensor, v_HV: Tensor, decay: Tensor, beta_H: Tensor | None) -> Tensor:
+    """Return all states after one token; the decay is [H] or [H, K]."""
+    decay_HD = decay[:, None] if decay.dim() == 1 else decay
+    states = decay_HD[..., None] * states_LHKV
     write = k_HK[:, :, None] * v_HV[:, None, :]
     if beta_H is not None:
         write = beta_H[:, None, None] * write
         erased = torch.einsum("hk,lhkv->lhv", k_HK, states)
         states = states - torch.einsum("h,hk,lhv->lhkv", beta_H, k_HK, erased)
-    states = decay_H[:, None, None] * states
     return torch.cat([states[:1] + write, states[1:]])
 
 
@@ -57,8 +59,8 @@ def recurrent(
         q: [T, H, K].
         k: [T, H, K].
         v: [T, H, V].
-        log_decay: [T, H].
-        beta: [T, H], or None for the scalar gate.
+        log_decay: [T, H], or [T, H, K] for a diagonal gate.
+        beta: [T, H], or None without the delta rule.
         level_scales: [T, H, L].
         states_LHKV: The states as seen from the first token.
         position: The position of the first token.

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.ops.operators import OPERATORS
+from tests.ops.operators import SCALAR_GATES
 
 
-@pytest.fixture(params=OPERATORS, ids=lambda operator: operator.name)
+@pytest.fixture(params=SCALAR_GATES, ids=lambda operator: operator.name)
 def operator(request):
     """Each family's operator."""
     return request.param

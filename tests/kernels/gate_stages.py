@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loglinear.kernels.torch.chunks import decay_matrix, reverse_cumsum, to_chunks
+from loglinear.kernels.torch.chunks import reverse_cumsum, to_chunks
 from loglinear.kernels.torch.operator import schedule_of
 from loglinear.kernels.torch.scalar_gate import ScalarGateSlab
 from loglinear.kernels.torch.scalar_gate.chunk_state import chunk_state_backward
@@ -89,38 +89,29 @@ def torch_stages(case: Case, x: dict[str, Tensor], dtype: torch.dtype) -> dict[s
     plan = schedule(case)
     slab = ScalarGateSlab((*operands, x.get("initial")), plan, case.heads)
     do, n = to_chunks(tokens(case, x["do"]), case.heads, plan), plan.num_chunks
-    found = dict(up_sweep=slab.states[:, :n], cumulative=slab.cumulative)
+    gate, q_in = slab.gate, slab.q_in()
+    found = dict(up_sweep=slab.states[:, :n], cumulative=gate.log_decay.cumsum(2)[..., 0])
     if case.L > 1:  # over a prefix of one level nobody reads it
-        found |= dict(log_decay=slab.log_p[:, :n])
+        found |= dict(log_decay=slab.log_p[:, :n, 0])
     found |= dict(output=slab.output())
 
     dscales = torch.zeros_like(slab.level_scales)
-    dq, dk, dv, dcumulative = in_chunk_backward(
-        slab.q, slab.k, slab.v, slab.log_decay, slab.mask(), do, slab.pull_mask(dscales)
-    )
-    dscores = (do @ slab.v.mT) * slab.mask() * decay_matrix(slab.log_decay)
+    dq, dk, dv = inside = tuple(torch.zeros_like(y) for y in (slab.q, slab.k, slab.v))
+    dlog_inside = in_chunk_backward(gate, (slab.q, slab.k, slab.v), slab.mask(), do, slab.pull_mask(dscales), inside)
+    dscores = (do @ slab.v.mT) * slab.mask() * gate.products(*[torch.ones_like(slab.q[..., :1])] * 2)
     found |= dict(in_chunk_dv=dv, dscores=dscores.unflatten(0, (case.G, 2)).sum(1))
     dstates, dlog = torch.zeros_like(slab.states), torch.zeros_like(slab.log_p)
-    dlog_walk = torch.zeros_like(dcumulative)
-
-    def pull(read, y, path):
-        scales, decay = slab.weight(read, path)
-        dy = do.index_select(1, read.readers.flatten())
-        dweight = (dy * y).sum(-1) * decay
-        dscales[..., read.column].index_add_(1, read.readers.flatten(), dweight)
-        dlog_walk.index_add_(1, read.readers.flatten(), dweight * scales)
-        return dy * (decay * scales)[..., None], (dweight * scales).sum(-1)
-
-    walk_backward(slab.q, slab.states, slab.log_p, plan.reads, pull, dq, dstates, dlog)
-    found |= dict(dq=dq.unflatten(0, (case.G, 2)).sum(1), dlevel_scales=dscales, dlog_reads=dcumulative + dlog_walk)
-    found |= dict(state_backward=dstates[:, :n].clone(), state_dlog=dlog[:, :n].clone())
+    pull = slab.pull_output(do, dscales)
+    dq_in = walk_backward(q_in, slab.states, slab.log_p, plan.reads, pull, dstates, dlog)
+    dq, flow_in = dq + dq_in * gate.from_start, gate.flow(q_in, dq_in)
+    dlog_reads = dlog_inside[..., 0] + reverse_cumsum(flow_in[..., 0])
+    found |= dict(dq=dq.unflatten(0, (case.G, 2)).sum(1), dlevel_scales=dscales, dlog_reads=dlog_reads)
+    found |= dict(state_backward=dstates[:, :n].clone(), state_dlog=dlog[:, :n, 0].clone())
     up_sweep_backward(slab.states, slab.log_p, slab.rights, dstates, dlog, plan)
-    found |= dict(down_sweep=dstates[:, :n], dtotal=dlog[:, :n])
-    dk_state, dv_state, dcumulative_state = chunk_state_backward(
-        slab.k, slab.v, slab.log_decay, dstates[:, : n + 1], dlog[:, : n + 1]
-    )
+    found |= dict(down_sweep=dstates[:, :n], dtotal=dlog[:, :n, 0])
+    dk_state, dv_state, flow_out = chunk_state_backward(gate, slab.k, slab.v, dstates[:, : n + 1])
     found |= dict(dk=(dk + dk_state).unflatten(0, (case.G, 2)).sum(1), dv=dv + dv_state)
-    found |= dict(dlog_decay=reverse_cumsum(dcumulative + dlog_walk + dcumulative_state))
+    found |= dict(dlog_decay=(dlog_inside + gate.gradient(flow_in, flow_out, dlog[:, : n + 1]))[..., 0])
     found = {name: value[:, :n] for name, value in found.items()}
     return found | ({} if slab.initial is None else dict(dinitial=dstates[:, plan.initial]))
 
@@ -170,7 +161,7 @@ def triton_stages(case: Case, x: dict[str, Tensor]) -> dict[str, Tensor]:
     )
     reads = reads_backward(call, states, do, inside, dq, Slab.of(dscales), backward["walk_backward"])
     found |= dict(dq=of_tokens(dq.data.sum(0)), dlevel_scales=of_tokens(dscales))
-    found |= dict(dlog_reads=of_places(inside.dlog_row - inside.dlog_column + reads.dlog_walk))
+    found |= dict(dlog_reads=reverse_cumsum(of_places(inside.dlog_row - inside.dlog_column + reads.dlog_walk)))
     dstates = state_backward(call, states, do, reads, backward["state_backward"])
     found |= dict(state_backward=of_chunks(dstates.slots), state_dlog=of_chunks(dstates.log_decay))
     dtotals = down_sweep(call, states, dstates, backward["down_sweep"])

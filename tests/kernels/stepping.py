@@ -18,7 +18,7 @@ def full_state(
     operator: Operator, partition: Partition, positions: list[int], columns: int, C: int, device: str = "cpu", **sizes
 ) -> FenwickState:
     """A float64 state whose every number is random, those that are not of the past too; rows at these positions."""
-    dims = dict(groups=1, heads=1, key_dim=6, value_dim=3, delta_rule=operator.delta) | sizes
+    dims = dict(groups=1, heads=1, key_dim=6, value_dim=3, **operator.kind) | sizes
     start = dict(position=torch.tensor(positions), partition=partition, dtype=torch.float64)
     state = FenwickState.zeros(len(positions), num_levels=columns, chunk_size=C, **start, **dims)
     assert state.chunk_size == C

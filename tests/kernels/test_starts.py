@@ -66,7 +66,7 @@ def test_a_shared_empty_state_gives_the_bits_of_any_other(_interpreter, operator
     ends = dict(cu_seqlens=unchanging(torch.tensor(ENDS))) if rows == 1 else {}
 
     def call(make, where):
-        state = make(4, position=where, delta_rule=operator.delta, **sizes)
+        state = make(4, position=where, **operator.kind, **sizes)
         assert is_empty(state) == (make is empty_state)
         found = operator(x, initial_state=state, **options, **ends)
         assert not any(is_unchanging(t) for t in found.final_state.tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +19,12 @@ from loglinear.reference import dense_delta_rule, dense_scalar_gate
 class Operator:
     name: str
     delta: bool
+    diagonal: bool = False  # a decay for each channel of the keys
+
+    @property
+    def kind(self) -> dict[str, bool]:
+        """The options of a state of this operator."""
+        return dict(delta_rule=self.delta, diagonal_gate=self.diagonal)
 
     @property
     def names(self) -> list[str]:
@@ -44,7 +51,7 @@ class Operator:
             "q": torch.randn(B, T, G, K, dtype=torch.float64),
             "k": F.normalize(torch.randn(B, T, G, K, dtype=torch.float64), dim=-1),
             "v": torch.randn(B, T, H, V, dtype=torch.float64),
-            "log_decay": -decay * torch.rand(B, T, H, dtype=torch.float64),
+            "log_decay": -decay * torch.rand(B, T, H, *([K] if self.diagonal else []), dtype=torch.float64),
             "level_scales": 10 ** (3 * torch.rand(B, T, H, L, dtype=torch.float64) - 2),
         }
         if self.delta:
@@ -52,7 +59,17 @@ class Operator:
         return {name: x[name].to(dtype).requires_grad_() for name in self.names}
 
 
-OPERATORS = [Operator("scalar_gate", delta=False), Operator("delta_rule", delta=True)]
+SCALAR_GATES = [Operator("scalar_gate", delta=False), Operator("delta_rule", delta=True)]
+DIAGONAL_GATES = [Operator(f"diagonal_{one.name}".replace("scalar_", ""), one.delta, True) for one in SCALAR_GATES]
+OPERATORS = SCALAR_GATES + DIAGONAL_GATES
+
+
+def parametrize(operators: list[Operator], **options: Any) -> pytest.MarkDecorator:
+    """Return the mark of a test with the argument `operator`."""
+    return pytest.mark.parametrize("operator", operators, ids=lambda operator: operator.name, **options)
+
+
+by_kernels = parametrize(SCALAR_GATES, indirect=True)  # for tests of impl="triton", where `operator` is a fixture
 
 
 PLACES = ("position", "first")  # of a state: integers

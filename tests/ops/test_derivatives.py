@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 from loglinear.ops import DecodeState, log_linear_attention_step, log_linear_delta_rule_step
 from loglinear.partition import FENWICK, Partition
 from tests.kernels.interpreter import teach_interpreter
-from tests.ops.operators import OPERATORS, parts, relative_error
+from tests.ops.operators import OPERATORS, by_kernels, parts, relative_error
 
 SIZES = dict(B=2, T=13, G=1, H=2, K=3, V=2, L=5)
 
@@ -69,6 +69,7 @@ def test_three_orders_of_packed_sequences(operator, levels):
     assert max(errors(operator, inputs, chunk_size=2, cu_seqlens=ends)) < 1e-12
 
 
+@by_kernels
 @pytest.mark.interpreter
 @pytest.mark.parametrize("prompt", [None, 7], ids=["alone", "continued"])
 def test_the_kernels_derivatives_have_derivatives(operator, prompt, interpreted):
@@ -136,6 +137,7 @@ def test_transforms_of_torch_func_are_exact(operator, transform, partition):
         assert relative_error(one, other) < 1e-12 and other.abs().max() > 0
 
 
+@by_kernels
 @pytest.mark.interpreter
 def test_the_kernels_refuse_transforms_in_one_line(operator, interpreted):
     inputs = {name: x.detach().float() for name, x in operator.inputs(**SIZES).items()}
@@ -149,7 +151,7 @@ def test_a_step_says_that_it_has_no_derivatives(operator):
     inputs = operator.inputs(**SIZES | dict(T=1))
     token = {name: x[:, 0].detach() for name, x in inputs.items()}
     state = DecodeState.zeros(
-        2, num_levels=5, chunk_size=4, groups=1, heads=2, key_dim=3, value_dim=2, delta_rule=operator.delta,
+        2, num_levels=5, chunk_size=4, groups=1, heads=2, key_dim=3, value_dim=2, **operator.kind,
         dtype=torch.float64,
     )  # fmt: skip
     function = log_linear_delta_rule_step if operator.delta else log_linear_attention_step

@@ -143,7 +143,7 @@ def test_rows_that_a_state_does_not_have():
 @pytest.mark.parametrize(
     "other, text",
     [
-        (dict(delta_rule=False), "state must be a state of the delta rule .with beta., got one of a scalar gate"),
+        (dict(delta_rule=False), "state must be a state of the delta rule .with beta., got one of a gate without"),
         (dict(dtype=torch.float64), "state must hold torch.float32, as the state that it is copied into"),
         (dict(chunk_size=8), "state was made with chunk_size 8, got chunk_size 4"),
         (dict(num_levels=9), r"state.blocks must have shape \[N, M, H, K, V\] = \[2, 3, 4, 5, 3\], got \[2, 6,"),
@@ -173,7 +173,9 @@ def test_a_state_of_another_shape(other, options, text):
 
 def test_a_state_of_the_other_operator():
     state = OPERATORS[0](OPERATORS[0].inputs(B=1), chunk_size=4, output_final_state=True).final_state
-    with pytest.raises(ValueError, match="initial_state must be a state of the delta rule .*, got one of a scalar"):
+    with pytest.raises(
+        ValueError, match="initial_state must be a state of the delta rule .*, got one of a gate without"
+    ):
         call(initial_state=state)
 
 
@@ -228,7 +230,8 @@ def test_only_active_rows_have_a_log_decay(operator, impl):
     start = operator(inputs, output_final_state=True, chunk_size=4).final_state.detach()
     token = token_at(inputs, 5, torch.float64)
     anything = {name: x.clone() for name, x in token.items()}
-    anything["log_decay"][0] = torch.tensor([0.9, 3.0, torch.inf, torch.nan]).view(1, 4)
+    idle = torch.tensor([0.9, 3.0, torch.inf, torch.nan], dtype=torch.float64)
+    anything["log_decay"][0, 0] = idle[:, None] if operator.diagonal else idle
     runs = []
     for given in (token, anything):
         state = DecodeState.of(start)

@@ -92,7 +92,9 @@ def test_no_decay_equals_zero_log_decay(operator):
     inputs = operator.inputs()
     inputs["log_decay"] = torch.zeros_like(inputs["log_decay"])
     without = operator({**inputs, "log_decay": None})
-    assert torch.equal(without.output, operator(inputs).output)
+    zeros = operator(inputs).output
+    # Without a log decay the gate is scalar, whose matrix products round otherwise than those of a diagonal gate.
+    assert relative_error(without.output, zeros) < EXACT if operator.diagonal else torch.equal(without.output, zeros)
 
 
 @pytest.mark.parametrize("levels", [9, 4])
@@ -104,6 +106,8 @@ def test_decays_from_none_to_a_full_reset(operator, levels):
         decay[:, :, 1] = -0.4
         decay[:, ::7, 2] = -float("inf")
         decay[:, :, 3] = -1000.0
+        if operator.diagonal:  # channels of the same head, too, forget at different rates
+            decay = torch.stack([decay.roll(channel, 2) for channel in range(5)], -1)
     given = {**inputs, "log_decay": decay}
     fast, slow = (operator(given, chunk_size=4, impl=impl).output for impl in ("torch", "reference"))
     assert relative_error(fast, slow) < EXACT

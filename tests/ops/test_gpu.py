@@ -8,9 +8,14 @@ import torch
 
 from loglinear.ops import DecodeState, announcement, log_linear_attention_step, log_linear_delta_rule_step
 from loglinear.partition import FENWICK, Partition
-from tests.ops.operators import OPERATORS, gradients, parts, random_loss, relative_error
+from tests.ops.operators import OPERATORS, by_kernels, gradients, parts, random_loss, relative_error
 
-pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)]
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=OPERATORS, ids=lambda operator: operator.name)
+def operator(request):
+    return request.param
 
 
 def run(operator, inputs, weights=None, **options):
@@ -45,6 +50,7 @@ def test_gpu_output_error(operator, dtype):
     assert error < 1.02 * relative_error(exact.to(dtype), exact) + 6e-7
 
 
+@by_kernels
 def test_auto_runs_another_partition_in_the_kernels(operator, caplog, monkeypatch):
     monkeypatch.setattr(announcement, "_announced", set())
     with caplog.at_level("INFO", logger=announcement.__name__):
@@ -97,6 +103,7 @@ STEP_BUDGET = {
 
 
 @pytest.mark.parametrize("chunk_size", [16, 128])
+@by_kernels
 def test_steps_with_the_smallest_and_the_largest_chunk(operator, chunk_size):
     inputs = on("cuda", operator.inputs(B=2, T=300, G=1, H=2, K=128, V=80, L=10, decay=0.05), torch.float32)
     exact = operator({n: x.double() for n, x in inputs.items()}, impl="torch").output[:, 100:]
@@ -113,6 +120,7 @@ def test_steps_with_the_smallest_and_the_largest_chunk(operator, chunk_size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 6, 128, 64), WIDE, (1, 2, 5, 3), (2, 2, 256, 256), (3, 3, 64, 80)])
+@by_kernels
 def test_steps_on_top_of_the_kernels_prefill(operator, shape, dtype):
     """70 steps from the state that impl="triton" left at 1,000 tokens, over chunk ends, against float64."""
     G, H, K, V = shape if operator.delta or shape != WIDE else (2, 2, 192, 256)
@@ -158,6 +166,7 @@ def test_a_step_in_a_graph_and_without_waiting(operator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@by_kernels
 def test_seventy_thousand_steps(operator, dtype):
     """From nothing, from 37 and from 1,000 tokens on: every single step against the full forward in float64.
 
@@ -211,7 +220,7 @@ def test_a_wrong_position_ends_the_process_with_its_name(operator, position):
     code = (
         "import torch; from loglinear.ops import *\n"
         "sizes = dict(num_levels=8, chunk_size=16, groups=1, heads=1, key_dim=16, value_dim=16)\n"
-        f"state = FenwickState.zeros(2, device='cuda', delta_rule={operator.delta}, **sizes)\n"
+        f"state = FenwickState.zeros(2, device='cuda', **{operator.kind}, **sizes)\n"
         "DecodeState.of(state); torch.cuda.synchronize(); print('right')\n"
         f"state.position[1] = {position}\n"
         "DecodeState.of(state); torch.cuda.synchronize(); print('wrong')"

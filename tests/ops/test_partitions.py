@@ -7,13 +7,23 @@ import torch
 
 from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
 from loglinear.partition import FENWICK, Partition
-from tests.ops.operators import OPERATORS, check_pieces, excess, gradients, parts, random_loss, relative_error
+from tests.ops.operators import (
+    OPERATORS,
+    SCALAR_GATES,
+    check_pieces,
+    excess,
+    gradients,
+    parametrize,
+    parts,
+    random_loss,
+    relative_error,
+)
 
 EXACT = 1e-12
 FLOAT32_FACTOR = 4  # times the error of the float32 recurrence
 RADIX_4 = Partition(4, 4)
 
-every_operator = pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+every_operator = parametrize(OPERATORS)
 
 # chunks of one or more blocks, blocks that grow without limit, and old blocks that stay apart
 PARTITIONS = [
@@ -131,7 +141,7 @@ def test_steps_equal_the_whole(operator, partition, impl):
     for L in (2, 6, partition.num_columns(T) - 1, partition.num_columns(T) + 2):
         inputs = {name: x.detach() for name, x in operator.inputs(B=3, T=T, L=L, K=3, V=2, H=2).items()}
         expected = operator.dense(inputs, partition)
-        sizes = dict(num_levels=L, chunk_size=4, groups=2, heads=2, key_dim=3, value_dim=2, delta_rule=operator.delta)
+        sizes = dict(num_levels=L, chunk_size=4, groups=2, heads=2, key_dim=3, value_dim=2, **operator.kind)
         state = DecodeState.zeros(3, partition=partition, dtype=torch.float64, **sizes)
         for row, start in enumerate(starts):
             if start:
@@ -194,7 +204,7 @@ def test_packed_sequences_continue_at_positions_of_their_own(operator, partition
 def test_a_sequence_starts_anywhere_in_the_tree(operator, partition, position):
     """As the recurrence from there, by tables that do not grow with the position."""
     inputs, results = operator.inputs(B=1, T=40, L=9, K=3, V=2, H=2), []
-    sizes = dict(num_levels=9, chunk_size=4, groups=2, heads=2, key_dim=3, value_dim=2, delta_rule=operator.delta)
+    sizes = dict(num_levels=9, chunk_size=4, groups=2, heads=2, key_dim=3, value_dim=2, **operator.kind)
     start = FenwickState.zeros(1, partition=partition, position=torch.tensor([position]), dtype=torch.float64, **sizes)
     for impl in ("torch", "reference"):
         options = dict(chunk_size=4, partition=partition, impl=impl, output_final_state=True)
@@ -272,7 +282,7 @@ def test_a_partition_that_no_operator_takes(partition, text):
 
 
 @pytest.mark.parametrize("partition", [Partition(128), Partition(2, 1, 64)], ids=str)
-@every_operator
+@parametrize(SCALAR_GATES)
 def test_the_kernels_refuse_other_partitions_in_one_line(operator, partition):
     pytest.importorskip("triton")
     inputs = operator.inputs(T=9, dtype=torch.float32)
@@ -347,7 +357,7 @@ def test_compiled_steps_are_one_graph(operator):
     step = log_linear_delta_rule_step if operator.delta else log_linear_attention_step
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     inputs = operator.inputs(T=40, G=1, H=2, K=3, V=2, L=6)
-    sizes = dict(num_levels=6, chunk_size=4, groups=1, heads=2, key_dim=3, value_dim=2, delta_rule=operator.delta)
+    sizes = dict(num_levels=6, chunk_size=4, groups=1, heads=2, key_dim=3, value_dim=2, **operator.kind)
     states = [DecodeState.zeros(2, partition=RADIX_4, dtype=torch.float64, **sizes) for _ in range(2)]
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for t in range(40):

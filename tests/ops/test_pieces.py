@@ -127,7 +127,7 @@ def test_the_size_of_a_state_depends_on_levels_and_chunk_size_alone(operator, le
         heads=4,
         key_dim=5,
         value_dim=3,
-        delta_rule=operator.delta,
+        **operator.kind,
         dtype=torch.float64,
     )
     assert states[0].nbytes == states[1].nbytes == zero.nbytes
@@ -170,7 +170,7 @@ def test_an_empty_state_at_a_position_is_that_many_tokens_that_write_nothing(ope
         heads=4,
         key_dim=5,
         value_dim=3,
-        delta_rule=operator.delta,
+        **operator.kind,
         position=torch.tensor(starts, dtype=torch.int32),
         dtype=torch.float64,
     )

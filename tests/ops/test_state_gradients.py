@@ -82,7 +82,7 @@ def test_a_decode_state_may_be_stepped_in_any_mode(operator, mode):
             heads=4,
             key_dim=5,
             value_dim=3,
-            delta_rule=operator.delta,
+            **operator.kind,
             dtype=torch.float64,
         )
         fresh = DecodeState.of(sizes(operator, 2, 5, 4, dtype=torch.float64))

@@ -6,7 +6,7 @@ import torch
 from loglinear.ops import DecodeState, FenwickState, log_linear_attention_step, log_linear_delta_rule_step
 from loglinear.partition import FENWICK
 from tests.kernels.interpreter import teach_interpreter
-from tests.ops.operators import OPERATORS, parts, relative_error
+from tests.ops.operators import OPERATORS, by_kernels, parts, relative_error
 
 IMPLS = [pytest.param("torch"), pytest.param("reference"), pytest.param("triton", marks=pytest.mark.interpreter)]
 
@@ -20,6 +20,8 @@ def operator(request):
 def _interpreter(monkeypatch, request):
     if "triton" in request.node.name:
         pytest.importorskip("triton")
+        if request.getfixturevalue("operator").diagonal:
+            pytest.skip("the kernels have no diagonal gate")
         teach_interpreter(monkeypatch.setattr)
 
 
@@ -31,7 +33,7 @@ def take_step(operator, token, state, **options):
 
 def sizes(operator, rows, levels, chunk_size, **dims):
     dims = dict(groups=2, heads=4, key_dim=5, value_dim=3) | dims
-    return FenwickState.zeros(rows, num_levels=levels, chunk_size=chunk_size, delta_rule=operator.delta, **dims)
+    return FenwickState.zeros(rows, num_levels=levels, chunk_size=chunk_size, **operator.kind, **dims)
 
 
 def token_at(inputs, t, dtype):
@@ -228,13 +230,14 @@ def test_what_a_step_cannot_do_is_said(operator):
 
 @pytest.mark.parametrize("change, text", [(dict(key_dim=257), "K = 257, V = 3"), (dict(value_dim=513), "V = 513")])
 @pytest.mark.interpreter
+@by_kernels
 def test_heads_too_wide_for_the_kernels_are_named(operator, change, text):
     pytest.importorskip("triton")
     state = DecodeState.zeros(
         1,
         num_levels=8,
         chunk_size=16,
-        delta_rule=operator.delta,
+        **operator.kind,
         **dict(groups=1, heads=1, key_dim=5, value_dim=3) | change,
     )
     K, V = state.fenwick.blocks.shape[3:]
@@ -267,7 +270,7 @@ def test_what_an_idle_row_is_given_counts_for_nothing(operator):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_states_from_one_position_move_by_themselves(operator, mode):
-    dims = dict(num_levels=5, chunk_size=4, groups=2, heads=4, key_dim=5, value_dim=3, delta_rule=operator.delta)
+    dims = dict(num_levels=5, chunk_size=4, groups=2, heads=4, key_dim=5, value_dim=3, **operator.kind)
     token = operator.inputs(T=1, L=5, dtype=torch.float32)
     with mode():
         given = torch.tensor([3, 6])

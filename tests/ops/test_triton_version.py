@@ -16,11 +16,11 @@ from loglinear.ops import (
     log_linear_delta_rule_step,
     step,
 )
-from tests.ops.operators import OPERATORS
+from tests.ops.operators import SCALAR_GATES
 from tests.ops.test_step import sizes, take_step
 
 
-@pytest.fixture(params=OPERATORS, ids=lambda operator: operator.name)
+@pytest.fixture(params=SCALAR_GATES, ids=lambda operator: operator.name)
 def operator(request):
     return request.param
 

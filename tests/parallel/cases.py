@@ -14,7 +14,7 @@ from loglinear.partition import FENWICK, Partition
 from tests.ops.operators import OPERATORS, Operator
 
 RANKS = (2, 3, 4, 8)
-SLICED = {"scalar_gate": parallel.log_linear_attention, "delta_rule": parallel.log_linear_delta_rule}
+SLICED = {False: parallel.log_linear_attention, True: parallel.log_linear_delta_rule}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Case:
         chunk_size = self.partition.chunk_near(self.C, 4096)
         slices = Slices.of(self.T, mesh, chunk_size=chunk_size, cu_seqlens=self.documents)
         local = [slices.take(x) for x in inputs.values()]
-        output = SLICED[operator.name](*local, slices=slices, **self.common)
+        output = SLICED[operator.delta](*local, slices=slices, **self.common)
         (output * slices.take(self.weights(inputs))).sum().backward()
         grads = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in inputs.items()}
         return {"output": slices.gather(output).detach(), **grads}

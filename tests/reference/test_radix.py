@@ -11,16 +11,17 @@ PARTITIONS = [Partition(radix, finest) for radix in (2, 4, 8, 16) for finest in 
 PARTITIONS += [Partition(2, 4, 4), Partition(4, 4, 16), Partition(8, 1, 64), Partition(16, 1, 16)]  # old blocks apart
 
 both_families = pytest.mark.parametrize("delta_rule", [False, True], ids=["scalar_gate", "delta_rule"])
+both_gates = pytest.mark.parametrize("diagonal", [False, True], ids=["scalar", "diagonal"])
 every_partition = pytest.mark.parametrize("partition", PARTITIONS, ids=str)
 
 
-def operands(T, L, delta_rule, H=2, K=3, V=2):
+def operands(T, L, delta_rule, H=2, K=3, V=2, diagonal=False):
     """Leaves, heads first: keys of length 1, beta up to 1.8."""
     x = {
         "q": torch.randn(H, T, K, dtype=torch.float64),
         "k": torch.nn.functional.normalize(torch.randn(H, T, K, dtype=torch.float64), dim=-1),
         "v": torch.randn(H, T, V, dtype=torch.float64),
-        "log_decay": -0.3 * torch.rand(H, T, dtype=torch.float64),
+        "log_decay": -0.3 * torch.rand(H, T, *([K] if diagonal else []), dtype=torch.float64),
     }
     if delta_rule:
         x["beta"] = 1.8 * torch.rand(H, T, dtype=torch.float64)
@@ -55,23 +56,27 @@ def columns(partition, T):
     return sorted({1, max(1, most - 1), most, most + 3})
 
 
+@both_gates
 @both_families
 @every_partition
-def test_recurrent_matches_dense_with_every_gradient(partition, delta_rule):
+def test_recurrent_matches_dense_with_every_gradient(partition, delta_rule, diagonal):
     for T in LENGTHS:
         for L in columns(partition, T) if T < 65 else [max(1, partition.num_columns(T) - T % 2)]:
-            x = operands(T, L, delta_rule, H=1)
+            x = operands(T, L, delta_rule, H=1, diagonal=diagonal)
             check_equal(x, token_by_token(x, partition), dense(x, partition))
 
 
+@both_gates
 @every_partition
 @pytest.mark.parametrize("T", [16, 48, 272])
-def test_chunked_matches_dense_with_every_gradient(partition, T):
+def test_chunked_matches_dense_with_every_gradient(partition, T, diagonal):
     sizes = {partition.finest_block, 16} if T < 272 else {16}
     for C in {partition.chunk_near(size, most=16) for size in sizes}:
         for L in columns(partition, T) if T < 272 else [partition.num_columns(T) - 1]:
-            x = operands(T, L, delta_rule=False, H=1)
-            actual = chunked_scalar_gate(*(tensor[0] for tensor in x.values()), C, partition)[None]
+            x = operands(T, L, delta_rule=False, H=1, diagonal=diagonal)
+            q, k, v, log_decay, scales = (tensor[0] for tensor in x.values())
+            log_decay = log_decay if diagonal else log_decay[:, None]
+            actual = chunked_scalar_gate(q, k, v, log_decay, scales, C, partition)[None]
             check_equal(x, actual, dense(x, partition))
 
 

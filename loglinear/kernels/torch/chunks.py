@@ -138,14 +138,19 @@ def level_mask_backward(dmask: Tensor, dlevel_scales: Tensor, partition: Partiti
         rows.add_(block_view(dmask, w, r, nearer).sum(-3))
 
 
-def reverse_cumsum(x: Tensor) -> Tensor:
-    """sum over i' >= i along the last dimension."""
-    return x.flip(-1).cumsum(-1).flip(-1)
+def reverse_cumsum(x: Tensor, dim: int = -1) -> Tensor:
+    """sum over i' >= i along a dimension."""
+    return x.flip(dim).cumsum(dim).flip(dim)
 
 
-def suffix_sums(x: Tensor) -> Tensor:
-    """sum over i' > i along the last dimension."""
-    return torch.constant_pad_nd(x.flip(-1), (1, -1)).cumsum(-1).flip(-1)
+def suffix_sums(x: Tensor, dim: int = -1) -> Tensor:
+    """sum over i' > i along a dimension, counted from the last one."""
+    return prefix_sums(x.flip(dim), dim).flip(dim)
+
+
+def prefix_sums(x: Tensor, dim: int = -1) -> Tensor:
+    """sum over i' < i along a dimension, counted from the last one."""
+    return torch.constant_pad_nd(x, (0, 0) * (-1 - dim) + (1, -1)).cumsum(dim)
 
 
 def tall(x: Tensor, sources: Tensor) -> Tensor:

@@ -8,19 +8,25 @@ time, and saves the memory of the states and of every chunk matrix.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loglinear.kernels.torch.chunks import from_chunks, level_mask, level_mask_backward, slab_heads, to_chunks
-from loglinear.kernels.torch.schedule import Schedule
+from loglinear.kernels.torch.gate import gate_of
+from loglinear.kernels.torch.schedule import Read, Schedule
 from loglinear.kernels.torch.threads import run
+from loglinear.kernels.torch.workspace import product, scaled, take
 
-# q, k [tokens,G,K]; v [tokens,H,V]; log_decay [tokens,H]; beta [tokens,H] (delta rule only); level_scales [tokens,H,L];
-# the states of the blocks before each sequence's first chunk [N,M,H,K,V], or None
+# q, k [tokens,G,K]; v [tokens,H,V]; log_decay [tokens,H] or [tokens,H,K]; beta [tokens,H] (delta rule only);
+# level_scales [tokens,H,L]; the states of the blocks before each sequence's first chunk [N,M,H,K,V], or None
 Inputs = tuple[Any, ...]
+
+# each read, its y [H, m*w, rows of X, V], and the factor [H, m*w, 1] that y lacks, if it lacks one
+Walk = Iterator[tuple[Read, Tensor, Tensor | None]]
+Pull = Callable[..., Tensor]
 
 
 class Slab(ABC):
@@ -33,7 +39,8 @@ class Slab(ABC):
         self.shared = (R, R, *[1] * (len(inputs) - 3))  # how many heads share each input
         self.q, self.k = (to_chunks(x, heads, schedule, R) for x in (q, k))
         self.v, self.level_scales = (to_chunks(x, heads, schedule) for x in (v, level_scales))
-        self.log_decay = to_chunks(log_decay, heads, schedule)
+        log_decay = to_chunks(log_decay, heads, schedule)
+        self.gate, self.gate_shape = gate_of(log_decay), log_decay.shape
         # [H, N * M, K, V]
         self.initial = None if initial is None else initial[:, :, heads].flatten(0, 1).transpose(0, 1)
         self.build(*(to_chunks(x, heads, schedule) for x in rest))
@@ -51,12 +58,55 @@ class Slab(ABC):
         """The chunks' own states, then the Fenwick array."""
 
     @abstractmethod
-    def output(self) -> Tensor:
-        """[H, n, C, V]."""
+    def read_past(self) -> tuple[Tensor, Walk]:
+        """O_in [H, n, C, V], and the walk of the queries: each read with its y [H, m*w, C, V], without lambda."""
 
     @abstractmethod
+    def read_ends(self) -> Walk:
+        """The walk of the states that a sequence leaves, X = I: each read with its y [H, m*w, K, V]."""
+
+    def output(self) -> Tensor:
+        """[H, n, C, V]."""
+        out, walk = self.read_past()
+        for read, y, decay in walk:
+            out.index_add_(1, read.readers.flatten(), scaled(y, self.weight(read, decay)[..., None]))
+        return out
+
     def final_blocks(self, out: Tensor) -> None:
-        """The states that a sequence leaves: the same walk with X = I. Writes out [N, M, H, K, V]."""
+        """Writes the states that a sequence leaves to out [N, M, H, K, V]."""
+        for read, y, decay in self.read_ends():
+            y = y if decay is None else scaled(y, decay[..., None])
+            out[read.readers.flatten(), read.column] = y.transpose(0, 1)
+
+    def weight(self, read: Read, decay: Tensor | None) -> Tensor:
+        """lambda [H, m*w, C] of a read, times the factor that y lacks."""
+        scales = take(self.level_scales[..., read.column], read.readers)
+        return scales if decay is None else scaled(scales, decay)
+
+    def pull_output(self, do: Tensor, dscales: Tensor) -> Pull:
+        """A function from a read of a walk to dy, which adds into dscales [H, n, C, L]."""
+
+        def pull(read: Read, y: Tensor, decay: Tensor | None = None) -> Tensor:
+            readers = read.readers.flatten()
+            dy = take(do, readers)
+            dweight = product(dy, y).sum(-1)
+            dscales[..., read.column].index_add_(1, readers, dweight if decay is None else dweight.mul_(decay))
+            return dy.mul_(self.weight(read, decay)[..., None])
+
+        return pull
+
+    def pull_blocks(self, dblocks: Tensor) -> Pull:
+        """A function from a final read to dy."""
+
+        def pull(read: Read, y: Tensor, decay: Tensor | None = None) -> Tensor:
+            dy = dblocks[read.readers.flatten(), read.column].transpose(0, 1)
+            return dy if decay is None else dy * decay[..., None]
+
+        return pull
+
+    def of_tokens(self, dlog_decay: Tensor) -> Tensor:
+        """The gradient [H, n, C, D] of the gate's log decays in the shape of its input."""
+        return dlog_decay.reshape(self.gate_shape)
 
     @abstractmethod
     def backward(self, do: Tensor, dblocks: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -23,8 +23,20 @@ SMALL_STATE = 1 << 21  # numbers of block states that are read faster than the f
 
 
 def until(seen: Tensor, gates: Tensor) -> Tensor:
-    """The chunks' gates [N, C, H] as [N, H, C], 0 behind the new tokens, whose places are so the chunks' ends."""
-    return torch.where(seen, gates.transpose(1, 2), 0.0)
+    """The chunks' log decays [N, C, H] or [N, C, H, K] as [N, H, C, D], with D = 1 or K.
+
+    They are 0 behind the new tokens, whose places are so the chunks' ends.
+    """
+    gates = gates.transpose(1, 2)
+    return torch.where(seen[..., None], gates[..., None] if gates.dim() == 3 else gates, 0.0)
+
+
+def row_products(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
+    """A row [N, H, C] of the gate's products: q [N, G, K] and k [N, G, C, K], with decay [N, H, C, D] to the query."""
+    R = decay.shape[1] // k.shape[1]
+    if decay.shape[-1] == 1:
+        return (k @ q[..., None])[..., 0].repeat_interleave(R, 1) * decay[..., 0]
+    return ((k.repeat_interleave(R, 1) * decay) @ q.repeat_interleave(R, 1)[..., None])[..., 0]
 
 
 def row_scales(

@@ -105,6 +105,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mul(a, b, out=empty(a, *a.mT.shape).mT if columns else empty(a, *a.shape))
 
 
+def scaled(a: Tensor, b: Tensor) -> Tensor:
+    """a * b, in the memory of a if it is whole and autograd does not record; b may be broadcast."""
+    return a.mul_(b) if _own.is_open and a.is_contiguous() else product(a, b)
+
+
 def take(x: Tensor, rows: Tensor) -> Tensor:
     """Rows of dimension 1, in the order of the index tensor flattened."""
     rows = rows.flatten()

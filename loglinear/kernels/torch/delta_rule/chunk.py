@@ -8,7 +8,11 @@
     O_in = (E * LAM) V            Qh = diag(exp(G)) Q - E Ke     how queries see an incoming state
     S_z  = Y V                    P_z = exp(Gam) I - Y Ke
 
-Source: Yang, Kautz, Hatamizadeh, arXiv 2412.06464 (the WY form), written with E and Y.
+K K^T * dec and Q K^T * dec are the gate's products, and exp(G) and exp(Gam - G) its decays. A diagonal gate has them
+for every channel: diag(exp(G)) K is then exp(G) * K, elementwise.
+
+Source: Yang, Kautz, Hatamizadeh, arXiv 2412.06464 (the WY form), written with E and Y; Kimi Team, arXiv 2510.26692
+(the diagonal gate).
 """
 
 # H heads of a slab, n chunks, C chunk, K key, V value
@@ -20,50 +24,45 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loglinear.kernels.torch.chunks import decay_matrix, suffix_sums
+from loglinear.kernels.torch.gate import Gate, of_gate
 from loglinear.kernels.torch.workspace import matmul, product
 
 
 class Chunk(NamedTuple):
     """The chunk quantities that several stages share."""
 
-    decay_CC: Tensor  # dec, lower triangular
+    gate: Gate
     keys_CC: Tensor  # K K^T * dec
     inverse_CC: Tensor  # A
     write_CC: Tensor  # Ab
-    from_start: Tensor  # exp(G) [H, n, C, 1]
-    to_end: Tensor  # exp(Gam - G) [H, n, C, 1]
     incoming_CK: Tensor  # Ke
     outgoing_KC: Tensor  # Y
 
 
-def chunk_quantities(k: Tensor, beta: Tensor, log_decay: Tensor) -> Chunk:
-    decay_CC = decay_matrix(log_decay)
-    keys_CC = matmul(k, k.mT).mul_(decay_CC)
+def chunk_quantities(k: Tensor, beta: Tensor, gate: Gate) -> Chunk:
+    keys_CC = gate.products(k, k)
     erase_CC = product(keys_CC, beta[..., None]).tril_(-1)
     identity = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
     inverse_CC = torch.linalg.solve_triangular(
         erase_CC + identity, identity.expand_as(erase_CC), upper=False, unitriangular=True
     )
     write_CC = product(inverse_CC, beta[..., None, :])
-    from_start = log_decay.cumsum(-1).exp()[..., None]
-    to_end = suffix_sums(log_decay).exp()[..., None]
-    outgoing_KC = matmul(product(k, to_end).mT, write_CC)
-    return Chunk(decay_CC, keys_CC, inverse_CC, write_CC, from_start, to_end, product(k, from_start), outgoing_KC)
+    outgoing_KC = matmul(product(k, gate.to_end).mT, write_CC)
+    return Chunk(gate, keys_CC, inverse_CC, write_CC, product(k, gate.from_start), outgoing_KC)
 
 
 def chunk_state(chunk: Chunk, v: Tensor, out: Tensor) -> None:
     """Writes [P_z | S_z] to out [H, n, K, K + V]."""
     K = chunk.incoming_CK.shape[-1]
     out[..., :K] = matmul(chunk.outgoing_KC, chunk.incoming_CK).neg_()
-    out[..., :K].diagonal(dim1=-2, dim2=-1).add_(chunk.from_start[..., -1, :])
+    out[..., :K].diagonal(dim1=-2, dim2=-1).add_(chunk.gate.whole)
     out[..., K:] = matmul(chunk.outgoing_KC, v)
 
 
 def queries(chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, mask_CC: Tensor) -> tuple[Tensor, Tensor]:
     """O_in [H, n, C, V] and Qh [H, n, C, K] from LAM, the mask of lambdas."""
-    effective_CC = matmul(matmul(q, k.mT).mul_(chunk.decay_CC), chunk.write_CC)
-    q_in = product(q, chunk.from_start).sub_(matmul(effective_CC, chunk.incoming_CK))
+    effective_CC = matmul(chunk.gate.products(q, k), chunk.write_CC)
+    q_in = product(q, chunk.gate.from_start).sub_(matmul(effective_CC, chunk.incoming_CK))
     return matmul(product(effective_CC, mask_CC), v), q_in
 
 
@@ -79,10 +78,10 @@ def chunk_backward(
     dslots: Tensor,
     pull_mask: Callable[[Tensor], None],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dbeta and the gradient of G from dO, dQh and [dP | dS]; `pull_mask` takes that of LAM."""
-    K = k.shape[-1]
+    """dq, dk, dv, dbeta and dlog_decay [H, n, C, D] from dO, dQh and [dP | dS]; `pull_mask` takes that of LAM."""
+    K, gate = k.shape[-1], chunk.gate
     dtransition, dstate = dslots[..., :K], dslots[..., K:]
-    products_CC = matmul(q, k.mT).mul_(chunk.decay_CC)
+    products_CC = gate.products(q, k)
     effective_CC = matmul(products_CC, chunk.write_CC)
 
     # O_in = (E * LAM) V,  Qh = exp(G) Q - E Ke
@@ -91,24 +90,23 @@ def chunk_backward(
     deffective_CC = dweights_CC.mul_(mask_CC).sub_(matmul(dq_in, chunk.incoming_CK.mT))
     dv = matmul(product(effective_CC, mask_CC).mT, do)
     dincoming = matmul(effective_CC.mT, dq_in).neg_()
-    dq = product(dq_in, chunk.from_start)
-    dcumulative = product(dq, q).sum(-1)
+    dq = product(dq_in, gate.from_start)
+    flow_in = gate.flow(q, dq)
 
     # S = Y V,  P = exp(Gam) I - Y Ke
     doutgoing_KC = matmul(dstate, v.mT).sub_(matmul(dtransition, chunk.incoming_CK.mT))
     dv += matmul(chunk.outgoing_KC.mT, dstate)
     dincoming -= matmul(chunk.outgoing_KC.mT, dtransition)
-    dtotal = dtransition.diagonal(dim1=-2, dim2=-1).sum(-1) * chunk.from_start[..., -1, 0]
+    dtotal = of_gate(dtransition.diagonal(dim1=-2, dim2=-1), gate.whole.shape[-1]) * gate.whole
 
     # E = (Q K^T * dec) Ab,  Y = Kd^T Ab,  Ke = exp(G) K,  Kd = exp(Gam - G) K
     dproducts_CC = matmul(deffective_CC, chunk.write_CC.mT)
-    dwrite_CC = matmul(products_CC.mT, deffective_CC).add_(matmul(product(k, chunk.to_end), doutgoing_KC))
-    dk = matmul(chunk.write_CC, doutgoing_KC.mT).mul_(chunk.to_end)
-    dlog = product(dk, k).sum(-1)
-    dtotal += dlog.sum(-1)
-    dcumulative -= dlog
-    dcumulative += product(dincoming, chunk.incoming_CK).sum(-1)
-    dk += product(dincoming, chunk.from_start)
+    dwrite_CC = matmul(products_CC.mT, deffective_CC).add_(matmul(product(k, gate.to_end), doutgoing_KC))
+    dk = matmul(chunk.write_CC, doutgoing_KC.mT).mul_(gate.to_end)
+    flow_out = gate.flow(k, dk)
+    flow_in += gate.flow(chunk.incoming_CK, dincoming)
+    dk += product(dincoming, gate.from_start)
+    dlog_decay = gate.gradient(flow_in, flow_out, dtotal)
 
     # Ab = A diag(b),  A = (I + tril(diag(b) keys, -1))^-1
     dbeta = product(dwrite_CC, chunk.inverse_CC).sum(-2)
@@ -118,11 +116,6 @@ def chunk_backward(
     dkeys_CC = derase_CC.mul_(beta[..., None])
 
     # Q K^T * dec and K K^T * dec
-    dlog_CC = product(dproducts_CC, products_CC).add_(product(dkeys_CC, chunk.keys_CC))
-    dcumulative += dlog_CC.sum(-1) - dlog_CC.sum(-2)
-    dcumulative[..., -1] += dtotal
-    dproducts_CC.mul_(chunk.decay_CC)
-    dkeys_CC.mul_(chunk.decay_CC)
-    dq += matmul(dproducts_CC, k)
-    dk += matmul(dproducts_CC.mT, q).add_(matmul(dkeys_CC + dkeys_CC.mT, k))
-    return dq, dk, dv, dbeta, dcumulative
+    dlog_decay += gate.products_backward(dproducts_CC, products_CC, q, k, dq, dk)
+    dlog_decay += gate.products_backward(dkeys_CC, chunk.keys_CC, k, k, dk, dk)
+    return dq, dk, dv, dbeta, dlog_decay

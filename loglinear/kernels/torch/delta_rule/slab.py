@@ -6,19 +6,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loglinear.kernels.torch.chunks import reverse_cumsum
 from loglinear.kernels.torch.delta_rule.chunk import chunk_backward, chunk_quantities, chunk_state, queries
 from loglinear.kernels.torch.delta_rule.up_sweep import up_sweep, up_sweep_backward
 from loglinear.kernels.torch.delta_rule.walk import walk, walk_backward
-from loglinear.kernels.torch.schedule import Read
-from loglinear.kernels.torch.slab import Slab
-from loglinear.kernels.torch.workspace import empty, product, take, zeros
+from loglinear.kernels.torch.slab import Slab, Walk
+from loglinear.kernels.torch.workspace import empty, zeros
 
 
 class DeltaRuleSlab(Slab):
     def build(self, *rest: Tensor) -> None:
         (self.beta,) = rest
-        self.chunk = chunk_quantities(self.k, self.beta, self.log_decay)
+        self.chunk = chunk_quantities(self.k, self.beta, self.gate)
         H, n, _, K = self.k.shape
         self.slots = empty(self.v, H, self.schedule.num_rows, K, K + self.v.shape[3])
         chunk_state(self.chunk, self.v, out=self.slots[:, :n])
@@ -27,39 +25,25 @@ class DeltaRuleSlab(Slab):
             self.slots[:, self.schedule.initial, :, K:] = self.initial
         self.rights = up_sweep(self.slots, self.schedule)
 
-    def output(self) -> Tensor:
+    def read_past(self) -> tuple[Tensor, Walk]:
         out, q_in = queries(self.chunk, self.q, self.k, self.v, self.mask())
-        for read, y in walk(q_in, self.slots, self.schedule.reads):
-            scales = take(self.level_scales[..., read.column], read.readers)
-            out.index_add_(1, read.readers.flatten(), product(y, scales[..., None]))
-        return out
+        return out, walk(q_in, self.slots, self.schedule.reads)
 
-    def final_blocks(self, out: Tensor) -> None:
-        for read, y in walk(self.identity(), self.slots, self.schedule.final_reads):
-            out[read.readers.flatten(), read.column] = y.transpose(0, 1)
+    def read_ends(self) -> Walk:
+        return walk(self.identity(), self.slots, self.schedule.final_reads)
 
     def backward(self, do: Tensor, dblocks: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor]:
         dscales = zeros(self.level_scales, *self.level_scales.shape)
         dslots = zeros(self.slots, *self.slots.shape)
-
-        def pull_output(read: Read, y: Tensor) -> Tensor:
-            readers = read.readers.flatten()
-            dy = take(do, readers)
-            dscales[..., read.column].index_add_(1, readers, product(dy, y).sum(-1))
-            return dy.mul_(take(self.level_scales[..., read.column], readers)[..., None])
-
-        def pull_blocks(read: Read, y: Tensor) -> Tensor:
-            assert dblocks is not None
-            return dblocks[read.readers.flatten(), read.column].transpose(0, 1)
-
         _, q_in = queries(self.chunk, self.q, self.k, self.v, self.mask())
-        dq_in = walk_backward(q_in, self.slots, self.schedule.turns, pull_output, dslots)
+        dq_in = walk_backward(q_in, self.slots, self.schedule.turns, self.pull_output(do, dscales), dslots)
         if dblocks is not None:
-            walk_backward(self.identity(), self.slots, [self.schedule.final_reads], pull_blocks, dslots)
+            pull = self.pull_blocks(dblocks)
+            walk_backward(self.identity(), self.slots, [self.schedule.final_reads], pull, dslots)
         up_sweep_backward(self.slots, self.rights, dslots, self.schedule)
 
         n, K = self.k.shape[1], self.k.shape[3]
-        dq, dk, dv, dbeta, dcumulative = chunk_backward(
+        dq, dk, dv, dbeta, dlog_decay = chunk_backward(
             self.chunk,
             self.q,
             self.k,
@@ -71,4 +55,4 @@ class DeltaRuleSlab(Slab):
             dslots[:, :n],
             self.pull_mask(dscales),
         )
-        return (dq, dk, dv, reverse_cumsum(dcumulative), dbeta, dscales), dslots[:, self.schedule.initial, :, K:]
+        return (dq, dk, dv, self.of_tokens(dlog_decay), dbeta, dscales), dslots[:, self.schedule.initial, :, K:]

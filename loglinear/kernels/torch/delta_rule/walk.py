@@ -18,8 +18,9 @@ from loglinear.kernels.torch.schedule import Read
 from loglinear.kernels.torch.workspace import empty, matmul, take, zeros
 
 
-def walk(x: Tensor, slots: Tensor, reads: list[Read]) -> Iterator[tuple[Read, Tensor]]:
-    """Yields (read, y [H, m*w, C, V]) and turns x [H, n, C, K], in place, into what the next block meets."""
+def walk(x: Tensor, slots: Tensor, reads: list[Read]) -> Iterator[tuple[Read, Tensor, None]]:
+    """Yields (read, y [H, m*w, C, V], None: y lacks no factor) and turns x [H, n, C, K], in place, into what the next
+    block meets."""
     K = x.shape[-1]
     for read in reads:
         readers = read.readers.flatten()
@@ -27,7 +28,7 @@ def walk(x: Tensor, slots: Tensor, reads: list[Read]) -> Iterator[tuple[Read, Te
         both = matmul(rows, take(slots, read.sources).flatten(0, 1))
         both = both.view(x.shape[0], len(readers), x.shape[2], -1)
         x.index_copy_(1, readers, both[..., :K])
-        yield read, both[..., K:]
+        yield read, both[..., K:], None
 
 
 def walk_backward(

@@ -5,22 +5,23 @@
 Where the last column holds blocks of the largest size and all older ones, a scan in log2 many steps makes prefixes.
 """
 
-# H heads of a slab, slots as in `Schedule`, K key, V value
+# H heads of a slab, slots as in `Schedule`, K key, V value, D decays
 from __future__ import annotations
 
 from torch import Tensor
 
+from loglinear.kernels.torch.gate import of_gate
 from loglinear.kernels.torch.schedule import Merge, Scan, Schedule
 from loglinear.kernels.torch.workspace import product, take
 
 
 def merge(states: Tensor, log_p: Tensor, step: Merge) -> None:
-    gate = log_p.index_select(1, step.right).exp_()[..., None, None]
+    gate = log_p.index_select(1, step.right).exp_()[..., None]
     states.index_add_(1, step.right, take(states, step.left).mul_(gate))
 
 
 def up_sweep(states: Tensor, log_p: Tensor, schedule: Schedule) -> list[Tensor]:
-    """states [H, slots, K, V] and log_p [H, slots] in place; returns each merge's right log P for the backward."""
+    """states [H, slots, K, V] and log_p [H, slots, D] in place; returns each merge's right log P for the backward."""
     rights = []
     for step in schedule.merges:
         rights.append(log_p.index_select(1, step.right))
@@ -52,8 +53,9 @@ def up_sweep_backward(
         _scan_backward(states, log_p, dstates, dlog_p, schedule.scan)
     for step, right in zip(reversed(schedule.merges), reversed(rights), strict=True):
         dlog_p.index_add_(1, step.left, dlog_p.index_select(1, step.right))
-        passed = take(dstates, step.right).mul_(right.exp()[..., None, None])
-        dlog_p.index_add_(1, step.right, product(passed, take(states, step.left)).sum((-1, -2)))
+        passed = take(dstates, step.right).mul_(right.exp()[..., None])
+        flow = product(passed, take(states, step.left)).sum(-1)
+        dlog_p.index_add_(1, step.right, of_gate(flow, dlog_p.shape[-1]))
         dstates.index_add_(1, step.left, passed)
 
 
@@ -66,6 +68,6 @@ def _scan_backward(states: Tensor, log_p: Tensor, dstates: Tensor, dlog_p: Tenso
     dstates.index_add_(1, scan.entries, total)
     later = scan.successor
     earlier = scan.prefixes.index_select(0, later - 1)
-    dlog = product(take(total, later), take(states, earlier)).sum((-1, -2))
-    dlog.mul_(block_log_p.index_select(1, later).exp())
+    flow = product(take(total, later), take(states, earlier)).sum(-1)
+    dlog = of_gate(flow, dlog_p.shape[-1]).mul_(block_log_p.index_select(1, later).exp())
     dlog_p.index_add_(1, scan.entries.index_select(0, later), dlog)
