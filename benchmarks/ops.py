@@ -3,6 +3,7 @@
     python -m benchmarks.ops                              # this machine's CPU; docs/benchmarks/operators.md
     python -m benchmarks.ops --lengths 4096 --out ops.json
     python -m benchmarks.ops --lengths 4096 --neighbours 2       # with two busy processes beside it
+    python -m benchmarks.ops --gate diagonal                     # a decay for each channel of the keys
     PYTHONPATH=.peers/fla:.peers/mamba:. python -m benchmarks.ops --device cuda      # see ops_gpu.py
 
 Every configuration is compared with the float64 result before it is timed. Times are medians over rounds. In each round
@@ -45,7 +46,10 @@ FLOAT32_BUDGET = 1e-6
 OPERATORS: dict[str, Callable[..., LogLinearOutput]] = {
     "scalar_gate": log_linear_attention,
     "delta_rule": log_linear_delta_rule,
+    "diagonal_gate": log_linear_attention,
+    "diagonal_delta_rule": log_linear_delta_rule,
 }
+GATES = {"scalar": ["scalar_gate", "delta_rule"], "diagonal": ["diagonal_gate", "diagonal_delta_rule"]}
 
 
 def make_inputs(family: str, T: int, levels: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -59,8 +63,9 @@ def make_inputs(family: str, T: int, levels: int, dtype: torch.dtype = torch.flo
         return torch.rand(1, T, *shape, generator=generator)
 
     q, k, v = normal(HEADS, KEY) / KEY**0.5, F.normalize(normal(HEADS, KEY), dim=-1), normal(HEADS, VALUE)
-    beta = [uniform(HEADS)] if family == "delta_rule" else []
-    return [x.to(dtype) for x in (q, k, v, -0.1 * uniform(HEADS), *beta, F.softplus(normal(HEADS, levels)))]
+    beta = [uniform(HEADS)] if OPERATORS[family] is log_linear_delta_rule else []
+    log_decay = -0.1 * uniform(HEADS, *([KEY] if family in GATES["diagonal"] else []))
+    return [x.to(dtype) for x in (q, k, v, log_decay, *beta, F.softplus(normal(HEADS, levels)))]
 
 
 def forward(family: str, inputs: list[Tensor]) -> Callable[[], Any]:
@@ -77,6 +82,8 @@ def forward_backward(family: str, inputs: list[Tensor]) -> Callable[[], Any]:
 
 def peers(family: str, T: int) -> dict[str, Callable[[], Any]]:
     """Return peers for the same shape: linear models in pure PyTorch, and softmax attention."""
+    if family in GATES["diagonal"]:
+        return {}
     q, k, v, log_decay, *beta, _ = make_inputs(family, T, 1)
     if family == "delta_rule":
         from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
@@ -171,11 +178,11 @@ def resident_peak() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def measure(lengths: list[int], rounds: int, progress: Progress) -> list[dict[str, Any]]:
+def measure(families: list[str], lengths: list[int], rounds: int, progress: Progress) -> list[dict[str, Any]]:
     """Return a row for each operator and length."""
     rows = []
-    task = progress.add_task("operators", total=len(OPERATORS) * len(lengths))
-    for family in OPERATORS:
+    task = progress.add_task("operators", total=len(families) * len(lengths))
+    for family in families:
         for T in lengths:
             announce(progress, task, f"{family}, T {T:,}")
             full, one = num_levels(T), 1
@@ -205,7 +212,7 @@ def measure(lengths: list[int], rounds: int, progress: Progress) -> list[dict[st
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the times, the processor times and the peak memory of each operator."""
-    for family in OPERATORS:
+    for family in dict.fromkeys(row["family"] for row in rows):
         mine = [row for row in rows if row["family"] == family]
         columns = ["", *(f"T {row['T']:,}" for row in mine)]
         names = list(dict.fromkeys(name for row in mine for name in row["ms"]))
@@ -238,6 +245,7 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads; 0 means torch's default.")] = 0,
     neighbours: Annotated[int, typer.Option(min=0, help="Busy processes beside it on a CPU.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    gate: Annotated[str, typer.Option(help="scalar, or diagonal: a decay for each channel of the keys.")] = "scalar",
     shape: Annotated[list[str] | None, typer.Option(help="Shape of ops_gpu.py for cuda; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
@@ -246,7 +254,10 @@ def main(
     cpu: B 1, H 8, K 64, V 64, float32, all levels. cuda: the shapes of ops_gpu.py in bf16.
     """
     check_options(device, out, rounds=rounds, lengths=lengths, threads=threads or None)
-    names = [s.name for s in ops_gpu.SHAPES]
+    if gate not in GATES:
+        raise typer.BadParameter(f"--gate must be one of {', '.join(GATES)}, got {gate!r}")
+    shapes = [s for s in ops_gpu.SHAPES if s.diagonal == (gate == "diagonal")]
+    names = [s.name for s in shapes]
     for name in shape or ():
         if name not in names:
             raise typer.BadParameter(f"--shape must be one of {', '.join(names)}, got {name!r}")
@@ -258,11 +269,11 @@ def main(
         described["shape"] = {"B": 1, "H": HEADS, "K": KEY, "V": VALUE, "dtype": "float32"}
     with progress_bar() as progress:
         if device == "cuda":
-            shapes = [s for s in ops_gpu.SHAPES if shape is None or s.name in shape]
+            shapes = [s for s in shapes if shape is None or s.name in shape]
             rows = ops_gpu.measure(shapes, lengths, progress, lambda rows: keep(out, described, rows))
         else:
             with busy_neighbours(neighbours):
-                rows = measure(sorted(lengths or LENGTHS), rounds, progress)
+                rows = measure(GATES[gate], sorted(lengths or LENGTHS), rounds, progress)
     (ops_gpu.show if device == "cuda" else show)(rows)
     keep(out, described, rows)
 

@@ -49,6 +49,13 @@ class Shape:
     delta: bool = False
     routed: bool = False
     """The scores of buckets and the routed read, by radix and implementation, in the place of the operator."""
+    diagonal: bool = False
+    """A decay for each channel of the keys, in the implementation that impl="auto" chooses."""
+
+    @property
+    def impl(self) -> str:
+        """The implementation that is measured."""
+        return "auto" if self.diagonal else "triton"
 
 
 SHAPES = [
@@ -58,6 +65,8 @@ SHAPES = [
     Shape("delta rule", 2, 16, 16, 128, 128, LENGTHS, delta=True),
     Shape("delta rule, the paper's heads", 2, 6, 6, 192, 384, LENGTHS, delta=True),
     Shape("delta rule, one sequence", 1, 8, 8, 128, 128, (131072,), delta=True),
+    Shape("diagonal gate", 2, 16, 16, 128, 128, LENGTHS, with_peers=False, diagonal=True),
+    Shape("diagonal delta rule", 2, 16, 16, 128, 128, LENGTHS, with_peers=False, delta=True, diagonal=True),
     Shape("routed", 1, 48, 1, 128, 64, (16384, 131072), routed=True),
     Shape("routed, one group per head", 1, 24, 24, 128, 64, (16384, 131072), routed=True),
     Shape("routed delta rule", 1, 24, 24, 128, 64, (16384, 131072), routed=True, delta=True),
@@ -67,6 +76,7 @@ SHAPES = [
 def make_inputs(s: Shape, T: int, levels: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     """Return q, k, v, log_decay, level_scales as a Mamba-2 layer makes them: v = x dt, log_decay = A dt.
 
+    A diagonal gate has a log_decay of mean -2.5 to each channel, uniform from -5 to 0.
     For the delta rule they are those of Gated DeltaNet: unit q and k, and beta between 0 and 1 before level_scales.
     """
     generator = torch.Generator("cuda").manual_seed(T)
@@ -76,6 +86,9 @@ def make_inputs(s: Shape, T: int, levels: int, dtype: torch.dtype = torch.bfloat
 
     dt = F.softplus(normal(s.H) - 4)
     A = -torch.exp(torch.rand(s.H, generator=generator, device="cuda") * 2)
+    log_decay = A * dt
+    if s.diagonal:
+        log_decay = -5.0 * torch.rand(s.B, T, s.H, s.K, generator=generator, device="cuda")
     v = normal(s.H, s.V)
     if not s.delta:
         v.mul_(dt[..., None])
@@ -84,9 +97,9 @@ def make_inputs(s: Shape, T: int, levels: int, dtype: torch.dtype = torch.bfloat
         scales[b] = F.softplus(torch.randn(T, s.H, levels, generator=generator, device="cuda", dtype=dtype))
     if s.delta:
         q, k = (F.normalize(normal(s.G, s.K), dim=-1).to(dtype) for _ in range(2))
-        return [q, k, v.to(dtype), A * dt, torch.sigmoid(normal(s.H)), scales]
+        return [q, k, v.to(dtype), log_decay, torch.sigmoid(normal(s.H)), scales]
     q, k = (normal(s.G, s.K) / s.K**0.5).to(dtype), normal(s.G, s.K).to(dtype)
-    return [q, k, v.to(dtype), A * dt, scales]
+    return [q, k, v.to(dtype), log_decay, scales]
 
 
 def operator(s: Shape, impl: str, partition: Partition = FENWICK) -> Callable[..., Tensor]:
@@ -101,7 +114,7 @@ def candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor], list[
     if s.routed:
         return routed_candidates(s, T)
     inputs = make_inputs(s, T, num_levels(T))
-    ours, scales = operator(s, "triton"), inputs[-1]
+    ours, scales = operator(s, s.impl), inputs[-1]
     peers: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
         "loglinear": (ours, inputs),
         "loglinear, L = 1": (ours, [*inputs[:-1], scales[..., :1].contiguous()]),
@@ -256,9 +269,9 @@ def check(s: Shape) -> float:
 
     With `routed` the output is the scores.
     """
-    few = Shape(s.name, 1, min(4, s.H), min(4, s.G), s.K, s.V, (), delta=s.delta, routed=s.routed)
+    few = Shape(s.name, 1, min(4, s.H), min(4, s.G), s.K, s.V, (), delta=s.delta, routed=s.routed, diagonal=s.diagonal)
     inputs = make_inputs(few, 2048, 12)
-    kernels, torch_ = operator(s, "triton"), operator(s, "torch")
+    kernels, torch_ = operator(s, s.impl), operator(s, "torch")
     if s.routed:
         inputs = inputs[:2]
         kernels, torch_ = (partial(scores, ROUTED[1], 12, impl) for impl in ("triton", "torch"))
@@ -287,7 +300,9 @@ def measure(
                 announce(progress, task, f"{s.name}, T {T:,}, {name}")
                 try:
                     row["figures"][name] = figures(
-                        function, leaves, graph=(s.routed or T == 2048) and name.startswith("loglinear")
+                        function,
+                        leaves,
+                        graph=(s.routed or T == 2048) and not s.diagonal and name.startswith("loglinear"),
                     )
                 except Exception as failure:  # a peer that cannot run this shape is part of the result
                     if name.startswith("loglinear"):

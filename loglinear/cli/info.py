@@ -41,8 +41,15 @@ def run(recipe: str | None, model: Path | None) -> None:
 
 def _installation() -> None:
     console.print_table("Versions", ["", "version"], list(versions().items()), text=True)
-    implementations = [[name, impl_triton.availability() if name == "triton" else "yes"] for name in IMPLEMENTATIONS]
-    console.print_table("Implementations of the operators (impl=)", ["name", "available"], implementations, text=True)
+    every_gate = ("scalar", "diagonal")
+    implementations = [
+        [name, ", ".join(impl_triton.GATES), impl_triton.availability()]
+        if name == "triton"
+        else [name, ", ".join(every_gate), "yes"]
+        for name in IMPLEMENTATIONS
+    ]
+    columns = ["name", "gates", "available"]
+    console.print_table("Implementations of the operators (impl=)", columns, implementations, text=True)
     variants = [[name, variant.transition] for name, variant in VARIANTS.items()]
     console.print_table("Variants (--variant)", ["name", "transition"], variants, text=True)
     recipes = {name: make() for name, make in RECIPES.items()}

@@ -23,6 +23,7 @@ from loglinear.ops.problem import MIN_LOG_DECAY, Problem, is_transformed
 from loglinear.ops.state import DecodeState, FenwickState
 from loglinear.partition import FENWICK
 
+GATES = ("scalar",)  # that the kernels have; the other implementations have diagonal gates too
 OLDEST_TRITON = "3.4"  # 3.3 refuses `prefetch`, whose branches return different types; torch 2.8 brings 3.4
 
 
@@ -73,6 +74,13 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _unsupported_gate(is_diagonal: bool) -> str | None:
+    """Return the reason why the kernels do not take a gate, or None."""
+    if not is_diagonal or "diagonal" in GATES:
+        return None
+    return "a log_decay per key channel needs impl='torch': impl='triton' takes one per head"
+
+
 def _largest_chunk(p: Problem) -> int:
     from loglinear.kernels.triton import limits
 
@@ -98,7 +106,7 @@ def unsupported(p: Problem) -> str | None:
         return reason
     from loglinear.kernels.triton import limits
 
-    reason = limits.of_gate(p.is_diagonal) or limits.of_partition(p.partition)
+    reason = _unsupported_gate(p.is_diagonal) or limits.of_partition(p.partition)
     if reason is not None:
         return reason
     if _is_interpreted() and torch.bfloat16 in (p.q.dtype, p.k.dtype, p.v.dtype):
@@ -140,7 +148,7 @@ def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
     from loglinear.kernels.triton import limits
 
     s = state.fenwick
-    return limits.of_gate(s.is_diagonal) or limits.of_step(s.blocks, s.chunk_size, s.beta is not None)
+    return _unsupported_gate(s.is_diagonal) or limits.of_step(s.blocks, s.chunk_size, s.beta is not None)
 
 
 def with_boundaries(p: Problem) -> Problem:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from loglinear.cli import info
 from loglinear.ops import (
+    IMPLEMENTATIONS,
     DecodeState,
     FenwickState,
     announcement,
@@ -194,6 +196,14 @@ def test_no_decay_keeps_the_gate_of_a_state(operator):
     q, k, v, _, *gates = (token[name][:, 0] for name in operator.names)
     out = (log_linear_delta_rule_step if operator.delta else log_linear_attention_step)(q, k, v, None, *gates, decode)
     assert relative_error(out, zero.output[:, 0]) < EXACT
+
+
+def test_info_says_which_implementations_have_diagonal_gates(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    info.run(None, None)
+    rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in capsys.readouterr().out.splitlines()]
+    gates = {row[0]: row[1] for row in rows if row[0] in IMPLEMENTATIONS and len(row) == 3}
+    assert gates == {"triton": "scalar", "torch": "scalar, diagonal", "reference": "scalar, diagonal"}
 
 
 def test_a_log_decay_of_other_axes_is_named():

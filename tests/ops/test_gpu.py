@@ -140,6 +140,7 @@ def test_steps_on_top_of_the_kernels_prefill(operator, shape, dtype):
     assert state.fenwick.position.tolist() == [T + steps] * 3
 
 
+@by_kernels
 def test_a_step_in_a_graph_and_without_waiting(operator):
     inputs = on("cuda", operator.inputs(B=2, T=140, G=1, H=2, K=64, V=64, L=9), torch.float32)
     whole = operator({n: x.double() for n, x in inputs.items()}, impl="torch").output

@@ -30,13 +30,6 @@ def of_heads(K: int, V: int, is_delta_rule: bool) -> str | None:
     return f"head dims K = {K}, V = {V} need impl='torch': impl='triton' takes up to {MAX_HEAD_DIM} and {widest}"
 
 
-def of_gate(is_diagonal: bool) -> str | None:
-    """A gate."""
-    if not is_diagonal:
-        return None
-    return "a log_decay per key channel needs impl='torch': impl='triton' takes one per head"
-
-
 def of_partition(partition: Partition) -> str | None:
     """A partition."""
     if partition == FENWICK or (partition.radix <= MAX_RADIX and partition.largest_block is None):
