@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
-from loglinear.models import ByteTokenizer, LogLinearForCausalLM
+from loglinear.models import ByteTokenizer, LogLinearForCausalLM, decode_top_k
 from loglinear.runs.loading import load_checkpoint
 from loglinear.serving import Engine
 
@@ -67,11 +67,16 @@ def run(
 def engine_of(model: PreTrainedModel, slots: int, prefix_cache: int) -> Engine | None:
     """Return an engine with `slots` rows and `prefix_cache` MiB of stored states.
 
-    None, with a line on standard error, if requests take turns: with `slots` 0, or for a model of transformers.
+    None, with a line on standard error, if requests take turns: with `slots` 0, or for a model that no engine takes.
     """
-    if slots and isinstance(model, LogLinearForCausalLM):
+    if not slots:
+        reason = "--slots is 0"
+    elif not isinstance(model, LogLinearForCausalLM):
+        reason = f"slots are for models of this library, not {type(model).__name__}"
+    elif decode_top_k(model) is not None:
+        reason = "slots read all buckets, and this model has a decode_top_k"
+    else:
         return Engine(model, slots=slots, prefix_bytes=prefix_cache * 2**20)
-    reason = f"slots are for models of this library, not {type(model).__name__}" if slots else "--slots is 0"
     print(f"requests are answered one after the other: {reason}", file=sys.stderr)
     return None
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
-from loglinear.models import LogLinearCache
+from loglinear.models import LogLinearCache, LogLinearForCausalLM, decode_top_k
 
 REFUSED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "return_dict_in_generate")
 
@@ -46,7 +46,11 @@ class Answer:
         config: GenerationConfig,
     ) -> None:
         check_settings(input_ids, config)
-        self.processors, self.criteria, self.do_sample = processors, criteria, bool(config.do_sample)
+        self.processors, self.do_sample = processors, bool(config.do_sample)
+        # Most answers end by a length or a token, which a row compares without a tensor.
+        self._most = min((c.max_length for c in criteria if type(c) is MaxLengthCriteria), default=None)
+        self._ends = {end for c in criteria if type(c) is EosTokenCriteria for end in c.eos_token_id.tolist()}
+        self._criteria = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
         self.future: Future[Tensor] = Future()
         self.prompt = input_ids[0].cpu().numpy().astype(np.int32)
         self._ids, self._size = input_ids, input_ids.shape[1]
@@ -77,7 +81,10 @@ class Answer:
         self._size += 1
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token]))
-        return bool(self.criteria(self.ids, None).all())
+        is_last = token in self._ends or (self._most is not None and self._size >= self._most)
+        for criterion in self._criteria:  # all of them, as in `generate`: some count the tokens
+            is_last = bool(criterion(self.ids, None).all()) or is_last
+        return is_last
 
     def tokens_read(self) -> np.ndarray:
         """Return all tokens but the newest."""
@@ -115,6 +122,12 @@ def check_inputs(inputs: Mapping[str, Any]) -> None:
         raise ValueError("attention_mask must be left out in the engine, or be 1 everywhere: a row has no padding")
     if inputs.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds must be left out in the engine, which reads input_ids")
+
+
+def check_reads_all(model: LogLinearForCausalLM) -> None:
+    """Raise ValueError for a model whose steps read few buckets: a prompt's last token is a step here."""
+    if (top_k := decode_top_k(model)) is not None:
+        raise ValueError(f"decode_top_k must be None in the engine, whose steps also end prompts, got {top_k}")
 
 
 def seeded_generator(device: torch.device) -> torch.Generator:

@@ -15,7 +15,7 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList, Stop
 
 from loglinear.models import LogLinearCache, LogLinearForCausalLM
 from loglinear.ops.validation import whole_number
-from loglinear.serving.answers import Answer, check_inputs, seeded_generator
+from loglinear.serving.answers import Answer, check_inputs, check_reads_all, seeded_generator
 from loglinear.serving.prefixes import FEWEST_SHARED, PrefixCache
 from loglinear.serving.slots import Slots
 
@@ -42,7 +42,7 @@ class Engine:
         prefix_bytes: The most bytes of stored states. 0: none are stored.
 
     Raises:
-        ValueError: The model is of another class, or a number is out of range.
+        ValueError: The model is of another class or has a `decode_top_k`, or a number is out of range.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Engine:
     ) -> None:
         if not isinstance(model, LogLinearForCausalLM):
             raise ValueError(f"model must be a LogLinearForCausalLM, got {type(model).__name__}")
+        check_reads_all(model)
         self.model, self.prefill_tokens = model, whole_number("prefill_tokens", prefill_tokens)
         self.slots = Slots(model, whole_number("slots", slots))
         self.prefixes = PrefixCache(prefix_bytes if prefix_bytes == 0 else whole_number("prefix_bytes", prefix_bytes))
@@ -91,9 +92,10 @@ class Engine:
                 every token of input_ids is one, also a token that pads elsewhere.
 
         Raises:
-            ValueError: The batch has more than one sequence, or an argument asks for beams, for several answers, for a
-                given cache or for other results than the tokens.
+            ValueError: The batch has more than one sequence, the model has a `decode_top_k`, or an argument asks for
+                beams, for several answers, for a given cache or for other results than the tokens.
         """
+        check_reads_all(self.model)
         criteria = StoppingCriteriaList(stopping_criteria)
         if stop_strings is not None:
             criteria.append(StopStringCriteria(tokenizer, stop_strings))

@@ -15,8 +15,10 @@ from loglinear.cli.serve import engine_of
 from loglinear.cli.serving.requests import Refused
 from loglinear.cli.serving.turns import Limits, Turn, TurnEnded
 from loglinear.evaluation import sample
+from loglinear.models import LogLinearForCausalLM
 from loglinear.training import ByteTokenizer
 from tests.cli.server import LIMITS, NAME, ask, complete, refusal, served, tiny_model
+from tests.models.tiny_models import ROUTED, tiny_config
 
 ENDLESS = {"max_tokens": 10**6, "logit_bias": {str(ByteTokenizer().eos_token_id): -100}}
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
@@ -286,8 +288,10 @@ def test_many_clients_get_the_texts_of_generate(model):
 
 
 def test_turns_are_announced(model, capsys):
-    assert engine_of(model, 0, 16) is None and engine_of(torch.nn.Linear(1, 1), 4, 16) is None
+    routed = LogLinearForCausalLM(tiny_config(**ROUTED, decode_top_k=1))
+    assert [engine_of(*asked, 16) for asked in ((model, 0), (torch.nn.Linear(1, 1), 4), (routed, 4))] == [None] * 3
     assert capsys.readouterr().err.splitlines() == [
         "requests are answered one after the other: --slots is 0",
         "requests are answered one after the other: slots are for models of this library, not Linear",
+        "requests are answered one after the other: slots read all buckets, and this model has a decode_top_k",
     ]

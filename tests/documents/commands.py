@@ -44,6 +44,9 @@ EXECUTED = {
 BENCHMARKS = {
     "loglinear bench ops --out results/ops-cpu.json": "--lengths 64 --rounds 1",
     "python -m benchmarks.decode --out results/decode-cpu.json": "--steps 1",
+    "python -m benchmarks.serving --rounds 5 --tokens 48 --out results/serving-cpu.json": (
+        "--rounds 1 --tokens 3 --clients 1 --clients 2 --slots 2"
+    ),
 }
 
 # Executed by another test.
@@ -125,6 +128,7 @@ READ = {
         "loglinear train --recipe small --compile --data ~/books --out runs/small",
         "python -m benchmarks.decode --device cuda --out results/decode-h100.json",
         "python -m benchmarks.memory --out results/memory-h100.json",
+        "python -m benchmarks.serving --device cuda --recipe paper_mamba2 --slots 64 --out results/serving-gpu.json",
         "python -m benchmarks.ops --device cuda --out results/ops-h100.json",
         'python -m benchmarks.ops --device cuda --shape "delta rule" --out results/ops-delta-h100.json',
         'python -m benchmarks.ops --device cuda --shape "delta rule, one sequence"',

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import StoppingCriteria
 
-from loglinear.models import LogLinearCache, LogLinearForCausalLM
+from loglinear.models import LogLinearCache, LogLinearForCausalLM, set_decode_top_k
 from loglinear.serving import Engine
 from loglinear.training import ByteTokenizer
 from loglinear.variants import VARIANTS
@@ -271,6 +271,16 @@ def test_a_batch_and_a_cache_are_refused():
     model(prompt(4), past_key_values=cache)
     with pytest.raises(ValueError, match="past_key_values must be left out in the engine"):
         engine.generate(prompt(5), max_new_tokens=3, past_key_values=cache)
+
+
+def test_few_buckets_are_refused():
+    """A prompt reads all buckets, and its last token is a step here."""
+    model = make(**ROUTED)
+    engine = Engine(model)
+    set_decode_top_k(model, 2)
+    for refused in (partial(engine.generate, prompt(5)), partial(Engine, model)):
+        with pytest.raises(ValueError, match="decode_top_k must be None in the engine"):
+            refused()
 
 
 def test_other_models_and_numbers_are_refused():

@@ -82,7 +82,8 @@ class Turn(StoppingCriteria):
         generation_config.update(**self.options)
         inputs |= dict(input_ids=input_ids, generation_config=generation_config, stopping_criteria=[self])
         if self.engine is not None:
-            generator = torch.Generator(input_ids.device)
+            inputs["input_ids"] = input_ids.cpu()  # a row's token is chosen there: a GPU would wait for every row
+            generator = torch.Generator()
             generator.seed() if self.seed is None else generator.manual_seed(self.seed)
             return self.engine.generate(**inputs, generator=generator, before_work=self._check)
         torch.seed() if self.seed is None else torch.manual_seed(self.seed)
