@@ -2,9 +2,11 @@
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from loglinear.fenwick import MOST_LEVELS
 from loglinear.layers import Routing
@@ -12,20 +14,54 @@ from loglinear.layers.level_scales import check_finest_block, check_lambda_form
 from loglinear.layers.mixer import check_eigenvalues
 from loglinear.models.auto_file import AUTO_MAP, write_auto_file
 from loglinear.ops import IMPLEMENTATIONS
-from loglinear.ops.validation import check_partition
-from loglinear.partition import FENWICK, LARGEST_CHUNK, Partition
+from loglinear.ops.validation import (
+    check_partition,
+    chunk_length,
+    finite_number,
+    flag,
+    is_whole,
+    whole_number,
+)
+from loglinear.partition import FENWICK, Partition
 from loglinear.variants import HeadSizes, get_variant
 
-POSITIVE = (
+SIZES = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
     "num_levels",
+    "num_heads",
+    "key_dim",
+    "head_dim",
     "conv_kernel",
-    "chunk_size",
     "loss_chunk_size",
 )
+SIZES_OR_NONE = ("num_groups", "num_attention_heads", "num_key_value_heads", "attention_head_dim")
+WHOLE = (*SIZES, *SIZES_OR_NONE, "intermediate_size", "chunk_size", "radix", "finest_block", "largest_block")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LAYER_TYPES = ("linear_attention", "full_attention")
+logger = logging.get_logger(__name__)
+
+
+def current_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return saved fields of a `LogLinearConfig` without the values that only earlier versions allowed.
+
+    Earlier versions took a whole number as a float or a bool: it becomes an int. They took a negative routing_tau: it
+    becomes 0, with a warning. It is a start alone, so a model that has weights for tau keeps its results.
+    """
+    fields = dict(saved)
+    for name in WHOLE:
+        value = fields.get(name)
+        if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
+            fields[name] = int(value)
+    tau = fields.get("routing_tau")
+    if isinstance(tau, int | float) and -math.inf < tau < 0:
+        logger.warning_once(
+            f"routing_tau = {tau} of an earlier version is 0 now, for new weights alone: weights that are loaded "
+            "keep their tau"
+        )
+        fields["routing_tau"] = 0.0
+    return fields
 
 
 class LogLinearConfig(PreTrainedConfig):
@@ -80,7 +116,8 @@ class LogLinearConfig(PreTrainedConfig):
             which every save writes.
 
     Raises:
-        ValueError: A size that does not fit. The message names the argument, its value and the expected one.
+        ValueError: A value of another type, or one that does not fit. The message names the argument, its value and
+            the expected one. Configurations that are loaded may have the values of earlier versions.
     """
 
     model_type = "loglinear"
@@ -146,26 +183,35 @@ class LogLinearConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.attention_head_dim is None:
             self.attention_head_dim = self.hidden_size // self.num_attention_heads
-        self._require_positive("num_attention_heads", "num_key_value_heads", "attention_head_dim")
+        self._check_sizes("num_attention_heads", "num_key_value_heads", "attention_head_dim")
         self._check_layer_types()
         super().__post_init__(**kwargs)
 
     def _check_numbers(self) -> None:
-        self._require_positive(*POSITIVE)
-        if self.chunk_size > LARGEST_CHUNK:
-            raise ValueError(f"chunk_size must be at most {LARGEST_CHUNK}, got {self.chunk_size}")
-        if self.chunk_size & (self.chunk_size - 1):
-            raise ValueError(f"chunk_size must be a power of two, got {self.chunk_size}")
-        for name in ("rms_norm_eps", "rope_theta", "mixer_norm_eps", "embedding_range"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+        self._check_sizes(*SIZES, *(name for name in SIZES_OR_NONE if getattr(self, name) is not None))
+        self.chunk_size = chunk_length("chunk_size", self.chunk_size)
+        if self.intermediate_size is not None:
+            self.intermediate_size = whole_number("intermediate_size", self.intermediate_size, least=0)
+        given = [name for name in ("mixer_norm_eps", "embedding_range") if getattr(self, name) is not None]
+        for name in ("rms_norm_eps", "rope_theta", *given):
+            if finite_number(name, getattr(self, name)) <= 0:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("initializer_range", "intermediate_size"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        if finite_number("initializer_range", self.initializer_range) < 0:
+            raise ValueError(f"initializer_range must be finite and at least 0, got {self.initializer_range}")
+        for name in ("output_gate", "negative_eigenvalues"):
+            flag(name, getattr(self, name))
+        for name in TOKEN_IDS:
+            value = getattr(self, name)
+            several = name == "eos_token_id"
+            tokens = value if several and isinstance(value, list | tuple) else [value]
+            if value is not None and not all(is_whole(token) for token in tokens):
+                raise ValueError(f"{name} must be an integer{' or a list of them' * several}, got {value!r}")
         if self.impl not in ("auto", *IMPLEMENTATIONS):
             raise ValueError(f"impl must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {self.impl!r}")
 
     def _check_partition(self) -> None:
+        own = Partition(self.radix, self.finest_block, self.largest_block)
+        self.radix, self.finest_block, self.largest_block = own.radix, own.finest_block, own.largest_block
         partition = self.partition
         most = MOST_LEVELS if partition == FENWICK else partition.num_columns(2**63)
         if self.num_levels > most:
@@ -181,13 +227,13 @@ class LogLinearConfig(PreTrainedConfig):
         if self.num_levels < 2:
             raise ValueError(f"routing needs num_levels of at least 2, got {self.num_levels}")
 
-    def _require_positive(self, *names: str) -> None:
+    def _check_sizes(self, *names: str) -> None:
         for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            setattr(self, name, whole_number(name, getattr(self, name)))
 
     def _check_layer_types(self) -> None:
-        assert self.layer_types is not None
+        if not isinstance(self.layer_types, list | tuple):
+            raise ValueError(f"layer_types must be a list of {' and '.join(LAYER_TYPES)}, got {self.layer_types!r}")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types must have num_hidden_layers = {self.num_hidden_layers} entries, "
@@ -196,6 +242,11 @@ class LogLinearConfig(PreTrainedConfig):
         for layer_type in self.layer_types:
             if layer_type not in LAYER_TYPES:
                 raise ValueError(f"layer_types must hold {' or '.join(LAYER_TYPES)}, got {layer_type!r}")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration of saved fields, which may have values that a new configuration refuses."""
+        return super().from_dict(current_fields(config_dict), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save as transformers does, and add the file through which tools load the classes without importing them."""

@@ -315,10 +315,15 @@ def _said(value: Any) -> str:
     return repr(value)[:80] if is_plain else type(value).__name__
 
 
-def whole_number(name: str, value: Any, most: int | None = None) -> int:
-    """Return an integer of Python or numpy as an int; ValueError for a bool or a value outside 1 .. `most`."""
-    if isinstance(value, bool) or not isinstance(value, int | numbers.Integral) or int(value) < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {_said(value)}")
+def is_whole(value: Any) -> bool:
+    """Return True for an integer of Python or numpy, which a bool is not."""
+    return isinstance(value, int | numbers.Integral) and not isinstance(value, bool)
+
+
+def whole_number(name: str, value: Any, most: int | None = None, least: int = 1) -> int:
+    """Return an integer of Python or numpy as an int; ValueError for a bool or a value outside `least` .. `most`."""
+    if not is_whole(value) or int(value) < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {_said(value)}")
     if most is not None and int(value) > most:
         raise ValueError(f"{name} must be at most {most}, got {value}")
     return int(value)
@@ -326,8 +331,7 @@ def whole_number(name: str, value: Any, most: int | None = None) -> int:
 
 def chunk_length(name: str, value: Any) -> int:
     """Return a power of two of Python or numpy as an int; ValueError if it is none or above 4096."""
-    is_whole = isinstance(value, int | numbers.Integral) and not isinstance(value, bool)
-    if not is_whole or value < 1 or int(value) & (int(value) - 1):
+    if not is_whole(value) or value < 1 or int(value) & (int(value) - 1):
         raise ValueError(f"{name} must be a power of two, got {_said(value)}")
     if int(value) > LARGEST_CHUNK:
         raise ValueError(f"{name} must be at most {LARGEST_CHUNK}, got {_said(value)}")

@@ -73,7 +73,7 @@ def own_config(checkpoint: Path) -> LogLinearConfig:
     """Return the configuration of a checkpoint of this library; ValueError, in one line, if it holds none."""
     fields = read_config(checkpoint)
     try:
-        return LogLinearConfig(**fields)
+        return LogLinearConfig.from_dict(fields)
     except (ValueError, TypeError, AttributeError) as error:  # the latter two come from fields of transformers
         raise ValueError(f"{checkpoint / 'config.json'} describes no model: {error}") from error
 

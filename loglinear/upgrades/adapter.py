@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
+from loglinear.models.configuration import current_fields
 from loglinear.upgrades.checkpoint import BASE, ENTRY, TRAINED
 from loglinear.upgrades.in_place import UpgradeReport, new_parameters, upgrade
 
@@ -79,7 +80,7 @@ def load_upgrade(model: PreTrainedModel, path: str | os.PathLike, **options: Any
         raise ValueError(f"path must be a file of save_upgrade, got {os.fspath(path)!r}: {error}") from None
     if ENTRY not in metadata:
         raise ValueError(f"path must be a file of save_upgrade, got {os.fspath(path)!r} without an entry {ENTRY!r}")
-    entry = json.loads(metadata[ENTRY])
+    entry = current_fields(json.loads(metadata[ENTRY]))
     model_type = entry.pop(BASE)
     if model_type != model.config.model_type:
         raise ValueError(f"model must be of type {model_type!r}, as the file says, got {model.config.model_type!r}")

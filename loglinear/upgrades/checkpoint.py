@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from loglinear.autoload.configuration import UpgradeConfig
 from loglinear.models import LogLinearConfig
 from loglinear.models.auto_file import MODULE, write_auto_file
+from loglinear.models.configuration import current_fields
 from loglinear.models.generation import check_continuation
 from loglinear.upgrades.cache import SeenColumns
 from loglinear.upgrades.mixer import NEW_PARTS, UpgradedConv1d
@@ -238,7 +239,8 @@ def own_configuration(model: PreTrainedModel) -> None:
 def choices_of(config: PreTrainedConfig) -> LogLinearConfig:
     """Return the choices of the levels of an upgraded model, as fields of a configuration of ours."""
     entry = getattr(config, ENTRY)
-    return LogLinearConfig(**{name: value for name, value in entry.items() if name not in (BASE, "freeze", TRAINED)})
+    fields = {name: value for name, value in entry.items() if name not in (BASE, "freeze", TRAINED)}
+    return LogLinearConfig(**current_fields(fields))
 
 
 def config_from(config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loglinear.ops.validation import whole_number
+
 WIDE = (torch.float32, torch.float64)
 
 
@@ -39,10 +41,9 @@ class HeadSizes(NamedTuple):
     """V, the width of a value."""
 
     def check(self) -> None:
-        """Raise ValueError unless all sizes are at least 1 and H is a multiple of G."""
+        """Raise ValueError unless all sizes are integers of at least 1 and H is a multiple of G."""
         for name, size in self._asdict().items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            whole_number(name, size)
         if self.num_heads % self.num_groups:
             raise ValueError(f"num_heads must be a multiple of num_groups = {self.num_groups}, got {self.num_heads}")
 

@@ -102,7 +102,7 @@ def test_logits_are_those_of_the_model(tmp_path, own, pickle):
         ({"n_layer": 0}, "n_layer must lie between 1 and 2147483647, got 0"),
         ({"n_layer": 10**9}, "config.json has 1,000,000,000 layers, and there are 21 tensors"),
         ({"d_model": 10**9}, "backbone.embedding.weight is [50, 24], expected [50, 1000000000]"),
-        ({"headdim": 100}, "num_heads must be at least 1, got 0"),
+        ({"headdim": 100}, "num_heads must be an integer of at least 1, got 0"),
     ],
     ids=str,
 )

@@ -40,7 +40,7 @@ CONFIG = [
     ({"num_levels": 10**8}, "num_levels must be at most 64, got 100000000"),
     ({"chunk_size": 2**40}, "chunk_size must be at most 4096, got 1099511627776"),
     ({"impl": "mine"}, "impl must be one of auto, "),
-    ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
+    ({"num_attention_heads": 0}, "num_attention_heads must be an integer of at least 1, got 0"),
     ({"vocab_size": 10**12}, "model.embed_tokens.weight is [264, 32], expected [1000000000000, 32]"),
     ({"vocab_size": 10**18, "hidden_size": 10**18}, "its config.json describes a model of impossible size"),
     ({"num_hidden_layers": 10**4, "layer_types": None}, "its config.json has 10,000 layers, and there are"),
