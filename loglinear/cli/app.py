@@ -19,7 +19,7 @@ from loglinear.cli.options import (
     TOKENS,
     Minutes,
     Model,
-    MoreData,
+    MoreTrainingData,
     OneRouting,
     Routing,
     above_zero,
@@ -62,7 +62,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, metrics.jsonl and run.json.")],
     recipe: Annotated[str | None, typer.Option(help="Name of a recipe, as `loglinear info` lists them.")] = None,
     data: Annotated[list[str] | None, of_recipe(f"Training text: {SOURCES}")] = None,
-    more_data: MoreData = None,
+    more_data: MoreTrainingData = None,
     tokenizer: Annotated[str | None, of_recipe("'bytes' or the folder of a Hugging Face tokenizer.")] = None,
     model: Annotated[
         Path | None, option("a new model", "Folder of a model to train: upgraded, converted, or of an earlier run.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -19,6 +20,20 @@ SOURCES = (
 MORE_DATA = "Further values of --data, such as the files of a glob that the shell expanded."
 Model = Annotated[Path, typer.Option(help="Folder of a checkpoint or of a training run.")]
 MoreData = Annotated[list[str] | None, typer.Argument(help=MORE_DATA, show_default=False)]
+
+
+def _refuse_value_of_resume(context: typer.Context, given: list[str] | None) -> list[str] | None:
+    """Refuse `--resume DIR`, before typer asks for --out."""
+    if given and context.params.get("resume") and not context.params.get("data"):
+        recipe = ", without --recipe" * bool(context.params.get("recipe"))
+        resume = f"--resume --out {shlex.quote(given[0])}{recipe}"
+        raise ValueError(f"--resume takes no value, got {given[0]!r}: continue a run with {resume}")
+    return given
+
+
+MoreTrainingData = Annotated[
+    list[str] | None, typer.Argument(help=MORE_DATA, show_default=False, callback=_refuse_value_of_resume)
+]
 
 
 def option(default: str, text: str, *names: str, **limits: Any) -> Any:

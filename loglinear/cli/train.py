@@ -63,7 +63,7 @@ def _recipe(out: Path, name: str | None, resume: bool, overrides: dict[str, Any]
             recipe = stored
         elif name != stored.name:
             raise ValueError(
-                f"--recipe {name} and --resume contradict each other: {out} holds a run of recipe {stored.name!r}: "
+                f"--recipe {name} is not the recipe of the run in {out}, which is {stored.name}: "
                 "leave out --recipe to continue it"
             )
     variant = overrides.get("variant")

@@ -42,8 +42,12 @@ MISTAKES = {
     "train --resume --out {out}": "does not exist, expected the folder of a training run",
     "train --resume --out {bad}": "holds no training run (no run.json)",
     "train --resume --out {bad}/image.txt": "must be the folder of a training run, got the file",
-    "train --resume --recipe small --out {run}": "--recipe small and --resume contradict each other",
-    "train --resume --recipe demo --out {run}": "holds a run of recipe 'tiny': leave out --recipe to continue it",
+    "train --resume --recipe small --out {run}": "--recipe small is not the recipe of the run in {run}",
+    "train --resume --recipe demo --out {run}": ", which is tiny: leave out --recipe to continue it",
+    "train --resume {run}": "--resume takes no value, got '{run}': continue a run with --resume --out {run}",
+    "train --resume {run} --recipe demo": "with --resume --out {run}, without --recipe",
+    "train --recipe demo --resume {run} --out {run}": "with --resume --out {run}, without --recipe",
+    "train --resume": "Missing option '--out'",
     "train --resume --recipe demmo --out {run}": "did you mean 'demo'",
     "train --resume --steps 9 --data {bad}/nothing --out {run}": "cannot resume with",
     "train --resume --model {run} --out {run}": "holds a run with start = None, which cannot resume with",
@@ -149,8 +153,8 @@ def arguments_of(tmp_path, run, text, bad):
 
 
 @pytest.mark.parametrize("call", MISTAKES, ids=ascii)
-def test_a_mistake_is_one_line_and_code_2(capsys, arguments_of, call):
-    assert_one_line(in_process(capsys, *arguments_of(call)), MISTAKES[call])
+def test_a_mistake_is_one_line_and_code_2(capsys, arguments_of, run, call):
+    assert_one_line(in_process(capsys, *arguments_of(call)), MISTAKES[call].replace("{run}", str(run)))
 
 
 @pytest.mark.parametrize("call", IN_SUBPROCESS)

@@ -11,12 +11,14 @@ from http.client import HTTPConnection
 import pytest
 import torch
 
+from loglinear.cli.options import LARGEST
 from loglinear.cli.serve import engine_of
-from loglinear.cli.serving.requests import Refused
+from loglinear.cli.serving.requests import CompletionRequest, Refused, parse
 from loglinear.cli.serving.turns import Limits, Turn, TurnEnded
 from loglinear.evaluation import sample
 from loglinear.models import LogLinearForCausalLM
 from loglinear.training import ByteTokenizer
+from tests.cli.command_line import in_process
 from tests.cli.server import LIMITS, NAME, ask, complete, refusal, served, tiny_model
 from tests.models.tiny_models import ROUTED, tiny_config
 
@@ -67,7 +69,11 @@ FIELDS = [
     ({"max_tokens": True}, "max_tokens should be a valid integer, got True"),
     ({"temperature": float("inf")}, "temperature should be a finite number, got inf"),
     ({"temperature": -0.1}, "temperature should be greater than or equal to 0"),
+    ({"temperature": 100.1}, "temperature should be less than or equal to 100, got 100.1"),
     ({"top_p": 1.5}, "top_p should be less than or equal to 1"),
+    ({"top_p": 0}, "top_p should be greater than 0, got 0"),
+    ({"generation_config": '{"top_p": 0.0}'}, "generation_config.top_p should be greater than 0, got 0.0"),
+    ({"generation_config": '{"top_k": -1}'}, "generation_config.top_k should be greater than or equal to 0"),
     ({"seed": 2**63}, "seed should be less than or equal to 9223372036854775807"),
     ({"stop": ""}, "stop.0 string should have at least 1 character"),
     ({"stop": ["a"] * 5}, "stop list should have at most 4 items"),
@@ -103,6 +109,27 @@ MESSAGES = [
 @pytest.mark.parametrize(("fields", "message"), FIELDS, ids=[str(list(fields)) for fields, _ in FIELDS])
 def test_a_field_that_cannot_be_honoured_is_refused_in_one_line(port, fields, message):
     assert refusal(complete(port, **{"prompt": "a", "max_tokens": 1, **fields})).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("temperature", (-1e-9, 0.0, 2.0, 2.1, 100.0, 100.1)),
+        ("top_p", (-0.1, 0.0, 1e-9, 1.0, 1.1)),
+        ("top_k", (-1, 0, 1, LARGEST, LARGEST + 1)),
+    ],
+)
+def test_a_sampling_field_has_the_range_of_the_command_line(capsys, name, values):
+    for value in values:
+        body = {"generation_config": json.dumps({name: value})}
+        try:
+            parse(CompletionRequest, json.dumps(body).encode())
+            is_taken = True
+        except Refused:
+            is_taken = False
+        option = f"--{name.replace('_', '-')}"
+        line = in_process(capsys, "generate", "--model", "/nowhere", "--prompt", "a", option, value)[2]
+        assert (f"'{option}': must" not in line) == is_taken, (value, line)
 
 
 @pytest.mark.parametrize(("body", "message"), BODIES, ids=[ascii(body[:10]) for body, _ in BODIES])

@@ -10,9 +10,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, ValidationError, model_validator
 
+from loglinear.cli.options import LARGEST
+from loglinear.evaluation.sampling import HOTTEST
+
 MOST_STOPS, LONGEST_STOP = 4, 256  # strings, and characters of one
 MOST_BIASES = 300
-LARGEST_SEED = 2**63 - 1  # of torch's generators
+LARGEST_SEED = 2**63 - 1  # of torch's generators and of OpenAI's API; `loglinear generate` also seeds numpy: 2**32 - 1
 SHOWN = 60  # characters of a refused value
 
 
@@ -46,15 +49,20 @@ class Checked(BaseModel):
         return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
 
 
+# The ranges of the command line and of `loglinear.evaluation.sample`.
+Temperature = Annotated[float, Field(ge=0, le=HOTTEST)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+
+
 class GenerationFlags(Checked):
     """The part of `transformers chat`'s `generation_config` that a request may set."""
 
     transformers_version: str | None = None
     do_sample: bool = True
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    temperature: Temperature | None = None
+    top_k: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
+    top_p: TopP | None = None
 
 
 class StreamOptions(Checked):
@@ -73,8 +81,8 @@ class Request(Checked, ABC):
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
     stop: Annotated[list[Stop], Field(max_length=MOST_STOPS)] = []
     logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MOST_BIASES)] = {}
