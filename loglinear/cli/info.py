@@ -50,8 +50,11 @@ def _installation() -> None:
     ]
     columns = ["name", "gates", "available"]
     console.print_table("Implementations of the operators (impl=)", columns, implementations, text=True)
-    variants = [[name, variant.transition] for name, variant in VARIANTS.items()]
-    console.print_table("Variants (--variant)", ["name", "transition"], variants, text=True)
+    variants = [
+        [name, variant.transition, "diagonal" if variant.diagonal_gate else "scalar"]
+        for name, variant in VARIANTS.items()
+    ]
+    console.print_table("Variants (--variant)", ["name", "transition", "gate"], variants, text=True)
     recipes = {name: make() for name, make in RECIPES.items()}
     rows = [[name, recipe.summary] for name, recipe in recipes.items()]
     console.print_table("Recipes (--recipe)", ["name", "summary"], rows, text=True)

@@ -11,7 +11,7 @@ from loglinear.variants.base import at_least_float32
 class GatedRMSNorm(nn.Module):
     """The RMS norm of a mixer's output y [B, T, H, V], gated by z [B, T, H V]: (y, z) -> [B, T, H V].
 
-    Without a gate (z is None) silu(z) is 1.
+    Without a gate (z is None) silu(z) is 1. With `sigmoid` the gate is sigmoid(z).
 
     Args:
         num_heads: H.
@@ -21,17 +21,21 @@ class GatedRMSNorm(nn.Module):
             channel (Mamba-2, arXiv 2405.21060, section 7). False for norm(y) * silu(z) per head, with one weight [V]
             for all heads (Gated DeltaNet, arXiv 2412.06464).
         eps: The epsilon of the norm.
+        sigmoid: True for sigmoid(z) in the place of silu(z) (Kimi Delta Attention, arXiv 2510.26692).
     """
 
-    def __init__(self, num_heads: int, head_dim: int, num_groups: int, *, gate_first: bool, eps: float) -> None:
+    def __init__(
+        self, num_heads: int, head_dim: int, num_groups: int, *, gate_first: bool, eps: float, sigmoid: bool = False
+    ) -> None:
         super().__init__()
-        self.gate_first, self.eps = gate_first, eps
+        self.gate_first, self.eps, self.sigmoid = gate_first, eps, sigmoid
         self.width = num_heads * head_dim // num_groups if gate_first else head_dim
         self.weight = nn.Parameter(torch.ones(num_heads * head_dim if gate_first else head_dim))
 
     def forward(self, y: Tensor, z: Tensor | None) -> Tensor:
         wide, weight = at_least_float32(y), at_least_float32(self.weight)
-        gate = None if z is None else F.silu(at_least_float32(z))
+        activation = torch.sigmoid if self.sigmoid else F.silu
+        gate = None if z is None else activation(at_least_float32(z))
         if self.gate_first:
             wide = wide.flatten(-2) if gate is None else wide.flatten(-2) * gate
             wide = wide.unflatten(-1, (-1, self.width))

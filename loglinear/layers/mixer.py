@@ -9,11 +9,12 @@ from loglinear.layers.level_scales import LevelScales
 from loglinear.layers.mixer_state import MixerDecodeState, MixerState
 from loglinear.layers.packing import Packing
 from loglinear.layers.routing import BucketWeights, Routing
-from loglinear.layers.short_convolution import ShortConvolution
+from loglinear.layers.short_convolution import NoConvolution, ShortConvolution
 from loglinear.layers.slices import Slice
 from loglinear.layers.token_mixer import OPERATORS, TokenMixer
+from loglinear.ops.validation import finite_number
 from loglinear.partition import FENWICK, Partition
-from loglinear.variants import HeadSizes, get_variant
+from loglinear.variants import HeadSizes, Variant, get_variant
 
 
 class Mixer(TokenMixer):
@@ -34,17 +35,18 @@ class Mixer(TokenMixer):
         finest_block: The tokens of each aligned block of this size share one lambda of `LevelScales`.
         partition: The partition of the past in the operator. L counts its columns.
         routing: The choices of a routed read, whose weights take the place of `LevelScales`. None: no such read.
-        conv_kernel: W, the tokens that the short convolution reads.
+        conv_kernel: W, the tokens that the short convolution reads. 0: no convolution and no SiLU. None: the variant's.
         chunk_size: C, tokens per chunk of the operator, a power of two.
         norm_eps: The epsilon of the output norm.
         output_gate: False for an output norm without the gate z.
         negative_eigenvalues: True for write strengths up to 2 in place of 1 (delta rule only), so that a transition has
             eigenvalues in [-1, 1] in place of [0, 1] (arXiv 2411.12537).
+        gate_lower_bound: The least log decay of a token, below 0 (`kimi_delta_attention` alone). None: no bound.
         impl: The implementation of the operator: "auto", "triton", "torch" or "reference".
 
     Raises:
-        ValueError: An unknown variant or form, sizes that do not fit, or negative_eigenvalues without the delta rule;
-            the message names the argument.
+        ValueError: An unknown variant or form, sizes that do not fit, negative_eigenvalues without the delta rule, or
+            a gate_lower_bound that is not below 0 or of another variant; the message names the argument.
     """
 
     def __init__(
@@ -58,29 +60,36 @@ class Mixer(TokenMixer):
         finest_block: int = 1,
         partition: Partition = FENWICK,
         routing: Routing | None = None,
-        conv_kernel: int = 4,
+        conv_kernel: int | None = None,
         chunk_size: int = 64,
         norm_eps: float = 1e-5,
         output_gate: bool = True,
         negative_eigenvalues: bool = False,
+        gate_lower_bound: float | None = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
         if num_levels < 1:
             raise ValueError(f"num_levels must be at least 1, got {num_levels}")
-        self.variant = get_variant(variant)(hidden_size, heads)
+        check_gate_bound(gate_lower_bound, variant)
+        bound = {} if gate_lower_bound is None else {"gate_lower_bound": gate_lower_bound}
+        self.variant = get_variant(variant)(hidden_size, heads, **bound)
         check_eigenvalues(negative_eigenvalues, variant)
         self.beta_scale = 2 if negative_eigenvalues else 1
         self.operator, self.operator_step = OPERATORS[self.variant.transition]
         self.transition, self.scale = self.variant.transition, self.variant.scale
-        self.l2_normalize = self.variant.l2_normalize
+        self.l2_normalize, self.diagonal_gate = self.variant.l2_normalize, self.variant.diagonal_gate
         self.heads, self.num_levels, self.partition = heads, num_levels, partition
         self.chunk_size, self.impl = chunk_size, impl
         self.key_width, self.value_width = heads.num_groups * heads.key_dim, heads.num_heads * heads.head_dim
         conv_width = 2 * self.key_width + self.value_width
-        self.gate_width = self.value_width if output_gate else 0
+        rank = heads.head_dim if self.variant.low_rank_output_gate else self.value_width
+        self.gate_width = rank if output_gate else 0
         self.in_proj = nn.Linear(hidden_size, self.gate_width + conv_width, bias=False)
-        self.conv = ShortConvolution(conv_width, conv_kernel, bias=self.variant.conv_bias)
+        self.gate_up: nn.Linear | None = None
+        if output_gate and self.variant.low_rank_output_gate:
+            self.gate_up = nn.Linear(rank, self.value_width, bias=False)
+        self.conv = convolution(conv_width, conv_kernel, self.variant)
         self.level_scales: LevelScales | None = None
         self.bucket_weights: BucketWeights | None = None
         if routing is not None:
@@ -94,6 +103,7 @@ class Mixer(TokenMixer):
             heads.num_groups,
             gate_first=self.variant.gate_before_norm,
             eps=norm_eps,
+            sigmoid=self.variant.sigmoid_gate,
         )
         self.out_proj = nn.Linear(self.value_width, hidden_size, bias=False)
         self.register_load_state_dict_pre_hook(rename_former)
@@ -121,7 +131,7 @@ class Mixer(TokenMixer):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return z, then q, k, v before the convolution, and x, from which the variant makes its gates."""
         z, qkv = self.in_proj(x).split([self.gate_width, 2 * self.key_width + self.value_width], dim=-1)
-        return z, qkv, x
+        return z if self.gate_up is None else self.gate_up(z), qkv, x
 
     def _operands(self, x: Tensor, qkv: Tensor) -> tuple[list[Tensor | None], Tensor]:
         """Return the operator's tensors in its order, without lambda, and v from the convolution."""
@@ -140,6 +150,22 @@ class Mixer(TokenMixer):
         if self.variant.skip_bias is not None:
             y = self.variant.skip_bias(y, v)
         return self.out_proj(self.norm(y, z if self.gate_width else None))
+
+
+def convolution(channels: int, kernel: int | None, variant: Variant) -> ShortConvolution | NoConvolution:
+    """Return the convolution of a mixer; its kernel is the variant's if it is None, and 0 for none."""
+    kernel = variant.conv_kernel if kernel is None else kernel
+    return ShortConvolution(channels, kernel, bias=variant.conv_bias) if kernel else NoConvolution(channels)
+
+
+def check_gate_bound(bound: float | None, variant: str) -> None:
+    """Raise ValueError for a lower bound of the log decay that is not below 0, or of a variant without a safe gate."""
+    if bound is None:
+        return
+    if not get_variant(variant).safe_gate:
+        raise ValueError(f"gate_lower_bound needs the variant kimi_delta_attention, got {variant!r}")
+    if finite_number("gate_lower_bound", bound) >= 0:
+        raise ValueError(f"gate_lower_bound must be below 0, got {bound}")
 
 
 def check_eigenvalues(negative: bool, variant: str) -> None:

@@ -9,6 +9,20 @@ from loglinear.layers.packing import Packing
 from loglinear.variants.base import at_least_float32
 
 
+class NoConvolution(nn.Module):
+    """The place of a `ShortConvolution` in a mixer without one: [B, T, C] as it is, with a state [S, 0, C]."""
+
+    kernel = 1  # every token reads itself alone
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor, state: Tensor | None = None, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
+        sequences = len(x) if packing is None else packing.cu_seqlens.numel() - 1
+        return x, x.new_zeros(sequences, 0, self.channels)
+
+
 class ShortConvolution(nn.Module):
     """A causal depthwise convolution with SiLU, with zeros before a sequence's first token: [B, T, C] -> [B, T, C].
 

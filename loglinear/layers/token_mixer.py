@@ -12,7 +12,7 @@ from loglinear.layers.level_scales import LevelScales
 from loglinear.layers.mixer_state import MixerDecodeState, MixerState, check_sums
 from loglinear.layers.packing import Packing
 from loglinear.layers.routing import BucketWeights, check_top_k, keep_largest
-from loglinear.layers.short_convolution import ShortConvolution
+from loglinear.layers.short_convolution import NoConvolution, ShortConvolution
 from loglinear.layers.slices import Slice
 from loglinear.ops import (
     LogLinearOutput,
@@ -51,13 +51,14 @@ class TokenMixer(nn.Module):
     operator_step: Callable[..., Tensor]
     heads: HeadSizes
     transition: str
+    diagonal_gate: bool = False
     scale: float
     l2_normalize: bool
     num_levels: int
     partition: Partition
     chunk_size: int
     impl: str
-    conv: ShortConvolution
+    conv: ShortConvolution | NoConvolution
     level_scales: LevelScales | None
     bucket_weights: BucketWeights | None
     decode_top_k: int | None = None
@@ -179,6 +180,7 @@ class TokenMixer(nn.Module):
             heads=heads.num_heads,
             value_dim=heads.head_dim,
             delta_rule=self.transition == "delta_rule",
+            diagonal_gate=self.diagonal_gate,
             **shared,
         )
         sums = None if self.bucket_weights is None else zero_sums(rows, num_columns=self.num_levels, **shared)

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from loglinear.fenwick import MOST_LEVELS
 from loglinear.layers import Routing
 from loglinear.layers.level_scales import check_finest_block, check_lambda_form
-from loglinear.layers.mixer import check_eigenvalues
+from loglinear.layers.mixer import check_eigenvalues, check_gate_bound
 from loglinear.models.auto_file import AUTO_MAP, write_auto_file
 from loglinear.ops import IMPLEMENTATIONS
 from loglinear.ops.validation import (
@@ -33,11 +33,11 @@ SIZES = (
     "num_heads",
     "key_dim",
     "head_dim",
-    "conv_kernel",
     "loss_chunk_size",
 )
 SIZES_OR_NONE = ("num_groups", "num_attention_heads", "num_key_value_heads", "attention_head_dim")
-WHOLE = (*SIZES, *SIZES_OR_NONE, "intermediate_size", "chunk_size", "radix", "finest_block", "largest_block")
+LENGTHS_OR_NONE = ("intermediate_size", "conv_kernel")  # of which 0 means that there is none
+WHOLE = (*SIZES, *SIZES_OR_NONE, *LENGTHS_OR_NONE, "chunk_size", "radix", "finest_block", "largest_block")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LAYER_TYPES = ("linear_attention", "full_attention")
 logger = logging.get_logger(__name__)
@@ -96,7 +96,8 @@ class LogLinearConfig(PreTrainedConfig):
         num_groups: G, the query/key groups. None: 1 for variants that share one group, such as Mamba-2, otherwise H.
         key_dim: K, the width of a query or key.
         head_dim: V, the width of a value.
-        conv_kernel: Tokens that the short convolution reads.
+        conv_kernel: Tokens that the short convolution reads. 0: no convolution and no SiLU. None: the variant's own, 0
+            for `gla` and 4 for the others.
         chunk_size: C, tokens per chunk of the algorithm, a power of two up to 4096. It changes the speed and the size
             of a state, but no result.
         impl: The implementation of the operators: "auto", "triton", "torch" or "reference".
@@ -109,6 +110,7 @@ class LogLinearConfig(PreTrainedConfig):
         mixer_norm_eps: Epsilon of the output norms of the mixers. None: rms_norm_eps.
         output_gate: False for output norms of the mixers without a gate, as DeltaNet was published.
         negative_eigenvalues: True for write strengths up to 2 in place of 1; see `Mixer`. It needs the delta rule.
+        gate_lower_bound: The least log decay of a token in `kimi_delta_attention`, such as -5. None: no bound.
         initializer_range: Standard deviation of the first weights of linear layers and embeddings.
         embedding_range: Standard deviation of the first embeddings. None: initializer_range.
         loss_chunk_size: Tokens whose logits exist at the same time while the loss is computed.
@@ -140,7 +142,7 @@ class LogLinearConfig(PreTrainedConfig):
     num_groups: int | None = None
     key_dim: int = 64
     head_dim: int = 64
-    conv_kernel: int = 4
+    conv_kernel: int | None = None
     chunk_size: int = 64
     impl: str = "auto"
     layer_types: list[str] | None = None
@@ -152,6 +154,7 @@ class LogLinearConfig(PreTrainedConfig):
     mixer_norm_eps: float | None = None
     output_gate: bool = True
     negative_eigenvalues: bool = False
+    gate_lower_bound: float | None = None
     initializer_range: float = 0.02
     embedding_range: float | None = None
     tie_word_embeddings: bool = False
@@ -169,11 +172,14 @@ class LogLinearConfig(PreTrainedConfig):
         variant = get_variant(self.variant)
         if self.intermediate_size is None:
             self.intermediate_size = -(-self.hidden_size * 8 // (3 * 64)) * 64
+        if self.conv_kernel is None:
+            self.conv_kernel = variant.conv_kernel
         if self.num_groups is None:
             self.num_groups = 1 if variant.paper_heads.num_groups == 1 else self.num_heads
         self.heads.check()
         check_lambda_form(self.lambda_form)
         check_eigenvalues(self.negative_eigenvalues, self.variant)
+        check_gate_bound(self.gate_lower_bound, self.variant)
         self._check_partition()
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
@@ -190,8 +196,9 @@ class LogLinearConfig(PreTrainedConfig):
     def _check_numbers(self) -> None:
         self._check_sizes(*SIZES, *(name for name in SIZES_OR_NONE if getattr(self, name) is not None))
         self.chunk_size = chunk_length("chunk_size", self.chunk_size)
-        if self.intermediate_size is not None:
-            self.intermediate_size = whole_number("intermediate_size", self.intermediate_size, least=0)
+        for name in LENGTHS_OR_NONE:
+            if getattr(self, name) is not None:
+                setattr(self, name, whole_number(name, getattr(self, name), least=0))
         given = [name for name in ("mixer_norm_eps", "embedding_range") if getattr(self, name) is not None]
         for name in ("rms_norm_eps", "rope_theta", *given):
             if finite_number(name, getattr(self, name)) <= 0:
@@ -273,6 +280,12 @@ class LogLinearConfig(PreTrainedConfig):
     def routing_choices(self) -> Routing | None:
         """The choices of the routed read; None without routing."""
         return None if self.routing is None else Routing(self.routing, self.routing_tau, self.decode_top_k)
+
+    @property
+    def taps(self) -> int:
+        """W, the tokens that the short convolution reads: 1 without one, the token itself."""
+        assert self.conv_kernel is not None
+        return max(self.conv_kernel, 1)
 
     @property
     def heads(self) -> HeadSizes:

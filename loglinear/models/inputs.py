@@ -163,9 +163,9 @@ def token_layout(
         raise ValueError("output_attentions needs full-attention layers, and this model has linear layers alone")
     real_BT, packing = places.real, None
     if has_linear and places.cu_seqlens is not None:
-        packing = Packing.from_cu_seqlens(places.cu_seqlens, places.time, config.conv_kernel)
+        packing = Packing.from_cu_seqlens(places.cu_seqlens, places.time, config.taps)
     elif has_linear and real_BT is not None and not places.is_step:
-        packing = Packing.from_mask(real_BT, config.conv_kernel)
+        packing = Packing.from_mask(real_BT, config.taps)
     active = real_BT[:, 0] if places.is_step and real_BT is not None else None
     attention = None
     if has_attention:

@@ -58,6 +58,7 @@ class LogLinearBlock(GradientCheckpointingLayer):
                 norm_eps=config.rms_norm_eps if config.mixer_norm_eps is None else config.mixer_norm_eps,
                 output_gate=config.output_gate,
                 negative_eigenvalues=config.negative_eigenvalues,
+                gate_lower_bound=config.gate_lower_bound,
                 impl=config.impl,
             )
         self.mlp: SwiGLU | None = None

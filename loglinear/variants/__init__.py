@@ -7,6 +7,8 @@ from loglinear.registry import pick
 from loglinear.variants.base import HeadBias, HeadSizes, Operands, Variant
 from loglinear.variants.delta_net import DeltaNet
 from loglinear.variants.gated_delta_net import GatedDeltaNet
+from loglinear.variants.gla import GLA
+from loglinear.variants.kimi_delta_attention import KimiDeltaAttention
 from loglinear.variants.linear_attention import LinearAttention
 from loglinear.variants.mamba2 import Mamba2
 from loglinear.variants.retnet import RetNet
@@ -16,9 +18,11 @@ VARIANTS: dict[str, type[Variant]] = {
     "linear_attention": LinearAttention,
     "retnet": RetNet,
     "simple_gla": SimpleGLA,
+    "gla": GLA,
     "mamba2": Mamba2,
     "delta_net": DeltaNet,
     "gated_delta_net": GatedDeltaNet,
+    "kimi_delta_attention": KimiDeltaAttention,
 }
 
 

@@ -23,7 +23,7 @@ class Operands(NamedTuple):
     v: Tensor
     """[B, T, H, V] Values."""
     log_decay: Tensor | None
-    """[B, T, H] Log decays, <= 0; None for no decay."""
+    """[B, T, H] Log decays, <= 0, or [B, T, H, K] of a diagonal gate; None for no decay."""
     beta: Tensor | None = None
     """[B, T, H] Write strengths, for the delta rule only."""
 
@@ -73,14 +73,62 @@ class GateBias(HeadBias):
         self.A_log, self.dt_bias = nn.Parameter(start["A_log"]), nn.Parameter(start["dt_bias"])
 
     def initial_values(self) -> dict[str, Tensor]:
-        rate = torch.empty(self.num_heads).uniform_(1.0, 16.0)
-        time_step = torch.empty(self.num_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
-        inverse_softplus = time_step + torch.log(-torch.expm1(-time_step))
-        return {"A_log": rate.log_(), "dt_bias": inverse_softplus}
+        return {"A_log": log_rates(self.num_heads), "dt_bias": time_step_bias(self.num_heads)}
 
     def forward(self, gate: Tensor) -> tuple[Tensor, Tensor]:
         time_step = F.softplus(gate + self.dt_bias)
         return time_step, -at_least_float32(self.A_log).exp() * time_step
+
+
+class DiagonalGateBias(HeadBias):
+    """The log decay [B, T, H, K] of a diagonal gate, from gate logits [B, T, H, K].
+
+        log_decay = -exp(A_log) softplus(gate + dt_bias)                        without a lower bound
+        log_decay = lower_bound sigmoid(exp(A_log) (gate + dt_bias))            with one (the safe gate)
+
+    At the start exp(A_log) [H] is as in `GateBias`, or 1 with a lower bound, and so is dt_bias [H, K].
+    """
+
+    def __init__(self, heads: HeadSizes, lower_bound: float | None) -> None:
+        super().__init__()
+        self.heads, self.lower_bound = heads, lower_bound
+        start = self.initial_values()
+        self.A_log, self.dt_bias = nn.Parameter(start["A_log"]), nn.Parameter(start["dt_bias"])
+
+    def initial_values(self) -> dict[str, Tensor]:
+        heads = self.heads.num_heads
+        rates = log_rates(heads) if self.lower_bound is None else torch.zeros(heads)
+        return {"A_log": rates, "dt_bias": time_step_bias(heads, self.heads.key_dim)}
+
+    def forward(self, gate: Tensor) -> Tensor:
+        return diagonal_log_decay(gate, self.A_log, self.dt_bias, self.lower_bound)
+
+
+def diagonal_log_decay(gate: Tensor, A_log: Tensor, dt_bias: Tensor, lower_bound: float | None) -> Tensor:
+    """Return the log decay [B, T, H, K] of Kimi Delta Attention, as `DiagonalGateBias` does, in at least float32.
+
+    A_log has H elements and dt_bias H K, in any shape.
+    """
+    heads, keys = gate.shape[-2:]
+    rate = at_least_float32(A_log).view(heads, 1).exp()
+    biased = at_least_float32(gate) + dt_bias.view(heads, keys)
+    return -rate * F.softplus(biased) if lower_bound is None else lower_bound * torch.sigmoid(rate * biased)
+
+
+def log_rates(num_heads: int) -> Tensor:
+    """Return first values of A_log [H]: the rates exp(A_log) are uniform in [1, 16]."""
+    return torch.empty(num_heads).uniform_(1.0, 16.0).log_()
+
+
+def time_step_bias(*shape: int) -> Tensor:
+    """Return first values of dt_bias: the time steps softplus(dt_bias) are log-uniform in [1e-3, 1e-1]."""
+    time_step = torch.empty(*shape).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+    return time_step + torch.log(-torch.expm1(-time_step))  # the inverse of softplus
+
+
+def low_rank(inputs: int, rank: int, outputs: int, *, bias: bool) -> nn.Sequential:
+    """Return the projection from `inputs` to `outputs` features through `rank` of them; the bias is at its end."""
+    return nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias))
 
 
 class SkipBias(HeadBias):
@@ -110,14 +158,24 @@ class Variant(nn.Module):
 
     transition: ClassVar[Literal["scalar_gate", "delta_rule"]] = "scalar_gate"
     """The transition of the state, which chooses the operator."""
+    diagonal_gate: ClassVar[bool] = False
+    """True for a decay of each key channel, False for one of each head."""
+    safe_gate: ClassVar[bool] = False
+    """True if the constructor takes `gate_lower_bound`, the least log decay of a token."""
     l2_normalize: ClassVar[bool] = False
     """True if the operator scales q and k to length 1 (delta rule only)."""
     gates_per_head: ClassVar[int] = 0
     """The number of gate logits per head that come from the hidden states."""
+    conv_kernel: ClassVar[int] = 4
+    """W, the tokens that the short convolution reads by default; 0 for no convolution and no SiLU."""
     conv_bias: ClassVar[bool] = False
     """True if the short convolution has a bias."""
     gate_before_norm: ClassVar[bool] = False
     """Output norm: True `norm(y * silu(z))` over each group's heads together, False `norm(y) * silu(z)` per head."""
+    sigmoid_gate: ClassVar[bool] = False
+    """True if the output norm's gate is sigmoid(z) in the place of silu(z)."""
+    low_rank_output_gate: ClassVar[bool] = False
+    """True if the projection to z has rank V."""
     paper_heads: ClassVar[HeadSizes]
     """The heads at the paper's hidden size of 1536."""
 

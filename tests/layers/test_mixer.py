@@ -127,12 +127,12 @@ def gradients(mixer: Mixer, x: Tensor, output: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad((output * weights).sum(), [x, *mixer.parameters()]))
 
 
-@pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])
+@pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net", "gla", "kimi_delta_attention"])
 def test_packed_is_separate_with_every_gradient(variant: str) -> None:
     mixer = tiny(variant)
     x = torch.randn(1, T, 12, dtype=torch.float64, requires_grad=True)
     cuts = [0, 1, 10, 10, 13, T]
-    packed, state = mixer(x, Packing.from_cu_seqlens(torch.tensor(cuts), T, 4), return_state=True)
+    packed, state = mixer(x, Packing.from_cu_seqlens(torch.tensor(cuts), T, mixer.conv.kernel), return_state=True)
     separate = torch.cat([mixer(x[:, a:b])[0] for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a], 1)
     torch.testing.assert_close(packed, separate, rtol=1e-11, atol=1e-12)
     assert state is not None and state.fenwick.position.tolist() == [1, 9, 0, 3, 24]
@@ -264,14 +264,15 @@ def test_negative_eigenvalues_need_the_delta_rule() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_mixer_without_a_gate_has_none_of_its_parameters(variant: str) -> None:
-    """Its output is that of a mixer with a gate whose silu(z) is 1 everywhere."""
+    """Its output is that of a mixer with a gate whose silu(z) or sigmoid(z) is 1 everywhere."""
     gated, bare = tiny(variant), tiny(variant, output_gate=False)
-    one = 1.2784645427610738  # silu of this number is 1
+    one = 40.0 if gated.variant.sigmoid_gate else 1.2784645427610738  # the gate of this number is 1
     weights = gated.state_dict()
-    weights["in_proj.weight"] = weights["in_proj.weight"][gated.value_width :]
+    weights["in_proj.weight"] = weights["in_proj.weight"][gated.gate_width :]
+    weights.pop("gate_up.weight", None)
     bare.load_state_dict(weights)
     project = gated._project
     gated._project = lambda x: (torch.full_like(project(x)[0], one), *project(x)[1:])
     x = torch.randn(2, T, 12, dtype=torch.float64)
     torch.testing.assert_close(bare(x)[0], gated(x)[0])
-    assert bare.in_proj.out_features == gated.in_proj.out_features - 4 * 5
+    assert bare.in_proj.out_features == gated.in_proj.out_features - gated.gate_width and bare.gate_up is None

@@ -18,12 +18,12 @@ from tests.upgrades.tiny import original
 
 REQUIRED = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_levels", "num_heads", "key_dim", "head_dim"),
-    *("conv_kernel", "loss_chunk_size"),
+    "loss_chunk_size",
 )
 OPTIONAL = ("num_groups", "num_attention_heads", "num_key_value_heads", "attention_head_dim")
 OTHERS = (
     *("intermediate_size", "chunk_size", "radix", "finest_block", "largest_block", "decode_top_k"),
-    *("bos_token_id", "pad_token_id"),
+    *("conv_kernel", "bos_token_id", "pad_token_id"),
 )
 MISTAKES = [
     *[({name: 2.5}, f"{name} must be an integer of at least 1, got 2.5") for name in REQUIRED + OPTIONAL],
@@ -31,6 +31,7 @@ MISTAKES = [
     *[({name: None}, f"{name} must be an integer of at least 1, got None") for name in REQUIRED],
     ({"vocab_size": "40"}, "vocab_size must be an integer of at least 1, got '40'"),
     ({"intermediate_size": 24.0}, "intermediate_size must be an integer of at least 0, got 24.0"),
+    ({"conv_kernel": True}, "conv_kernel must be an integer of at least 0, got True"),
     ({"chunk_size": True}, "chunk_size must be a power of two, got True"),
     ({"chunk_size": 4.0}, "chunk_size must be a power of two, got 4.0"),
     ({"radix": 2.0}, "radix must be a power of two of at least 2, got 2.0"),
@@ -46,6 +47,7 @@ MISTAKES = [
     ({"initializer_range": True}, "initializer_range must be a number, got True"),
     ({"output_gate": "no"}, "output_gate must be True or False, got 'no'"),
     ({"negative_eigenvalues": 1}, "negative_eigenvalues must be True or False, got 1"),
+    ({"variant": "kimi_delta_attention", "gate_lower_bound": True}, "gate_lower_bound must be a number, got True"),
     ({"layer_types": 2}, "layer_types must be a list of linear_attention and full_attention, got 2"),
 ]
 

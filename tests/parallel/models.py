@@ -87,6 +87,8 @@ MODELS = {
         Model("gated_delta_net", options=GDN),
         Model("mamba2_packed", options={"num_levels": 4}, documents=(0, 2, 29, 30, 57, 61)),
         Model("gated_delta_net_packed", options=GDN, documents=(0, 40, 41, 61)),
+        Model("gla", options={"variant": "gla"}, ranks=(3,)),
+        Model("kimi_delta_attention", options={**GDN, "variant": "kimi_delta_attention"}, ranks=(2,)),
         Model("short_slices", 13, options={**GDN, "chunk_size": 2, "conv_kernel": 6}),
         Model("short", 5, options={"conv_kernel": 1}),
         Model("checkpointed", options={**GDN, "radix": 4, "finest_block": 4}, prepare=checkpointed, ranks=(2,)),

@@ -34,7 +34,8 @@ def test_gates_have_their_range_and_at_least_float32(name: str, dtype: torch.dty
     operands = variant(*inputs(dtype))
     wide = torch.promote_types(dtype, torch.float32)
     if operands.log_decay is not None:
-        assert operands.log_decay.shape == (2, 5, 4) and operands.log_decay.dtype == wide
+        assert operands.log_decay.shape == ((2, 5, 4, 8) if variant.diagonal_gate else (2, 5, 4))
+        assert operands.log_decay.dtype == wide
         assert operands.log_decay.max() <= 0
     assert (operands.beta is None) == (variant.transition == "scalar_gate")
     if operands.beta is not None:
@@ -44,7 +45,8 @@ def test_gates_have_their_range_and_at_least_float32(name: str, dtype: torch.dty
 
 
 def test_the_delta_rules_alone_ask_for_keys_of_length_one() -> None:
-    assert {name for name, variant in VARIANTS.items() if variant.l2_normalize} == {"delta_net", "gated_delta_net"}
+    delta_rules = {"delta_net", "gated_delta_net", "kimi_delta_attention"}
+    assert {name for name, variant in VARIANTS.items() if variant.l2_normalize} == delta_rules
 
 
 def test_retnet_decays_are_the_papers() -> None:
