@@ -1,4 +1,4 @@
-"""Language models of long texts: the data, nine kinds of model, and their loss with far text and without it.
+"""Language models of long texts: the data, ten kinds of model, and their loss with far text and without it.
 
 python -m experiments.long_text prepare
 python -m experiments.long_text run --kind log_linear --out runs/long_text/log_linear --minutes 9

@@ -1,4 +1,4 @@
-"""Retrieval from long text: nine models of one size, trained at 2,048 tokens and tested within and past that length.
+"""Retrieval from long text: ten models of one size, trained at 2,048 tokens and tested within and past that length.
 
 python -m experiments.needle prepare
 python -m experiments.needle run --kind log_linear --out runs/needle/log_linear --minutes 9

@@ -1,4 +1,4 @@
-"""Models to compare: nine with one size, one variant and one number of parameters.
+"""Models to compare: ten with one size, one variant and one number of parameters.
 
 They differ in the way they read the past (KINDS).
 """
@@ -20,6 +20,7 @@ KINDS = (
     "jittered",
     "capped",
     "routed",
+    "selective",
     "hybrid",
     "transformer",
 )
@@ -29,7 +30,7 @@ ATTENTION_PERIOD, ATTENTION_PLACE = 6, 3  # a hybrid's full attention: the fourt
 ROUTED = dict(radix=16, finest_block=64, routing="gram", num_levels=31)
 # These kinds learn to read what is TIMES as far back as their training sequences reach: each sequence starts at a
 # random position of the tree, so every level and every column of a routed read occurs in training.
-JITTERED, TIMES = ("jittered", "routed"), 8
+JITTERED, TIMES = ("jittered", "routed", "selective"), 8
 # The training that all experiments share. A miniature takes minutes on two CPU cores and shows only that all works.
 TRAINING = dict(
     batch_tokens=131_072,
@@ -59,6 +60,7 @@ RATES = {  # of long texts, and of needles but for NEEDLE_RATES: the best of see
     "jittered": 4e-3,  # that of log_linear, not searched
     "capped": 4e-3,  # after 1,800 steps of the search; no result yet
     "routed": 4e-3,  # that of the log-linear models; the search came later
+    "selective": 4e-3,  # that of routed; no result yet
     "hybrid": 4e-3,
     "transformer": 1e-3,
 }
@@ -125,8 +127,8 @@ def model_of_kind(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
     `base` is the log-linear model with all levels of its training sequences. It must name num_levels, key_dim,
     hidden_size, num_hidden_layers and intermediate_size. `linear` has one level; `linear_states4` and
     `log_linear_states4` have keys STATES times as wide; `jittered` has the levels of TIMES as many tokens, `capped`
-    CAPPED_BY fewer levels, and `routed` the routed read ROUTED. `hybrid` has full attention in one layer of six, and at
-    least in one; `transformer` has it in all. The width of the SwiGLU layers, in steps of WIDTH_STEP, brings each model
+    CAPPED_BY fewer levels, and `routed` the routed read ROUTED; `selective` also weighs its keys. `hybrid` has full
+    attention in one layer of six, and at least in one; `transformer` has it in all. The width of the SwiGLU layers, in steps of WIDTH_STEP, brings each model
     to the number of parameters of `base`.
     """
     layers = base["num_hidden_layers"]
@@ -140,6 +142,7 @@ def model_of_kind(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
         "jittered": {"num_levels": base["num_levels"] + num_levels(TIMES) - 1},
         "capped": {"num_levels": base["num_levels"] - CAPPED_BY},
         "routed": ROUTED,
+        "selective": {**ROUTED, "routing": "selective_gram"},
         "hybrid": {"layer_types": hybrid},
         "transformer": {"layer_types": ["full_attention"] * layers},
     }

@@ -1,4 +1,4 @@
-"""Language modelling of long texts at the byte level: nine models of 5.2 M parameters, and an earlier round of 13.3 M.
+"""Language modelling of long texts at the byte level: ten models of 5.2 M parameters, and an earlier round of 13.3 M.
 
 `experiments.long_text` prepares the data, trains the models and evaluates them.
 """

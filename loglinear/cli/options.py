@@ -82,6 +82,7 @@ class Routing(str, Enum):
 
     none = "none"
     gram = "gram"
+    selective_gram = "selective_gram"
 
     @property
     def score(self) -> str | None:
@@ -90,7 +91,8 @@ class Routing(str, Enum):
 
 
 OneRouting = Annotated[
-    Routing, option("none", "'gram' for weights that also depend on what the buckets hold, or 'none'.")
+    Routing,
+    option("none", "'gram' or 'selective_gram' for weights that also depend on what the buckets hold, or 'none'."),
 ]
 
 

@@ -93,7 +93,7 @@ class Mixer(TokenMixer):
         self.level_scales: LevelScales | None = None
         self.bucket_weights: BucketWeights | None = None
         if routing is not None:
-            self.bucket_weights = BucketWeights(hidden_size, heads.num_heads, num_levels, routing.checked().tau)
+            self.bucket_weights = BucketWeights(hidden_size, heads, num_levels, routing)
             self.set_decode_top_k(routing.top_k)
         elif num_levels > 1:
             self.level_scales = LevelScales(hidden_size, heads.num_heads, num_levels, lambda_form, finest_block)

@@ -7,10 +7,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from loglinear.layers.key_weights import KeyWeights
 from loglinear.layers.level_scales import ZeroLinear
-from loglinear.variants.base import HeadBias, at_least_float32
+from loglinear.variants.base import HeadBias, HeadSizes, at_least_float32
 
-Score = Literal["gram"]
+Score = Literal["gram", "selective_gram"]
 SHARPNESS = 4.0  # factor of tau, which then learns as fast as with a learning rate that many times as large
 
 
@@ -21,7 +22,7 @@ class Routing(NamedTuple):
     """
 
     score: str = "gram"
-    """The score of a bucket; "gram" is that of `loglinear.ops.bucket_scores`."""
+    """The score of a bucket: "gram" is that of `loglinear.ops.bucket_scores`, "selective_gram" that of `KeyWeights`."""
     tau: float = 1.0
     """The value of tau, the factor of the score, at the start. 0: the model starts as the linear model.
 
@@ -84,34 +85,46 @@ class BucketWeights(nn.Module):
     n_t is the number of buckets that hold a token. Over these the weights have mean one; empty buckets have the weight
     0. W and the bias start at zero. If tau is zero too, every weight is exactly 1: the model is the linear model.
 
-    The layer `proj` holds W [H L, D] and the bias [H L], and `score_bias` holds tau [H].
+    The layer `proj` holds W [H L, D] and the bias [H L], and `score_bias` holds tau [H]. `key_weights` holds the
+    weights of keys in the score "selective_gram".
 
     Args:
         hidden_size: D.
-        num_heads: H.
+        heads: The heads of the layer.
         num_columns: L, at least 2.
-        tau: The value of tau at the start.
+        routing: The score, and the value of tau at the start.
 
     Raises:
-        ValueError: Fewer than 2 columns.
+        ValueError: Fewer than 2 columns, or a choice that is not allowed.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, num_columns: int, tau: float = 1.0) -> None:
+    def __init__(self, hidden_size: int, heads: HeadSizes, num_columns: int, routing: Routing) -> None:
         super().__init__()
         if num_columns < 2:
             raise ValueError(f"num_columns must be at least 2 (with one bucket its weight is 1), got {num_columns}")
-        self.shape = (num_heads, num_columns)
-        self.proj = ZeroLinear(hidden_size, num_heads * num_columns)
-        self.score_bias = ScoreBias(num_heads, tau)
+        self.shape = (heads.num_heads, num_columns)
+        self.proj = ZeroLinear(hidden_size, heads.num_heads * num_columns)
+        self.score_bias = ScoreBias(heads.num_heads, routing.checked().tau)
+        self.sums = {"groups": heads.num_groups, "key_dim": heads.key_dim}  # of the call of `bucket_scores`
+        self.key_weights: KeyWeights | None = None
+        if routing.score == "selective_gram":
+            self.key_weights = KeyWeights(hidden_size, heads.num_groups, heads.key_dim)
+            self.sums = self.key_weights.sums
+
+    def operands(self, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries and keys of the call of `bucket_scores`, for the layer's q and k [B, T, G, K]."""
+        return (q, k) if self.key_weights is None else self.key_weights.operands(x, q, k)
 
     def forward(self, x: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
         """Return the weights.
 
         Args:
             x: [B, T, D], the hidden states.
-            scores: [B, T, G, L], of `loglinear.ops.bucket_scores`.
+            scores: [B, T, G, L], of `loglinear.ops.bucket_scores` with the `operands`.
             tokens: [B or 1, T, L], the tokens of the buckets.
         """
+        if self.key_weights is not None:
+            scores = self.key_weights.scores(scores, tokens)
         a = at_least_float32(self.proj(x)).unflatten(-1, self.shape) + self.score_bias(scores)
         return normalized(a, tokens)
 

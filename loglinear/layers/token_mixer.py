@@ -126,6 +126,7 @@ class TokenMixer(nn.Module):
         else:
             q, k = tensors[:2]
             assert q is not None and k is not None  # only gates can be None
+            q, k = self.bucket_weights.operands(x, q, k)
             tree: dict[str, Any] = dict(num_columns=self.num_levels, partition=self.partition, impl=self.impl)
             if slices is not None:
                 found = slices.scores(q, k, **tree)
@@ -171,19 +172,27 @@ class TokenMixer(nn.Module):
     def empty_state(self, rows: int, x: Tensor, position: Tensor | None = None) -> MixerState:
         """Return the state of sequences without a token, for inputs like `x`; without a position they start at 0."""
         heads = self.heads
-        shared: dict[str, Any] = dict(groups=heads.num_groups, key_dim=heads.key_dim, partition=self.partition)
-        shared |= dict(position=position, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        shared: dict[str, Any] = dict(
+            partition=self.partition,
+            position=position,
+            dtype=torch.promote_types(x.dtype, torch.float32),
+            device=x.device,
+        )
         fenwick = empty_state(
             rows,
             num_levels=self.num_levels,
             chunk_size=self.chunk_size,
+            groups=heads.num_groups,
+            key_dim=heads.key_dim,
             heads=heads.num_heads,
             value_dim=heads.head_dim,
             delta_rule=self.transition == "delta_rule",
             diagonal_gate=self.diagonal_gate,
             **shared,
         )
-        sums = None if self.bucket_weights is None else zero_sums(rows, num_columns=self.num_levels, **shared)
+        sums = None
+        if self.bucket_weights is not None:
+            sums = zero_sums(rows, num_columns=self.num_levels, **self.bucket_weights.sums, **shared)
         return MixerState(x.new_zeros(rows, self.conv.kernel - 1, self.conv.channels), fenwick, sums)
 
     def set_decode_top_k(self, top_k: int | None) -> None:
@@ -211,7 +220,8 @@ class TokenMixer(nn.Module):
             L, impl = self.num_levels, self.impl
             # If the operator raises, no part of the state may have changed.
             check_step(*tokens, num_levels=L, state=state.decode, active=active, impl=impl)
-            scores, counts = bucket_scores_step(q, k, state.sums, num_columns=L, active=active, impl=impl)
+            asked, keys = (t[:, 0] for t in self.bucket_weights.operands(x, q[:, None], k[:, None]))
+            scores, counts = bucket_scores_step(asked, keys, state.sums, num_columns=L, active=active, impl=impl)
             weights = keep_largest(self.bucket_weights(x, scores[:, None], counts[:, None]), self.decode_top_k)
         options = self._options | dict(active=active, sparse=self.decode_top_k is not None)
         y = self.operator_step(*tokens, weights[:, 0], state.decode, **options)

@@ -86,7 +86,8 @@ class LogLinearConfig(PreTrainedConfig):
         radix: r, the blocks that join into one; see `loglinear.partition`. 2: as published.
         largest_block: Tokens of the largest block; older blocks of this size stay apart. None: blocks grow.
         routing: "gram" for the routed read, whose weights depend on what the buckets hold; see `BucketWeights`. Then
-            lambda_form has no meaning. None: lambda depends on the token alone, as published.
+            lambda_form has no meaning. "selective_gram": the same with learned weights of the keys in the scores; see
+            `KeyWeights`. None: lambda depends on the token alone, as published.
         routing_tau: The factor of the score in the weights of the routed read at the start, at least 0. 0: the model
             starts as the linear model.
         decode_top_k: The buckets that a decode step of the routed read weights in each head, besides the token's own

@@ -147,10 +147,13 @@ def is_transformed() -> bool:
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+UNIT_EPSILON = 1e-6  # of `unit_length`
+
+
 def unit_length(x: Tensor) -> Tensor:
     """Return x / sqrt(|x|^2 + 1e-6) along the last dimension, computed in at least float32.
 
     The epsilon is that of flash-linear-attention.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + UNIT_EPSILON)).to(x.dtype)

@@ -43,11 +43,18 @@ def dense_tokens_TL(length: int, num_columns: int, partition: Partition = FENWIC
 
 
 def dense_bucket_scores(
-    q: Tensor, k: Tensor, num_columns: int, partition: Partition = FENWICK, start: int = 0
+    q: Tensor,
+    k: Tensor,
+    num_columns: int,
+    partition: Partition = FENWICK,
+    start: int = 0,
+    key_weights: Tensor | None = None,
 ) -> Tensor:
-    """Return the scores [G, T, L] of q, k [G, T, K] of length 1, token by token."""
+    """Return the scores [G, T, L] of q, k [G, T, K] of length 1, token by token; each key counts key_weights [G, T]."""
     G, T, K = q.shape
     matches = ((q @ k.mT).square() - 1 / K).tril()
+    if key_weights is not None:
+        matches = matches * key_weights[:, None]
     index_TT = index_matrix_TT(T, num_columns, partition, start).to(q.device)
     sums = q.new_zeros(G, T, num_columns).scatter_add(2, index_TT.expand(G, T, T), matches)
     return torch.cat([torch.zeros_like(sums[..., :1]), sums[..., 1:]], -1)

@@ -68,7 +68,7 @@ def upgrade(
         radix: r, the blocks that join into one.
         finest_block: The tokens of each aligned block of this size share one weight.
         largest_block: Tokens of the largest block.
-        routing: "gram" for the routed read. None: the weights depend on the token alone.
+        routing: "gram" or "selective_gram" for the routed read. None: the weights depend on the token alone.
         routing_tau: The factor of the score at the start, at least 0. The model is unchanged at 0 alone.
         chunk_size: C, tokens per chunk of the algorithm.
         impl: The implementation of the operators.

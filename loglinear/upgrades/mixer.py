@@ -74,7 +74,7 @@ class UpgradedMixer(TokenMixer):
         width, routing = theirs.hidden_size, choices.routing_choices
         with torch.inference_mode(False), theirs.conv1d.weight.device:  # whatever the caller's contexts say
             if routing is not None:
-                theirs.bucket_weights = BucketWeights(width, heads.num_heads, choices.num_levels, routing.tau)
+                theirs.bucket_weights = BucketWeights(width, heads, choices.num_levels, routing)
                 theirs.set_decode_top_k(routing.top_k)
             else:
                 theirs.level_scales = LevelScales(

@@ -22,15 +22,20 @@ from loglinear.reference import (
 from loglinear.variants import HeadSizes
 
 HIDDEN, HEADS = 12, HeadSizes(num_heads=4, num_groups=2, key_dim=5, head_dim=3)
+TWO_HEADS = HeadSizes(num_heads=2, num_groups=1, key_dim=5, head_dim=3)
 PARTITIONS = [Partition(2, 16), Partition(4, 16), Partition(16, 16), Partition(4, 4), Partition(4, 4, 16)]
 every_partition = pytest.mark.parametrize("partition", PARTITIONS, ids=str)
-both_families = pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])
+SELECTIVE = ", selective"  # after a variant: the score "selective_gram"
+both_families = pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net", f"mamba2{SELECTIVE}"])
 
 
 def routed(variant: str, partition: Partition, num_levels: int = 6, **options) -> Mixer:
     torch.manual_seed(0)
-    choices = dict(variant=variant, num_levels=num_levels, partition=partition, routing=Routing(), chunk_size=16)
-    mixer = Mixer(HIDDEN, HEADS, **choices | options).double()
+    routing = options.pop("routing", Routing())
+    if variant.endswith(SELECTIVE):
+        routing = routing._replace(score="selective_gram")
+    choices = dict(variant=variant.removesuffix(SELECTIVE), num_levels=num_levels, partition=partition, chunk_size=16)
+    mixer = Mixer(HIDDEN, HEADS, routing=routing, **choices | options).double()
     for p in mixer.bucket_weights.parameters():
         torch.nn.init.normal_(p, std=0.5)
     return mixer
@@ -59,7 +64,12 @@ def dense_output(mixer: Mixer, x: Tensor, top_k: int | None = None, start: int =
     qkv, _ = mixer.conv(qkv, None, None)
     tensors, v = mixer._operands(x, qkv)
     q, k, values, log_decay, *beta = (t[0].transpose(0, 1) for t in tensors)
-    scores = dense_bucket_scores(unit_length(q), unit_length(k), mixer.num_levels, mixer.partition, start)
+    weights_of_keys = None
+    if mixer.bucket_weights.key_weights is not None:
+        weights_of_keys = (mixer.bucket_weights.key_weights.proj(x)[0].T + 2).sigmoid()
+    scores = dense_bucket_scores(
+        unit_length(q), unit_length(k), mixer.num_levels, mixer.partition, start, weights_of_keys
+    )
     R, layer = HEADS.num_heads // HEADS.num_groups, mixer.bucket_weights
     logits, sharpness = layer.proj(x)[0].unflatten(-1, layer.shape).transpose(0, 1), SHARPNESS * layer.score_bias.tau
     weights = dense_routed_weights(logits, scores, sharpness, mixer.partition, start)
@@ -87,7 +97,7 @@ def test_the_mixer_is_the_definition_with_every_gradient(variant: str, partition
 def test_without_weights_it_is_the_linear_model(variant: str) -> None:
     mixer, linear = (
         routed(variant, Partition(16, 16), 20),
-        Mixer(HIDDEN, HEADS, variant=variant, num_levels=1).double(),
+        Mixer(HIDDEN, HEADS, variant=variant.removesuffix(SELECTIVE), num_levels=1).double(),
     )
     for p in mixer.bucket_weights.parameters():
         torch.nn.init.zeros_(p)
@@ -99,19 +109,19 @@ def test_without_weights_it_is_the_linear_model(variant: str) -> None:
 
 @pytest.mark.parametrize("tokens", [[1, 0, 0, 0], [16, 16, 16, 0], [3, 16, 0, 256], [7] * 4], ids=str)
 def test_equal_numbers_give_exactly_one(tokens: list[int]) -> None:
-    weights = BucketWeights(6, 2, 4, tau=0.0)
+    weights = BucketWeights(6, TWO_HEADS, 4, Routing(tau=0.0))
     scores = 100 * torch.randn(1, 5, 1, 4)
     w = weights(torch.randn(1, 5, 6), scores, torch.tensor(tokens).expand(1, 5, 4))
     assert torch.equal(w, (torch.tensor(tokens) > 0).float().expand(1, 5, 2, 4))
 
 
 def test_the_start() -> None:
-    weights = BucketWeights(6, 2, 4)
+    weights = BucketWeights(6, TWO_HEADS, 4, Routing())
     assert (
         weights.score_bias.tau.tolist() == [1.0, 1.0] and not weights.proj.weight.any() and not weights.proj.bias.any()
     )
-    assert BucketWeights(6, 2, 4, tau=0.5).score_bias.initial_values()["tau"].tolist() == [0.5, 0.5]
-    narrow = BucketWeights(6, 2, 4).bfloat16()
+    assert BucketWeights(6, TWO_HEADS, 4, Routing(tau=0.5)).score_bias.initial_values()["tau"].tolist() == [0.5, 0.5]
+    narrow = BucketWeights(6, TWO_HEADS, 4, Routing()).bfloat16()
     w = narrow(torch.randn(1, 3, 6).bfloat16(), torch.randn(1, 3, 1, 4), torch.ones(1, 3, 4, dtype=torch.long))
     assert w.dtype == torch.float32
 
@@ -323,7 +333,7 @@ def test_mistakes_are_one_line() -> None:
             lambda: MixerDecodeState.of(without).copy_(MixerState(*with_sums)),
         ),
         (
-            "routing must be one of gram or None, got 'keys'",
+            "routing must be one of gram, selective_gram or None, got 'keys'",
             lambda: routed("mamba2", Partition(4), routing=Routing("keys")),
         ),
         ("routing_tau must be a finite number of at least 0, got nan", lambda: Routing(tau=float("nan")).checked()),
@@ -345,7 +355,10 @@ def test_mistakes_are_one_line() -> None:
             "loglinear.models.set_decode_top_k(model, None) to train",
             lambda: routed("mamba2", Partition(4, 4), routing=Routing(top_k=2))(x),
         ),
-        ("num_columns must be at least 2 (with one bucket its weight is 1), got 1", lambda: BucketWeights(6, 2, 1)),
+        (
+            "num_columns must be at least 2 (with one bucket its weight is 1), got 1",
+            lambda: BucketWeights(6, TWO_HEADS, 1, Routing()),
+        ),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
             call()

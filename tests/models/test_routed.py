@@ -28,7 +28,7 @@ MISTAKES = [
         dict(radix=4, finest_block=4, largest_block=32),
         "largest_block must be finest_block = 4 times a power of radix = 4, got 32",
     ),
-    (dict(routing="keys"), "routing must be one of gram or None, got 'keys'"),
+    (dict(routing="keys"), "routing must be one of gram, selective_gram or None, got 'keys'"),
     (dict(routing="gram", num_levels=1), "routing needs num_levels of at least 2, got 1"),
     (dict(routing="gram", routing_tau=float("inf")), "routing_tau must be a finite number of at least 0, got inf"),
     (dict(routing="gram", routing_tau=-1.0), "routing_tau must be a finite number of at least 0, got -1.0"),
@@ -105,6 +105,8 @@ def test_state_bytes_are_those_of_a_cache(make_model, options: dict) -> None:
     assert state_bytes(model.config, 37, torch.float32) == cache.nbytes - history
     linear = tiny_config(**{**options, "routing": None})
     G, K, f, M = model.config.num_groups, 6, 4, model.config.num_levels - 1
+    if options["routing"] == "selective_gram":
+        G, K = 2 * G, K + 16
     layers = model.config.layer_types.count("linear_attention")
     sums = layers * (16 + 4 * (M * G * K * K + f * (2 * G * K + G)))
     assert state_bytes(model.config, 37, torch.float32) - state_bytes(linear, 37, torch.float32) == sums

@@ -35,7 +35,13 @@ def tiny_config(**options) -> LogLinearConfig:
 HYBRID = {"variant": "gated_delta_net", "layer_types": [LINEAR, FULL]}
 TRANSFORMER = {"layer_types": [FULL, FULL]}
 ROUTED = {"radix": 4, "finest_block": 4, "routing": "gram"}  # tau starts at 1, so results depend on the buckets
-ROUTED_DELTA = {**ROUTED, "variant": "gated_delta_net", "largest_block": 4, "num_levels": 8}
+ROUTED_DELTA = {
+    **ROUTED,
+    "routing": "selective_gram",
+    "variant": "gated_delta_net",
+    "largest_block": 4,
+    "num_levels": 8,
+}
 NO_GATE = {"variant": "delta_net", "output_gate": False, "negative_eigenvalues": True, "mixer_norm_eps": 1e-2}
 KINDS = pytest.mark.parametrize(
     "options",
