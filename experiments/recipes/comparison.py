@@ -128,8 +128,8 @@ def model_of_kind(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
     hidden_size, num_hidden_layers and intermediate_size. `linear` has one level; `linear_states4` and
     `log_linear_states4` have keys STATES times as wide; `jittered` has the levels of TIMES as many tokens, `capped`
     CAPPED_BY fewer levels, and `routed` the routed read ROUTED; `selective` also weighs its keys. `hybrid` has full
-    attention in one layer of six, and at least in one; `transformer` has it in all. The width of the SwiGLU layers, in steps of WIDTH_STEP, brings each model
-    to the number of parameters of `base`.
+    attention in one layer of six, and at least in one; `transformer` has it in all. The width of the SwiGLU layers, in
+    steps of WIDTH_STEP, brings each model to the number of parameters of `base`.
     """
     layers = base["num_hidden_layers"]
     place = min(ATTENTION_PLACE, layers - 1)
