@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,7 +43,7 @@ class KeyWeights(nn.Module):
         self.proj = ZeroLinear(hidden_size, num_groups)
 
     @property
-    def sums(self) -> dict[str, int]:
+    def sums(self) -> dict[str, Any]:
         """The groups and the key dimension of the call of `bucket_scores`."""
         return {"groups": 2 * self.groups, "key_dim": self.key_dim + PADDING}
 

@@ -105,7 +105,10 @@ class BucketWeights(nn.Module):
         self.shape = (heads.num_heads, num_columns)
         self.proj = ZeroLinear(hidden_size, heads.num_heads * num_columns)
         self.score_bias = ScoreBias(heads.num_heads, routing.checked().tau)
-        self.sums = {"groups": heads.num_groups, "key_dim": heads.key_dim}  # of the call of `bucket_scores`
+        self.sums: dict[str, Any] = {
+            "groups": heads.num_groups,
+            "key_dim": heads.key_dim,
+        }  # of the call of `bucket_scores`
         self.key_weights: KeyWeights | None = None
         if routing.score == "selective_gram":
             self.key_weights = KeyWeights(hidden_size, heads.num_groups, heads.key_dim)
