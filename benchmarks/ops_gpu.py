@@ -22,8 +22,8 @@ from torch import Tensor
 from benchmarks.machine import announce
 from loglinear.cli.console import print_table
 from loglinear.fenwick import num_levels
-from loglinear.layers.routing import normalized
-from loglinear.ops import bucket_scores, log_linear_attention, log_linear_delta_rule
+from loglinear.layers.routing import SHARPNESS
+from loglinear.ops import bucket_scores, bucket_tokens, log_linear_attention, log_linear_delta_rule, routed_weights
 from loglinear.partition import FENWICK, Partition
 
 SECONDS = 0.25  # of device time for one number, with at least MIN_RUNS runs
@@ -163,7 +163,7 @@ def routed_candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor]
     """Return the scores, and the read with them (scores, weights, operator), by both implementations of the scores.
 
     The operator alone, with the same columns, is in between. All operators are kernels. The weights come from eager
-    torch operators, or compiled, as in the compiled blocks of a model.
+    torch operators, compiled ones, or kernels, which models take. The kernels' weights are also measured alone.
     """
     found: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {}
     for p in ROUTED:
@@ -173,9 +173,19 @@ def routed_candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor]
         for impl, owner in (("triton", "loglinear"), ("torch", "scores in torch")):
             found[f"{owner}, {name}: scores"] = partial(scores, p, inputs[-1].shape[3], impl), inputs[:2]
             found[f"{owner}, {name}: routed read"] = partial(routed_read, s, p, impl, weights), inputs
-        compiled = partial(routed_read, s, p, "triton", compiled_weights)
-        found[f"loglinear, {name}: routed read, compiled weights"] = compiled, inputs
+        for kind, weigh in (("compiled", compiled_weights), ("kernel", kernel_weights)):
+            read = partial(routed_read, s, p, "triton", weigh)
+            found[f"loglinear, {name}: routed read, {kind} weights"] = read, inputs
+        found[f"loglinear, {name}: kernel weights"] = weights_alone(p, *inputs[:2], inputs[-1])
     return found
+
+
+def weights_alone(p: Partition, q: Tensor, k: Tensor, logits: Tensor) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Return the kernels' weights as a function of logits and scores, and these."""
+    T, L = logits.shape[1], logits.shape[3]
+    tokens = bucket_tokens(torch.arange(T, device=q.device)[None], num_columns=L, partition=p)
+    leaves = [logits, scores(p, L, "auto", q, k)]
+    return lambda logits, found: kernel_weights(logits, found, tokens), leaves
 
 
 def scores(p: Partition, num_columns: int, impl: str, q: Tensor, k: Tensor) -> Tensor:
@@ -183,13 +193,14 @@ def scores(p: Partition, num_columns: int, impl: str, q: Tensor, k: Tensor) -> T
     return bucket_scores(q, k, num_columns=num_columns, partition=p, impl=impl).scores
 
 
-def weights(logits: Tensor, found: Tensor, tokens: Tensor) -> Tensor:
-    """Return the weights of the buckets, with a sharpness of 4."""
-    groups = found.shape[2]
-    return normalized(logits.float() + 4 * found.repeat_interleave(logits.shape[2] // groups, 2), tokens)
+def weights(logits: Tensor, found: Tensor, tokens: Tensor, impl: str = "torch") -> Tensor:
+    """Return the weights of the buckets, with tau = 1 and its gradient."""
+    tau = logits.new_ones(logits.shape[2], dtype=torch.float32).requires_grad_(torch.is_grad_enabled())
+    return routed_weights(logits, found, tokens, tau, sharpness=SHARPNESS, impl=impl)
 
 
 compiled_weights = torch.compile(weights)
+kernel_weights = partial(weights, impl="triton")
 
 
 def routed_read(s: Shape, p: Partition, impl: str, weigh: Callable[..., Tensor], *leaves: Tensor) -> Tensor:
@@ -267,7 +278,7 @@ def figures(function: Callable[..., Tensor], leaves: list[Tensor], graph: bool) 
 def check(s: Shape) -> float:
     """Return ||output - float64|| / ||float64|| at T 2,048 with at most four heads and groups. Exits if it is large.
 
-    With `routed` the output is the scores.
+    With `routed` the outputs are the scores and the weights, and the larger error counts.
     """
     few = Shape(s.name, 1, min(4, s.H), min(4, s.G), s.K, s.V, (), delta=s.delta, routed=s.routed, diagonal=s.diagonal)
     inputs = make_inputs(few, 2048, 12)
@@ -275,8 +286,12 @@ def check(s: Shape) -> float:
     if s.routed:
         inputs = inputs[:2]
         kernels, torch_ = (partial(scores, ROUTED[1], 12, impl) for impl in ("triton", "torch"))
-    exact = torch_(*(x.double() for x in inputs))
-    error = float((kernels(*inputs).double() - exact).norm() / exact.norm())
+    pairs = [(kernels(*inputs), torch_(*(x.double() for x in inputs)))]
+    if s.routed:
+        weigh, leaves = weights_alone(ROUTED[1], *inputs, make_inputs(few, 2048, 12)[-1])
+        tokens = bucket_tokens(torch.arange(2048, device="cuda")[None], num_columns=12, partition=ROUTED[1])
+        pairs.append((weigh(*leaves), weights(*(x.double() for x in leaves), tokens)))
+    error = max(float((found.double() - exact).norm() / exact.norm()) for found, exact in pairs)
     if not error < BF16_BUDGET[s.delta]:
         raise SystemExit(f"{s.name} is wrong: relative error {error:.1e}; nothing was timed")
     return error

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loglinear.ops import log_linear_attention_step as log_linear_attention_step
     from loglinear.ops import log_linear_delta_rule as log_linear_delta_rule
     from loglinear.ops import log_linear_delta_rule_step as log_linear_delta_rule_step
+    from loglinear.ops import routed_weights as routed_weights
     from loglinear.upgrades import UpgradeReport as UpgradeReport
     from loglinear.upgrades import load_upgrade as load_upgrade
     from loglinear.upgrades import new_parameters as new_parameters
@@ -43,6 +44,7 @@ __all__ = [
     "log_linear_attention_step",
     "log_linear_delta_rule",
     "log_linear_delta_rule_step",
+    "routed_weights",
 ]
 
 UPGRADES = ("UpgradeReport", "load_upgrade", "new_parameters", "save_upgrade", "upgrade")

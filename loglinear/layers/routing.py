@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from loglinear.layers.key_weights import KeyWeights
 from loglinear.layers.level_scales import ZeroLinear
-from loglinear.variants.base import HeadBias, HeadSizes, at_least_float32
+from loglinear.ops import routed_weights
+from loglinear.variants.base import HeadBias, HeadSizes
 
 Score = Literal["gram", "selective_gram"]
 SHARPNESS = 4.0  # factor of tau, which then learns as fast as with a learning rate that many times as large
@@ -62,7 +63,10 @@ def keep_largest(weights: Tensor, top_k: int | None) -> Tensor:
 
 
 class ScoreBias(HeadBias):
-    """The scores times SHARPNESS * tau: [B, T, G, L] -> [B, T, H, L]. tau [H] starts at one value."""
+    """The weights [B, T, H, L] from logits, and from scores times SHARPNESS * tau. tau [H] starts at one value.
+
+    The arguments of its `forward` are those of `loglinear.ops.routed_weights`.
+    """
 
     def __init__(self, num_heads: int, start: float) -> None:
         super().__init__()
@@ -72,9 +76,8 @@ class ScoreBias(HeadBias):
     def initial_values(self) -> dict[str, Tensor]:
         return {"tau": torch.full((self.num_heads,), float(self.start))}
 
-    def forward(self, scores: Tensor) -> Tensor:
-        sharpness = SHARPNESS * at_least_float32(self.tau).view(scores.shape[2], -1, 1)
-        return (scores.unsqueeze(3) * sharpness).flatten(2, 3)
+    def forward(self, logits: Tensor, scores: Tensor, tokens: Tensor, impl: str) -> Tensor:
+        return routed_weights(logits, scores, tokens, self.tau, sharpness=SHARPNESS, impl=impl)
 
 
 class BucketWeights(nn.Module):
@@ -118,24 +121,15 @@ class BucketWeights(nn.Module):
         """Return the queries and keys of the call of `bucket_scores`, for the layer's q and k [B, T, G, K]."""
         return (q, k) if self.key_weights is None else self.key_weights.operands(x, q, k)
 
-    def forward(self, x: Tensor, scores: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scores: Tensor, tokens: Tensor, impl: str = "auto") -> Tensor:
         """Return the weights.
 
         Args:
             x: [B, T, D], the hidden states.
             scores: [B, T, G, L], of `loglinear.ops.bucket_scores` with the `operands`.
             tokens: [B or 1, T, L], the tokens of the buckets.
+            impl: The implementation, as of `loglinear.ops.routed_weights`.
         """
         if self.key_weights is not None:
             scores = self.key_weights.scores(scores, tokens)
-        a = at_least_float32(self.proj(x)).unflatten(-1, self.shape) + self.score_bias(scores)
-        return normalized(a, tokens)
-
-
-def normalized(a: Tensor, tokens: Tensor) -> Tensor:
-    """Return n_t softmax_b a[t, b] over the n_t buckets that hold a token: a [B, T, H, L], tokens [B or 1, T, L]."""
-    live = (tokens > 0).unsqueeze(2)
-    a = a.masked_fill(~live, -torch.inf)
-    weights = (a - a.amax(-1, keepdim=True).detach()).exp()
-    # A softmax times n would round 1 / n, and equal numbers must give exactly 1.
-    return weights * (live.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True))
+        return self.score_bias(self.proj(x).unflatten(-1, self.shape), scores, tokens, impl)

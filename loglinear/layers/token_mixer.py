@@ -139,7 +139,7 @@ class TokenMixer(nn.Module):
                     cu_seqlens=cu_seqlens,
                     **tree,
                 )
-            weights, sums = self.bucket_weights(x, found.scores, found.tokens), found.final_state
+            weights, sums = self.bucket_weights(x, found.scores, found.tokens, self.impl), found.final_state
         options = dict(chunk_size=self.chunk_size, partition=self.partition, **self._options)
         if slices is not None:
             y, fenwick = slices.attend(self.transition, tensors, weights, **options), None
@@ -222,7 +222,8 @@ class TokenMixer(nn.Module):
             check_step(*tokens, num_levels=L, state=state.decode, active=active, impl=impl)
             asked, keys = (t[:, 0] for t in self.bucket_weights.operands(x, q[:, None], k[:, None]))
             scores, counts = bucket_scores_step(asked, keys, state.sums, num_columns=L, active=active, impl=impl)
-            weights = keep_largest(self.bucket_weights(x, scores[:, None], counts[:, None]), self.decode_top_k)
+            weights = self.bucket_weights(x, scores[:, None], counts[:, None], impl)
+            weights = keep_largest(weights, self.decode_top_k)
         options = self._options | dict(active=active, sparse=self.decode_top_k is not None)
         y = self.operator_step(*tokens, weights[:, 0], state.decode, **options)
         state.conv.copy_(conv_state if active is None else torch.where(active[:, None, None], conv_state, state.conv))

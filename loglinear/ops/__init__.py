@@ -5,6 +5,7 @@ from loglinear.ops.scores import BucketScores, bucket_scores, bucket_tokens
 from loglinear.ops.scores_step import bucket_scores_step
 from loglinear.ops.state import DecodeState, FenwickState
 from loglinear.ops.step import log_linear_attention_step, log_linear_delta_rule_step
+from loglinear.ops.weights import routed_weights
 from loglinear.partition import Partition
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "log_linear_attention_step",
     "log_linear_delta_rule",
     "log_linear_delta_rule_step",
+    "routed_weights",
 ]

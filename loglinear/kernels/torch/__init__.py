@@ -6,6 +6,7 @@ from loglinear.kernels.torch.bucket_energies import add_keys, bucket_energies, e
 from loglinear.kernels.torch.delta_rule import append_inverse_row, chunk_inverse, delta_rule_step
 from loglinear.kernels.torch.operator import fenwick_array, stages
 from loglinear.kernels.torch.recording import is_traced
+from loglinear.kernels.torch.routed_weights import routed_weights
 from loglinear.kernels.torch.scalar_gate import scalar_gate_step
 from loglinear.kernels.torch.schedule import Schedule, schedule
 from loglinear.kernels.torch.step import block_tokens, has_blocks, tokens_from
@@ -22,6 +23,7 @@ __all__ = [
     "fenwick_array",
     "has_blocks",
     "is_traced",
+    "routed_weights",
     "scalar_gate_step",
     "schedule",
     "stages",

@@ -2,6 +2,7 @@
 
 from loglinear.kernels.triton.bucket_scores import bucket_scores
 from loglinear.kernels.triton.operator import chunkwise
+from loglinear.kernels.triton.routed_weights import routed_weights
 from loglinear.kernels.triton.step import step
 
-__all__ = ["bucket_scores", "chunkwise", "step"]
+__all__ = ["bucket_scores", "chunkwise", "routed_weights", "step"]

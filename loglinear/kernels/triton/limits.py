@@ -3,6 +3,8 @@
 # C chunk, K key, V value, N sequences, M blocks, H heads
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,8 @@ from loglinear.partition import FENWICK, Partition
 
 MAX_HEAD_DIM = 256
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
-MAX_NUMBERS = 1 << 31  # in a row's blocks; a step counts them in 32 bits
+MAX_NUMBERS = 1 << 31  # in a row's blocks, or pairs of a token and a group; kernels count them in 32 bits
+MAX_COLUMNS = 4096  # whose weights a program has in its registers
 MAX_SUMS = 1024  # blocks whose scores a program of a step has in its registers
 
 
@@ -84,6 +87,16 @@ def of_score_step(blocks: Tensor) -> str | None:
     if M > MAX_SUMS:
         return f"sums of {M} blocks need impl='torch': the step of impl='triton' takes up to {MAX_SUMS}"
     return of_row(blocks) or of_heads(K, K, False)
+
+
+def of_weights(scores: Tensor) -> str | None:
+    """The weights that follow from scores [B, T, G, L]."""
+    *pairs, columns = scores.shape
+    if columns > MAX_COLUMNS:
+        return f"L = {columns} columns need impl='torch': the weights of impl='triton' take up to {MAX_COLUMNS}"
+    if math.prod(pairs) < MAX_NUMBERS:
+        return None
+    return f"B T G = {math.prod(pairs)} needs impl='torch': the weights of impl='triton' take less than {MAX_NUMBERS}"
 
 
 def of_row(blocks: Tensor) -> str | None:
