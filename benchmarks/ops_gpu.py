@@ -176,12 +176,13 @@ def routed_candidates(s: Shape, T: int) -> dict[str, tuple[Callable[..., Tensor]
         for kind, weigh in (("compiled", compiled_weights), ("kernel", kernel_weights)):
             read = partial(routed_read, s, p, "triton", weigh)
             found[f"loglinear, {name}: routed read, {kind} weights"] = read, inputs
-        found[f"loglinear, {name}: kernel weights"] = weights_alone(p, *inputs[:2], inputs[-1])
+        found[f"loglinear, {name}: kernel weights"] = weights_alone(p, inputs)
     return found
 
 
-def weights_alone(p: Partition, q: Tensor, k: Tensor, logits: Tensor) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """Return the kernels' weights as a function of logits and scores, and these."""
+def weights_alone(p: Partition, inputs: list[Tensor]) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Return the kernels' weights as a function of logits and scores, and these: q, k, ..., logits are the inputs."""
+    q, k, *_, logits = inputs
     T, L = logits.shape[1], logits.shape[3]
     tokens = bucket_tokens(torch.arange(T, device=q.device)[None], num_columns=L, partition=p)
     leaves = [logits, scores(p, L, "auto", q, k)]
@@ -194,8 +195,8 @@ def scores(p: Partition, num_columns: int, impl: str, q: Tensor, k: Tensor) -> T
 
 
 def weights(logits: Tensor, found: Tensor, tokens: Tensor, impl: str = "torch") -> Tensor:
-    """Return the weights of the buckets, with tau = 1 and its gradient."""
-    tau = logits.new_ones(logits.shape[2], dtype=torch.float32).requires_grad_(torch.is_grad_enabled())
+    """Return the weights of the buckets, with tau = 1."""
+    tau = logits.new_ones(logits.shape[2], dtype=torch.float32)
     return routed_weights(logits, found, tokens, tau, sharpness=SHARPNESS, impl=impl)
 
 
@@ -288,10 +289,11 @@ def check(s: Shape) -> float:
         kernels, torch_ = (partial(scores, ROUTED[1], 12, impl) for impl in ("triton", "torch"))
     pairs = [(kernels(*inputs), torch_(*(x.double() for x in inputs)))]
     if s.routed:
-        weigh, leaves = weights_alone(ROUTED[1], *inputs, make_inputs(few, 2048, 12)[-1])
+        weigh, leaves = weights_alone(ROUTED[1], make_inputs(few, 2048, 12))
         tokens = bucket_tokens(torch.arange(2048, device="cuda")[None], num_columns=12, partition=ROUTED[1])
-        pairs.append((weigh(*leaves), weights(*(x.double() for x in leaves), tokens)))
-    error = max(float((found.double() - exact).norm() / exact.norm()) for found, exact in pairs)
+        logits, found = leaves
+        pairs.append((weigh(*leaves), weights(logits.double(), found.double(), tokens)))
+    error = max(float((actual.double() - exact).norm() / exact.norm()) for actual, exact in pairs)
     if not error < BF16_BUDGET[s.delta]:
         raise SystemExit(f"{s.name} is wrong: relative error {error:.1e}; nothing was timed")
     return error

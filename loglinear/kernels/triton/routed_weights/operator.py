@@ -35,8 +35,8 @@ def routed_weights_backward(
     dweights: Tensor, weights: Tensor, scores: Tensor, tau: Tensor, sharpness: float, dtype: torch.dtype
 ) -> list[Tensor]:
     """Return the gradients of logits, in their `dtype`, of scores and of tau."""
-    tensors = (x.contiguous() for x in (dweights, weights, scores, tau))
-    return gradients(*tensors, sharpness, dtype)
+    dweights, weights, scores, tau = (x.contiguous() for x in (dweights, weights, scores, tau))
+    return gradients(dweights, weights, scores, tau, sharpness, dtype)
 
 
 @routed_weights_backward.register_fake
@@ -51,12 +51,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dweights: Tensor):  # type: ignore[no-untyped-def]
-    saved, (sharpness, dtype) = ctx.saved_tensors, ctx.options  # once: checkpointing refuses to give them twice
+    weights, scores, tau = ctx.saved_tensors  # once: checkpointing refuses to give them twice
+    sharpness, dtype = ctx.options
     if torch.is_grad_enabled():  # create_graph=True
         with torch.autocast(dweights.device.type, enabled=False):
-            dlogits, dscores, dtau = routed_weights_gradients(dweights, *saved, sharpness)
+            dlogits, dscores, dtau = routed_weights_gradients(dweights, weights, scores, tau, sharpness)
         return dlogits.to(dtype), dscores, None, dtau, None
-    dlogits, dscores, dtau = routed_weights_backward(dweights, *saved, sharpness, dtype)
+    dlogits, dscores, dtau = routed_weights_backward(dweights, weights, scores, tau, sharpness, dtype)
     return dlogits, dscores, None, dtau, None
 
 
