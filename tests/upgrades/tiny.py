@@ -5,12 +5,16 @@ import copy
 
 import torch
 from transformers import (
+    BailingHybridConfig,
+    BailingHybridForCausalLM,
     BambaConfig,
     BambaForCausalLM,
     FalconH1Config,
     FalconH1ForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
     NemotronHConfig,
@@ -67,6 +71,10 @@ ZAMBA2 = dict(
     n_mamba_heads=4, mamba_ngroups=2, mamba_d_state=8, chunk_size=16, use_mem_rope=True, adapter_rank=4,
     **ATTENTION, **SPECIAL,
 )  # fmt: skip
+RANKS = dict(kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
+ROUTED = dict(num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1, topk_group=1)
+HYBRID = dict(num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"])
+LATENT = dict(n_shared_experts=1, **ATTENTION, **HYBRID, **RANKS, **ROUTED, **SPECIAL)
 LEVELS = dict(num_levels=6, chunk_size=4)  # a few dozen tokens cross chunks and levels
 
 
@@ -110,11 +118,23 @@ def zamba2(**sizes) -> PreTrainedModel:
     return Zamba2ForCausalLM(Zamba2Config(**{**ZAMBA2, **sizes}))
 
 
+def kimi_linear(**sizes) -> PreTrainedModel:
+    own = dict(linear_num_heads=4, linear_head_dim=8)
+    return KimiLinearForCausalLM(KimiLinearConfig(**{**LATENT, **own, **sizes}))
+
+
+def bailing_hybrid(**sizes) -> PreTrainedModel:
+    own = dict(head_dim=16, first_k_dense_replace=1)
+    return BailingHybridForCausalLM(BailingHybridConfig(**{**LATENT, **own, **sizes}))
+
+
 MODELS = {
     "qwen3_next": qwen3_next,
     "qwen3_5": qwen3_5,
     "qwen3_5_moe": qwen3_5_moe,
     "olmo_hybrid": olmo_hybrid,
+    "kimi_linear": kimi_linear,
+    "bailing_hybrid": bailing_hybrid,
     "mamba2": mamba2,
     "bamba": bamba,
     "granitemoehybrid": granitemoehybrid,

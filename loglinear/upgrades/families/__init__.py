@@ -14,6 +14,8 @@ FAMILIES = {
     "Qwen3_5GatedDeltaNet": "qwen3_5",
     "Qwen3_5MoeGatedDeltaNet": "qwen3_5_moe",
     "OlmoHybridGatedDeltaNet": "olmo_hybrid",
+    "KimiLinearDeltaAttention": "kimi_linear",
+    "BailingHybridDeltaAttention": "bailing_hybrid",
     "Mamba2Mixer": "mamba2",
     "BambaMixer": "bamba",
     "GraniteMoeHybridMambaLayer": "granitemoehybrid",
