@@ -134,7 +134,7 @@ def test_levels_of_a_log_linear_checkpoint_are_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("gla", "model_type 'gla' cannot be represented: it has one gate for each of the K channels"),
+        ("gla", "model_type 'gla' cannot be represented: no reader maps its layers to the variant gla yet"),
         ("retnet", "model_type 'retnet' cannot be represented: it rotates queries and keys"),
         ("rwkv7", "model_type must be one of mamba2, gated_deltanet, delta_net, log_linear_mamba2, got 'rwkv7'"),
     ],

@@ -107,7 +107,7 @@ def test_an_upgraded_model_is_refused():
         ({"num_levels": 1}, "num_levels must be at least 2 (1 is the linear model itself), got 1"),
         ({"num_levels": 65}, "num_levels must be at most 64, got 65"),
         ({"chunk_size": 3}, "chunk_size must be a power of two, got 3"),
-        ({"routing": "cosine"}, "routing must be one of gram or None, got 'cosine'"),
+        ({"routing": "cosine"}, "routing must be one of gram, selective_gram or None, got 'cosine'"),
         ({"impl": "cuda"}, "impl must be one of auto, triton, torch, reference, got 'cuda'"),
         ({"finest_block": 64}, "finest_block must be a power of two of at most 2**(num_levels - 2) tokens, got 64"),
     ],

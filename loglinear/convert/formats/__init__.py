@@ -60,7 +60,7 @@ FORMATS: dict[str, Format] = {
         },
         refused={
             "retnet": "it rotates queries and keys and has no short convolution with SiLU",
-            "gla": "it has one gate for each of the K channels, expected one gate for each head",
+            "gla": "no reader maps its layers to the variant gla yet",
         },
     ),
     "authors": Format({"hattention": fla_mamba2.read_authors, "h_gated_deltanet": fla_gated_delta_net.read_authors}),
