@@ -48,8 +48,8 @@ def routed_weights(
         tau: [H], the factor of the scores in each head.
         sharpness: A factor of all tau.
         impl: "auto", "triton" (one launch for a GPU, and one for the gradients), "torch" or "reference" (both are the
-            formula in plain torch, on any device). "auto" chooses triton on a GPU if it supports the call, and torch
-            otherwise. A log line says which one, and why not triton.
+            formula in plain torch, on any device). No GPU has run the kernels yet. Until then
+            "auto" chooses torch, and a log line says why.
 
     Returns:
         [B, T, H, L] in float32 (float64 if an input is float64), with the gradients of logits, scores and tau.
@@ -67,6 +67,8 @@ def routed_weights(
     reason = _unsupported(logits, scores, tau) if impl == "triton" or (impl == "auto" and is_on_gpu) else None
     if impl == "triton" and reason is not None:
         raise ValueError(reason)
+    if impl == "auto" and is_on_gpu and reason is None:
+        reason = _untried()
     chosen = ("triton" if reason is None and is_on_gpu else "torch") if impl == "auto" else impl
     announce("routed_weights", chosen, reason)
     with torch.autocast(logits.device.type, enabled=False):
@@ -101,3 +103,10 @@ def _unsupported(logits: Tensor, scores: Tensor, tau: Tensor) -> str | None:
     from loglinear.kernels.triton import limits
 
     return limits.of_weights(scores)
+
+
+def _untried() -> str | None:
+    """Return why "auto" does not choose the kernels."""
+    from loglinear.kernels.triton import limits
+
+    return None if limits.WEIGHTS_RAN_ON_A_GPU else "no GPU has run the kernels of the weights yet"

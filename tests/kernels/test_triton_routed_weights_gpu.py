@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from loglinear.kernels.triton import limits
 from loglinear.layers import Mixer, Routing
 from loglinear.ops import routed_weights
 from loglinear.ops.announcement import announced
@@ -99,7 +100,8 @@ def test_a_cuda_graph_repeats_a_call():
     assert all(torch.equal(e, found[name]) for name, e in expected.items())
 
 
-def test_auto_takes_the_kernels_and_says_why_not():
+def test_auto_takes_the_kernels_and_says_why_not(monkeypatch):
+    monkeypatch.setattr(limits, "WEIGHTS_RAN_ON_A_GPU", True)
     x = make(Sizes(T=100), torch.bfloat16, device="cuda")
     with announced() as lines:
         routed_weights(**x)
@@ -110,7 +112,8 @@ def test_auto_takes_the_kernels_and_says_why_not():
     ]
 
 
-def test_a_mixer_takes_them_in_training_and_in_packed_prefill():
+def test_a_mixer_takes_them_in_training_and_in_packed_prefill(monkeypatch):
+    monkeypatch.setattr(limits, "WEIGHTS_RAN_ON_A_GPU", True)
     torch.manual_seed(0)
     choices = dict(variant="mamba2", num_levels=9, partition=Partition(4, 16), routing=Routing(), chunk_size=16)
     mixer = Mixer(32, HeadSizes(num_heads=4, num_groups=2, key_dim=16, head_dim=16), **choices).cuda()

@@ -17,6 +17,7 @@ MAX_HEAD_DIM = 256
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
 MAX_NUMBERS = 1 << 31  # in a row's blocks, or pairs of a token and a group; kernels count them in 32 bits
 MAX_COLUMNS = 4096  # whose weights a program has in its registers
+WEIGHTS_RAN_ON_A_GPU = False  # until `pytest -m gpu tests/kernels/test_triton_routed_weights_gpu.py` has passed on one
 MAX_SUMS = 1024  # blocks whose scores a program of a step has in its registers
 
 
