@@ -70,12 +70,13 @@ def device_of(how: Mapping[str, Any]) -> str:
 def conditions(models: Collection[Result]) -> str:
     """Return a sentence with the conditions of the training."""
     length = join_distinct(models, lambda result: f"{result['recipe']['seq_len']:,}")
-    seed = join_distinct(models, lambda result: result["seed"])
+    seeds = list(dict.fromkeys(str(result["seed"]) for result in models))
+    seed = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(seeds[:-1])} and {seeds[-1]}"
     device = join_distinct(models, device_of)
     compiled = " with compilation" * any(result["recipe"].get("compile") for result in models)
     speed = f"Tokens/s are those of the median step, minutes those of training{compiled}"
     shared = " On shared GPUs neither compares models." if "shared" in device else ""
-    return f"Trained in windows of {length} tokens, seed {seed}, {device}. {speed}.{shared}"
+    return f"Trained in windows of {length} tokens with {seed} on {device}. {speed}.{shared}"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

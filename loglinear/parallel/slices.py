@@ -242,7 +242,10 @@ class Slices:
         """
         found, expected = (None if ends is None else len(ends) - 1 for ends in (boundaries, self.cu_seqlens))
         if found != expected:
-            raise ValueError(f"packing must hold the documents of slices.cu_seqlens, {expected}, got {found}")
+            if expected is None:
+                raise ValueError(f"packing must be None for slices without cu_seqlens, got one of {found} documents")
+            made = f"packing must be made from slices.cu_seqlens, with the {expected} documents of this slice"
+            raise ValueError(f"{made}, got {found}")
         return convolution.inputs_before(self, x, kernel)
 
     @between_graphs

@@ -10,6 +10,7 @@ from tiny_models import HYBRID, KINDS, ROUTED, ROUTED_DELTA, TRANSFORMER, tiny_c
 from loglinear.models import LogLinearCache, LogLinearForCausalLM
 from loglinear.ops import impl_triton
 from loglinear.training.compilation import compile_blocks
+from tests.checkpointing import recompute_blocks
 from tests.ops.operators import excess
 
 T = 21
@@ -112,7 +113,7 @@ def test_rows_of_a_routed_cache_keep_their_starts(make_model, max_cache_len) -> 
 def test_gradient_checkpointing_recomputes_at_the_position(make_model) -> None:
     model, ids = make_model().train(), tokens(2, T)
     expected = gradients(model, input_ids=ids, initial_position=STARTS)
-    model.gradient_checkpointing_enable()
+    recompute_blocks(model)
     torch.testing.assert_close(gradients(model, input_ids=ids, initial_position=STARTS), expected)
 
 

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from loglinear.models import LogLinearForCausalLM
 from loglinear.models.places import TokenPlaces
 from loglinear.variants import VARIANTS
+from tests.checkpointing import recompute_blocks
 
 T = 29
 
@@ -110,7 +111,7 @@ def test_right_padded_loss_is_the_loss_without_padding(make_model, options: dict
 
 def test_generating_while_gradient_checkpointing_trains_is_refused(make_model) -> None:
     model = make_model()
-    model.gradient_checkpointing_enable()
+    recompute_blocks(model)
     model.train()
     with pytest.raises(ValueError, match="call model.eval"):
         model.generate(tokens(1, 5), max_new_tokens=2, do_sample=False)
@@ -149,7 +150,7 @@ def test_gradient_checkpointing_changes_no_gradient(make_model, options: dict, r
     model, ids = make_model(**options).train(), tokens(1, T)
     packed = {"cu_seqlens": torch.tensor([0, 9, T])}
     expected = gradients(model, model(ids, labels=ids, **packed).loss)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    recompute_blocks(model, use_reentrant=reentrant)
     model.enable_input_require_grads()
     calls = []
     model.model.layers[0].mixer.register_forward_hook(lambda *_: calls.append(1))

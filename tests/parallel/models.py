@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loglinear import parallel
 from loglinear.models import LogLinearForCausalLM
+from tests.checkpointing import recompute_blocks
 from tests.models.tiny_models import FULL, HYBRID, LINEAR, ROUTED, ROUTED_DELTA, TRANSFORMER, tiny_config, tokens
 
 GDN = {"variant": "gated_delta_net"}
@@ -71,7 +72,7 @@ def results(model: nn.Module, output: Any, logits: Tensor) -> dict[str, Tensor]:
 
 def checkpointed(model: LogLinearForCausalLM) -> None:
     """Compute each block again in the backward pass."""
-    model.gradient_checkpointing_enable()
+    recompute_blocks(model)
 
 
 def compiled(model: LogLinearForCausalLM) -> None:
