@@ -51,7 +51,7 @@ def test_miniatures_are_small_and_of_one_size(experiment):
     totals = [parameter_counts(recipe.model_config()).total for recipe in recipes]
     assert min(totals) > 2e5 and max(totals) < 8e5 and max(totals) / min(totals) < 1.03
     jittered = {kind: recipe.jitter for kind, recipe in zip(KINDS, recipes, strict=True) if recipe.jitter}
-    assert jittered == dict.fromkeys(("jittered", "routed"), 7 * recipes[0].seq_len)
+    assert jittered == dict.fromkeys(("jittered", "routed", "selective"), 7 * recipes[0].seq_len)
     own = dict.fromkeys(("name", "summary", "model", "learning_rate", "jitter"))
     trained = [{**recipe.to_dict(), **own} for recipe in recipes]
     assert trained[1:] == trained[:-1] and trained[0]["steps"] == 120
@@ -71,8 +71,8 @@ def test_small_models_of_long_texts_are_trained_as_those_of_needles_and_read_no_
         texts, needles = (experiment(kind).to_dict() for experiment in (long_text, needle))
         same = ("learning_rate", "batch_tokens", "micro_batch_tokens", "warmup_steps", "weight_decay")
         expected = [needles[name] for name in same]
-        if kind in ("linear", "routed"):  # the needles' rates were found later
-            expected[0] = {"linear": 2e-3, "routed": 4e-3}[kind]
+        earlier = {"linear": 2e-3, "routed": 4e-3, "selective": 4e-3}  # the needles' rates were found later
+        expected[0] = earlier.get(kind, expected[0])
         assert [texts[name] for name in same] == expected
         assert texts["model"]["embedding_range"] == needles["model"]["embedding_range"] == 0.08
         assert 50e6 < texts["steps"] * texts["batch_tokens"] < 193e6  # bytes of the training text

@@ -12,10 +12,13 @@ from experiments.results import SEED
 from experiments.runs import kind_recipe
 
 OF_A_RUN = ("seed", "compile", "tokenizer")  # what a command says
-LATER = dict.fromkeys(("start", "jitter", "new_only", "dtype"))  # what no recipe had when they were made
+LATER = {
+    **dict.fromkeys(("start", "jitter", "new_only", "dtype")),
+    "checkpointing": False,
+}  # what no recipe had when they were made
 RESULTS = Path(__file__).parents[2] / "results"
 MEASURED = [
-    kind for kind in KINDS if kind not in ("routed", "linear_states4", "log_linear_states4", "jittered")
+    kind for kind in KINDS if kind not in ("routed", "selective", "linear_states4", "log_linear_states4", "jittered")
 ]  # on long texts, in the earlier round
 RUNS = {
     **{f"long-text-{kind}": kind_recipe("long_text", kind, miniature=False) for kind in MEASURED},
