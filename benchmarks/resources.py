@@ -2,6 +2,7 @@
 
     python -m benchmarks.resources --key-dim 128 --value-dim 64      # the default plans, compute capability 9.0
     python -m benchmarks.resources --delta --value-dim 128           # the delta rule's
+    python -m benchmarks.resources --diagonal --value-dim 128        # the diagonal gate's
 
 One forward and one backward are called; each launch is compiled and not run. A program on an H100 has at most 255
 registers a thread and 227 KiB of shared memory; "stack" is the part that did not fit. This needs triton, any build,
@@ -93,9 +94,9 @@ def constants(kernel: Any) -> dict[str, Any]:
     }
 
 
-def call(K: int, V: int, dtype: torch.dtype, chunk_size: int, delta: bool) -> None:
+def call(K: int, V: int, dtype: torch.dtype, chunk_size: int, *, delta: bool = False, diagonal: bool = False) -> None:
     """One forward and backward of a dense batch; a chunk size is that of a state, which is then returned."""
-    shapes = [(K,), (K,), (V,), (), (LEVELS,)]
+    shapes = [(K,), (K,), (V,), (K,) if diagonal else (), (LEVELS,)]
     dtypes = [dtype, dtype, dtype, torch.float32, torch.float32]
     q, k, v, log_decay, level_scales = (
         torch.zeros(1, TOKENS, 1, *shape, dtype=of, requires_grad=True)
@@ -114,10 +115,13 @@ def main(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     chunk_size: Annotated[int | None, typer.Option(help="Chunk size of a state.")] = None,
     delta: Annotated[bool, typer.Option("--delta", help="Compile the delta rule's kernels.")] = False,
+    diagonal: Annotated[bool, typer.Option("--diagonal", help="Compile the diagonal gate's kernels.")] = False,
 ) -> None:
     """Print the registers, stack and shared memory of the default plans' kernels."""
     if dtype not in ("bfloat16", "float16", "float32"):
         raise typer.BadParameter(f"--dtype must be bfloat16, float16 or float32, got {dtype!r}")
+    if delta and diagonal:
+        raise typer.BadParameter("--delta and --diagonal exclude each other: the delta rule has scalar gates")
     widest = widest_value(delta)
     if not (1 <= key_dim <= MAX_HEAD_DIM and 1 <= value_dim <= widest):
         got = f"{key_dim} and {value_dim}"
@@ -128,11 +132,11 @@ def main(
     with progress_bar() as progress:
         task = progress.add_task("", total=None)
         with compiled_only(kernels, lambda name: announce(progress, task, name)):
-            call(key_dim, value_dim, getattr(torch, dtype), chunk_size or 0, delta)
+            call(key_dim, value_dim, getattr(torch, dtype), chunk_size or 0, delta=delta, diagonal=diagonal)
     rows = []
     for name, kernel in kernels.items():
         given, metadata = constants(kernel), kernel.metadata
-        tiles = " x ".join(str(given[tile]) for tile in ("TK", "BV", "E") if tile in given)
+        tiles = " x ".join(str(given[tile]) for tile in ("TK", "BK", "BV", "E") if tile in given)
         registers, stack, shared = resources(kernel)
         options = f"{tiles}, {metadata.num_warps}, {metadata.num_stages}"
         rows.append(

@@ -23,7 +23,7 @@ from loglinear.ops.problem import MIN_LOG_DECAY, Problem, is_transformed
 from loglinear.ops.state import DecodeState, FenwickState
 from loglinear.partition import FENWICK
 
-GATES = ("scalar",)  # that the kernels have; the other implementations have diagonal gates too
+GATES = ("scalar", "diagonal without the delta rule")  # the other implementations have all diagonal gates
 OLDEST_TRITON = "3.4"  # 3.3 refuses `prefetch`, whose branches return different types; torch 2.8 brings 3.4
 
 
@@ -74,17 +74,10 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _unsupported_gate(is_diagonal: bool) -> str | None:
-    """Return the reason why the kernels do not take a gate, or None."""
-    if not is_diagonal or "diagonal" in GATES:
-        return None
-    return "a log_decay per key channel needs impl='torch': impl='triton' takes one per head"
-
-
 def _largest_chunk(p: Problem) -> int:
     from loglinear.kernels.triton import limits
 
-    return limits.largest_chunk(p.q, p.k, p.v, p.partition, p.beta is not None)
+    return limits.largest_chunk((p.q, p.k, p.v), p.partition, p.beta is not None, p.is_diagonal)
 
 
 def _chunk_size(p: Problem) -> int:
@@ -106,7 +99,7 @@ def unsupported(p: Problem) -> str | None:
         return reason
     from loglinear.kernels.triton import limits
 
-    reason = _unsupported_gate(p.is_diagonal) or limits.of_partition(p.partition)
+    reason = limits.of_gate(p.is_diagonal, p.beta is not None) or limits.of_partition(p.partition)
     if reason is not None:
         return reason
     if _is_interpreted() and torch.bfloat16 in (p.q.dtype, p.k.dtype, p.v.dtype):
@@ -116,6 +109,16 @@ def unsupported(p: Problem) -> str | None:
     if is_transformed():
         return "torch.func transforms and forward-mode derivatives need impl='torch'"
     return limits.of_heads(p.q.shape[3], p.v.shape[3], p.beta is not None) or _too_long(p)
+
+
+def unchosen(p: Problem) -> str | None:
+    """Return the reason why impl="auto" does not choose these kernels for a call, or None."""
+    reason = unsupported(p)
+    if reason is not None:
+        return reason
+    from loglinear.kernels.triton import limits
+
+    return limits.of_automatic_choice(p.is_diagonal)
 
 
 def _too_long(p: Problem) -> str | None:
@@ -148,7 +151,7 @@ def unsupported_step(q: Tensor, v: Tensor, state: DecodeState) -> str | None:
     from loglinear.kernels.triton import limits
 
     s = state.fenwick
-    return _unsupported_gate(s.is_diagonal) or limits.of_step(s.blocks, s.chunk_size, s.beta is not None)
+    return limits.of_step(s.blocks, s.chunk_size, s.beta is not None, s.is_diagonal)
 
 
 def with_boundaries(p: Problem) -> Problem:
@@ -172,7 +175,8 @@ def run(p: Problem) -> tuple[Tensor, FenwickState | None]:
 
     log_decay = p.log_decay
     if log_decay is None:
-        log_decay = p.v.new_zeros(p.v.shape[:3], dtype=torch.float32)
+        channels = p.q.shape[3:] if p.is_diagonal else ()
+        log_decay = p.v.new_zeros(*p.v.shape[:3], *channels, dtype=torch.float32)
     p = with_boundaries(p)
     if p.initial_state is None:
         output, blocks, *_ = chunkwise(

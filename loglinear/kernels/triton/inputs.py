@@ -27,7 +27,7 @@ DOT_TYPES = {
 
 class Operands(NamedTuple):
     """The tensors of a call: q, k [B,T,G,K], v [B,T,H,V], log_decay, beta [B,T,H], level_scales [B,T,H,L], and the
-    blocks of the initial state [N,M,H,K,V]. The scalar gate has no beta."""
+    blocks of the initial state [N,M,H,K,V]. The gates have no beta; log_decay of the diagonal one is [B,T,H,K]."""
 
     q: Tensor
     k: Tensor
@@ -121,7 +121,9 @@ class Inputs:
         sizes = Sizes(x.q.shape[1], layout.chunks_per_row, H, H // x.q.shape[2], L, layout.cap)
         dtype, math = DOT_TYPES[products]
         q, k, v, level_scales = (Rows.of(in_rows(y)) for y in (x.q, x.k, x.v, x.level_scales))
-        log_decay, beta = Rows.of(x.log_decay), None if x.beta is None else Rows.of(x.beta)
+        # The rows of a diagonal gate are as long as those of the keys.
+        log_decay = Rows.of(x.log_decay if x.log_decay.dim() == 3 else in_rows(x.log_decay))
+        beta = None if x.beta is None else Rows.of(x.beta)
         initial = None if x.initial is None else x.initial.to(dtype).contiguous()
         return cls(q, k, v, log_decay, beta, level_scales, initial, sizes, scale, plan, dtype, math, layout)
 

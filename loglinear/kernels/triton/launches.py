@@ -34,6 +34,20 @@ STAGES = {
             "chunk_state_backward",
         ),
     },
+    "diagonal_gate": {
+        "forward": ("decayed_rows", "chunk_state", "up_sweep", "output"),
+        "backward": (
+            "decayed_rows",
+            "chunk_state",
+            "up_sweep",
+            "scores_backward",
+            "walk_backward",
+            "state_backward",
+            "down_sweep",
+            "writes_backward",
+            "decayed_rows_backward",
+        ),
+    },
     "delta_rule": {
         "forward": ("chunk_inverse", *DELTA_RULE_BUILD, "output"),
         "backward": (
@@ -63,7 +77,8 @@ class Launch(NamedTuple):
 
     Args:
         value_tile: Columns of V, or right of a state's K rows; numbers of a state in a sweep.
-        key_tile: Columns of K, of the delta rule's kernels. Those of the scalar gate take all of them.
+        key_tile: Columns of K, of the delta rule's kernels and of the diagonal gate's with decays inside chunks. The
+            other kernels take all of them.
         registers: A thread's at most, where a few less let one program more share a multiprocessor.
     """
 
@@ -108,7 +123,7 @@ class Plan:
 
 
 class Kind(NamedTuple):
-    """The calls that share a plan but for their length: operator ("scalar_gate", "delta_rule"), direction ("forward",
+    """The calls that share a plan but for their length: operator (a key of STAGES), direction ("forward",
     "backward"), head widths, and the dtype of the products."""
 
     operator: str
@@ -170,7 +185,7 @@ def _choose(kind: Kind, bucket: str, device: torch.device, chunk_size: int | Non
 @lru_cache
 def default_plan(kind: Kind, chunk_size: int | None = None) -> Plan:
     """The plan of every supported shape; for the paper's shapes the measured best on an H100."""
-    return _scalar_gate(kind, chunk_size) if kind.operator == "scalar_gate" else _delta_rule(kind, chunk_size)
+    return _DEFAULTS[kind.operator](kind, chunk_size)
 
 
 def _scalar_gate(kind: Kind, chunk_size: int | None) -> Plan:
@@ -188,6 +203,18 @@ def _scalar_gate(kind: Kind, chunk_size: int | None) -> Plan:
             launches["in_chunk_backward"] = Launch(num_stages=1 if wide else 2)
             launches |= dict.fromkeys(("walk_backward", "chunk_state_backward"), Launch(num_stages=1 if wide else 3))
     return Plan(C, launches | {name: sweep for name in launches if name.endswith("sweep")})
+
+
+def _diagonal_gate(kind: Kind, chunk_size: int | None) -> Plan:
+    """Not measured on any GPU: chosen by the registers that the compiler needs (benchmarks/resources.py)."""
+    wide, is_bfloat16 = max(kind.K, kind.V) > 128, kind.dtype == torch.bfloat16
+    launches = dict.fromkeys(kind.stages, Launch(64 if is_bfloat16 else 32, num_warps=8))
+    for name in launches:
+        if name.endswith("sweep"):
+            launches[name] = Launch(128 if is_bfloat16 else 64)
+        elif name.startswith("decayed_rows"):
+            launches[name] = Launch(key_tile=32 if is_bfloat16 else 16)
+    return Plan(chunk_size or (32 if wide else 64), launches)
 
 
 # Measured on an H100 (docs/lab-notes/2026-11-24-delta-rule-kernels.md): bfloat16 products of K up to 128, and of more.
@@ -257,6 +284,9 @@ def _delta_rule(kind: Kind, chunk_size: int | None) -> Plan:
         return launch if rows > 64 or launch.num_warps == 4 else launch._replace(num_warps=4, registers=None)
 
     return Plan(C, {stage: fitted(stage) for stage in kind.stages})
+
+
+_DEFAULTS = {"scalar_gate": _scalar_gate, "diagonal_gate": _diagonal_gate, "delta_rule": _delta_rule}
 
 
 def forget_tables() -> None:

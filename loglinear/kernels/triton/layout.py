@@ -61,6 +61,11 @@ class Layout:
     ends: Tensor | None  # [N, 3] int32: row of chunk 0, complete chunks, first chunk
     first_runs: Tensor | None  # [N] int64: each sequence's first run in the first table of runs
 
+    @property
+    def reads(self) -> int:
+        """An upper bound of the candidates of these chunks' walks."""
+        return self.tree.run_read + self.run_reads
+
 
 @once_a_batch
 def layout(

@@ -18,6 +18,8 @@ SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
 MAX_NUMBERS = 1 << 31  # in a row's blocks, or pairs of a token and a group; kernels count them in 32 bits
 MAX_COLUMNS = 4096  # whose weights a program has in its registers
 WEIGHTS_RAN_ON_A_GPU = False  # until `pytest -m gpu tests/kernels/test_triton_routed_weights_gpu.py` has passed on one
+# Until `pytest -m gpu tests/kernels/test_triton_diagonal_gpu.py` has passed on one; impl="triton" runs these kernels.
+DIAGONAL_GATE_RAN_ON_A_GPU = False
 MAX_SUMS = 1024  # blocks whose scores a program of a step has in its registers
 
 
@@ -41,11 +43,28 @@ def of_partition(partition: Partition) -> str | None:
     return f"{partition} needs impl='torch': impl='triton' takes a radix up to {MAX_RADIX} without a largest block"
 
 
-def largest_chunk(q: Tensor, k: Tensor, v: Tensor, partition: Partition, is_delta_rule: bool) -> int:
-    """Return how many tokens a chunk has at most: shared memory limits them."""
+def of_gate(is_diagonal: bool, is_delta_rule: bool) -> str | None:
+    """A gate, scalar or diagonal."""
+    if not (is_diagonal and is_delta_rule):
+        return None
+    return "a log_decay per key channel needs impl='torch': the delta rule of impl='triton' takes one per head"
+
+
+def of_automatic_choice(is_diagonal: bool) -> str | None:
+    """A call whose implementation is chosen here, by impl="auto"."""
+    if not is_diagonal or DIAGONAL_GATE_RAN_ON_A_GPU:
+        return None
+    return "no GPU has checked the kernels for a log_decay per key channel: impl='triton' runs them"
+
+
+def largest_chunk(
+    x: tuple[Tensor, Tensor, Tensor], partition: Partition, is_delta_rule: bool, is_diagonal: bool
+) -> int:
+    """Return how many tokens a chunk of a call with q, k and v has at most: shared memory limits them."""
+    q, k, v = x
     # Three tf32 products take eight times the room of one in bfloat16.
     products = products_of if is_delta_rule else common_dtype
-    largest = LARGEST_CHUNK if products(q, k, v) == torch.bfloat16 else 64
+    largest = LARGEST_CHUNK if products(q, k, v) == torch.bfloat16 and not is_diagonal else 64
     largest = largest if max(q.shape[3], v.shape[3]) <= 128 else largest // 2
     if is_delta_rule:
         largest = max(largest, 64)
@@ -73,8 +92,10 @@ def of_tokens(tokens: int, chunk_size: int, buffered: int | None) -> str | None:
     return f"B T = {tokens} tokens need impl='torch': impl='triton' continues less than {limit} at a time here"
 
 
-def of_step(blocks: Tensor, chunk_size: int, is_delta_rule: bool) -> str | None:
+def of_step(blocks: Tensor, chunk_size: int, is_delta_rule: bool, is_diagonal: bool = False) -> str | None:
     """One token more of a state with blocks [N, M, H, K, V]."""
+    if is_diagonal:
+        return "a step with a log_decay per key channel needs impl='torch': that of impl='triton' takes one per head"
     K, V = blocks.shape[3:]
     if not SMALLEST_CHUNK <= chunk_size <= LARGEST_CHUNK:
         takes = f"impl='triton' takes {SMALLEST_CHUNK} to {LARGEST_CHUNK}"

@@ -12,20 +12,22 @@ from torch import Tensor
 from loglinear.kernels import MIN_LOG_DECAY
 from loglinear.kernels.torch.gradients import recorded_gradients
 from loglinear.kernels.torch.operator import stages
-from loglinear.kernels.triton import delta_rule, scalar_gate
+from loglinear.kernels.triton import delta_rule, diagonal_gate, scalar_gate
 from loglinear.kernels.triton.inputs import Operands, Outgoing, Results, Sequences
 from loglinear.kernels.triton.launches import Plan
 from loglinear.kernels.triton.replay import Tensors, replayed
 from loglinear.partition import Partition
 
 
-def _family(beta: Tensor | None) -> Any:
-    """The kernels of one family: both have the same functions."""
-    return scalar_gate if beta is None else delta_rule
+def _family(log_decay: Tensor, beta: Tensor | None) -> Any:
+    """The kernels of one family: all have the same functions."""
+    if beta is not None:
+        return delta_rule
+    return scalar_gate if log_decay.dim() == 3 else diagonal_gate
 
 
 def _forward(x: Operands, sequences: Sequences, scale: float, plan: Plan) -> Results:
-    family = _family(x.beta)
+    family = _family(x.log_decay, x.beta)
     parts = [
         family.forward(family.inputs_of(x.heads(h), sequences, scale, plan), final=sequences.final)
         for h in family.forward_slabs(x, sequences, plan)
@@ -34,7 +36,7 @@ def _forward(x: Operands, sequences: Sequences, scale: float, plan: Plan) -> Res
 
 
 def _gradients(x: Operands, sequences: Sequences, outgoing: Outgoing, scale: float, plan: Plan) -> Operands:
-    return _family(x.beta).gradients(x, sequences, outgoing, scale, plan)
+    return _family(x.log_decay, x.beta).gradients(x, sequences, outgoing, scale, plan)
 
 
 @replayed
@@ -66,13 +68,14 @@ def chunkwise(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outputs [B,T,H,V]; with `final`, each sequence's block states at the start of its unfinished chunk [N,M,H,K,V]
     float32; of the delta rule the arrays saved for the backward, each chunk's inverse [chunk,H,C,C] and its
-    cumulative log decay [chunk,H,C]; else empty tensors. The delta rule with beta, else the scalar gate.
+    cumulative log decay [chunk,H,C]; else empty tensors. The delta rule with beta, else the scalar gate, or the
+    diagonal gate with log_decay [B,T,H,K].
 
     initial [N,M,H,K,V], starts [N]: the blocks of each packed sequence's initial state, and its first chunk's number.
     chunk_size 0 leaves the choice to the kernels, for radix 2 without a finest block; with `final` or initial it is the
     states' chunk size. `partition` holds the numbers of a `Partition`.
     """
-    family, operands = _family(beta), Operands(q, k, v, log_decay, beta, level_scales, initial)
+    family, operands = _family(log_decay, beta), Operands(q, k, v, log_decay, beta, level_scales, initial)
     plan = family.plan_of("forward", operands, chunk_size or None)
     sequences = Sequences(cu_seqlens, starts, final, Partition.of(partition))
     if cu_seqlens is None:
@@ -120,7 +123,7 @@ def chunkwise_backward(
     partition: list[int],
 ) -> list[Tensor]:
     """dq, dk, dv, dlog_decay, dbeta where there is beta, dlevel_scales, and dinitial where there is initial."""
-    family, operands = _family(beta), Operands(q, k, v, log_decay, beta, level_scales, initial)
+    family, operands = _family(log_decay, beta), Operands(q, k, v, log_decay, beta, level_scales, initial)
     saved = (None, None) if beta is None else (inverse, cumulative)
     plan = family.plan_of("backward", operands, chunk_size or None)
     sequences, outgoing = Sequences(cu_seqlens, starts, final, Partition.of(partition)), Outgoing(do, dblocks, *saved)

@@ -144,6 +144,14 @@ def load_log_decays(log_decay, place, sizes, h, TREE: tl.constexpr):
 
 
 @triton.jit
+def load_channels(log_decay, place, l, sizes, h, K: tl.constexpr, BK: tl.constexpr, TREE: tl.constexpr):
+    """log2 of the decays [BK] of the block that candidate l of a chunk's walk is, 0 of an initial one."""
+    end, channel = end_of(place.z, l, TREE), tl.arange(0, BK)
+    row = ((place.c - place.z).to(tl.int64) + end - 1) * sizes.H + h
+    return tl.load(log_decay + row * K + channel, mask=channel < tl.where(end > place.z0, K, 0), other=0.0)
+
+
+@triton.jit
 def paths(log_decay, place, sizes, h, TREE: tl.constexpr):
     """For each candidate: is it read, and its path, log2 of the decay from the block's end to the chunk."""
     read, _, _ = walk(place, sizes.cap, TREE)

@@ -3,7 +3,8 @@
 # B batch, T time, H heads, G groups, K key, V value, L levels, N sequences, M blocks
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from loglinear.kernels.triton.inputs import (
     slabs,
 )
 from loglinear.kernels.triton.launches import Plan, ceil_div
+from loglinear.kernels.triton.layout import Layout
 from loglinear.kernels.triton.scalar_gate.chunk_state_backward import chunk_state_backward
 from loglinear.kernels.triton.scalar_gate.decay_backward import decay_backward
 from loglinear.kernels.triton.scalar_gate.final_blocks import final_blocks_backward
@@ -59,6 +61,7 @@ def backward(x: Inputs, outgoing: Outgoing, slabs: Slabs, *, partial: bool) -> t
         for y in (x.q, x.k)
     )
     states = build_states(x)
+    assert states.cumulative is not None
     inside = in_chunk_backward(x, states.cumulative, do, dv, dlevel_scales, x.plan["in_chunk_backward"])
     reads = walk_backward(x, states, do, inside, dq, dlevel_scales, x.plan["walk_backward"])
     dstates = state_backward(x, states, do, reads, x.plan["state_backward"])  # each slot gathers from its readers
@@ -71,8 +74,23 @@ def backward(x: Inputs, outgoing: Outgoing, slabs: Slabs, *, partial: bool) -> t
     return dq_sum, dk_sum, dstates.initial
 
 
+class Family(NamedTuple):
+    """A family's functions for the gradients of one slab of heads."""
+
+    inputs_of: Callable[[Operands, Sequences, float, Plan], Any]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+    more_bytes: Callable[[Operands, Layout], int] | None = None  # of a chunk and head, in addition to its state
+
+
 def gradients(x: Operands, sequences: Sequences, outgoing: Outgoing, scale: float, plan: Plan) -> Operands:
     """The gradient of every operand: slab after slab of heads, so that states and their gradients stay small."""
+    return gradients_by_slabs(x, sequences, outgoing, scale, plan, Family(inputs_of, backward))
+
+
+def gradients_by_slabs(
+    x: Operands, sequences: Sequences, outgoing: Outgoing, scale: float, plan: Plan, family: Family
+) -> Operands:
+    """`gradients` of a family."""
     rows, tokens, G, K = x.q.shape
     H, V = x.v.shape[2:]
     R, C = H // G, plan.chunk_size
@@ -82,12 +100,14 @@ def gradients(x: Operands, sequences: Sequences, outgoing: Outgoing, scale: floa
 
     # Columns that no walk reads stay 0.
     dlevel_scales, tree = like(x.level_scales), Tree.of(sequences.partition, C)
-    if x.level_scales.shape[3] > tree.column + tree.reads or tree.radix_log > 1:
+    if x.level_scales.shape[3] > tree.column + tree.reads or tree.radix_log > 1 or family.more_bytes is not None:
         dlevel_scales.zero_()
     views = Slabs(like(x.v), like(x.log_decay), dlevel_scales)
     dinitial = None if x.initial is None else like(x.initial, torch.float32)
-    if tree.radix_log > 1:  # a run has a sum for each of up to r - 1 blocks a digit
-        y = inputs_of(x, sequences, scale, plan).layout
+    y = family.inputs_of(x, sequences, scale, plan).layout if tree.radix_log > 1 or family.more_bytes else None
+    if family.more_bytes is not None and y is not None:
+        state_bytes += family.more_bytes(x, y)
+    if tree.radix_log > 1 and y is not None:  # a run has a sum for each of up to r - 1 blocks a digit
         state_bytes += -(-y.runs[0] * max(1, y.run_reads) * K * V * torch.float32.itemsize // chunks)
     parts = slabs(chunks, G, H, state_bytes, SLAB_BYTES)
     partial = parts[0].stop - parts[0].start < R
@@ -95,8 +115,8 @@ def gradients(x: Operands, sequences: Sequences, outgoing: Outgoing, scale: floa
         dq, dk = (like(y, torch.float32 if partial else None) for y in (x.q, x.k))
     for h in parts:
         g = slice(h.start // R, (h.stop - 1) // R + 1)
-        call = inputs_of(x.heads(h), sequences, scale, plan)
-        dq_h, dk_h, dinitial_h = backward(call, outgoing.heads(h), views.heads(h), partial=partial)
+        call = family.inputs_of(x.heads(h), sequences, scale, plan)
+        dq_h, dk_h, dinitial_h = family.backward(call, outgoing.heads(h), views.heads(h), partial=partial)
         if len(parts) == 1:
             dq, dk = dq_h, dk_h
         elif h.start % R == 0:

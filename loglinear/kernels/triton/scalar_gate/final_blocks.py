@@ -11,7 +11,7 @@ from torch import Tensor
 from loglinear.kernels.triton.args import SIZES, Place, Sizes
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.launches import ceil_div
-from loglinear.kernels.triton.scalar_gate.states import ELEMENTS, Inputs, StateGradients, States
+from loglinear.kernels.triton.scalar_gate.states import Inputs, StateGradients, States
 from loglinear.kernels.triton.tiles import head_program
 from loglinear.kernels.triton.walks import block_row, end_of, initial_number, paths, slot_pointer
 
@@ -119,25 +119,24 @@ def final_blocks_backward_kernel(
 
 def final_blocks(x: Inputs, states: States) -> Tensor:
     """[N, M, H, K, V] float32: what each sequence leaves at the start of its unfinished chunk."""
-    y, M = x.layout, x.sizes.cap + 1
+    y, M, (sizes, size) = x.layout, x.sizes.cap + 1, x.parts
     blocks = x.empty(y.sequences, M, x.heads, x.key_dim, x.value_dim)
-    grid = y.sequences * M * x.heads * ceil_div(x.state_size, ELEMENTS)
-    final_blocks_kernel[(grid,)](
-        states, blocks, y.ends, *x.sizes, SIZE=x.state_size, E=ELEMENTS, C=x.chunk_size, TREE=x.tree
-    )
+    grid = y.sequences * M * sizes.H * ceil_div(size, x.elements)
+    final_blocks_kernel[(grid,)](states, blocks, y.ends, *sizes, SIZE=size, E=x.elements, C=x.chunk_size, TREE=x.tree)
     return blocks
 
 
 def final_blocks_backward(x: Inputs, states: States, dblocks: Tensor, dstates: StateGradients) -> None:
     """Add to the gradients of the array's slots."""
-    final_blocks_backward_kernel[(x.layout.sequences * x.heads,)](
+    sizes, size = x.parts
+    final_blocks_backward_kernel[(x.layout.sequences * sizes.H,)](
         states,
         dblocks.contiguous(),
         dstates,
         x.layout.ends,
-        *x.sizes,
-        SIZE=x.state_size,
-        E=ELEMENTS,
+        *sizes,
+        SIZE=size,
+        E=x.elements,
         C=x.chunk_size,
         TREE=x.tree,
     )

@@ -1,6 +1,6 @@
 """The reads between chunks, differentiated on the states' side.
 
-    dS_slot = sum over its readers z of (Q_z diag(lambda_l exp(G) P_path))^T dO_z
+    dS_slot = sum over its readers z of (Q_z diag(lambda_l exp(G) P_path))^T dO_z        (readers.py)
 
 The readers of a slot of 2**l chunks are as many chunks behind it, with a larger radix several times as many. Those of
 slots smaller than a run of the sweep, of 64 chunks, are gathered by one program; more are gathered in such runs, whose
@@ -8,19 +8,16 @@ sums are added up in order.
 """
 
 # C chunk, H heads, K key, V value, L levels
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.args import SIZES, Chunk, Rows, Sizes
-from loglinear.kernels.triton.compiler import prefetched
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.launches import Launch, ceil_div
-from loglinear.kernels.triton.levels import load_scale
-from loglinear.kernels.triton.scalar_gate.states import ELEMENTS, Inputs, Reads, StateGradients, States
-from loglinear.kernels.triton.tiles import head_program, load_rows, load_state, locate, locate_run, store_state
+from loglinear.kernels.triton.scalar_gate.readers import gather_readers
+from loglinear.kernels.triton.scalar_gate.states import Flows, Inputs, Reads, StateGradients, States
+from loglinear.kernels.triton.tiles import head_program, load_state, locate, locate_run, store_state
 from loglinear.kernels.triton.walks import (
     block_row,
     count_readers,
@@ -31,98 +28,6 @@ from loglinear.kernels.triton.walks import (
     reader_at,
     walk,
 )
-
-
-class Reader(NamedTuple):
-    """One reader of a slot: lambda and G of its tokens, the path from the slot, and the gradient of the log decays
-    beyond the slot, for each half."""
-
-    scales: tl.tensor
-    G: tl.tensor
-    path: tl.tensor
-    beyond_0: tl.tensor
-    beyond_1: tl.tensor
-
-
-@triton.jit
-def load_reader(
-    scales,
-    l_t,
-    L,
-    cumulative,
-    reads,
-    c,
-    first,
-    end,
-    l,
-    h,
-    H,
-    C: tl.constexpr,
-    HALVES: tl.constexpr,
-    TREE: tl.constexpr,
-):
-    """Nothing is computed with its numbers here: that would wait for them."""
-    READS: tl.constexpr = TREE.reads
-    i, n = tl.arange(0, C), tl.minimum(end - first, C).to(tl.int32)
-    G = tl.load(cumulative + (c * H + h) * C + i, mask=i < n, other=0.0)
-    path = tl.load(reads.paths + (c * H + h) * READS + l, mask=n > 0, other=0.0)
-    beyond_0 = tl.load(reads.beyond + (c * HALVES * H + h) * READS + l, mask=n > 0, other=0.0)
-    in_second = n > (C // 2 if HALVES == 2 else C)
-    beyond_1 = tl.load(reads.beyond + ((c * HALVES + HALVES - 1) * H + h) * READS + l, mask=in_second, other=0.0)
-    return Reader(load_scale(scales + first * l_t, l_t, n, TREE.column + l, L, i), G, path, beyond_0, beyond_1)
-
-
-@triton.jit
-def gather_readers(
-    q,
-    level_scales,
-    do,
-    cumulative,
-    reads,
-    chunk,
-    readers,
-    l,
-    behind,
-    h,
-    sizes,
-    scale,
-    first_column,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    HALVES: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    TREE: tl.constexpr,
-    MATH: tl.constexpr,
-):
-    """Sum over `readers` chunks from `chunk` on, and of the gradients of log decays beyond the slot. The chunk is that
-    many chunks `behind` the slot's first reader, which reads it through candidate l."""
-    H, b, c, first, end = sizes.H, chunk.b, chunk.c, chunk.first, chunk.end
-    scales, l_t, L = level_scales.data + b * level_scales.b + h * level_scales.h, level_scales.t, sizes.L
-    q_rows, do_rows = q.data + b * q.b + (h // sizes.R) * q.h, do.data + b * do.b + h * do.h
-    dstate_KV = tl.zeros([BK, BV], tl.float32)
-    dlog = tl.zeros([], tl.float32)
-    readers = tl.minimum(readers, ((end - first + C - 1) // C).to(tl.int32))
-    # Vectors are loaded one reader ahead: nothing else would hide their latency.
-    stop = tl.where(readers > 0, end, first)
-    at = reader_at(behind, l, TREE)
-    ahead = load_reader(scales, l_t, L, cumulative, reads, c, first, stop, at, h, H, C, HALVES, TREE)
-    for reader in range(readers):
-        weight = prefetched(ahead.scales, level_scales.data.dtype.element_ty) * scale * tl.exp2(ahead.G + ahead.path)
-        beyond = ahead.beyond_0 + ahead.beyond_1
-        stop = tl.where(reader + 1 < readers, end, first)
-        at = reader_at(behind + reader + 1, l, TREE)
-        ahead = load_reader(scales, l_t, L, cumulative, reads, c + 1, first + C, stop, at, h, H, C, HALVES, TREE)
-        n = tl.minimum(end - first, C).to(tl.int32)
-        q_CK = load_rows(q_rows + first * q.t, q.t, n, 0, C, K, BK).to(MATH.dot)
-        do_CV = load_rows(do_rows + first * do.t, do.t, n, first_column, C, V, BV)
-        weighted_CV = (do_CV.to(tl.float32) * weight[:, None]).to(MATH.dot)
-        dstate_KV += tl.dot(tl.trans(q_CK), weighted_CV, input_precision=MATH.precision)
-        dlog += beyond
-        c += 1
-        first += C
-    return dstate_KV, dlog
 
 
 @launcher
@@ -213,7 +118,11 @@ def state_backward_kernel(
     )
     store_state(dslots + (out_row * sizes.H + h) * (K * V), tile * BV, dstate_KV, K, V, BK, BV)
     if tile == 0:
-        tl.store(dlog_decay + out_row * sizes.H + h, dlog)
+        if cumulative is None:
+            channel = tl.arange(0, BK)
+            tl.store(dlog_decay + (out_row * sizes.H + h) * K + channel, dlog, mask=channel < K)
+        else:
+            tl.store(dlog_decay + out_row * sizes.H + h, dlog)
 
 
 @launcher
@@ -221,6 +130,7 @@ def state_backward_kernel(
 def sum_runs_kernel(
     partial,
     dpartial_log,
+    run_totals,
     dslots,
     dlog_decay,
     runs,
@@ -235,7 +145,9 @@ def sum_runs_kernel(
     LEVELS: tl.constexpr,
     TREE: tl.constexpr,
 ):
-    """The slot at the end of each run of chunks: the sums of its readers' runs, which begin behind it."""
+    """The slot at the end of each run of chunks: the sums of its readers' runs, which begin behind it.
+
+    run_totals: at the end of each run its log decay, where the sums are those for the start of their run; else None."""
     RUN: tl.constexpr = 1 << TREE.tier
     sizes = Sizes(T, N, H, R, L, cap)
     PARTS: tl.constexpr = (SIZE + E - 1) // E
@@ -251,11 +163,16 @@ def sum_runs_kernel(
     readers = tl.where(l - TREE.run_read < LEVELS, tl.minimum(many, runs_left), 0)
     x = part * E + tl.arange(0, E)
     total = tl.zeros([E], tl.float32)
-    dlog = tl.zeros([], tl.float32)
+    dlog, path = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     for reader in range(1, readers + 1):
         at = reader_at((reader - 1) << TREE.tier, l, TREE) - TREE.run_read
         source = ((number + reader).to(tl.int64) * LEVELS + at) * sizes.H + h
-        total += tl.load(partial + source * SIZE + x, mask=x < SIZE, other=0.0)
+        read = tl.load(partial + source * SIZE + x, mask=x < SIZE, other=0.0)
+        if run_totals is not None:
+            read *= tl.exp2(path)
+            end_of_run = row + reader * RUN
+            path += tl.load(run_totals + end_of_run * sizes.H + h, mask=z + reader * RUN < run.count, other=0.0)
+        total += read
         dlog += tl.load(dpartial_log + source)
     tl.store(dslots + (row * sizes.H + h) * SIZE + x, total.to(dslots.dtype.element_ty), mask=x < SIZE)
     if part == 0:
@@ -341,19 +258,27 @@ def initial_backward_kernel(
             run = locate_run(first_run, runs, sizes, 0, TREE)
             runs_left = (run.count + RUN - 1) // RUN - run.number
             readers = tl.minimum((behind_all >> TREE.tier) - run.number, runs_left)
+            path_K = tl.zeros([BK], tl.float32)
             for reader in range(tl.where(run.sequence == sequence, readers, 0)):
                 at = reader_at(((run.number + reader) << TREE.tier) - end, l, TREE) - TREE.run_read
                 source = ((first_run + reader).to(tl.int64) * LEVELS + at) * sizes.H + h
-                dstate_KV += load_state(partial + source * (K * V), tile * BV, K, V, BK, BV)
+                read_KV = load_state(partial + source * (K * V), tile * BV, K, V, BK, BV)
+                if cumulative is None:
+                    read_KV *= tl.exp2(path_K)[:, None]
+                    z, channel = ((run.number + reader + 1) << TREE.tier) - 1, tl.arange(0, BK)
+                    log_run = reads.run_totals + ((run.origin + z) * sizes.H + h) * K + channel
+                    path_K += tl.load(log_run, mask=channel < tl.where(z < run.count, K, 0), other=0.0)
+                dstate_KV += read_KV
     out = dinitial + block_row(sequence, m, sizes, h) * (K * V)
     store_state(out, tile * BV, dstate_KV, K, V, BK, BV)
 
 
-def state_backward(x: Inputs, states: States, do: Rows, reads: Reads, launch: Launch) -> StateGradients:
-    """The gradients of the array's slots by their readers, and of the initial blocks."""
+def state_backward(x: Inputs, states: States, do: Rows, reads: Reads | Flows, launch: Launch) -> StateGradients:
+    """The gradients of the array's slots by their readers, and of the initial blocks. `Flows` of a diagonal gate."""
     y, H, tiles, levels = x.layout, x.heads, x.value_tiles(launch), max(1, x.layout.run_reads)
     dinitial = None if states.initial is None else torch.zeros_like(states.initial, dtype=torch.float32)
-    dstates = StateGradients(torch.empty_like(states.slots), dinitial, x.empty(y.chunks, H))
+    sizes, size = x.parts
+    dstates = StateGradients(torch.empty_like(states.slots), dinitial, torch.empty_like(states.log_decay))
     gathered = (x.q, x.level_scales, do, states.cumulative, reads)
     constants = dict(HALVES=x.halves, TREE=x.tree, **x.constants(launch))
     state_backward_kernel[(y.chunks * H * tiles,)](
@@ -362,20 +287,21 @@ def state_backward(x: Inputs, states: States, do: Rows, reads: Reads, launch: La
     partial = None
     if y.chunks_per_row >= 1 << x.tree.tier or dinitial is not None:
         partial = x.empty(y.runs[0] * levels, H, x.key_dim, x.value_dim)
-        dpartial_log = x.empty(y.runs[0] * levels, H)
+        dpartial_log = x.empty(y.runs[0] * levels, sizes.H)
         runs = y.run_tables[0]
         state_backward_kernel[(y.runs[0] * levels * H * tiles,)](
             *gathered, partial, dpartial_log, y.table, runs, *x.sizes, x.scale, RUNS=True, LEVELS=levels, **constants
         )
-        sum_runs_kernel[(y.runs[0] * H * ceil_div(x.state_size, ELEMENTS),)](
+        sum_runs_kernel[(y.runs[0] * sizes.H * ceil_div(size, x.elements),)](
             partial,
             dpartial_log,
+            reads.run_totals if isinstance(reads, Flows) else None,
             dstates.slots,
             dstates.log_decay,
             runs,
-            *x.sizes,
-            SIZE=x.state_size,
-            E=ELEMENTS,
+            *sizes,
+            SIZE=size,
+            E=x.elements,
             LEVELS=levels,
             TREE=x.tree,
         )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from loglinear.kernels.triton import inputs
-from loglinear.kernels.triton.args import Math, Planes
+from loglinear.kernels.triton.args import Math, Planes, Sizes
 from loglinear.kernels.triton.launches import Launch, ceil_div, tile_width
 from loglinear.kernels.triton.layout import Layout
 
@@ -21,13 +21,20 @@ PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100: heads are
 
 
 class States(NamedTuple):
-    """The Fenwick array of one slab of heads. Decays are base-2 logarithms."""
+    """The Fenwick array of one slab of heads. Decays are base-2 logarithms; a diagonal gate has K for each head."""
 
     slots: Tensor  # [chunk, H, K, V]: a chunk's own state, and after the sweeps the block that ends with it
     initial: Tensor | None  # [N, M, H, K, V], the blocks of the initial state
     log_decay: Tensor  # [chunk, H], over each block
     totals: Tensor  # [tier, chunk, H], over each entry of a tier
-    cumulative: Tensor  # [chunk, H, C], G
+    cumulative: Tensor | None  # [chunk, H, C], G; a diagonal gate's decays are in its queries and keys already
+
+
+class Parts(NamedTuple):
+    """The parts of all states that have one decay each: H of `sizes` counts them in place of heads. Numbers of each."""
+
+    sizes: Sizes
+    size: int
 
 
 class StateGradients(NamedTuple):
@@ -63,6 +70,16 @@ class Reads(NamedTuple):
     beyond: Tensor  # [chunk, half, H, READS], of the decays: the reads of farther blocks than each
 
 
+class Flows(NamedTuple):
+    """The same of a diagonal gate: the flow [K] of a read is the sum over its tokens of query x dquery. And the log
+    decays of chunks and of runs, from which the readers' side computes paths."""
+
+    until: Planes  # [READS, chunk, H, K], of a read and all nearer ones
+    whole: Tensor  # [chunk, H, K], of all reads
+    totals: Tensor  # [chunk, H, K]
+    run_totals: Tensor  # [chunk, H, K], at the last chunk of each run
+
+
 def value_tile(V: int, launch: Launch) -> int:
     """Columns of V of one program."""
     return min(launch.value_tile, tile_width(V))
@@ -93,6 +110,11 @@ class Inputs(inputs.Inputs):
         return self.key_dim * self.value_dim
 
     @cached_property
+    def parts(self) -> Parts:
+        """The stages on states alone take these: whole states, or rows of them under a diagonal gate."""
+        return Parts(self.sizes, self.state_size)
+
+    @cached_property
     def splits(self) -> int:
         """Into how many programs a group's heads go, so that short sequences fill the device."""
         programs, R = self.layout.chunks * self.halves * self.groups, self.sizes.R
@@ -105,8 +127,17 @@ class Inputs(inputs.Inputs):
     def value_tiles(self, launch: Launch) -> int:
         return ceil_div(self.value_dim, value_tile(self.value_dim, launch))
 
-    def sweep_parts(self, launch: Launch) -> int:
-        return ceil_div(self.state_size, launch.value_tile * SWEEP_STEPS)
+    def sweep_tiles(self, launch: Launch) -> tuple[int, int, int]:
+        """The numbers of a tile of the sweeps, the tiles of one program, and the programs of one part."""
+        size = self.parts.size
+        tile = min(launch.value_tile, tile_width(size))
+        steps = min(SWEEP_STEPS, ceil_div(size, tile))
+        return tile, steps, ceil_div(size, tile * steps)
+
+    @cached_property
+    def elements(self) -> int:
+        """The numbers of a part that one program of the elementwise stages takes."""
+        return min(ELEMENTS, tile_width(self.parts.size))
 
     @property
     def columns(self) -> int:

@@ -18,7 +18,7 @@ import triton.language as tl
 from loglinear.kernels.triton.args import SIZES, Sizes
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.launches import Launch
-from loglinear.kernels.triton.scalar_gate.states import SWEEP_STEPS, Inputs, StateGradients, States, Totals
+from loglinear.kernels.triton.scalar_gate.states import Inputs, StateGradients, States, Totals
 from loglinear.kernels.triton.tiles import dot_float32, exponent, head_program, locate_run
 from loglinear.kernels.triton.walks import block_row, prefix_end
 
@@ -205,17 +205,19 @@ def up_sweep(x: Inputs, states: States, launch: Launch) -> States:
     """Merge the chunks' states, in place, into the Fenwick array, tier after tier."""
     if is_merged(x):
         return states._replace(log_decay=states.totals[0])
+    sizes, size = x.parts
+    tile, steps, programs = x.sweep_tiles(launch)
     for tier, runs in enumerate(x.layout.runs):
-        up_sweep_kernel[(runs * x.heads * x.sweep_parts(launch),)](
+        up_sweep_kernel[(runs * sizes.H * programs,)](
             states,
             states.totals[tier],
             states.totals[tier + 1],
             x.layout.run_tables[tier],
-            *x.sizes,
+            *sizes,
             tier,
-            SIZE=x.state_size,
-            E=launch.value_tile,
-            STEPS=SWEEP_STEPS,
+            SIZE=size,
+            E=tile,
+            STEPS=steps,
             TREE=x.tree,
             MATH=x.math,
             **launch.options,
@@ -227,23 +229,24 @@ def down_sweep(x: Inputs, states: States, dstates: StateGradients, launch: Launc
     """Turn the gradients of the array's slots, in place, into those of the chunks' states; and those of the totals."""
     if is_merged(x):
         return Totals(dstates.log_decay[None, None], 0, 0)
-    runs, parts = x.layout.runs, x.sweep_parts(launch)
-    dtotals = x.empty(len(runs), parts, x.layout.chunks, x.heads)
+    runs, (sizes, size) = x.layout.runs, x.parts
+    tile, steps, programs = x.sweep_tiles(launch)
+    dtotals = x.empty(len(runs), programs, x.layout.chunks, sizes.H)
     strided = Totals(dtotals, dtotals.stride(0), dtotals.stride(1))
     for tier in reversed(range(len(runs))):
         is_top = int(tier == len(runs) - 1)
-        down_sweep_kernel[(runs[tier] * x.heads * parts,)](
+        down_sweep_kernel[(runs[tier] * sizes.H * programs,)](
             states,
             dstates,
             states.totals[tier],
             strided,
             x.layout.run_tables[tier],
-            *x.sizes,
+            *sizes,
             tier,
             is_top,
-            SIZE=x.state_size,
-            E=launch.value_tile,
-            STEPS=SWEEP_STEPS,
+            SIZE=size,
+            E=tile,
+            STEPS=steps,
             TREE=x.tree,
             MATH=x.math,
             **launch.options,
