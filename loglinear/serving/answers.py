@@ -113,6 +113,13 @@ def check_settings(input_ids: Tensor, config: GenerationConfig) -> None:
         raise ValueError(f"input_ids must be one sequence [1, T] with a token, got shape {list(input_ids.shape)}")
 
 
+def check_tokens(input_ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for a token that the model does not have, which would end the step of every row."""
+    wrong = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
+    if wrong.numel():
+        raise ValueError(f"input_ids must be tokens from 0 to {vocab_size - 1}, got {int(wrong[0])}")
+
+
 def check_inputs(inputs: Mapping[str, Any]) -> None:
     """Raise ValueError for an input of the model that a row of a batch cannot have."""
     cache = inputs.get("past_key_values")

@@ -7,6 +7,8 @@ import copy
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList, Stop
 
 from loglinear.models import LogLinearCache, LogLinearForCausalLM
 from loglinear.ops.validation import whole_number
-from loglinear.serving.answers import Answer, check_inputs, check_reads_all, seeded_generator
+from loglinear.serving.answers import Answer, check_inputs, check_reads_all, check_tokens, seeded_generator
 from loglinear.serving.prefixes import FEWEST_SHARED, PrefixCache
 from loglinear.serving.slots import Slots
 
@@ -71,6 +73,7 @@ class Engine:
         streamer: Any = None,
         generator: torch.Generator | None = None,
         before_work: Callable[[], None] | None = None,
+        future: Future[Tensor] | None = None,
         stopping_criteria: Iterable[StoppingCriteria] = (),
         stop_strings: str | list[str] | None = None,
         tokenizer: Any = None,
@@ -85,6 +88,8 @@ class Engine:
                 the calling thread's default generator seeds.
             before_work: Called in the engine's thread before each piece of the prompt. An exception of it, of the
                 streamer or of a stopping criterion ends this call alone, which raises it.
+            future: The result to be. Another thread may cancel it: the call ends with CancelledError, also while it
+                waits for a row. None: nobody else holds it.
             stopping_criteria: Further criteria that end the answer.
             stop_strings: Texts that end the answer; they need the tokenizer.
             tokenizer: The tokenizer of stop_strings.
@@ -92,8 +97,10 @@ class Engine:
                 every token of input_ids is one, also a token that pads elsewhere.
 
         Raises:
-            ValueError: The batch has more than one sequence, the model has a `decode_top_k`, or an argument asks for
-                beams, for several answers, for a given cache or for other results than the tokens.
+            ValueError: The batch has more than one sequence, a token is outside the vocabulary, the model has a
+                `decode_top_k`, or an argument asks for beams, for several answers, for a given cache or for other
+                results than the tokens.
+            concurrent.futures.CancelledError: `future` was cancelled.
         """
         check_reads_all(self.model)
         criteria = StoppingCriteriaList(stopping_criteria)
@@ -109,8 +116,10 @@ class Engine:
             **inputs: Any,
         ) -> Tensor:
             check_inputs(inputs)
+            check_tokens(input_ids, self.model.config.vocab_size)
             answer = Answer(input_ids, logits_processor, stopping_criteria, generation_config)
             answer.streamer, answer.before_work = streamer, before_work
+            answer.future = answer.future if future is None else future
             if answer.do_sample:
                 answer.generator = seeded_generator(input_ids.device) if generator is None else generator
             return self._answered(answer)
@@ -126,7 +135,7 @@ class Engine:
         return ids
 
     def _answered(self, answer: Answer) -> Tensor:
-        """Wait for an answer. If the wait is interrupted, its row leaves."""
+        """Wait for an answer. If the wait is interrupted, it leaves its row, or those who wait for one."""
         with self._lock:
             self._waiting.append(answer)
             if not self._is_running:
@@ -136,6 +145,8 @@ class Engine:
             return answer.future.result()
         except BaseException:
             answer.future.cancel()
+            with self._lock, suppress(ValueError):
+                self._waiting.remove(answer)
             raise
 
     @torch.no_grad()

@@ -155,6 +155,8 @@ class SlotKeyValues:
         self._make_room(length)
         for mine, other in zip(self.tensors, () if layer is None else (layer.keys, layer.values), strict=False):
             mine[row, :, :length].copy_(other[0])
+        for mine in self.tensors:  # a weight of 0 does not hide the NaN of a sequence that has left
+            mine[row, :, length:].zero_()
 
     def read(self, row: int, layer: Any, length: int) -> None:
         layer.update(*(part[row : row + 1, :, :length].clone() for part in self.tensors))

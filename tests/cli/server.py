@@ -32,7 +32,7 @@ def tiny_model(**changes):
 
 
 @contextlib.contextmanager
-def served(model, limits=LIMITS, slots=4):
+def served(model, limits=LIMITS, slots=4, name=NAME):
     """The port of a server that lives as long as the context. With 0 slots requests take turns."""
     tokenizer, engine = ByteTokenizer(), engine_of(model, slots, 16)
     logging.set_verbosity_error()
@@ -40,7 +40,7 @@ def served(model, limits=LIMITS, slots=4):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         options = dict(log_level="error", ws="none", lifespan="off", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(uvicorn.Config(application(NAME, model, tokenizer, limits, engine), **options))
+        server = uvicorn.Server(uvicorn.Config(application(name, model, tokenizer, limits, engine), **options))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

@@ -209,7 +209,7 @@ def test_time_ends_an_answer_which_says_that_it_is_cut(model, slots, stream):
         began = time.monotonic()
         status, body = complete(port, prompt="ab", temperature=0, stream=stream, **ENDLESS)
         assert status == 200 and time.monotonic() - began < 10
-        last = json.loads(body.decode().strip().split("\n")[-1].removeprefix("data: "))
+        last = json.loads(body.decode().removesuffix("\n\ndata: [DONE]\n\n").split("\n")[-1].removeprefix("data: "))
         assert last["choices"][0]["finish_reason"] == "length" and 0 < last["usage"]["completion_tokens"] < 10**6
 
 
@@ -239,6 +239,22 @@ def test_too_many_requests_are_told_to_come_again(model, slots, monkeypatch):
         status, body = complete(port, **asked)
         assert status == 429 and "2 requests are open" in refusal((status, body))
         [thread.join() for thread in threads]
+        assert complete(port, prompt="ab", max_tokens=1)[0] == 200
+
+
+def test_clients_that_leave_are_counted_until_their_turn_has_come(model, monkeypatch):
+    from loglinear.cli.serving import app
+
+    monkeypatch.setattr(app, "MOST_REQUESTS", 3)
+    with served(model, Limits(tokens=10**6, prompt_tokens=100, seconds=3.0), slots=0) as port:
+        long = threading.Thread(target=complete, args=(port,), kwargs=ENDLESS)
+        long.start()
+        time.sleep(0.3)
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                ask(port, COMPLETIONS, {"prompt": "ab"}, timeout=0.2)
+        assert complete(port, prompt="ab")[0] == 429
+        long.join()
         assert complete(port, prompt="ab", max_tokens=1)[0] == 200
 
 

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -171,6 +171,50 @@ def test_a_request_that_fails_leaves_the_others_alone():
     found = all_at_once([calls[0], fails, calls[1], refused, *calls[2:]])
     for one, other in zip(alone, (found[0], found[2], *found[4:]), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_token_outside_the_vocabulary_leaves_the_others_alone():
+    model = make()
+    engine, ids = Engine(model, slots=2), torch.tensor([[5, 6, model.config.vocab_size]])
+    alone = model.generate(prompt(4), max_new_tokens=60)
+
+    def fails():
+        most = model.config.vocab_size - 1
+        for wrong in (ids, -ids):
+            with pytest.raises(ValueError, match=f"input_ids must be tokens from 0 to {most}, got"):
+                engine.generate(wrong, max_new_tokens=5)
+
+    found = all_at_once([partial(engine.generate, prompt(4), max_new_tokens=60), fails])
+    assert torch.equal(found[0], alone)
+
+
+@pytest.mark.parametrize("options", [HYBRID, TRANSFORMER, {}])
+def test_a_row_keeps_nothing_of_a_sequence_that_overflowed(options):
+    model = make(**options)
+    engine = Engine(model, slots=2)
+    for layer in engine.slots.layers:
+        for part in layer.tensors:
+            part.fill_(torch.nan) if part.is_floating_point() else None
+    check_equal_to_generate(model, engine, [(prompt(length, length), dict(max_new_tokens=9)) for length in (5, 30, 1)])
+
+
+def test_a_call_that_waits_for_a_row_can_be_cancelled():
+    model = make()
+    engine, future, begun = Engine(model, slots=1), Future(), threading.Event()
+    engine_thread = dict(before_work=lambda: begun.set() or gate.wait(10) and None)
+    gate = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(partial(engine.generate, prompt(5), max_new_tokens=5, **engine_thread))
+        begun.wait(10)
+        second = pool.submit(partial(engine.generate, prompt(6), max_new_tokens=5, future=future))
+        while not engine._waiting:
+            time.sleep(0.001)
+        assert future.cancel()
+        with pytest.raises(CancelledError):
+            second.result(10)
+        assert not engine._waiting
+        gate.set()
+        assert torch.equal(first.result(10), model.generate(prompt(5), max_new_tokens=5))
 
 
 def test_a_failure_of_the_model_ends_the_rows_and_the_engine_goes_on(monkeypatch):

@@ -95,8 +95,9 @@ def check_answer(body, answer):
     """The answer is whole and within what was asked."""
     data = answer.decode()
     if body.get("stream"):
-        last = json.loads(data.strip().split("\n")[-1].removeprefix("data: "))
-        assert all(line.startswith("data: ") for line in data.split("\n") if line)
+        *_, last, done = data.removesuffix("\n\n").split("\n\n")
+        last = json.loads(last.removeprefix("data: "))
+        assert done == "data: [DONE]" and all(line.startswith("data: ") for line in data.split("\n") if line)
     else:
         last = json.loads(data)
         choice = last["choices"][0]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import uuid
+from collections.abc import AsyncIterable, AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -30,6 +32,8 @@ MOST_REQUESTS = 256  # open at a time: one, or as many as an engine has rows, is
 BYTES_PER_TOKEN, OTHER_BYTES = 16, 65_536  # limits of a body: per token of the longest prompt, and for the rest
 BODY_SECONDS = 30.0
 Handler = CompletionHandler | ChatCompletionHandler
+FAILED = "the server failed; its log says why"
+LOG = logging.getLogger("uvicorn.error")
 GONE = 499  # status of a response whose client has left
 
 
@@ -49,7 +53,10 @@ class OneModel(ModelManager):
 
 
 class Server:
-    """The state of all routes: one model, its engine, its handlers, its limits and its open requests."""
+    """The state of all routes: one model, its engine, its handlers, its limits and its open requests.
+
+    A request whose client has left is open until its turn has come.
+    """
 
     def __init__(
         self,
@@ -71,17 +78,21 @@ class Server:
         """
         parsed = requests.parse(kind, await self._body(request))
         turn = self._turn(parsed)
+        self.open = {other for other in self.open if not other.is_over}
         if len(self.open) >= MOST_REQUESTS:
             raise Refused(f"{MOST_REQUESTS} requests are open: try again later", status=429)
         self.open.add(turn)
-        request.scope["end"] = lambda: self._end(turn)
+        request.scope["end"] = turn.cancel
         CURRENT.set(turn)
         tokens = next(iter(parsed.lengths.values()), min(DEFAULT_TOKENS, self.limits.tokens))
         body = {**parsed.body(), "stream": parsed.stream, "max_tokens": tokens}
-        return await _while_connected(request, handler.handle_request(body, uuid.uuid4().hex))
+        response = await _while_connected(request, handler.handle_request(body, uuid.uuid4().hex))
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = _events(response.body_iterator)
+        return response
 
     def _turn(self, parsed: requests.Request) -> Turn:
-        self._require_model(parsed.model)
+        self.require_model(parsed.model)
         most = self.limits.tokens
         for name, tokens in parsed.lengths.items():
             if tokens > most:
@@ -99,13 +110,9 @@ class Server:
             raise Refused(f"logit_bias must have tokens 0 to {most}, got {requests.shown(text)}", param="logit_bias")
         return int(text)
 
-    def _require_model(self, name: str | None) -> None:
+    def require_model(self, name: str | None) -> None:
         if name is not None and name != self.name:
             raise Refused(f"there is no model {requests.shown(name)}, only {self.name!r}", param="model", status=404)
-
-    def _end(self, turn: Turn) -> None:
-        turn.cancel()
-        self.open.discard(turn)
 
     async def _body(self, request: Request) -> bytes:
         kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
@@ -133,9 +140,9 @@ class Server:
             name = json.loads(await self._body(request)).get("model")
         except (ValueError, AttributeError, RecursionError):
             raise Refused('the body must be a JSON object with a "model"') from None
-        self._require_model(str(name))
+        self.require_model(str(name))
         event = json.dumps({"status": "ready", "model": self.name, "cached": True})
-        return Response(f"data: {event}\n\n", media_type="text/event-stream")
+        return Response(_data(event), media_type="text/event-stream")
 
 
 async def _while_connected(request: Request, work: Any) -> Response:
@@ -150,6 +157,23 @@ async def _while_connected(request: Request, work: Any) -> Response:
     finally:
         work.cancel()
         gone.cancel()
+
+
+async def _events(parts: AsyncIterable[Any]) -> AsyncIterator[Any]:
+    """Pass the events of a stream on, then its end. An error becomes an event, as the status has been sent."""
+    try:
+        async for part in parts:
+            yield part
+    except Refused as error:
+        yield _data(json.dumps(_described(str(error), error.param)))
+    except Exception:
+        LOG.exception("a stream failed")
+        yield _data(json.dumps(_described(FAILED, kind="server_error")))
+    yield _data("[DONE]")
+
+
+def _data(text: str) -> str:
+    return f"data: {text}\n\n"
 
 
 class EndTurns:
@@ -193,9 +217,16 @@ def application(
     async def load(request: Request) -> Response:
         return await server.load(request)
 
+    served = {"id": name, "object": "model", "created": 0, "owned_by": "loglinear"}
+
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "loglinear"}]}
+        return {"object": "list", "data": [served]}
+
+    @app.get("/v1/models/{asked:path}")
+    async def describe_model(asked: str) -> dict[str, Any]:
+        server.require_model(asked)
+        return served
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -215,12 +246,15 @@ def application(
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return _error(500, "the server failed; its log says why", kind="server_error")
+        return _error(500, FAILED, kind="server_error")
 
     return app
 
 
 def _error(status: int, message: str, param: str | None = None, kind: str = "invalid_request_error") -> Response:
+    return JSONResponse(_described(message, param, kind), status_code=status)
+
+
+def _described(message: str, param: str | None = None, kind: str = "invalid_request_error") -> dict[str, Any]:
     """Return an error of OpenAI's shape with a message of one line."""
-    error = {"message": " ".join(message.split()), "type": kind, "param": param, "code": None}
-    return JSONResponse({"error": error}, status_code=status)
+    return {"error": {"message": " ".join(message.split()), "type": kind, "param": param, "code": None}}

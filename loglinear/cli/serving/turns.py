@@ -9,15 +9,16 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
-from transformers.cli.serving.utils import GenerateManager, GenerationState
+from transformers.cli.serving.utils import DirectStreamer, GenerateManager, GenerationState
 
 from loglinear.cli.serving.requests import Refused
 from loglinear.serving import Engine
@@ -44,6 +45,7 @@ class Turn(StoppingCriteria):
     """
 
     engine: Engine | None = None
+    is_queued = False  # True from the moment in which it waits for the model until `generate` has ended
     _end: float | None = None  # of its time; None: no work has begun
 
     def __init__(
@@ -61,10 +63,17 @@ class Turn(StoppingCriteria):
         # Most tokens stand for at least one byte; some stand for no text.
         self._tail = 8 + 2 * max((len(stop.encode()) for stop in stops), default=0)
         self._gone = threading.Event()
+        self._row: Future[Tensor] = Future()
 
     def cancel(self) -> None:
-        """End the turn from any thread, before the next block of the model, or the next piece or token of a row."""
+        """End the turn from any thread, before the next block of the model, or at once if it waits for a row."""
         self._gone.set()
+        self._row.cancel()
+
+    @property
+    def is_over(self) -> bool:
+        """True after `cancel`, when the turn waits for nothing any more."""
+        return self._gone.is_set() and not self.is_queued
 
     def require_short(self, prompt_tokens: int) -> None:
         """Raise Refused unless a prompt has 1 to `limits.prompt_tokens` tokens."""
@@ -78,6 +87,14 @@ class Turn(StoppingCriteria):
 
         Raises TurnEnded after `cancel`, and Refused if the time ends while the prompt is read.
         """
+        try:
+            return self._generate(input_ids, generation_config, inputs)
+        except CancelledError:
+            raise TurnEnded from None
+        finally:
+            self.is_queued = False
+
+    def _generate(self, input_ids: Tensor, generation_config: GenerationConfig, inputs: dict[str, Any]) -> Any:
         self._prompt_tokens, self._begun, self._config = input_ids.shape[1], False, generation_config
         generation_config.update(**self.options)
         inputs |= dict(input_ids=input_ids, generation_config=generation_config, stopping_criteria=[self])
@@ -85,7 +102,7 @@ class Turn(StoppingCriteria):
             inputs["input_ids"] = input_ids.cpu()  # a row's token is chosen there: a GPU would wait for every row
             generator = torch.Generator()
             generator.seed() if self.seed is None else generator.manual_seed(self.seed)
-            return self.engine.generate(**inputs, generator=generator, before_work=self._check)
+            return self.engine.generate(**inputs, generator=generator, before_work=self._check, future=self._row)
         torch.seed() if self.seed is None else torch.manual_seed(self.seed)
         hooks = [block.register_forward_pre_hook(self._check) for block in self.model.base_model.layers]
         try:
@@ -120,14 +137,77 @@ class Turn(StoppingCriteria):
         return any(stop in text for stop in self.stops)
 
 
+class Texts:
+    """The queue of a stream's texts. Its end may be an exception, which `get` raises after all texts before it."""
+
+    def __init__(self) -> None:
+        self._items: asyncio.Queue[Any] = asyncio.Queue()
+        self._error: Exception | None = None
+
+    def put_nowait(self, item: Any) -> None:
+        self._items.put_nowait(item)
+
+    async def get(self) -> Any:
+        item = await self._items.get() if self._error is None else self._error
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def get_nowait(self) -> Any:
+        item = self._items.get_nowait()
+        if isinstance(item, Exception):
+            self._error = item
+            raise asyncio.QueueEmpty
+        return item
+
+
+class WholeStreamer(DirectStreamer):
+    """transformers' streamer, which also sends the text of last tokens that are no whole character."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ids: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        is_prompt = self._first
+        super().put(value)
+        self._ids += [] if is_prompt else value.tolist()
+
+    def end(self) -> None:
+        if rest := self._rest():
+            for item in [rest] if self._parser is None else _items_of(self._parser.feed(rest)):
+                self._enqueue(item)
+        super().end()
+
+    def _rest(self) -> str:
+        """Return the text that has not been sent. transformers' stream waits for the end of the character."""
+        skips = self._parser is None
+        again = DecodeStream([], skip_special_tokens=skips)
+        sent = "".join(again.step(self._tokenizer, token) or "" for token in self._ids)
+        return self._tokenizer.decode(self._ids, skip_special_tokens=skips)[len(sent) :]
+
+
 CURRENT: ContextVar[Turn] = ContextVar("turn")  # of the request in progress
 
 
 class TurnTaker(GenerateManager):
     """transformers' queue of generations, with the current turn in place of the model."""
 
-    def generate_streaming(self, model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().generate_streaming(_turn(inputs), processor, inputs, *args, **kwargs)
+    def generate_streaming(  # type: ignore[override]
+        self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str, **parser: Any
+    ) -> tuple[Texts, WholeStreamer]:
+        """Start the turn. Its texts come through the first object, and an error of it is raised there."""
+        turn, texts, loop = _turn(inputs), Texts(), asyncio.get_running_loop()
+        streamer = WholeStreamer(processor._tokenizer, loop, texts, **parser)  # type: ignore[arg-type]
+
+        def run() -> None:
+            try:
+                turn.generate(**inputs, streamer=streamer, generation_config=gen_config, tokenizer=processor)
+            except Exception as error:
+                loop.call_soon_threadsafe(texts.put_nowait, error)
+
+        self.submit(run)
+        return texts, streamer
 
     async def generate_non_streaming(self, model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return await super().generate_non_streaming(_turn(inputs), processor, inputs, *args, **kwargs)
@@ -165,9 +245,16 @@ class RowTaker(TurnTaker):
         return asyncio.wrap_future(self.submit(*args, **kwargs))
 
 
+def _items_of(events: Any) -> list[Any]:
+    from transformers.cli.serving.utils import response_events_to_chunks  # of the versions that have parsers
+
+    return list(response_events_to_chunks(events))
+
+
 def _turn(inputs: Any) -> Any:
     turn = CURRENT.get()
     turn.require_short(inputs["input_ids"].shape[1])
+    turn.is_queued = True
     return turn
 
 
