@@ -25,6 +25,7 @@ ALLOWED = {
     "inspection": {"layers", "partition"},
     "models": {"layers", "variants", "ops", "partition", "fenwick"},
     "serving": {"models", "layers", "ops"},
+    "integrations": {"models", "layers", "variants"},
     "autoload": {"upgrades"},  # inside a function, once transformers loads an upgraded checkpoint
     "upgrades": {"autoload", "models", "layers", "variants", "ops", "partition", "fenwick"},
     "data": {"models"},

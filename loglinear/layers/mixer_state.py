@@ -79,6 +79,17 @@ class MixerDecodeState(NamedTuple):
             sums = None if self.sums is None else self.sums.index_select(rows)
             return MixerDecodeState(self.conv.index_select(0, rows), decode, sums)
 
+    def first_rows(self, rows: int) -> "MixerDecodeState":
+        """Return the first rows of a state, in the same memory."""
+        with constants():
+            sums = None if self.sums is None else _first_rows(self.sums, rows)
+            return MixerDecodeState(self.conv[:rows], _first_rows(self.decode, rows), sums)
+
+
+def _first_rows(state: DecodeState, rows: int) -> DecodeState:
+    inverse = None if state.inverse is None else state.inverse[:rows]
+    return DecodeState(state.fenwick.with_tensors(part[:rows] for part in state.fenwick.tensors), inverse)
+
 
 def check_sums(state: MixerState | MixerDecodeState, routed: bool) -> None:
     """Raise ValueError unless a state has sums of keys exactly if its mixer has a routed read."""

@@ -261,6 +261,9 @@ class LogLinearConfig(PreTrainedConfig):
         write_auto_file(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
+    def validate_rope(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: transformers and vLLM would check `head_dim`, and no such head is rotated."""
+
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
         """Do nothing: every save already names the class, and a copy of its code in a checkpoint would become stale."""
@@ -293,3 +296,22 @@ class LogLinearConfig(PreTrainedConfig):
         """The heads of a mixer: H, G, K and V."""
         assert self.num_groups is not None
         return HeadSizes(self.num_heads, self.num_groups, self.key_dim, self.head_dim)
+
+    @property
+    def mixer_options(self) -> dict[str, Any]:
+        """The keyword arguments of a `loglinear.layers.Mixer`."""
+        return dict(
+            variant=self.variant,
+            num_levels=self.num_levels,
+            lambda_form=self.lambda_form,
+            finest_block=self.shared_block,
+            partition=self.partition,
+            routing=self.routing_choices,
+            conv_kernel=self.conv_kernel,
+            chunk_size=self.chunk_size,
+            norm_eps=self.rms_norm_eps if self.mixer_norm_eps is None else self.mixer_norm_eps,
+            output_gate=self.output_gate,
+            negative_eigenvalues=self.negative_eigenvalues,
+            gate_lower_bound=self.gate_lower_bound,
+            impl=self.impl,
+        )

@@ -44,23 +44,7 @@ class LogLinearBlock(GradientCheckpointingLayer):
                 config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.attention_head_dim
             )
         else:
-            self.mixer = Mixer(
-                config.hidden_size,
-                config.heads,
-                variant=config.variant,
-                num_levels=config.num_levels,
-                lambda_form=config.lambda_form,
-                finest_block=config.shared_block,
-                partition=config.partition,
-                routing=config.routing_choices,
-                conv_kernel=config.conv_kernel,
-                chunk_size=config.chunk_size,
-                norm_eps=config.rms_norm_eps if config.mixer_norm_eps is None else config.mixer_norm_eps,
-                output_gate=config.output_gate,
-                negative_eigenvalues=config.negative_eigenvalues,
-                gate_lower_bound=config.gate_lower_bound,
-                impl=config.impl,
-            )
+            self.mixer = Mixer(config.hidden_size, config.heads, **config.mixer_options)
         self.mlp: SwiGLU | None = None
         if config.intermediate_size:
             self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -11,8 +11,6 @@ from torch import Tensor
 from loglinear.layers import AttentionContext, MixerDecodeState, rotary_tables
 from loglinear.models import LogLinearCache, LogLinearForCausalLM
 from loglinear.models.inputs import TokenLayout
-from loglinear.ops import DecodeState
-from loglinear.ops.state import constants
 
 FEWEST_COLUMNS = 256  # of the first keys and values
 
@@ -118,7 +116,7 @@ class SlotStates:
     def use(self, rows: int) -> None:
         """Let steps change the first rows alone."""
         if rows:
-            self.state = _first_rows(self.memory, rows)
+            self.state = self.memory.first_rows(rows)
 
     def write(self, row: int, layer: Any, length: int) -> None:
         """Copy a cache's layer into a row."""
@@ -174,14 +172,3 @@ class SlotKeyValues:
         if more > 0:
             more = max(more, self.keys.shape[2])
             self.keys, self.values = (torch.nn.functional.pad(part, (0, 0, 0, more)) for part in self.tensors)
-
-
-def _first_rows(state: MixerDecodeState, rows: int) -> MixerDecodeState:
-    """Return the first rows of a state, in the same memory."""
-
-    def cut(decode: DecodeState) -> DecodeState:
-        inverse = None if decode.inverse is None else decode.inverse[:rows]
-        return DecodeState(decode.fenwick.with_tensors(part[:rows] for part in decode.fenwick.tensors), inverse)
-
-    with constants():
-        return MixerDecodeState(state.conv[:rows], cut(state.decode), None if state.sums is None else cut(state.sums))

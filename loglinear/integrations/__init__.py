@@ -1,0 +1,1 @@
+"""This library inside of other programs, by their own interfaces for plugins."""
