@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import TrainerCallback
@@ -26,12 +27,17 @@ def compile_blocks(model: LogLinearForCausalLM, *, cuda_graphs: bool = False, **
     caller must call `torch.compiler.cudagraph_mark_step_begin` when they are no longer needed. In training GraphSteps
     does so.
 
+    Two runs give the same bits: the compiler's deterministic mode is set for the whole process. Otherwise it measures
+    several forms of a reduction at its first run and takes the fastest, which may be another one the next time.
+
     A step then takes about 35 kernels a block instead of 200, forward and backward, besides the operator's own. Blocks
     of one kind share their graphs: for training and for evaluation one for packed sequences and one for a single
     sequence. Parameter names, checkpoints and results stay the same. With impl="triton" a block is one graph;
     impl="torch" and softmax attention over packed sequences run between graphs.
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    if hasattr(torch._inductor.config, "deterministic"):  # an older torch has no such mode
+        torch._inductor.config.deterministic = True
     if cuda_graphs:
         options["mode"] = "reduce-overhead"
     for block in model.model.layers:

@@ -84,6 +84,19 @@ def test_candidates_of_a_measurement_are_launches_of_every_stage(operator):
         assert len(plans) > 5 and all(set(plan.stages) == set(kind.stages) for plan in plans)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("operator", STAGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_products_in_float32_have_four_warps(dtype, operator, direction):
+    """Triton 3.6 miscompiles some of these products with eight, for compute capability 9.0."""
+    from loglinear.kernels.triton.tune import candidates
+
+    for width in (64, 256):
+        kind = Kind(operator, direction, width, width, dtype)
+        plans = [default_plan(kind), default_plan(kind, 16), default_plan(kind, 64), *candidates(kind)]
+        assert {launch.num_warps for plan in plans for launch in plan.stages.values()} == {4}
+
+
 @pytest.mark.parametrize("delta", [False, True])
 def test_what_is_kept_for_a_plan_is_not_that_of_another(delta):
     """Constants are kept for the widths, the products and the plan that they are made of."""

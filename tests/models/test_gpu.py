@@ -1,6 +1,9 @@
 """The models on a CUDA device: the CPU's answers in float64, and bf16 training through the real training path."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -96,3 +99,22 @@ def test_bf16_training_learns_on_the_gpu(variant, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record["split"] == "train"]
     assert result.step == 40 and losses[-1] < 0.6 * losses[0]
+
+
+def test_two_compilations_train_the_same_bits(tmp_path):
+    """Each process has an empty cache, so that the compiler chooses anew."""
+    text = write_text(tmp_path / "text")
+    code = (
+        "import sys; from tests.training.tiny import tiny_recipe; from loglinear.training import train\n"
+        "wide = dict(hidden_size=256, num_heads=8, head_dim=64, key_dim=64, intermediate_size=464)\n"
+        "recipe = tiny_recipe(sys.argv[1], steps=5, compile=True, seq_len=1024, batch_tokens=4096).override(**wide)\n"
+        "train(recipe, sys.argv[2], progress=False)\n"
+    )
+    losses = []
+    for run in ("first", "second"):
+        caches = {name: str(tmp_path / f"{run}-{name}") for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+        command = [sys.executable, "-c", code, str(text), str(tmp_path / run)]
+        subprocess.run(command, env=os.environ | caches, check=True)
+        records = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        losses.append([record["loss"] for record in records])
+    assert losses[0] == losses[1]
