@@ -105,7 +105,7 @@ def ask(port: int, prompt: str, tokens: int) -> tuple[float, float, int]:
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     while line := response.readline():
-        if line.strip():
+        if line.strip() and b"[DONE]" not in line:
             first, last = first or time.perf_counter() - began, line
     connection.close()
     if response.status != 200:
