@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
+from inspect import get_annotations
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -13,6 +14,7 @@ from loglinear.layers import Routing
 from loglinear.layers.level_scales import check_finest_block, check_lambda_form
 from loglinear.layers.mixer import check_eigenvalues, check_gate_bound
 from loglinear.models.auto_file import AUTO_MAP, write_auto_file
+from loglinear.models.option_names import unknown_options
 from loglinear.ops import IMPLEMENTATIONS
 from loglinear.ops.validation import (
     check_partition,
@@ -67,7 +69,8 @@ def current_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
 class LogLinearConfig(PreTrainedConfig):
     r"""Sizes and choices of a log-linear model, a linear model, a hybrid or a Transformer baseline.
 
-    Every attribute is a keyword argument of the constructor.
+    Every attribute is a keyword argument of the constructor, which also takes those of transformers. A further one
+    becomes an attribute that nothing reads, with a warning, or is refused if it resembles an option.
 
     Attributes:
         vocab_size: Number of token ids.
@@ -120,7 +123,8 @@ class LogLinearConfig(PreTrainedConfig):
 
     Raises:
         ValueError: A value of another type, or one that does not fit. The message names the argument, its value and
-            the expected one. Configurations that are loaded may have the values of earlier versions.
+            the expected one. Configurations that are loaded may have the values of earlier versions. A misspelt option
+            is one too; in a saved configuration it is a warning.
     """
 
     model_type = "loglinear"
@@ -167,6 +171,10 @@ class LogLinearConfig(PreTrainedConfig):
     auto_map: dict | None = None
 
     def __post_init__(self, **kwargs) -> None:
+        for name, option in unknown_options(type(self), kwargs).items():
+            if option is not None:
+                raise ValueError(f"{name} is no option of {type(self).__name__}: did you mean {option}?")
+            logger.warning_once(f"{name} is no option of {type(self).__name__}: it is an attribute that nothing reads")
         if self.auto_map is None:
             self.auto_map = dict(AUTO_MAP)
         self._check_numbers()
@@ -253,8 +261,21 @@ class LogLinearConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the configuration of saved fields, which may have values that a new configuration refuses."""
-        return super().from_dict(current_fields(config_dict), **kwargs)
+        """Return the configuration of saved fields, with other values for the options among `kwargs`.
+
+        Saved fields may have values that a new configuration refuses. Saved fields without meaning stay, for other
+        tools; there is a warning for one that resembles an option.
+        """
+        further = unknown_options(cls, config_dict)
+        for name, option in further.items():
+            if option is not None:
+                logger.warning_once(f"{name} is no option of {cls.__name__}, so it has no effect: {option} is one")
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name in get_annotations(LogLinearConfig)}
+        options = {name: value for name, value in config_dict.items() if name not in further}
+        found = super().from_dict({**current_fields(options), **given}, **kwargs)
+        for name in further:
+            setattr(found[0] if isinstance(found, tuple) else found, name, config_dict[name])
+        return found
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save as transformers does, and add the file through which tools load the classes without importing them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from typing import IO, Any
 
 from transformers import PreTrainedConfig
 
+from loglinear.models.configuration import current_fields
 from loglinear.recipes import TrainingRecipe
 from loglinear.runs.checkpoints import checkpoints
 from loglinear.runs.files import staged_file
@@ -132,6 +134,7 @@ def run_recipe(out: Path, option: str = "output folder") -> TrainingRecipe:
     values = read_run(out, option)["recipe"]
     try:
         recipe = TrainingRecipe.from_dict(values)
+        recipe = dataclasses.replace(recipe, model=current_fields(recipe.model))
         recipe.model_config()
     except (TypeError, ValueError) as error:  # TypeError: a field that is unknown, missing or of another type
         raise ValueError(f"{out / RUN_FILE} holds no usable recipe: {error}") from error

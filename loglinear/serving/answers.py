@@ -17,6 +17,9 @@ from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLe
 from loglinear.models import LogLinearCache, LogLinearForCausalLM, decode_top_k
 
 REFUSED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "return_dict_in_generate")
+OTHER_MODES = ("penalty_alpha", "dola_layers")  # they choose tokens in other ways
+# `generate` adds these, or they decide only how it calculates; or they are checked by themselves.
+WITHOUT_EFFECT = ("past_key_values", "position_ids", "logits_to_keep", "use_cache")
 
 
 class Answer:
@@ -109,6 +112,9 @@ def check_settings(input_ids: Tensor, config: GenerationConfig) -> None:
     for name in REFUSED:
         if getattr(config, name):
             raise ValueError(f"{name} must be False in the engine, got {getattr(config, name)}")
+    for name in OTHER_MODES:
+        if getattr(config, name, None) is not None:
+            raise ValueError(f"{name} must be None in the engine, got {getattr(config, name)}")
     if input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids must be one sequence [1, T] with a token, got shape {list(input_ids.shape)}")
 
@@ -120,15 +126,20 @@ def check_tokens(input_ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"input_ids must be tokens from 0 to {vocab_size - 1}, got {int(wrong[0])}")
 
 
-def check_inputs(inputs: Mapping[str, Any]) -> None:
+def check_inputs(input_ids: Tensor, inputs: Mapping[str, Any]) -> None:
     """Raise ValueError for an input of the model that a row of a batch cannot have."""
-    cache = inputs.get("past_key_values")
+    cache, positions = inputs.get("past_key_values"), inputs.get("position_ids")
     if cache is not None and cache.rows is not None:
         raise ValueError("past_key_values must be left out in the engine, which has caches of its own")
     if inputs.get("attention_mask") is not None:
         raise ValueError("attention_mask must be left out in the engine, or be 1 everywhere: a row has no padding")
     if inputs.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds must be left out in the engine, which reads input_ids")
+    if positions is not None and positions.flatten().tolist() != list(range(input_ids.shape[1])):
+        raise ValueError("position_ids must be left out in the engine, or count from 0: a row is one sequence")
+    for name, value in inputs.items():
+        if name not in WITHOUT_EFFECT and value is not None and value is not False:
+            raise ValueError(f"{name} must be left out in the engine, which reads input_ids alone")
 
 
 def check_reads_all(model: LogLinearForCausalLM) -> None:

@@ -115,9 +115,9 @@ class Engine:
             generation_config: Any,
             **inputs: Any,
         ) -> Tensor:
-            check_inputs(inputs)
             check_tokens(input_ids, self.model.config.vocab_size)
             answer = Answer(input_ids, logits_processor, stopping_criteria, generation_config)
+            check_inputs(input_ids, inputs)
             answer.streamer, answer.before_work = streamer, before_work
             answer.future = answer.future if future is None else future
             if answer.do_sample:

@@ -300,6 +300,11 @@ def test_stored_states_are_bounded():
         (dict(do_sample=True, num_return_sequences=2), "num_return_sequences must be 1 in the engine, got 2"),
         (dict(return_dict_in_generate=True), "return_dict_in_generate must be False in the engine, got True"),
         (dict(attention_mask=torch.tensor([[0, 1, 1, 1, 1]])), "attention_mask must be left out in the engine"),
+        (dict(cu_seqlens=torch.tensor([0, 2, 5])), "cu_seqlens must be left out in the engine"),
+        (dict(position_ids=torch.tensor([[0, 1, 0, 1, 2]])), "position_ids must be left out in the engine"),
+        (dict(labels=prompt(5)), "labels must be left out in the engine"),
+        (dict(dola_layers="low"), "dola_layers must be None in the engine, got low"),
+        (dict(penalty_alpha=0.5), "penalty_alpha must be None in the engine, got 0.5"),
     ],
 )
 def test_what_a_row_cannot_have_is_refused(arguments, message):
