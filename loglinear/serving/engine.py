@@ -137,10 +137,10 @@ class Engine:
     def _answered(self, answer: Answer) -> Tensor:
         """Wait for an answer. If the wait is interrupted, it leaves its row, or those who wait for one."""
         with self._lock:
-            self._waiting.append(answer)
-            if not self._is_running:
-                self._is_running = True
+            if not self._is_running:  # the thread begins by waiting for the lock, and it may fail to start
                 threading.Thread(target=self._run, name="loglinear-engine", daemon=True).start()
+                self._is_running = True
+            self._waiting.append(answer)
         try:
             return answer.future.result()
         except BaseException:

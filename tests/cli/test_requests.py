@@ -258,6 +258,21 @@ def test_clients_that_leave_are_counted_until_their_turn_has_come(model, monkeyp
         assert complete(port, prompt="ab", max_tokens=1)[0] == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_turn_that_no_thread_takes_is_over(model, monkeypatch, stream):
+    from loglinear.cli.serving import app, turns
+
+    def full(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(app, "MOST_REQUESTS", 2)
+    with served(model) as port:
+        with monkeypatch.context() as patched:
+            patched.setattr(turns.threading.Thread, "start", full)
+            assert [complete(port, prompt="ab", stream=stream)[0] for _ in range(3)] == [500] * 3
+        assert complete(port, prompt="ab", max_tokens=1)[0] == 200
+
+
 def turn(model, seconds):
     limits = Limits(tokens=10, prompt_tokens=10, seconds=seconds)
     return Turn(model, ByteTokenizer(), limits, options={}, stops=[], seed=0)

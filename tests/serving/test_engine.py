@@ -217,6 +217,22 @@ def test_a_call_that_waits_for_a_row_can_be_cancelled():
         assert torch.equal(first.result(10), model.generate(prompt(5), max_new_tokens=5))
 
 
+def test_a_thread_that_does_not_start_holds_no_later_call(monkeypatch):
+    model = make()
+    engine = Engine(model)
+
+    def full(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", full)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            engine.generate(prompt(5), max_new_tokens=5)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(partial(engine.generate, prompt(5), max_new_tokens=5)).result(30)
+    assert torch.equal(found, model.generate(prompt(5), max_new_tokens=5))
+
+
 def test_a_failure_of_the_model_ends_the_rows_and_the_engine_goes_on(monkeypatch):
     model = make()
     engine = Engine(model)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,16 @@ class Turn(StoppingCriteria):
     def is_over(self) -> bool:
         """True after `cancel`, when the turn waits for nothing any more."""
         return self._gone.is_set() and not self.is_queued
+
+    @contextmanager
+    def queued(self) -> Iterator[None]:
+        """Hand the turn to a thread, which ends it by `generate`. An error here means that no thread has it."""
+        self.is_queued = True
+        try:
+            yield
+        except Exception:
+            self.is_queued = False
+            raise
 
     def require_short(self, prompt_tokens: int) -> None:
         """Raise Refused unless a prompt has 1 to `limits.prompt_tokens` tokens."""
@@ -206,11 +217,14 @@ class TurnTaker(GenerateManager):
             except Exception as error:
                 loop.call_soon_threadsafe(texts.put_nowait, error)
 
-        self.submit(run)
+        with turn.queued():
+            self.submit(run)
         return texts, streamer
 
     async def generate_non_streaming(self, model: Any, processor: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return await super().generate_non_streaming(_turn(inputs), processor, inputs, *args, **kwargs)
+        turn = _turn(inputs)
+        with turn.queued():
+            return await super().generate_non_streaming(turn, processor, inputs, *args, **kwargs)
 
     def async_submit(self, *args: Any, **kwargs: Any) -> asyncio.Future:
         future = self._submit(*args, **kwargs)
@@ -254,7 +268,6 @@ def _items_of(events: Any) -> list[Any]:
 def _turn(inputs: Any) -> Any:
     turn = CURRENT.get()
     turn.require_short(inputs["input_ids"].shape[1])
-    turn.is_queued = True
     return turn
 
 
