@@ -18,7 +18,8 @@ FEWEST_COLUMNS = 256  # of the first keys and values
 class Slots:
     """R rows of states, keys and values. The first N rows are in use.
 
-    A linear layer's memory has a fixed size. Keys and values of full attention grow with the longest sequence.
+    A linear layer's memory has a fixed size. Keys and values of full attention grow with the longest sequence, and
+    shrink when it has left.
 
     Args:
         model: A model in evaluation mode.
@@ -86,7 +87,7 @@ class Slots:
     def _use(self, lengths: list[int]) -> None:
         self.lengths = lengths
         for layer in self.layers:
-            layer.use(len(lengths))
+            layer.use(lengths)
 
     def _attention(self, device: torch.device) -> AttentionContext | None:
         """Return the inputs of full attention: each row is at its own column and sees those up to it."""
@@ -113,10 +114,10 @@ class SlotStates:
     def tensors(self) -> list[Tensor]:
         return self.memory.tensors
 
-    def use(self, rows: int) -> None:
-        """Let steps change the first rows alone."""
-        if rows:
-            self.state = self.memory.first_rows(rows)
+    def use(self, lengths: list[int]) -> None:
+        """Let steps change the first rows alone, which have read so many tokens."""
+        if lengths:
+            self.state = self.memory.first_rows(len(lengths))
 
     def write(self, row: int, layer: Any, length: int) -> None:
         """Copy a cache's layer into a row."""
@@ -146,8 +147,12 @@ class SlotKeyValues:
     def tensors(self) -> list[Tensor]:
         return [self.keys, self.values]
 
-    def use(self, rows: int) -> None:
-        self.rows = rows
+    def use(self, lengths: list[int]) -> None:
+        """Use the first rows, and give memory back that only longer ones needed."""
+        self.rows = len(lengths)
+        needed = max([FEWEST_COLUMNS, *lengths])
+        if 4 * needed < self.keys.shape[2]:
+            self.keys, self.values = (part[:, :, : 2 * needed].clone() for part in self.tensors)
 
     def write(self, row: int, layer: Any, length: int) -> None:
         self._make_room(length)

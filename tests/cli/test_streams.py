@@ -3,10 +3,12 @@
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from loglinear.cli.serving.turns import Limits
+from loglinear.cli.serving.turns import Limits, WholeStreamer
 from loglinear.training import ByteTokenizer
 from tests.cli.server import NAME, ask, refusal, served, tiny_model
 
@@ -119,3 +121,23 @@ def test_clients_that_leave_while_they_wait_leave_nothing(model):
         time.sleep(0.5)
         assert threading.active_count() == before and long.is_alive()
         long.join()
+
+
+@pytest.mark.parametrize("bytes_", [b"ab\xc3", b"\xff", b"ab", "é".encode(), b""])
+def test_a_parsed_stream_has_the_whole_text_too(bytes_):
+    """Tokenizers with a template of answers stream through a parser."""
+    utils = pytest.importorskip("transformers.cli.serving.utils")
+    if not hasattr(utils, "ResponseParser"):
+        pytest.skip("this version of transformers parses no answers")
+    parser = utils.ResponseParser(
+        {"start_anchor": ">", "fields": {"content": {"content": "text"}}}, prefix=">", tools=None
+    )
+    sent, tokenizer = [], ByteTokenizer()
+    loop = SimpleNamespace(call_soon_threadsafe=lambda call, *arguments: call(*arguments))
+    queue = SimpleNamespace(put_nowait=sent.append)
+    streamer = WholeStreamer(tokenizer._tokenizer, loop, queue, response_parser=parser)
+    streamer.put(torch.tensor([[1, 2]]))
+    for byte in bytes_:
+        streamer.put(torch.tensor([byte]))
+    streamer.end()
+    assert sent.pop() is None and "".join(sent) == tokenizer.decode(list(bytes_))

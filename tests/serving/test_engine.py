@@ -78,6 +78,17 @@ def test_keys_and_values_grow_with_the_longest_row():
     check_equal_to_generate(model, Engine(model, slots=2, prefill_tokens=100), requests)
 
 
+def test_the_memory_of_a_long_row_is_given_back_while_another_goes_on():
+    model, longest = make(**HYBRID), []
+    engine = Engine(model, slots=2, prefill_tokens=2000, prefix_bytes=0)
+    step = engine.slots.step
+    engine.slots.step = lambda tokens: longest.append(engine.slots.nbytes) or step(tokens)
+    check_equal_to_generate(
+        model, engine, [(prompt(1500, 1), dict(max_new_tokens=3)), (prompt(30, 2), dict(max_new_tokens=40))]
+    )
+    assert longest[-1] < max(longest) / 2 and engine.slots.nbytes < max(longest) / 2
+
+
 def test_settings_of_generate_belong_to_each_request():
     model = make()
     settings = [
