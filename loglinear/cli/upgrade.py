@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from loglinear.cli import console
@@ -29,6 +29,9 @@ def run(path: Path, out: Path, options: dict[str, Any]) -> None:
     settings = stored_settings(path)
     logging.set_verbosity_error()
     try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise ValueError(f"{config.model_type!r} is no language model: loglinear.upgrade takes it in Python")
         with without_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,

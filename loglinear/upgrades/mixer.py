@@ -49,6 +49,8 @@ class UpgradedMixer(TokenMixer):
     """The class of transformers whose modules become modules of this class."""
     masks_know_positions: ClassVar[bool] = True
     """True if the model's masks of full attention keep documents apart by their positions."""
+    packs_documents: ClassVar[bool] = True
+    """True if the model's other layers can keep packed documents apart."""
     layer_idx: int
 
     @classmethod

@@ -47,7 +47,7 @@ class Placement:
         mixers = upgraded_mixers(decoder)
         self.indices, self.kernel = [mixer.layer_idx for mixer in mixers], mixers[0].conv.kernel
         self.names = list(inspect.signature(decoder.forward).parameters)
-        self.masks_know_positions = mixers[0].masks_know_positions
+        self.masks_know_positions, self.packs_documents = mixers[0].masks_know_positions, mixers[0].packs_documents
         self.cache_name = next(name for name in CACHES if name in self.names)
 
     def attach(self, decoder: PreTrainedModel, model: PreTrainedModel) -> None:
@@ -72,6 +72,11 @@ class Placement:
         if not named and cache is None and given.get("attention_mask") is None and tokens.shape[0] == 1:
             named = _boundaries_of(positions)
         if named:
+            if not self.packs_documents:
+                raise ValueError(
+                    f"{type(decoder).__name__} has attention that reads across packed documents: "
+                    "pass them as rows of a padded batch"
+                )
             if cache is not None or given.get("use_cache"):
                 raise ValueError(
                     "past_key_values cannot continue packed documents: pass them as rows of a padded batch"

@@ -146,6 +146,12 @@ def test_upgrade_refuses_a_folder_that_lacks_a_weight_and_names_one_too_many(cap
     assert many[0] == 0 and "note: Qwen3_5ForCausalLM has no place for x, so it is left out" in many[2]
 
 
+def test_a_model_of_images_and_text_is_upgraded_in_python_alone(capsys, tmp_path):
+    original("glm5_next", torch.float32).save_pretrained(tmp_path / "in")
+    result = in_process(capsys, "upgrade", "--model", tmp_path / "in", "--out", tmp_path / "out")
+    assert_one_line(result, "'glm5_next' is no language model: loglinear.upgrade takes it in Python")
+
+
 def test_the_commands_take_an_upgraded_folder(capsys, folders, tmp_path, monkeypatch):
     upgraded_folder = folders[1]
     (tmp_path / "text.txt").write_text(TEXT)

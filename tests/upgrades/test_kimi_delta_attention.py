@@ -6,15 +6,19 @@ import torch
 from loglinear.upgrades.kimi_delta_attention import UpgradedForgetGate
 from tests.upgrades.tiny import close, original, tokens, upgraded, wide
 
-SAFE = {"kda_safe_gate": True, "kda_lower_bound": -2.0}
-
 
 @pytest.mark.parametrize(
-    ("family", "options"),
-    [("kimi_linear", {}), ("bailing_hybrid", SAFE), ("bailing_hybrid", {"kda_safe_gate": False})],
+    ("family", "options", "bound"),
+    [
+        ("kimi_linear", {}, None),
+        ("bailing_hybrid", {"kda_safe_gate": True, "kda_lower_bound": -2.0}, -2.0),
+        ("bailing_hybrid", {"kda_safe_gate": False}, None),
+        ("glm5_next", {"linear_lower_bound": -3.0}, -3.0),
+        ("glm5_next", {"linear_lower_bound": None}, None),
+    ],
 )
 @torch.no_grad()
-def test_strong_gates_keep_the_logits(family, options):
+def test_strong_gates_keep_the_logits(family, options, bound):
     theirs, ids = original(family, **options), tokens(2, 75)
     gates = [module for name, module in theirs.named_modules() if name.endswith("forget_gate")]
     for gate in gates:
@@ -28,10 +32,13 @@ def test_strong_gates_keep_the_logits(family, options):
     with wide():
         assert close(model(ids).logits, theirs(ids).logits)
     assert len(seen) == len(gates) == 2
-    assert -2.0 <= min(seen) < -1.99 if options is SAFE else min(seen) < -20
+    assert min(seen) < -20 if bound is None else bound <= min(seen) < bound + 0.01
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("kimi_linear", torch.float32), ("bailing_hybrid", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("kimi_linear", torch.float32), ("bailing_hybrid", torch.bfloat16), ("glm5_next", torch.float32)],
+)
 @torch.no_grad()
 def test_gates_of_16_bit_models_have_the_dtype_that_transformers_gives_them(family, dtype):
     theirs = original(family, torch.bfloat16)

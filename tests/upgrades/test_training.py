@@ -14,7 +14,7 @@ from tests.upgrades.tiny import MODELS, original, tokens, trained, upgraded, wid
 FAMILIES = pytest.mark.parametrize("family", MODELS)
 PROJECTION = {
     "qwen3_next": "in_proj_qkvz", "qwen3_5": "in_proj_qkv", "qwen3_5_moe": "in_proj_qkv", "olmo_hybrid": "q_proj",
-    "kimi_linear": "q_proj", "bailing_hybrid": "q_proj",
+    "kimi_linear": "q_proj", "bailing_hybrid": "q_proj", "glm5_next": "q_proj",
     **dict.fromkeys(("mamba2", "bamba", "granitemoehybrid", "falcon_h1", "nemotron_h", "zamba2"), "in_proj"),
 }  # fmt: skip
 

@@ -128,6 +128,12 @@ def test_options_that_are_not_represented_are_refused_by_name():
     assert refused(model) == message
 
 
+@pytest.mark.parametrize("family", ["kimi_linear", "glm5_next"])
+def test_the_activation_of_kimi_delta_attention_is_silu(family):
+    message = f"{type(original(family)).__name__} cannot be upgraded exactly: hidden_act='gelu' (silu is supported)"
+    assert refused(original(family, hidden_act="gelu")) == message
+
+
 def test_a_layer_whose_forward_pass_was_replaced_is_refused():
     """The replacement would hide that of the upgrade."""
     model = original("qwen3_5")

@@ -5,12 +5,16 @@ import copy
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BailingHybridConfig,
     BailingHybridForCausalLM,
     BambaConfig,
     BambaForCausalLM,
     FalconH1Config,
     FalconH1ForCausalLM,
+    Glm5NextConfig,
+    Glm5NextForConditionalGeneration,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
     KimiLinearConfig,
@@ -75,6 +79,11 @@ RANKS = dict(kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=
 ROUTED = dict(num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1, topk_group=1)
 HYBRID = dict(num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"])
 LATENT = dict(n_shared_experts=1, **ATTENTION, **HYBRID, **RANKS, **ROUTED, **SPECIAL)
+GLM5 = dict(
+    linear_num_heads=4, linear_head_dim=8, linear_lower_bound=-2.0, q_lora_rank=8, index_topk=64, index_kpool=4,
+    index_head_dim=8, index_n_heads=2, hc_mult=2, mlp_layer_types=["dense", "sparse", "sparse"], swiglu_limit=2.0,
+    n_routed_experts=4, indexer_types=["full"] * 3, **{**LATENT, "qk_rope_head_dim": 0},
+)  # fmt: skip
 LEVELS = dict(num_levels=6, chunk_size=4)  # a few dozen tokens cross chunks and levels
 
 
@@ -128,6 +137,11 @@ def bailing_hybrid(**sizes) -> PreTrainedModel:
     return BailingHybridForCausalLM(BailingHybridConfig(**{**LATENT, **own, **sizes}))
 
 
+def glm5_next(**sizes) -> PreTrainedModel:
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
+    return Glm5NextForConditionalGeneration(Glm5NextConfig(text_config={**GLM5, **sizes}, vision_config=vision))
+
+
 MODELS = {
     "qwen3_next": qwen3_next,
     "qwen3_5": qwen3_5,
@@ -135,6 +149,7 @@ MODELS = {
     "olmo_hybrid": olmo_hybrid,
     "kimi_linear": kimi_linear,
     "bailing_hybrid": bailing_hybrid,
+    "glm5_next": glm5_next,
     "mamba2": mamba2,
     "bamba": bamba,
     "granitemoehybrid": granitemoehybrid,
@@ -142,6 +157,11 @@ MODELS = {
     "nemotron_h": nemotron_h,
     "zamba2": zamba2,
 }
+
+
+def auto_class_of(family: str) -> type:
+    """Return the Auto class that loads a family."""
+    return AutoModelForImageTextToText if family == "glm5_next" else AutoModelForCausalLM
 
 
 def original(family: str, dtype: torch.dtype = torch.float64, **sizes) -> PreTrainedModel:
@@ -155,9 +175,14 @@ def original(family: str, dtype: torch.dtype = torch.float64, **sizes) -> PreTra
                 parameter.add_(0.3 * noise)
             else:
                 parameter.copy_(0.3 * noise)
+    return with_eager_experts(model).to(dtype)
+
+
+def with_eager_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model with the experts of torch: the others know no float64, and round by where weights lie."""
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # the others know no float64
-    return model.to(dtype)
+        model.set_experts_implementation("eager")
+    return model
 
 
 def upgraded(model: PreTrainedModel, **options) -> PreTrainedModel:

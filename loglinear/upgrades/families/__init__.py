@@ -16,6 +16,7 @@ FAMILIES = {
     "OlmoHybridGatedDeltaNet": "olmo_hybrid",
     "KimiLinearDeltaAttention": "kimi_linear",
     "BailingHybridDeltaAttention": "bailing_hybrid",
+    "Glm5NextTextLinearAttention": "glm5_next",
     "Mamba2Mixer": "mamba2",
     "BambaMixer": "bamba",
     "GraniteMoeHybridMambaLayer": "granitemoehybrid",
