@@ -148,6 +148,7 @@ def test_upgrade_refuses_a_folder_that_lacks_a_weight_and_names_one_too_many(cap
 
 def test_a_model_of_images_and_text_is_upgraded_in_python_alone(capsys, tmp_path):
     original("glm5_next", torch.float32).save_pretrained(tmp_path / "in")
+    capsys.readouterr()
     result = in_process(capsys, "upgrade", "--model", tmp_path / "in", "--out", tmp_path / "out")
     assert_one_line(result, "'glm5_next' is no language model: loglinear.upgrade takes it in Python")
 
@@ -259,10 +260,10 @@ def test_weights_of_another_model_are_refused(capsys, upgraded_folder, tmp_path,
     assert_one_line((result[0], result[1], result[2].splitlines()[-1] + "\n"), "holds other weights than config.json")
 
 
-def test_every_family_can_be_upgraded_from_a_folder(tmp_path):
+def test_every_family_of_language_models_can_be_upgraded_from_a_folder(tmp_path):
     from loglinear.cli.upgrade import run
 
-    for family in MODELS:
+    for family in MODELS.keys() - {"glm5_next"}:
         original(family, torch.float32).save_pretrained(tmp_path / family)
         run(tmp_path / family, tmp_path / f"{family}-new", dict(num_levels=4))
         assert loglinear.new_parameters(AutoModelForCausalLM.from_pretrained(tmp_path / f"{family}-new"))
