@@ -80,10 +80,21 @@ ROUTED = dict(num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=
 HYBRID = dict(num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"])
 LATENT = dict(n_shared_experts=1, **ATTENTION, **HYBRID, **RANKS, **ROUTED, **SPECIAL)
 GLM5 = dict(
-    linear_num_heads=4, linear_head_dim=8, linear_lower_bound=-2.0, q_lora_rank=8, index_topk=64, index_kpool=4,
-    index_head_dim=8, index_n_heads=2, hc_mult=2, mlp_layer_types=["dense", "sparse", "sparse"], swiglu_limit=2.0,
-    n_routed_experts=4, indexer_types=["full"] * 3, **{**LATENT, "qk_rope_head_dim": 0},
-)  # fmt: skip
+    linear_num_heads=4,
+    linear_head_dim=8,
+    linear_lower_bound=-2.0,
+    q_lora_rank=8,
+    index_topk=64,
+    index_kpool=4,
+    index_head_dim=8,
+    index_n_heads=2,
+    hc_mult=2,
+    mlp_layer_types=["dense", "sparse", "sparse"],
+    swiglu_limit=2.0,
+    n_routed_experts=4,
+    indexer_types=["full"] * 3,
+    **{**LATENT, "qk_rope_head_dim": 0},
+)
 LEVELS = dict(num_levels=6, chunk_size=4)  # a few dozen tokens cross chunks and levels
 
 
