@@ -12,7 +12,7 @@ from typer import Typer
 from typer.models import ArgumentInfo
 
 from loglinear.cli.app import app
-from loglinear.cli.options import Routing
+from loglinear.cli.options import Routing, Server
 
 PAGE = Path(__file__).parent / "reference" / "cli.md"
 HEAD = """\
@@ -23,7 +23,7 @@ HEAD = """\
 `loglinear COMMAND --help` shows the same text in the terminal. Bad input ends with exit code 2 and one line that names
 the mistake; `LOGLINEAR_TRACEBACK=1` shows the traceback behind it. Ctrl-C ends with exit code 130, SIGTERM with 143.
 """
-KINDS = {Path: " PATH", str: " TEXT", int: " INTEGER", float: " NUMBER", bool: "", Routing: " TEXT"}
+KINDS = {Path: " PATH", str: " TEXT", int: " INTEGER", float: " NUMBER", bool: "", Routing: " TEXT", Server: " TEXT"}
 
 
 def page() -> str:
@@ -80,7 +80,8 @@ def default(parameter: Parameter, kind: Any, info: Any) -> str:
         return "required"
     if isinstance(info.show_default, str):
         return info.show_default
-    return "" if parameter.default is None or parameter.default is False else f"`{parameter.default}`"
+    value = getattr(parameter.default, "value", parameter.default)  # of an Enum
+    return "" if value is None or value is False else f"`{value}`"
 
 
 if __name__ == "__main__":

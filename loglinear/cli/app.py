@@ -22,6 +22,7 @@ from loglinear.cli.options import (
     MoreTrainingData,
     OneRouting,
     Routing,
+    Server,
     above_zero,
     all_data,
     between,
@@ -307,19 +308,24 @@ def serve(
         int,
         typer.Option(help="MiB of states that repeated beginnings of prompts continue from.", **between(0, LARGEST)),
     ] = 256,
+    engine: Annotated[Server, typer.Option(help="The server: this library's, or vLLM's.")] = Server.loglinear,
 ) -> None:
     """Serve a checkpoint over HTTP with OpenAI's API.
 
     The routes are /v1/completions, /v1/chat/completions, /v1/models and /health. The model's name is the value of
     --model. Without a chat template a chat is its messages, joined by newlines. The server answers up to --slots
-    requests at once. It refuses one that it cannot honour in full with status 400 and one line.
+    requests at once. It refuses one that it cannot honour in full with status 400 and one line. --engine vllm
+    runs vLLM's server, which has no --timeout and no size of --prefix-cache.
 
-    Example:
+    Examples:
 
     `loglinear serve --model runs/demo/log_linear --port 8000`
-    """
-    from loglinear.cli.serve import run
 
+    `loglinear serve --model runs/demo/log_linear --engine vllm`
+    """
+    from loglinear.cli import serve, serve_vllm
+
+    run = serve_vllm.run if engine is Server.vllm else serve.run
     limits = dict(max_tokens=max_tokens, max_prompt=max_prompt, slots=slots, prefix_cache=prefix_cache)
     run(model, host, port, timeout=timeout, **limits)
 

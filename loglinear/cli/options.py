@@ -90,6 +90,13 @@ class Routing(str, Enum):
         return None if self is Routing.none else self.value
 
 
+class Server(str, Enum):
+    """The choices of --engine."""
+
+    loglinear = "loglinear"
+    vllm = "vllm"
+
+
 OneRouting = Annotated[
     Routing,
     option("none", "'gram' or 'selective_gram' for weights that also depend on what the buckets hold, or 'none'."),

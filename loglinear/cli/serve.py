@@ -89,8 +89,13 @@ def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # Without do_sample a request's temperature would have no effect; the server turns it off at temperature 0.
     model.generation_config.update(do_sample=True, top_k=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad)
+    set_defaults_of_tokenizer(tokenizer)
+    if not tokenizer.is_fast:  # the server streams through it
+        raise ValueError(f"serve needs a fast tokenizer, got {type(tokenizer).__name__}")
+
+
+def set_defaults_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer begin prompts as documents begin in training, and give it a chat template if it has none."""
     tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     if isinstance(tokenizer, ByteTokenizer):
         tokenizer.add_bos_token = True  # type: ignore[misc]  # a prompt begins as a document does in training
-    if not tokenizer.is_fast:  # the server streams through it
-        raise ValueError(f"serve needs a fast tokenizer, got {type(tokenizer).__name__}")

@@ -52,6 +52,7 @@ BENCHMARKS = {
 # Executed by another test.
 DEMO = "tests/cli/test_demo.py::test_demo_writes_everything_it_promises_and_continues_a_finished_run"
 SERVE = "tests/cli/test_serve.py::test_completions_are_those_of_generate"
+VLLM = "tests/integrations/test_vllm_server.py::test_completions_are_those_of_generate"
 CONVERT = "tests/convert/test_conversion.py::test_the_command_converts_and_says_what_it_made"
 CONVERTED = "tests/training/test_start.py::test_a_run_trains_a_converted_model_and_resumes"
 UPGRADE = "tests/cli/test_upgrade.py::test_upgrade_writes_a_folder_with_the_same_logits"
@@ -91,6 +92,7 @@ TESTED = {
     'loglinear generate --model runs/trained --prompt "Once"': UPGRADED,
     "loglinear serve --model runs/books": SERVE,
     "loglinear serve --model runs/books --port 8000": SERVE,
+    "loglinear serve --model runs/books --engine vllm --port 8000": VLLM,
     "python -m experiments.figures": "tests/documents/test_figures.py::test_figures_are_those_of_the_results",
     "python -m experiments.figures --results results/miniature": (
         "tests/experiments/test_long_text.py::test_figures_and_table_are_drawn_of_the_results_that_there_are"

@@ -88,7 +88,7 @@ def test_tests_that_are_named_exist(test):
 
 
 def test_make_and_pytest_lines_name_what_there_is():
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     markers = re.findall(r'^  "(\w+):', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     for command, page in {**LINES, **MENTIONED}.items():
         words = shlex.split(command.removeprefix("python -m "))

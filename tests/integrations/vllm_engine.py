@@ -37,12 +37,21 @@ def engine_of(model, folder, **settings):
 
 def answers(llm, prompts, lengths, **sampling):
     """Return vLLM's greedy answers to prompts of tokens, each as many tokens as `lengths` says."""
+    return [result.outputs[0] for result in results(llm, prompts, lengths, **sampling)]
+
+
+def results(llm, prompts, lengths, **sampling):
+    """Return vLLM's results of the same call."""
     from vllm import SamplingParams
 
     shared = dict(temperature=0, detokenize=False, ignore_eos=True, **sampling)
-    results = llm.generate(
+    return llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         [SamplingParams(max_tokens=length, **shared) for length in lengths],
         use_tqdm=False,
     )
-    return [result.outputs[0] for result in results]
+
+
+def preemptions(llm):
+    """Return how many requests lost their pages before they had ended; the engine needs `disable_log_stats=False`."""
+    return next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")

@@ -84,7 +84,11 @@ class PagedMixer(Mixer, MambaBase):  # type: ignore[misc]  # the bases have othe
 
 
 class PagedAttention(Attention):
-    """An `Attention` of tokens [T, D] whose keys and values lie in vLLM's cache."""
+    """An `Attention` of tokens [T, D] whose keys and values lie in vLLM's cache.
+
+    Raises:
+        ValueError: vLLM's attention does not support heads of this width.
+    """
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         config: LogLinearConfig = vllm_config.model_config.hf_config
@@ -99,6 +103,10 @@ class PagedAttention(Attention):
             cache_config=vllm_config.cache_config,
             prefix=f"{prefix}.attn",
         )
+        backend = self.attn.attn_backend
+        if not backend.supports_head_size(width):
+            widths = ", ".join(str(size) for size in backend.get_supported_head_sizes())
+            raise ValueError(f"attention_head_dim must be one of {widths} in vLLM's {backend.get_name()}, got {width}")
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
         """Return the output [T, D]; cos and sin are those of `rotary_tables`, [1, T, K / 2]."""

@@ -82,14 +82,14 @@ class PageLayout:
     def write(self, pages: Tensor, slab: Slab, state: MixerDecodeState) -> None:
         """Copy a state of N rows into the pages of a slab's rows."""
         for part, own, mine in zip(self.views(pages), self.parts, stored_tensors(state), strict=True):
-            part[slab.pages] = mine[:, : own.shape[0]] if own.kind == "blocks" else mine
+            part[slab.pages] = (mine[:, : own.shape[0]] if own.kind == "blocks" else mine).to(part.dtype)
 
     def write_step(self, pages: Tensor, slab: Slab, state: MixerDecodeState) -> None:
         """Copy the numbers of a state that a step changed. New sequences are copied whole."""
         row = torch.arange(len(slab.pages), device=pages.device)
         for part, own, mine in zip(self.views(pages), self.parts, stored_tensors(state), strict=True):
             if own.kind == "window":
-                part[slab.pages] = mine
+                part[slab.pages] = mine.to(part.dtype)  # float32 holds the 16-bit numbers exactly
                 continue
             whole = slab.new
             if own.kind == "blocks":
