@@ -14,6 +14,7 @@ from loglinear.variants import HeadSizes
 
 Weights = dict[str, Tensor]
 ZERO_BIAS = "the convolutions have no bias in the checkpoint: they get one of zero, which training would change"
+SHARED_KEYS = "several heads share keys and values in the checkpoint: each gets a copy, which training would change"
 NO_CONVOLUTION = "the checkpoint has no short convolutions: each gets one tap of one, which training would change"
 
 

@@ -23,6 +23,20 @@ def delta_shapes(at, heads, *, gates="ab", gate=True, conv=True, levels=0):
     return {**shapes, f"{at}o_norm.weight": (V,), f"{at}o_proj.weight": (D, H * V)}
 
 
+def gla_shapes(at, heads, *, key_value_heads, gate=True, conv=False, norm="g_norm_swish_gate"):
+    """Shapes of a GLA layer with heads (H, H, K, V) and, with `conv`, kernel 3."""
+    H, _, K, V = heads
+    widths = {"q": H * K, "k": key_value_heads * K, "v": key_value_heads * V}
+    shapes = {f"{at}{part}_proj.weight": (width, D) for part, width in widths.items()}
+    shapes |= {f"{at}gk_proj.0.weight": (16, D), f"{at}gk_proj.1.weight": (widths["k"], 16)}
+    shapes[f"{at}gk_proj.1.bias"] = (widths["k"],)
+    if conv:
+        shapes |= {f"{at}{part}_conv1d.weight": (width, 1, 3) for part, width in widths.items()}
+    if gate:
+        shapes[f"{at}g_proj.weight"] = (H * V, D)
+    return {**shapes, f"{at}{norm}.weight": (V,), f"{at}o_proj.weight": (D, H * V)}
+
+
 def attention_shapes(at, key_value_width):
     widths = {"q": D, "k": key_value_width, "v": key_value_width, "o": D}
     return {f"{at}{part}_proj.weight": (width, D) for part, width in widths.items()}

@@ -26,7 +26,10 @@ def level(t, s, levels):
 
 
 def recurrence(q, k, v, log_decay, beta=None, lam=None):
-    """Outputs [T, V] of one head. The state that each source token wrote is kept apart, to weigh it by its level."""
+    """Outputs [T, V] of one head, with log_decay [T] or [T, K, 1].
+
+    The state that each source token wrote is kept apart, to weigh it by its level.
+    """
     T = len(q)
     states = q.new_zeros(T, q.shape[1], v.shape[1])
     outputs = []
@@ -94,6 +97,24 @@ def delta_rule(x, w, at, heads, *, eps, decay=True, beta_scale=1.0, scaled=True,
         head_lam = None if lam is None else lam[:, h]
         y.append(recurrence(query, k[g], v[h], log_decay[:, h], beta[:, h], head_lam))
     normed = rms_norm(torch.stack(y, 1), w[f"{at}o_norm.weight"], eps).flatten(-2)
+    if f"{at}g_proj.weight" in w:
+        normed = normed * F.silu(linear(x, w, f"{at}g_proj"))
+    return linear(normed, w, f"{at}o_proj")
+
+
+def gla(x, w, at, heads, *, key_value_heads, eps):
+    """A GLA layer, x [T, D], heads (H, H, K, V), whose keys, values and decays several heads share."""
+    H, _, K, _ = heads
+    q, k, v = (linear(x, w, f"{at}{part}_proj") for part in "qkv")
+    if f"{at}q_conv1d.weight" in w:
+        q, k, v = (convolved(y, w[f"{at}{part}_conv1d.weight"]) for part, y in zip("qkv", (q, k, v), strict=True))
+    gate = linear(linear(x, w, f"{at}gk_proj.0"), w, f"{at}gk_proj.1") + w[f"{at}gk_proj.1.bias"]
+    q, k, v, gate = heads_of(q, H), *(heads_of(part, key_value_heads) for part in (k, v, gate))
+    log_decay = F.logsigmoid(gate)[..., None] / 16
+    shared = [h // (H // key_value_heads) for h in range(H)]
+    y = [recurrence(q[h] * K**-0.5, k[g], v[g], log_decay[g]) for h, g in enumerate(shared)]
+    norm = next(name for name in ("g_norm_swish_gate", "g_norm") if f"{at}{name}.weight" in w)
+    normed = rms_norm(torch.stack(y, 1), w[f"{at}{norm}.weight"], eps).flatten(-2)
     if f"{at}g_proj.weight" in w:
         normed = normed * F.silu(linear(x, w, f"{at}g_proj"))
     return linear(normed, w, f"{at}o_proj")

@@ -11,6 +11,7 @@ from tests.convert.fla_checkpoints import (
     decoder_config,
     decoder_tensors,
     delta_shapes,
+    gla_shapes,
     mamba2_config,
     mamba2_tensors,
     write,
@@ -58,6 +59,46 @@ def test_delta_net(tmp_path, own, parts):
 
     ours = converted_logits("fla", write(tmp_path, config, w), tmp_path / "out")
     assert_same(ours, references.decoder(w, tokens(), LAYERS, mixer, 1e-6))
+
+
+GLA = (4, 4, 3, 6)
+
+
+@pytest.mark.parametrize(
+    ("own", "parts"),
+    [
+        ({}, {}),
+        ({"use_short_conv": True, "norm_eps": 1e-3}, dict(conv=True)),
+        ({"fuse_norm": False}, dict(norm="g_norm")),
+        ({"use_output_gate": False, "tie_word_embeddings": True}, dict(gate=False, norm="g_norm")),
+        ({"num_kv_heads": 2}, {}),
+        ({"num_kv_heads": 1, "use_short_conv": True}, dict(conv=True)),
+    ],
+    ids=str,
+)
+def test_gla(tmp_path, own, parts):
+    """Without options the keys have half the width of the hidden states and the values the whole."""
+    config, shared = decoder_config("gla", num_heads=4, **own), own.get("num_kv_heads", 4)
+    w = decoder_tensors(
+        lambda layer, at: gla_shapes(at, GLA, key_value_heads=shared, **parts), tied="tie_word_embeddings" in own
+    )
+    eps = own.get("norm_eps", 1e-6)
+
+    def mixer(x, layer, at):
+        return references.gla(x, w, at, GLA, key_value_heads=shared, eps=eps)
+
+    ours = converted_logits("fla", write(tmp_path, config, w), tmp_path / "out")
+    assert_same(ours, references.decoder(w, tokens(), LAYERS, mixer, eps))
+
+
+def test_copies_of_shared_keys_are_noted(tmp_path):
+    notes = {}
+    for shared in (2, 4):
+        w = decoder_tensors(lambda layer, at, shared=shared: gla_shapes(at, GLA, key_value_heads=shared))
+        config = decoder_config("gla", num_heads=4, num_kv_heads=shared)
+        notes[shared] = convert(write(tmp_path, config, w), tmp_path / str(shared), source="fla", num_levels=4).notes
+    note = "several heads share keys and values in the checkpoint: each gets a copy, which training would change"
+    assert note in notes[2] and note not in notes[4]
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -134,9 +175,8 @@ def test_levels_of_a_log_linear_checkpoint_are_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("gla", "model_type 'gla' cannot be represented: no reader maps its layers to the variant gla yet"),
         ("retnet", "model_type 'retnet' cannot be represented: it rotates queries and keys"),
-        ("rwkv7", "model_type must be one of mamba2, gated_deltanet, delta_net, log_linear_mamba2, got 'rwkv7'"),
+        ("rwkv7", "model_type must be one of mamba2, gated_deltanet, delta_net, gla, log_linear_mamba2, got 'rwkv7'"),
     ],
 )
 def test_models_that_cannot_be_represented_are_named(tmp_path, model_type, message):
@@ -202,6 +242,24 @@ DELTA_ONLY = [
     ({"qk_activation": "relu"}, "qk_activation = 'relu' cannot be represented, expected 'silu'"),
     ({"num_heads": 5}, "attn.q_proj.weight is [24, 24], expected [20, 24]"),
 ]
+
+
+GLA_ONLY = [
+    ({"clamp_min": -3.0}, "clamp_min = -3.0 cannot be represented, expected None"),
+    ({"feature_map": "relu"}, "feature_map = 'relu' cannot be represented, expected None"),
+    ({"elementwise_affine": False}, "elementwise_affine = False cannot be represented, expected True"),
+    ({"use_gk": False}, "use_gk = False cannot be represented, expected True"),
+    ({"use_gv": True}, "use_gv = True cannot be represented, expected False"),
+    ({"gate_low_rank_dim": 8}, "gate_low_rank_dim = 8 is not an option of this format that is known"),
+    ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads = 4, got 3"),
+    ({"num_heads": 5}, "attn.g_proj.weight is [24, 24], expected [20, 24]"),
+]
+
+
+@pytest.mark.parametrize(("own", "message"), SHARED + GLA_ONLY, ids=str)
+def test_options_of_gla_that_cannot_be_represented_are_named(tmp_path, own, message):
+    w = decoder_tensors(lambda layer, at: gla_shapes(at, GLA, key_value_heads=4))
+    refused(write(tmp_path, decoder_config("gla", **{"num_heads": 4, **own}), w), message)
 
 
 @pytest.mark.parametrize(("own", "message"), SHARED + GATED_ONLY, ids=str)

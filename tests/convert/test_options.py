@@ -9,7 +9,14 @@ from loglinear.convert.source import Options, Tensors
 from loglinear.convert.target import build, configuration
 from tests.convert import test_state_spaces as state_spaces
 from tests.convert.checkpoints import write_checkpoint
-from tests.convert.fla_checkpoints import decoder_config, decoder_tensors, delta_shapes, mamba2_config, mamba2_tensors
+from tests.convert.fla_checkpoints import (
+    decoder_config,
+    decoder_tensors,
+    delta_shapes,
+    gla_shapes,
+    mamba2_config,
+    mamba2_tensors,
+)
 from tests.convert.test_transformers import mamba2
 
 VALUES = [None, -1, 0, 3, 10**30, 1e308, 1e-320, float("nan"), float("inf"), "x", [], [0], {}, {"layers": []}, True]
@@ -35,6 +42,10 @@ CHECKPOINTS = {
     ),
     "fla gated_deltanet": lambda: (decoder_config("gated_deltanet", **GATED), gated(0)),
     "fla delta_net": lambda: (decoder_config("delta_net", num_heads=3, expand_k=1, use_beta=True), plain()),
+    "fla gla": lambda: (
+        decoder_config("gla", num_heads=3, num_kv_heads=3, use_gk=True, clamp_min=None, use_output_gate=True),
+        decoder_tensors(lambda layer, at: gla_shapes(at, (3, 3, 4, 8), key_value_heads=3)),
+    ),
     "authors hattention": lambda: (mamba2_config("hattention", 1), mamba2_tensors(1, "mixer_norm", 15)),
     "authors h_gated_deltanet": lambda: (decoder_config("h_gated_deltanet", **GATED), gated(7)),
 }

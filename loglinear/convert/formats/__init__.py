@@ -9,6 +9,7 @@ from loglinear.autoload.configuration import UpgradeConfig
 from loglinear.convert.formats import (
     fla_delta_net,
     fla_gated_delta_net,
+    fla_gla,
     fla_mamba2,
     state_spaces_mamba2,
     transformers_mamba2,
@@ -56,12 +57,10 @@ FORMATS: dict[str, Format] = {
             "mamba2": fla_mamba2.read,
             "gated_deltanet": fla_gated_delta_net.read,
             "delta_net": fla_delta_net.read,
+            "gla": fla_gla.read,
             "log_linear_mamba2": fla_mamba2.read_log_linear,
         },
-        refused={
-            "retnet": "it rotates queries and keys and has no short convolution with SiLU",
-            "gla": "no reader maps its layers to the variant gla yet",
-        },
+        refused={"retnet": "it rotates queries and keys and has no short convolution with SiLU"},
     ),
     "authors": Format({"hattention": fla_mamba2.read_authors, "h_gated_deltanet": fla_gated_delta_net.read_authors}),
     "state-spaces": Format({"": state_spaces_mamba2.read}, pickle=True),
