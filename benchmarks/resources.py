@@ -2,7 +2,7 @@
 
     python -m benchmarks.resources --key-dim 128 --value-dim 64      # the default plans, compute capability 9.0
     python -m benchmarks.resources --delta --value-dim 128           # the delta rule's
-    python -m benchmarks.resources --diagonal --value-dim 128        # the diagonal gate's
+    python -m benchmarks.resources --diagonal --value-dim 128        # the diagonal gate's; with --delta of both
 
 One forward and one backward are called; each launch is compiled and not run. A program on an H100 has at most 255
 registers a thread and 227 KiB of shared memory; "stack" is the part that did not fit. This needs triton, any build,
@@ -102,7 +102,7 @@ def call(K: int, V: int, dtype: torch.dtype, chunk_size: int, *, delta: bool = F
         torch.zeros(1, TOKENS, 1, *shape, dtype=of, requires_grad=True)
         for shape, of in zip(shapes, dtypes, strict=True)
     )
-    beta = torch.zeros_like(log_decay, requires_grad=True) if delta else None
+    beta = torch.zeros(1, TOKENS, 1, requires_grad=True) if delta else None
     final = chunk_size > 0
     options = (None, None, None, 1.0, chunk_size, final, FENWICK.numbers)
     output, *_ = chunkwise(q, k, v, log_decay, beta, level_scales, *options)
@@ -120,8 +120,6 @@ def main(
     """Print the registers, stack and shared memory of the default plans' kernels."""
     if dtype not in ("bfloat16", "float16", "float32"):
         raise typer.BadParameter(f"--dtype must be bfloat16, float16 or float32, got {dtype!r}")
-    if delta and diagonal:
-        raise typer.BadParameter("--delta and --diagonal exclude each other: the delta rule has scalar gates")
     widest = widest_value(delta)
     if not (1 <= key_dim <= MAX_HEAD_DIM and 1 <= value_dim <= widest):
         got = f"{key_dim} and {value_dim}"

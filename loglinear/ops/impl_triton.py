@@ -23,7 +23,7 @@ from loglinear.ops.problem import MIN_LOG_DECAY, Problem, is_transformed
 from loglinear.ops.state import DecodeState, FenwickState
 from loglinear.partition import FENWICK
 
-GATES = ("scalar", "diagonal without the delta rule")  # the other implementations have all diagonal gates
+GATES = ("scalar", "diagonal")
 OLDEST_TRITON = "3.4"  # 3.3 refuses `prefetch`, whose branches return different types; torch 2.8 brings 3.4
 
 
@@ -99,7 +99,7 @@ def unsupported(p: Problem) -> str | None:
         return reason
     from loglinear.kernels.triton import limits
 
-    reason = limits.of_gate(p.is_diagonal, p.beta is not None) or limits.of_partition(p.partition)
+    reason = limits.of_partition(p.partition)
     if reason is not None:
         return reason
     if _is_interpreted() and torch.bfloat16 in (p.q.dtype, p.k.dtype, p.v.dtype):
@@ -118,7 +118,7 @@ def unchosen(p: Problem) -> str | None:
         return reason
     from loglinear.kernels.triton import limits
 
-    return limits.of_automatic_choice(p.is_diagonal)
+    return limits.of_automatic_choice(p.is_diagonal, p.beta is not None)
 
 
 def _too_long(p: Problem) -> str | None:

@@ -45,6 +45,7 @@ from loglinear.kernels.triton.delta_rule.states import (
     Queries,
     Saved,
     TierStates,
+    Totals,
     Writes,
 )
 from loglinear.kernels.triton.inputs import Operands, Sequences
@@ -172,12 +173,15 @@ class Stages:
     def entries(self, s: int, exact: dict[str, Tensor]) -> Entries:
         rows = self.call.layout.tiers[s].entries
         transitions, states = (self.give(exact[f"{name} {s}"], rows=rows) for name in ("transitions", "states"))
-        return Entries(transitions, self.give(exact[f"totals {s}"] * LOG2_E, torch.float32, rows), states)
+        return Entries(transitions, self.totals(exact[f"totals {s}"], rows), states)
+
+    def totals(self, x: Tensor, rows: int) -> Totals:
+        return Totals(self.give(x * LOG2_E, torch.float32, rows))
 
     def past(self, s: int, exact: dict[str, Tensor]) -> Past:
         rows = self.call.layout.tiers[s].entries
         kept, prefixes = (self.give(exact[f"{name} {s}"], rows=rows) for name in ("kept", "prefixes"))
-        totals = self.give(exact[f"prefix totals {s}"] * LOG2_E, torch.float32, rows)
+        totals = self.totals(exact[f"prefix totals {s}"], rows)
         carried = self.give(exact[f"carried {s}"], rows=self.call.layout.tiers[s].runs)
         return Past(kept, prefixes, totals, carried, self.call.initial)
 
@@ -191,14 +195,14 @@ class Stages:
         saved = chunk_inverse(call)
         found = dict(inverse=saved.inverse, cumulative=saved.cumulative / LOG2_E)
         own = chunk_state(call, self.saved(exact))
-        found |= {"transitions 0": own.transitions, "totals 0": own.totals / LOG2_E, "states 0": own.states}
+        found |= {"transitions 0": own.transitions, "totals 0": own.totals.heads / LOG2_E, "states 0": own.states}
         for s, tier in enumerate(tiers):
             past, ends = run_scan(call, tier, self.entries(s, exact))
             found |= {f"kept {s}": past.kept, f"prefixes {s}": past.prefixes}
-            found |= {f"prefix totals {s}": past.prefix_totals / LOG2_E}
+            found |= {f"prefix totals {s}": past.prefix_totals.heads / LOG2_E}
             if ends is not None:
                 found |= {f"transitions {s + 1}": ends.transitions, f"states {s + 1}": ends.states}
-                found |= {f"totals {s + 1}": ends.totals / LOG2_E}
+                found |= {f"totals {s + 1}": ends.totals.heads / LOG2_E}
         for s, tier in enumerate(tiers[:-1]):
             found[f"carried {s}"] = carry_in(call, tiers[s + 1], self.past(s + 1, exact), tier)
         past = self.past(0, exact)

@@ -9,8 +9,8 @@ import torch
 
 from loglinear.ops import FenwickState
 from loglinear.partition import FENWICK
+from tests.kernels.emulated import EMULATED
 from tests.kernels.emulation import (
-    EMULATED,
     differentiate,
     errors,
     excesses,

@@ -9,7 +9,8 @@ from torch._subclasses import FakeTensorMode
 from loglinear.kernels.torch import has_blocks
 from loglinear.ops import FenwickState
 from loglinear.partition import FENWICK, Partition
-from tests.kernels.emulation import EMULATED, errors, excesses, make, teach_rounding
+from tests.kernels.emulated import EMULATED
+from tests.kernels.emulation import errors, excesses, make, teach_rounding
 from tests.kernels.interpreter import teach_interpreter
 from tests.kernels.test_triton import FACTOR, compare
 from tests.ops.operators import OPERATORS, relative_error

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from loglinear.partition import Partition
-from tests.kernels.emulation import EMULATED, STATES, make
+from tests.kernels.emulated import EMULATED, STATES
+from tests.kernels.emulation import make
 from tests.kernels.test_triton_gpu import DELTA, check
 from tests.ops.operators import OPERATORS
 

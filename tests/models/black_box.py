@@ -14,7 +14,7 @@ def forward(q, k, v, log_decay, beta, level_scales, initial, cu_seqlens, starts,
     gates = log_decay + level_scales.square().sum(-1) + (0.0 if beta is None else beta)
     kept = [v.new_empty(0) for _ in range(3)]
     if beta is not None:
-        C, H = delta_rule.choose_chunk_size(q, k, v, chunk_size), v.shape[2]
+        C, H = delta_rule.choose_chunk_size(q, k, v, log_decay.dim() == 4, chunk_size), v.shape[2]
         sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
         chunks = delta_rule.count_chunks(*v.shape[:2], C, sequences, final)
         kept[1:] = v.new_zeros(chunks, H, C, C), v.new_zeros(chunks, H, C)

@@ -124,17 +124,8 @@ def lines(monkeypatch, caplog):
     return lambda: [record.getMessage() for record in caplog.records]
 
 
-DELTA_RULE = "a log_decay per key channel needs impl='torch': the delta rule of impl='triton' takes one per head"
 NOT_CHECKED = "no GPU has checked the kernels for a log_decay per key channel: impl='triton' runs them"
 STEP = "a step with a log_decay per key channel needs impl='torch': that of impl='triton' takes one per head"
-
-
-@pytest.mark.interpreter
-def test_the_delta_rules_kernels_refuse_a_diagonal_gate_in_one_line():
-    pytest.importorskip("triton")
-    operator = DIAGONAL_GATES[1]
-    with pytest.raises(ValueError, match=f"^{re.escape(DELTA_RULE)}$"):
-        operator(operator.inputs(T=20, dtype=torch.float32), impl="triton")
 
 
 @pytest.mark.interpreter
@@ -165,18 +156,19 @@ def test_auto_runs_torch_on_a_gpu_and_says_why(operator, monkeypatch, lines):
         token = [torch.empty(1, *shape[2:], device="cuda") for shape in shapes.values()]
         take(*token, DecodeState.zeros(1, device="cuda", **sizes))
     call, step_ = lines()
-    assert call.endswith(f" runs with impl='torch': {DELTA_RULE if operator.delta else NOT_CHECKED}")
+    assert call.endswith(f" runs with impl='torch': {NOT_CHECKED}")
     assert step_.endswith(f" runs with impl='torch': {STEP}")
 
 
-def test_auto_will_run_the_kernels_once_a_gpu_has_checked_them(monkeypatch):
+@parametrize(DIAGONAL_GATES)
+def test_auto_will_run_the_kernels_once_a_gpu_has_checked_them(operator, monkeypatch):
     pytest.importorskip("triton")
     from loglinear.kernels.triton import limits
 
     monkeypatch.setattr(impl_triton, "NO_TRITON", None)
-    monkeypatch.setattr(limits, "DIAGONAL_GATE_RAN_ON_A_GPU", True)
+    name = "DIAGONAL_DELTA_RULE_RAN_ON_A_GPU" if operator.delta else "DIAGONAL_GATE_RAN_ON_A_GPU"
+    monkeypatch.setattr(limits, name, True)
     monkeypatch.setitem(api._RUN, "triton", lambda problem: (problem.v, None))
-    operator = DIAGONAL_GATES[0]
     with FakeTensorMode():
         shapes = {name: x.shape for name, x in operator.inputs(B=1, T=20, L=8).items()}
         inputs = {name: torch.empty(shape, device="cuda") for name, shape in shapes.items()}
@@ -226,7 +218,7 @@ def test_info_says_which_implementations_have_diagonal_gates(monkeypatch, capsys
     rows = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in capsys.readouterr().out.splitlines()]
     gates = {row[0]: row[1] for row in rows if row[0] in IMPLEMENTATIONS and len(row) == 3}
     assert gates == {
-        "triton": "scalar, diagonal without the delta rule",
+        "triton": "scalar, diagonal",
         "torch": "scalar, diagonal",
         "reference": "scalar, diagonal",
     }

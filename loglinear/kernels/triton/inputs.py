@@ -27,7 +27,8 @@ DOT_TYPES = {
 
 class Operands(NamedTuple):
     """The tensors of a call: q, k [B,T,G,K], v [B,T,H,V], log_decay, beta [B,T,H], level_scales [B,T,H,L], and the
-    blocks of the initial state [N,M,H,K,V]. The gates have no beta; log_decay of the diagonal one is [B,T,H,K]."""
+    blocks of the initial state [N,M,H,K,V]. Without the delta rule there is no beta; log_decay of a diagonal gate is
+    [B,T,H,K]."""
 
     q: Tensor
     k: Tensor
@@ -36,6 +37,10 @@ class Operands(NamedTuple):
     beta: Tensor | None
     level_scales: Tensor
     initial: Tensor | None
+
+    @property
+    def is_diagonal(self) -> bool:
+        return self.log_decay.dim() == 4
 
     def heads(self, h: slice) -> Operands:
         """Return the operands of some heads, and of the groups that they belong to."""

@@ -21,6 +21,21 @@ import torch
 logger = logging.getLogger(__name__)
 SHIPPED = Path(__file__).with_name("tuned.json")
 DELTA_RULE_BUILD = ("chunk_state", "run_scan", "carry_in")
+DELTA_RULE_BACKWARD = (
+    *DELTA_RULE_BUILD,
+    "in_chunk",
+    "walk_backward",
+    "state_backward",
+    "prefix_backward",
+    "carried_backward",
+    "carry_in_states_backward",
+    "carry_in_prefixes_backward",
+    "run_scan_backward",
+    "transition_backward",
+    "scores_backward",
+    "writes_backward",
+    "lower_backward",
+)
 STAGES = {
     "scalar_gate": {
         "forward": ("chunk_state", "up_sweep", "output"),
@@ -50,23 +65,11 @@ STAGES = {
     },
     "delta_rule": {
         "forward": ("chunk_inverse", *DELTA_RULE_BUILD, "output"),
-        "backward": (
-            *DELTA_RULE_BUILD,
-            "in_chunk",
-            "walk_backward",
-            "state_backward",
-            "prefix_backward",
-            "carried_backward",
-            "carry_in_states_backward",
-            "carry_in_prefixes_backward",
-            "run_scan_backward",
-            "transition_backward",
-            "scores_backward",
-            "writes_backward",
-            "lower_backward",
-            "keys_backward",
-            "decay_backward",
-        ),
+        "backward": (*DELTA_RULE_BACKWARD, "keys_backward", "decay_backward"),
+    },
+    "diagonal_delta_rule": {
+        "forward": ("decayed_rows", "chunk_inverse", *DELTA_RULE_BUILD, "output"),
+        "backward": ("decayed_rows", *DELTA_RULE_BACKWARD, "decayed_rows_backward"),
     },
 }
 BUCKETS = (2048, 8192, 32768)  # lengths up to each share a choice, and all that are longer
@@ -216,8 +219,13 @@ def _diagonal_gate(kind: Kind, chunk_size: int | None) -> Plan:
         if name.endswith("sweep"):
             launches[name] = Launch(128 if is_bfloat16 else 64)
         elif name.startswith("decayed_rows"):
-            launches[name] = Launch(key_tile=32 if is_bfloat16 else 16)
+            launches[name] = decayed_rows_launch(kind)
     return Plan(chunk_size or (32 if wide else 64), launches)
+
+
+def decayed_rows_launch(kind: Kind) -> Launch:
+    """That of the stages with the decays inside chunks: wider tiles would spill."""
+    return Launch(key_tile=32 if kind.dtype == torch.bfloat16 else 16)
 
 
 # Measured on an H100 (docs/lab-notes/2026-11-24-delta-rule-kernels.md): bfloat16 products of K up to 128, and of more.
@@ -289,7 +297,19 @@ def _delta_rule(kind: Kind, chunk_size: int | None) -> Plan:
     return Plan(C, {stage: fitted(stage) for stage in kind.stages})
 
 
-_DEFAULTS = {"scalar_gate": _scalar_gate, "diagonal_gate": _diagonal_gate, "delta_rule": _delta_rule}
+def _diagonal_delta_rule(kind: Kind, chunk_size: int | None) -> Plan:
+    """Not measured on any GPU: that of the delta rule, and of the diagonal gate's own stages."""
+    plan = _delta_rule(kind, chunk_size or 64)
+    own = {name: decayed_rows_launch(kind) for name in kind.stages if name.startswith("decayed_rows")}
+    return replace(plan, stages=plan.stages | own)
+
+
+_DEFAULTS = {
+    "scalar_gate": _scalar_gate,
+    "diagonal_gate": _diagonal_gate,
+    "delta_rule": _delta_rule,
+    "diagonal_delta_rule": _diagonal_delta_rule,
+}
 
 
 def forget_tables() -> None:

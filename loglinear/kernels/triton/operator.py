@@ -68,8 +68,8 @@ def chunkwise(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outputs [B,T,H,V]; with `final`, each sequence's block states at the start of its unfinished chunk [N,M,H,K,V]
     float32; of the delta rule the arrays saved for the backward, each chunk's inverse [chunk,H,C,C] and its
-    cumulative log decay [chunk,H,C]; else empty tensors. The delta rule with beta, else the scalar gate, or the
-    diagonal gate with log_decay [B,T,H,K].
+    cumulative log decay [chunk,H,C] (0 of a diagonal gate, whose rows have decayed before); else empty tensors. The
+    delta rule with beta; a diagonal gate with log_decay [B,T,H,K], else a scalar one.
 
     initial [N,M,H,K,V], starts [N]: the blocks of each packed sequence's initial state, and its first chunk's number.
     chunk_size 0 leaves the choice to the kernels, for radix 2 without a finest block; with `final` or initial it is the
@@ -95,7 +95,7 @@ def _(q, k, v, log_decay, beta, level_scales, initial, cu_seqlens, starts, scale
         M = Partition.of(partition).num_blocks(level_scales.shape[3], int(chunk_size))
         blocks = v.new_empty((rows, M, H, q.shape[3], v.shape[3]), dtype=torch.float32)
     if beta is not None:
-        C = delta_rule.choose_chunk_size(q, k, v, chunk_size)
+        C = delta_rule.choose_chunk_size(q, k, v, log_decay.dim() == 4, chunk_size)
         chunks = delta_rule.count_chunks(q.shape[0], q.shape[1], C, None if cu_seqlens is None else rows, final)
         inverse = v.new_empty((chunks, H, C, C), dtype=delta_rule.state_dtype(q, k, v, C))
         cumulative = v.new_empty((chunks, H, C), dtype=torch.float32)

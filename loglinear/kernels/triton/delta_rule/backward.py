@@ -12,7 +12,15 @@ from loglinear.kernels.triton.args import Rows, Slab
 from loglinear.kernels.triton.delta_rule.carry_in_backward import carry_in_backward
 from loglinear.kernels.triton.delta_rule.decay_backward import decay_backward
 from loglinear.kernels.triton.delta_rule.final_blocks import final_blocks_backward
-from loglinear.kernels.triton.delta_rule.forward import build_tree, count_slots, head_slabs, inputs_of, limit_of
+from loglinear.kernels.triton.delta_rule.forward import (
+    build_tree,
+    count_slots,
+    head_slabs,
+    inputs_of,
+    limit_of,
+    row_numbers,
+    with_decays,
+)
 from loglinear.kernels.triton.delta_rule.in_chunk import in_chunk
 from loglinear.kernels.triton.delta_rule.keys_backward import keys_backward
 from loglinear.kernels.triton.delta_rule.lower_backward import lower_backward
@@ -30,6 +38,8 @@ from loglinear.kernels.triton.delta_rule.states import (
 )
 from loglinear.kernels.triton.delta_rule.walk_backward import walk_backward
 from loglinear.kernels.triton.delta_rule.writes_backward import writes_backward
+from loglinear.kernels.triton.diagonal_gate.decayed_rows_backward import Rowwise, decayed_rows_backward
+from loglinear.kernels.triton.diagonal_gate.states import DecayedGradients
 from loglinear.kernels.triton.inputs import Operands, Outgoing, Sequences, in_rows, like
 from loglinear.kernels.triton.launches import Plan
 from loglinear.partition import Partition
@@ -100,6 +110,8 @@ def backward(x: Inputs, outgoing: Outgoing, sequences: Sequences, slabs: Slabs) 
     assert outgoing.inverse is not None and outgoing.cumulative is not None
     assert len(outgoing.inverse) == x.layout.chunks
     saved, do = Saved.of(outgoing.inverse, outgoing.cumulative.contiguous()), Rows.of(outgoing.do)
+    if x.is_diagonal:
+        return diagonal_backward(x, saved, outgoing, sequences, slabs)
     inside, dq_in, dentries, dinitial = between_backward(x, saved, outgoing, sequences, slabs.dlevel_scales)
     dinside = scores_backward(x, saved, inside, do, dq_in, slabs.dq, slabs.dlevel_scales)
     writes = writes_backward(x, saved, inside, dinside, dentries, do, slabs.dk, slabs.dv)
@@ -109,10 +121,32 @@ def backward(x: Inputs, outgoing: Outgoing, sequences: Sequences, slabs: Slabs) 
     return dinitial
 
 
+def diagonal_backward(x: Inputs, saved: Saved, outgoing: Outgoing, sequences: Sequences, slabs: Slabs) -> Tensor | None:
+    """`backward` with a diagonal gate: the stages after the first know of no decay inside the chunks."""
+    y, do = with_decays(x), Rows.of(outgoing.do)
+    inside, dq_in, dentries, dinitial = between_backward(y, saved, outgoing, sequences, slabs.dlevel_scales)
+    dinside = scores_backward(y, saved, inside, do, dq_in, None, slabs.dlevel_scales)
+    seen = Slab.of(x.empty(*y.k.data.shape))
+    writes = writes_backward(y, saved, inside, dinside, dentries, do, seen, slabs.dv)
+    lower = lower_backward(y, saved, inside, dinside, writes, slabs.dbeta)
+    gradients = DecayedGradients(
+        dinside.dq_in,
+        writes.dkeys,
+        dinside.dscores,
+        transitions=dentries.transitions,
+        seen=seen,
+        products=lower.dlower,
+    )
+    to = Rowwise(slabs.dq, slabs.dk, slabs.dlog_decay)
+    decayed_rows_backward(x, gradients, to, x.scale, x.math, x.plan["decayed_rows_backward"])
+    return dinitial
+
+
 def slab_ranges(x: Operands, outgoing: Outgoing, chunks: int, C: int, partition: Partition) -> list[slice]:
     """Ranges of heads, so that the arrays of chunks that a backward holds stay small."""
     K, V = x.q.shape[3], x.v.shape[3]
     numbers = 4 * K * K + 2 * (count_slots(x, C, partition) + 1) * K * V + 5 * C * K + 4 * C * C
+    numbers += 2 * row_numbers(x, C)
     return head_slabs(x, chunks, C, numbers, limit_of(SLAB_BYTES, x.q, x.k, x.v, outgoing.do))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from loglinear.kernels.triton.delta_rule.layout import Tier
 from loglinear.kernels.triton.delta_rule.reads import is_column_read, is_slot_read, older_column
 from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, Past, TierSizes
-from loglinear.kernels.triton.delta_rule.tiles import EntryPlace, locate_entries
+from loglinear.kernels.triton.delta_rule.tiles import EntryPlace, locate_entries, row_decays
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 
@@ -24,8 +24,8 @@ from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 @triton.jit
 def add_through(
     total,
-    prefix,
-    log_decay,
+    past,
+    entry,
     state,
     is_first,
     row,
@@ -36,14 +36,14 @@ def add_through(
     BV: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """total + F R, one [TK, BV] tile; the first entry of a run has no F."""
+    """total + F R, one [TK, BV] tile; the first entry of a run has no F. entry: the row of its matrices."""
     state_TV = load_block(state, row, column, K, V, TK, BV).to(tl.float32)
     if is_first:
         total += state_TV
     else:
-        total += state_TV * tl.exp2(log_decay)
+        total += state_TV * tl.exp2(row_decays(past.prefix_totals, entry, row, K, TK))
         for s in range(0, K, TK):
-            prefix_TT = load_block(prefix, row, s, K, K, TK, TK)
+            prefix_TT = load_block(past.prefixes + entry * (K * K), row, s, K, K, TK, TK)
             source_TV = load_block(state, s, column, K, V, TK, BV).to(MATH.dot)
             total = tl.dot(prefix_TT, source_TV, total, input_precision=MATH.precision)
     return total
@@ -78,21 +78,8 @@ def store_read(
             state_TV += load_block(block, a, column, K, V, TK, BV).to(tl.float32)
         if is_carried:
             block = past.carried + ((entry.run.to(tl.int64) * tier.columns + older) * tier.H + h) * SIZE
-            log_decay = tl.load(past.prefix_totals + row, mask=entry.i > entry.start, other=0.0)
-            state_TV = add_through(
-                state_TV,
-                past.prefixes + row * (K * K),
-                log_decay,
-                block,
-                entry.i == entry.start,
-                a,
-                column,
-                K,
-                V,
-                TK,
-                BV,
-                MATH,
-            )
+            is_first = entry.i == entry.start
+            state_TV = add_through(state_TV, past, row, block, is_first, a, column, K, V, TK, BV, MATH)
         store_block(out, a, column, state_TV, K, V, TK, BV)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from loglinear.kernels.triton.delta_rule.layout import Tier
 from loglinear.kernels.triton.delta_rule.reads import columns_read, count_reads, first_column, is_column_read
 from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, Past, PastGradients, TierSizes
-from loglinear.kernels.triton.delta_rule.tiles import locate_entries
+from loglinear.kernels.triton.delta_rule.tiles import locate_entries, row_decays
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 from loglinear.kernels.triton.walks import after
@@ -22,8 +22,9 @@ from loglinear.kernels.triton.walks import after
 
 @triton.jit
 def moved_back(
-    transition,
-    decay,
+    transitions,
+    totals,
+    entry,
     dstate,
     row,
     column,
@@ -33,10 +34,11 @@ def moved_back(
     BV: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """P^T dS, one [TK, BV] tile, of a transition with its decay apart."""
+    """P^T dS, one [TK, BV] tile, of the transition in row `entry`, with its decay apart."""
+    decay = tl.exp2(row_decays(totals, entry, row, K, TK))
     total = load_block(dstate, row, column, K, V, TK, BV).to(tl.float32) * decay
     for s in range(0, K, TK):
-        transition_TT = load_block(transition, s, row, K, K, TK, TK)
+        transition_TT = load_block(transitions + entry * (K * K), s, row, K, K, TK, TK)
         dstate_TV = load_block(dstate, s, column, K, V, TK, BV).to(MATH.dot)
         total = tl.dot(tl.trans(transition_TT), dstate_TV, total, input_precision=MATH.precision)
     return total
@@ -45,8 +47,8 @@ def moved_back(
 @triton.jit
 def add_back_through(
     total,
-    prefix,
-    log_decay,
+    past,
+    entry,
     dstate,
     is_first,
     row,
@@ -57,11 +59,11 @@ def add_back_through(
     BV: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """total + F^T dR, one [TK, BV] tile; the first entry of a run has no F."""
+    """total + F^T dR, one [TK, BV] tile; the first entry of a run has no F. entry: the row of its matrices."""
     if is_first:
         total += load_block(dstate, row, column, K, V, TK, BV).to(tl.float32)
     else:
-        total += moved_back(prefix, tl.exp2(log_decay), dstate, row, column, K, V, TK, BV, MATH)
+        total += moved_back(past.prefixes, past.prefix_totals, entry, dstate, row, column, K, V, TK, BV, MATH)
     return total
 
 
@@ -131,10 +133,7 @@ def carry_in_states_backward_kernel(
     for i in range(run.start, run.stop):
         entry = (run.base + i) * tier.H + h
         dstate = dreads + (((run.base + i) * places + older + num_slots - collapsed) * tier.H + h) * (K * V)
-        log_decay = tl.load(past.prefix_totals + entry, mask=i > run.start, other=0.0)
-        total = add_back_through(
-            total, past.prefixes + entry * (K * K), log_decay, dstate, i == run.start, row, column, K, V, TK, BV, MATH
-        )
+        total = add_back_through(total, past, entry, dstate, i == run.start, row, column, K, V, TK, BV, MATH)
     out = dcarried + ((run.row.to(tl.int64) * columns + older) * tier.H + h) * (K * V)
     store_block(out, row, column, total, K, V, TK, BV)
 

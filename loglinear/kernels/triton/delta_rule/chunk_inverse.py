@@ -18,6 +18,7 @@ import triton.language as tl
 
 from loglinear.fenwick import log2
 from loglinear.kernels.triton.args import Sizes
+from loglinear.kernels.triton.delta_rule.products import math_of
 from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, Saved
 from loglinear.kernels.triton.delta_rule.tiles import (
     decay,
@@ -102,10 +103,48 @@ def chunk_inverse_kernel(
         store_block(inverse, 0, J, tl.zeros([J, J], tl.float32), C, C, J, J)
 
 
+@launcher
+@triton.jit(do_not_specialize=SIZES)
+def products_inverse_kernel(
+    beta,
+    products,
+    saved,
+    table,
+    T,
+    N,
+    H,
+    R,
+    L,
+    cap,
+    C: tl.constexpr,
+    LOG_C: tl.constexpr,
+    MATH: tl.constexpr,
+):
+    """One chunk of at most 64 tokens, one head: A from the products of its keys; and G, 0 of rows that have decayed."""
+    sizes = Sizes(T, N, H, R, L, cap)
+    _, h, c = head_program(1, sizes.H)
+    chunk = locate(c.to(tl.int64), table, sizes, C)
+    if chunk.n <= 0:
+        return
+    i, row = tl.arange(0, C), chunk.c * sizes.H + h
+    tl.store(saved.cumulative + row * C + i, tl.zeros([C], tl.float32))
+    lower_CC = load_tile(products + row * (C * C), 0, 0, C, C)
+    lower_CC *= load_strength(head_rows(beta, chunk, h), chunk.n, C)[:, None]
+    lower_CC = tl.where(i[:, None] > i[None, :], lower_CC, 0.0)
+    inverse_CC = unit_lower_inverse(lower_CC, C, LOG_C, MATH)
+    store_block(inverse_at(saved, chunk, h, C), 0, 0, inverse_CC, C, C, C, C)
+
+
 def chunk_inverse(x: Inputs) -> Saved:
     """Each chunk's inverse, and its cumulative log decay."""
     chunks, H, C = x.layout.chunks, x.heads, x.chunk_size
     saved = Saved.of(x.empty(chunks, H, C, C, dtype=x.dtype), x.empty(chunks, H, C))
+    if x.products is not None:
+        options, math = x.plan["chunk_inverse"].options, math_of("chunk_inverse", x.math)
+        products_inverse_kernel[(chunks * H,)](
+            x.beta, x.products, saved, x.layout.table, *x.sizes, C=C, LOG_C=log2(C), MATH=math, **options
+        )
+        return saved
     J = min(C, 64)
     chunk_inverse_kernel[(chunks * H,)](
         x.k,

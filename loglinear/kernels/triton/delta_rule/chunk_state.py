@@ -2,6 +2,8 @@
 
 P_z = exp(Gam) I + D_z,   D_z = Kd^T Er,   S_z = Kd^T U
 Er = A diag(-b exp(G)) K,   U = A diag(b) V,   Kd = diag(exp(Gam - G)) K
+
+With a diagonal gate Kd and exp(G) * K come with their decays (`Decayed`), and G is 0.
 """
 
 # C chunk, H heads, K key, V value
@@ -9,7 +11,7 @@ import triton
 import triton.language as tl
 
 from loglinear.kernels.triton.args import Sizes
-from loglinear.kernels.triton.delta_rule.states import SIZES, Entries, Inputs, Saved
+from loglinear.kernels.triton.delta_rule.states import SIZES, Entries, Inputs, Saved, Totals
 from loglinear.kernels.triton.delta_rule.tiles import head_rows, inverse_at, load_decays, load_strength, load_tile
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_rows, locate, store_block
@@ -40,14 +42,14 @@ def chunk_state_kernel(
     MATH: tl.constexpr,
 ):
     """One whole chunk, one head, one tile of columns: S, states [chunk, H, K, V], and Gam, totals [chunk, H].
-    TRANSITION: D alone, where V is K and v is k."""
+    TRANSITION: D alone, where V is K and v are keys."""
     sizes = Sizes(T, N, H, R, L, cap)
     TILES: tl.constexpr = (V + BV - 1) // BV
     tile, h, c = head_program(TILES, sizes.H)
     column = tile * BV
     chunk = locate(c.to(tl.int64), table, sizes, C)
     row = chunk.c * sizes.H + h
-    if not TRANSITION:
+    if totals is not None and not TRANSITION:
         tl.store(totals + row, tl.load(saved.cumulative + row * C + C - 1), mask=tile == 0)
     if chunk.n < C:
         return
@@ -56,7 +58,7 @@ def chunk_state_kernel(
     G, total = load_decays(saved.cumulative + row * C, C)
     inverse_CC = load_tile(inverse_at(saved, chunk, h, C), 0, 0, C, C)
     if TRANSITION:
-        rows, weight = k_rows, -strength * tl.exp2(G)
+        rows, weight = head_rows(v, chunk, h // sizes.R), -strength * tl.exp2(G)
     else:
         rows, weight = head_rows(v, chunk, h), strength
     v_CV = load_rows(rows.data, rows.t, C, column, C, V, BV).to(tl.float32) * weight[:, None]
@@ -71,15 +73,15 @@ def chunk_state(x: Inputs, saved: Saved) -> Entries:
     """The chunks as entries of tier 0."""
     chunks, H, K = x.layout.chunks, x.heads, x.key_dim
     transitions, states = (x.empty(chunks, H, K, width, dtype=x.dtype) for width in (K, x.value_dim))
-    totals = x.empty(chunks, H)
+    totals = Totals(x.empty(chunks, H)) if x.decayed is None else Totals(None, x.decayed.totals)
     for v, out, kind in ((x.v, states, False), (x.k, transitions, True)):
         chunk_state_kernel[(chunks * H * x.tiling.tiles("chunk_state", kind),)](
-            x.k,
+            x.gifts,
             v,
             x.beta,
             saved,
             out,
-            totals,
+            totals.heads,
             x.layout.table,
             *x.sizes,
             C=x.chunk_size,

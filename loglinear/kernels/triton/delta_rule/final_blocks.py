@@ -110,21 +110,8 @@ def final_states_backward_kernel(
     older, row = older_column(place, tier), entry.row * tier.H + h
     is_carried = is_column_read(entry.number, tl.maximum(older, 0), columns, past.initial, TREE)
     if (older >= 0) & (is_carried > 0):
-        log_decay = tl.load(past.prefix_totals + row, mask=entry.i > entry.start, other=0.0)
-        dstate_TV = add_back_through(
-            tl.zeros([TK, BV], tl.float32),
-            past.prefixes + row * (K * K),
-            log_decay,
-            dstate,
-            entry.i == entry.start,
-            a,
-            column,
-            K,
-            V,
-            TK,
-            BV,
-            MATH,
-        )
+        dstate_TV, is_first = tl.zeros([TK, BV], tl.float32), entry.i == entry.start
+        dstate_TV = add_back_through(dstate_TV, past, row, dstate, is_first, a, column, K, V, TK, BV, MATH)
         to_column = dpast.carried + ((entry.run.to(tl.int64) * columns + older) * tier.H + h) * (K * V)
         add_to_block(to_column, dstate_TV, a, column, K, V, TK, BV)
 

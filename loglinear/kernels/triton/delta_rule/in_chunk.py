@@ -4,6 +4,7 @@
 
 A chunk of 128 is two parts of 64 tokens. S, T and A are lower triangular: the first part's rows have one tile of 64
 columns, the second's have two, its own and the earlier part's. Above the diagonal nothing is written, nor read.
+With a diagonal gate Q and K have decayed, S is there, and a chunk is one part.
 """
 
 # C chunk, J tokens of a part, H heads, K key, L levels
@@ -90,6 +91,7 @@ def own_scales(
 @triton.jit
 def in_chunk_part(
     x,
+    scores,
     L,
     scale,
     K: tl.constexpr,
@@ -102,12 +104,16 @@ def in_chunk_part(
     TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """The rows of one part, an `InChunk`. EARLIER: there is one before it, which it reads in the last column."""
+    """The rows of one part, an `InChunk`. EARLIER: there is one before it, which it reads in the last column. scores:
+    the chunk's, or None."""
     COLUMNS: tl.constexpr = TREE.column - EARLIER if TREE.column > 1 else 1
     own: tl.constexpr = J if EARLIER else 0
     k_own, n = rows_from(x.k, own), x.n
     G_own, inverse_own = load_tokens(x.G, own, J), load_tile(x.inverse, own, own, C, J)
-    scores_own = multiply_rows(x.q, k_own, n, n, K, J, TK, MATH)
+    if scores is not None:
+        scores_own = load_tile(scores, own, own, C, J)
+    else:
+        scores_own = multiply_rows(x.q, k_own, n, n, K, J, TK, MATH)
     scores_own = (scores_own * (decay(G_own, G_own, tl.arange(0, J), J) * scale)).to(MATH.dot)
     effective_own = tl.dot(scores_own, inverse_own, input_precision=MATH.precision)
     store_block(x.effective, own, own, effective_own, C, C, J, J)
@@ -146,6 +152,7 @@ def in_chunk_kernel(
     k,
     beta,
     level_scales,
+    scores,
     saved,
     inside,
     q_in,
@@ -187,10 +194,12 @@ def in_chunk_kernel(
         inside.weights + row * (C * C),
         q_in + row * (C * K),
     )
-    if part.first == 0:
-        in_chunk_part(x, L, scale, K, C, J, TK, False, LINEAR, DTYPE, TREE, MATH)
+    if scores is not None:
+        in_chunk_part(x, scores + row * (C * C), L, scale, K, C, J, TK, False, LINEAR, DTYPE, TREE, MATH)
+    elif part.first == 0:
+        in_chunk_part(x, None, L, scale, K, C, J, TK, False, LINEAR, DTYPE, TREE, MATH)
     elif PARTS > 1:
-        in_chunk_part(x, L, scale, K, C, J, TK, True, LINEAR, DTYPE, TREE, MATH)
+        in_chunk_part(x, None, L, scale, K, C, J, TK, True, LINEAR, DTYPE, TREE, MATH)
 
 
 def in_chunk(x: Inputs, saved: Saved) -> tuple[Inside, Tensor]:
@@ -203,6 +212,7 @@ def in_chunk(x: Inputs, saved: Saved) -> tuple[Inside, Tensor]:
         x.k,
         x.beta,
         x.level_scales,
+        x.scores,
         saved,
         inside,
         q_in,

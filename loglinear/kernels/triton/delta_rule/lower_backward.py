@@ -6,7 +6,8 @@ The products of A give dN = -A^T dA A^T, which has A^T (Kd [dS_z | dP_z]) U^T = 
 
     dN = -tril(T^T dS + A^T (Kd dKd^T), -1),   dN' = diag(b) dN * dec
 
-A chunk of 128 is two parts of 64 tokens; tiles above the diagonal are neither computed nor read.
+A chunk of 128 is two parts of 64 tokens; tiles above the diagonal are neither computed nor read. With a diagonal gate
+the keys are Kd, dec is in their products, which are there, and dN' is the gradient of these.
 """
 
 # C chunk, J tokens of a part, H heads, K key
@@ -72,6 +73,7 @@ def key_products(keys, n, to_end, dkeys, K: tl.constexpr, J: tl.constexpr, TK: t
 @triton.jit
 def lower_part(
     x,
+    products,
     K: tl.constexpr,
     C: tl.constexpr,
     J: tl.constexpr,
@@ -82,13 +84,16 @@ def lower_part(
     LATER: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """The rows of one part, a `LowerPart`. EARLIER, LATER: there is one before it, behind it."""
+    """The rows of one part, a `LowerPart`. EARLIER, LATER: there is one before it, behind it. products: of the chunk's
+    keys, or None."""
     own: tl.constexpr = J if EARLIER else 0
     i, n, k_own = tl.arange(0, J), x.n, rows_from(x.k, own)
     G, total = load_tokens(x.cumulative, own, J), tl.load(x.cumulative + (C - 1))
     strength, to_end = load_strength(rows_from(x.beta, own), n, J), tl.exp2(total - G)
 
-    dstrength, dlog_row = tl.zeros([J], tl.float32), tl.load(x.dlog_row + own + i)
+    dstrength, dlog_row = tl.zeros([J], tl.float32), tl.zeros([J], tl.float32)
+    if products is None:
+        dlog_row += tl.load(x.dlog_row + own + i)
     for tile in tl.static_range(KEY_TILES):
         dstrength += tl.load(x.sums + tile * C + own + i)
     dlog_row += dstrength * strength
@@ -113,7 +118,10 @@ def lower_part(
         dlower_JJ = tl.dot(tl.trans(effective_JJ), dscores_JJ, dlower_JJ, input_precision=MATH.precision)
     dlower_JJ *= -tl.where(i[:, None] > i[None, :], decay(G, G, i, J), 0.0)
     store_block(x.dlower, own, own, dlower_JJ * strength[:, None], C, C, J, J)
-    dlower_JJ *= multiply_rows(k_own, k_own, n, n, K, J, TK, MATH)
+    if products is not None:
+        dlower_JJ *= load_tile(products, own, own, C, J)
+    else:
+        dlower_JJ *= multiply_rows(k_own, k_own, n, n, K, J, TK, MATH)
     dstrength += tl.sum(dlower_JJ, 1)
     dlower_JJ *= strength[:, None]
     dlog_row += tl.sum(dlower_JJ, 1)
@@ -142,6 +150,7 @@ def lower_part(
 def lower_backward_kernel(
     k,
     beta,
+    products,
     saved,
     inside,
     dinside,
@@ -189,10 +198,12 @@ def lower_backward_kernel(
         dinside.dlog_column + (row * (2 * PARTS) + PARTS + part.part) * C,
         lower.dlog_state + row * C,
     )
-    if part.first == 0:
-        lower_part(x, K, C, J, TK, KEY_TILES, VALUE_TILES, False, PARTS > 1, MATH)
+    if products is not None:
+        lower_part(x, products + row * (C * C), K, C, J, TK, KEY_TILES, VALUE_TILES, False, False, MATH)
+    elif part.first == 0:
+        lower_part(x, None, K, C, J, TK, KEY_TILES, VALUE_TILES, False, PARTS > 1, MATH)
     elif PARTS > 1:
-        lower_part(x, K, C, J, TK, KEY_TILES, VALUE_TILES, True, False, MATH)
+        lower_part(x, None, K, C, J, TK, KEY_TILES, VALUE_TILES, True, False, MATH)
 
 
 def lower_backward(
@@ -202,8 +213,9 @@ def lower_backward(
     chunks, H, C, parts = x.layout.chunks, x.heads, x.chunk_size, x.tiling.parts("lower_backward")
     lower = Lower(inside.weights, x.empty(chunks, H, C))
     lower_backward_kernel[(chunks * parts * H,)](
-        x.k,
+        x.gifts,
         x.beta,
+        x.products,
         saved,
         inside,
         dinside,

@@ -19,6 +19,7 @@ from loglinear.kernels.triton.delta_rule.reads import columns_read, count_reads,
 from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, Past, Saved
 from loglinear.kernels.triton.delta_rule.tiles import (
     chunk_scales,
+    column_decays,
     decay,
     head_rows,
     inverse_at,
@@ -58,11 +59,11 @@ def through_state(
 
 
 @triton.jit
-def through_prefix(x, prefix, log_decay, K: tl.constexpr, TK: tl.constexpr, MATH: tl.constexpr):
-    """X F."""
-    new = ()
+def through_prefix(x, past, entry, K: tl.constexpr, TK: tl.constexpr, MATH: tl.constexpr):
+    """X F of the entry in this row."""
+    prefix, new = past.prefixes + entry * (K * K), ()
     for j in tl.static_range((K + TK - 1) // TK):
-        y_JT = x[j].to(tl.float32) * tl.exp2(log_decay)
+        y_JT = x[j].to(tl.float32) * tl.exp2(column_decays(past.prefix_totals, entry, j * TK, K, TK))
         for t in tl.static_range((K + TK - 1) // TK):
             y_JT = tl.dot(x[t], load_block(prefix, t * TK, j * TK, K, K, TK, TK), y_JT, input_precision=MATH.precision)
         new = new + (y_JT.to(MATH.dot),)
@@ -77,6 +78,7 @@ def output_kernel(
     v,
     beta,
     level_scales,
+    scores,
     saved,
     past,
     out,
@@ -101,7 +103,7 @@ def output_kernel(
     TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """One half of a chunk, one head, one tile of V."""
+    """One half of a chunk, one head, one tile of V. scores: of a diagonal gate, whose queries and keys have decayed."""
     sizes = Sizes(T, N, H, R, L, cap)
     TILES: tl.constexpr = (V + BV - 1) // BV
     HALVES: tl.constexpr = C // J
@@ -119,7 +121,10 @@ def output_kernel(
     G = tl.load(cumulative + half * J + i)
     if half > 0:
         G -= tl.load(cumulative + J - 1)
-    scores_JJ = row_products(q_rows, k_rows, n, n, K, J, J, TK, MATH)
+    if scores is not None:
+        scores_JJ = load_tile(scores + row * (C * C), 0, 0, C, J)
+    else:
+        scores_JJ = row_products(q_rows, k_rows, n, n, K, J, J, TK, MATH)
     scores_JJ = (scores_JJ * (decay(G, G, i, J) * scale)).to(MATH.dot)
     inverse_JJ = load_tile(inverse_at(saved, chunk, h, C), half * J, half * J, C, J)
     effective_JJ = tl.dot(scores_JJ, inverse_JJ, input_precision=MATH.precision)
@@ -161,7 +166,7 @@ def output_kernel(
         out_JV += weight[:, None] * through_state(x, kept + slot.to(tl.int64) * H * (K * V), tile, K, V, TK, BV, MATH)
     reads = columns_read(place.number, columns, past.initial, TREE)
     if (reads > 0) & (place.i > place.start):
-        x = through_prefix(x, past.prefixes + row * (K * K), tl.load(past.prefix_totals + row), K, TK, MATH)
+        x = through_prefix(x, past, row, K, TK, MATH)
     carried = past.carried + (place.run * columns * H + h) * (K * V)
     for _ in range(count_reads(reads, TREE)):
         column = first_column(reads, columns, TREE)
@@ -183,6 +188,7 @@ def output(x: Inputs, saved: Saved, past: Past) -> Tensor:
         x.v,
         x.beta,
         x.level_scales,
+        x.scores,
         saved,
         past,
         out,

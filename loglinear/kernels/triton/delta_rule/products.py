@@ -8,12 +8,13 @@ from torch import Tensor
 from loglinear.kernels.triton.args import Math
 from loglinear.kernels.triton.inputs import DOT_TYPES, common_dtype
 
-CARRIED_ON = ("chunk_inverse", "chunk_state")  # stages whose error every later chunk has too: three tf32 products
+# Stages whose error every later chunk has too: three tf32 products.
+CARRIED_ON = ("decayed_rows", "chunk_inverse", "chunk_state")
 
 
-def choose_chunk_size(q: Tensor, k: Tensor, v: Tensor, prescribed: int) -> int:
+def choose_chunk_size(q: Tensor, k: Tensor, v: Tensor, is_diagonal: bool, prescribed: int) -> int:
     """Return the chunk size of a call; a state prescribes its own (0: none does)."""
-    return prescribed or (128 if products_of(q, k, v) == torch.bfloat16 else 64)
+    return prescribed or (128 if products_of(q, k, v) == torch.bfloat16 and not is_diagonal else 64)
 
 
 def products_of(q: Tensor, k: Tensor, v: Tensor, chunk_size: int = 0) -> torch.dtype:

@@ -31,7 +31,7 @@ from loglinear.kernels.triton.delta_rule.reads import (
     step_of,
 )
 from loglinear.kernels.triton.delta_rule.states import SIZES, Entries, Inputs, Past, TierSizes
-from loglinear.kernels.triton.delta_rule.tiles import locate_entries
+from loglinear.kernels.triton.delta_rule.tiles import column_decays, locate_entries, row_decays
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 from loglinear.kernels.triton.walks import after, block_row
@@ -63,8 +63,8 @@ def add_moved(
     total,
     states,
     members,
-    transition,
-    decay,
+    entries,
+    entry,
     row,
     column,
     H,
@@ -75,11 +75,12 @@ def add_moved(
     TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """total + P times the sum of the members, one [TK, BV] tile."""
+    """total + P of an entry, given by its row, times the sum of the members, one [TK, BV] tile."""
+    decay = tl.exp2(row_decays(entries.totals, entry, row, K, TK))
     for s in range(0, K, TK):
         sum_TV = sum_of_slots(states, members, s, column, H, K, V, TK, BV, TREE)
         total += tl.where(s == row, decay, 0.0) * sum_TV
-        transition_TT = load_block(transition, row, s, K, K, TK, TK)
+        transition_TT = load_block(entries.transitions + entry * (K * K), row, s, K, K, TK, TK)
         total = tl.dot(transition_TT, sum_TV.to(transition_TT.dtype), total, input_precision=MATH.precision)
     return total
 
@@ -138,7 +139,6 @@ def scan_states(
     for i in range(run.start, run.stop - 1 + run.has_end.to(tl.int32)):
         row = run.base + i
         entry, kept_here = row * H + h, past.kept + (row * num_slots * H + h) * SIZE
-        decay, transition = tl.exp2(tl.load(entries.totals + entry)), entries.transitions + entry * (K * K)
         t, merged, moved = step_of(i, num_slots, TREE)
         target = past.kept + (((row + 1) * num_slots + t) * H + h) * SIZE
         if ends is not None:
@@ -148,7 +148,7 @@ def scan_states(
             state_TV = load_block(entries.states + entry * SIZE, a, column, K, V, TK, BV).to(tl.float32)
             if merged > 0:
                 state_TV = add_moved(
-                    state_TV, kept_here, merged, transition, decay, a, column, H, K, V, TK, BV, TREE, MATH
+                    state_TV, kept_here, merged, entries, entry, a, column, H, K, V, TK, BV, TREE, MATH
                 )
             store_block(target, a, column, state_TV, K, V, TK, BV)
         for _ in range(count_moves(moved, num_slots, TREE)):
@@ -157,9 +157,24 @@ def scan_states(
             for a in range(0, K, TK):
                 state_TV = tl.zeros([TK, BV], tl.float32)
                 state_TV = add_moved(
-                    state_TV, kept_here, members, transition, decay, a, column, H, K, V, TK, BV, TREE, MATH
+                    state_TV, kept_here, members, entries, entry, a, column, H, K, V, TK, BV, TREE, MATH
                 )
                 store_block(target, a, column, state_TV, K, V, TK, BV)
+
+
+@triton.jit
+def store_total(totals, ends, entry, end, is_end, log_decay, first, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store a run's decay so far, of the channels from `first` on: as that of an entry, or of the end."""
+    if totals.channels is not None:
+        channel, target = first + tl.arange(0, COLUMNS), totals.channels + entry * K
+        if ends is not None:
+            target = tl.where(is_end, ends.totals.channels + end * K, target)
+        tl.store((target + channel)[None, :], log_decay, mask=(channel < K)[None, :])
+    else:
+        target = totals.heads + entry
+        if ends is not None:
+            target = tl.where(is_end, ends.totals.heads + end, target)
+        tl.store(target, log_decay)
 
 
 @triton.jit
@@ -178,33 +193,32 @@ def scan_transitions(
     MATH: tl.constexpr,
 ):
     """One tile of columns of F, kept in registers: its D and log decay, and the run's P.
-    With P = g I + D, F = f I + E:  P F = g f I + g E + D E + f D."""
+    With P = g + D, F = f + E, where g and f are diagonal:  P F = g f + g E + D E + D f."""
     SIZE: tl.constexpr = K * K
     COUNT: tl.constexpr = (K + TK - 1) // TK
     H = tier.H
-    log_decay, path = tl.zeros([], tl.float32), ()
+    path = ()
+    log_decay = tl.zeros([1, BV], tl.float32) if entries.totals.channels is not None else tl.zeros([], tl.float32)
     for _ in tl.static_range(COUNT):
         path = path + (tl.zeros([TK, BV], MATH.dot),)
     for i in range(run.start, run.stop - 1 + run.has_end.to(tl.int32)):
         entry = (run.base + i) * H + h
-        transition, total = entries.transitions + entry * SIZE, tl.load(entries.totals + entry)
-        target, target_total = past.prefixes + (entry + H) * SIZE, past.prefix_totals + entry + H
+        transition, target = entries.transitions + entry * SIZE, past.prefixes + (entry + H) * SIZE
+        end, is_end = run.row.to(tl.int64) * H + h, i == (1 << TREE.tier) - 1
         if ends is not None:
-            end = run.row.to(tl.int64) * H + h
-            target = tl.where(i == (1 << TREE.tier) - 1, ends.transitions + end * SIZE, target)
-            target_total = tl.where(i == (1 << TREE.tier) - 1, ends.totals + end, target_total)
+            target = tl.where(is_end, ends.transitions + end * SIZE, target)
         new = ()
         for a in tl.static_range(COUNT):
             path_TV = load_block(transition, a * TK, column, K, K, TK, BV).to(tl.float32) * tl.exp2(log_decay)
-            path_TV += path[a].to(tl.float32) * tl.exp2(total)
+            path_TV += path[a].to(tl.float32) * tl.exp2(row_decays(entries.totals, entry, a * TK, K, TK))
             for s in tl.static_range(COUNT):
                 transition_TT = load_block(transition, a * TK, s * TK, K, K, TK, TK)
                 path_TV = tl.dot(transition_TT, path[s], path_TV, input_precision=MATH.precision)
             store_block(target, a * TK, column, path_TV, K, K, TK, BV)
             new = new + (path_TV.to(MATH.dot),)
         path = new
-        log_decay += total
-        tl.store(target_total, log_decay)
+        log_decay += column_decays(entries.totals, entry, column, K, BV)
+        store_total(past.prefix_totals, ends, entry + H, end, is_end, log_decay, column, K, BV)
 
 
 @launcher
@@ -248,14 +262,14 @@ def run_scan(x: Inputs, tier: Tier, entries: Entries) -> tuple[Past, Entries | N
     past = Past(
         kept=x.empty(tier.entries, tier.slots, H, K, V, dtype=x.dtype),
         prefixes=torch.empty_like(entries.transitions),
-        prefix_totals=torch.empty_like(entries.totals),
+        prefix_totals=entries.totals.empty_like(tier.entries),
         carried=x.empty(0, dtype=x.dtype),
         initial=x.initial,
     )
     ends = None
     if tier is not x.layout.tiers[-1]:
         transitions, states = (x.empty(tier.runs, H, K, width, dtype=x.dtype) for width in (K, V))
-        ends = Entries(transitions, x.empty(tier.runs, H), states)
+        ends = Entries(transitions, entries.totals.empty_like(tier.runs), states)
     run_scan_kernel[(tier.runs * H * x.tiling.column_tiles("run_scan"),)](
         entries, past, ends, tier.table, *x.tier_sizes(tier), TREE=x.tree, **x.constants("run_scan")
     )

@@ -31,7 +31,7 @@ from loglinear.kernels.triton.delta_rule.states import (
     TierSizes,
     TierStates,
 )
-from loglinear.kernels.triton.delta_rule.tiles import locate_entries
+from loglinear.kernels.triton.delta_rule.tiles import column_decays, locate_entries, row_decays
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 from loglinear.kernels.triton.walks import after, block_row
@@ -39,8 +39,8 @@ from loglinear.kernels.triton.walks import after, block_row
 
 @triton.jit
 def add_moved_back(
-    transition,
-    decay,
+    entries,
+    entry,
     dstate,
     has_next,
     members,
@@ -55,11 +55,11 @@ def add_moved_back(
     TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """dkept = dreads + P^T dstate of the members, which all moved into dstate's block."""
+    """dkept = dreads + P^T dstate of the members, which all moved into dstate's block; P of the entry in this row."""
     for a in range(0, K, TK):
         moved_TV = tl.zeros([TK, BV], tl.float32)
         if has_next:
-            moved_TV = moved_back(transition, decay, dstate, a, column, K, V, TK, BV, MATH)
+            moved_TV = moved_back(entries.transitions, entries.totals, entry, dstate, a, column, K, V, TK, BV, MATH)
         remaining = members
         for _ in range(count_reads(members, TREE)):
             place = first_slot(remaining, TREE).to(tl.int64) * H * (K * V)
@@ -123,7 +123,6 @@ def scan_states_backward(
         i = run.stop - 1 - step
         row = run.base + i
         entry = row * H + h
-        transition, decay = entries.transitions + entry * (K * K), tl.exp2(tl.load(entries.totals + entry))
         t, merged, moved = step_of(i, num_slots, TREE)
         next_kept, has_next = dkept + ((row + 1) * num_slots * H + h) * SIZE, i + 1 < run.stop
         dstate = next_kept + t.to(tl.int64) * H * SIZE
@@ -139,41 +138,13 @@ def scan_states_backward(
             store_block(dentries.states + entry * SIZE, a, column, own_TV, K, V, TK, BV)
         if merged > 0:
             add_moved_back(
-                transition,
-                decay,
-                dstate,
-                has_next,
-                merged,
-                dreads_here,
-                dkept_here,
-                column,
-                H,
-                K,
-                V,
-                TK,
-                BV,
-                TREE,
-                MATH,
+                entries, entry, dstate, has_next, merged, dreads_here, dkept_here, column, H, K, V, TK, BV, TREE, MATH
             )
         for _ in range(count_moves(moved, num_slots, TREE)):
             members, j, moved = first_move(moved, num_slots, TREE)
             dstate = next_kept + j.to(tl.int64) * H * SIZE
             add_moved_back(
-                transition,
-                decay,
-                dstate,
-                has_next,
-                members,
-                dreads_here,
-                dkept_here,
-                column,
-                H,
-                K,
-                V,
-                TK,
-                BV,
-                TREE,
-                MATH,
+                entries, entry, dstate, has_next, members, dreads_here, dkept_here, column, H, K, V, TK, BV, TREE, MATH
             )
     if dinitial is not None:
         store_initial_gradients(dkept, dinitial, run, h, column, tier, K, V, TK, BV, TREE)
@@ -207,12 +178,12 @@ def scan_transitions_backward(
     for step in range(run.stop - run.start - 1):
         entry = (run.base + run.stop - 1 - step) * H + h
         is_made = (step > 0) | run.has_end  # the sequence's last entry may have no transition, and path is 0
-        decay = tl.where(is_made, tl.exp2(tl.load(entries.totals + entry)), 0.0)
         transition = entries.transitions + entry * SIZE
         new = ()
         for a in tl.static_range(COUNT):
             path_TV = load_block(dprefixes + entry * SIZE, a * TK, column, K, K, TK, BV).to(tl.float32)
-            path_TV += path[a].to(tl.float32) * decay
+            decay = tl.exp2(row_decays(entries.totals, entry, a * TK, K, TK))
+            path_TV += path[a].to(tl.float32) * tl.where(is_made, decay, 0.0)
             for s in tl.static_range(COUNT):
                 transition_TT = load_block(transition, s * TK, a * TK, K, K, TK, TK)
                 transition_TT = tl.where(is_made, transition_TT, 0.0).to(MATH.dot)
@@ -319,7 +290,7 @@ def transition_backward_kernel(
                 dstate_TV = load_block(source, a, x, K, V, TK, BV).to(MATH.dot)
                 sum_TV = sum_of_slots(kept_here, members, column, x, H, K, V, TK, BV, TREE)
                 total = tl.dot(dstate_TV, tl.trans(sum_TV.to(MATH.dot)), total, input_precision=MATH.precision)
-        log_decay = tl.load(past.prefix_totals + entry, mask=i > run.start, other=0.0)
+        log_decay = column_decays(past.prefix_totals, entry, column, K, TK, i > run.start)
         total += load_block(dprefix, a, column, K, K, TK, TK).to(tl.float32) * tl.exp2(log_decay)
         if i > run.start:
             for s in range(0, K, TK):

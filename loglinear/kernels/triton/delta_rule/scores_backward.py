@@ -4,7 +4,8 @@
 
     dT = (dO V^T * LAM - dX K^T diag(exp(G))) diag(b),   dS = dT A^T,   dQ = (dS * dec) K + diag(exp(G)) dX
 
-A chunk of 128 is two parts of 64 tokens; tiles above the diagonal are neither computed nor read.
+A chunk of 128 is two parts of 64 tokens; tiles above the diagonal are neither computed nor read. With a diagonal gate
+this stage ends with dS: `decayed_rows_backward` makes dQ of dS and dX.
 """
 
 # C chunk, J tokens of a part, H heads, K key, V value, L levels
@@ -110,12 +111,14 @@ def scores_part(
     TK: tl.constexpr,
     BV: tl.constexpr,
     EARLIER: tl.constexpr,
+    DECAYED: tl.constexpr,
     LINEAR: tl.constexpr,
     DTYPE: tl.constexpr,
     TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """The rows of one part, `Scores`. EARLIER: there is one before it, which it reads in the last column."""
+    """The rows of one part, `Scores`. EARLIER: there is one before it, which it reads in the last column. DECAYED: the
+    queries and keys are those of a diagonal gate."""
     COLUMNS: tl.constexpr = TREE.column - EARLIER if TREE.column > 1 else 1
     own: tl.constexpr = J if EARLIER else 0
     i, n = tl.arange(0, J), x.n
@@ -153,15 +156,34 @@ def scores_part(
     inverse_JJ = tl.trans(load_tile(x.inverse, own, own, C, J))
     dscores_own = tl.dot(deffective_JJ, inverse_JJ, dscores_own, input_precision=MATH.precision)
     store_block(x.dscores, own, own, dscores_own, C, C, J, J)
-    dlog_JJ = dscores_own * (decay(G_own, G_own, i, J) * scale)
-    dlog_JJ *= multiply_rows(x.q, k_own, n, n, K, J, TK, MATH)
-    tl.store(x.dlog_column + own + i, tl.sum(dlog_JJ, 0))
-    dlog_row += tl.sum(dlog_JJ, 1)
+    if not DECAYED:
+        dlog_JJ = dscores_own * (decay(G_own, G_own, i, J) * scale)
+        dlog_JJ *= multiply_rows(x.q, k_own, n, n, K, J, TK, MATH)
+        tl.store(x.dlog_column + own + i, tl.sum(dlog_JJ, 0))
+        queries_part(x, dlog_row + tl.sum(dlog_JJ, 1), scale, K, C, J, TK, EARLIER, MATH)
 
+
+@triton.jit
+def queries_part(
+    x,
+    dlog_row,
+    scale,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    TK: tl.constexpr,
+    EARLIER: tl.constexpr,
+    MATH: tl.constexpr,
+):
+    """dQ of the rows of one part, from its dS; and the rows' share of the decays' gradient."""
+    own: tl.constexpr = J if EARLIER else 0
+    i, n, k_own, n_first = tl.arange(0, J), x.n, rows_from(x.k, own), tl.minimum(x.n_keys, J)
+    G_own = load_tokens(x.G, own, J)
     tl.debug_barrier()  # dS as it was stored
     dscores_own = load_tile(x.dscores, own, own, C, J).to(tl.float32) * (decay(G_own, G_own, i, J) * scale)
     dscores_own = dscores_own.to(MATH.dot)
     if EARLIER:
+        G_first = load_tokens(x.G, 0, J)
         dscores_first = load_tile(x.dscores, own, 0, C, J).to(tl.float32)
         dscores_first = (dscores_first * (tl.exp2(G_own[:, None] - G_first[None, :]) * scale)).to(MATH.dot)
     for t in range(0, K, TK):
@@ -209,15 +231,18 @@ def scores_backward_kernel(
     MATH: tl.constexpr,
 ):
     """C / PARTS rows of one chunk, one head: dq [B, T, H, K]; dS; the chunk's own columns of dlevel_scales, adding to
-    the last one where the walk shares it; and of the decays' gradient the rows' share, and the columns' of S."""
+    the last one where the walk shares it; and of the decays' gradient the rows' share, and the columns' of S. Without
+    dq, whose queries have decayed: dS and dlevel_scales."""
     sizes = Sizes(T, N, H, R, L, cap)
     DTYPE: tl.constexpr = level_scales.data.dtype.element_ty
     J: tl.constexpr = C // PARTS
+    DECAYED: tl.constexpr = dq is None
     part = part_of_head(table, sizes, C, PARTS)
     chunk, own, h = part.whole, part.own, part.h
     if chunk.n <= 0:
         return
     row, group = chunk.c * sizes.H + h, h // sizes.R
+    dq_in = HeadRows(dinside.dq_in + (row * C + part.first) * K, K)
     x = Scores(
         own.n,
         chunk.n,
@@ -227,26 +252,26 @@ def scores_backward_kernel(
         head_rows(do, own, h),
         head_rows(beta, chunk, h),
         head_rows(level_scales, own, h),
-        HeadRows(slab_at(dq, own, sizes, h, K), dq.t),
+        dq_in if DECAYED else HeadRows(slab_at(dq, own, sizes, h, K), dq.t),
         HeadRows(slab_at(dlevel_scales, own, sizes, h, L), dlevel_scales.t),
         inverse_at(saved, chunk, h, C),
         inside.effective + row * (C * C),
         dinside.dscores + row * (C * C),
-        HeadRows(dinside.dq_in + (row * C + part.first) * K, K),
+        dq_in,
         saved.cumulative + row * C,
         dinside.dlog_row + row * C,
         dinside.dlog_column + (row * (2 * PARTS) + part.part) * C,
     )
     if part.first == 0:
-        scores_part(x, L, scale, K, V, C, J, TK, BV, False, LINEAR, DTYPE, TREE, MATH)
+        scores_part(x, L, scale, K, V, C, J, TK, BV, False, DECAYED, LINEAR, DTYPE, TREE, MATH)
     elif PARTS > 1:
-        scores_part(x, L, scale, K, V, C, J, TK, BV, True, LINEAR, DTYPE, TREE, MATH)
+        scores_part(x, L, scale, K, V, C, J, TK, BV, True, False, LINEAR, DTYPE, TREE, MATH)
 
 
 def scores_backward(
-    x: Inputs, saved: Saved, inside: Inside, do: Rows, dq_in: Tensor, dq: Slab, dlevel_scales: Slab
+    x: Inputs, saved: Saved, inside: Inside, do: Rows, dq_in: Tensor, dq: Slab | None, dlevel_scales: Slab
 ) -> InsideGradients:
-    """Write dq, complete dlambda, and return the queries' side."""
+    """Write dq (of a scalar gate), complete dlambda, and return the queries' side."""
     chunks, H, C, parts = x.layout.chunks, x.heads, x.chunk_size, x.tiling.parts("scores_backward")
     dlog_row, dlog_column = x.empty(chunks, H, C), x.empty(chunks, H, 2, parts, C)
     dinside = InsideGradients(dq_in, torch.empty_like(inside.effective), dlog_row, dlog_column)

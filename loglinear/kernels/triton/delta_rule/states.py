@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from loglinear.kernels.triton import args, inputs
+from loglinear.kernels.triton.args import Rows
 from loglinear.kernels.triton.delta_rule.layout import Layout, Tier
 from loglinear.kernels.triton.delta_rule.tiling import Tiling, tiling_of
+from loglinear.kernels.triton.diagonal_gate.states import Decayed
 
 
 class TierSizes(NamedTuple):
@@ -43,11 +45,22 @@ class Saved(NamedTuple):
         return cls(inverse, inverse.stride(0), cumulative)
 
 
+class Totals(NamedTuple):
+    """log2 of the decays of entries: of a scalar gate or of a diagonal one."""
+
+    heads: Tensor | None  # [entry, H]
+    channels: Tensor | None = None  # [entry, H, K]
+
+    def empty_like(self, entries: int) -> Totals:
+        """Room for those of so many entries."""
+        return Totals(*(None if x is None else x.new_empty(entries, *x.shape[1:]) for x in self))
+
+
 class Entries(NamedTuple):
-    """The entries of a tier: entry i turns a state into P_i S + S_i, with P_i = 2**total I + D."""
+    """The entries of a tier: entry i turns a state into P_i S + S_i, with P_i = Diag(2**total) + D."""
 
     transitions: Tensor  # [entry, H, K, K], D
-    totals: Tensor  # [entry, H]
+    totals: Totals
     states: Tensor | None  # [entry, H, K, V]; None once the tier is scanned
 
 
@@ -63,7 +76,7 @@ class Past(NamedTuple):
 
     kept: Tensor  # [entry, slot, H, K, V], Y
     prefixes: Tensor  # [entry, H, K, K], D of F from the start of the run, from each run's second entry on
-    prefix_totals: Tensor  # [entry, H], log2 of its decay
+    prefix_totals: Totals  # of its decay
     carried: Tensor  # [run, column, H, K, V], R
     initial: Tensor | None  # [N, M, H, K, V], the blocks of the initial state
 
@@ -124,9 +137,28 @@ class Lower(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs(inputs.Inputs):
-    """A call of the delta rule."""
+    """A call of the delta rule. Of a diagonal gate the first stage makes a call of all others: it is `decayed`."""
 
     layout: Layout
+    decayed: Decayed | None = None
+
+    @property
+    def is_diagonal(self) -> bool:
+        return self.log_decay.data.dim() == 4
+
+    @property
+    def gifts(self) -> Rows:
+        """The keys that a chunk gives its values to. With a diagonal gate they have decayed to the chunk's end."""
+        return self.k if self.decayed is None else self.decayed.k
+
+    @property
+    def scores(self) -> Tensor | None:
+        """The products of queries and keys, and of keys, where no stage but the first can make them."""
+        return None if self.decayed is None else self.decayed.scores
+
+    @property
+    def products(self) -> Tensor | None:
+        return None if self.decayed is None else self.decayed.products
 
     @cached_property
     def tiling(self) -> Tiling:

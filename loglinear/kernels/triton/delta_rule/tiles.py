@@ -1,8 +1,8 @@
 """The parts that the delta rule's stages share on the device: a chunk's own matrices, and the places of entries.
 
 A transition is P = exp(Gam) I + D, of which D [K, K] is kept, and log2 of exp(Gam) in float32: where keys come again
-P is close to I, and D is rounded to 16 bits as what it is, small. Matrices wider than TK are taken in tiles of TK
-columns.
+P is close to I, and D is rounded to 16 bits as what it is, small. With a diagonal gate it is Diag(exp(Gam)) + D.
+Matrices wider than TK are taken in tiles of TK columns.
 """
 
 # C chunk, J tokens of a part, K key, V value, i number of an entry in its run
@@ -147,6 +147,27 @@ def load_decays(cumulative, C: tl.constexpr):
     i = tl.arange(0, C)
     G = tl.load(cumulative + i)
     return G, tl.sum(tl.where(i == C - 1, G, 0.0), 0)
+
+
+@triton.jit
+def row_decays(totals, entry, first, K: tl.constexpr, ROWS: tl.constexpr):
+    """log2 of an entry's decay, as a factor of the rows of a state from `first` on: in `Totals` one number, or a column
+    of them."""
+    if totals.channels is not None:
+        i = first + tl.arange(0, ROWS)
+        return tl.load(totals.channels + entry * K + i, mask=i < K, other=0.0)[:, None]
+    else:
+        return tl.load(totals.heads + entry)
+
+
+@triton.jit
+def column_decays(totals, entry, first, K: tl.constexpr, COLUMNS: tl.constexpr, is_there=True):
+    """The same as a factor of columns; 0 of an entry that is not there."""
+    if totals.channels is not None:
+        j = first + tl.arange(0, COLUMNS)
+        return tl.load(totals.channels + entry * K + j, mask=(j < K) & is_there, other=0.0)[None, :]
+    else:
+        return tl.load(totals.heads + entry, mask=is_there, other=0.0)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from loglinear.kernels.triton.compiler import prefetched
 from loglinear.kernels.triton.delta_rule.output import through_prefix
 from loglinear.kernels.triton.delta_rule.reads import columns_read, count_reads, first_column, first_slot, slots_read
 from loglinear.kernels.triton.delta_rule.states import SIZES, Inputs, Past, Queries
-from loglinear.kernels.triton.delta_rule.tiles import head_rows, part_of_head, place_in_run
+from loglinear.kernels.triton.delta_rule.tiles import column_decays, head_rows, part_of_head, place_in_run
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.levels import load_scale
 from loglinear.kernels.triton.tiles import load_block, load_rows, slab_at, store_block
@@ -54,11 +54,11 @@ def pull_state(
 
 
 @triton.jit
-def back_through_prefix(dx, prefix, log_decay, K: tl.constexpr, TK: tl.constexpr, MATH: tl.constexpr):
-    """dX' F^T."""
-    new = ()
+def back_through_prefix(dx, past, entry, K: tl.constexpr, TK: tl.constexpr, MATH: tl.constexpr):
+    """dX' F^T of the entry in this row."""
+    prefix, new = past.prefixes + entry * (K * K), ()
     for t in tl.static_range((K + TK - 1) // TK):
-        y_IT = dx[t] * tl.exp2(log_decay)
+        y_IT = dx[t] * tl.exp2(column_decays(past.prefix_totals, entry, t * TK, K, TK))
         for j in tl.static_range((K + TK - 1) // TK):
             prefix_TT = load_block(prefix, t * TK, j * TK, K, K, TK, TK)
             y_IT = tl.dot(dx[j].to(MATH.dot), tl.trans(prefix_TT), y_IT, input_precision=MATH.precision)
@@ -132,11 +132,10 @@ def walk_backward_kernel(
         dx = dx + (tl.zeros([I, TK], tl.float32),)
     reads = columns_read(place.number, columns, past.initial, TREE)
     if reads > 0:
-        prefix, through = past.prefixes + row * (K * K), place.i > place.start
-        log_decay = tl.load(past.prefix_totals + row, mask=through, other=0.0)
+        through = place.i > place.start
         x = load_tiles(q_in + tile, K, I, TK)
         if through:
-            x = through_prefix(x, prefix, log_decay, K, TK, MATH)
+            x = through_prefix(x, past, row, K, TK, MATH)
         store_tiles(queries.q_run + tile, x, K, I, TK)
         carried = past.carried + (place.run * columns * sizes.H + h) * (K * V)
         for _ in range(count_reads(reads, TREE)):
@@ -150,7 +149,7 @@ def walk_backward_kernel(
             shared += tl.where(at < last, 0.0, dscale)
         store_tiles(queries.dq_run + tile, dx, K, I, TK)
         if through:
-            dx = back_through_prefix(dx, prefix, log_decay, K, TK, MATH)
+            dx = back_through_prefix(dx, past, row, K, TK, MATH)
     x, reads = load_tiles(q_in + tile, K, I, TK), slots_read(place.i, num_slots, TREE)
     kept = past.kept + (chunk.c * num_slots * sizes.H + h) * (K * V)
     for _ in range(count_reads(reads, TREE)):

@@ -9,7 +9,7 @@ The writes, in tiles of columns of [V | K], which are treated alike, and what th
     dR = A^T Kd [dS_z | dP_z] + [(T * LAM)^T dO | T^T dX],   dM = diag(b) dR,   db = rowsum(dR * M)
     dKd = U [dS_z | dP_z]^T
 
-`lower_backward` and `keys_backward` go on from there.
+`lower_backward` and `keys_backward` go on from there. With a diagonal gate Kd and exp(G) * K come with their decays.
 """
 
 # C chunk, H heads, K key, V value
@@ -99,6 +99,7 @@ def add_written(
 @triton.jit(do_not_specialize=SIZES)
 def writes_backward_kernel(
     k,
+    gifts,
     v,
     beta,
     saved,
@@ -135,6 +136,7 @@ def writes_backward_kernel(
         return
     row = chunk.c * sizes.H + h
     k_rows, v_rows = head_rows(k, chunk, h // sizes.R), head_rows(v, chunk, h)
+    gift_rows = head_rows(gifts, chunk, h // sizes.R)
     strength = load_strength(head_rows(beta, chunk, h), n, C)
     G, total = load_decays(saved.cumulative + row * C, C)
     to_end, inverse = tl.exp2(total - G), inverse_at(saved, chunk, h, C)
@@ -145,7 +147,7 @@ def writes_backward_kernel(
         t = tile * TK
         dq_rows = HeadRows(dq_in + row * (C * K), K)
         dr_CT = (
-            dwrites_tile(k_rows, n, to_end, inverse, dtransition, effective, dq_rows, t, K, K, C, TK, TK, MATH)
+            dwrites_tile(gift_rows, n, to_end, inverse, dtransition, effective, dq_rows, t, K, K, C, TK, TK, MATH)
             * -tl.exp2(G)[:, None]
         )
         k_CT = load_rows(k_rows.data, k_rows.t, n, t, C, K, TK).to(tl.float32)
@@ -154,7 +156,7 @@ def writes_backward_kernel(
     elif tile < TILES:
         column = (tile - KEY_TILES) * BV
         do_rows = head_rows(do, chunk, h)
-        dr_CV = dwrites_tile(k_rows, n, to_end, inverse, dstate, weights, do_rows, column, V, K, C, TK, BV, MATH)
+        dr_CV = dwrites_tile(gift_rows, n, to_end, inverse, dstate, weights, do_rows, column, V, K, C, TK, BV, MATH)
         v_CV = load_rows(v_rows.data, v_rows.t, n, column, C, V, BV).to(tl.float32)
         tl.store(sums, tl.sum(dr_CV * v_CV, 1))
         store_rows(slab_at(dv, chunk, sizes, h, V), dv.t, n, column, dr_CV * strength[:, None], C, V, BV)
@@ -183,6 +185,7 @@ def writes_backward(
     writes = Writes(x.empty(chunks, H, C, K), x.empty(chunks, H, key_tiles + value_tiles, C))
     writes_backward_kernel[(chunks * (2 * key_tiles + value_tiles) * H,)](
         x.k,
+        x.gifts,
         x.v,
         x.beta,
         saved,

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loglinear.kernels.triton.args import Planes, Rows, Slab
-from loglinear.kernels.triton.diagonal_gate.decayed_rows_backward import decayed_rows_backward
+from loglinear.kernels.triton.args import Rows, Slab
+from loglinear.kernels.triton.diagonal_gate.decayed_rows_backward import Rowwise, decayed_rows_backward
 from loglinear.kernels.triton.diagonal_gate.forward import build_states, inputs_of, row_bytes
 from loglinear.kernels.triton.diagonal_gate.scores_backward import scores_backward
 from loglinear.kernels.triton.diagonal_gate.states import DecayedGradients, Inputs
@@ -29,7 +29,7 @@ def backward(call: Inputs, outgoing: Outgoing, slabs: Slabs, *, partial: bool) -
     """
     do, dv, dlog_decay, dlevel_scales = Rows.of(outgoing.do), *map(Slab.of, slabs)
     decayed, x, states = build_states(call)
-    dq_decayed, dk_decayed = (Rows.of(x.empty(*decayed.q.data.shape)) for _ in range(2))
+    dq_decayed, dk_decayed = (x.empty(x.layout.chunks, x.heads, x.chunk_size, x.key_dim) for _ in range(2))
     dscores = scores_backward(x, decayed.scores, do, dv, dlevel_scales, x.plan["scores_backward"])
     gradients = DecayedGradients(dq_decayed, dk_decayed, dscores)
     flows = walk_backward(x, states, do, gradients.q, dlevel_scales, x.plan["walk_backward"])
@@ -38,15 +38,14 @@ def backward(call: Inputs, outgoing: Outgoing, slabs: Slabs, *, partial: bool) -
         final_blocks_backward(x, states, outgoing.dblocks, dstates)
     dtotals = down_sweep(x, states, dstates, x.plan["down_sweep"])
     writes_backward(x, dstates.slots, gradients.k, dv, x.plan["writes_backward"])
-    # Every head of a group has a plane of dq and dk.
-    is_whole = not partial and call.splits == 1
-    dq, dk = (
-        Planes.of(x.empty(call.splits, *y.data.shape, dtype=y.data.dtype if is_whole else torch.float32))
-        for y in (call.q, call.k)
-    )
-    decayed_rows_backward(call, gradients, dtotals, dq, dk, dlog_decay, x.plan["decayed_rows_backward"])
-    dq_sum, dk_sum = (y.data[0] if call.splits == 1 else y.data.sum(0) for y in (dq, dk))
-    return dq_sum, dk_sum, dstates.initial
+    (B, T, G, K), R = call.q.data.shape, call.sizes.R
+    is_whole = not partial and R == 1
+    dq, dk = (x.empty(B, T, x.heads, K, dtype=y.data.dtype if is_whole else torch.float32) for y in (call.q, call.k))
+    to, gradients = Rowwise(Slab.of(dq), Slab.of(dk), dlog_decay), gradients._replace(totals=dtotals)
+    decayed_rows_backward(call, gradients, to, 1.0, x.math, x.plan["decayed_rows_backward"])
+    if R == 1:
+        return dq, dk, dstates.initial
+    return *(y.unflatten(2, (G, R)).sum(3) for y in (dq, dk)), dstates.initial
 
 
 def more_bytes(x: Operands, y: Layout) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from loglinear.kernels.triton.diagonal_gate.decayed_rows import decayed_rows
+from loglinear.kernels.triton.diagonal_gate.decayed_rows import decayed_rows, room
 from loglinear.kernels.triton.diagonal_gate.output import output
 from loglinear.kernels.triton.diagonal_gate.states import Decayed, Inputs
 from loglinear.kernels.triton.inputs import DOT_TYPES, Operands, Results, Sequences, common_dtype, slabs
@@ -56,7 +56,9 @@ def inputs_of(x: Operands, sequences: Sequences, scale: float, plan: Plan) -> In
 
 
 def build_states(x: Inputs) -> Built:
-    decayed = decayed_rows(x, x.plan["decayed_rows"])  # 0. the decays inside the chunks
+    y = x.layout
+    decayed = room(x, x.empty(len(y.runs) + 1, y.chunks, x.heads, x.key_dim), delta=False)
+    decayed = decayed_rows(x, decayed, 1.0, x.math, x.plan["decayed_rows"])  # 0. the decays inside the chunks
     of_heads = x.of_heads(decayed)
     states = own_states(of_heads, decayed.totals, None, x.plan["chunk_state"])  # 1. each chunk's own state
     return Built(decayed, of_heads, up_sweep(of_heads, states, x.plan["up_sweep"]))  # 2. merged, in place

@@ -10,27 +10,46 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from loglinear.fenwick import log2
-from loglinear.kernels.triton.args import Rows
+from loglinear.kernels.triton import inputs
+from loglinear.kernels.triton.args import Rows, Slab
 from loglinear.kernels.triton.launches import Launch, tile_width
 from loglinear.kernels.triton.scalar_gate import states
-from loglinear.kernels.triton.scalar_gate.states import Parts
+from loglinear.kernels.triton.scalar_gate.states import Parts, Totals
 
 
 class Decayed(NamedTuple):
-    """Queries, keys and scores of every head with the decays inside its chunks in them."""
+    """Queries, keys and scores of every head with the decays inside its chunks in them. The last two fields are the
+    delta rule's."""
 
     q: Rows  # [B,T,H,K], from the chunk's start to each token
     k: Rows  # [B,T,H,K], from each token to the chunk's end
     scores: Tensor  # [chunk, H, C, C] float32, without lambda, 0 above the diagonal
-    totals: Tensor  # [tier, chunk, H, K], of which this stage writes the first tier
+    totals: Tensor  # [chunk, H, K], or [tier, chunk, H, K] of which this stage writes the first tier
+    seen: Rows | None = None  # [B,T,H,K], keys as the past sees them: from the chunk's start to each token
+    products: Tensor | None = None  # [chunk, H, C, C] float32, of keys with earlier keys, 0 elsewhere
 
 
 class DecayedGradients(NamedTuple):
-    """The gradients of `Decayed`."""
+    """The gradients of `Decayed`. Of products the one is anything on and above the diagonal, the other above it."""
 
-    q: Rows  # [B,T,H,K] float32
-    k: Rows  # [B,T,H,K] float32
-    scores: Tensor  # [chunk, H, C, C], a factor of products; anything above the diagonal
+    q: Tensor  # [chunk, H, C, K]
+    k: Tensor  # [chunk, H, C, K] float32
+    scores: Tensor  # [chunk, H, C, C], a factor of products
+    totals: Totals | None = None
+    transitions: Tensor | None = None  # [chunk, H, K, K], in place of totals: they are the diagonals
+    seen: Slab | None = None  # [B,T,H,K] float32
+    products: Tensor | None = None  # [chunk, H, C, C], a factor of products
+
+
+def channel_tile(K: int, launch: Launch) -> int:
+    """Return how many channels of the keys a program of a stage with the decays inside chunks takes at a time."""
+    return min(launch.key_tile, tile_width(K))
+
+
+def channel_constants(x: inputs.Inputs, launch: Launch) -> dict[str, Any]:
+    """Return the compile-time constants of these stages, and the compiler's options."""
+    C, K = x.chunk_size, x.key_dim
+    return dict(K=K, C=C, LEVELS=log2(C), BK=channel_tile(K, launch), **launch.options)
 
 
 @dataclass(frozen=True)
@@ -50,13 +69,3 @@ class Inputs(states.Inputs):
     def of_heads(self, decayed: Decayed) -> Inputs:
         """Return the call of the later stages: every head has its own queries and keys, which have decayed."""
         return replace(self, q=decayed.q, k=decayed.k, sizes=self.sizes._replace(R=1))
-
-    def channel_tile(self, launch: Launch) -> int:
-        """Channels of the keys that a program of a stage with the decays inside chunks takes at a time."""
-        return min(launch.key_tile, tile_width(self.key_dim))
-
-    def channel_constants(self, launch: Launch) -> dict[str, Any]:
-        """The compile-time constants of these stages, and the compiler's options."""
-        C = self.chunk_size
-        sizes = dict(K=self.key_dim, C=C, LEVELS=log2(C), BK=self.channel_tile(launch))
-        return dict(**sizes, MATH=self.math, **launch.options)

@@ -9,6 +9,7 @@ gradient of the logarithms of the decays on its way.
 # C chunk, H heads, K key, V value, L levels
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from loglinear.kernels.triton.args import SIZES, Planes, Rows, Sizes, Slab
 from loglinear.kernels.triton.compiler import prefetched
@@ -90,14 +91,15 @@ def walk_backward_kernel(
         tl.store(flows.until.data + l * flows.until.plane + row + channel, flow_K, mask=channel < K)
         path_K += load_channels(states.log_decay, chunk, l, sizes, h, K, BK, TREE)
     tl.store(flows.whole + row + channel, flow_K, mask=channel < K)
-    store_rows(rows_at(dq, chunk, h), dq.t, n, 0, dq_CK, C, K, BK)
+    store_rows(dq + row * C, K, n, 0, dq_CK, C, K, BK)
     if last < TREE.column:  # the chunk's own reads are in the last column too
         in_last += tl.load(to + i * to_t + last, mask=i < n, other=0.0).to(tl.float32)
     tl.store(to + i * to_t + last, in_last.to(to.dtype.element_ty), mask=i < n)
 
 
-def walk_backward(x: Inputs, states: States, do: Rows, dq: Rows, dlevel_scales: Slab, launch: Launch) -> Flows:
-    """Write the gradient of the decayed queries, and dlambda of the levels between chunks; return the flows."""
+def walk_backward(x: Inputs, states: States, do: Rows, dq: Tensor, dlevel_scales: Slab, launch: Launch) -> Flows:
+    """Write the gradient [chunk, H, C, K] of the decayed queries, and dlambda of the levels between chunks; return the
+    flows."""
     y, H, K = x.layout, x.heads, x.key_dim
     until, whole = Planes.of(x.empty(y.reads, y.chunks, H, K)), x.empty(y.chunks, H, K)
     flows = Flows(until, whole, states.totals[0], states.totals[1])

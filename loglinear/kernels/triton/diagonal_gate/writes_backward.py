@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loglinear.kernels.triton.args import SIZES, Rows, Sizes, Slab
+from loglinear.kernels.triton.args import SIZES, Sizes, Slab
 from loglinear.kernels.triton.diagonal_gate.states import Inputs
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.launches import Launch
@@ -56,11 +56,11 @@ def writes_backward_kernel(
         dk_CK += tl.dot(v_CV, tl.trans(dstate_KV), input_precision=MATH.precision)
         dv_CV = in_chunk_CV + tl.dot(k_CK, dstate_KV, input_precision=MATH.precision)
         store_rows(dv_rows, dv.t, n, tile * BV, dv_CV, C, V, BV)
-    store_rows(rows_at(dk, chunk, h), dk.t, n, 0, dk_CK, C, K, BK)
+    store_rows(dk + (chunk.c * sizes.H + h) * (C * K), K, n, 0, dk_CK, C, K, BK)
 
 
-def writes_backward(x: Inputs, dslots: Tensor, dk: Rows, dv: Slab, launch: Launch) -> None:
-    """Write the gradient of the decayed keys, and complete dv. dslots: of the chunks' own states."""
+def writes_backward(x: Inputs, dslots: Tensor, dk: Tensor, dv: Slab, launch: Launch) -> None:
+    """Write the gradient [chunk, H, C, K] of the decayed keys, and complete dv. dslots: of the chunks' own states."""
     writes_backward_kernel[(x.layout.chunks * x.heads,)](
         x.k, x.v, dslots, dk, dv, x.layout.table, *x.sizes, **x.constants(launch)
     )
