@@ -223,9 +223,9 @@ def _diagonal_gate(kind: Kind, chunk_size: int | None) -> Plan:
     return Plan(chunk_size or (32 if wide else 64), launches)
 
 
-def decayed_rows_launch(kind: Kind) -> Launch:
+def decayed_rows_launch(kind: Kind, warps_in_bfloat16: int = 4) -> Launch:
     """That of the stages with the decays inside chunks: wider tiles would spill."""
-    return Launch(key_tile=32 if kind.dtype == torch.bfloat16 else 16)
+    return Launch(key_tile=32, num_warps=warps_in_bfloat16) if kind.dtype == torch.bfloat16 else Launch(key_tile=16)
 
 
 # Measured on an H100 (docs/lab-notes/2026-11-24-delta-rule-kernels.md): bfloat16 products of K up to 128, and of more.
@@ -300,7 +300,7 @@ def _delta_rule(kind: Kind, chunk_size: int | None) -> Plan:
 def _diagonal_delta_rule(kind: Kind, chunk_size: int | None) -> Plan:
     """Not measured on any GPU: that of the delta rule, and of the diagonal gate's own stages."""
     plan = _delta_rule(kind, chunk_size or 64)
-    own = {name: decayed_rows_launch(kind) for name in kind.stages if name.startswith("decayed_rows")}
+    own = {name: decayed_rows_launch(kind, 8) for name in kind.stages if name.startswith("decayed_rows")}
     return replace(plan, stages=plan.stages | own)
 
 
