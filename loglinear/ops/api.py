@@ -94,9 +94,9 @@ def log_linear_attention(
             radix up to 64 without a largest block, where a block of 16 to 64 tokens can be its chunk.
         impl: "auto", "triton" (the Fenwick-array algorithm on a GPU), "torch" (the same algorithm on any device) or
             "reference" (token by token). "auto" chooses triton on a GPU if it supports the call, and torch otherwise
-            or for one token after a state. No GPU has run triton's kernels of the diagonal gate yet, so "auto" leaves
-            them out. triton continues states at positions below 65,536 chunks. At later positions its check on the
-            device ends the process: use torch there.
+            or for one token after a state. No GPU has checked all of triton's kernels of diagonal gates, so "auto"
+            leaves them out. triton continues states at positions below 65,536 chunks. At later positions its check on
+            the device ends the process: use torch there.
 
     Returns:
         `LogLinearOutput(output, final_state)`: output is [B, T, H, V] in v's dtype. final_state is None without

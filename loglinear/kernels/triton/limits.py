@@ -18,8 +18,8 @@ SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
 MAX_NUMBERS = 1 << 31  # in a row's blocks, or pairs of a token and a group; kernels count them in 32 bits
 MAX_COLUMNS = 4096  # whose weights a program has in its registers
 WEIGHTS_RAN_ON_A_GPU = False  # until `pytest -m gpu tests/kernels/test_triton_routed_weights_gpu.py` has passed on one
-# Until `pytest -m gpu tests/kernels/test_triton_diagonal_gpu.py` has passed on one, and for the delta rule
-# tests/kernels/test_triton_diagonal_delta_gpu.py; impl="triton" runs these kernels.
+# Until `pytest -m gpu tests/kernels/test_triton_diagonal_gpu.py` has passed on one, each for its own family
+# (-k "not diagonal_delta_rule", -k diagonal_delta_rule); impl="triton" runs these kernels.
 DIAGONAL_GATE_RAN_ON_A_GPU = False
 DIAGONAL_DELTA_RULE_RAN_ON_A_GPU = False
 MAX_SUMS = 1024  # blocks whose scores a program of a step has in its registers

@@ -124,6 +124,7 @@ def backward(x: Inputs, outgoing: Outgoing, sequences: Sequences, slabs: Slabs) 
 def diagonal_backward(x: Inputs, saved: Saved, outgoing: Outgoing, sequences: Sequences, slabs: Slabs) -> Tensor | None:
     """`backward` with a diagonal gate: the stages after the first know of no decay inside the chunks."""
     y, do = with_decays(x), Rows.of(outgoing.do)
+    saved = Saved.of(saved.inverse, saved.cumulative, y.decayed)
     inside, dq_in, dentries, dinitial = between_backward(y, saved, outgoing, sequences, slabs.dlevel_scales)
     dinside = scores_backward(y, saved, inside, do, dq_in, None, slabs.dlevel_scales)
     seen = Slab.of(x.empty(*y.k.data.shape))

@@ -107,7 +107,6 @@ def chunk_inverse_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def products_inverse_kernel(
     beta,
-    products,
     saved,
     table,
     T,
@@ -128,7 +127,7 @@ def products_inverse_kernel(
         return
     i, row = tl.arange(0, C), chunk.c * sizes.H + h
     tl.store(saved.cumulative + row * C + i, tl.zeros([C], tl.float32))
-    lower_CC = load_tile(products + row * (C * C), 0, 0, C, C)
+    lower_CC = load_tile(saved.products + row * (C * C), 0, 0, C, C)
     lower_CC *= load_strength(head_rows(beta, chunk, h), chunk.n, C)[:, None]
     lower_CC = tl.where(i[:, None] > i[None, :], lower_CC, 0.0)
     inverse_CC = unit_lower_inverse(lower_CC, C, LOG_C, MATH)
@@ -138,11 +137,11 @@ def products_inverse_kernel(
 def chunk_inverse(x: Inputs) -> Saved:
     """Each chunk's inverse, and its cumulative log decay."""
     chunks, H, C = x.layout.chunks, x.heads, x.chunk_size
-    saved = Saved.of(x.empty(chunks, H, C, C, dtype=x.dtype), x.empty(chunks, H, C))
-    if x.products is not None:
+    saved = Saved.of(x.empty(chunks, H, C, C, dtype=x.dtype), x.empty(chunks, H, C), x.decayed)
+    if x.decayed is not None:
         options, math = x.plan["chunk_inverse"].options, math_of("chunk_inverse", x.math)
         products_inverse_kernel[(chunks * H,)](
-            x.beta, x.products, saved, x.layout.table, *x.sizes, C=C, LOG_C=log2(C), MATH=math, **options
+            x.beta, saved, x.layout.table, *x.sizes, C=C, LOG_C=log2(C), MATH=math, **options
         )
         return saved
     J = min(C, 64)

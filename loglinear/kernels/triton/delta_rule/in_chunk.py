@@ -152,7 +152,6 @@ def in_chunk_kernel(
     k,
     beta,
     level_scales,
-    scores,
     saved,
     inside,
     q_in,
@@ -194,8 +193,8 @@ def in_chunk_kernel(
         inside.weights + row * (C * C),
         q_in + row * (C * K),
     )
-    if scores is not None:
-        in_chunk_part(x, scores + row * (C * C), L, scale, K, C, J, TK, False, LINEAR, DTYPE, TREE, MATH)
+    if saved.scores is not None:
+        in_chunk_part(x, saved.scores + row * (C * C), L, scale, K, C, J, TK, False, LINEAR, DTYPE, TREE, MATH)
     elif part.first == 0:
         in_chunk_part(x, None, L, scale, K, C, J, TK, False, LINEAR, DTYPE, TREE, MATH)
     elif PARTS > 1:
@@ -212,7 +211,6 @@ def in_chunk(x: Inputs, saved: Saved) -> tuple[Inside, Tensor]:
         x.k,
         x.beta,
         x.level_scales,
-        x.scores,
         saved,
         inside,
         q_in,

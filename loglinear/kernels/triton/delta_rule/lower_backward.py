@@ -150,7 +150,6 @@ def lower_part(
 def lower_backward_kernel(
     k,
     beta,
-    products,
     saved,
     inside,
     dinside,
@@ -198,8 +197,8 @@ def lower_backward_kernel(
         dinside.dlog_column + (row * (2 * PARTS) + PARTS + part.part) * C,
         lower.dlog_state + row * C,
     )
-    if products is not None:
-        lower_part(x, products + row * (C * C), K, C, J, TK, KEY_TILES, VALUE_TILES, False, False, MATH)
+    if saved.products is not None:
+        lower_part(x, saved.products + row * (C * C), K, C, J, TK, KEY_TILES, VALUE_TILES, False, False, MATH)
     elif part.first == 0:
         lower_part(x, None, K, C, J, TK, KEY_TILES, VALUE_TILES, False, PARTS > 1, MATH)
     elif PARTS > 1:
@@ -215,7 +214,6 @@ def lower_backward(
     lower_backward_kernel[(chunks * parts * H,)](
         x.gifts,
         x.beta,
-        x.products,
         saved,
         inside,
         dinside,

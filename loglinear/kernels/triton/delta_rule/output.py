@@ -78,7 +78,6 @@ def output_kernel(
     v,
     beta,
     level_scales,
-    scores,
     saved,
     past,
     out,
@@ -103,7 +102,7 @@ def output_kernel(
     TREE: tl.constexpr,
     MATH: tl.constexpr,
 ):
-    """One half of a chunk, one head, one tile of V. scores: of a diagonal gate, whose queries and keys have decayed."""
+    """One half of a chunk, one head, one tile of V."""
     sizes = Sizes(T, N, H, R, L, cap)
     TILES: tl.constexpr = (V + BV - 1) // BV
     HALVES: tl.constexpr = C // J
@@ -121,8 +120,8 @@ def output_kernel(
     G = tl.load(cumulative + half * J + i)
     if half > 0:
         G -= tl.load(cumulative + J - 1)
-    if scores is not None:
-        scores_JJ = load_tile(scores + row * (C * C), 0, 0, C, J)
+    if saved.scores is not None:
+        scores_JJ = load_tile(saved.scores + row * (C * C), 0, 0, C, J)
     else:
         scores_JJ = row_products(q_rows, k_rows, n, n, K, J, J, TK, MATH)
     scores_JJ = (scores_JJ * (decay(G, G, i, J) * scale)).to(MATH.dot)
@@ -188,7 +187,6 @@ def output(x: Inputs, saved: Saved, past: Past) -> Tensor:
         x.v,
         x.beta,
         x.level_scales,
-        x.scores,
         saved,
         past,
         out,

@@ -34,15 +34,19 @@ SIZES = [*args.SIZES, *TierSizes._fields]
 
 
 class Saved(NamedTuple):
-    """The arrays that the forward saves for the backward, or some heads of them."""
+    """The arrays that the forward saves for the backward, or some heads of them; and with a diagonal gate the products
+    that no stage but the first can make."""
 
     inverse: Tensor  # [chunk, H, C, C], A
     stride: int  # of its chunks
     cumulative: Tensor  # [chunk, H, C], G in base 2
+    scores: Tensor | None = None  # [chunk, H, C, C], Q K^T * dec
+    products: Tensor | None = None  # [chunk, H, C, C], K K^T * dec below the diagonal
 
     @classmethod
-    def of(cls, inverse: Tensor, cumulative: Tensor) -> Saved:
-        return cls(inverse, inverse.stride(0), cumulative)
+    def of(cls, inverse: Tensor, cumulative: Tensor, decayed: Decayed | None = None) -> Saved:
+        products = (None, None) if decayed is None else (decayed.scores, decayed.products)
+        return cls(inverse, inverse.stride(0), cumulative, *products)
 
 
 class Totals(NamedTuple):
@@ -150,15 +154,6 @@ class Inputs(inputs.Inputs):
     def gifts(self) -> Rows:
         """The keys that a chunk gives its values to. With a diagonal gate they have decayed to the chunk's end."""
         return self.k if self.decayed is None else self.decayed.k
-
-    @property
-    def scores(self) -> Tensor | None:
-        """The products of queries and keys, and of keys, where no stage but the first can make them."""
-        return None if self.decayed is None else self.decayed.scores
-
-    @property
-    def products(self) -> Tensor | None:
-        return None if self.decayed is None else self.decayed.products
 
     @cached_property
     def tiling(self) -> Tiling:
