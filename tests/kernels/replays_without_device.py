@@ -105,12 +105,12 @@ def compared(ordinary, repeated, tensors):
     return None
 
 
-def operands(T=300, B=2, G=1, H=2, K=8, V=8, L=9, dtype=torch.float32, delta=False):
+def operands(T=300, B=2, G=1, H=2, K=8, V=8, L=9, dtype=torch.float32, delta=False, diagonal=False):
     def make(*shape, dtype=dtype):
         return torch.zeros(B, T, *shape, dtype=dtype)
 
-    beta = make(H, dtype=torch.float32) if delta else None
-    return [make(G, K), make(G, K), make(H, V), make(H, dtype=torch.float32), beta, make(H, L, dtype=torch.float32)]
+    beta, gate = make(H, dtype=torch.float32) if delta else None, (H, K) if diagonal else (H,)
+    return [make(G, K), make(G, K), make(H, V), make(*gate, dtype=torch.float32), beta, make(H, L, dtype=torch.float32)]
 
 
 def views_of_one(delta):
@@ -146,6 +146,7 @@ CALLS = {
     "bfloat16": lambda delta: operands(T=1000, dtype=torch.bfloat16, delta=delta),
     "many levels": lambda delta: operands(L=30, delta=delta),
     "one level": lambda delta: operands(L=1, delta=delta),
+    "diagonal gate": lambda delta: operands(delta=delta, diagonal=True),
     "final": lambda delta: operands(delta=delta),
     "final, radix 4": lambda delta: operands(delta=delta),
     "views of one": views_of_one,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from loglinear.kernels.triton import args, inputs
@@ -57,7 +58,8 @@ class Totals(NamedTuple):
 
     def empty_like(self, entries: int) -> Totals:
         """Room for those of so many entries."""
-        return Totals(*(None if x is None else x.new_empty(entries, *x.shape[1:]) for x in self))
+        arrays = (x if x is None else torch.empty(entries, *x.shape[1:], device=x.device) for x in self)
+        return Totals(*arrays)
 
 
 class Entries(NamedTuple):
