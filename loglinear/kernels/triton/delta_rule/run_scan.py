@@ -30,11 +30,14 @@ from loglinear.kernels.triton.delta_rule.reads import (
     slots_read,
     step_of,
 )
-from loglinear.kernels.triton.delta_rule.states import SIZES, Entries, Inputs, Past, TierSizes
+from loglinear.kernels.triton.delta_rule.states import SIZES, Entries, Inputs, Past, TierSizes, Totals
 from loglinear.kernels.triton.delta_rule.tiles import column_decays, locate_entries, row_decays
 from loglinear.kernels.triton.launcher import launcher
 from loglinear.kernels.triton.tiles import head_program, load_block, store_block
 from loglinear.kernels.triton.walks import after, block_row
+
+# Triton 3.6 cannot compare with None a tuple that has a None inside a further tuple, but each of its fields.
+NO_ENDS = Entries(None, Totals(None), None)  # type: ignore[arg-type]
 
 
 @triton.jit
@@ -141,7 +144,7 @@ def scan_states(
         entry, kept_here = row * H + h, past.kept + (row * num_slots * H + h) * SIZE
         t, merged, moved = step_of(i, num_slots, TREE)
         target = past.kept + (((row + 1) * num_slots + t) * H + h) * SIZE
-        if ends is not None:
+        if ends.states is not None:
             target = tl.where(i == (1 << TREE.tier) - 1, ends.states + (run.row.to(tl.int64) * H + h) * SIZE, target)
         tl.debug_barrier()  # what this program wrote for entry i is seen
         for a in range(0, K, TK):
@@ -167,12 +170,12 @@ def store_total(totals, ends, entry, end, is_end, log_decay, first, K: tl.conste
     """Store a run's decay so far, of the channels from `first` on: as that of an entry, or of the end."""
     if totals.channels is not None:
         channel, target = first + tl.arange(0, COLUMNS), totals.channels + entry * K
-        if ends is not None:
+        if ends.states is not None:
             target = tl.where(is_end, ends.totals.channels + end * K, target)
         tl.store((target + channel)[None, :], log_decay, mask=(channel < K)[None, :])
     else:
         target = totals.heads + entry
-        if ends is not None:
+        if ends.states is not None:
             target = tl.where(is_end, ends.totals.heads + end, target)
         tl.store(target, log_decay)
 
@@ -205,7 +208,7 @@ def scan_transitions(
         entry = (run.base + i) * H + h
         transition, target = entries.transitions + entry * SIZE, past.prefixes + (entry + H) * SIZE
         end, is_end = run.row.to(tl.int64) * H + h, i == (1 << TREE.tier) - 1
-        if ends is not None:
+        if ends.states is not None:
             target = tl.where(is_end, ends.transitions + end * SIZE, target)
         new = ()
         for a in tl.static_range(COUNT):
@@ -271,6 +274,6 @@ def run_scan(x: Inputs, tier: Tier, entries: Entries) -> tuple[Past, Entries | N
         transitions, states = (x.empty(tier.runs, H, K, width, dtype=x.dtype) for width in (K, V))
         ends = Entries(transitions, entries.totals.empty_like(tier.runs), states)
     run_scan_kernel[(tier.runs * H * x.tiling.column_tiles("run_scan"),)](
-        entries, past, ends, tier.table, *x.tier_sizes(tier), TREE=x.tree, **x.constants("run_scan")
+        entries, past, ends or NO_ENDS, tier.table, *x.tier_sizes(tier), TREE=x.tree, **x.constants("run_scan")
     )
     return past, ends
