@@ -26,7 +26,10 @@ TWO_HEADS = HeadSizes(num_heads=2, num_groups=1, key_dim=5, head_dim=3)
 PARTITIONS = [Partition(2, 16), Partition(4, 16), Partition(16, 16), Partition(4, 4), Partition(4, 4, 16)]
 every_partition = pytest.mark.parametrize("partition", PARTITIONS, ids=str)
 SELECTIVE = ", selective"  # after a variant: the score "selective_gram"
-both_families = pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net", f"mamba2{SELECTIVE}"])
+FAMILIES = ["mamba2", "gated_delta_net", f"mamba2{SELECTIVE}"]
+both_families = pytest.mark.parametrize("variant", FAMILIES)
+both_gates = pytest.mark.parametrize("variant", [*FAMILIES, "gla", f"kimi_delta_attention{SELECTIVE}"])
+"""Also the diagonal gates, whose scores are those of the same keys."""
 
 
 def routed(variant: str, partition: Partition, num_levels: int = 6, **options) -> Mixer:
@@ -83,7 +86,7 @@ def dense_output(mixer: Mixer, x: Tensor, top_k: int | None = None, start: int =
     return mixer._output(read.transpose(0, 1)[None], v, z)
 
 
-@both_families
+@both_gates
 @every_partition
 def test_the_mixer_is_the_definition_with_every_gradient(variant: str, partition: Partition) -> None:
     for T, L in ((1, 2), (17, 3), (70, 6), (70, 40)):
@@ -93,7 +96,7 @@ def test_the_mixer_is_the_definition_with_every_gradient(variant: str, partition
             check_equal(mixer, x, mixer(x)[0], dense_output(mixer, x))
 
 
-@both_families
+@both_gates
 def test_without_weights_it_is_the_linear_model(variant: str) -> None:
     mixer, linear = (
         routed(variant, Partition(16, 16), 20),
@@ -126,7 +129,7 @@ def test_the_start() -> None:
     assert w.dtype == torch.float32
 
 
-@both_families
+@both_gates
 @every_partition
 @pytest.mark.parametrize("cuts", [[0, 1, 10, 10, 13, 90], [0, 40, 70]], ids=str)
 def test_packed_is_separate_with_every_gradient(variant: str, partition: Partition, cuts: list[int]) -> None:
@@ -136,7 +139,7 @@ def test_packed_is_separate_with_every_gradient(variant: str, partition: Partiti
     check_equal(mixer, x, packed, torch.cat(separate, 1))
 
 
-@both_families
+@both_gates
 def test_padded_is_separate(variant: str) -> None:
     mixer, x = routed(variant, Partition(4, 4)), hidden(50, B=3)
     mask = torch.ones(3, 50, dtype=torch.bool)
@@ -149,7 +152,7 @@ def test_padded_is_separate(variant: str) -> None:
             torch.testing.assert_close(a[row : row + 1], e, rtol=1e-10, atol=1e-11)
 
 
-@both_families
+@both_gates
 @every_partition
 def test_pieces_are_the_whole_with_every_gradient(variant: str, partition: Partition) -> None:
     mixer, x = routed(variant, partition), hidden(90, B=2)
@@ -161,7 +164,7 @@ def test_pieces_are_the_whole_with_every_gradient(variant: str, partition: Parti
     check_equal(mixer, x, torch.cat(outputs, 1), mixer(x)[0])
 
 
-@both_families
+@both_gates
 @every_partition
 @pytest.mark.parametrize("prompt", [1, 15, 16, 37])
 def test_steps_are_the_whole(variant: str, partition: Partition, prompt: int) -> None:
@@ -179,7 +182,7 @@ def test_steps_are_the_whole(variant: str, partition: Partition, prompt: int) ->
         torch.testing.assert_close(y[:, 0], expected[:, t], rtol=1e-9, atol=1e-10)
 
 
-@both_families
+@both_gates
 @pytest.mark.parametrize("fault", ["another state", "log decay", "triton in float64"])
 def test_a_step_that_raises_changes_no_state(variant: str, fault: str) -> None:
     mixer, x = routed(variant, Partition(4, 4)), hidden(8).detach()
@@ -227,7 +230,7 @@ def test_steps_read_the_buckets_of_the_largest_weights(variant: str, partition: 
     assert top_k > 2 or not torch.allclose(few, full)
 
 
-@both_families
+@both_gates
 def test_a_step_that_may_read_every_bucket_is_bit_for_bit_the_full_one(variant: str) -> None:
     mixer, x = routed(variant, Partition(4, 4), 9).eval(), hidden(100, B=2).detach()
     states = [MixerDecodeState.of(mixer(x[:, :5], return_state=True)[1]) for _ in range(3)]
@@ -250,7 +253,7 @@ def test_the_largest_weights_stay_as_they_are(top_k: int) -> None:
     assert torch.equal(compiled(weights, top_k), keep_largest(weights, top_k))
 
 
-@both_families
+@both_gates
 @every_partition
 @pytest.mark.parametrize("start", [3, 21, 64, 1000])
 def test_a_sequence_from_a_start_is_the_definition_with_every_gradient(
@@ -265,7 +268,7 @@ def test_a_sequence_from_a_start_is_the_definition_with_every_gradient(
             check_equal(mixer, x, mixer(x, state=state)[0], dense_output(mixer, x, start=start))
 
 
-@both_families
+@both_gates
 def test_a_start_at_the_edge_of_every_block_is_a_start_at_0(variant: str) -> None:
     """All tokens of the sequence lie in one block, so nothing of their partition changes."""
     mixer, x = routed(variant, Partition(4, 4), 12), hidden(200, B=2)
@@ -273,7 +276,7 @@ def test_a_start_at_the_edge_of_every_block_is_a_start_at_0(variant: str) -> Non
     torch.testing.assert_close(y, mixer(x)[0], rtol=1e-10, atol=1e-11)
 
 
-@both_families
+@both_gates
 @every_partition
 @pytest.mark.parametrize("top_k", [None, 2])
 @torch.no_grad()
@@ -302,7 +305,7 @@ def test_prompts_and_steps_of_rows_at_starts_of_their_own(
     assert decode.sums.fenwick.first.tolist() == starts
 
 
-@both_families
+@both_gates
 def test_packed_sequences_start_at_positions_of_their_own(variant: str) -> None:
     mixer, starts, ends = routed(variant, Partition(4, 4), 9), [37, 0, 6, 250], torch.tensor([0, 25, 26, 26, 70])
     x = hidden(70)
@@ -313,7 +316,7 @@ def test_packed_sequences_start_at_positions_of_their_own(variant: str) -> None:
     check_equal(mixer, x, y, torch.cat(expected, 1))
 
 
-@both_families
+@both_gates
 def test_the_future_does_not_leak(variant: str) -> None:
     mixer, x = routed(variant, Partition(4, 4)), hidden(70)
     changed = x.detach().clone()

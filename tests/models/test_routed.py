@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from tiny_models import HYBRID, ROUTED, ROUTED_DELTA, tiny_config, tokens
+from tiny_models import HYBRID, ROUTED, ROUTED_DELTA, ROUTED_GLA, ROUTED_KIMI, tiny_config, tokens
 
 from loglinear.layers import BucketWeights
 from loglinear.models import (
@@ -21,6 +21,11 @@ from loglinear.runs.metrics import read_metrics
 from loglinear.training.train import train
 from tests.training.tiny import tiny_recipe, write_text
 
+BLOCKS = pytest.mark.parametrize(
+    "options",
+    [ROUTED, ROUTED_DELTA, HYBRID | ROUTED, ROUTED_GLA, ROUTED_KIMI],
+    ids=["mamba2", "delta", "hybrid", "gla", "kimi"],
+)
 MISTAKES = [
     (dict(radix=3), "radix must be a power of two of at least 2, got 3"),
     (dict(radix=4, finest_block=12), "finest_block must be a power of two of at least 1, got 12"),
@@ -58,7 +63,9 @@ def test_the_partition_of_a_configuration() -> None:
     assert tiny_config(radix=4, finest_block=4, largest_block=16, num_levels=90).partition == Partition(4, 4, 16)
 
 
-@pytest.mark.parametrize("options", [ROUTED, ROUTED_DELTA, HYBRID | ROUTED, dict(radix=4, finest_block=4)])
+@pytest.mark.parametrize(
+    "options", [ROUTED, ROUTED_DELTA, HYBRID | ROUTED, dict(radix=4, finest_block=4), ROUTED_GLA, ROUTED_KIMI]
+)
 def test_files_bring_back_every_bit(make_model, tmp_path, options: dict) -> None:
     model = make_model(torch.float32, **options)
     for parameter in model.parameters():
@@ -72,20 +79,28 @@ def test_files_bring_back_every_bit(make_model, tmp_path, options: dict) -> None
     assert {p.dtype for name, p in narrow.named_parameters() if name.endswith("tau")} <= {torch.float32}
 
 
-@pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net"])
-def test_a_linear_checkpoint_becomes_a_routed_model_that_starts_as_it(make_model, tmp_path, variant: str) -> None:
+@pytest.mark.parametrize("routing", ["gram", "selective_gram"])
+@pytest.mark.parametrize("variant", ["mamba2", "gated_delta_net", "gla", "kimi_delta_attention"])
+def test_a_linear_checkpoint_becomes_a_routed_model_that_starts_as_it(
+    make_model, tmp_path, variant: str, routing: str
+) -> None:
     linear = make_model(torch.float32, num_levels=1, variant=variant)
     for parameter in linear.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     linear.save_pretrained(tmp_path)
-    options = {**ROUTED, "num_levels": 9, "routing_tau": 0.0}
+    options = {**ROUTED, "routing": routing, "num_levels": 9, "routing_tau": 0.0}
     grown = LogLinearForCausalLM.from_pretrained(tmp_path, **options).eval()
     assert isinstance(grown.model.layers[0].mixer.bucket_weights, BucketWeights)
     logits = [model.double()(tokens(1, 90)).logits for model in (grown, linear)]
     torch.testing.assert_close(*logits, rtol=1e-10, atol=1e-10)
-    grown(tokens(1, 90), labels=tokens(1, 90)).loss.backward()
-    idle = [name for name, p in grown.named_parameters() if p.grad is None or not p.grad.any()]
-    assert idle == []
+    for tau in (0.0, 0.5):  # the weights of keys count only in scores, and so only with a tau
+        for name, parameter in grown.named_parameters():
+            parameter.grad = None
+            if name.endswith(".tau"):
+                parameter.data.fill_(tau)
+        grown(tokens(1, 90), labels=tokens(1, 90)).loss.backward()
+        idle = {name for name, p in grown.named_parameters() if p.grad is None or not p.grad.any()}
+        assert idle == {name for name in dict(grown.named_parameters()) if tau == 0 and ".key_weights." in name}
 
 
 def test_a_model_from_scratch_scores_from_the_start(make_model) -> None:
@@ -97,7 +112,7 @@ def test_a_model_from_scratch_scores_from_the_start(make_model) -> None:
     ).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("options", [ROUTED, ROUTED_DELTA, HYBRID | ROUTED], ids=["mamba2", "delta", "hybrid"])
+@BLOCKS
 def test_state_bytes_are_those_of_a_cache(make_model, options: dict) -> None:
     model = make_model(torch.float32, **options)
     cache = model(tokens(1, 37), use_cache=True).past_key_values
@@ -151,7 +166,7 @@ def test_a_compiled_block_gives_the_same_gradients(make_model, starts) -> None:
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [ROUTED, ROUTED_DELTA, HYBRID | ROUTED], ids=["mamba2", "delta", "hybrid"])
+@BLOCKS
 def test_decoding_may_read_few_buckets(make_model, tmp_path, options: dict) -> None:
     """A saved model keeps the number, and a loaded one takes another. It changes steps alone."""
     model, ids = make_model(**options, decode_top_k=1), tokens(2, 90)

@@ -42,6 +42,8 @@ ROUTED_DELTA = {
     "largest_block": 4,
     "num_levels": 8,
 }
+ROUTED_GLA = {**ROUTED, "variant": "gla"}
+ROUTED_KIMI = {**ROUTED, "routing": "selective_gram", "variant": "kimi_delta_attention"}
 NO_GATE = {"variant": "delta_net", "output_gate": False, "negative_eigenvalues": True, "mixer_norm_eps": 1e-2}
 KINDS = pytest.mark.parametrize(
     "options",
