@@ -108,7 +108,8 @@ def unsupported(p: Problem) -> str | None:
         return "float64 needs impl='torch'"
     if is_transformed():
         return "torch.func transforms and forward-mode derivatives need impl='torch'"
-    return limits.of_heads(p.q.shape[3], p.v.shape[3], p.beta is not None) or _too_long(p)
+    reason = None if _is_interpreted() else limits.of_small_tiles(p.q, _chunk_size(p), p.is_diagonal)
+    return reason or limits.of_heads(p.q.shape[3], p.v.shape[3], p.beta is not None) or _too_long(p)
 
 
 def unchosen(p: Problem) -> str | None:

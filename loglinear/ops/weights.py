@@ -48,7 +48,7 @@ def routed_weights(
         tau: [H], the factor of the scores in each head.
         sharpness: A factor of all tau.
         impl: "auto", "triton" (one launch for a GPU, and one for the gradients), "torch" or "reference" (both are the
-            formula in plain torch, on any device). No GPU has run the kernels yet. Until then
+            formula in plain torch, on any device). One of their tests waits for a GPU. Until then
             "auto" chooses torch, and a log line says why.
 
     Returns:
@@ -109,4 +109,4 @@ def _untried() -> str | None:
     """Return why "auto" does not choose the kernels."""
     from loglinear.kernels.triton import limits
 
-    return None if limits.WEIGHTS_RAN_ON_A_GPU else "no GPU has run the kernels of the weights yet"
+    return None if limits.WEIGHTS_RAN_ON_A_GPU else "a GPU has not passed all tests of the kernels of the weights"

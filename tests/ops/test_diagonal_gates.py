@@ -2,6 +2,7 @@
 
 import logging
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -158,6 +159,24 @@ def test_auto_runs_torch_on_a_gpu_and_says_why(operator, monkeypatch, lines):
     call, step_ = lines()
     assert call.endswith(f" runs with impl='torch': {NOT_CHECKED}")
     assert step_.endswith(f" runs with impl='torch': {STEP}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_kernels_refuse_the_tiles_that_triton_miscompiles(dtype, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(impl_triton, "NO_TRITON", None)
+    monkeypatch.setitem(api._RUN, "triton", lambda problem: (problem.v, None))
+    with FakeTensorMode():
+        shape = (1, 20, 2)
+        q, k, v = (torch.empty(*shape, 16, device="cuda", dtype=dtype) for _ in range(3))
+        log_decay, level_scales = (torch.empty(*shape, n, device="cuda") for n in (16, 5))
+        call = partial(log_linear_attention, q, k, v, log_decay, level_scales, impl="triton", output_final_state=True)
+        call(chunk_size=32)
+        if dtype == torch.bfloat16:
+            call(chunk_size=16)
+        else:
+            with pytest.raises(ValueError, match="^K = 16 with a log_decay per key channel in chunks of 16 tokens"):
+                call(chunk_size=16)
 
 
 @parametrize(DIAGONAL_GATES)

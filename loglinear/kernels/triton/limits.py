@@ -52,6 +52,13 @@ def of_automatic_choice(is_diagonal: bool, is_delta_rule: bool) -> str | None:
     return "no GPU has checked the kernels for a log_decay per key channel: impl='triton' runs them"
 
 
+def of_small_tiles(q: Tensor, chunk_size: int, is_diagonal: bool) -> str | None:
+    """A diagonal gate in the smallest tiles (docs/lab-notes/2026-11-30-diagonal-kernels.md has the error)."""
+    if not is_diagonal or q.dtype == torch.bfloat16 or (q.shape[3], chunk_size) != (16, 16):
+        return None
+    return "K = 16 with a log_decay per key channel in chunks of 16 tokens needs bfloat16 or impl='torch'"
+
+
 def largest_chunk(
     x: tuple[Tensor, Tensor, Tensor], partition: Partition, is_delta_rule: bool, is_diagonal: bool
 ) -> int:
