@@ -105,7 +105,8 @@ def test_two_compilations_train_the_same_bits(tmp_path):
     """Each process has an empty cache, so that the compiler chooses anew."""
     text = write_text(tmp_path / "text")
     code = (
-        "import dataclasses, pathlib, sys; from tests.training.tiny import tiny_recipe; from loglinear.training import train\n"
+        "import dataclasses, pathlib, sys; from loglinear.training import train\n"
+        "from tests.training.tiny import tiny_recipe\n"
         "wide = dict(hidden_size=256, num_heads=8, head_dim=64, key_dim=64, intermediate_size=464)\n"
         "recipe = tiny_recipe(sys.argv[1], steps=5, compile=True, seq_len=1024, batch_tokens=4096)\n"
         "recipe = dataclasses.replace(recipe, model=recipe.model | wide)\n"

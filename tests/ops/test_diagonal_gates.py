@@ -16,6 +16,7 @@ from loglinear.ops import (
     announcement,
     api,
     impl_triton,
+    log_linear_attention,
     log_linear_attention_step,
     log_linear_delta_rule_step,
     step,
