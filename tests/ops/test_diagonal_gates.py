@@ -166,6 +166,7 @@ def test_auto_runs_torch_on_a_gpu_and_says_why(operator, monkeypatch, lines):
 def test_the_kernels_refuse_the_tiles_that_triton_miscompiles(dtype, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(impl_triton, "NO_TRITON", None)
+    monkeypatch.setattr(impl_triton, "_is_interpreted", lambda: False)
     monkeypatch.setitem(api._RUN, "triton", lambda problem: (problem.v, None))
     with FakeTensorMode():
         shape = (1, 20, 2)
