@@ -97,11 +97,14 @@ def text(size: int, seed: int) -> str:
     return "".join(random.Random(seed).choices(LETTERS, k=size))
 
 
-def ask(port: int, prompt: str, tokens: int) -> tuple[float, float, int]:
-    """Stream one answer, and return the seconds to its first text, to its end, and its number of tokens."""
+def ask(port: int, prompt: str, tokens: int, **fields: Any) -> tuple[float, float, int]:
+    """Stream one answer, and return the seconds to its first text, to its end, and its number of tokens.
+
+    `fields` are further fields of the request.
+    """
     began, first, last = time.perf_counter(), None, b""
     connection = HTTPConnection("127.0.0.1", port, timeout=600)
-    body = json.dumps({"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True})
+    body = json.dumps({"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, **fields})
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     while line := response.readline():
@@ -114,12 +117,15 @@ def ask(port: int, prompt: str, tokens: int) -> tuple[float, float, int]:
     return first or 0.0, time.perf_counter() - began, usage["completion_tokens"]
 
 
-def measure(port: int, load: Load, round_: int) -> dict[str, float]:
-    """Return the tokens a second of all clients together, and the median and the longest waiting times."""
+def measure(port: int, load: Load, round_: int, **fields: Any) -> dict[str, float]:
+    """Return the tokens a second of all clients together, and the median and the longest waiting times.
+
+    `fields` are further fields of every request.
+    """
 
     def client(number: int) -> list[tuple[float, float, int]]:
         seeds = [(round_ * 1000 + number) * 1000 + request for request in range(load.requests)]
-        return [ask(port, text(load.prompt, seed), load.tokens) for seed in seeds]
+        return [ask(port, text(load.prompt, seed), load.tokens, **fields) for seed in seeds]
 
     began = time.perf_counter()
     with ThreadPoolExecutor(load.clients) as pool:

@@ -177,5 +177,10 @@ READ = {
     "330 MB of Debian packages": [
         "python -m experiments.long_text prepare",
     ],
+    "vLLM": [
+        "python -m benchmarks.serving_vllm --prompt 1024 --rounds 2 --out results/serving-vllm-cpu.json",
+        "python -m benchmarks.serving_vllm --prompt 16384 --clients 1 --clients 4 --clients 16 --rounds 1 "
+        "--out results/serving-vllm-long-cpu.json",
+    ],
     "triton without its interpreter": ["python -m benchmarks.resources"],
 }

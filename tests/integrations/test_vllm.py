@@ -36,6 +36,8 @@ MODELS = {
     "routed": ROUTED,
     "routed_delta": ROUTED_DELTA,
     "routed_hybrid": {**ROUTED, "layer_types": [FULL, LINEAR]},
+    "levels_without_a_block": {"num_levels": 15},  # 256 tokens have 9 levels
+    "routed_levels_without_a_block": {**ROUTED, "num_levels": 20},
     "no_gate": NO_GATE,
     "tied": {"tie_word_embeddings": True},
     "safe_gate": {"variant": "kimi_delta_attention", "gate_lower_bound": -5.0},
@@ -144,3 +146,11 @@ def test_log_probabilities_are_as_exact_as_those_of_the_model(options, dtype, tm
 def test_refusals_are_one_line_that_names_the_setting(options, settings, message, tmp_path):
     with pytest.raises(ValueError, match=message), engine_of(make(**options), tmp_path, **settings):
         pass
+
+
+def test_pages_have_the_levels_of_the_longest_sequence():
+    from loglinear.integrations.vllm.pages import PageLayout
+
+    config = tiny_config(num_levels=15)
+    blocks = [PageLayout.of(config, length).parts[1].shape[0] for length in (4, 8, 256, 2**13, 2**20)]
+    assert blocks == [1, 1, 6, 11, 12]  # 4 tokens are a chunk, and the last level holds all older tokens
