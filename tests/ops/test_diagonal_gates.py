@@ -2,7 +2,6 @@
 
 import logging
 import re
-from functools import partial
 
 import pytest
 import torch
@@ -165,20 +164,18 @@ def test_auto_runs_torch_on_a_gpu_and_says_why(operator, monkeypatch, lines):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_kernels_refuse_the_tiles_that_triton_miscompiles(dtype, monkeypatch):
     pytest.importorskip("triton")
+    reasons = []
     monkeypatch.setattr(impl_triton, "NO_TRITON", None)
     monkeypatch.setattr(impl_triton, "_is_interpreted", lambda: False)
-    monkeypatch.setitem(api._RUN, "triton", lambda problem: (problem.v, None))
+    monkeypatch.setitem(api._RUN, "triton", lambda p: (reasons.append(impl_triton.unsupported(p)) or p.v, None))
     with FakeTensorMode():
-        shape = (1, 20, 2)
-        q, k, v = (torch.empty(*shape, 16, device="cuda", dtype=dtype) for _ in range(3))
-        log_decay, level_scales = (torch.empty(*shape, n, device="cuda") for n in (16, 5))
-        call = partial(log_linear_attention, q, k, v, log_decay, level_scales, impl="triton", output_final_state=True)
-        call(chunk_size=32)
-        if dtype == torch.bfloat16:
-            call(chunk_size=16)
-        else:
-            with pytest.raises(ValueError, match="^K = 16 with a log_decay per key channel in chunks of 16 tokens"):
-                call(chunk_size=16)
+        q, k, v = (torch.empty(1, 20, 2, 16, device="cuda", dtype=dtype) for _ in range(3))
+        log_decay, level_scales = (torch.empty(1, 20, 2, n, device="cuda") for n in (16, 5))
+        for chunk_size in (32, 16):
+            options = dict(impl="triton", output_final_state=True, chunk_size=chunk_size)
+            log_linear_attention(q, k, v, log_decay, level_scales, **options)
+    refusal = "K = 16 with a log_decay per key channel in chunks of 16 tokens needs bfloat16 or impl='torch'"
+    assert reasons == [None, None if dtype == torch.bfloat16 else refusal]
 
 
 @parametrize(DIAGONAL_GATES)
