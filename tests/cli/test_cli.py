@@ -272,6 +272,21 @@ def test_info_of_a_recipe_and_of_a_checkpoint(capsys, run, monkeypatch):
     assert code == 0 and f"{json.loads((run / 'run.json').read_text())['parameters']:,}" in out
 
 
+@pytest.mark.parametrize("variant", ["gla", "kimi_delta_attention"])
+def test_a_recipe_trains_a_variant_with_a_decay_for_each_channel(capsys, tmp_path, text, monkeypatch, variant):
+    monkeypatch.setenv("COLUMNS", "200")
+    run = tmp_path / "run"
+    code, _, errors = in_process(
+        capsys, "train", "--recipe", "demo", "--variant", variant, "--data", text, "--out", run, *FAST
+    )
+    assert code == 0, errors
+    code, out, errors = in_process(capsys, "info", "--model", run)
+    config = json.loads((run / "run.json").read_text())
+    assert code == 0 and variant in out and f"{config['parameters']:,}" in out, errors
+    code, out, errors = in_process(capsys, "generate", "--model", run, "--prompt", "a", "--max-new-tokens", 3)
+    assert code == 0 and out.startswith("a"), errors
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
 def test_tune_without_a_gpu_is_one_line(capsys):
     code, _, err = in_process(capsys, "tune", "--length", "4096")

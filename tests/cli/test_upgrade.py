@@ -14,7 +14,7 @@ from loglinear.cli.console import human_bytes
 from loglinear.cli.serve import prepare
 from loglinear.models import ByteTokenizer, LogLinearConfig, LogLinearForCausalLM
 from loglinear.runs.loading import load_checkpoint
-from tests.cli.command_line import assert_one_line, in_process
+from tests.cli.command_line import FAST, assert_one_line, in_process
 from tests.upgrades.tiny import MODELS, original
 
 TEXT = "def main():\n    return 1\n" * 40
@@ -45,7 +45,7 @@ def upgraded_folder(qwen):
     return qwen[1]
 
 
-@pytest.fixture(scope="module", params=["qwen3_5", "mamba2", "granitemoehybrid", "falcon_h1"])
+@pytest.fixture(scope="module", params=["qwen3_5", "kimi_linear", "mamba2", "granitemoehybrid", "falcon_h1"])
 def folders(request, tmp_path_factory):
     """The two folders of families that differ in their cache, their modules or the factor of their logits."""
     return make_folders(request.param, tmp_path_factory.mktemp(request.param))
@@ -176,6 +176,38 @@ def test_the_commands_take_an_upgraded_folder(capsys, folders, tmp_path, monkeyp
     size = human_bytes(sum(getattr(layer, "nbytes", 0) for layer in made.past_key_values.layers))
     row = next(line for line in out.splitlines() if "decode state of one sequence, log-linear layers" in line)
     assert size in row and not size.startswith("0 ")
+
+
+def test_training_an_upgraded_kimi_linear_changes_its_new_weights_alone(capsys, tmp_path):
+    from fastapi.testclient import TestClient
+
+    from loglinear.cli.serving.app import application
+    from loglinear.cli.serving.turns import Limits
+
+    _, start = make_folders("kimi_linear", tmp_path)
+    text, run = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text(TEXT)
+    train = ["--recipe", "demo", "--model", start, "--data", text, "--out", run, *FAST]
+    code, _, errors = in_process(capsys, "train", *train)
+    assert code == 0, errors
+    old, (model, tokenizer) = AutoModelForCausalLM.from_pretrained(start), load_checkpoint(run)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, old.get_parameter(name))}
+    assert changed == {*loglinear.new_parameters(model)}
+    ids = torch.tensor([[tokenizer.bos_token_id, *b"def ma"]])
+    made = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
+    right = tokenizer.decode(made[0], skip_special_tokens=True)
+    code, out, errors = in_process(
+        capsys, "generate", "--model", run, "--prompt", "def ma", "--temperature", 0, "--max-new-tokens", 6
+    )
+    assert code == 0 and out.strip() == right.strip(), errors
+    code, out, errors = in_process(
+        capsys, "eval", "perplexity", "--model", run, "--data", text, "--out", tmp_path / "eval", "--length", 64
+    )
+    assert code == 0 and "bits per byte" in out, errors
+    prepare(model, tokenizer)
+    with TestClient(application("tiny", model, tokenizer, Limits(tokens=32, prompt_tokens=99, seconds=60))) as client:
+        answer = client.post("/v1/completions", json=dict(model="tiny", prompt="def ma", max_tokens=6, temperature=0))
+    assert f"def ma{answer.json()['choices'][0]['text']}".strip() == right.strip()
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ EXECUTED = {
     "loglinear eval perplexity --model runs/first --data stdlib --out runs/first/perplexity": "--max-tokens 2000",
     "loglinear train --recipe demo --data ~/books --out runs/books": SHORT,
     "loglinear train --recipe demo --data ~/books --out runs/linear --num-levels 1 --steps 100": SHORT,
+    "loglinear train --recipe demo --variant kimi_delta_attention --data ~/books --out runs/kimi": SHORT,
     "loglinear train --recipe demo --num-levels 15 --jitter 14336 --data ~/books --out runs/starts": SHORT,
     "loglinear train --resume --out runs/books": "",
     'loglinear generate --model runs/books --prompt "Once" --max-new-tokens 100': "--max-new-tokens 5",
