@@ -175,6 +175,7 @@ def test_levels_of_a_log_linear_checkpoint_are_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
+        ("kda", "model_type 'kda' cannot be represented: its output gate has a bias"),
         ("retnet", "model_type 'retnet' cannot be represented: it rotates queries and keys"),
         ("rwkv7", "model_type must be one of mamba2, gated_deltanet, delta_net, gla, log_linear_mamba2, got 'rwkv7'"),
     ],

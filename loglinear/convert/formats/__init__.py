@@ -60,7 +60,10 @@ FORMATS: dict[str, Format] = {
             "gla": fla_gla.read,
             "log_linear_mamba2": fla_mamba2.read_log_linear,
         },
-        refused={"retnet": "it rotates queries and keys and has no short convolution with SiLU"},
+        refused={
+            "retnet": "it rotates queries and keys and has no short convolution with SiLU",
+            "kda": "its output gate has a bias, which the variant kimi_delta_attention does not have",
+        },
     ),
     "authors": Format({"hattention": fla_mamba2.read_authors, "h_gated_deltanet": fla_gated_delta_net.read_authors}),
     "state-spaces": Format({"": state_spaces_mamba2.read}, pickle=True),
