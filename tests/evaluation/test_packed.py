@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from loglinear.evaluation.packed import logits_of, read
-from tests.upgrades.tiny import MODELS, original, tokens, trained
+from tests.upgrades.tiny import LANGUAGE_MODELS, original, tokens, trained
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_logits_of_hidden_states_are_the_model_s(family, dtype):

@@ -15,9 +15,9 @@ from loglinear.runs.loading import load_model
 from loglinear.training.train import train
 from tests.cli.command_line import assert_one_line, in_process
 from tests.training.tiny import assert_same_run, curve, tiny_recipe
-from tests.upgrades.tiny import MODELS, original, upgraded
+from tests.upgrades.tiny import LANGUAGE_MODELS, original, upgraded
 
-FAMILIES = pytest.mark.parametrize("family", MODELS)
+FAMILIES = pytest.mark.parametrize("family", LANGUAGE_MODELS)
 
 
 def folder(family, path, **options):

@@ -6,10 +6,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, DynamicCache
 
 from loglinear.parallel import Slices
-from tests.upgrades.tiny import MODELS, close, original, tokens, trained, upgraded, wide
+from tests.upgrades.tiny import LANGUAGE_MODELS, MODELS, close, original, tokens, trained, upgraded, wide
 
 FAMILIES = pytest.mark.parametrize("family", MODELS)
-THAT_PACK = pytest.mark.parametrize("family", [family for family in MODELS if family != "glm5_next"])
+THAT_PACK = pytest.mark.parametrize("family", LANGUAGE_MODELS)
 LENGTHS = (23, 1, 16, 9)
 
 

@@ -168,6 +168,8 @@ MODELS = {
     "nemotron_h": nemotron_h,
     "zamba2": zamba2,
 }
+# transformers has no causal language model of GLM-5-next, and its attention cannot take packed documents.
+LANGUAGE_MODELS = [family for family in MODELS if family != "glm5_next"]
 
 
 def auto_class_of(family: str) -> type:
