@@ -1,4 +1,4 @@
-"""Tokens a second of log-linear models in vLLM, beside `loglinear serve` and a Transformer of the same size in vLLM.
+"""Tokens a second of log-linear models and Transformers in vLLM, compared with `loglinear serve`.
 
     python -m benchmarks.serving_vllm --prompt 1024 --rounds 2 --out results/serving-vllm-cpu.json
 
@@ -98,7 +98,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds, of which the median counts.")] = 3,
     out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
 ) -> None:
-    """Time vLLM with a log-linear model and with a Transformer, beside `loglinear serve`."""
+    """Time vLLM with a log-linear model and with a Transformer, compared with `loglinear serve`."""
     numbers, prompts = sorted(set(clients or [1, 4, 16, 64])), sorted(set(prompt or [1024, 16_384]))
     counts = dict(requests=requests, tokens=tokens, slots=slots, rounds=rounds)
     check_options("cpu", out, clients=numbers, prompt=prompts, **counts)

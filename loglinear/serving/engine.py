@@ -135,7 +135,7 @@ class Engine:
         return ids
 
     def _answered(self, answer: Answer) -> Tensor:
-        """Wait for an answer. If the wait is interrupted, it leaves its row, or those who wait for one."""
+        """Wait for an answer. If the wait is interrupted, the answer leaves its row or the queue for one."""
         with self._lock:
             if not self._is_running:  # the thread begins by waiting for the lock, and it may fail to start
                 threading.Thread(target=self._run, name="loglinear-engine", daemon=True).start()

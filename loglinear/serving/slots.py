@@ -115,7 +115,7 @@ class SlotStates:
         return self.memory.tensors
 
     def use(self, lengths: list[int]) -> None:
-        """Let steps change the first rows alone, which have read so many tokens."""
+        """Let steps change only the first rows, one for each entry of `lengths`."""
         if lengths:
             self.state = self.memory.first_rows(len(lengths))
 

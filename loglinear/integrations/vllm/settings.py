@@ -21,7 +21,7 @@ class LogLinearSettings(VerifyAndUpdateConfig):
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Refuse in one line what cannot be served; ValueError names the setting."""
+        """Raise ValueError, in one line that names the setting, if a setting cannot be served."""
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         config = model.hf_config
         if not isinstance(config, LogLinearConfig):
