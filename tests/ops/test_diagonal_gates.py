@@ -125,7 +125,7 @@ def lines(monkeypatch, caplog):
     return lambda: [record.getMessage() for record in caplog.records]
 
 
-NOT_CHECKED = "no GPU has checked the kernels for a log_decay per key channel: impl='triton' runs them"
+NOT_CHECKED = "no GPU has passed all checks of the kernels for a log_decay per key channel: impl='triton' runs them"
 STEP = "a step with a log_decay per key channel needs impl='torch': that of impl='triton' takes one per head"
 
 

@@ -49,7 +49,7 @@ def of_automatic_choice(is_diagonal: bool, is_delta_rule: bool) -> str | None:
     """A call whose implementation is chosen here, by impl="auto"."""
     if not is_diagonal or (DIAGONAL_DELTA_RULE_RAN_ON_A_GPU if is_delta_rule else DIAGONAL_GATE_RAN_ON_A_GPU):
         return None
-    return "no GPU has checked the kernels for a log_decay per key channel: impl='triton' runs them"
+    return "no GPU has passed all checks of the kernels for a log_decay per key channel: impl='triton' runs them"
 
 
 def of_small_tiles(q: Tensor, chunk_size: int, is_diagonal: bool) -> str | None:
