@@ -29,6 +29,7 @@ from loglinear.cli.options import (
     of_recipe,
     option,
 )
+from loglinear.cli.serving.service import Service
 
 app = typer.Typer(
     name="loglinear",
@@ -294,20 +295,20 @@ def generate(
 @app.command()
 def serve(
     model: Model,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 means all of them.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Port to listen on.", **between(1, 65535))] = 8000,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", **COUNT)] = 4096,
-    max_prompt: Annotated[int, typer.Option(help="Most tokens of a prompt.", **COUNT)] = 65_536,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 means all of them.")] = Service.host,
+    port: Annotated[int, typer.Option(help="Port to listen on.", **between(1, 65535))] = Service.port,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", **COUNT)] = Service.max_tokens,
+    max_prompt: Annotated[int, typer.Option(help="Most tokens of a prompt.", **COUNT)] = Service.max_prompt,
     timeout: Annotated[
         float, typer.Option(help="Seconds of work after which an answer ends.", **above_zero(LARGEST))
-    ] = 120.0,
+    ] = Service.timeout,
     slots: Annotated[
         int, typer.Option(help="Requests that are answered at once; 0: one after the other.", **between(0, 1024))
-    ] = 16,
+    ] = Service.slots,
     prefix_cache: Annotated[
         int,
         typer.Option(help="MiB of states that repeated beginnings of prompts continue from.", **between(0, LARGEST)),
-    ] = 256,
+    ] = Service.prefix_cache,
     engine: Annotated[Server, typer.Option(help="The server: this library's, or vLLM's.")] = Server.loglinear,
 ) -> None:
     """Serve a checkpoint over HTTP with OpenAI's API.
@@ -326,8 +327,7 @@ def serve(
     from loglinear.cli import serve, serve_vllm
 
     run = serve_vllm.run if engine is Server.vllm else serve.run
-    limits = dict(max_tokens=max_tokens, max_prompt=max_prompt, slots=slots, prefix_cache=prefix_cache)
-    run(model, host, port, timeout=timeout, **limits)
+    run(model, Service(host, port, max_tokens, max_prompt, timeout, slots, prefix_cache))
 
 
 @bench_app.command(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
+from loglinear.cli.serving.service import Service
 from loglinear.models import ByteTokenizer, LogLinearForCausalLM, decode_top_k
 from loglinear.runs.loading import load_checkpoint
 from loglinear.serving import Engine
@@ -22,17 +23,7 @@ CHAT_TEMPLATE = "{{ bos_token }}{{ messages | map(attribute='content') | join('\
 SHUTDOWN_SECONDS = 5  # for answers in progress when a signal comes
 
 
-def run(
-    path: Path,
-    host: str,
-    port: int,
-    *,
-    max_tokens: int,
-    max_prompt: int,
-    timeout: float,
-    slots: int,
-    prefix_cache: int,
-) -> None:
+def run(path: Path, service: Service) -> None:
     """Serve a checkpoint with OpenAI's API until a signal comes. The model's name is `path`.
 
     Raises ValueError without the server's packages, or if the port is taken.
@@ -44,6 +35,7 @@ def run(
     from loglinear.cli.serving.app import application
     from loglinear.cli.serving.turns import Limits
 
+    host, port = service.host, service.port
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (TypeError, UnicodeError, OSError) as error:
@@ -54,8 +46,9 @@ def run(
     logging.set_verbosity_error()
     model, tokenizer = load_checkpoint(path, device="cuda" if torch.cuda.is_available() else "cpu")
     prepare(model, tokenizer)
-    limits = Limits(tokens=max_tokens, prompt_tokens=max_prompt, seconds=timeout)
-    app = application(str(path), model, tokenizer, limits, engine_of(model, slots, prefix_cache))
+    limits = Limits(tokens=service.max_tokens, prompt_tokens=service.max_prompt, seconds=service.timeout)
+    engine = engine_of(model, service.slots, service.prefix_cache)
+    app = application(str(path), model, tokenizer, limits, engine)
     print(f"serving model {str(path)!r} at http://{host}:{port}/v1", file=sys.stderr)
     uvicorn.Server(
         uvicorn.Config(app, host=host, port=port, ws="none", lifespan="off", timeout_graceful_shutdown=SHUTDOWN_SECONDS)

@@ -8,35 +8,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from loglinear.cli.serve import set_defaults_of_tokenizer
+from loglinear.cli.serving.service import Service
 from loglinear.data.tokenizer import load_tokenizer
 from loglinear.runs.checkpoints import resolve
 from loglinear.runs.loading import own_config
 from loglinear.runs.upgraded import is_upgraded
 
-TIMEOUT, PREFIX_CACHE = 120.0, 256  # the defaults of options that this library's server alone has
 
-
-def run(
-    path: Path,
-    host: str,
-    port: int,
-    *,
-    max_tokens: int,
-    max_prompt: int,
-    timeout: float,
-    slots: int,
-    prefix_cache: int,
-) -> None:
+def run(path: Path, service: Service) -> None:
     """Serve a checkpoint with vLLM until a signal comes. The model's name is `path`.
 
     vLLM gets a copy of the tokenizer, with the settings of `loglinear serve`: <bos> in front, and a chat template.
     ValueError without vLLM, for a model that its plugin does not take, or for an option without a meaning there.
     """
-    if timeout != TIMEOUT:
+    if service.timeout != Service.timeout:
         raise ValueError("--timeout must be left out with --engine vllm, whose answers have no limit of time")
-    if prefix_cache not in (0, PREFIX_CACHE):
+    if service.prefix_cache not in (0, Service.prefix_cache):
         raise ValueError("--prefix-cache must be 0 or left out with --engine vllm, which has pages of its own")
-    if slots == 0:
+    if service.slots == 0:
         raise ValueError("--slots must be at least 1 with --engine vllm, got 0")
     if find_spec("vllm") is None:
         raise ValueError("--engine vllm needs vLLM: pip install 'loglinear[vllm]', in an environment of its own")
@@ -59,13 +48,13 @@ def run(
         options = {
             "--tokenizer": folder,
             "--served-model-name": path,
-            "--host": host,
-            "--port": port,
+            "--host": service.host,
+            "--port": service.port,
             "--dtype": str(config.dtype or "float32").removeprefix("torch."),  # vLLM would round float32 to 16 bits
-            "--max-model-len": max_prompt + max_tokens,
-            "--max-num-seqs": slots,
+            "--max-model-len": service.max_prompt + service.max_tokens,
+            "--max-num-seqs": service.slots,
         }
-        cached = "--enable-prefix-caching" if prefix_cache else "--no-enable-prefix-caching"
+        cached = "--enable-prefix-caching" if service.prefix_cache else "--no-enable-prefix-caching"
         words = [str(word) for option in options.items() for word in option]
         arguments = parser.parse_args(["serve", str(checkpoint), *words, cached, "--generation-config", "vllm"])
         command.validate(arguments)

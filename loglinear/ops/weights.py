@@ -109,4 +109,4 @@ def _untried() -> str | None:
     """Return why "auto" does not choose the kernels."""
     from loglinear.kernels.triton import limits
 
-    return None if limits.WEIGHTS_RAN_ON_A_GPU else "a GPU has not passed all tests of the kernels of the weights"
+    return None if limits.WEIGHTS_PASSED_ON_A_GPU else "a GPU has not passed all tests of the kernels of the weights"

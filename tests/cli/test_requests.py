@@ -19,27 +19,11 @@ from loglinear.evaluation import sample
 from loglinear.models import LogLinearForCausalLM
 from loglinear.training import ByteTokenizer
 from tests.cli.command_line import in_process
-from tests.cli.server import LIMITS, NAME, ask, complete, refusal, served, tiny_model
+from tests.cli.server import LIMITS, NAME, ask, complete, refusal, served
 from tests.models.tiny_models import ROUTED, tiny_config
 
 ENDLESS = {"max_tokens": 10**6, "logit_bias": {str(ByteTokenizer().eos_token_id): -100}}
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module", params=[4, 0], ids=["rows", "turns"])
-def slots(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def port(model, slots):
-    with served(model, slots=slots) as port:
-        yield port
 
 
 def text_of(answer):

@@ -10,26 +10,10 @@ import torch
 
 from loglinear.cli.serving.turns import Limits, WholeStreamer
 from loglinear.training import ByteTokenizer
-from tests.cli.server import NAME, ask, refusal, served, tiny_model
+from tests.cli.server import NAME, ask, refusal, served
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 FIRST_BYTE = {str("é".encode()[0]): 100.0}  # every token begins a character of two bytes
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module", params=[4, 0], ids=["rows", "turns"])
-def slots(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def port(model, slots):
-    with served(model, slots=slots) as port:
-        yield port
 
 
 def asked(kind, **fields):

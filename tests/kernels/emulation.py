@@ -16,7 +16,7 @@ from loglinear.ops import FenwickState, impl_triton
 from loglinear.partition import FENWICK, Partition
 from tests.kernels.emulated import KEYS
 from tests.kernels.interpreter import teach_haste
-from tests.ops.operators import KERNELS, OPERATORS, Operator, excess, gradients, parts, random_loss, relative_error
+from tests.ops.operators import OPERATORS, Operator, excess, gradients, parts, random_loss, relative_error
 
 STATE_HEADS = [(1, 2, 64, 64), (1, 2, 128, 64)]
 HEADS = [(1, 4, 128, 64), (4, 4, 128, 128), (2, 4, 64, 64), (1, 2, 80, 48)]
@@ -248,7 +248,7 @@ if __name__ == "__main__":
             inputs = (make(1, 700, 2, 2, 64, 64, 14, torch.bfloat16, diagonal=diagonal, **options) for _ in range(2))
             runs = [repeat_keys(x, keys, decay) for x, decay in zip(inputs, (0.0, 1.0), strict=True)]
             print(keys, "diagonal" * diagonal, largest([errors(x, by_flows=True) for x in runs]), flush=True)
-    for operator in KERNELS:
+    for operator in OPERATORS:
         for dtype in (torch.bfloat16, torch.float16):
             all_found = []
             for heads in HEADS + (WIDE if dtype == torch.float16 else []):

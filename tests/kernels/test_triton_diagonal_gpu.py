@@ -11,6 +11,7 @@ from tests.kernels.emulation import make, tokens_before
 from tests.kernels.test_triton_gpu import HEADS, check, poison, run_all
 from tests.ops.operators import DIAGONAL_GATES, parametrize, relative_error
 from tests.ops.test_diagonal_gates import strong_log_decay
+from tests.waiting import waiting_is_an_error
 
 pytestmark = [pytest.mark.gpu, parametrize(DIAGONAL_GATES)]
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -136,8 +137,5 @@ def test_never_waits_for_the_device(operator, ends):
         return torch.autograd.grad(more.output.sum(), list(inputs.values()))
 
     run()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -18,6 +18,7 @@ from loglinear.partition import FENWICK
 from tests.kernels.emulated import DIAGONAL_KEYS, EMULATED, KEYS, STATES
 from tests.kernels.emulation import make, measure, operator_of, repeat_keys, tokens_before
 from tests.ops.operators import OPERATORS
+from tests.waiting import waiting_is_an_error
 
 pytestmark = pytest.mark.gpu
 OPERATOR = OPERATORS[0]
@@ -272,11 +273,8 @@ def test_never_waits_for_the_device(delta, ends):
         return torch.autograd.grad(more.output.sum(), list(inputs.values()))
 
     run()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @DELTA

@@ -8,6 +8,7 @@ from tests.kernels.emulated import EMULATED, STATES
 from tests.kernels.emulation import make
 from tests.kernels.test_triton_gpu import DELTA, check
 from tests.ops.operators import OPERATORS
+from tests.waiting import waiting_is_an_error
 
 pytestmark = pytest.mark.gpu
 
@@ -90,10 +91,7 @@ def test_a_partition_compiles_as_one_graph_and_never_waits(delta):
         return family(x, **options)
 
     expected = run(operator)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         run(operator)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     compiled = run(torch.compile(operator, fullgraph=True))
     assert all(torch.equal(a, b) for a, b in zip(compiled, expected, strict=True))

@@ -12,6 +12,7 @@ from loglinear.variants import HeadSizes
 from tests.kernels.routed_weights import NAMES, SIZES, Sizes, check, make, packed, results_of
 from tests.kernels.test_triton_gpu import poison
 from tests.ops.operators import relative_error
+from tests.waiting import waiting_is_an_error
 
 pytestmark = pytest.mark.gpu
 
@@ -78,11 +79,8 @@ def test_a_call_compiles_as_one_graph_and_never_waits():
         return [w, *torch.autograd.grad(w, list(leaves.values()), dweights.to(w.dtype))]
 
     expected = run(call)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         run(call)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     compiled = run(torch.compile(call, fullgraph=True))
     assert all(torch.equal(a, b) for a, b in zip(compiled, expected, strict=True))
 
@@ -102,7 +100,7 @@ def test_a_cuda_graph_repeats_a_call():
 
 
 def test_auto_takes_the_kernels_and_says_why_not(monkeypatch):
-    monkeypatch.setattr(limits, "WEIGHTS_RAN_ON_A_GPU", True)
+    monkeypatch.setattr(limits, "WEIGHTS_PASSED_ON_A_GPU", True)
     x = make(Sizes(T=100), torch.bfloat16, device="cuda")
     with announced() as lines:
         routed_weights(**x)
@@ -114,7 +112,7 @@ def test_auto_takes_the_kernels_and_says_why_not(monkeypatch):
 
 
 def test_a_mixer_takes_them_in_training_and_in_packed_prefill(monkeypatch):
-    monkeypatch.setattr(limits, "WEIGHTS_RAN_ON_A_GPU", True)
+    monkeypatch.setattr(limits, "WEIGHTS_PASSED_ON_A_GPU", True)
     torch.manual_seed(0)
     choices = dict(variant="mamba2", num_levels=9, partition=Partition(4, 16), routing=Routing(), chunk_size=16)
     mixer = Mixer(32, HeadSizes(num_heads=4, num_groups=2, key_dim=16, head_dim=16), **choices).cuda()

@@ -20,6 +20,7 @@ from tests.kernels.scores import (
 )
 from tests.kernels.test_triton_gpu import THREE_TF32, poison, report
 from tests.ops.operators import relative_error
+from tests.waiting import waiting_is_an_error
 
 pytestmark = pytest.mark.gpu
 
@@ -162,11 +163,8 @@ def test_a_call_compiles_as_one_graph_and_never_waits():
         return [out.scores, *torch.autograd.grad(more.scores.sum() + out.scores.sin().sum(), list(inputs.values()))]
 
     expected = run(operator)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         run(operator)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     compiled = run(torch.compile(operator, fullgraph=True))
     for a, b in zip(compiled, expected, strict=True):
         torch.testing.assert_close(a, b)

@@ -9,6 +9,7 @@ from loglinear.ops.scores import zero_sums
 from loglinear.partition import Partition
 from tests.kernels.score_steps import CASES, full_sums, many_carries, queries_and_keys, scores_error, step_error
 from tests.kernels.stepping import blocks_error, decoding
+from tests.waiting import waiting_is_an_error
 
 pytestmark = pytest.mark.gpu
 FLOAT32 = 3e-5  # of a score (`scores_error`) or of a sum; three tf32 products are below 1e-6
@@ -100,12 +101,8 @@ def test_seventy_thousand_steps(partition, columns, dtype):
     bucket_scores_step(q, k, state, num_columns=columns, impl="triton")  # compiles
     state.copy_(start)
     graph = torch.cuda.CUDAGraph()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.graph(graph):
-            scores, tokens = bucket_scores_step(q, k, state, num_columns=columns, impl="triton")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with waiting_is_an_error(), torch.cuda.graph(graph):
+        scores, tokens = bucket_scores_step(q, k, state, num_columns=columns, impl="triton")
     found = torch.empty(3, steps, G, columns, device="cuda")
     counts = torch.empty(3, steps, columns, dtype=torch.int64, device="cuda")
     for t in range(steps):

@@ -7,6 +7,7 @@ from loglinear.ops import DecodeState, FenwickState
 from loglinear.partition import FENWICK, Partition
 from tests.kernels.stepping import blocks_error, decoding, full_state, sparse_tokens, step_of, tokens_for
 from tests.ops.operators import relative_error
+from tests.waiting import waiting_is_an_error
 
 pytestmark = pytest.mark.gpu
 FLOAT32 = 3e-5  # of a row's output or of a block; three tf32 products are below 1e-6
@@ -113,12 +114,8 @@ def test_seventy_thousand_steps(operator, partition, columns, dtype):
     step_of(operator)(*token, state, impl="triton")  # compiles
     state.copy_(FenwickState.zeros(3, **sizes, **start))
     graph = torch.cuda.CUDAGraph()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.graph(graph):
-            out = step_of(operator)(*token, state, impl="triton")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with waiting_is_an_error(), torch.cuda.graph(graph):
+        out = step_of(operator)(*token, state, impl="triton")
     outputs = torch.empty(3, steps, H, V, dtype=dtype, device="cuda")
     for t in range(steps):
         for held, x in zip(token, inputs.values(), strict=True):

@@ -14,6 +14,7 @@ from loglinear.training.compilation import compile_blocks
 from tests.models.tiny_models import KINDS, tiny_config, tokens
 from tests.ops.operators import excess
 from tests.training.tiny import tiny_recipe, write_text
+from tests.waiting import waiting_is_an_error
 
 pytestmark = pytest.mark.gpu
 
@@ -61,12 +62,9 @@ def test_a_step_waits_for_nothing(options):
     cache = LogLinearCache(model.config)
     model(ids, attention_mask=mask[:, :37], past_key_values=cache)
     model(ids[:, :1], attention_mask=mask[:, :38], past_key_values=cache)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         model(ids[:, :1], attention_mask=mask[:, :39], past_key_values=cache)
         model(ids[:, :1], attention_mask=mask, past_key_values=cache)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("read", [{}, {"radix": 4, "finest_block": 16, "routing": "gram"}], ids=["lambda", "routed"])

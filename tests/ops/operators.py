@@ -62,7 +62,6 @@ class Operator:
 SCALAR_GATES = [Operator("scalar_gate", delta=False), Operator("delta_rule", delta=True)]
 DIAGONAL_GATES = [Operator(f"diagonal_{one.name}".replace("scalar_", ""), one.delta, True) for one in SCALAR_GATES]
 OPERATORS = SCALAR_GATES + DIAGONAL_GATES
-KERNELS = OPERATORS  # whose kernels impl="triton" has
 
 
 def parametrize(operators: list[Operator], **options: Any) -> pytest.MarkDecorator:

@@ -184,7 +184,7 @@ def test_auto_will_run_the_kernels_once_a_gpu_has_checked_them(operator, monkeyp
     from loglinear.kernels.triton import limits
 
     monkeypatch.setattr(impl_triton, "NO_TRITON", None)
-    name = "DIAGONAL_DELTA_RULE_RAN_ON_A_GPU" if operator.delta else "DIAGONAL_GATE_RAN_ON_A_GPU"
+    name = "DIAGONAL_DELTA_RULE_PASSED_ON_A_GPU" if operator.delta else "DIAGONAL_GATE_PASSED_ON_A_GPU"
     monkeypatch.setattr(limits, name, True)
     monkeypatch.setitem(api._RUN, "triton", lambda problem: (problem.v, None))
     with FakeTensorMode():

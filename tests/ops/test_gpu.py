@@ -9,6 +9,7 @@ import torch
 from loglinear.ops import DecodeState, announcement, log_linear_attention_step, log_linear_delta_rule_step
 from loglinear.partition import FENWICK, Partition
 from tests.ops.operators import OPERATORS, by_kernels, gradients, parts, random_loss, relative_error
+from tests.waiting import waiting_is_an_error
 
 pytestmark = pytest.mark.gpu
 
@@ -153,12 +154,8 @@ def test_a_step_in_a_graph_and_without_waiting(operator):
     function(*token, state)  # compiles
     state.copy_(type(empty)._make(None if x is None else torch.zeros_like(x) for x in empty))
     graph = torch.cuda.CUDAGraph()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.graph(graph):
-            out = function(*token, state)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with waiting_is_an_error(), torch.cuda.graph(graph):
+        out = function(*token, state)
     for t in range(140):
         for held, name in zip(token, operator.names, strict=True):
             held.copy_(inputs[name][:, t])

@@ -8,7 +8,26 @@ from loglinear.partition import FENWICK
 from tests.kernels.interpreter import teach_interpreter
 from tests.ops.operators import OPERATORS, by_kernels, parts, relative_error
 
-IMPLS = [pytest.param("torch"), pytest.param("reference"), pytest.param("triton", marks=pytest.mark.interpreter)]
+INTERPRETED = pytest.mark.interpreter
+
+
+def for_every_operator(names, *cases):
+    """Return the mark of a test: its cases for each operator. The kernels of a step have no diagonal gate."""
+    return pytest.mark.parametrize(
+        f"operator, {names}",
+        [
+            pytest.param(operator, *case.values, marks=case.marks)
+            for operator in OPERATORS
+            for case in cases
+            if not (operator.diagonal and case.values[0] == "triton")
+        ],
+        indirect=["operator"],
+    )
+
+
+EVERY_IMPL = for_every_operator(
+    "impl", pytest.param("torch"), pytest.param("reference"), pytest.param("triton", marks=INTERPRETED)
+)
 
 
 @pytest.fixture(params=OPERATORS, ids=lambda operator: operator.name)
@@ -20,8 +39,6 @@ def operator(request):
 def _interpreter(monkeypatch, request):
     if "triton" in request.node.name:
         pytest.importorskip("triton")
-        if request.getfixturevalue("operator").diagonal:
-            pytest.skip("the kernels have no diagonal gate")
         teach_interpreter(monkeypatch.setattr)
 
 
@@ -53,13 +70,11 @@ def budget_of(dtype, operator, inputs, whole, **options):
 
 
 # Kernels step a few tokens from a state of the torch implementation: the interpreter takes tenths of a second a step.
-@pytest.mark.parametrize(
+@for_every_operator(
     "impl, lengths, steps",
-    [
-        pytest.param("torch", [3, 47, 64], 70),
-        pytest.param("triton", [30, 62, 127], 4, marks=pytest.mark.interpreter),
-        pytest.param("triton", [30, 62, 127, 1023, 4000], 300, marks=pytest.mark.gpu),
-    ],
+    pytest.param("torch", [3, 47, 64], 70),
+    pytest.param("triton", [30, 62, 127], 4, marks=INTERPRETED),
+    pytest.param("triton", [30, 62, 127, 1023, 4000], 300, marks=pytest.mark.gpu),
 )
 @pytest.mark.parametrize("levels", [1, 6, 7, 10])
 def test_rows_at_different_positions_step_together(operator, impl, lengths, steps, levels):
@@ -99,8 +114,8 @@ def test_rows_at_different_positions_step_together(operator, impl, lengths, step
         assert int(state.fenwick.position[row]) == int(end.position)
 
 
-@pytest.mark.parametrize(
-    "impl, first", [("torch", 0), ("reference", 0), pytest.param("triton", 14, marks=pytest.mark.interpreter)]
+@for_every_operator(
+    "impl, first", pytest.param("torch", 0), pytest.param("reference", 0), pytest.param("triton", 14, marks=INTERPRETED)
 )
 @pytest.mark.parametrize("shape", [(1, 1, 3, 2), (2, 2, 16, 40), (1, 2, 70, 5)], ids=str)
 def test_head_dims_scale_and_unit_length(operator, impl, first, shape):
@@ -119,7 +134,7 @@ def test_head_dims_scale_and_unit_length(operator, impl, first, shape):
         assert relative_error(out, whole[:, t]) < 10 * budget, t
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@EVERY_IMPL
 def test_rows_that_are_not_active_keep_their_state(operator, impl):
     inputs = operator.inputs(B=2, T=20, G=1, H=1, L=9)
     dtype = DTYPES[impl]
@@ -145,7 +160,7 @@ def test_rows_that_are_not_active_keep_their_state(operator, impl):
     assert state.fenwick.position.tolist() == seen == [18, 18]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@EVERY_IMPL
 def test_a_stepped_state_continues_in_larger_pieces_and_back(operator, impl):
     """Nobody reads the leftovers of a step in the buffers behind the position."""
     inputs = operator.inputs(B=1, T=60, G=1, H=1, L=8)
@@ -246,7 +261,7 @@ def test_heads_too_wide_for_the_kernels_are_named(operator, change, text):
         take_step(operator, token, state, impl="triton")
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@EVERY_IMPL
 def test_a_column_of_a_mask_says_who_is_active(operator, impl):
     """It is a view with a stride."""
     token = operator.inputs(B=2, T=1, G=1, H=1, L=8, dtype=torch.float32)
@@ -318,7 +333,7 @@ def test_a_state_made_in_inference_mode_serves_outside_of_it(operator):
         assert relative_error(take_step(operator, token_at(inputs, t, torch.float64), state), whole[:, t]) < 1e-10
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@EVERY_IMPL
 @pytest.mark.parametrize("levels", [1, 6, 8])
 def test_what_is_not_of_the_past_counts_for_nothing(operator, impl, levels):
     """Blocks that the past does not have, and rows behind its last token, may hold any finite numbers."""
@@ -358,7 +373,7 @@ def test_what_is_not_of_the_past_counts_for_nothing(operator, impl, levels):
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@EVERY_IMPL
 @pytest.mark.parametrize("levels", [1, 6, 8])
 def test_a_prefix_that_is_not_of_the_past_counts_for_nothing(operator, impl, levels):
     """Neither once new tokens have made the first one."""

@@ -12,6 +12,7 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor, split_decodes_and_prefills
 
+from loglinear.integrations.vllm import STATES
 from loglinear.layers import Packing
 
 ROWS = 64  # of one slab, whose states are copied: this bounds the memory of the copies
@@ -105,7 +106,7 @@ class LogLinearBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "LOGLINEAR"
+        return STATES
 
     @staticmethod
     def get_builder_cls() -> type[BatchBuilder]:

@@ -17,11 +17,12 @@ MAX_HEAD_DIM = 256
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 128
 MAX_NUMBERS = 1 << 31  # in a row's blocks, or pairs of a token and a group; kernels count them in 32 bits
 MAX_COLUMNS = 4096  # whose weights a program has in its registers
-WEIGHTS_RAN_ON_A_GPU = False  # until `pytest -m gpu tests/kernels/test_triton_routed_weights_gpu.py` has passed on one
+# Until `pytest -m gpu tests/kernels/test_triton_routed_weights_gpu.py` has passed on one.
+WEIGHTS_PASSED_ON_A_GPU = False
 # Until `pytest -m gpu tests/kernels/test_triton_diagonal_gpu.py` has passed on one, each for its own family
 # (-k "not diagonal_delta_rule", -k diagonal_delta_rule); impl="triton" runs these kernels.
-DIAGONAL_GATE_RAN_ON_A_GPU = False
-DIAGONAL_DELTA_RULE_RAN_ON_A_GPU = False
+DIAGONAL_GATE_PASSED_ON_A_GPU = False
+DIAGONAL_DELTA_RULE_PASSED_ON_A_GPU = False
 MAX_SUMS = 1024  # blocks whose scores a program of a step has in its registers
 
 
@@ -47,7 +48,7 @@ def of_partition(partition: Partition) -> str | None:
 
 def of_automatic_choice(is_diagonal: bool, is_delta_rule: bool) -> str | None:
     """A call whose implementation is chosen here, by impl="auto"."""
-    if not is_diagonal or (DIAGONAL_DELTA_RULE_RAN_ON_A_GPU if is_delta_rule else DIAGONAL_GATE_RAN_ON_A_GPU):
+    if not is_diagonal or (DIAGONAL_DELTA_RULE_PASSED_ON_A_GPU if is_delta_rule else DIAGONAL_GATE_PASSED_ON_A_GPU):
         return None
     return "no GPU has passed all checks of the kernels for a log_decay per key channel: impl='triton' runs them"
 
