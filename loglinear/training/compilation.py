@@ -27,7 +27,7 @@ def compile_blocks(model: LogLinearForCausalLM, *, cuda_graphs: bool = False, **
     caller must call `torch.compiler.cudagraph_mark_step_begin` when they are no longer needed. In training GraphSteps
     does so.
 
-    Two runs give the same bits: the compiler's deterministic mode is set for the whole process. Otherwise it measures
+    The compiler's deterministic mode is set for the whole process, so that a run can be repeated. Otherwise it measures
     several forms of a reduction at its first run and takes the fastest, which may be another one the next time.
 
     A step then takes about 35 kernels a block instead of 200, forward and backward, besides the operator's own. Blocks
